@@ -1,0 +1,54 @@
+"""Ray itself: join the cluster that is there or start one here, and run a function over many items on it, in order."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Ray asks before it phones home, not this project's users.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def connect(cpus: int | None = None) -> None:
+    """Join the cluster named by RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine; idempotent.
+
+    Args:
+        cpus: logical CPUs of a Ray started here; default: the machine's.
+    """
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="warning")
+        return
+    # address="local": plain init attaches to whatever cluster happens to run on the machine.
+    # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
+    ray.init(address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level="warning")
+
+
+def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], at_once: int | None = None) -> Iterator[Result]:
+    """`function` of each item, as Ray tasks of one CPU each, results in order; at most `at_once` in flight.
+
+    Bounded: results wait in the object store, never more than `at_once` of them, so any number of items streams
+    through. An exception in a task is raised here as itself. Default `at_once`: twice the cluster's CPUs.
+    """
+    task: Any = ray.remote(max_retries=3)(function)
+    limit = at_once or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    pending: list[ray.ObjectRef] = []
+    queue = iter(items)
+    for item in queue:
+        pending.append(task.remote(item))
+        if len(pending) >= limit:
+            yield _result(pending.pop(0))
+    while pending:
+        yield _result(pending.pop(0))
+
+
+def _result(ref: "ray.ObjectRef") -> Any:
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None

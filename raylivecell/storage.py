@@ -1,0 +1,97 @@
+"""Files at a URI: a local path or anything `pyarrow.fs` opens (s3://, gs://).
+
+Every write is atomic: a reader sees the old file or the whole new one, never a part. Object stores give that for a
+single PUT; on a local disk it is a temporary file, flushed, then renamed.
+"""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from raylivecell.errors import UserError
+
+
+def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of `uri` and the path in it (no trailing slash). A local path may be relative."""
+    text = str(uri)
+    if "://" not in text:
+        return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot open {text}: {error}; use a local path, s3://bucket/path or gs://bucket/path") from error
+    return filesystem, path.rstrip("/")
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    """`uri` with `parts` appended, for a local path and a URI alike."""
+    return "/".join([str(uri).rstrip("/") or "/", *parts]).replace("//", "/", 1 if str(uri) == "/" else 0)
+
+
+def absolute(uri: str | Path) -> str:
+    """`uri` as it means the same in another process: local paths made absolute."""
+    return str(uri) if "://" in str(uri) else str(Path(str(uri)).expanduser().absolute())
+
+
+def exists(uri: str | Path) -> bool:
+    """Whether a file or a folder is at `uri`."""
+    filesystem, path = open_uri(uri)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_names(uri: str | Path) -> list[str]:
+    """Names (last path parts) of what lies directly in the folder `uri`, sorted; [] where there is no such folder."""
+    filesystem, path = open_uri(uri)
+    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found)
+
+
+def read_bytes(uri: str | Path) -> bytes:
+    """The whole file at `uri`; FileNotFoundError where there is none."""
+    filesystem, path = open_uri(uri)
+    with filesystem.open_input_file(path) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str | Path, data: bytes) -> None:
+    """Write `data` at `uri` atomically, making parent folders."""
+    filesystem, path = open_uri(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def read_json(uri: str | Path) -> Any:
+    """The JSON file at `uri`."""
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON at `uri`, atomically."""
+    write_bytes(uri, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def delete(uri: str | Path) -> None:
+    """Delete the file or folder at `uri`, if there."""
+    filesystem, path = open_uri(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        filesystem.delete_file(path)
