@@ -1,0 +1,97 @@
+"""The U-Net of Ronneberger et al. (MICCAI 2015, arXiv:1505.04597), with padded convolutions: output as large as the input.
+
+Shape suffixes: B batch, C channels, H and W pixels.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raylivecell.recipe_base import StrictModel
+
+Norm = Literal["batch", "sync_batch", "group"]
+
+
+class ModelConfig(StrictModel):
+    """The network."""
+
+    features: tuple[int, ...] = Field((64, 128, 256, 512), min_length=1)
+    """Channels of each level of the contracting path; the bottleneck has twice the last."""
+    norm: Norm = "batch"
+    """`batch`: BatchNorm2d (the paper). `sync_batch`: its statistics over all workers' images (GPU only).
+    `group`: GroupNorm, whose result does not depend on how a batch is split over workers."""
+
+
+def normalise(image: Tensor) -> Tensor:
+    """uint8 image to float32 about [-2, 2]: LIVECell's background, 128, becomes 0."""
+    return (image.float() - 128.0) / 64.0
+
+
+def _norm(kind: Norm, channels: int) -> nn.Module:
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(8, channels), channels)
+    return nn.BatchNorm2d(channels)  # sync_batch is converted once the whole network stands
+
+
+class DoubleConv(nn.Sequential):
+    """(3x3 convolution, normalisation, ReLU) twice: (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, channels_in: int, channels_out: int, norm: Norm) -> None:
+        layers: list[nn.Module] = []
+        for channels in (channels_in, channels_out):
+            conv = nn.Conv2d(channels, channels_out, 3, padding=1, bias=False)
+            layers += [conv, _norm(norm, channels_out), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """float (B, 1, H, W) -> logits (B, 1, H, W), for any H and W of at least 2 to the number of levels."""
+
+    def __init__(self, features: Sequence[int], norm: Norm = "batch") -> None:
+        super().__init__()
+        widths = [*features, 2 * features[-1]]
+        self.contracting = nn.ModuleList(DoubleConv(a, b, norm) for a, b in zip([1, *features], features))
+        # ceil_mode keeps odd sizes (333 -> 167 -> 84 ...) without padding the input.
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.bottleneck = DoubleConv(features[-1], widths[-1], norm)
+        levels = list(zip(reversed(widths[1:]), reversed(features)))
+        self.upsampling = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in levels)
+        self.expanding = nn.ModuleList(DoubleConv(2 * b, b, norm) for _, b in levels)
+        self.head = nn.Conv2d(features[0], 1, 1)
+
+    def forward(self, x_B1HW: Tensor) -> Tensor:
+        """Logits; the sigmoid is the caller's."""
+        x, skips = x_B1HW, []
+        for block in self.contracting:
+            x = block(x)
+            skips.append(x)
+            x = self.pool(x)
+        x = self.bottleneck(x)
+        for upsample, block, skip in zip(self.upsampling, self.expanding, reversed(skips)):
+            # The paper crops the skip to the smaller map of unpadded convolutions. Here the up-sampled map is the
+            # larger one, by at most a pixel, and is cropped to the skip, so that no border of the image is lost.
+            x = upsample(x)[..., : skip.shape[-2], : skip.shape[-1]]
+            x = block(torch.cat([skip, x], dim=1))
+        return self.head(x)
+
+
+def build_model(config: ModelConfig) -> UNet:
+    """A U-Net with fresh weights from torch's current random state, the head's bias at zero foreground preference."""
+    model = UNet(config.features, config.norm)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if config.norm == "sync_batch":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
