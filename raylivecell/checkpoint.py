@@ -1,0 +1,76 @@
+"""A checkpoint: a folder of plain files, readable without running anything that a stranger wrote.
+
+    model.safetensors   the weights to use (averaged ones, where the recipe asks for them)
+    training.pt         optimiser, schedule, raw weights, RNG: tensors and primitives, opened with weights_only=True
+    state.json          steps done, best score so far, the history of metrics
+    recipe.yaml         the recipe
+
+A run folder holds `checkpoint_*` folders; the best of them is the one whose state.json has the highest score.
+"""
+
+import io
+import json
+from dataclasses import asdict
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from raylivecell import recipe as recipes
+from raylivecell import storage
+from raylivecell.errors import UserError
+from raylivecell.loop import State
+from raylivecell.model import build_model
+
+MODEL, TRAINING, STATE, RECIPE = "model.safetensors", "training.pt", "state.json", "recipe.yaml"
+
+
+def save(folder: str, model: nn.Module, training: dict[str, Any], state: State, recipe: recipes.Recipe) -> None:
+    """Write a checkpoint into `folder` (a URI)."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    storage.write_bytes(storage.join(folder, MODEL), safetensors.torch.save(weights))
+    buffer = io.BytesIO()
+    torch.save(training, buffer)
+    storage.write_bytes(storage.join(folder, TRAINING), buffer.getvalue())
+    storage.write_json(storage.join(folder, STATE), asdict(state))
+    storage.write_bytes(storage.join(folder, RECIPE), recipes.dump(recipe).encode())
+
+
+def load_training(folder: str) -> tuple[dict[str, Any], State]:
+    """What `save` was given as `training` (on the CPU) and `state`."""
+    data = io.BytesIO(_read(folder, TRAINING))
+    training = torch.load(data, map_location="cpu", weights_only=True)
+    return training, State(**json.loads(_read(folder, STATE)))
+
+
+def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
+    """The network of the checkpoint or run at `uri`, in evaluation mode on the CPU, and its recipe."""
+    folder = find(uri)
+    recipe = recipes.load(storage.join(folder, RECIPE))
+    model = build_model(recipe.model)
+    try:
+        model.load_state_dict(safetensors.torch.load(_read(folder, MODEL)))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}") from error
+    return model.eval(), recipe
+
+
+def find(uri: str) -> str:
+    """`uri` itself where it is a checkpoint, else the best checkpoint of the run there; UserError where neither is."""
+    names = storage.list_names(uri)
+    if MODEL in names:
+        return uri
+    folders = [storage.join(uri, name) for name in names if name.startswith("checkpoint_")]
+    whole = [folder for folder in folders if storage.exists(storage.join(folder, RECIPE))]
+    if not whole:
+        raise UserError(f"no checkpoint at {uri}: give a run's folder (the --out of `train`) or a checkpoint_* in it")
+    return max(whole, key=lambda folder: (State(**json.loads(_read(folder, STATE))).score(), folder))
+
+
+def _read(folder: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(folder, name))
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {folder} is not whole: {name} is missing; use another checkpoint") from error

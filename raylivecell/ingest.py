@@ -1,0 +1,172 @@
+"""From the index of samples to augmented, ordered uint8 batches, streamed by Ray Data.
+
+1. Each rank's share of the run's order (order.py) is cut into blocks of about 32 samples: a block is a number.
+2. Ray Data tasks turn a block's number into its samples: read, transform, stack. One execution serves the whole
+   run, so that no epoch waits for the last one (a dataset an epoch: a third of the speed).
+3. The rank's process takes the blocks in order and slices its batches from them without a copy.
+
+A rank has a stream of its own instead of a part of one split stream: what it sees then depends on (seed, step, rank)
+alone, no coordinator stands between, and no row is dropped to make the parts equal.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import ExecutionOptions, ExecutionResources
+from torch import Tensor
+
+from raylivecell import augment, shards
+from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
+
+# Per-task costs of Ray Data (some 10 ms) are spread over so many samples: 8-row blocks halve the speed.
+BLOCK_SAMPLES = 32
+PLANES = ("image", "foreground", "border")
+# Decoded samples are kept in the object store while they take no more than this part of it.
+KEEP_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples come from and what is done to them; small, sent to every task."""
+
+    rows: tuple[shards.Row, ...]
+    plan: Plan
+    config: augment.AugmentConfig
+    crop: tuple[int, int] | None
+    kept: tuple["ray.ObjectRef", ...] | None = None
+    """Decoded samples in the object store (`keep`), or none: read from the shards every time."""
+
+
+def read_planes(row: shards.Row) -> np.ndarray:
+    """A sample as uint8 (3, H, W): image, foreground 0/1, border."""
+    sample = shards.read_row(row, PLANES)
+    return np.stack([sample[name] for name in PLANES])
+
+
+def _planes(source: Source, sample: int) -> np.ndarray:
+    return ray.get(source.kept[sample]) if source.kept else read_planes(source.rows[sample])
+
+
+def transform(planes: np.ndarray, key: tuple[int, int, int, int], source: Source) -> np.ndarray:
+    """A sample as it is trained on, uint8 (3, h, w): a pure function of the sample and key = (seed, epoch, id, variant)."""
+    rng = np.random.default_rng(key)
+    image, targets = planes[0], planes[1:].transpose(1, 2, 0)
+    if key[3]:
+        image, targets = augment.augment(image, targets, rng, source.config, source.crop)
+    else:
+        image, targets = augment.plain(image, targets, rng, source.crop)
+    return np.concatenate([image[None], targets.transpose(2, 0, 1)])
+
+
+def load(rows: np.ndarray, source: Source) -> np.ndarray:
+    """Rows of the order (n, 3) as planes, uint8 (n, 3, h, w)."""
+    cv2.setNumThreads(1)  # a task has one CPU
+    seed = source.plan.seed
+    keys = [(seed, int(r[EPOCH]), int(r[SAMPLE]), int(r[VARIANT])) for r in rows]
+    return np.stack([transform(_planes(source, key[2]), key, source) for key in keys])
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of the run, from a step on."""
+
+    start: int
+    rank: int
+    ranks: int
+    block_steps: int
+    """Steps in a block."""
+
+    def block_rows(self, block: int, plan: Plan) -> np.ndarray:
+        """Rows of the order in a block, step after step."""
+        first = self.start + block * self.block_steps
+        steps = range(first, min(first + self.block_steps, plan.steps))
+        return np.concatenate([plan.rank_rows(step, self.rank, self.ranks) for step in steps])
+
+
+def _load_blocks(blocks: dict[str, np.ndarray], source: Source, share: Share) -> dict[str, Any]:
+    rows = np.concatenate([share.block_rows(int(block), source.plan) for block in blocks["id"]])
+    return {"planes": load(rows, source), "rows": rows}
+
+
+def stream(source: Source, start: int, rank: int, ranks: int, memory: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """Batches of `rank` from step `start` to the end of the plan.
+
+    Each is {"planes": uint8 (b, 3, h, w), "rows": int64 (b, 3) of the order}, b = batch_size / ranks, read-only.
+
+    Args:
+        source: samples and transformations.
+        start: the first step.
+        rank: this process's place among `ranks`.
+        ranks: processes that share each batch.
+        memory: bytes of the object store this stream may fill; default: Ray Data's own limit.
+    """
+    batch = source.plan.batch_size // ranks
+    share = Share(start, rank, ranks, max(1, BLOCK_SAMPLES // batch))
+    blocks = -(-(source.plan.steps - start) // share.block_steps)
+    if blocks <= 0:
+        return
+    context = ray.data.DataContext.get_current()
+    context.execution_options = ExecutionOptions(
+        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=memory)
+    )
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
+    dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
+        _load_blocks, batch_size=None, fn_kwargs={"source": source, "share": share}
+    )
+    for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+        for first in range(0, len(block["rows"]), batch):
+            yield {name: _tensor(values[first : first + batch]) for name, values in block.items()}
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    """A view as a tensor. It lies in the object store, read-only: torch would warn, the loop only reads."""
+    values.flags.writeable or _silence()
+    return torch.from_numpy(values)
+
+
+def ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """`batches`, started now: the first one is on its way while the model is built."""
+    first: list[Any] = []
+
+    def fetch() -> None:
+        try:
+            first.append(next(batches))
+        except BaseException as error:
+            first.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+
+    def rest() -> Iterator[dict[str, Tensor]]:
+        thread.join()
+        if isinstance(first[0], StopIteration):
+            return
+        if isinstance(first[0], BaseException):
+            raise first[0]
+        yield first.pop()
+        yield from batches
+
+    return rest()
+
+
+@ray.remote
+def _decode(rows: Sequence[shards.Row]) -> list[np.ndarray]:
+    return [read_planes(row) for row in rows]
+
+
+def keep(rows: Sequence[shards.Row], sample_bytes: int) -> tuple["ray.ObjectRef", ...] | None:
+    """The decoded samples in the object store, one object each, where they fit into KEEP_SHARE of it; else none."""
+    room = KEEP_SHARE * ray.cluster_resources().get("object_store_memory", 0)
+    if sample_bytes * len(rows) > room:
+        return None
+    chunks = [rows[i : i + BLOCK_SAMPLES] for i in range(0, len(rows), BLOCK_SAMPLES)]
+    refs = [_decode.options(num_returns=len(chunk)).remote(chunk) for chunk in chunks]
+    return tuple(ref for group in refs for ref in (group if isinstance(group, list) else [group]))

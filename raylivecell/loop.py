@@ -1,0 +1,230 @@
+"""The training loop. Knows no Ray, no cluster, no command line.
+
+1. Take a batch; its wait is counted as time lost to data.
+2. Normalise on the device, forward, loss, backward, clip, step, schedule, average.
+3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, report.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raylivecell.losses import LossConfig, segmentation_loss
+from raylivecell.model import normalise
+from raylivecell.optimizer import OptimizerConfig, build_optimizer
+from raylivecell.order import EPOCH, SAMPLE, Plan
+from raylivecell.recipe_base import StrictModel
+
+# Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.
+GPU_CHECK_STEPS = 20
+
+
+class LoopConfig(StrictModel):
+    """How the recipe is computed."""
+
+    report_steps: int | None = Field(None, ge=1)
+    """Steps between reports (validation, metrics, checkpoint); none: a report at the end of every epoch."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward pass; `auto`: bfloat16 where the GPU has it, float32 elsewhere. Weights stay float32."""
+    channels_last: bool = True
+    """Keep activations with the channels innermost: faster on GPU and CPU alike."""
+    compile: bool = False
+    """`torch.compile` the network: pays on a GPU after some minutes of training."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite at `step`, in a batch of the samples `samples`."""
+
+    def __init__(self, step: int, samples: list[int]) -> None:
+        super().__init__(f"loss is not finite at step {step}, samples {samples}")
+        self.step, self.samples = step, samples
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimiser steps done; times the batch size, the samples done: the place in the run's order."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """A row of metrics a report, oldest first."""
+
+    def score(self) -> float:
+        """Mean validation Dice at the last report, by which checkpoints are ranked; -1 before the first."""
+        return float(self.history[-1].get("val_mean_image_dice", -1.0)) if self.history else -1.0
+
+
+@dataclass
+class Training:
+    """What training changes: the network, its average, the optimiser, the schedule, and how far it has come."""
+
+    model: nn.Module
+    average: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    state: State
+
+    def network(self) -> nn.Module:
+        """The network to validate and keep."""
+        return self.average.module if self.average is not None else self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but `state` and `network()`'s weights where those are the model's own: tensors and primitives."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load(self, values: dict[str, Any], state: State) -> None:
+        """Take up what `state_dict` gave."""
+        self.model.load_state_dict(values["model"])
+        if self.average is not None:
+            self.average.load_state_dict(values["average"])
+        self.optimizer.load_state_dict(values["optimizer"])
+        self.scheduler.load_state_dict(values["scheduler"])
+        torch.set_rng_state(values["rng"])
+        self.state = state
+
+
+def start(model: nn.Module, config: OptimizerConfig, steps: int) -> Training:
+    """Training of `model` from its present weights over `steps`."""
+    optimizer, scheduler = build_optimizer(model, config, steps)
+    average = None
+    if config.ema_decay:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    return Training(model, average, optimizer, scheduler, State())
+
+
+def run(
+    training: Training,
+    forward: nn.Module,
+    batches: Iterator[dict[str, Tensor]],
+    plan: Plan,
+    configs: tuple[LoopConfig, LossConfig, OptimizerConfig],
+    validate: Callable[[nn.Module], dict[str, float]],
+    report: Callable[[Training], None],
+    tick: Callable[[int, float], None] = lambda step, images_per_s: None,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
+    """Train from `training.state.step` to `plan.steps`.
+
+    Args:
+        training: what is changed, in place.
+        forward: the network to call: `training.model`, or it wrapped (DDP, compiled).
+        batches: {"planes": uint8 (b, 3, H, W) = image, foreground, border; anything else} from the present step on,
+            this rank's share of each.
+        plan: the order that `batches` follows.
+        configs: loop, loss, optimizer.
+        validate: network -> metrics named `val_*`, equal on every rank.
+        report: called by every rank after each row of the history.
+        tick: called after each step with steps done and images/s (all ranks') since the last report.
+        sum_over_ranks: the sum of a tensor over all ranks.
+
+    Raises:
+        NonFiniteLoss: on every rank at the same step, naming the global batch's samples.
+    """
+    loop, loss_config, optimizer_config = configs
+    device = next(training.model.parameters()).device
+    meter = _Meter(plan, sum_over_ranks, device)
+    forward.train()
+    for step in range(training.state.step, plan.steps):
+        begin = time.perf_counter()
+        planes = next(batches)["planes"].to(device, non_blocking=True)
+        meter.waited += time.perf_counter() - begin
+        with _precision(loop.precision, device):
+            logits = forward(normalise(planes[:, :1]).contiguous(memory_format=_memory_format(loop)))
+        loss = segmentation_loss(logits, planes[:, 1], planes[:, 2], loss_config)
+        training.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        if optimizer_config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(training.model.parameters(), optimizer_config.clip_norm)
+        meter.add(step, torch.stack([loss.total, loss.bce, loss.dice]).detach())
+        training.optimizer.step()
+        training.scheduler.step()
+        if training.average is not None:
+            training.average.update_parameters(training.model)
+        training.state.step = step + 1
+        tick(step + 1, meter.images_per_s(step + 1))
+        if _report_due(plan, step, loop.report_steps):
+            row = meter.row(step, training.scheduler.get_last_lr()[0])
+            row |= validate(training.network())
+            forward.train()
+            training.state.history.append(row)
+            report(training)
+            meter = _Meter(plan, sum_over_ranks, device)
+
+
+def _report_due(plan: Plan, step: int, every: int | None) -> bool:
+    if every is None:
+        return plan.epoch_ends(step)
+    return (step + 1) % every == 0 or step + 1 == plan.steps
+
+
+def _memory_format(loop: LoopConfig) -> torch.memory_format:
+    return torch.channels_last if loop.channels_last else torch.contiguous_format
+
+
+def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+
+
+class _Meter:
+    """Sums since the last report, kept on the device; a bad loss is found here, on all ranks at the same step."""
+
+    def __init__(self, plan: Plan, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self.plan, self.sum_over_ranks, self.device = plan, sum_over_ranks, device
+        self.losses = torch.zeros(3, device=device)
+        self.first_step: int | None = None
+        self.unchecked: list[Tensor] = []
+        self.waited, self.begin = 0.0, time.perf_counter()
+
+    def add(self, step: int, losses: Tensor) -> None:
+        if self.first_step is None:
+            self.first_step = step
+        self.losses += losses
+        self.unchecked.append(losses[0])
+        if self.device.type == "cpu" or len(self.unchecked) == GPU_CHECK_STEPS:
+            self.check(step)
+
+    def check(self, step: int) -> None:
+        """Raise NonFiniteLoss on every rank if any rank's loss was bad at a step not yet checked."""
+        if not self.unchecked:
+            return
+        bad = self.sum_over_ranks((~torch.isfinite(torch.stack(self.unchecked))).float()).nonzero()
+        if len(bad):
+            at = step - len(self.unchecked) + 1 + int(bad[0, 0])
+            raise NonFiniteLoss(at, sorted({int(i) for i in self.plan.rows(at)[:, SAMPLE]}))
+        self.unchecked = []
+
+    def images_per_s(self, done: int) -> float:
+        steps = done - (self.first_step if self.first_step is not None else done)
+        return steps * self.plan.batch_size / (time.perf_counter() - self.begin)
+
+    def row(self, step: int, lr: float) -> dict[str, Any]:
+        """The history's row: means over steps and ranks of what was summed."""
+        self.check(step)
+        assert self.first_step is not None
+        seconds = time.perf_counter() - self.begin
+        ranks = self.sum_over_ranks(torch.ones(1, device=self.device))
+        losses = (self.sum_over_ranks(self.losses) / ranks / (step + 1 - self.first_step)).tolist()
+        return {
+            "epoch": int(self.plan.rows(step)[-1, EPOCH]) + int(self.plan.epoch_ends(step)),
+            "step": step + 1,
+            "samples": (step + 1) * self.plan.batch_size,
+            **dict(zip(("loss", "bce", "dice_loss"), losses)),
+            "lr": lr,
+            "images_per_s": self.images_per_s(step + 1),
+            "data_wait_share": self.waited / seconds,
+            "seconds": seconds,
+        }
