@@ -53,7 +53,9 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
     try:
         model.load_state_dict(safetensors.torch.load(_read(folder, MODEL)))
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}"
+        ) from error
     return model.eval(), recipe
 
 

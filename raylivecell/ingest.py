@@ -10,6 +10,7 @@ alone, no coordinator stands between, and no row is dropped to make the parts eq
 """
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from torch import Tensor
 
 from raylivecell import augment, shards
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
+
+# Batches are views of the object store, which is read-only; the loop only reads them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 # Per-task costs of Ray Data (some 10 ms) are spread over so many samples: 8-row blocks halve the speed.
 BLOCK_SAMPLES = 32
@@ -123,13 +127,7 @@ def stream(source: Source, start: int, rank: int, ranks: int, memory: int | None
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
         for first in range(0, len(block["rows"]), batch):
-            yield {name: _tensor(values[first : first + batch]) for name, values in block.items()}
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    """A view as a tensor. It lies in the object store, read-only: torch would warn, the loop only reads."""
-    values.flags.writeable or _silence()
-    return torch.from_numpy(values)
+            yield {name: torch.from_numpy(values[first : first + batch]) for name, values in block.items()}
 
 
 def ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -158,15 +156,11 @@ def ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
 
 
 @ray.remote
-def _decode(rows: Sequence[shards.Row]) -> list[np.ndarray]:
-    return [read_planes(row) for row in rows]
+def _decode(row: shards.Row) -> np.ndarray:
+    return read_planes(row)
 
 
 def keep(rows: Sequence[shards.Row], sample_bytes: int) -> tuple["ray.ObjectRef", ...] | None:
     """The decoded samples in the object store, one object each, where they fit into KEEP_SHARE of it; else none."""
     room = KEEP_SHARE * ray.cluster_resources().get("object_store_memory", 0)
-    if sample_bytes * len(rows) > room:
-        return None
-    chunks = [rows[i : i + BLOCK_SAMPLES] for i in range(0, len(rows), BLOCK_SAMPLES)]
-    refs = [_decode.options(num_returns=len(chunk)).remote(chunk) for chunk in chunks]
-    return tuple(ref for group in refs for ref in (group if isinstance(group, list) else [group]))
+    return tuple(_decode.remote(row) for row in rows) if sample_bytes * len(rows) <= room else None

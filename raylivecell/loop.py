@@ -69,6 +69,7 @@ class Training:
     average: AveragedModel | None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
+    clip_norm: float | None
     state: State
 
     def network(self) -> nn.Module:
@@ -102,7 +103,7 @@ def start(model: nn.Module, config: OptimizerConfig, steps: int) -> Training:
     average = None
     if config.ema_decay:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-    return Training(model, average, optimizer, scheduler, State())
+    return Training(model, average, optimizer, scheduler, config.clip_norm, State())
 
 
 def run(
@@ -110,7 +111,8 @@ def run(
     forward: nn.Module,
     batches: Iterator[dict[str, Tensor]],
     plan: Plan,
-    configs: tuple[LoopConfig, LossConfig, OptimizerConfig],
+    config: LoopConfig,
+    loss_config: LossConfig,
     validate: Callable[[nn.Module], dict[str, float]],
     report: Callable[[Training], None],
     tick: Callable[[int, float], None] = lambda step, images_per_s: None,
@@ -124,7 +126,8 @@ def run(
         batches: {"planes": uint8 (b, 3, H, W) = image, foreground, border; anything else} from the present step on,
             this rank's share of each.
         plan: the order that `batches` follows.
-        configs: loop, loss, optimizer.
+        config: how to compute.
+        loss_config: what to minimise.
         validate: network -> metrics named `val_*`, equal on every rank.
         report: called by every rank after each row of the history.
         tick: called after each step with steps done and images/s (all ranks') since the last report.
@@ -133,7 +136,6 @@ def run(
     Raises:
         NonFiniteLoss: on every rank at the same step, naming the global batch's samples.
     """
-    loop, loss_config, optimizer_config = configs
     device = next(training.model.parameters()).device
     meter = _Meter(plan, sum_over_ranks, device)
     forward.train()
@@ -141,13 +143,13 @@ def run(
         begin = time.perf_counter()
         planes = next(batches)["planes"].to(device, non_blocking=True)
         meter.waited += time.perf_counter() - begin
-        with _precision(loop.precision, device):
-            logits = forward(normalise(planes[:, :1]).contiguous(memory_format=_memory_format(loop)))
+        with _precision(config.precision, device):
+            logits = forward(normalise(planes[:, :1]).contiguous(memory_format=_memory_format(config)))
         loss = segmentation_loss(logits, planes[:, 1], planes[:, 2], loss_config)
         training.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        if optimizer_config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(training.model.parameters(), optimizer_config.clip_norm)
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(training.model.parameters(), training.clip_norm)
         meter.add(step, torch.stack([loss.total, loss.bce, loss.dice]).detach())
         training.optimizer.step()
         training.scheduler.step()
@@ -155,7 +157,7 @@ def run(
             training.average.update_parameters(training.model)
         training.state.step = step + 1
         tick(step + 1, meter.images_per_s(step + 1))
-        if _report_due(plan, step, loop.report_steps):
+        if _report_due(plan, step, config.report_steps):
             row = meter.row(step, training.scheduler.get_last_lr()[0])
             row |= validate(training.network())
             forward.train()
@@ -170,12 +172,14 @@ def _report_due(plan: Plan, step: int, every: int | None) -> bool:
     return (step + 1) % every == 0 or step + 1 == plan.steps
 
 
-def _memory_format(loop: LoopConfig) -> torch.memory_format:
-    return torch.channels_last if loop.channels_last else torch.contiguous_format
+def _memory_format(config: LoopConfig) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    wanted = precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
     return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
 
 

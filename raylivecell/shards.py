@@ -102,3 +102,10 @@ def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     for name in PIXEL_DTYPES.keys() & sample.keys():
         sample[name] = np.frombuffer(sample[name], PIXEL_DTYPES[name]).reshape(shape)
     return sample
+
+
+def image_sizes(data: str, split: str) -> set[tuple[int, int]]:
+    """Every (height, width) that occurs in a split."""
+    files = dict.fromkeys(row.shard for row in list_rows(data, split))
+    tables = [_open(file).read(columns=["height", "width"]).to_pydict() for file in files]
+    return {size for table in tables for size in zip(table["height"], table["width"])}

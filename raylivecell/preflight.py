@@ -1,0 +1,46 @@
+"""What would fail or hang, told before anything is spent."""
+
+import ray
+
+from raylivecell import shards
+from raylivecell.errors import UserError
+
+# A training process that may use less than this part of a CPU is not worth its memory.
+LEAST_WORKER_CPU = 0.5
+
+
+def worker_cpus(workers: int, use_gpu: bool) -> float:
+    """CPUs to reserve for each of `workers`, so that Ray Data keeps at least one: else the run would hang.
+
+    One each where there are enough; on a small machine the workers share what is left (training on a CPU uses every
+    core anyway, the reservation only says what Ray Data may not take).
+
+    Raises:
+        UserError: where a worker would get less than LEAST_WORKER_CPU.
+    """
+    total = ray.cluster_resources().get("CPU", 0)
+    share = min(1.0, int(10 * (total - 1) / workers) / 10)
+    if share < LEAST_WORKER_CPU:
+        most = int((total - 1) / LEAST_WORKER_CPU)
+        mend = f"use --workers {most}" if most >= 1 else "give Ray at least 2 CPUs"
+        raise UserError(f"{workers} workers would leave no CPU for Ray Data on {total:g} CPUs; {mend}")
+    return share
+
+
+def batch_divides(batch_size: int, workers: int | tuple[int, int]) -> None:
+    """UserError unless every worker can take an equal share of each batch."""
+    counts = [workers] if isinstance(workers, int) else range(workers[0], workers[1] + 1)
+    wrong = [count for count in counts if batch_size % count]
+    if wrong:
+        raise UserError(
+            f"a batch of {batch_size} cannot be shared equally by {wrong[0]} workers; "
+            f"set batch_size to a multiple of {wrong[0]}, or change --workers"
+        )
+
+
+def sample_shape(data: str, split: str, crop: tuple[int, int] | None) -> tuple[int, int]:
+    """Largest height and width of the split's images; UserError where they differ and no crop makes them equal."""
+    sizes = shards.image_sizes(data, split)
+    if crop is None and len(sizes) > 1:
+        raise UserError(f"images of {len(sizes)} sizes in {data}/{split} cannot share a batch; set the recipe's crop")
+    return max(h for h, _ in sizes), max(w for _, w in sizes)

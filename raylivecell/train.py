@@ -1,0 +1,139 @@
+"""Ray Train around the loop: workers, checkpoints, failures, resuming.
+
+1. The driver checks what would fail or hang, keeps decoded samples in the object store where they fit, and starts a
+   TorchTrainer whose run folder is --out.
+2. Each worker (worker.py) streams its batches, takes up the last checkpoint and runs the loop.
+3. The driver shows progress meanwhile and ends with report.html.
+"""
+
+import json
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
+
+from raylivecell import checkpoint, ingest, preflight, report, runtime, segment, shards, storage
+from raylivecell import recipe as recipes
+from raylivecell.errors import UserError
+from raylivecell.live import Live
+from raylivecell.order import Plan
+from raylivecell.recipe import Recipe
+from raylivecell.worker import Job, work
+
+SCORE = "val_mean_image_dice"
+# Part of the object store that the streams of all workers together may fill.
+STREAM_SHARE = 0.25
+# Validation images shown in the report.
+OVERLAYS = 6
+
+
+def train(
+    data: str,
+    out: str,
+    recipe: Recipe,
+    workers: int | tuple[int, int] = 1,
+    resume: bool = False,
+    retries: int = 3,
+) -> dict[str, Any]:
+    """Train `recipe` on the dataset at `data`; the last row of metrics.
+
+    Args:
+        data: URI of a prepared dataset.
+        out: URI of the run's folder: checkpoint_*/, metrics.jsonl, tensorboard/, recipe.yaml, report.html.
+        recipe: what to train.
+        workers: training processes, or (least, most) for a run that grows and shrinks with the cluster.
+        resume: continue the run in `out` from its last checkpoint, instead of refusing a folder in use.
+        retries: how often the run restarts from its last checkpoint after a worker died.
+
+    Raises:
+        UserError: no such data; `out` in use, or nothing there to resume; too few CPUs; a loss not finite.
+    """
+    data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
+    rows = tuple(shards.list_rows(data, "train"))
+    if not rows:
+        raise UserError(f"dataset at {data} has no training images; its train split is empty")
+    preflight.batch_divides(recipe.batch_size, workers)
+    shape = preflight.sample_shape(data, "train", recipe.crop)
+    _claim(out, recipe, resume)
+    runtime.connect()
+    plan = Plan(recipe.seed, len(rows), recipe.batch_size, recipe.phases)
+    kept = ingest.keep(rows, len(ingest.PLANES) * shape[0] * shape[1])
+    source = ingest.Source(rows, plan, recipe.augment, recipe.crop, kept)
+    store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
+    queue = Queue(actor_options={"num_cpus": 0})
+    trainer = _trainer(Job(recipe, data, out, source, store, queue), workers, retries)
+    with Live(plan.steps, lambda: queue.get_nowait_batch(queue.size())):
+        failed = _fit(trainer)
+    if failed:
+        names = sorted({shards.read_row(rows[i], ["file_name"])["file_name"] for i in failed["samples"]})
+        raise UserError(
+            f"the loss became NaN or infinite at step {failed['step']}, in the batch of {', '.join(names)}; "
+            "lower optimizer.lr or set optimizer.clip_norm, and look at those images"
+        )
+    return _finish(data, out, recipe)
+
+
+def _claim(out: str, recipe: Recipe, resume: bool) -> None:
+    """Make `out` this run's folder. Ray resumes a folder in use without a word: refuse, unless that is meant."""
+    used = "recipe.yaml" in storage.list_names(out)
+    if resume and not used:
+        raise UserError(f"nothing to resume at {out}; leave --resume away to start a run there")
+    if used and not resume:
+        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
+    if used:
+        changed = _changed(recipes.load(storage.join(out, "recipe.yaml")), recipe)
+        if changed:
+            raise UserError(
+                f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml"
+            )
+    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
+
+
+def _changed(old: Recipe, new: Recipe) -> str:
+    """Names of the parts in which two recipes differ."""
+    return ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(new, name))
+
+
+def _trainer(job: Job, workers: int | tuple[int, int], retries: int) -> TorchTrainer:
+    most = workers if isinstance(workers, int) else workers[1]
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= most
+    resources = {"CPU": preflight.worker_cpus(most, use_gpu), **({"GPU": 1.0} if use_gpu else {})}
+    parent, name = job.out.rsplit("/", 1)
+    return TorchTrainer(
+        work,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=parent,
+            failure_config=FailureConfig(max_failures=retries),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+        ),
+    )
+
+
+def _fit(trainer: TorchTrainer) -> dict[str, Any] | None:
+    """Run to the end; what rank 0 returned. A user's mistake found in a worker is raised as itself."""
+    try:
+        return trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause: BaseException | None = failure
+            while cause is not None:
+                if isinstance(cause, UserError):
+                    raise cause from None
+                cause = getattr(cause, "cause", None) or cause.__cause__
+        raise
+
+
+def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
+    """Write report.html from what the run left; the last row of metrics."""
+    history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
+    network, _ = checkpoint.load_model(out)
+    pictures = segment.overlays(network, data, "val", OVERLAYS)
+    report.write_run_report(out, recipes.dump(recipe), history, pictures, shards.load_description(data))
+    return history[-1]

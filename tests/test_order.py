@@ -1,0 +1,84 @@
+"""Every sample once an epoch, the same batches for any number of ranks, from any step on."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raylivecell.order import EPOCH, SAMPLE, VARIANT, PhaseConfig, Plan
+
+plans = st.builds(
+    Plan,
+    seed=st.integers(0, 5),
+    samples=st.integers(1, 30),
+    batch_size=st.sampled_from([1, 2, 4, 6, 12]),
+    phases=st.lists(
+        st.builds(PhaseConfig, epochs=st.integers(1, 4), plain=st.just(True), transformed=st.integers(0, 2)),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
+)
+
+
+def all_rows(plan: Plan) -> np.ndarray:
+    return np.concatenate([plan.rows(step) for step in range(plan.steps)])
+
+
+@given(plans)
+def test_each_whole_epoch_holds_every_variant_of_every_sample_once(plan: Plan) -> None:
+    rows, epoch, position = all_rows(plan), 0, 0
+    for phase in plan.phases:
+        size = phase.copies() * plan.samples
+        for whole in range(phase.epochs or 0):
+            part = rows[position + whole * size : position + (whole + 1) * size]
+            assert set(part[:, EPOCH]) == {epoch + whole}
+            expected = {(s, v) for s in range(plan.samples) for v in range(phase.copies())}
+            assert {(r[SAMPLE], r[VARIANT]) for r in part} == expected
+        steps = -(-(phase.epochs or 0) * size // plan.batch_size)
+        position, epoch = position + steps * plan.batch_size, epoch + -(-steps * plan.batch_size // size)
+    assert position == len(rows)
+
+
+@given(plans)
+def test_no_transformation_is_drawn_twice(plan: Plan) -> None:
+    keys = [tuple(row) for row in all_rows(plan)]
+    assert len(keys) == len(set(keys))
+
+
+@given(plans, st.sampled_from([1, 2, 3, 6]))
+def test_ranks_share_each_batch(plan: Plan, ranks: int) -> None:
+    if plan.batch_size % ranks:
+        return
+    for step in range(min(plan.steps, 7)):
+        parts = [plan.rank_rows(step, rank, ranks) for rank in range(ranks)]
+        assert len({len(part) for part in parts}) == 1
+        np.testing.assert_array_equal(np.concatenate(parts), plan.rows(step))
+
+
+@given(plans)
+def test_epochs_end_as_often_as_there_are_epochs(plan: Plan) -> None:
+    ends = sum(plan.epoch_ends(step) for step in range(plan.steps))
+    last = plan.rows(plan.steps - 1)[-1, EPOCH]
+    # Several epochs may end within one batch, when the batch is larger than the set.
+    assert ends == last + 1 or plan.batch_size > plan.samples
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def order(seed: int, epochs: int) -> np.ndarray:
+        return all_rows(Plan(seed, 50, 10, (PhaseConfig(epochs=epochs),)))[:, SAMPLE]
+
+    assert (order(0, 1) != order(1, 1)).any()
+    assert (order(0, 2)[:50] != order(0, 2)[50:]).any()
+    np.testing.assert_array_equal(order(0, 2)[:50], order(0, 1))
+
+
+def test_steps_set_the_length_whatever_the_set() -> None:
+    phases = (PhaseConfig(steps=7), PhaseConfig(steps=5, plain=False, transformed=1))
+    assert {Plan(0, samples, 4, phases).steps for samples in (1, 3, 1000)} == {12}
+    assert set(Plan(0, 3, 4, phases).rows(8)[:, VARIANT]) == {1}
+
+
+@pytest.mark.parametrize("wrong", [{}, {"epochs": 1, "steps": 1}, {"epochs": 1, "plain": False}])
+def test_a_phase_without_a_length_or_images_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="phase"):
+        PhaseConfig(**wrong)
