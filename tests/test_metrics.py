@@ -1,0 +1,120 @@
+"""Counts add up, ratios come last, and MONAI agrees."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import DiceMetric, MeanIoU
+
+from raylivecell import metrics
+
+
+def random_batch(seed: int, images: int = 5, size: tuple[int, int] = (37, 41)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.rand(images, *size, generator=generator) < torch.rand(images, 1, 1, generator=generator)
+    logits = torch.randn(images, 1, *size, generator=generator) + truth[:, None] * 2 - 1
+    return logits, truth
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_torch_and_numpy_count_the_same(seed: int) -> None:
+    logits, truth = random_batch(seed)
+    counted = metrics.pixel_counts(logits, truth)
+    assert counted.dtype == torch.int64
+    assert counted.shape == (5, 4)
+    assert (counted.sum(dim=1) == 37 * 41).all()
+    rows = [metrics.mask_counts((logit[0] > 0).numpy(), cell.numpy()) for logit, cell in zip(logits, truth)]
+    np.testing.assert_array_equal(metrics.as_counts(rows), counted.numpy())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_agrees_with_monai(seed: int) -> None:
+    logits, truth = random_batch(seed)
+    counts = metrics.pixel_counts(logits, truth).numpy()
+    said, cell = (logits > 0).float(), truth[:, None].float()
+    monai_dice = DiceMetric(include_background=True, reduction="none")(said, cell)[:, 0].numpy()
+    monai_iou = MeanIoU(include_background=True, reduction="none")(said, cell)[:, 0].numpy()
+    np.testing.assert_allclose(metrics.image_dice(counts), monai_dice, rtol=1e-6)
+    np.testing.assert_allclose([metrics.iou(row) for row in counts], monai_iou, rtol=1e-6)
+    np.testing.assert_allclose([metrics.dice(row) for row in counts], monai_dice, rtol=1e-6)
+    assert metrics.mean_image_dice(counts) == pytest.approx(monai_dice.mean(), rel=1e-6)
+    # Sums over pixels = one image made of all images side by side.
+    joined = DiceMetric(include_background=True, reduction="none")(
+        said.reshape(1, 1, -1, 41), cell.reshape(1, 1, -1, 41)
+    )
+    assert metrics.dice(counts) == pytest.approx(joined.item(), rel=1e-6)
+
+
+def test_split_into_batches_changes_nothing() -> None:
+    logits, truth = random_batch(7, images=6)
+    whole = metrics.pixel_counts(logits, truth)
+    parts = torch.cat([metrics.pixel_counts(logits[i : i + 2], truth[i : i + 2]) for i in (0, 2, 4)])
+    assert torch.equal(whole, parts)
+    assert metrics.dice(whole) == metrics.dice(parts.sum(dim=0)) == metrics.dice(parts.flip(0))
+
+
+def test_both_empty_is_one_and_one_empty_is_zero() -> None:
+    assert metrics.dice([0, 0, 0, 9]) == metrics.iou([0, 0, 0, 9]) == metrics.mean_image_dice([[0, 0, 0, 9]]) == 1
+    assert metrics.dice([0, 3, 0, 6]) == metrics.iou([0, 0, 3, 6]) == metrics.mean_image_dice([[0, 3, 0, 6]]) == 0
+
+
+def test_truth_may_be_labels_and_shapes_are_checked() -> None:
+    logits = torch.tensor([[[[1.0, 1.0, -1.0, -1.0]]]])
+    assert metrics.pixel_counts(logits, torch.tensor([[[7, 0, 300, 0]]])).tolist() == [[1, 1, 1, 1]]
+    assert metrics.mask_counts(np.array([[255, 1, 0, 0]]), np.array([[7, 0, 300, 0]])) == {
+        "tp": 1,
+        "fp": 1,
+        "fn": 1,
+        "tn": 1,
+    }
+    with pytest.raises(ValueError, match="differ in shape"):
+        metrics.mask_counts(np.zeros((2, 2)), np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="want"):
+        metrics.pixel_counts(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3))
+
+
+def test_counts_do_not_overflow() -> None:
+    many = np.full((2000, 4), 2**31, np.int64)  # 2000 images of 8 gigapixels
+    assert metrics.dice(many) == pytest.approx(0.5)
+
+
+def rows_of(seed: int, images: int) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    kinds = ["A172", "BV2", "MCF7"]
+    return [
+        {"file_name": f"{i:03d}.tif", "cell_type": kinds[i % 3]}
+        | dict(zip(metrics.COUNTS, rng.integers(1, 5000, 4).tolist()))
+        for i in range(images)
+    ]
+
+
+def test_summary_has_every_field_and_does_not_hang_on_order() -> None:
+    rows = rows_of(0, 30)
+    summary = metrics.summarise(rows)
+    fields = {"images", "dice", "iou", "mean_image_dice", "intervals"}
+    assert summary.keys() == fields | {"per_cell_type"}
+    assert all(score.keys() == fields for score in summary["per_cell_type"].values())
+    assert sum(score["images"] for score in summary["per_cell_type"].values()) == summary["images"] == 30
+    for name, (low, high) in summary["intervals"].items():
+        assert 0 <= low < summary[name] < high <= 1
+    assert json.loads(json.dumps(summary)) == metrics.summarise(rows[::-1])
+
+
+def test_one_image_has_no_interval_and_none_is_refused() -> None:
+    alone = metrics.summarise(rows_of(1, 1))
+    assert alone["intervals"] == {"dice": None, "iou": None, "mean_image_dice": None}
+    with pytest.raises(ValueError, match="no image"):
+        metrics.summarise([])
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Of 200 sets of 60 images whose true mean is known, about 95 % of the intervals hold it."""
+    rng = np.random.default_rng(5)
+    hit = 0
+    for trial in range(200):
+        tp = rng.binomial(100, rng.beta(8, 2, size=60))  # Dice of an image = 2 tp / (2 tp + fp + fn) = tp / 100
+        counts = np.stack([tp, 100 - tp, 100 - tp, np.zeros_like(tp)], axis=1)
+        low, high = metrics.bootstrap_interval(counts, metrics.mean_image_dice, seed=trial, resamples=300) or (0, 0)
+        hit += low <= 0.8 <= high
+    assert 178 <= hit <= 198
