@@ -59,7 +59,7 @@ def _planes(source: Source, sample: int) -> np.ndarray:
 
 
 def transform(planes: np.ndarray, key: tuple[int, int, int, int], source: Source) -> np.ndarray:
-    """A sample as it is trained on, uint8 (3, h, w): a pure function of the sample and key = (seed, epoch, id, variant)."""
+    """A sample as it is trained on, uint8 (3, h, w): a pure function of it and key = (seed, epoch, id, variant)."""
     rng = np.random.default_rng(key)
     image, targets = planes[0], planes[1:].transpose(1, 2, 0)
     if key[3]:

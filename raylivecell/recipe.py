@@ -22,6 +22,10 @@ from raylivecell.order import PhaseConfig
 from raylivecell.recipe_base import StrictModel
 
 
+# First the plain images, then plain and transformed ones together.
+PAPER_PHASES = (PhaseConfig(epochs=10), PhaseConfig(epochs=10, transformed=1))
+
+
 class Recipe(StrictModel):
     """Everything that decides what is trained, and nothing of where."""
 
@@ -31,9 +35,7 @@ class Recipe(StrictModel):
     """Images in an optimiser step, over all workers together."""
     crop: tuple[int, int] | None = (333, 434)
     """Height and width of the random crops trained on, pixels; none: whole images, which then must be equally large."""
-    phases: tuple[PhaseConfig, ...] = Field(
-        (PhaseConfig(epochs=10), PhaseConfig(epochs=10, transformed=1)), min_length=1
-    )
+    phases: tuple[PhaseConfig, ...] = Field(PAPER_PHASES, min_length=1)
     """The parts of the training, one after the other."""
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

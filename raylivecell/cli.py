@@ -1,0 +1,150 @@
+"""The command line, generated from the types of these functions: one a command, each of a few lines.
+
+What a command needs is imported when it runs, so that `--help` does not wait for torch and Ray.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from raylivecell import __version__
+from raylivecell.errors import UserError
+
+
+def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> None:
+    """Write a LIVECell-shaped dataset of synthetic phase-contrast images.
+
+    Args:
+        out: folder to write; it must not exist or be empty.
+        images: how many, over train, val and test together.
+        seed: image number i depends on (seed, i) alone.
+        defects: plant every defect that `prepare` must find, listed in planted.json.
+    """
+    from raylivecell import runtime, synthetic
+
+    runtime.connect()
+    synthetic.write_dataset(out, images, seed, defects, mapper=runtime.ordered_map)
+
+
+def evaluate(checkpoint: str, data: str, out: str, split: Literal["train", "val", "test"] = "test", tta: bool = False) -> None:
+    """Score a checkpoint on whole images: metrics.json, in all, per cell type and per image.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        data: a prepared dataset.
+        out: folder for metrics.json and overlays.
+        split: which images.
+        tta: average over the four flips.
+    """
+    from raylivecell import inference
+
+    inference.evaluate(checkpoint, data, split, out, tta=tta)
+
+
+def predict(checkpoint: str, images: str, out: str, threshold: float = 0.5, tta: bool = False) -> None:
+    """Segment a folder of images: masks, overlays and cells.csv.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits.
+        out: folder to write.
+        threshold: probability from which a pixel is cell.
+        tta: average over the four flips.
+    """
+    from raylivecell import inference
+
+    inference.predict(checkpoint, images, out, tta=tta, threshold=threshold)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a recipe on a prepared dataset with Ray Train."""
+    from raylivecell import recipe as recipes
+    from raylivecell.train import train as run
+
+    base = recipes.load(_value_of("--recipe", arguments)) if "--recipe" in arguments else recipes.Recipe()
+
+    def command(
+        data: str,
+        out: str,
+        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
+        recipe: str | None = None,
+        workers: str = "1",
+        resume: bool = False,
+        retries: int = 3,
+    ) -> None:
+        """Train a recipe on a prepared dataset with Ray Train.
+
+        Args:
+            data: URI of a prepared dataset.
+            out: URI of the run's folder: checkpoints, metrics.jsonl, tensorboard/, report.html.
+            fields: the recipe's fields; a flag goes before the recipe's file.
+            recipe: a recipe file (jobs/*.yaml).
+            workers: training processes, N or LEAST:MOST.
+            resume: continue the run in --out from its last checkpoint.
+            retries: restarts from the last checkpoint after a worker died.
+        """
+        run(data, out, fields, _workers(workers), resume, retries)
+
+    tyro.cli(command, prog="raylivecell train", args=arguments)
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str:
+    place = list(arguments).index(flag) + 1
+    if place == len(arguments):
+        raise UserError(f"{flag} needs a value")
+    return arguments[place]
+
+
+def _workers(text: str) -> int | tuple[int, int]:
+    try:
+        counts = [int(part) for part in text.split(":")]
+    except ValueError:
+        counts = []
+    if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 1:
+        raise UserError(f"--workers {text}: give a number (2), or the least and the most (1:4)")
+    return counts[0] if len(counts) == 1 else (counts[0], counts[1])
+
+
+def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], None]:
+    return lambda arguments: tyro.cli(function, prog=f"raylivecell {function.__name__}", args=arguments)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "synth": ("write a LIVECell-shaped dataset of synthetic images", _typed(synth)),
+    "train": ("train a recipe on a prepared dataset", train),
+    "evaluate": ("score a checkpoint on whole images", _typed(evaluate)),
+    "predict": ("segment a folder of images", _typed(predict)),
+}
+
+
+def usage() -> str:
+    """What `raylivecell --help` prints."""
+    lines = [f"  {name:<10}{what}" for name, (what, _) in COMMANDS.items()]
+    return "\n".join(
+        [f"raylivecell {__version__}: segment living cells with a U-Net trained on Ray", "", "commands:", *lines, ""]
+        + ["`raylivecell COMMAND --help` documents a command."]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: 0 done, 2 a mistake that the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
+        COMMANDS[arguments[0]][1](arguments[1:])
+    except UserError as error:
+        print(f"raylivecell: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

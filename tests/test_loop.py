@@ -1,0 +1,108 @@
+"""The training loop without Ray: learning, resuming, averaging, bad losses."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from raylivecell import loop
+from raylivecell.losses import LossConfig
+from raylivecell.model import ModelConfig, build_model
+from raylivecell.optimizer import OptimizerConfig
+from raylivecell.order import PhaseConfig, Plan
+
+PLAN = Plan(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
+
+
+def images() -> torch.Tensor:
+    """Six bright squares on a dark ground: uint8 (6, 3, 16, 16)."""
+    planes = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
+    planes[:, 0] = 100
+    for i in range(6):
+        planes[i, :2, 2 + i : 9 + i, 3:12] = torch.tensor([180, 1], dtype=torch.uint8)[:, None, None]
+    return planes
+
+
+def batches(start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    for step in range(start, PLAN.steps):
+        yield {"planes": images()[PLAN.rows(step)[:, 1]]}
+
+
+def begin(ema: float = 0.0) -> loop.Training:
+    torch.manual_seed(0)
+    config = OptimizerConfig(lr=1e-2, ema_decay=ema, clip_norm=1.0)
+    return loop.start(build_model(ModelConfig(features=(4, 8))), config, PLAN.steps)
+
+
+def run(training: loop.Training, batches_: Iterator[dict[str, torch.Tensor]], **options: object) -> list[loop.Training]:
+    reported: list[loop.Training] = []
+    loop.run(
+        training,
+        training.model,
+        batches_,
+        PLAN,
+        loop.LoopConfig(),
+        LossConfig(),
+        validate=lambda network: {"val_mean_image_dice": 0.5},
+        report=lambda t: reported.append(copy.deepcopy(t)),
+        **options,  # type: ignore[arg-type]
+    )
+    return reported
+
+
+def test_the_loss_falls_and_every_epoch_is_reported() -> None:
+    training = begin()
+    assert len(run(training, batches())) == 4
+    losses = [row["loss"] for row in training.state.history]
+    assert losses[-1] < 0.7 * losses[0]
+    assert [row["epoch"] for row in training.state.history] == [1, 2, 3, 4]
+    assert all(0 <= row["data_wait_share"] <= 1 for row in training.state.history)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_run_ends_with_the_same_weights(ema: float) -> None:
+    whole = begin(ema)
+    second = run(whole, batches())[1]
+    resumed = begin(ema)
+    resumed.load(second.state_dict(), second.state)
+    run(resumed, batches(resumed.state.step))
+    for a, b in zip(whole.network().state_dict().values(), resumed.network().state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_the_average_lags_behind_the_weights() -> None:
+    training = begin(0.999)
+    first = copy.deepcopy(training.model.state_dict())
+    run(training, batches())
+    name = "head.weight"
+    moved = (training.model.state_dict()[name] - first[name]).norm()
+    assert (training.network().state_dict()[name] - first[name]).norm() < 0.2 * moved
+
+
+def test_a_bad_loss_stops_the_run_and_names_the_batch() -> None:
+    training = begin()
+
+    def poisoned() -> Iterator[dict[str, torch.Tensor]]:
+        for step, batch in enumerate(batches()):
+            if step == 4:
+                with torch.no_grad():
+                    training.model.head.bias.fill_(float("nan"))  # type: ignore[union-attr]
+            yield batch
+
+    with pytest.raises(loop.NonFiniteLoss) as caught:
+        run(training, poisoned())
+    assert caught.value.step == 4
+    assert caught.value.samples == sorted(PLAN.rows(4)[:, 1].tolist())
+
+
+def test_a_bad_loss_of_another_rank_stops_this_one_at_the_same_step() -> None:
+    calls = []
+
+    def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+        calls.append(values)
+        return values + 1.0 if len(calls) == 3 else values
+
+    with pytest.raises(loop.NonFiniteLoss) as caught:
+        run(begin(), batches(), sum_over_ranks=sum_over_ranks)
+    assert caught.value.step == 2

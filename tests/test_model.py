@@ -1,0 +1,71 @@
+"""The network and its loss."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylivecell.losses import LossConfig, segmentation_loss
+from raylivecell.model import ModelConfig, build_model, count_parameters, normalise
+from raylivecell.optimizer import OptimizerConfig, schedule
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(16, 70), st.integers(16, 70), st.sampled_from([(4,), (4, 8), (4, 8, 8, 8)]))
+def test_output_has_the_size_of_the_input(height: int, width: int, features: tuple[int, ...]) -> None:
+    model = build_model(ModelConfig(features=features)).eval()
+    assert model(torch.zeros(1, 1, height, width)).shape == (1, 1, height, width)
+
+
+def test_the_papers_crop_and_size() -> None:
+    model = build_model(ModelConfig()).eval()
+    assert count_parameters(model) == 31_036_481  # the original's 31.0 M, without the biases that BatchNorm cancels
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 1, 333, 434)).shape == (1, 1, 333, 434)
+
+
+def test_background_becomes_zero() -> None:
+    image = torch.tensor([[0, 128, 255]], dtype=torch.uint8)
+    torch.testing.assert_close(normalise(image), torch.tensor([[-2.0, 0.0, 1.984375]]))
+
+
+def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, 1, 9, 7, generator=random)
+    foreground = (torch.rand(size, 9, 7, generator=random) > 0.5).to(torch.uint8)
+    border = (255 * torch.rand(size, 9, 7, generator=random)).to(torch.uint8)
+    return logits, foreground, border
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_the_loss_does_not_depend_on_how_a_batch_is_split(parts: int) -> None:
+    config = LossConfig(border_weight=10, background_weight=2)
+    logits, foreground, border = batch()
+    whole = segmentation_loss(logits, foreground, border, config)
+    split = [segmentation_loss(*part, config) for part in zip(*(t.chunk(parts) for t in (logits, foreground, border)))]
+    for name in ("total", "bce", "dice"):
+        mean = torch.stack([getattr(part, name) for part in split]).mean()
+        torch.testing.assert_close(mean, getattr(whole, name))
+
+
+def test_the_loss_is_its_formula() -> None:
+    logits, foreground, border = batch()
+    config = LossConfig(bce_share=0.3, background_weight=2, cell_weight=3, border_weight=10)
+    p, g = torch.sigmoid(logits[:, 0]).double(), foreground.double()
+    weight = torch.where(g > 0, 3.0, 2.0) + 10 * border.double() / 255
+    bce = -(weight * (g * p.log() + (1 - g) * (1 - p).log())).mean()
+    axes = (1, 2)
+    dice = (1 - 2 * (p * g).sum(axes) / ((p**2).sum(axes) + (g**2).sum(axes))).mean()
+    loss = segmentation_loss(logits, foreground, border, config)
+    torch.testing.assert_close(loss.bce.double(), bce, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.dice.double(), dice, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.total.double(), 0.3 * bce + 0.7 * dice, rtol=1e-5, atol=1e-6)
+
+
+@given(st.sampled_from(["constant", "poly", "cosine"]), st.integers(0, 20), st.integers(21, 100))
+def test_schedules_rise_then_never_rise_again(kind: str, warmup: int, steps: int) -> None:
+    factor = schedule(OptimizerConfig(schedule=kind, warmup_steps=warmup), steps)
+    values = [factor(step) for step in range(steps)]
+    assert all(0 < value <= 1 for value in values)
+    after = values[warmup:]
+    assert all(a >= b for a, b in zip(after, after[1:]))
