@@ -1,0 +1,284 @@
+"""Synthetic LIVECell: phase-contrast-like frames of eight kinds of cells, in LIVECell's own layout and JSON.
+
+    OUT/images/livecell_train_val_images/*.tif      520 x 704, 8 bit, LZW with predictor
+    OUT/images/livecell_test_images/*.tif
+    OUT/annotations/LIVECell/livecell_coco_{train,val,test}.json
+    OUT/synthetic.json                              what was asked for; `whole` turns true last of all
+    OUT/planted.json                                with defects: what `prepare` must find
+
+Frame i is a function of (seed, i) alone: its kind, split, name, ids, pixels and polygons are the same whatever the
+number of frames and whoever draws it. Kinds take turns; each kind's frames are dealt 11 : 2 : 5 to train, val and test.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from raylivecell import storage, synthetic_defects
+from raylivecell.errors import UserError
+from raylivecell.synthetic_cells import HEIGHT, KINDS, WIDTH, Bytes, Mask, grow_frame, polygon
+from raylivecell.synthetic_optics import render
+
+DRAWING = 1
+"""Grows when the same seed draws other pixels."""
+SPLITS = ("train", "val", "test")
+# Dealt so that each kind gets 11 train, 2 val and 5 test of every 18 frames (61, 11, 28 %; LIVECell: 62, 11, 27), that
+# frames 0, 1 and 2 are one of each, and that no first n frames are more than 1.8 frames off those shares.
+_DEAL = "rtrrvrtrrtrrtrvrrt"
+_DEAL_STARTS = (3, 14, 6, 5, 10, 1, 0, 11)
+_LETTER_SPLIT = {"r": "train", "v": "val", "t": "test"}
+_WELLS, _FIELDS, _PLACES, _HOURS = 96, 2, 4, 4
+# One number space for images and annotations, as LIVECell's; the gap holds a frame's cells and, from +1000, a copy's.
+_FIRST_ID, _ID_STEP = 90_001, 2003
+
+INFO = {
+    "year": "2026",
+    "version": str(DRAWING),
+    "description": "raylivecell synthetic cells in LIVECell's layout",
+    "contributor": "raylivecell",
+    "url": "",
+    "date_created": "2026/01/01",
+}
+LICENCES = [{"id": 1, "name": "CC0 1.0 Universal", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}]
+CATEGORIES = [{"supercategory": "cell", "id": 1, "name": "cell"}]
+
+Mapper = Callable[[Callable[["Frame"], list[dict[str, Any]]], Sequence["Frame"]], Iterable[list[dict[str, Any]]]]
+
+
+class Frame(NamedTuple):
+    """One frame to be drawn: everything a worker needs, a few bytes to send."""
+
+    out: str
+    seed: int
+    index: int
+
+    @property
+    def kind(self) -> int:
+        """Its place in `KINDS`; the turns' order is the seed's."""
+        return int(np.random.default_rng((self.seed, 0)).permutation(len(KINDS))[self.index % len(KINDS)])
+
+    @property
+    def split(self) -> str:
+        """`train`, `val` or `test`."""
+        turn, slot = divmod(self.index, len(KINDS))
+        return _LETTER_SPLIT[_DEAL[(turn + _DEAL_STARTS[slot]) % len(_DEAL)]]
+
+    @property
+    def image_id(self) -> int:
+        """The id in the JSON; its cells take the ids that follow."""
+        return _FIRST_ID + _ID_STEP * self.index
+
+    @property
+    def file_name(self) -> str:
+        """`<Type>_Phase_<well>_<field>_<time>_<place>.tif`, unique in a dataset."""
+        return file_name(self.seed, self.kind, self.index // len(KINDS))
+
+    @property
+    def path(self) -> str:
+        """Where its TIFF lies."""
+        return image_path(self.out, self.split, self.file_name)
+
+
+def file_name(seed: int, kind: int, number: int) -> str:
+    """The name of the `number`-th frame of a kind: wells, fields, hours and places in an order drawn from the seed."""
+    hours = 120 // _HOURS
+    count = _WELLS * _FIELDS * hours * _PLACES
+    # 7919 is prime to `count`, so this visits every name once; frames beyond `count` go on to later days.
+    code = (number * 7919 + seed % count) % count
+    code, place = divmod(code, _PLACES)
+    code, field = divmod(code, _FIELDS)
+    well, hour = divmod(code, hours)
+    day, hour = divmod(hour * _HOURS, 24)
+    row, column = divmod(well, 12)
+    day += 5 * (number // count)
+    return (
+        f"{KINDS[kind].name}_Phase_{'ABCDEFGH'[row]}{column + 1}_{field + 1}_{day:02d}d{hour:02d}h00m_{place + 1}.tif"
+    )
+
+
+def image_path(out: str, split: str, name: str) -> str:
+    """Where LIVECell's layout keeps an image of `split`."""
+    return storage.join(out, "images", f"livecell_{'test' if split == 'test' else 'train_val'}_images", name)
+
+
+def json_path(out: str, split: str) -> str:
+    """Where LIVECell's layout keeps the annotations of `split`."""
+    return storage.join(out, "annotations", "LIVECell", f"livecell_coco_{split}.json")
+
+
+def draw_frame(seed: int, index: int) -> tuple[Bytes, list[Mask]]:
+    """The pixels (520, 704) uint8 of frame `index` and the mask of each of its cells."""
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng((seed, 1, index))
+    kind = KINDS[Frame("", seed, index).kind]
+    masks = grow_frame(kind, rng)
+    return render(kind, masks, rng), masks
+
+
+def encode_tiff(image: Bytes) -> bytes:
+    """`image` as a TIFF file, LZW with horizontal differencing as LIVECell's."""
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, cv2.IMWRITE_TIFF_COMPRESSION_LZW, cv2.IMWRITE_TIFF_PREDICTOR, 2]
+    done, data = cv2.imencode(".tif", image, options)
+    if not done:
+        raise RuntimeError("OpenCV could not encode a TIFF")
+    return bytes(data)
+
+
+def write_frame(frame: Frame) -> list[dict[str, Any]]:
+    """Draws one frame, writes its TIFF, returns its annotations; runs anywhere."""
+    image, masks = draw_frame(frame.seed, frame.index)
+    storage.write_bytes(frame.path, encode_tiff(image))
+    return [_annotation(frame.image_id, number, polygon(mask)) for number, mask in enumerate(masks, 1)]
+
+
+def _annotation(image_id: int, number: int, points: list[float]) -> dict[str, Any]:
+    x, y = np.array(points[::2]), np.array(points[1::2])
+    area = 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
+    low, size = (float(x.min()), float(y.min())), (float(np.ptp(x)), float(np.ptp(y)))
+    return {
+        "id": image_id + number,
+        "image_id": image_id,
+        "category_id": 1,
+        "segmentation": [points],
+        "area": round(area, 4),
+        "bbox": [*low, round(size[0], 2), round(size[1], 2)],
+        "iscrowd": 0,
+    }
+
+
+def image_entry(image_id: int, name: str) -> dict[str, Any]:
+    """An element of the JSON's `images`."""
+    return {
+        "id": image_id,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "file_name": name,
+        "original_filename": name.replace(".tif", ".png"),
+        "url": "",
+    }
+
+
+def write_dataset(
+    out: Path | str, images: int, seed: int, defects: bool = False, mapper: Mapper = map
+) -> dict[str, Any]:
+    """Writes `images` synthetic frames at the local folder `out`; the same bytes for the same `seed`.
+
+    Args:
+        out: a folder that is absent, empty, or holds this same dataset, whole (then nothing is done) or cut short.
+        images: how many frames; frame i is the same in a larger set.
+        seed: not negative.
+        defects: also plant every defect that `prepare` must find; needs 24 frames; listed in OUT/planted.json.
+        mapper: `map(function, frames)` in order: the builtin, or `runtime.ordered_map` to draw on Ray.
+
+    Returns:
+        What OUT/synthetic.json holds: seed, images, defects, and per split its images and cells.
+    """
+    if images < 1 or seed < 0:
+        raise UserError(
+            f"cannot draw {images} images with seed {seed}: ask for at least 1 image and a seed of 0 or more"
+        )
+    if defects and images < synthetic_defects.LEAST_IMAGES:
+        raise UserError(
+            f"{images} images are too few for every defect: ask for {synthetic_defects.LEAST_IMAGES} or more"
+        )
+    root = storage.absolute(out)
+    request = {"drawing": DRAWING, "seed": seed, "images": images, "defects": defects}
+    done = _begin(root, request)
+    if done is not None:
+        return done
+    frames = [Frame(root, seed, index) for index in range(images)]
+    planted = synthetic_defects.plan(frames) if defects else {}
+    splits = _write_annotations(root, frames, planted, mapper(write_frame, frames))
+    if defects:
+        storage.write_json(storage.join(root, "planted.json"), synthetic_defects.report(planted))
+    result = {**request, "whole": True, "splits": splits}
+    storage.write_json(storage.join(root, "synthetic.json"), result)
+    return result
+
+
+def _begin(root: str, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The finished dataset's summary if it lies there already; else marks `root` as being written."""
+    marker = storage.join(root, "synthetic.json")
+    if storage.exists(marker):
+        found = storage.read_json(marker)
+        if {key: found.get(key) for key in request} != request:
+            raise UserError(f"{root} holds another synthetic dataset: choose another --out or delete it")
+        if found.get("whole"):
+            return dict(found)
+    elif storage.list_names(root):
+        raise UserError(f"{root} is not empty and not a synthetic dataset: choose another --out")
+    storage.write_json(marker, {**request, "whole": False})
+    return None
+
+
+def _write_annotations(
+    root: str,
+    frames: list[Frame],
+    planted: dict[int, synthetic_defects.Planted],
+    drawn: Iterable[list[dict[str, Any]]],
+) -> dict[str, dict[str, int]]:
+    """Streams the annotations into the three JSON files, which get their names when all are whole."""
+    listings = [planted[frame.index].listings if frame.index in planted else _listing(frame) for frame in frames]
+    splits = {split: {"images": 0, "cells": 0} for split in SPLITS}
+    with ExitStack() as stack:
+        writers = {}
+        for split in SPLITS:
+            entries = [entry for listing in listings for where, entry in listing if where == split]
+            splits[split]["images"] = len(entries)
+            writers[split] = stack.enter_context(_JsonWriter(json_path(root, split), entries))
+        for frame, listing, annotations in zip(frames, listings, drawn, strict=True):
+            if frame.index in planted:
+                annotations = planted[frame.index].apply(annotations)
+            for copy, (split, entry) in enumerate(listing):
+                writers[split].add(_copied(annotations, entry["id"]) if copy else annotations)
+                splits[split]["cells"] += len(annotations)
+        for writer in writers.values():
+            writer.commit()
+    return splits
+
+
+def _listing(frame: Frame) -> list[tuple[str, dict[str, Any]]]:
+    return [(frame.split, image_entry(frame.image_id, frame.file_name))]
+
+
+def _copied(annotations: list[dict[str, Any]], image_id: int) -> Iterator[dict[str, Any]]:
+    for number, annotation in enumerate(annotations, 1):
+        yield {**annotation, "id": image_id + number, "image_id": image_id}
+
+
+class _JsonWriter:
+    """One COCO file, written piece by piece under a temporary name; `commit` renames it, anything else removes it."""
+
+    def __init__(self, path: str, images: list[dict[str, Any]]):
+        self.path, self.partial = Path(path), Path(path).with_name(f".{Path(path).name}.partial")
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self.stream: IO[str] = open(self.partial, "w", encoding="ascii")  # noqa: SIM115 (closed by __exit__)
+        head = {"info": INFO, "licenses": LICENCES, "categories": CATEGORIES, "images": images}
+        self.stream.write(json.dumps(head)[:-1] + ', "annotations": [')
+        self.separator = ""
+
+    def __enter__(self) -> "_JsonWriter":
+        return self
+
+    def add(self, annotations: Iterable[dict[str, Any]]) -> None:
+        """Appends records to `annotations`."""
+        for annotation in annotations:
+            self.stream.write(self.separator + json.dumps(annotation))
+            self.separator = ", "
+
+    def commit(self) -> None:
+        """Ends the file, makes it durable and gives it its name."""
+        self.stream.write("]}\n")
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        os.replace(self.partial, self.path)
+
+    def __exit__(self, *error: object) -> None:
+        self.stream.close()
+        self.partial.unlink(missing_ok=True)

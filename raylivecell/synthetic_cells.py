@@ -1,0 +1,302 @@
+"""Where synthetic cells lie and the mask of each: the truth that the picture is then drawn from.
+
+1. `place`: centres and sizes; colonies grow by giving a new cell a place beside an old one.
+2. `_outlines`: a cell's free shape: an irregular ellipse, plus tapered, bent processes where its kind has them.
+3. `draw_masks`: cells contend for pixels (the one whose centre is nearer, in its own radii, wins), so that crowded cells
+   get the straight borders of a confluent layer; then a few cells are let over their neighbours' edges.
+
+All lengths are pixels, areas square pixels, angles radians. Figures of a kind are those of 14 real LIVECell images
+(cells a frame, median area, share of foreground, grey profile across the contour) or read off the pictures.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+HEIGHT, WIDTH = 520, 704
+CELLS = (40, 750)
+"""Cells in a frame, fewest and most; LIVECell's own images hold 42 to 768 in livecell-mini."""
+MAX_OVERLAP = 0.02
+"""Share of foreground pixels given to two cells at most; LIVECell's is up to 0.03, the rest is for polygon rounding."""
+
+Floats = NDArray[np.float64]
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one cell line looks. `x` pairs are ranges (low, high) drawn from uniformly unless said otherwise."""
+
+    name: str
+    cells: tuple[int, int]
+    """Cells in a frame; log-uniform."""
+    radius: float
+    """Median radius of a cell's body; single cells vary log-normally by `spread`."""
+    spread: float
+    aspect: tuple[float, float]
+    """Length over width of the body."""
+    ragged: float
+    """Depth of the outline's waves, as a share of the radius."""
+    processes: tuple[int, int]
+    """Tapered outgrowths a cell (inclusive)."""
+    reach: tuple[float, float]
+    """Length of a process beyond the centre, in radii."""
+    process_width: float
+    """Half width of a process at its root, in radii."""
+    gather: float
+    """Chance that a new cell is born beside an old one, not anywhere."""
+    tight: float
+    """Least distance of two centres over the sum of their radii; below 1 neighbours press against each other."""
+    rounded: float
+    """Share of cells that have rounded up: smaller, circular, bright, on top of the others."""
+    rim: float
+    """Grey levels of the bright line along the contour; `dark` of the line inside it."""
+    dark: float
+    grain: float
+    """Standard deviation of the fine texture, grey levels; `vesicles` of its dots."""
+    vesicles: float
+    nucleus: float
+    """Grey levels of the line round the nucleus."""
+    psf: tuple[float, float]
+    """Blur of an image of this kind (sigma)."""
+    debris: float
+    """Mean number of specks in a frame."""
+
+
+KINDS = (
+    Kind("A172", (90, 280), 17.5, 0.32, (1.1, 2.2), 0.30, (1, 3), (1.4, 2.8), 0.30, 0.85, 0.80, 0.04, 12, 7, 8, 9, 6,
+         (0.55, 0.8), 12),
+    Kind("BT474", (120, 420), 11.8, 0.26, (1.0, 1.6), 0.16, (0, 1), (1.3, 1.8), 0.35, 0.95, 0.74, 0.07, 15, 9, 10, 9, 9,
+         (0.5, 0.8), 55),
+    Kind("BV2", (200, 720), 8.2, 0.10, (1.0, 1.12), 0.04, (0, 0), (1.0, 1.2), 0.20, 0.84, 0.90, 0.80, 46, 40, 12, 12, 6,
+         (0.6, 0.9), 25),
+    Kind("Huh7", (48, 150), 18.5, 0.34, (1.0, 1.6), 0.22, (0, 2), (1.2, 1.7), 0.32, 0.78, 0.80, 0.06, 7, 5, 10, 12, 9,
+         (0.55, 0.8), 70),
+    Kind("MCF7", (130, 720), 8.9, 0.24, (1.0, 1.7), 0.16, (0, 1), (1.3, 1.7), 0.35, 0.96, 0.74, 0.06, 20, 15, 9, 9, 8,
+         (0.5, 0.75), 18),
+    Kind("SHSY5Y", (150, 430), 7.6, 0.22, (1.4, 2.8), 0.14, (2, 5), (1.8, 5.0), 0.24, 0.92, 0.80, 0.05, 12, 16, 6, 6, 7,
+         (0.75, 1.05), 14),
+    Kind("SkBr3", (130, 330), 9.6, 0.14, (1.0, 1.3), 0.06, (0, 1), (1.1, 1.4), 0.35, 0.45, 0.92, 0.76, 28, 26, 12, 10, 8,
+         (0.65, 0.95), 20),
+    Kind("SKOV3", (50, 150), 17.0, 0.34, (1.0, 1.9), 0.20, (0, 2), (1.2, 1.8), 0.30, 0.55, 0.88, 0.12, 9, 5, 8, 8, 9,
+         (0.6, 0.85), 12),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell before it is drawn: centre, body radius, length over width, direction, and whether it has rounded up."""
+
+    x: float
+    y: float
+    radius: float
+    aspect: float
+    angle: float
+    rounded: bool
+
+
+@dataclass
+class Mask:
+    """A cell's pixels: `pixels` (h, w) uint8 0/1 with its top left corner at (x, y) of the frame."""
+
+    cell: Cell
+    x: int
+    y: int
+    pixels: Bytes
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """The part of the frame under `pixels`."""
+        height, width = self.pixels.shape
+        return slice(self.y, self.y + height), slice(self.x, self.x + width)
+
+
+def place(kind: Kind, count: int, rng: np.random.Generator) -> list[Cell]:
+    """About `count` cells (fewer where they no longer fit) of `kind`; centres may lie a little outside the frame."""
+    cells: list[Cell] = []
+    spots = np.empty((count, 3))
+    for _ in range(count * 12):
+        if len(cells) == count:
+            break
+        cell = _draw_cell(kind, spots[: len(cells)], rng)
+        old = spots[: len(cells)]
+        near = np.hypot(old[:, 0] - cell.x, old[:, 1] - cell.y) < kind.tight * (old[:, 2] + cell.radius)
+        # A rounded cell may sit on a flat one; anything else keeps its distance.
+        if near.sum() > (1 if cell.rounded and kind.rounded < 0.5 else 0):
+            continue
+        spots[len(cells)] = cell.x, cell.y, cell.radius
+        cells.append(cell)
+    return cells
+
+
+def _draw_cell(kind: Kind, old: Floats, rng: np.random.Generator) -> Cell:
+    rounded = bool(rng.random() < kind.rounded)
+    radius = kind.radius * float(np.exp(kind.spread * np.clip(rng.normal(), -2, 2.2)))
+    if rounded and kind.rounded < 0.5:
+        radius = float(np.clip(kind.radius * 0.62, 6.5, 10.5)) * rng.uniform(0.8, 1.2)
+    aspect = rng.uniform(1.0, 1.12) if rounded else rng.uniform(*kind.aspect)
+    if len(old) and rng.random() < kind.gather:
+        x, y, beside = old[rng.integers(len(old))]
+        angle = rng.uniform(0, 2 * np.pi)
+        step = kind.tight * (radius + beside) * rng.uniform(1.0, 1.25)
+        x, y = x + step * np.cos(angle), y + step * np.sin(angle)
+    else:
+        x, y = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT)
+    x = float(np.clip(x, -0.3 * radius, WIDTH + 0.3 * radius))
+    y = float(np.clip(y, -0.3 * radius, HEIGHT + 0.3 * radius))
+    return Cell(x, y, radius, aspect, rng.uniform(0, np.pi), rounded)
+
+
+def _body(cell: Cell, ragged: float, grown: float, rng: np.random.Generator) -> Floats:
+    """Outline (48, 2) of an ellipse of area pi (grown radius)^2 with `ragged` waves of 2 to 7 periods on it."""
+    turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    waves = np.arange(2, 8)
+    depth = ragged * rng.normal(size=6) / waves**0.8
+    swell = 1 + (depth[:, None] * np.cos(waves[:, None] * turn + rng.uniform(0, 2 * np.pi, (6, 1)))).sum(0)
+    reach = cell.radius * grown * np.clip(swell, 0.5, 1.7)
+    along, across = reach * np.cos(turn) * cell.aspect**0.5, reach * np.sin(turn) / cell.aspect**0.5
+    return _turned(cell, along, across)
+
+
+def _turned(cell: Cell, along: Floats, across: Floats) -> Floats:
+    cos, sin = np.cos(cell.angle), np.sin(cell.angle)
+    return np.stack([cell.x + along * cos - across * sin, cell.y + along * sin + across * cos], axis=1)
+
+
+def _process(cell: Cell, kind: Kind, end: int, rng: np.random.Generator) -> Floats:
+    """Outline of a tapered, bent outgrowth; even and odd `end`s leave at opposite poles of the body."""
+    t = np.linspace(0, 1, 12)
+    length = cell.radius * rng.uniform(*kind.reach) * cell.aspect**0.5
+    heading = end * np.pi + rng.normal(0, 0.5 if end < 2 else 1.1) + rng.normal(0, 0.7) * t
+    along, across = np.cumsum(np.cos(heading)) * length / 12, np.cumsum(np.sin(heading)) * length / 12
+    # 1.2 px of half width at the tip: LIVECell's annotators drew neurites about 3 px wide.
+    half = np.maximum(kind.process_width * cell.radius * (1 - t) ** 1.3, 1.2)
+    side = np.stack([-np.sin(heading), np.cos(heading)]) * half
+    left = _turned(cell, along + side[0], across + side[1])
+    right = _turned(cell, along - side[0], across - side[1])
+    return np.concatenate([left, right[::-1]])
+
+
+def _outlines(cell: Cell, kind: Kind, rng: np.random.Generator) -> list[Floats]:
+    """The closed outlines, each (V, 2) x, y, whose union is the cell's free shape."""
+    if cell.rounded:
+        return [_body(cell, 0.03, 1.0, rng)]
+    pressed = kind.tight < 0.85
+    # Pressed cells are drawn larger than their share: their neighbours cut them back to it.
+    body = _body(cell, kind.ragged, 1.22 if pressed else 1.0, rng)
+    ends = rng.integers(kind.processes[0], kind.processes[1] + 1)
+    return [body, *(_process(cell, kind, end, rng) for end in range(ends))]
+
+
+def _filled(cell: Cell, outlines: list[Floats]) -> Mask | None:
+    """The free shape as pixels, cut to the frame; None when nothing of it lies inside."""
+    points = np.concatenate(outlines)
+    x0, y0 = np.maximum(np.floor(points.min(0)).astype(int) - 1, 0)
+    x1, y1 = np.minimum(np.ceil(points.max(0)).astype(int) + 2, (WIDTH, HEIGHT))
+    if x1 - x0 < 4 or y1 - y0 < 4:
+        return None
+    pixels = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    for outline in outlines:
+        # 4 fractional bits; pixel centres lie at +0.5 of the frame's coordinates.
+        fixed = np.round((outline - (x0 + 0.5, y0 + 0.5)) * 16).astype(np.int32)
+        cv2.fillPoly(pixels, [fixed], 1, shift=4)
+    return Mask(cell, int(x0), int(y0), pixels)
+
+
+def distance(mask: Mask) -> NDArray[np.float32]:
+    """Distance of the window's pixels to the cell's centre in units of its (elliptic) radius; (h, w) float32."""
+    cell, (height, width) = mask.cell, mask.pixels.shape
+    x = np.arange(mask.x, mask.x + width, dtype=np.float32) + 0.5 - cell.x
+    y = (np.arange(mask.y, mask.y + height, dtype=np.float32) + 0.5 - cell.y)[:, None]
+    cos, sin = np.cos(cell.angle), np.sin(cell.angle)
+    along, across = x * cos + y * sin, y * cos - x * sin
+    squared = along**2 / cell.aspect + across**2 * cell.aspect
+    result: NDArray[np.float32] = (np.sqrt(squared) / cell.radius).astype(np.float32)
+    return result
+
+
+def draw_masks(kind: Kind, cells: list[Cell], rng: np.random.Generator) -> list[Mask]:
+    """The mask of every cell of which at least 40 px are seen; at most `MAX_OVERLAP` of the foreground is shared."""
+    free = [mask for cell in cells if (mask := _filled(cell, _outlines(cell, kind, rng))) is not None]
+    best = np.full((HEIGHT, WIDTH), np.inf, np.float32)
+    owner = np.zeros((HEIGHT, WIDTH), np.int32)
+    for number, mask in enumerate(free, 1):
+        # Rounded cells lie on top: their distance counts a third.
+        score = distance(mask) * (0.33 if mask.cell.rounded else 1.0)
+        wins = (mask.pixels > 0) & (score < best[mask.window])
+        best[mask.window][wins] = score[wins]
+        owner[mask.window][wins] = number
+    kept = []
+    for number, mask in enumerate(free, 1):
+        mask.pixels = _largest_part(_smooth(owner[mask.window] == number, kind))
+        if mask.pixels.sum() >= 40:
+            kept.append(mask)
+    _overlap(kept, rng)
+    return kept
+
+
+def _smooth(own: NDArray[np.bool_], kind: Kind) -> Bytes:
+    """Rounds the corners that contending left; thin processes would not survive it."""
+    pixels = own.astype(np.uint8)
+    if kind.processes[1] > 2:
+        return pixels
+    return (cv2.GaussianBlur(pixels * 255, (5, 5), 1.2, borderType=cv2.BORDER_REPLICATE) > 127).astype(np.uint8)
+
+
+def _largest_part(pixels: Bytes) -> Bytes:
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(pixels, connectivity=4)
+    if count <= 2:
+        return pixels
+    return (labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8)
+
+
+def _overlap(masks: list[Mask], rng: np.random.Generator) -> None:
+    """Lets some cells over their neighbours' edges by a pixel or two, within `MAX_OVERLAP`."""
+    depth = np.zeros((HEIGHT, WIDTH), np.uint8)
+    for mask in masks:
+        depth[mask.window] += mask.pixels
+    budget = MAX_OVERLAP * rng.uniform(0.2, 0.7) * float((depth > 0).sum()) - float((depth > 1).sum())
+    element = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
+    for index in rng.permutation(len(masks)):
+        mask = masks[index]
+        grown = cv2.dilate(mask.pixels, element, iterations=int(rng.integers(1, 3)))
+        new = (grown > 0) & (mask.pixels == 0) & (depth[mask.window] == 1)
+        if new.sum() > budget:
+            continue
+        budget -= float(new.sum())
+        mask.pixels = np.where(new, 1, mask.pixels).astype(np.uint8)
+        depth[mask.window] += new
+
+
+def grow_frame(kind: Kind, rng: np.random.Generator) -> list[Mask]:
+    """The masks of one frame of `kind`, `CELLS[0]` to `CELLS[1]` of them; the frame is a function of `rng` alone."""
+    low, high = kind.cells
+    count = int(np.exp(rng.uniform(np.log(low), np.log(high))))
+    while True:
+        masks = draw_masks(kind, place(kind, count, rng), rng)
+        if len(masks) >= CELLS[0]:
+            return masks[: CELLS[1]]
+        count += CELLS[0] // 4
+
+
+def polygon(mask: Mask) -> list[float]:
+    """The contour [x0, y0, x1, y1, ...] of a cell, in LIVECell's coordinates: pixel (0, 0) covers 0 to 1.
+
+    Traced at four times the resolution on a slightly blurred mask, so that it runs between pixel centres; 5 to 140 points.
+    """
+    padded = cv2.copyMakeBorder(mask.pixels * 255, 2, 2, 2, 2, cv2.BORDER_CONSTANT)
+    fine = cv2.resize(padded, None, fx=4, fy=4, interpolation=cv2.INTER_LINEAR)
+    contours, _ = cv2.findContours((fine > 127).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    contour = max(contours, key=len)
+    tolerance = 1.6
+    points = cv2.approxPolyDP(contour, tolerance, True)
+    while len(points) > 140:
+        tolerance *= 1.3
+        points = cv2.approxPolyDP(contour, tolerance, True)
+    if len(points) < 5:
+        points = contour[:: max(1, len(contour) // 12)]
+    located = (points.reshape(-1, 2) + 0.5) / 4 - 2 + (mask.x, mask.y)
+    located = np.clip(located, 0, (WIDTH, HEIGHT))
+    return [round(float(value), 2) for value in located.ravel()]

@@ -1,0 +1,154 @@
+"""The picture of a synthetic frame: masks to an 8-bit phase-contrast-like image with the background at 128.
+
+1. Each cell: bright line along its contour, dark line inside it, nucleus with nucleoli; strength varies along the contour.
+2. Texture inside cells, thickest round the nucleus: band-passed noise and dots (vesicles) with a ring of the other sign.
+3. What is no cell: specks, threads, ghosts of things out of focus.
+4. Optics: blur, then subtraction of the surroundings (LIVECell's images are local-mean normalised, so a threshold finds
+   nothing: foreground and background both average 128), uneven gain, stripes, noise.
+
+Grey profiles follow the real ones: +15 to +22 grey levels in the first two pixels of a round cell and -13 to -20 in the
+fourth, +3 and -2 for flat ones, whose standard deviation (12 to 14, background 2) is what gives them away.
+"""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from raylivecell.synthetic_cells import HEIGHT, WIDTH, Bytes, Kind, Mask, distance
+
+Image = NDArray[np.float32]
+
+
+def _noise(rng: np.random.Generator, sigma: float) -> Image:
+    """A random field (HEIGHT, WIDTH) of zero mean and unit deviation, smooth over `sigma` px."""
+    # Wide fields are drawn on a coarse grid: same look, a tenth of the time.
+    step = max(1, int(sigma / 3))
+    coarse = rng.standard_normal((HEIGHT // step + 2, WIDTH // step + 2), dtype=np.float32)
+    field = cv2.GaussianBlur(coarse, (0, 0), sigma / step)
+    if step > 1:
+        field = cv2.resize(field, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    field = field[:HEIGHT, :WIDTH]
+    return np.asarray((field - field.mean()) / field.std(), np.float32)
+
+
+def _dots(rng: np.random.Generator, density: float, sigma: float) -> Image:
+    """Sparse dots, two in three of them dark, each with a ring of the other sign; unit deviation."""
+    field = np.zeros((HEIGHT, WIDTH), np.float32)
+    count = int(density * HEIGHT * WIDTH)
+    strength = rng.choice([-1.0, -1.0, 1.0], count) * rng.uniform(0.4, 1.2, count)
+    field[rng.integers(0, HEIGHT, count), rng.integers(0, WIDTH, count)] = strength
+    field = cv2.GaussianBlur(field, (0, 0), sigma) - cv2.GaussianBlur(field, (0, 0), sigma * 1.8)
+    return np.asarray(field / field.std(), np.float32)
+
+
+def _padded(mask: Mask, pad: int) -> Mask:
+    """The same cell in a window larger by `pad` px, cut to the frame."""
+    height, width = mask.pixels.shape
+    top, left = min(pad, mask.y), min(pad, mask.x)
+    bottom, right = min(pad, HEIGHT - mask.y - height), min(pad, WIDTH - mask.x - width)
+    pixels = cv2.copyMakeBorder(mask.pixels, top, bottom, left, right, cv2.BORDER_CONSTANT, value=0)
+    return Mask(mask.cell, mask.x - left, mask.y - top, pixels)
+
+
+def _depth(pixels: Bytes) -> Image:
+    """Distance (px) of each pixel inside a cell to its contour; the frame's edge is no contour."""
+    return np.asarray(cv2.distanceTransform(pixels, cv2.DIST_L2, 3), np.float32)
+
+
+def _nucleus(mask: Mask, kind: Kind, strength: float, rng: np.random.Generator) -> Image:
+    """Grey levels of the nucleus: a thin dark line, a thin bright one inside it, one to three dark nucleoli."""
+    cell, (height, width) = mask.cell, mask.pixels.shape
+    size = float(np.clip(cell.radius * rng.uniform(0.38, 0.52), 3.0, 10.0))
+    shift = rng.normal(0, 0.12 * cell.radius, 2)
+    x = np.arange(mask.x, mask.x + width, dtype=np.float32)[None] + 0.5 - cell.x - shift[0]
+    y = np.arange(mask.y, mask.y + height, dtype=np.float32)[:, None] + 0.5 - cell.y - shift[1]
+    squash = rng.uniform(1.0, 1.35)
+    edge = np.sqrt(x**2 * squash + y**2 / squash) - size
+    grey = strength * (0.7 * np.exp(-((edge + 1.8) ** 2)) - np.exp(-(edge**2) / 1.3))
+    for _ in range(rng.integers(1, 4)):
+        at = rng.normal(0, 0.4 * size, 2)
+        grey -= 2.4 * strength * np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / rng.uniform(1.2, 2.4))
+    return np.asarray(grey, np.float32)
+
+
+def _draw_cell(canvas: Image, weight: Image, wobble: Image, mask: Mask, kind: Kind, rng: np.random.Generator) -> None:
+    """Adds one cell's lines to `canvas` and its texture's strength to `weight`."""
+    mask = _padded(mask, 2)
+    inside, depth = mask.pixels > 0, _depth(mask.pixels)
+    contrast = float(np.exp(0.22 * rng.normal()))
+    bright = mask.cell.rounded
+    if bright and kind.rounded < 0.5:
+        rim, dark = max(2.2 * kind.rim, 30.0) * contrast, max(2.5 * kind.dark, 26.0) * contrast
+    else:
+        rim, dark = kind.rim * contrast, kind.dark * contrast
+    vary = 1.0 if bright else np.clip(0.9 + 0.55 * wobble[mask.window], 0.15, 2.2)
+    lines = rim * np.exp(-(((depth - 1.3) / 1.0) ** 2)) - dark * np.exp(-(((depth - 4.2) / 1.8) ** 2))
+    lines = lines * vary - 0.30 * dark * (depth > 3)
+    near = distance(mask)
+    if not bright or rng.random() < 0.6:
+        lines = lines + _nucleus(mask, kind, kind.nucleus * contrast, rng)
+    canvas[mask.window] += np.where(inside, lines, 0).astype(np.float32)
+    core = np.exp(-((near / rng.uniform(0.55, 0.8)) ** 2))
+    thick = contrast * (0.62 + 0.75 * core) * np.minimum(depth / 2.5, 1)
+    view = weight[mask.window]
+    np.maximum(view, np.where(inside, thick, 0), out=view)
+
+
+def _debris(canvas: Image, kind: Kind, rng: np.random.Generator) -> None:
+    """Specks (dark with a bright ring), threads and, rarely, ghosts: none of them a cell."""
+    for _ in range(rng.poisson(kind.debris)):
+        x, y, size = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), float(np.exp(rng.normal(-0.1, 0.35)))
+        _stamp(canvas, x, y, size, -rng.uniform(15, 70))
+    for _ in range(rng.poisson(kind.debris / 14)):
+        heading = np.cumsum(rng.normal(0, 0.35, 14)) + rng.uniform(0, 2 * np.pi)
+        steps = np.stack([np.cos(heading), np.sin(heading)], 1) * rng.uniform(0.6, 3.0)
+        path = np.cumsum(steps, 0) + (rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT))
+        line = np.round(path * 16).astype(np.int32)
+        layer = np.zeros_like(canvas)
+        cv2.polylines(layer, [line], False, 1.0, 1, cv2.LINE_AA, 4)
+        canvas += rng.uniform(10, 30) * (cv2.GaussianBlur(layer, (0, 0), 1.6) * 2.2 - layer)
+    if rng.random() < 0.25:
+        ghost = np.zeros_like(canvas)
+        centre = int(rng.uniform(0, WIDTH)), int(rng.uniform(0, HEIGHT))
+        cv2.circle(ghost, centre, int(rng.uniform(12, 40)), 1.0, 5)
+        canvas += rng.uniform(-14, 14) * cv2.GaussianBlur(ghost, (0, 0), rng.uniform(4, 8))
+
+
+def _stamp(canvas: Image, x: float, y: float, size: float, grey: float) -> None:
+    """Adds a dot of radius `size` and its ring of the other sign."""
+    reach = int(5 * size) + 2
+    x0, x1, y0, y1 = max(int(x) - reach, 0), int(x) + reach + 1, max(int(y) - reach, 0), int(y) + reach + 1
+    view = canvas[y0:y1, x0:x1]
+    if view.size == 0:
+        return
+    xs = np.arange(x0, x0 + view.shape[1], dtype=np.float32)[None] - x
+    ys = np.arange(y0, y0 + view.shape[0], dtype=np.float32)[:, None] - y
+    near = np.hypot(xs, ys) / size
+    view += grey * (np.exp(-(near**2)) - 0.45 * np.exp(-((near - 2.1) ** 2) / 0.5))
+
+
+def _stripes(rng: np.random.Generator) -> Image:
+    """The faint interference stripes that many real frames show: 0 to 1.2 grey levels."""
+    angle, period = rng.uniform(0, np.pi), rng.uniform(5, 14)
+    x, y = np.arange(WIDTH, dtype=np.float32)[None], np.arange(HEIGHT, dtype=np.float32)[:, None]
+    wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
+    return np.asarray(rng.uniform(0, 1.2) * rng.random() * wave, np.float32)
+
+
+def render(kind: Kind, masks: list[Mask], rng: np.random.Generator) -> Bytes:
+    """The frame (HEIGHT, WIDTH) uint8 of `masks`; a function of its arguments alone."""
+    canvas, weight = np.zeros((HEIGHT, WIDTH), np.float32), np.zeros((HEIGHT, WIDTH), np.float32)
+    wobble = _noise(rng, 5.0)
+    for mask in masks:
+        _draw_cell(canvas, weight, wobble, mask, kind, rng)
+    grain = _noise(rng, 0.8) - _noise(rng, 0.8) * 0
+    canvas += weight * (kind.grain * grain + kind.vesicles * _dots(rng, 0.035, 0.85))
+    _debris(canvas, kind, rng)
+    blurred = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(*kind.psf))
+    # Phase contrast and LIVECell's normalisation both take the surroundings away.
+    seen = blurred - cv2.GaussianBlur(blurred, (0, 0), 9.0)
+    gain = rng.uniform(0.85, 1.15) * (1 + 0.12 * _noise(rng, 120.0))
+    lamp = 0.7 * _noise(rng, 60.0) + _stripes(rng)
+    sensor = rng.uniform(1.1, 1.7) * rng.standard_normal((HEIGHT, WIDTH), dtype=np.float32)
+    image = 128 + seen * gain + lamp + sensor
+    return np.asarray(np.clip(np.round(image), 3, 255), np.uint8)
