@@ -1,0 +1,286 @@
+"""Figures and the HTML report of a run: one file that needs no network, no script and no other file.
+
+1. `curves`: metrics over training as small SVG figures.
+2. `panel`: an image beside its segmentation, with a title and the colours in words, as PNG.
+3. `write_run_report`: scores, curves, pictures, recipe, dataset and licence on one page, all embedded.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from raylivecell import __version__, storage
+from raylivecell.overlay import LEGEND, overlay
+
+Row = dict[str, Any]
+Picture = tuple[str, bytes]
+"""Title and PNG."""
+
+# Title, unit of the y axis, and the history's columns with their names and colours (Okabe and Ito).
+CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
+    ("Loss, training", "", (("loss", "total", "#000000"), ("bce", "BCE", "#0072B2"), ("dice_loss", "Dice", "#D55E00"))),
+    (
+        "Scores, validation",
+        "",
+        (
+            ("val_mean_image_dice", "mean image Dice", "#000000"),
+            ("val_dice", "Dice", "#009E73"),
+            ("val_iou", "IoU", "#CC79A7"),
+        ),
+    ),
+    ("Learning rate", "", (("lr", "learning rate", "#0072B2"),)),
+    ("Speed", "images/s", (("images_per_s", "images/s", "#0072B2"),)),
+    ("Time spent waiting for data", "share", (("data_wait_share", "waiting", "#D55E00"),)),
+)
+STYLE = """
+:root{--ink:#1c2430;--soft:#5b6675;--line:#e1e6ec;--back:#f5f7f9}
+*{box-sizing:border-box}
+body{margin:0;background:var(--back);color:var(--ink);
+  font:15px/1.5 system-ui,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif}
+main{max-width:1160px;margin:0 auto;padding:28px 20px 60px}
+h1{font-size:25px;margin:0}h2{font-size:18px;margin:36px 0 12px}
+p{margin:6px 0}.soft{color:var(--soft)}
+.grid{display:grid;gap:14px}.tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin-top:18px}
+.curves{grid-template-columns:repeat(auto-fit,minmax(320px,1fr))}
+.card{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 14px}
+.tile b{display:block;font-size:24px;font-weight:600;font-variant-numeric:tabular-nums}
+img{display:block;max-width:100%;height:auto;margin:0 auto}
+figure{margin:0}figcaption{color:var(--soft);margin-bottom:8px;overflow-wrap:anywhere}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{text-align:right;padding:4px 12px;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left;padding-left:0}
+.wide{overflow-x:auto}
+pre{margin:10px 0 0;font:13px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;overflow-x:auto}
+summary{cursor:pointer;font-weight:600}
+@media print{body{background:#fff}.card{break-inside:avoid}}
+"""
+
+
+def write_run_report(
+    out_uri: str, recipe_yaml: str, history: Sequence[Row], overlays: Sequence[Picture], dataset: dict[str, Any] | None
+) -> None:
+    """Write `report.html` of a training run into the folder `out_uri`, atomically.
+
+    Args:
+        out_uri: the run's folder.
+        recipe_yaml: the recipe as text.
+        history: a row a report, oldest first, as the loop makes them; `val_*` may be absent.
+        overlays: pictures to show with their titles.
+        dataset: the dataset's `dataset.json`, or none where it is not known.
+    """
+    name = storage.absolute(out_uri).rstrip("/").rsplit("/", 1)[-1]
+    figures = [_figure(title, _data_uri(svg, "svg+xml")) for title, svg in curves(history)]
+    body = [
+        _grid("tiles", [_tile(label, value) for label, value in headline(history)]),
+        "<h2>Training</h2>",
+        _grid("curves", figures) if figures else '<p class="soft">Nothing was reported.</p>',
+        *_pictures(overlays),
+        *(_dataset(dataset) if dataset is not None else []),
+        "<h2>Recipe</h2>",
+        f'<details class="card"><summary>Every field</summary><pre>{html.escape(recipe_yaml)}</pre></details>',
+        "<h2>All reports</h2>",
+        f'<details class="card"><summary>{len(history)} rows</summary>{_history_table(history)}</details>',
+    ]
+    page_bytes = page(f"Run {name}", "Training of a U-Net on cells in phase contrast", body).encode()
+    storage.write_bytes(storage.join(out_uri, "report.html"), page_bytes)
+
+
+def page(title: str, subtitle: str, body: Iterable[str]) -> str:
+    """A whole HTML page; `title` and `subtitle` are text, `body` is HTML."""
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    top = f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape(subtitle)} &middot; raylivecell {__version__}</p>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
+        f"<body><main>{top}\n" + "\n".join(body) + "\n</main></body></html>\n"
+    )
+
+
+def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
+    """The run in a few figures: label and value; best scores are those of the checkpoint that is kept."""
+    if not history:
+        return []
+    tiles = []
+    scored = [row for row in history if "val_mean_image_dice" in row]
+    if scored:
+        best = max(scored, key=lambda row: row["val_mean_image_dice"])
+        tiles += [
+            ("mean image Dice, validation, best", f"{best['val_mean_image_dice']:.4f}"),
+            ("Dice over all pixels, same report", f"{best['val_dice']:.4f}"),
+            ("IoU over all pixels, same report", f"{best['val_iou']:.4f}"),
+            ("best at step", f"{best['step']:,}"),
+        ]
+    seconds = sum(row["seconds"] for row in history)
+    waited = sum(row["data_wait_share"] * row["seconds"] for row in history)
+    trained = sum(row["images_per_s"] * row["seconds"] for row in history)
+    return [
+        *tiles,
+        ("loss, last", f"{history[-1]['loss']:.4f}"),
+        ("steps", f"{history[-1]['step']:,}"),
+        ("time in steps", _duration(seconds)),
+        ("images/s, mean", f"{trained / max(seconds, 1e-9):,.1f}"),
+        ("waiting for data", f"{waited / max(seconds, 1e-9):.0%}"),
+    ]
+
+
+def curves(history: Sequence[Row]) -> list[tuple[str, bytes]]:
+    """Title and SVG of each figure of `CURVES` for which the history has values.
+
+    Over epochs where each report ends one, else over steps.
+    """
+    epochs = [row["epoch"] for row in history]
+    axis = "epoch" if len(set(epochs)) == len(epochs) else "step"
+    drawn = []
+    for title, unit, lines in CURVES:
+        present = [line for line in lines if any(line[0] in row for row in history)]
+        if present:
+            drawn.append((title, _svg(_curve(history, axis, unit, present))))
+    return drawn
+
+
+def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
+    """A line for each column; a report without the column leaves no point, and no gap."""
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    marker = "o" if len(history) <= 30 else ""  # single points must show; hundreds would hide the line
+    for column, name, colour in lines:
+        points = [(row[axis], row[column]) for row in history if column in row]
+        axes.plot(*zip(*points), color=colour, label=name, marker=marker, markersize=3, linewidth=1.6)
+    axes.set_xlabel(axis)
+    axes.set_ylabel(unit)
+    axes.grid(color="#e1e6ec")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    low, high = axes.get_ylim()
+    if all(column.startswith("val_") for column, *_ in lines):
+        axes.set_ylim(max(0.0, low), min(1.0, high))
+    elif "lr" not in {column for column, *_ in lines}:
+        axes.set_ylim(0, max(high, 1e-3))
+    else:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def panel(image: NDArray[Any], truth: NDArray[Any] | None, prediction: NDArray[Any], title: str = "") -> bytes:
+    """The image and, beside it, its segmentation, with title and legend; PNG with one pixel an image pixel.
+
+    Args:
+        image: uint8 (H, W).
+        truth: (H, W), cell where not 0, or none.
+        prediction: (H, W), cell where not 0.
+        title: one line; none where whoever shows the picture prints one.
+    """
+    height, width = image.shape
+    across = max(width, 320)  # narrower, title and legend would not fit
+    gap, head, foot = 10, 34 if title else 0, 34 if truth is not None else 0
+    total_w, total_h = 2 * across + gap, head + height + foot
+    figure = Figure(figsize=(total_w / 100, total_h / 100), dpi=100)
+    for left, pixels in ((0, np.dstack([image] * 3)), (across + gap, overlay(image, truth, prediction))):
+        axes = figure.add_axes((left / total_w, foot / total_h, width / total_w, height / total_h))
+        axes.imshow(pixels, interpolation="nearest", aspect="auto")
+        axes.axis("off")
+    figure.text(6 / total_w, 1 - 11 / total_h, title, va="top", fontsize=11)
+    if truth is not None:
+        patches = [Patch(color=tuple(np.array(colour) / 255), label=text) for text, colour in LEGEND]
+        figure.legend(handles=patches, loc="lower left", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0, 0))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _pictures(overlays: Sequence[Picture]) -> list[str]:
+    if not overlays:
+        return []
+    figures = [_figure(title, _data_uri(data, "png")) for title, data in overlays]
+    return ["<h2>What the network finds</h2>", _grid("pictures", figures)]
+
+
+def _dataset(dataset: dict[str, Any]) -> list[str]:
+    """Counts, licence and citation of the dataset; parts that its `dataset.json` does not have are left out."""
+    splits = dataset.get("splits", {})
+    counts = [[name, f"{split['images']:,}", f"{split.get('cells', 0):,}"] for name, split in splits.items()]
+    parts = [
+        "<h2>Dataset</h2>",
+        '<div class="card">',
+        f"<p><b>{html.escape(str(dataset.get('name', 'unnamed')))}</b></p>",
+    ]
+    parts.append(_table(["split", "images", "cells"], counts))
+    kinds = dataset.get("cell_types", {})
+    if kinds:
+        head = ["cell type", *(f"images, {name}" for name in splits), "cells", "foreground"]
+        parts.append(_table(head, [_kind(name, kind, list(splits)) for name, kind in kinds.items()]))
+    defects = {name: n for name, n in dataset.get("defects", {}).get("counts", {}).items() if n}
+    if defects:
+        found = ", ".join(f"{name} {n:,}" for name, n in defects.items())
+        parts.append(f"<p>Defects found and handled: {html.escape(found)} (each named in dataset.json).</p>")
+    parts.append(f"<p>Licence of the images: <b>{html.escape(str(dataset.get('licence') or 'not stated'))}</b></p>")
+    if dataset.get("citation"):
+        parts.append(f'<p class="soft">{html.escape(str(dataset["citation"]))}</p>')
+    return [*parts, "</div>"]
+
+
+def _kind(name: str, kind: dict[str, Any], splits: Sequence[str]) -> list[str]:
+    images = [f"{kind.get('images', {}).get(split, 0):,}" for split in splits]
+    share = kind.get("foreground_share")
+    return [name, *images, f"{kind.get('cells', 0):,}", "" if share is None else f"{share:.1%}"]
+
+
+def _history_table(history: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    return _table(columns, [[_number(row.get(name)) for name in columns] for row in history])
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{top}</tr>{lines}</table></div>'
+
+
+def _tile(label: str, value: str) -> str:
+    return f'<div class="card tile"><b>{html.escape(value)}</b><span class="soft">{html.escape(label)}</span></div>'
+
+
+def _figure(title: str, source: str) -> str:
+    text = html.escape(title)
+    return f'<figure class="card"><figcaption>{text}</figcaption><img src="{source}" alt="{text}"></figure>'
+
+
+def _grid(kind: str, cells: Iterable[str]) -> str:
+    return f'<div class="grid {kind}">' + "".join(cells) + "</div>"
+
+
+def _svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No date and no random ids in it: the same run gives the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "raylivecell"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

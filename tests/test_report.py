@@ -1,0 +1,157 @@
+"""Pictures show what they say; the report stands alone."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from raylivecell import overlay, report
+
+
+def disk(size: int = 64, centre: tuple[int, int] = (32, 32), radius: int = 15) -> np.ndarray:
+    y, x = np.ogrid[:size, :size]
+    return ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius**2).astype(np.uint8)
+
+
+def decode(png: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def history(rows: int = 6) -> list[dict]:
+    out = []
+    for i in range(1, rows + 1):
+        row = {"epoch": i, "step": 10 * i, "samples": 20 * i, "loss": 1 / i, "bce": 0.5 / i, "dice_loss": 0.5 / i}
+        row |= {"lr": 1e-3, "images_per_s": 20.0, "data_wait_share": 0.1, "seconds": 3.0}
+        if i % 2 == 0:
+            row |= {"val_dice": 0.8, "val_iou": 0.7, "val_mean_image_dice": 0.1 * i}
+        out.append(row)
+    return out
+
+
+DATASET = {
+    "name": "tiny <set>",
+    "licence": "CC BY-NC 4.0",
+    "citation": "A & B",
+    "splits": {"train": {"images": 3, "cells": 1234}, "val": {"images": 1, "cells": 5}},
+    "cell_types": {"A172": {"images": {"train": 3}, "cells": 1239, "foreground_share": 0.25}},
+    "defects": {"counts": {"leak": 2, "duplicate": 0}},
+}
+
+
+class Page(HTMLParser):
+    """Collects tags that are open at the end, sources, and text."""
+
+    void = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.sources: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in self.void:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def written(folder: Path, rows: list[dict], dataset: dict | None = DATASET) -> Page:
+    pictures = [("one.tif", report.panel(np.full((64, 64), 128, np.uint8), disk(), disk(centre=(30, 34))))]
+    report.write_run_report(str(folder), "seed: 0 # <script>", rows, pictures, dataset)
+    return Page((folder / "report.html").read_text())
+
+
+def test_overlay_colours_mean_what_the_legend_says() -> None:
+    image = np.full((64, 64), 128, np.uint8)
+    truth, said = disk(centre=(32, 26)), disk(centre=(32, 38))
+    drawn = overlay.overlay(image, truth, said).astype(int)
+    assert drawn.shape == (64, 64, 3)
+    false, missed, found = drawn[32, 50], drawn[32, 13], drawn[32, 41]
+    assert false[0] > false[2] + 60
+    assert missed[2] > missed[0] + 60
+    assert tuple(found) == overlay.FOUND
+    assert (drawn[32, 32] == 128).all()  # the inside of what is found stays as it is
+    assert (drawn[2, 2] == 128).all()
+    assert (image == 128).all()
+
+
+def test_overlay_without_truth_draws_only_edges() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    drawn = overlay.overlay(image, None, disk())
+    edge = overlay.edge(disk() != 0)
+    assert (drawn[edge] == overlay.OUTLINE).all()
+    assert (drawn[~edge] == image[~edge][:, None]).all()
+    assert 0 < edge.sum() < disk().sum()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
+def test_overlay_of_the_smallest_images(shape: tuple[int, int]) -> None:
+    drawn = overlay.overlay(np.zeros(shape, np.uint8), np.ones(shape), np.zeros(shape))
+    assert drawn.shape == (*shape, 3)
+    assert decode(overlay.png(drawn)).shape == (*shape, 3)
+
+
+def test_panel_keeps_the_image_s_pixels() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (211, 333), np.uint8)
+    shown = decode(report.panel(image, disk(333)[:211], disk(333)[:211], "title"))
+    np.testing.assert_array_equal(shown[34 : 34 + 211, :333, 0], image)
+
+
+def test_report_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
+    page = written(tmp_path, history())
+    assert page.stack == []
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert len(page.sources) == 6  # five curves, one picture
+    assert all(re.match(r"data:image/(png|svg\+xml);base64,", source) for source in page.sources)
+    assert "@import" not in page.text
+    assert "url(" not in page.text
+    for source in page.sources:
+        assert len(base64.b64decode(source.split(",", 1)[1])) > 1000
+
+
+def test_report_says_what_it_was_given(tmp_path: Path) -> None:
+    page = written(tmp_path / "run-1", history())
+    for expected in (
+        "Run run-1",
+        "seed: 0 # <script>",
+        "tiny <set>",
+        "CC BY-NC 4.0",
+        "A & B",
+        "1,234",
+        "25.0%",
+        "leak 2",
+    ):
+        assert expected in page.text
+    assert "duplicate" not in page.text
+    assert "0.6000" in page.text  # the best mean image Dice
+    assert [p.name for p in (tmp_path / "run-1").iterdir()] == ["report.html"]
+
+
+def test_report_without_validation_dataset_or_rows(tmp_path: Path) -> None:
+    plain = [{k: v for k, v in row.items() if not k.startswith("val_")} for row in history(1)]
+    page = written(tmp_path, plain, None)
+    assert "Dice, validation" not in page.text
+    assert len(page.sources) == 5
+    assert "Nothing was reported" in written(tmp_path, []).text
+
+
+def test_same_run_same_bytes() -> None:
+    assert report.curves(history()) == report.curves(history())
+
+
+def test_reports_within_an_epoch_are_drawn_over_steps() -> None:
+    rows = [row | {"epoch": 1} for row in history()]
+    assert report.curves(rows) != report.curves(history())
