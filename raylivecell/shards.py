@@ -6,7 +6,8 @@ store: what an epoch's permutation of the index needs.
 """
 
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,25 @@ class Row:
     group: int
 
 
-def write_shard(uri: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write `rows` (a dict a row, pixel columns as arrays) as one Parquet file at `uri`, atomically, same bytes every time."""
-    encoded = [{k: v.astype(PIXEL_DTYPES[k]).tobytes() if k in PIXEL_DTYPES else v for k, v in row.items()} for row in rows]
-    sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(encoded, schema=SCHEMA)
-    pq.write_table(table, sink, row_group_size=1, compression="zstd", use_dictionary=False, write_statistics=False)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+def write_shard(uri: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Write `rows` (a dict a row, pixel columns as arrays) as one Parquet file at `uri`.
+
+    Atomically, and the same bytes every time. Rows are taken and compressed one at a time. Nothing is written where there are none.
+
+    Returns:
+        `rows`, `bytes` and `sha256` of what was written.
+    """
+    sink, count = pa.BufferOutputStream(), 0
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(sink, SCHEMA, **options) as writer:
+        for row in rows:
+            plain = {k: v.astype(PIXEL_DTYPES[k]).tobytes() if k in PIXEL_DTYPES else v for k, v in row.items()}
+            writer.write_table(pa.Table.from_pylist([plain], schema=SCHEMA), row_group_size=1)
+            count += 1
+    data = sink.getvalue().to_pybytes()
+    if count:
+        storage.write_bytes(uri, data)
+    return {"rows": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def load_description(data: str) -> dict[str, Any]:
@@ -61,7 +74,9 @@ def load_description(data: str) -> dict[str, Any]:
     try:
         description = storage.read_json(storage.join(data, "dataset.json"))
     except FileNotFoundError as error:
-        raise UserError(f"no dataset at {data}: dataset.json is missing; make one with `raylivecell prepare`") from error
+        raise UserError(
+            f"no dataset at {data}: dataset.json is missing; make one with `raylivecell prepare`"
+        ) from error
     if description.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"dataset at {data} has format {description.get('format_version')}, this version reads {FORMAT_VERSION}; "
@@ -96,7 +111,9 @@ def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     try:
         values = _open(row.shard).read_row_group(row.group, columns=wanted).to_pydict()
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"cannot read row {row.group} of shard {row.shard}: {error}; run `raylivecell prepare` again") from error
+        raise UserError(
+            f"cannot read row {row.group} of shard {row.shard}: {error}; run `raylivecell prepare` again"
+        ) from error
     sample = {name: values[name][0] for name in wanted}
     shape = (sample["height"], sample["width"])
     for name in PIXEL_DTYPES.keys() & sample.keys():

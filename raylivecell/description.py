@@ -1,0 +1,129 @@
+"""`dataset.json`: what a prepared dataset holds, told from the accounts of its parts."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from raylivecell.shards import FORMAT_VERSION, SPLITS
+
+LIVECELL_LICENCE = "CC BY-NC 4.0"
+LIVECELL_CITATION = (
+    "Edlund, C., Jackson, T. R., Khalid, N. et al. LIVECell - A large-scale dataset for label-free live cell "
+    "segmentation. Nature Methods 18, 1038-1045 (2021). https://doi.org/10.1038/s41592-021-01249-6"
+)
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+def legal(info: Mapping[str, Any], licences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Name, licence and citation of a source, from the `info` and `licenses` of its annotation files."""
+    described = str(info.get("description") or "")
+    if described.startswith("LIVECell"):
+        return {"name": "LIVECell", "licence": LIVECELL_LICENCE, "citation": LIVECELL_CITATION}
+    named = [str(licence.get("name") or licence.get("url") or "") for licence in licences]
+    stated = "; ".join(dict.fromkeys(name for name in named if name))
+    cited = " ".join(str(info[key]) for key in ("contributor", "year", "url") if info.get(key))
+    return {"name": described or "unnamed", "licence": stated or "not stated", "citation": cited or "not stated"}
+
+
+def cell_type_of(file_name: str, category: str) -> str:
+    """The cell type of an image.
+
+    The part before the first underscore where the name is like LIVECell's (`A172_Phase_...`), else the category of
+    most of its annotations, else `unknown`. A category named `cell` says nothing.
+    """
+    name = file_name.replace("\\", "/").rsplit("/", 1)[-1]
+    if match := re.match(r"([^_]+)_Phase_", name):
+        return match.group(1)
+    return category if category and category.lower() not in ("cell", "cells") else "unknown"
+
+
+def describe(
+    accounts: Sequence[Mapping[str, Any]], head: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The whole of dataset.json, in a fixed order and without a time: the same for the same source.
+
+    Args:
+        accounts: of every part, in order; each with `split` added.
+        head: name, licence, citation, source, targets, rules.
+        found: defects of images and files; those of cells are in the accounts.
+    """
+    everything = [*found, *(one for account in accounts for one in account["found"])]
+    counts = Counter(one["defect"] for one in everything)
+    cells = Counter(one["defect"] for one in everything for _ in one["ids"])
+    return {
+        "format_version": FORMAT_VERSION,
+        **head,
+        "splits": {split: _split(accounts, split) for split in SPLITS},
+        "intensity": _intensity(accounts),
+        "cell_types": _cell_types(accounts),
+        "defects": {"counts": dict(sorted(counts.items())), "ids": dict(sorted(cells.items())), "found": everything},
+    }
+
+
+def _split(accounts: Sequence[Mapping[str, Any]], split: str) -> dict[str, Any]:
+    mine = [account for account in accounts if account["split"] == split and account["rows"]]
+    return {
+        "images": sum(account["rows"] for account in mine),
+        "cells": sum(image["cells"] for account in mine for image in account["images"]),
+        "shards": [{key: account[key] for key in ("file", "rows", "bytes", "sha256")} for account in mine],
+    }
+
+
+def _intensity(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the pixels of train, or of all splits where train has no image; 0 to 255."""
+    split = next((s for s in SPLITS if _split(accounts, s)["images"]), "train")
+    histogram = np.zeros(256, np.int64)
+    for account in accounts:
+        if account["split"] == split:
+            histogram += np.array(account["histogram"])
+    total = max(1, int(histogram.sum()))
+    levels = np.arange(256)
+    mean = float(histogram @ levels) / total
+    variance = float(histogram @ (levels - mean) ** 2) / total
+    return {
+        "split": split,
+        "mean": round(mean, 4),
+        "std": round(variance**0.5, 4),
+        "percentiles": _percentiles(levels, histogram),
+    }
+
+
+def _percentiles(values: np.ndarray, counts: np.ndarray) -> dict[str, int]:
+    """The smallest of the ascending `values` that at least p % of the counted do not exceed."""
+    if not counts.sum():
+        return {}
+    summed = np.cumsum(counts)
+    places = np.searchsorted(summed, np.array(PERCENTILES) / 100 * summed[-1])
+    return {f"p{p}": int(values[place]) for p, place in zip(PERCENTILES, places)}
+
+
+def _cell_types(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    images: dict[str, list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
+    areas: dict[str, Counter[int]] = defaultdict(Counter)
+    for account in accounts:
+        for image in account["images"]:
+            images[image["cell_type"]].append((account["split"], image))
+        for name, histogram in account["areas"].items():
+            areas[name].update({int(area): count for area, count in histogram.items()})
+    return {name: _cell_type(images[name], areas[name]) for name in sorted(images)}
+
+
+def _cell_type(images: Sequence[tuple[str, Mapping[str, Any]]], areas: Mapping[int, int]) -> dict[str, Any]:
+    per_image = Counter(image["cells"] for _, image in images)
+    splits = Counter(split for split, _ in images)
+    foreground = sum(image["foreground"] for _, image in images)
+    return {
+        "images": {split: splits[split] for split in SPLITS},
+        "cells": sum(image["cells"] for _, image in images),
+        "foreground_share": round(foreground / sum(image["pixels"] for _, image in images), 6),
+        "cells_per_image": {"min": min(per_image), **_of(per_image), "max": max(per_image)},
+        "cell_area_px": _of(areas),
+    }
+
+
+def _of(counted: Mapping[int, int]) -> dict[str, int]:
+    values = np.array(sorted(counted), np.int64)
+    return _percentiles(values, np.array([counted[value] for value in values.tolist()], np.int64))

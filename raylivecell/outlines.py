@@ -1,0 +1,136 @@
+"""What is wrong with single cells of one image, and the cells that stay, ready for `targets.draw_labels`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from raylivecell.coco import CellRecord, mask_of_runs
+from raylivecell.defects import DefectRules
+from raylivecell.targets import Cell
+
+CellDefects = dict[str, list[tuple[int | str, str]]]
+"""Defect -> (annotation id, detail) of each cell that has it."""
+
+TOLERANCE = 1.0
+"""Pixels by which an outline may leave the image: LIVECell's touch 704.0 and 520.0, rounding may go past."""
+
+
+def check_cells(
+    records: Sequence[CellRecord], shape: tuple[int, int], scale: tuple[float, float], rules: DefectRules
+) -> tuple[list[Cell], list[int | str], CellDefects]:
+    """The cells that stay, their annotation ids, and what was found.
+
+    Args:
+        records: one image's annotations.
+        shape: (H, W) of the image file.
+        scale: factors on x and y of the outlines: (1, 1) but for an image of another size than its JSON says.
+        rules: what to do.
+    """
+    found: CellDefects = {}
+    cells: list[Cell] = []
+    ids: list[int | str] = []
+    for record in records:
+        if record.crowd:
+            found.setdefault("crowd_region", []).append((record.id, ""))
+            if rules.crowd_region == "drop":
+                continue
+        cell, defects = _usable(record, shape, scale, rules)
+        for defect, detail in defects:
+            found.setdefault(defect, []).append((record.id, detail))
+        if cell is not None:
+            cells.append(cell)
+            ids.append(record.id)
+    pairs = doubled(cells, shape, rules.doubled_iou)
+    if pairs:
+        found["doubled_contour"] = [(ids[later], f"again {ids[earlier]}") for later, earlier in pairs]
+    if rules.doubled_contour == "keep_first":
+        stay = sorted(set(range(len(cells))) - {later for later, _ in pairs})
+        cells, ids = [cells[index] for index in stay], [ids[index] for index in stay]
+    return cells, ids, found
+
+
+def _usable(
+    record: CellRecord, shape: tuple[int, int], scale: tuple[float, float], rules: DefectRules
+) -> tuple[Cell | None, list[tuple[str, str]]]:
+    """The drawable part of one record, None where there is none, and its defects."""
+    defects: list[tuple[str, str]] = []
+    masks: list[NDArray[np.bool_]] = []
+    for size, runs in record.runs:
+        mask = mask_of_runs(size, runs) if size == shape else None
+        if mask is None:
+            return None, [("degenerate_polygon", f"an RLE of {size[1]} x {size[0]} does not fill the image")]
+        masks.append(mask)
+    polygons = [polygon.astype(np.float64) * scale for polygon in record.polygons]
+    drawable = [polygon for polygon in polygons if _area(polygon) > 0]
+    if len(drawable) < len(polygons):
+        defects.append(("degenerate_polygon", "under 3 corners, no area or not finite"))
+    if not drawable and not any(mask.any() for mask in masks):
+        return None, defects or [("degenerate_polygon", "empty")]
+    if drawable and _outside(drawable, shape):
+        defects.append(("out_of_bounds", ""))
+        if rules.out_of_bounds == "drop":
+            return None, defects
+    if masks:
+        masks += [coco_mask.decode(_rle([polygon], shape)).astype(bool) for polygon in drawable]
+        return np.logical_or.reduce(masks), defects
+    return drawable, defects
+
+
+def _area(polygon: NDArray[np.float64]) -> float:
+    """Area of a polygon (V, 2) in square pixels; 0 where it has none or is not finite."""
+    if len(polygon) < 3 or not np.isfinite(polygon).all():
+        return 0.0
+    x, y = (polygon - polygon[0]).T
+    return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+
+
+def covered(records: Sequence[CellRecord]) -> float:
+    """Pixels that `records` cover, overlaps counted twice: the sum of their areas."""
+    polygons = sum(_area(polygon.astype(np.float64)) for record in records for polygon in record.polygons)
+    return polygons + float(sum(runs[1::2].clip(0).sum() for record in records for _, runs in record.runs))
+
+
+def _outside(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -> bool:
+    corners = np.concatenate(polygons)
+    limit = np.array((shape[1], shape[0])) + TOLERANCE
+    return bool((corners < -TOLERANCE).any() or (corners > limit).any())
+
+
+def doubled(cells: Sequence[Cell], shape: tuple[int, int], least: float) -> list[tuple[int, int]]:
+    """(later, earlier) indices of cells whose masks' intersection over union is at least `least`, each later one once.
+
+    Only pairs whose bounding boxes share half of their union are rasterised.
+    """
+    boxes = np.array([_box(cell) for cell in cells]).reshape(-1, 4)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    pairs = []
+    for later in range(1, len(cells)):
+        low = np.maximum(boxes[:later, :2], boxes[later, :2])
+        high = np.minimum(boxes[:later, 2:], boxes[later, 2:])
+        shared = np.prod(np.clip(high - low, 0, None), axis=1)
+        for earlier in np.flatnonzero(shared >= 0.5 * (areas[:later] + areas[later] - shared)).tolist():
+            if coco_mask.iou([_rle(cells[later], shape)], [_rle(cells[earlier], shape)], [0])[0, 0] >= least:
+                pairs.append((later, earlier))
+                break
+    return pairs
+
+
+def _box(cell: Cell) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) in pixels."""
+    if isinstance(cell, np.ndarray):
+        rows, columns = np.flatnonzero(cell.any(axis=1)), np.flatnonzero(cell.any(axis=0))
+        return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+    corners = np.concatenate(cell)
+    return (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
+
+
+def _rle(cell: Cell, shape: tuple[int, int]) -> dict[str, object]:
+    """pycocotools' form of a cell in its image."""
+    height, width = shape
+    if isinstance(cell, np.ndarray):
+        return coco_mask.encode(np.asfortranarray(cell.astype(np.uint8)))
+    far = np.array((width, height))  # time and memory grow with an edge's length
+    flat = [np.clip(polygon, -far, 2 * far).ravel().tolist() for polygon in cell]
+    return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))

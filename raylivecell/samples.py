@@ -1,0 +1,164 @@
+"""One image file -> what it holds (`examine`); images and their annotations -> a finished shard (`write_part`).
+
+Plain functions of JSON-able jobs, run by `prepare` as Ray Data tasks.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+
+from raylivecell import images, shards, storage
+from raylivecell.coco import CellRecord, decode_cells
+from raylivecell.defects import DefectRules, Facts, rule_of, visible_pixels
+from raylivecell.errors import UserError
+from raylivecell.outlines import check_cells
+from raylivecell.targets import border_map, draw_labels, hidden_cells
+
+
+def examine(uri: str) -> Facts:
+    """What the image file at `uri` holds."""
+    data = storage.read_bytes(uri)
+    try:
+        picture = images.decode(data)
+    except images.UnreadableImageError as error:
+        return Facts(error=str(error), sha256=hashlib.sha256(data).hexdigest())
+    pixels = np.ascontiguousarray(picture.pixels)
+    bits = images.used_bits(pixels)
+    return Facts(
+        sha256=hashlib.sha256(data).hexdigest(),
+        pixels_sha256=hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest(),
+        height=pixels.shape[0],
+        width=pixels.shape[1],
+        colour=picture.colour,
+        bits=bits,
+        deep=picture.deep,
+        visible=visible_pixels(images.to_uint8(pixels, bits)),
+    )
+
+
+def write_part(job: dict[str, Any], rules: DefectRules) -> dict[str, Any]:
+    """Draw and write one shard, then its account: the same bytes whenever and wherever it is run.
+
+    Args:
+        job: `source`, `out`, `file` (of the shard, under `out`), `cells` and `account` (URIs), `split`, `bits` (used by
+            16-bit images), `border_sigma`, and `images`: a dict an image.
+        rules: what to do with defective cells.
+
+    Returns:
+        The account: the shard's file, rows, bytes and checksum, statistics per image and of the pixels, defects found.
+    """
+    cv2.setNumThreads(1)  # tasks share the machine's cores
+    account: dict[str, Any] = {"file": job["file"], "images": [], "histogram": [0] * 256, "areas": {}, "found": []}
+    payloads = storage.read_bytes(job["cells"])
+    written = shards.write_shard(storage.join(job["out"], job["file"]), _rows(job, payloads, rules, account))
+    account |= written
+    storage.write_json(job["account"], account)
+    return account
+
+
+def _rows(
+    job: dict[str, Any], payloads: bytes, rules: DefectRules, account: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shard; adds each image's statistics and defects to `account`."""
+    histogram = np.zeros(256, np.int64)
+    start = 0
+    for image in job["images"]:
+        records = decode_cells(payloads[start : start + image["cells_bytes"]])
+        start += image["cells_bytes"]
+        row = draw_sample(_pixels(job, image), image, records, rules, job["border_sigma"], account["found"])
+        if row is None:
+            continue
+        histogram += np.bincount(row["image"].ravel(), minlength=256)
+        areas = Counter(account["areas"].get(image["cell_type"], {}))
+        areas.update(str(area) for area in np.bincount(row["labels"].ravel())[1:].tolist())
+        account["areas"][image["cell_type"]] = dict(sorted(areas.items()))
+        account["images"].append(
+            {
+                "cell_type": image["cell_type"],
+                "cells": row["cells"],
+                "foreground": int(row["foreground"].sum()),
+                "pixels": row["foreground"].size,
+            }
+        )
+        yield row
+    account["histogram"] = histogram.tolist()
+
+
+def _pixels(job: dict[str, Any], image: dict[str, Any]) -> np.ndarray:
+    """The image's pixels as uint8 (H, W); UserError where the file is not the one that was examined."""
+    uri = storage.join(job["source"], image["path"])
+    data = storage.read_bytes(uri)
+    if hashlib.sha256(data).hexdigest() != image["sha256"]:
+        raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
+    return images.to_uint8(images.decode(data).pixels, job["bits"])
+
+
+def draw_sample(
+    pixels: np.ndarray,
+    image: dict[str, Any],
+    records: list[CellRecord],
+    rules: DefectRules,
+    border_sigma: float,
+    found: list[dict[str, Any]],
+) -> dict[str, Any] | None:
+    """One row of the dataset; None where no cell can be used and images without cells are dropped.
+
+    Args:
+        pixels: uint8 (H, W).
+        image: `file_name`, `split`, `cell_type`, `path`, `sha256`, `annotation`, `id`, `scale` (x, y).
+        records: its annotations.
+        rules: what to do with defective cells.
+        border_sigma: width of the border map in pixels.
+        found: the defects found are added to it.
+    """
+    shape = (pixels.shape[0], pixels.shape[1])
+    cells, ids, defects = check_cells(records, shape, (image["scale"][0], image["scale"][1]), rules)
+    labels = draw_labels(cells, shape)
+    hidden = hidden_cells(labels, len(cells))
+    if hidden:
+        defects["hidden_cell"] = [(ids[index], "") for index in hidden]
+        labels = _renumbered(labels, hidden, len(cells))
+    for defect, members in defects.items():
+        found.append(_found(defect, rules, image, [identity for identity, _ in members], members[0][1]))
+    count = len(cells) - len(hidden)
+    if records and not count:
+        found.append(_found("no_annotations", rules, image, [image["id"]], "no annotation left that can be drawn"))
+        if rules.no_annotations == "drop":
+            return None
+    return {
+        "file_name": image["file_name"],
+        "cell_type": image["cell_type"],
+        "height": shape[0],
+        "width": shape[1],
+        "image": pixels,
+        "labels": labels,
+        "foreground": (labels > 0).astype(np.uint8),
+        "border": border_map(labels, border_sigma),
+        "cells": count,
+        "source": image["path"],
+        "sha256": image["sha256"],
+        "annotation": f"{image['annotation']}#{image['id']}",
+    }
+
+
+def _renumbered(labels: np.ndarray, hidden: list[int], count: int) -> np.ndarray:
+    """`labels` numbered 1.. without the cells (from 0) in `hidden`, in the same order."""
+    table = np.zeros(count + 1, np.uint16)
+    shown = np.setdiff1d(np.arange(count), hidden)
+    table[shown + 1] = np.arange(1, len(shown) + 1)
+    return table[labels]
+
+
+def _found(defect: str, rules: DefectRules, image: dict[str, Any], ids: list[int | str], detail: str) -> dict[str, Any]:
+    return {
+        "defect": defect,
+        "rule": rule_of(rules, defect),
+        "file_name": image["file_name"],
+        "split": image["split"],
+        "ids": ids,
+        "detail": detail,
+    }
