@@ -10,6 +10,7 @@ A run folder holds `checkpoint_*` folders; the best of them is the one whose sta
 
 import io
 import json
+import pickle
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +42,10 @@ def save(folder: str, model: nn.Module, training: dict[str, Any], state: State, 
 def load_training(folder: str) -> tuple[dict[str, Any], State]:
     """What `save` was given as `training` (on the CPU) and `state`."""
     data = io.BytesIO(_read(folder, TRAINING))
-    training = torch.load(data, map_location="cpu", weights_only=True)
+    try:
+        training = torch.load(data, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{folder}/{TRAINING} is not a checkpoint's; resume from another one") from error
     return training, State(**json.loads(_read(folder, STATE)))
 
 

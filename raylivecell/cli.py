@@ -29,7 +29,9 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
     synthetic.write_dataset(out, images, seed, defects, mapper=runtime.ordered_map)
 
 
-def evaluate(checkpoint: str, data: str, out: str, split: Literal["train", "val", "test"] = "test", tta: bool = False) -> None:
+def evaluate(
+    checkpoint: str, data: str, out: str, split: Literal["train", "val", "test"] = "test", tta: bool = False
+) -> None:
     """Score a checkpoint on whole images: metrics.json, in all, per cell type and per image.
 
     Args:
@@ -57,6 +59,51 @@ def predict(checkpoint: str, images: str, out: str, threshold: float = 0.5, tta:
     from raylivecell import inference
 
     inference.predict(checkpoint, images, out, tta=tta, threshold=threshold)
+
+
+def download(out: Path, annotations_only: bool = False) -> None:
+    """Fetch LIVECell (3.4 GB; CC BY-NC 4.0) into a folder that `prepare --source` takes; resumes where it stopped.
+
+    Args:
+        out: folder to write.
+        annotations_only: leave the images away.
+    """
+    from raylivecell import download as room
+
+    room.download(out)
+
+
+def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images: int = 64, seed: int = 0) -> None:
+    """Draw cells, prepare, train on two workers, score, predict: some minutes on a CPU.
+
+    Args:
+        out: folder to write; a former demo's is emptied.
+        recipe: a recipe file.
+        images: how many to draw.
+        seed: of the images.
+    """
+    from raylivecell import demo as room
+
+    room.demo(out, recipe, images, seed)
+
+
+def bench(
+    what: tyro.conf.Positional[Literal["augment", "feed", "prepare"]],
+    out: Path = Path("bench"),
+    repeats: int = 5,
+    images: int = 500,
+) -> None:
+    """Measure one part beside its rivals, in one run; writes bench.json.
+
+    Args:
+        what: `augment`: milliseconds an image. `feed`: images/s into the loop. `prepare`: images/s and peak memory.
+        out: folder of bench.json.
+        repeats: runs of each rival, in turn.
+        images: size of the set of `feed` and `prepare`.
+    """
+    from raylivecell import bench as room
+
+    room.bench(what, out, repeats, images)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -91,6 +138,30 @@ def train(arguments: Sequence[str]) -> None:
     tyro.cli(command, prog="raylivecell train", args=arguments)
 
 
+def prepare(arguments: Sequence[str]) -> None:
+    """Validate images and annotations, write Parquet shards."""
+    from raylivecell.prepare import PrepareConfig
+    from raylivecell.prepare import prepare as run
+
+    def command(
+        source: str,
+        out: str,
+        fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
+        strict: bool = False,
+    ) -> None:
+        """Read LIVECell, or any set with COCO annotations; write OUT/{train,val,test}/*.parquet and OUT/dataset.json.
+
+        Args:
+            source: folder or URI of images and annotation files.
+            out: URI of the dataset to write.
+            fields: what to read and what to do with each kind of defect.
+            strict: list the defects and stop, if there are any.
+        """
+        run(source, out, fields, strict)
+
+    tyro.cli(command, prog="raylivecell prepare", args=arguments)
+
+
 def _value_of(flag: str, arguments: Sequence[str]) -> str:
     place = list(arguments).index(flag) + 1
     if place == len(arguments):
@@ -114,19 +185,21 @@ def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], None]:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "synth": ("write a LIVECell-shaped dataset of synthetic images", _typed(synth)),
+    "download": ("fetch LIVECell, resumable and checked", _typed(download)),
+    "prepare": ("validate images and annotations, write Parquet shards", prepare),
     "train": ("train a recipe on a prepared dataset", train),
     "evaluate": ("score a checkpoint on whole images", _typed(evaluate)),
     "predict": ("segment a folder of images", _typed(predict)),
+    "bench": ("measure a part beside its rivals", _typed(bench)),
+    "demo": ("the whole way on cells drawn here, in minutes", _typed(demo)),
 }
 
 
 def usage() -> str:
     """What `raylivecell --help` prints."""
     lines = [f"  {name:<10}{what}" for name, (what, _) in COMMANDS.items()]
-    return "\n".join(
-        [f"raylivecell {__version__}: segment living cells with a U-Net trained on Ray", "", "commands:", *lines, ""]
-        + ["`raylivecell COMMAND --help` documents a command."]
-    )
+    head = f"raylivecell {__version__}: segment living cells with a U-Net trained on Ray"
+    return "\n".join([head, "", "commands:", *lines, "", "`raylivecell COMMAND --help` documents a command."])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

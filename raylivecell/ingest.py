@@ -58,23 +58,36 @@ def _planes(source: Source, sample: int) -> np.ndarray:
     return ray.get(source.kept[sample]) if source.kept else read_planes(source.rows[sample])
 
 
-def transform(planes: np.ndarray, key: tuple[int, int, int, int], source: Source) -> np.ndarray:
-    """A sample as it is trained on, uint8 (3, h, w): a pure function of it and key = (seed, epoch, id, variant)."""
+def transform(
+    planes: np.ndarray, key: tuple[int, int, int, int], source: Source, out: np.ndarray | None = None
+) -> np.ndarray:
+    """A sample as it is trained on, uint8 (3, h, w), in `out` where given: a pure function of `planes` and the key.
+
+    Args:
+        planes: uint8 (3, H, W); never written.
+        key: (seed, epoch, sample id, variant).
+        source: what is done to it.
+        out: C-contiguous uint8 (3, h, w).
+    """
     rng = np.random.default_rng(key)
-    image, targets = planes[0], planes[1:].transpose(1, 2, 0)
     if key[3]:
-        image, targets = augment.augment(image, targets, rng, source.config, source.crop)
-    else:
-        image, targets = augment.plain(image, targets, rng, source.crop)
-    return np.concatenate([image[None], targets.transpose(2, 0, 1)])
+        return augment.augment_planes(planes, rng, source.config, source.crop, out)
+    image, targets = augment.plain(planes[0], planes[1:].transpose(1, 2, 0), rng, source.crop)
+    return augment.to_planes(image, targets, out)
 
 
 def load(rows: np.ndarray, source: Source) -> np.ndarray:
     """Rows of the order (n, 3) as planes, uint8 (n, 3, h, w)."""
     cv2.setNumThreads(1)  # a task has one CPU
-    seed = source.plan.seed
-    keys = [(seed, int(r[EPOCH]), int(r[SAMPLE]), int(r[VARIANT])) for r in rows]
-    return np.stack([transform(_planes(source, key[2]), key, source) for key in keys])
+    batch: np.ndarray | None = None
+    for place, row in enumerate(rows):
+        sample = int(row[SAMPLE])
+        planes = _planes(source, sample)
+        if batch is None:
+            batch = np.empty((len(rows), 3, *(source.crop or planes.shape[1:])), np.uint8)
+        transform(planes, (source.plan.seed, int(row[EPOCH]), sample, int(row[VARIANT])), source, batch[place])
+    assert batch is not None, "a block has rows"
+    return batch
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""`raylivecell bench`: each figure beside its rival's in the same run, as a table and in bench.json."""
+
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from rich.table import Table
+
+from raylivecell import __version__, storage
+from raylivecell.progress import console
+
+What = Literal["augment", "feed", "prepare"]
+
+
+def bench(what: What, out: Path, repeats: int, images: int) -> dict[str, Any]:
+    """Run one benchmark, print it and write OUT/bench.json; what was written.
+
+    Args:
+        what: which.
+        out: folder of bench.json.
+        repeats: runs of each rival, in turn; medians are given.
+        images: size of the set (`feed`, `prepare`).
+    """
+    result = {
+        "bench": what,
+        "raylivecell": __version__,
+        "date": date.today().isoformat(),
+        "hardware": {"processor": _processor(), "cores": psutil.cpu_count(), "memory_gib": _memory_gib()},
+        "figures": _RUNS[what](repeats, images),
+    }
+    storage.write_json(storage.join(out, "bench.json"), result)
+    console.print(_table(what, result["figures"]))
+    console.print(f"written: {out}/bench.json")
+    return result
+
+
+def _augment(repeats: int, images: int) -> dict[str, Any]:
+    from raylivecell.bench_augment import bench_augment
+
+    return bench_augment(repeats=repeats)
+
+
+def _feed(repeats: int, images: int) -> dict[str, Any]:
+    from raylivecell.bench_feed import bench_feed
+
+    return bench_feed(images, repeats)
+
+
+def _prepare(repeats: int, images: int) -> dict[str, Any]:
+    from raylivecell.bench_prepare import bench_prepare
+
+    return bench_prepare(images)
+
+
+_RUNS: dict[str, Callable[[int, int], dict[str, Any]]] = {"augment": _augment, "feed": _feed, "prepare": _prepare}
+
+
+def _table(what: str, figures: dict[str, Any]) -> Table:
+    table = Table(title=f"bench {what}", show_header=False)
+    for name, value in _leaves(figures):
+        table.add_row(name, value)
+    return table
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, text) of every figure; a spread is one."""
+    rows: list[tuple[str, str]] = []
+    for name, item in value.items():
+        if isinstance(item, dict) and set(item) == {"median", "min", "max"}:
+            rows.append((prefix + name, f"{item['median']:.4g}  ({item['min']:.4g} to {item['max']:.4g})"))
+        elif isinstance(item, dict):
+            rows += _leaves(item, f"{prefix}{name}: ")
+        else:
+            rows.append((prefix + name, f"{item:.4g}" if isinstance(item, float) else str(item)))
+    return rows
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        return names[0] if names else platform.processor()
+    return platform.processor()
+
+
+def _memory_gib() -> float:
+    return round(psutil.virtual_memory().total / 2**30, 1)

@@ -1,0 +1,65 @@
+"""The whole way in minutes, on cells that it draws itself: synth, prepare, train, evaluate, predict."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from raylivecell import inference, prepare, recipe, runtime, synthetic, train
+from raylivecell.errors import UserError
+from raylivecell.progress import console
+
+IMAGES = 64
+WORKERS = 2
+# In a folder that the demo made; only such a folder is emptied.
+MARK = ".raylivecell-demo"
+
+
+def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
+    """Write everything under `out` and end with the scores and the pictures to open; `metrics.json`'s content.
+
+    Raises:
+        UserError: `out` holds something that no demo wrote.
+    """
+    begin = time.monotonic()
+    chosen = recipe.load(recipe_file)
+    _clear(out)
+    runtime.connect()
+    cells, data, run, scores, found = (out / name for name in ("cells", "data", "run", "scores", "found"))
+    _step("1/5  drawing cells", lambda: synthetic.write_dataset(cells, images, seed, mapper=runtime.ordered_map))
+    _step("2/5  preparing the dataset", lambda: prepare.prepare(str(cells), str(data), prepare.PrepareConfig()))
+    _step(f"3/5  training on {WORKERS} workers", lambda: train.train(str(data), str(run), chosen, WORKERS))
+    result = _step("4/5  scoring the test images", lambda: inference.evaluate(str(run), str(data), "test", str(scores)))
+    folder = cells / "images" / "livecell_test_images"
+    _step("5/5  finding cells", lambda: inference.predict(str(run), str(folder), str(found)))
+    _show(out, time.monotonic() - begin)
+    return result
+
+
+def _clear(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).exists():
+            raise UserError(f"{out} holds files that no demo wrote; choose another --out")
+        for name in ("cells", "data", "run", "scores", "found"):
+            prepare.storage.delete(out / name)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+
+
+def _step(what: str, work: Callable[[], Any]) -> Any:
+    begin = time.monotonic()
+    console.print(f"[bold]{what}[/bold]")
+    result = work()
+    console.print(f"     {time.monotonic() - begin:.0f} s")
+    return result
+
+
+def _show(out: Path, seconds: float) -> None:
+    table = Table(title=f"done in {seconds:.0f} s; open these", show_header=False)
+    table.add_row("how it learned", str(out / "run" / "report.html"))
+    table.add_row("worst, median and best image", str(out / "scores"))
+    table.add_row("every test image with the cells found", str(out / "found" / "overlays"))
+    table.add_row("a row an image", str(out / "found" / "cells.csv"))
+    console.print(table)

@@ -1,0 +1,93 @@
+"""Checkpoints: what goes in comes out, and nothing that a stranger wrote is run."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from raylivecell import checkpoint, loop, storage
+from raylivecell.errors import UserError
+from raylivecell.model import ModelConfig, build_model
+from raylivecell.recipe import Recipe
+
+RECIPE = Recipe(model=ModelConfig(features=(4, 8)))
+
+
+def save(folder: Path, score: float, steps: int = 3) -> loop.Training:
+    training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
+    training.model(torch.rand(1, 1, 16, 16)).mean().backward()
+    training.optimizer.step()
+    state = loop.State(steps, [{"step": steps, "val_mean_image_dice": score}])
+    checkpoint.save(str(folder), training.network(), training.state_dict(), state, RECIPE)
+    return training
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+    training = save(tmp_path, 0.5)
+    model, recipe = checkpoint.load_model(str(tmp_path))
+    values, state = checkpoint.load_training(str(tmp_path))
+    assert recipe == RECIPE
+    assert not model.training
+    assert state == loop.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
+    for a, b in zip(model.parameters(), training.model.parameters()):
+        assert torch.equal(a, b)
+    again = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
+    again.load(values, state)
+    for a, b in zip(again.optimizer.state_dict()["state"].values(), training.optimizer.state_dict()["state"].values()):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_is_its_best_whole_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint_1", 0.9)
+    save(tmp_path / "checkpoint_2", 0.7)
+    save(tmp_path / "checkpoint_3", 0.95)
+    (tmp_path / "checkpoint_3" / "recipe.yaml").unlink()
+    assert checkpoint.find(str(tmp_path)).endswith("checkpoint_1")
+
+
+def test_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load_model(str(tmp_path))
+
+
+def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 0.5)
+    text = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.replace("- 4\n  - 8", "- 4\n  - 16"))
+    with pytest.raises(UserError, match="weights"):
+        checkpoint.load_model(str(tmp_path))
+
+
+class Hostile:
+    """A pickle that writes a file when it is opened."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path(self.marker),))
+
+
+@pytest.mark.parametrize("name", [checkpoint.TRAINING, checkpoint.MODEL])
+def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 0.5)
+    marker = tmp_path / "it ran"
+    (tmp_path / name).write_bytes(pickle.dumps(Hostile(str(marker))))
+    with pytest.raises(UserError, match=name):
+        checkpoint.load_training(str(tmp_path)) if name == checkpoint.TRAINING else checkpoint.load_model(str(tmp_path))
+    assert not marker.exists()
+
+
+def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "deep" / "file"
+    storage.write_bytes(str(target), b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        storage.write_bytes(str(target), b"new")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
