@@ -1,19 +1,94 @@
-"""A network on whole images: the one place where pixels become logits and logits probabilities. No Ray here."""
+"""A network on whole images: the one place where pixels become logits and logits probabilities. No Ray here.
 
+1. An image that fits goes through the network whole; a larger one in overlapping windows, blended.
+2. With test-time augmentation, probabilities of the four flips are averaged.
+3. Cell is where the logit is over 0, that is where the probability is over 0.5.
+"""
+
+from typing import cast
+
+import numpy as np
 import torch
+from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from raylivecell import checkpoint, metrics, shards
 from raylivecell.model import build_model, normalise
 from raylivecell.recipe import Recipe
+
+# A 64-channel U-Net needs about 1.2 kB a pixel at its widest place: 2.5 GB at 2 megapixels. LIVECell has 0.37.
+WHOLE_PIXELS = 2**21
+"""Images of more pixels go through the network in windows."""
+WINDOW = 1024
+OVERLAP = 0.25
+FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
 
 
 def build(recipe: Recipe, device: torch.device) -> nn.Module:
     """A fresh network of `recipe` on `device`, in the recipe's memory format."""
-    model = build_model(recipe.model).to(device)
-    return model.to(memory_format=torch.channels_last) if recipe.loop.channels_last else model
+    return _placed(build_model(recipe.model), recipe, device)
+
+
+def load(uri: str, device: torch.device) -> tuple[nn.Module, Recipe]:
+    """The network of the checkpoint or run at `uri` on `device`, to predict with, and its recipe."""
+    model, recipe = checkpoint.load_model(uri)
+    return _placed(model, recipe, device), recipe
 
 
 @torch.inference_mode()
-def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """uint8 (B, H, W) -> float32 logits (B, 1, H, W), on the network's device."""
-    return network(normalise(images.unsqueeze(1))).float()
+def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
+    """Logits of whole images, float32 (B, 1, H, W), on the network's device.
+
+    Args:
+        network: in evaluation mode.
+        images: uint8 (B, H, W) of any size.
+        flips: average the probabilities of the image and its three flips.
+    """
+    images = images.to(next(network.parameters()).device)
+    if not flips:
+        return _logits(network, images)
+    total = torch.zeros_like(images, dtype=torch.float32).unsqueeze(1)
+    for axes in FLIPS:
+        back = tuple(axis + 1 for axis in axes)
+        total += torch.sigmoid(_logits(network, images.flip(axes))).flip(back)
+    return torch.logit(total / len(FLIPS))
+
+
+def probability(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
+    """Probability of cell in each pixel of an image (H, W) of any size, float32 (H, W), 0 to 1."""
+    pixels = torch.from_numpy(np.array(image))[None]
+    return torch.sigmoid(logits(network, pixels, flips))[0, 0].cpu().numpy()
+
+
+def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
+    """Title and PNG of up to `count` images of a split, spread evenly over it: image beside truth and prediction."""
+    rows = shards.list_rows(data, split)
+    chosen = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
+    return [picture(network, rows[i], flips) for i in chosen]
+
+
+def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
+    """Title (file, Dice, IoU) and PNG of one sample: the image beside truth and prediction."""
+    from raylivecell import report  # matplotlib: 0.3 s that no training process needs to spend
+
+    sample = shards.read_row(row, ["file_name", "image", "foreground"])
+    found = logits(network, torch.from_numpy(sample["image"].copy())[None], flips)[0, 0].cpu().numpy() > 0
+    counts = metrics.as_counts([metrics.mask_counts(found, sample["foreground"])])
+    title = f"{sample['file_name']}   Dice {metrics.dice(counts):.3f}   IoU {metrics.iou(counts):.3f}"
+    return title, report.panel(sample["image"], sample["foreground"], found)
+
+
+def _placed(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if recipe.loop.channels_last else model  # type: ignore[call-overload]
+
+
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    x = normalise(images.unsqueeze(1))
+    height, width = images.shape[1:]
+    if height * width <= WHOLE_PIXELS:
+        return network(x).float()
+    window = (min(WINDOW, height), min(WINDOW, width))
+    blended = sliding_window_inference(x, window, 1, network, OVERLAP, mode="gaussian")
+    return cast(Tensor, blended).float()

@@ -1,0 +1,90 @@
+"""A function with a costly start (a network to load) over many items: Ray Data with a pool of actors.
+
+Every item comes back exactly once, or the run fails.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import ray
+import ray.data
+import torch
+
+from raylivecell.errors import UserError
+from raylivecell.progress import track
+
+Row = dict[str, Any]
+# Items in a block: enough to hide Ray Data's 10 ms a task, few enough to spread small sets and show progress.
+BLOCK = 8
+
+
+def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str) -> list[Row]:
+    """A row for each of `items`, in their order.
+
+    Args:
+        actor: a class made with `arguments`; called with {"item": array} it gives columns, "item" among them.
+        arguments: of the class.
+        items: distinct ints or strings.
+        what: shown while it runs.
+
+    Raises:
+        RuntimeError: if a result is lost or doubled.
+        UserError: as raised in an actor.
+    """
+    count, cpus, gpus = pool(len(items), ray.cluster_resources())
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
+    # The index lies in the object store already: no read task competes with the actors for the CPUs.
+    blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
+    dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
+    results = dataset.map_batches(
+        actor,
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=count),
+        fn_constructor_kwargs=arguments,
+        num_cpus=cpus,
+        num_gpus=gpus,
+    )
+    rows = list(track(_rows(results), what, len(items)))
+    place = {item: i for i, item in enumerate(items)}
+    rows.sort(key=lambda row: place[row["item"]])
+    if [row["item"] for row in rows] != list(items):
+        raise RuntimeError(f"{what}: {len(rows)} results for {len(items)} images: some are lost or doubled")
+    return rows
+
+
+def pool(items: int, resources: dict[str, float]) -> tuple[int, int, int]:
+    """How many actors, and CPUs and GPUs of each, for so many images on a cluster of these resources.
+
+    An actor a GPU; without any, one to each four CPUs (a convolution gains little from more threads), one CPU spared
+    for Ray Data. An actor starts in 4 s, the time of some ten images: no more actors than blocks.
+    """
+    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    most = -(-items // BLOCK)
+    if gpus:
+        return min(gpus, most), 1, 1
+    share = max(1, cpus // 4)
+    return min(share, most), max(1, (cpus - 1) // share), 0
+
+
+def use_threads() -> None:
+    """In an actor: as many torch threads as it has CPUs, and one for the spared CPU; OpenCV without its own."""
+    cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+    torch.set_num_threads(min(cpus + 1, os.cpu_count() or 1))
+    cv2.setNumThreads(1)
+
+
+def _rows(results: ray.data.Dataset) -> Iterator[Row]:
+    """The rows as they come; a user's mistake found in an actor is raised as itself."""
+    try:
+        yield from results.iter_rows()
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError) and not isinstance(cause, ray.exceptions.RayError):
+                raise cause from None
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise
