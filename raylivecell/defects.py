@@ -29,8 +29,9 @@ class DefectRules(StrictModel):
     """A record with missing or ill-typed fields, or a file name that leads out of the image folder."""
     duplicate_entry: Literal["keep_most_cells", "keep_first"] = "keep_most_cells"
     """One image file listed twice in a split under different ids: the entry that stays."""
-    ambiguous_file: Literal["prefer_split_folder", "drop"] = "prefer_split_folder"
-    """A file name that several files have: take the one in a folder named after the split, or none."""
+    ambiguous_file: Literal["take_first", "drop"] = "take_first"
+    """A file name that several files have, in folders of which not one alone is named after the split: take the first
+    (fewest folders, then by name), or none."""
     missing_file: Literal["drop", "refuse"] = "drop"
     """An image that is listed but not there."""
     unreadable_image: Literal["drop", "refuse"] = "drop"
@@ -61,36 +62,20 @@ class DefectRules(StrictModel):
 
 
 FIXED_RULES = {
-    "unlisted_file": "left out",
-    "orphan_annotation": "drop",
-    "degenerate_polygon": "drop",
-    "hidden_cell": "drop",
+    "unlisted_file": "left out",  # an image file that no annotation file names
+    "orphan_annotation": "drop",  # an annotation whose image is not listed
+    "degenerate_polygon": "drop",  # an outline with under 3 corners, no area, a value not finite, or a wrong RLE
+    "hidden_cell": "drop",  # a cell without a pixel of its own: outside the image or wholly under smaller ones
 }
 """Rules without a choice: nothing else can be done."""
 
-MEANING = {
-    "truncated_json": "annotation file breaks off",
-    "bad_record": "record with missing or ill-typed fields",
-    "orphan_annotation": "annotation of an image that is not listed",
-    "duplicate_entry": "image listed twice in a split",
-    "ambiguous_file": "several files have the image's name",
-    "missing_file": "listed image is not there",
-    "unlisted_file": "image file that no annotation file lists",
-    "unreadable_image": "file holds no single picture",
-    "colour_image": "colour file",
-    "sixteen_bit_image": "16-bit file",
-    "wrong_size": "size differs from the annotation file's",
-    "no_annotations": "image without annotations",
-    "few_annotations": "near-empty: few of the visible cells annotated",
-    "leak": "image in two splits",
-    "identical_pixels": "files of one split with the same pixels",
-    "crowd_region": "region of many objects",
-    "degenerate_polygon": "outline without area, or not finite",
-    "out_of_bounds": "outline leaves the image",
-    "doubled_contour": "cell outlined twice",
-    "hidden_cell": "cell without a pixel of its own",
-}
-"""Every defect's name and what it means, in the order of the table."""
+ALL = (
+    *("truncated_json", "bad_record", "orphan_annotation", "duplicate_entry", "ambiguous_file", "missing_file"),
+    *("unlisted_file", "unreadable_image", "colour_image", "sixteen_bit_image", "wrong_size", "no_annotations"),
+    *("few_annotations", "leak", "identical_pixels", "crowd_region", "degenerate_polygon", "out_of_bounds"),
+    *("doubled_contour", "hidden_cell"),
+)
+"""Every defect's name, in the order of the table."""
 
 FEW_CELLS, FEW_SHARE, FEW_COVER, VISIBLE_STD = 10, 0.2, 0.2, 4.0
 _PLACE = {"test": 0, "val": 1, "train": 2}

@@ -8,7 +8,7 @@ from pycocotools import mask as coco_mask
 
 from raylivecell.coco import CellRecord, mask_of_runs
 from raylivecell.defects import DefectRules
-from raylivecell.targets import Cell
+from raylivecell.targets import Cell, Patch
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
 """Defect -> (annotation id, detail) of each cell that has it."""
@@ -74,8 +74,17 @@ def _usable(
             return None, defects
     if masks:
         masks += [coco_mask.decode(_rle([polygon], shape)).astype(bool) for polygon in drawable]
-        return np.logical_or.reduce(masks), defects
+        return _patch(np.logical_or.reduce(masks)), defects
     return drawable, defects
+
+
+def _patch(mask: NDArray[np.bool_]) -> Patch:
+    """A mask (H, W) cut to its bounding box."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return Patch(0, 0, np.zeros((0, 0), np.uint8))
+    inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return Patch(int(rows[0]), int(columns[0]), inside.astype(np.uint8))
 
 
 def _area(polygon: NDArray[np.float64]) -> float:
@@ -119,9 +128,8 @@ def doubled(cells: Sequence[Cell], shape: tuple[int, int], least: float) -> list
 
 def _box(cell: Cell) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) in pixels."""
-    if isinstance(cell, np.ndarray):
-        rows, columns = np.flatnonzero(cell.any(axis=1)), np.flatnonzero(cell.any(axis=0))
-        return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+    if isinstance(cell, Patch):
+        return cell.left, cell.top, cell.left + cell.mask.shape[1], cell.top + cell.mask.shape[0]
     corners = np.concatenate(cell)
     return (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
 
@@ -129,8 +137,10 @@ def _box(cell: Cell) -> tuple[float, float, float, float]:
 def _rle(cell: Cell, shape: tuple[int, int]) -> dict[str, object]:
     """pycocotools' form of a cell in its image."""
     height, width = shape
-    if isinstance(cell, np.ndarray):
-        return coco_mask.encode(np.asfortranarray(cell.astype(np.uint8)))
+    if isinstance(cell, Patch):
+        mask = np.zeros(shape, np.uint8, order="F")
+        mask[cell.top : cell.top + cell.mask.shape[0], cell.left : cell.left + cell.mask.shape[1]] = cell.mask
+        return coco_mask.encode(mask)
     far = np.array((width, height))  # time and memory grow with an edge's length
     flat = [np.clip(polygon, -far, 2 * far).ravel().tolist() for polygon in cell]
     return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))

@@ -1,10 +1,10 @@
 """Annotated images -> Parquet shards and dataset.json, through Ray Data.
 
-1. `_read`      every annotation file, streamed (coco), names resolved to files (sources)
-2. `_examine`   every listed file: checksums, size, depth, unreadable ones (Ray Data, samples.examine)
-3. `judge`      the stated rule for each defect of an image (defects)
-4. `_plan`      images sorted by name, in shards of 64; each shard's outlines wait in OUT/.prepare-FINGERPRINT/
-5. `_draw`      shards not yet whole are drawn and written (Ray Data, samples.write_part), each with its account
+1. `plan.read_source`  every annotation file, streamed (coco); names resolved to files (sources)
+2. `_examine`          every listed file: checksums, size, depth, unreadable ones (Ray Data, samples.examine)
+3. `defects.judge`     the stated rule for each defect of an image
+4. `plan.plan_shards`  images sorted by name, 64 a shard; a shard's outlines wait in OUT/.prepare-FINGERPRINT/
+5. `_draw`             shards not yet whole are drawn and written (Ray Data, samples.write_part), each with its account
 6. dataset.json, the mark of a whole dataset, is written last; then the working folder goes
 
 Killed at any moment and started again, it ends with the same bytes: every file is a function of the source and the
@@ -17,53 +17,20 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import ray.data
-from pydantic import Field
 from rich.table import Table
 
-from raylivecell import __version__, coco, defects, description, outlines, progress, runtime, samples, shards, storage
-from raylivecell.defects import DefectRules, Entry, Facts, Found
+from raylivecell import defects, description, plan, progress, runtime, samples, shards, storage
+from raylivecell.defects import DefectRules, Facts, Found
 from raylivecell.errors import UserError
-from raylivecell.sources import ImageFolder, find_annotations, find_images, is_safe_name, list_files
-from raylivecell.targets import MAX_CELLS, TargetsConfig
+from raylivecell.plan import PrepareConfig
 
 EXAMINE_TOGETHER = 64
 """Image files a task examines: about 0.5 s of work."""
-
-
-class PrepareConfig(DefectRules):
-    """What to read, how to draw it, and what happens to each kind of defect."""
-
-    annotations: dict[Literal["train", "val", "test"], str] = Field(default={})
-    """Annotation file of each split, as a path inside the source or a pattern (`LIVECell_single_cells/*/train.json`);
-    empty: found by name."""
-    images: str | None = None
-    """Folder of the images inside the source; default: `images` where there is one, else the whole source."""
-    targets: TargetsConfig = TargetsConfig()
-    """How targets are drawn."""
-    shard_images: int = Field(default=64, ge=1)
-    """Images a shard."""
-    overwrite: bool = False
-    """Replace a dataset that OUT already holds and that was made from something else."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A source, read."""
-
-    uri: str
-    folder: ImageFolder
-    files: dict[tuple[str, str], coco.Annotations]
-    """By (split, path)."""
-    entries: list[Entry]
-    found: list[Found]
-
-    def payload(self, entry: Entry) -> bytes:
-        return self.files[entry.split, entry.annotation].payload(entry.image.id)
 
 
 def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: bool = False) -> dict[str, Any]:
@@ -80,23 +47,23 @@ def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: 
     """
     config = config or PrepareConfig()
     source, out = storage.absolute(source), storage.absolute(out)
-    head = _head(source, config)
+    head = plan.heading(source, config)
     old = _existing(out, head, config)
     runtime.connect()
-    read = _read(source, config)
+    read = plan.read_source(source, config)
     facts = _examine(read)
-    kept, found = defects.judge(read.entries, facts, lambda entry: _covered(read, entry), config)
-    found = [*read.found, *found, *_unlisted(read, config)]
+    kept, found = defects.judge(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
+    found = [*read.found, *found, *plan.unlisted(read, config)]
     _refuse(found, strict)
     if not kept:
         raise UserError(f"no image of {source} can be used: {_summary(found)}; see the table above")
-    jobs = _plan(read, kept, facts, out, config)
-    head |= description.legal(*_statements(read)) | {"source": head["source"] | _provenance(read, jobs, head)}
-    if old is not None and old["source"] == head["source"]:
+    jobs = plan.plan_shards(read, kept, facts, out, config)
+    head |= description.legal(*plan.statements(read)) | {"source": head["source"] | plan.provenance(read, jobs, head)}
+    if old is not None and old["source"] == head["source"] and _is_whole(out, old):
         _clean(out, jobs)
         return old
-    if old is not None and not config.overwrite:
-        raise UserError(f"{out} holds a dataset of an older state of {source}; set --overwrite to replace it")
+    if old is not None and old["source"] != head["source"] and not config.overwrite:
+        raise UserError(f"{out} holds a dataset of another state of {source}; set --overwrite to replace it")
     try:
         return _write(read, jobs, head, found, out, config, strict)
     except UserError:
@@ -107,105 +74,32 @@ def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: 
         raise
 
 
-def _head(source: str, config: PrepareConfig) -> dict[str, Any]:
-    """The part of dataset.json that is known before the source is read: a record of what was asked for."""
-    plain = re.sub(r"//[^/@]*@", "//", source)  # keys in a URI stay out of the record
-    rules = config.model_dump(include=set(DefectRules.model_fields))
-    asked = config.model_dump(include={"annotations", "images", "shard_images"})
-    return {
-        "name": "",
-        "licence": "",
-        "citation": "",
-        "source": {"uri": plain, **asked},
-        "targets": config.targets.model_dump(),
-        "rules": rules,
-    }
-
-
 def _existing(out: str, head: dict[str, Any], config: PrepareConfig) -> dict[str, Any] | None:
     """The description of the dataset that `out` holds, if any; UserError where it was made from something else."""
     if not storage.exists(storage.join(out, "dataset.json")):
         return None
     old: dict[str, Any] = storage.read_json(storage.join(out, "dataset.json"))
-    asked = [head["source"] | old.get("source", {}), head["targets"], head["rules"]]
-    same = asked == [old.get("source", {}) | head["source"], old.get("targets"), old.get("rules")]
+    source = {key: old.get("source", {}).get(key) for key in head["source"]}
+    same = [source, old.get("targets"), old.get("rules")] == [head["source"], head["targets"], head["rules"]]
     if not same and not config.overwrite:
         raise UserError(
-            f"{out} holds a dataset made from {old.get('source', {}).get('uri')} or with other settings; "
+            f"{out} holds a dataset made from {source['uri']} or with other settings; "
             "choose another --out or set --overwrite"
         )
     return old
 
 
-def _read(uri: str, config: PrepareConfig) -> _Source:
-    """Read the annotation files and resolve their images' names."""
-    listing = list_files(uri)
-    chosen = find_annotations(listing, {str(split): path for split, path in config.annotations.items()}, uri)
-    read = _Source(uri, find_images(listing, config.images), {}, [], [])
-    paths = [(split, path) for split, several in chosen.items() for path in several]
-    for split, path in progress.track(paths, "reading annotations", len(paths)):
-        filesystem, full = storage.open_uri(storage.join(uri, path))
-        with filesystem.open_input_stream(full) as stream:
-            annotations = coco.read_annotations(stream, path)
-        read.files[split, path] = annotations
-        _add(read, split, annotations, config)
-    return read
+def _is_whole(out: str, old: dict[str, Any]) -> bool:
+    """Whether every shard that dataset.json names is there."""
+    names = {split: set(storage.list_names(storage.join(out, split))) for split in shards.SPLITS}
+    return all(
+        shard["file"].rsplit("/", 1)[-1] in names[split]
+        for split in shards.SPLITS
+        for shard in old["splits"][split]["shards"]
+    )
 
 
-def _add(read: _Source, split: str, annotations: coco.Annotations, config: PrepareConfig) -> None:
-    """Add one annotation file's entries and what is wrong with its records."""
-
-    def note(defect: str, ids: list[int | str], detail: str, name: str = annotations.name) -> None:
-        read.found.append(Found(defect, defects.rule_of(config, defect), name, split, ids, detail))
-
-    counts = annotations.counts()
-    gone: set[int | str | None] = set()
-    if annotations.broken is not None:
-        if config.truncated_json == "refuse" or not annotations.images:
-            raise annotations.broken
-        gone.add(annotations.last_image)
-        note("truncated_json", [one for one in gone if one is not None], str(annotations.broken))
-    reasons: dict[tuple[str, str], list[int | str]] = defaultdict(list)
-    for section, identity, reason in annotations.bad:
-        reasons[section, reason].append("?" if identity is None else identity)
-    for (section, reason), ids in reasons.items():
-        note("bad_record", ids, f"{section}: {reason}")
-    seen: set[int | str] = set()
-    for image in annotations.images:
-        if image.id in seen or image.id in gone or not is_safe_name(image.file_name):
-            if image.id not in gone:
-                reason = "id of another image" if image.id in seen else "the file name leads out of the image folder"
-                note("bad_record", [image.id], f"images: {reason}", image.file_name)
-            continue
-        seen.add(image.id)
-        path, several = read.folder.find(image.file_name, split)
-        if len(several) > 1:
-            note("ambiguous_file", [image.id], f"{', '.join(several)}", image.file_name)
-            path = path if config.ambiguous_file == "prefer_split_folder" else None
-        kind = description.cell_type_of(image.file_name, annotations.category(image.id))
-        read.entries.append(Entry(split, annotations.name, image, path, counts.get(image.id, 0), kind))
-    known = {image.id for image in annotations.images}
-    orphans = [identity for identity in counts if identity not in known]
-    if orphans:
-        note("orphan_annotation", orphans, f"{sum(counts[one] for one in orphans)} annotations of images not listed")
-
-
-def _unlisted(read: _Source, config: PrepareConfig) -> list[Found]:
-    """Image files that no annotation file may mean."""
-    listed = {path for entry in read.entries for path in read.folder.candidates(entry.image.file_name)}
-    rule = defects.rule_of(config, "unlisted_file")
-    return [
-        Found("unlisted_file", rule, path.rsplit("/", 1)[-1], None, [], path)
-        for path in read.folder.paths
-        if path not in listed
-    ]
-
-
-def _covered(read: _Source, entry: Entry) -> float:
-    return outlines.covered(coco.decode_cells(read.payload(entry)))
-
-
-def _examine(read: _Source) -> dict[str, Facts]:
+def _examine(read: plan.Source) -> dict[str, Facts]:
     """What every listed image file holds, by path."""
     paths = sorted({entry.path for entry in read.entries if entry.path})
     jobs = [
@@ -219,76 +113,8 @@ def _examine(read: _Source) -> dict[str, Facts]:
     return facts
 
 
-def _plan(
-    read: _Source, kept: list[Entry], facts: dict[str, Facts], out: str, config: PrepareConfig
-) -> list[dict[str, Any]]:
-    """One job a shard, in the order of the dataset."""
-    bits = max((facts[entry.path or ""].bits for entry in kept), default=8)
-    jobs = []
-    for split in shards.SPLITS:
-        mine = [entry for entry in kept if entry.split == split]
-        for number, first in enumerate(range(0, len(mine), config.shard_images)):
-            jobs.append(
-                {
-                    "source": read.uri,
-                    "out": out,
-                    "split": split,
-                    "file": f"{split}/part-{number:05d}.parquet",
-                    "bits": bits,
-                    "border_sigma": config.targets.border_sigma,
-                    "images": [_image_job(e, facts, config) for e in mine[first : first + config.shard_images]],
-                }
-            )
-    return jobs
-
-
-def _image_job(entry: Entry, facts: dict[str, Facts], config: PrepareConfig) -> dict[str, Any]:
-    fact = facts[entry.path or ""]
-    if entry.cells > MAX_CELLS:
-        raise UserError(f"{entry.image.file_name} has {entry.cells} cells, labels hold {MAX_CELLS}; cut it into tiles")
-    told = (entry.image.width or fact.width, entry.image.height or fact.height)
-    scale = (fact.width / told[0], fact.height / told[1]) if config.wrong_size == "scale" else (1.0, 1.0)
-    return {
-        "file_name": entry.image.file_name,
-        "path": entry.path,
-        "split": entry.split,
-        "annotation": entry.annotation,
-        "id": entry.image.id,
-        "cell_type": entry.cell_type,
-        "sha256": fact.sha256,
-        "scale": scale,
-    }
-
-
-def _statements(read: _Source) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`info` and `licenses` of the annotation files, the first one's first."""
-    info: dict[str, Any] = {}
-    for annotations in read.files.values():
-        info = annotations.info | info
-    return info, [licence for annotations in read.files.values() for licence in annotations.licences]
-
-
-def _provenance(read: _Source, jobs: list[dict[str, Any]], head: dict[str, Any]) -> dict[str, Any]:
-    """Annotation files with their checksums, and the fingerprint of everything that the dataset's bytes depend on."""
-    files = [
-        {
-            "split": split,
-            "file": path,
-            "sha256": annotations.sha256,
-            "bytes": annotations.size,
-            "images": len(annotations.images),
-            "cells": sum(annotations.counts().values()),
-        }
-        for (split, path), annotations in read.files.items()
-    ]
-    version = [__version__, shards.FORMAT_VERSION, str(shards.SCHEMA)]
-    plan = [{key: value for key, value in job.items() if key not in ("source", "out")} for job in jobs]
-    text = json.dumps([version, head["source"], head["targets"], head["rules"], files, plan], sort_keys=True)
-    return {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
-
-
 def _write(
-    read: _Source,
+    read: plan.Source,
     jobs: list[dict[str, Any]],
     head: dict[str, Any],
     found: list[Found],
@@ -332,7 +158,7 @@ def _finished(job: dict[str, Any]) -> dict[str, Any] | None:
     return account if whole else None
 
 
-def _draw(read: _Source, jobs: list[dict[str, Any]], config: PrepareConfig) -> dict[str, dict[str, Any]]:
+def _draw(read: plan.Source, jobs: list[dict[str, Any]], config: PrepareConfig) -> dict[str, dict[str, Any]]:
     """Write the shards of `jobs`; their accounts by file."""
     entries = {(entry.split, entry.annotation, entry.image.id): entry for entry in read.entries}
     for job in progress.track(jobs, "sorting outlines", len(jobs)):
@@ -426,10 +252,21 @@ def _show(found: Sequence[dict[str, Any]]) -> None:
         by_defect[one["defect"]].append(one)
     if not by_defect:
         return
-    table = Table("defect", "images", "ids", "what was done", "first", title="Defects (all are named in dataset.json)")
-    for defect, meaning in defects.MEANING.items():
-        if several := by_defect.get(defect):
-            ids = sum(len(one["ids"]) for one in several)
-            names = ", ".join(dict.fromkeys(one["file_name"] for one in several[:2]))
-            table.add_row(f"{defect}: {meaning}", str(len(several)), str(ids), several[0]["rule"], names)
+    rows = [
+        (
+            defect,
+            str(len(several)),
+            str(sum(len(one["ids"]) for one in several)),
+            several[0]["rule"],
+            several[0]["file_name"],
+        )
+        for defect in defects.ALL
+        if (several := by_defect.get(defect))
+    ]
+    table = Table(title="Defects (all are named in dataset.json)", title_justify="left")
+    for column, title in enumerate(("defect", "images", "ids", "what was done")):
+        table.add_column(title, no_wrap=True, min_width=max(len(title), *(len(row[column]) for row in rows)))
+    table.add_column("first", no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*row)
     progress.console.print(table)

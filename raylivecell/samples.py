@@ -123,7 +123,7 @@ def draw_sample(
         defects["hidden_cell"] = [(ids[index], "") for index in hidden]
         labels = _renumbered(labels, hidden, len(cells))
     for defect, members in defects.items():
-        found.append(_found(defect, rules, image, [identity for identity, _ in members], members[0][1]))
+        found.append(_found(defect, rules, image, [identity for identity, _ in members], _details(members)))
     count = len(cells) - len(hidden)
     if records and not count:
         found.append(_found("no_annotations", rules, image, [image["id"]], "no annotation left that can be drawn"))
@@ -143,6 +143,10 @@ def draw_sample(
         "sha256": image["sha256"],
         "annotation": f"{image['annotation']}#{image['id']}",
     }
+
+
+def _details(members: list[tuple[int | str, str]]) -> str:
+    return "; ".join(dict.fromkeys(detail for _, detail in members if detail))
 
 
 def _renumbered(labels: np.ndarray, hidden: list[int], count: int) -> np.ndarray:

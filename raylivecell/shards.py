@@ -51,7 +51,8 @@ class Row:
 def write_shard(uri: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Write `rows` (a dict a row, pixel columns as arrays) as one Parquet file at `uri`.
 
-    Atomically, and the same bytes every time. Rows are taken and compressed one at a time. Nothing is written where there are none.
+    Atomically, and the same bytes every time. Rows are taken and compressed one at a time; without rows nothing is
+    written.
 
     Returns:
         `rows`, `bytes` and `sha256` of what was written.

@@ -107,15 +107,14 @@ class ImageFolder:
         found = self.by_name.get(posixpath.basename(name), ())
         return [path for path in found if path == name or path.endswith("/" + name)] or list(found)
 
-    def find(self, file_name: str, split: str) -> tuple[str | None, list[str]]:
-        """The path of `file_name` in `split`, and all that it may mean.
+    def find(self, file_name: str, split: str) -> list[str]:
+        """Paths that `file_name` of `split` may mean, the best first; more than one where that is a guess.
 
-        Of several, those in a folder named after the split come first (LIVECell: train and val share one), then those
-        of the fewest folders, then by name.
+        Those in a folder named after the split rule out others (LIVECell: train and val share one).
         """
         found = self.candidates(file_name)
-        found.sort(key=lambda path: (not _in_folder_of(path, split), path.count("/"), path))
-        return (found[0] if found else None), found
+        own = [path for path in found if _in_folder_of(path, split)] or found
+        return sorted(own, key=lambda path: (path.count("/"), path))
 
 
 def find_images(files: Sequence[str], folder: str | None) -> ImageFolder:

@@ -7,6 +7,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -18,8 +19,19 @@ from scipy import ndimage
 from raylivecell.errors import UserError
 from raylivecell.recipe_base import StrictModel
 
-Cell = Sequence[np.ndarray] | np.ndarray
-"""One cell: its polygons, each float (V, 2) of x, y in COCO pixel coordinates; or its mask, bool or uint8 (H, W)."""
+
+class Patch(NamedTuple):
+    """A cell's mask cut to its bounding box: a frame of 3,000 cells as whole masks would take 1 GB."""
+
+    top: int
+    left: int
+    mask: NDArray[np.uint8]
+    """0/1 (h, w), inside the frame."""
+
+
+Cell = Sequence[np.ndarray] | np.ndarray | Patch
+"""One cell: its polygons, each float (V, 2) of x, y in COCO pixel coordinates; or its mask, bool or uint8 (H, W); or a
+part of that."""
 
 MAX_CELLS = np.iinfo(np.uint16).max
 
@@ -60,11 +72,13 @@ def hidden_cells(labels: NDArray[np.uint16], count: int) -> list[int]:
 
 def _rasterise(cell: Cell, shape: tuple[int, int]) -> tuple[tuple[int, int], NDArray[np.uint8]]:
     """(top, left) and the 0/1 mask of the part of `cell` that lies in the frame; the mask may be empty."""
+    if isinstance(cell, Patch):
+        return (cell.top, cell.left), cell.mask
     if isinstance(cell, np.ndarray) and cell.shape == shape:
         return (0, 0), (cell != 0).view(np.uint8)
     if isinstance(cell, np.ndarray):
         raise ValueError(f"a cell's mask has shape {cell.shape}, its image {shape}")
-    polygons = [np.asarray(polygon, np.float64) for polygon in cell if len(polygon) >= 3]
+    polygons = [p for p in (np.asarray(polygon, np.float64) for polygon in cell) if len(p) >= 3]
     if not polygons:
         return (0, 0), np.zeros((0, 0), np.uint8)
     corners = np.concatenate(polygons)
