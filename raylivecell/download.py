@@ -126,7 +126,7 @@ def _read_record(out: Path) -> dict[str, Any]:
 
 
 def _is_whole(target: Path, entry: Mapping[str, Any] | None, want: Want) -> bool:
-    """Whether `target` is as recorded; a file that is not is moved aside and said so. UserError if the user wants another."""
+    """Whether `target` is as recorded; if not it is moved aside and said so. UserError if the user wants another."""
     if entry is None or not target.exists():
         return False
     size = target.stat().st_size

@@ -55,6 +55,17 @@ class Note(StrictModel):
         return self.etag if self.etag and self.etag.startswith('"') else None
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirections, but not from HTTPS to anything less, nor to ftp://."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """The request that follows `req`; UserError where none should."""
+        if urllib.parse.urlsplit(newurl).scheme not in ("https", urllib.parse.urlsplit(req.full_url).scheme):
+            fp.close()
+            raise UserError(f"{req.full_url} redirects to {newurl}; choose another --base-url")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def request(url: str, headers: Mapping[str, str], method: str = "GET") -> Any:
     """The response to a request, its status 2xx or 416, to be closed by the caller.
 
@@ -63,7 +74,7 @@ def request(url: str, headers: Mapping[str, str], method: str = "GET") -> Any:
     sent = {"User-Agent": f"raylivecell/{__version__}", "Accept-Encoding": "identity", **headers}
     asked = urllib.request.Request(url, headers=sent, method=method)
     try:
-        response = urllib.request.build_opener().open(asked, timeout=TIMEOUT_S)
+        response = urllib.request.build_opener(_Redirects).open(asked, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == 416:
             return error
@@ -72,20 +83,13 @@ def request(url: str, headers: Mapping[str, str], method: str = "GET") -> Any:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise UserError(f"{url}: {reason.verify_message}; set SSL_CERT_FILE to your network's CA file") from error
-        raise Interrupted(f"no answer ({reason or type(error).__name__})") from error
-    if problem := _unwanted(url, response):
-        response.close()
-        raise UserError(f"{url} {problem}; choose another --base-url")
-    return response
-
-
-def _unwanted(url: str, response: Any) -> str | None:
-    """What makes an answer unfit: a redirection away from HTTPS, or a body that is not the file's own bytes."""
-    scheme = urllib.parse.urlsplit(response.url).scheme
-    if scheme not in ("https", urllib.parse.urlsplit(url).scheme):
-        return f"redirects to {response.url}"
+        words = " ".join(str(reason).split()) or type(error).__name__
+        raise Interrupted(f"no answer ({words})") from error
     encoding = response.headers.get("Content-Encoding", "identity")
-    return None if encoding == "identity" else f"is sent as {encoding}, though not asked for"
+    if encoding != "identity":
+        response.close()
+        raise UserError(f"{url} is sent as {encoding}, though not asked for; choose another --base-url")
+    return response
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
