@@ -1,0 +1,251 @@
+"""The ground: pins, make targets, which rooms know Ray, which way imports run, sizes, and what no file may hold."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "raylivecell"
+ROOMS = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in ROOMS.items()}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+RAY_ROOMS = {"runtime", "ingest", "prepare", "train", "worker", "inference", "actors", "sweep", "preflight"}
+RAY_ROOMS |= {"bench_feed", "bench_train", "bench_prepare"}
+"""R in DESIGN.md: `worker` is the part of train, `actors` that of inference, that runs in Ray's processes."""
+TOP_ROOMS = {"cli", "__main__", "demo", "bench"}
+"""They call the others; nothing imports them."""
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+def text_files() -> Iterator[Path]:
+    """What is committed or will be."""
+    for folder in ("raylivecell", "tests", "jobs", "cluster", "docs", ".ci"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts and b"\0" not in path.read_bytes():
+                yield path
+    for path in sorted(ROOT.iterdir()):
+        if path.is_file() and (
+            path.suffix in {".md", ".toml", ".txt", ".yaml"} or path.name in {"Makefile", "LICENSE"}
+        ):
+            yield path
+
+
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    by_name = {canonicalize_name(pin.name): pin for pin in found}
+    assert len(by_name) == len(found), "a package is pinned twice"
+    return by_name
+
+
+def version_of(pin: Requirement) -> str:
+    (one,) = pin.specifier
+    assert one.operator == "==", f"{pin} is no exact pin"
+    return one.version
+
+
+def imports(tree: ast.AST, lazy: bool = True) -> set[str]:
+    """Dotted names that a file imports; without those inside functions unless `lazy`; never those for types alone."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not lazy:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def knows_ray(names: set[str]) -> bool:
+    return any(name.split(".")[0] == "ray" for name in names)
+
+
+def rooms_in(names: set[str]) -> set[str]:
+    parts = [name.split(".") for name in names]
+    return {part[1] for part in parts if part[0] == "raylivecell" and len(part) > 1 and part[1] in ROOMS}
+
+
+def test_every_direct_dependency_is_pinned_within_its_range() -> None:
+    pinned, extras = pins(), PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *extras["dev"], *extras["s3"], *extras["gcs"]]:
+        wanted = Requirement(line)
+        pin = pinned.get(canonicalize_name(wanted.name))
+        assert pin is not None, f"{wanted.name} is not in constraints.txt"
+        assert wanted.specifier.contains(version_of(pin), prereleases=True), f"{pin} is outside {wanted}"
+
+
+def test_pins_hold_on_every_machine() -> None:
+    """No build of one machine (+cpu), no address, and a marker only where a release leaves Python 3.10 out."""
+    for name, pin in pins().items():
+        assert "+" not in version_of(pin), f"{pin} is a local build"
+        assert pin.url is None, name
+        for python in ("3.11", "3.12", "3.13"):
+            assert pin.marker is None or pin.marker.evaluate({"python_version": python}), f"{pin} not on {python}"
+    assert version_of(pins()["torch"]) == "2.13.0"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_make_targets() -> None:
+    def plan(target: str) -> str:
+        return subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    plans = {target: plan(target) for target in ("demo", "test", "lint", "bench", "clean", "help")}
+    assert "raylivecell demo --out demo" in plans["demo"]
+    assert all(tool in plans["lint"] for tool in ("ruff check", "ruff format --check", "mypy"))
+    assert plans["lint"] in plans["test"]
+    assert "pytest" in plans["test"]
+    listed = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert all(f"make {target} " in listed for target in plans)
+    fresh = subprocess.run(["make", "-n", "-W", "pyproject.toml", "test"], cwd=ROOT, capture_output=True, text=True)
+    assert "-m venv .venv" in fresh.stdout
+    assert "pip install -c constraints.txt -e '.[dev]'" in fresh.stdout
+
+
+def test_ci_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, "not executable"
+    lines = [line.strip() for line in script.read_text().splitlines()]
+    assert "set -euo pipefail" in lines
+    assert "exec make test" in lines
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_pre_commit_hooks_are_the_venvs() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert all(repo["repo"] == "local" for repo in config["repos"]), "a hook would be fetched"
+    entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    assert all(entry.startswith(".venv/bin/") for entry in entries)
+    assert {entry.split("/")[-1].split()[0] for entry in entries} == {"ruff", "mypy"}
+
+
+def test_licence_and_changelog() -> None:
+    licence = (ROOT / "LICENSE").read_text()
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in licence
+    assert "END OF TERMS AND CONDITIONS" in licence
+    assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_only_r_rooms_import_ray() -> None:
+    knowing = {name for name, tree in TREES.items() if knows_ray(imports(tree))}
+    assert knowing <= RAY_ROOMS | {"cli"}, f"{sorted(knowing - RAY_ROOMS)} import ray"
+    assert not knows_ray(imports(TREES["cli"], lazy=False)), "cli imports ray before it must"
+
+
+def test_plain_rooms_import_no_r_room() -> None:
+    """Else a test of a plain function would pay for Ray."""
+    for name in set(ROOMS) - RAY_ROOMS - TOP_ROOMS:
+        assert not rooms_in(imports(TREES[name])) & RAY_ROOMS, f"{name} imports a room that imports ray"
+
+
+def test_imports_run_downward() -> None:
+    """No room imports itself by way of others, not even lazily, and none imports the rooms at the top."""
+    below = {name: rooms_in(imports(tree)) - {"__init__"} for name, tree in TREES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in done:
+            for other in sorted(below[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in ROOMS:
+        visit(name, ())
+        assert not below[name] & TOP_ROOMS or name in TOP_ROOMS, f"{name} imports a room at the top"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_sizes(name: str) -> None:
+    lines = len(ROOMS[name].read_text().splitlines())
+    assert lines <= MAX_FILE_LINES, f"{name}.py has {lines} lines"
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{name}.{node.name} has {length} lines"
+
+
+def unsafe(node: ast.Call) -> str | None:
+    """Why a call could run what it reads, or None."""
+    called = ast.unparse(node.func)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    if re.fullmatch(r"(pickle|cloudpickle|marshal|dill|joblib)\.(load|loads|Unpickler)", called):
+        return "unpickles"
+    if called in {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}:
+        return "runs or builds anything"
+    if called == "torch.load" and given.get("weights_only") != "True":
+        return "unpickles unless weights_only=True"
+    if given.get("weights_only") == "False" or given.get("allow_pickle") == "True":
+        return "unpickles"
+    return "runs a shell" if given.get("shell") == "True" else None
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def test_no_unsafe_calls() -> None:
+    for path in [*ROOMS.values(), *sorted((ROOT / "jobs").glob("*.py"))]:
+        for call in calls(ast.parse(path.read_text())):
+            assert not unsafe(call), f"{path.name}:{call.lineno}: {ast.unparse(call)[:60]} {unsafe(call)}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "pickle.loads(x)",
+        "torch.load(x)",
+        "torch.load(x, weights_only=False)",
+        "yaml.load(x, Loader=y)",
+        "subprocess.run(x, shell=True)",
+        "np.load(x, allow_pickle=True)",
+        "eval(x)",
+    ],
+)
+def test_unsafe_calls_are_seen(code: str) -> None:
+    assert unsafe(next(calls(ast.parse(code))))
+
+
+@pytest.mark.parametrize("code", ["torch.load(x, weights_only=True)", "yaml.safe_load(x)", "model.eval()"])
+def test_safe_calls_pass(code: str) -> None:
+    assert not unsafe(next(calls(ast.parse(code))))
+
+
+def test_ascii_only() -> None:
+    for path in text_files():
+        found = re.search(rb"[^\x00-\x7f]", path.read_bytes())
+        line = path.read_bytes()[: found.start()].count(b"\n") + 1 if found else 0
+        assert not found, f"{path.relative_to(ROOT)}:{line} is not ASCII"
+
+
+def test_no_path_of_one_machine() -> None:
+    """Neither this checkout's folder nor anybody's home; Ray's images have theirs at /home/ray."""
+    own = {str(ROOT), str(ROOT.parent), str(Path.home())} - {"/", "/tmp", "/home"}
+    patterns = [rf"(?<![\w.}}]){re.escape(path)}/" for path in sorted(own)]
+    machine = re.compile("|".join([*patterns, r"/home/(?!ray\b)\w+/", r"/Users/\w+/", r"[A-Z]:\\\\?Users"]))
+    for path in text_files():
+        if path != Path(__file__):
+            found = machine.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{path.relative_to(ROOT)} names {found and found[0]}"
