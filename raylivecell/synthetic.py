@@ -14,8 +14,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -51,7 +52,8 @@ CATEGORIES = [{"supercategory": "cell", "id": 1, "name": "cell"}]
 Mapper = Callable[[Callable[["Frame"], list[dict[str, Any]]], Sequence["Frame"]], Iterable[list[dict[str, Any]]]]
 
 
-class Frame(NamedTuple):
+@dataclass(frozen=True)
+class Frame:
     """One frame to be drawn: everything a worker needs, a few bytes to send."""
 
     out: str
@@ -89,8 +91,8 @@ def file_name(seed: int, kind: int, number: int) -> str:
     """The name of the `number`-th frame of a kind: wells, fields, hours and places in an order drawn from the seed."""
     hours = 120 // _HOURS
     count = _WELLS * _FIELDS * hours * _PLACES
-    # 7919 is prime to `count`, so this visits every name once; frames beyond `count` go on to later days.
-    code = (number * 7919 + seed % count) % count
+    # 9049 is prime to `count`, so this visits every name once; frames beyond `count` go on to later days.
+    code = (number * 9049 + kind * 2311 + seed % count) % count
     code, place = divmod(code, _PLACES)
     code, field = divmod(code, _FIELDS)
     well, hour = divmod(code, hours)
@@ -180,13 +182,9 @@ def write_dataset(
         What OUT/synthetic.json holds: seed, images, defects, and per split its images and cells.
     """
     if images < 1 or seed < 0:
-        raise UserError(
-            f"cannot draw {images} images with seed {seed}: ask for at least 1 image and a seed of 0 or more"
-        )
+        raise UserError(f"cannot draw {images} images with seed {seed}: ask for 1 or more and a seed from 0")
     if defects and images < synthetic_defects.LEAST_IMAGES:
-        raise UserError(
-            f"{images} images are too few for every defect: ask for {synthetic_defects.LEAST_IMAGES} or more"
-        )
+        raise UserError(f"{images} images cannot hold every defect: ask for {synthetic_defects.LEAST_IMAGES} or more")
     root = storage.absolute(out)
     request = {"drawing": DRAWING, "seed": seed, "images": images, "defects": defects}
     done = _begin(root, request)

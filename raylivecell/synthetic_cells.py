@@ -2,8 +2,8 @@
 
 1. `place`: centres and sizes; colonies grow by giving a new cell a place beside an old one.
 2. `_outlines`: a cell's free shape: an irregular ellipse, plus tapered, bent processes where its kind has them.
-3. `draw_masks`: cells contend for pixels (the one whose centre is nearer, in its own radii, wins), so that crowded cells
-   get the straight borders of a confluent layer; then a few cells are let over their neighbours' edges.
+3. `draw_masks`: cells contend for pixels (the one whose centre is nearer, in its own radii, wins), so that crowded
+   cells get the straight borders of a confluent layer; then a few cells are let over their neighbours' edges.
 
 All lengths are pixels, areas square pixels, angles radians. Figures of a kind are those of 14 real LIVECell images
 (cells a frame, median area, share of foreground, grey profile across the contour) or read off the pictures.
@@ -66,22 +66,22 @@ class Kind:
 
 
 KINDS = (
-    Kind("A172", (90, 280), 17.5, 0.32, (1.1, 2.2), 0.30, (1, 3), (1.4, 2.8), 0.30, 0.85, 0.80, 0.04, 12, 7, 8, 9, 6,
-         (0.55, 0.8), 12),
-    Kind("BT474", (120, 420), 11.8, 0.26, (1.0, 1.6), 0.16, (0, 1), (1.3, 1.8), 0.35, 0.95, 0.74, 0.07, 15, 9, 10, 9, 9,
-         (0.5, 0.8), 55),
-    Kind("BV2", (200, 720), 8.2, 0.10, (1.0, 1.12), 0.04, (0, 0), (1.0, 1.2), 0.20, 0.84, 0.90, 0.80, 46, 40, 12, 12, 6,
-         (0.6, 0.9), 25),
-    Kind("Huh7", (48, 150), 18.5, 0.34, (1.0, 1.6), 0.22, (0, 2), (1.2, 1.7), 0.32, 0.78, 0.80, 0.06, 7, 5, 10, 12, 9,
-         (0.55, 0.8), 70),
-    Kind("MCF7", (130, 720), 8.9, 0.24, (1.0, 1.7), 0.16, (0, 1), (1.3, 1.7), 0.35, 0.96, 0.74, 0.06, 20, 15, 9, 9, 8,
-         (0.5, 0.75), 18),
-    Kind("SHSY5Y", (150, 430), 7.6, 0.22, (1.4, 2.8), 0.14, (2, 5), (1.8, 5.0), 0.24, 0.92, 0.80, 0.05, 12, 16, 6, 6, 7,
-         (0.75, 1.05), 14),
-    Kind("SkBr3", (130, 330), 9.6, 0.14, (1.0, 1.3), 0.06, (0, 1), (1.1, 1.4), 0.35, 0.45, 0.92, 0.76, 28, 26, 12, 10, 8,
-         (0.65, 0.95), 20),
-    Kind("SKOV3", (50, 150), 17.0, 0.34, (1.0, 1.9), 0.20, (0, 2), (1.2, 1.8), 0.30, 0.55, 0.88, 0.12, 9, 5, 8, 8, 9,
-         (0.6, 0.85), 12),
+    Kind("A172", (90, 280), 17.5, 0.34, (1.1, 2.6), 0.24, (1, 3), (1.4, 3.2), 0.60, 0.85, 0.80, 0.04, 6, 3, 7, 6, 7,
+         (0.38, 0.5), 12),
+    Kind("BT474", (120, 420), 11.8, 0.28, (1.0, 1.7), 0.12, (0, 2), (1.2, 1.7), 0.6, 0.96, 0.72, 0.05, 9, 5, 8, 6, 9,
+         (0.38, 0.55), 55),
+    Kind("BV2", (200, 720), 8.2, 0.10, (1.0, 1.12), 0.04, (0, 0), (1.0, 1.2), 0.20, 0.84, 0.90, 0.80, 34, 26, 10, 7, 7,
+         (0.55, 0.75), 25),
+    Kind("Huh7", (48, 150), 18.5, 0.36, (1.0, 1.7), 0.18, (0, 2), (1.2, 1.6), 0.60, 0.78, 0.78, 0.06, 4, 1.5, 6.5, 7, 9,
+         (0.36, 0.5), 70),
+    Kind("MCF7", (130, 720), 8.9, 0.26, (1.0, 1.8), 0.12, (0, 1), (1.2, 1.6), 0.5, 0.97, 0.72, 0.04, 15, 8, 9, 6.5, 9,
+         (0.38, 0.55), 18),
+    Kind("SHSY5Y", (150, 430), 6.8, 0.22, (1.6, 3.2), 0.12, (3, 6), (1.8, 4.6), 0.62, 0.93, 0.76, 0.04, 11, 8, 6, 4.5, 6,
+         (0.6, 0.8), 14),
+    Kind("SkBr3", (130, 330), 9.6, 0.14, (1.0, 1.3), 0.06, (0, 1), (1.1, 1.4), 0.35, 0.45, 0.92, 0.76, 25, 18, 10, 7, 9,
+         (0.5, 0.7), 20),
+    Kind("SKOV3", (50, 150), 17.0, 0.36, (1.0, 2.0), 0.16, (0, 2), (1.2, 1.8), 0.5, 0.55, 0.88, 0.10, 5, 2, 8, 8, 9,
+         (0.6, 0.8), 12),
 )  # fmt: skip
 
 
@@ -105,6 +105,8 @@ class Mask:
     x: int
     y: int
     pixels: Bytes
+    spines: list[Floats]
+    """Middle lines (V, 2) x, y of its processes."""
 
     @property
     def window(self) -> tuple[slice, slice]:
@@ -165,33 +167,35 @@ def _turned(cell: Cell, along: Floats, across: Floats) -> Floats:
     return np.stack([cell.x + along * cos - across * sin, cell.y + along * sin + across * cos], axis=1)
 
 
-def _process(cell: Cell, kind: Kind, end: int, rng: np.random.Generator) -> Floats:
-    """Outline of a tapered, bent outgrowth; even and odd `end`s leave at opposite poles of the body."""
+def _process(cell: Cell, kind: Kind, end: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Outline and middle line of a tapered, bent outgrowth; even and odd `end`s leave at opposite poles of the body."""
     t = np.linspace(0, 1, 12)
     length = cell.radius * rng.uniform(*kind.reach) * cell.aspect**0.5
     heading = end * np.pi + rng.normal(0, 0.5 if end < 2 else 1.1) + rng.normal(0, 0.7) * t
     along, across = np.cumsum(np.cos(heading)) * length / 12, np.cumsum(np.sin(heading)) * length / 12
-    # 1.2 px of half width at the tip: LIVECell's annotators drew neurites about 3 px wide.
-    half = np.maximum(kind.process_width * cell.radius * (1 - t) ** 1.3, 1.2)
+    # 1.6 px of half width at the tip: LIVECell's annotators drew neurites 3 to 5 px wide.
+    half = np.maximum(kind.process_width * cell.radius * (1 - t) ** 2.5, 1.6)
     side = np.stack([-np.sin(heading), np.cos(heading)]) * half
     left = _turned(cell, along + side[0], across + side[1])
     right = _turned(cell, along - side[0], across - side[1])
-    return np.concatenate([left, right[::-1]])
+    return np.concatenate([left, right[::-1]]), _turned(cell, along, across)
 
 
-def _outlines(cell: Cell, kind: Kind, rng: np.random.Generator) -> list[Floats]:
-    """The closed outlines, each (V, 2) x, y, whose union is the cell's free shape."""
+def _outlines(cell: Cell, kind: Kind, rng: np.random.Generator) -> tuple[list[Floats], list[Floats]]:
+    """The closed outlines, each (V, 2) x, y, whose union is the cell's free shape, and its processes' middle lines."""
     if cell.rounded:
-        return [_body(cell, 0.03, 1.0, rng)]
+        return [_body(cell, 0.03, 1.0, rng)], []
     pressed = kind.tight < 0.85
     # Pressed cells are drawn larger than their share: their neighbours cut them back to it.
     body = _body(cell, kind.ragged, 1.22 if pressed else 1.0, rng)
     ends = rng.integers(kind.processes[0], kind.processes[1] + 1)
-    return [body, *(_process(cell, kind, end, rng) for end in range(ends))]
+    processes = [_process(cell, kind, end, rng) for end in range(ends)]
+    return [body, *(outline for outline, _ in processes)], [spine for _, spine in processes]
 
 
-def _filled(cell: Cell, outlines: list[Floats]) -> Mask | None:
+def _filled(cell: Cell, kind: Kind, rng: np.random.Generator) -> Mask | None:
     """The free shape as pixels, cut to the frame; None when nothing of it lies inside."""
+    outlines, spines = _outlines(cell, kind, rng)
     points = np.concatenate(outlines)
     x0, y0 = np.maximum(np.floor(points.min(0)).astype(int) - 1, 0)
     x1, y1 = np.minimum(np.ceil(points.max(0)).astype(int) + 2, (WIDTH, HEIGHT))
@@ -202,7 +206,7 @@ def _filled(cell: Cell, outlines: list[Floats]) -> Mask | None:
         # 4 fractional bits; pixel centres lie at +0.5 of the frame's coordinates.
         fixed = np.round((outline - (x0 + 0.5, y0 + 0.5)) * 16).astype(np.int32)
         cv2.fillPoly(pixels, [fixed], 1, shift=4)
-    return Mask(cell, int(x0), int(y0), pixels)
+    return Mask(cell, int(x0), int(y0), pixels, spines)
 
 
 def distance(mask: Mask) -> NDArray[np.float32]:
@@ -219,7 +223,7 @@ def distance(mask: Mask) -> NDArray[np.float32]:
 
 def draw_masks(kind: Kind, cells: list[Cell], rng: np.random.Generator) -> list[Mask]:
     """The mask of every cell of which at least 40 px are seen; at most `MAX_OVERLAP` of the foreground is shared."""
-    free = [mask for cell in cells if (mask := _filled(cell, _outlines(cell, kind, rng))) is not None]
+    free = [mask for cell in cells if (mask := _filled(cell, kind, rng)) is not None]
     best = np.full((HEIGHT, WIDTH), np.inf, np.float32)
     owner = np.zeros((HEIGHT, WIDTH), np.int32)
     for number, mask in enumerate(free, 1):
@@ -284,7 +288,8 @@ def grow_frame(kind: Kind, rng: np.random.Generator) -> list[Mask]:
 def polygon(mask: Mask) -> list[float]:
     """The contour [x0, y0, x1, y1, ...] of a cell, in LIVECell's coordinates: pixel (0, 0) covers 0 to 1.
 
-    Traced at four times the resolution on a slightly blurred mask, so that it runs between pixel centres; 5 to 140 points.
+    Traced at four times the resolution on a slightly blurred mask, so that it runs between pixel centres; 5 to 140
+    points.
     """
     padded = cv2.copyMakeBorder(mask.pixels * 255, 2, 2, 2, 2, cv2.BORDER_CONSTANT)
     fine = cv2.resize(padded, None, fx=4, fy=4, interpolation=cv2.INTER_LINEAR)

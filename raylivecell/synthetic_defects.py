@@ -1,10 +1,11 @@
 """Every defect that real copies of LIVECell hold, planted in a synthetic dataset where `prepare` must find it.
 
-One frame a defect, in the order of `DEFECTS`; frames further on stay sound. Two shapes of record that are no defect, several
-polygons in one and run-length encoding, are planted too. OUT/planted.json names all.
+One frame a defect, in the order of `DEFECTS`; frames further on stay sound. Two shapes of record that are no
+defect, several polygons in one and run-length encoding, are planted too. OUT/planted.json names all.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,7 @@ def _crop(path: Path) -> None:
     _write(path, np.ascontiguousarray(_read(path)[: HEIGHT - 8, : WIDTH - 24]))
 
 
-_FILES = {
+_FILES: dict[str, Callable[[Path], None]] = {
     "missing_file": Path.unlink,
     "unreadable_image": _truncate,
     "colour_image": _colour,
