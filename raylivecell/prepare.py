@@ -11,6 +11,7 @@ Killed at any moment and started again, it ends with the same bytes: every file 
 settings, is written atomically, and an account is written only after its shard.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import ray.data
 from rich.table import Table
 
@@ -107,7 +107,7 @@ def _examine(read: plan.Source) -> dict[str, Facts]:
         for first in range(0, len(paths), EXAMINE_TOGETHER)
     ]
     facts = {}
-    done = (one for result in _on_ray(_examine_task, jobs) for one in result["facts"].items())
+    done = (one for result in _on_ray(_examine_some, jobs) for one in result["facts"].items())
     for path, fact in progress.track(done, "examining images", len(paths)):
         facts[path] = Facts(**fact)
     return facts
@@ -169,7 +169,7 @@ def _draw(read: plan.Source, jobs: list[dict[str, Any]], config: PrepareConfig) 
     accounts = {}
 
     def images() -> Iterator[None]:
-        for account in _on_ray(_draw_task, [job | {"rules": rules} for job in jobs]):
+        for account in _on_ray(_draw_some, [job | {"rules": rules} for job in jobs]):
             accounts[account["file"]] = account
             yield from [None] * sizes[account["file"]]
 
@@ -179,37 +179,39 @@ def _draw(read: plan.Source, jobs: list[dict[str, Any]], config: PrepareConfig) 
     return accounts
 
 
-def _examine_task(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-    job = json.loads(batch["job"][0])
-    facts = {path: asdict(samples.examine(storage.join(job["source"], path))) for path in job["paths"]}
-    return {"result": [json.dumps({"facts": facts})]}
+def _examine_some(job: dict[str, Any]) -> dict[str, Any]:
+    return {"facts": {path: asdict(samples.examine(storage.join(job["source"], path))) for path in job["paths"]}}
 
 
-def _draw_task(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-    job = json.loads(batch["job"][0])
-    return {"result": [json.dumps(samples.write_part(job, DefectRules(**job["rules"])))]}
+def _draw_some(job: dict[str, Any]) -> dict[str, Any]:
+    return samples.write_part(job, DefectRules(**job["rules"]))
 
 
-def _on_ray(task: Callable[..., Any], jobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`task` of each job as a Ray Data task of its own; results as they come. A task's UserError is raised here."""
+def _run_job(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """One Ray Data task. A UserError travels as a value: raised here, Ray would log it with its own stack traces."""
+    try:
+        return {"result": [json.dumps(function(json.loads(batch["job"][0])))]}
+    except UserError as error:
+        return {"result": [json.dumps({"user_error": str(error)})]}
+
+
+def _on_ray(
+    function: Callable[[dict[str, Any]], dict[str, Any]], jobs: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """`function` of each job, each in a Ray Data task of its own; results as they come."""
     if not jobs:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = 1800
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = [{"job": json.dumps(job)} for job in jobs]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        task, batch_size=1, batch_format="numpy"
-    )
-    try:
-        for row in dataset.iter_rows():
-            yield json.loads(row["result"])
-    except ray.exceptions.RayTaskError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise cause or error from None
+    task = functools.partial(_run_job, function=function)
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(task, batch_size=1)
+    for row in dataset.iter_rows():
+        result = json.loads(row["result"])
+        if "user_error" in result:
+            raise UserError(result["user_error"])
+        yield result
 
 
 def _clean(out: str, jobs: list[dict[str, Any]], keep: str = "") -> None:

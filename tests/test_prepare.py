@@ -1,0 +1,628 @@
+"""From annotated images to shards: real LIVECell, every defect, other layouts, kills, S3."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from raylivecell import prepare as module
+from raylivecell import runtime, shards, targets
+from raylivecell.errors import UserError
+from raylivecell.plan import PrepareConfig
+from raylivecell.prepare import prepare
+
+HEIGHT, WIDTH = 48, 64
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline's tasks run here and now: what they do is the same, and takes milliseconds."""
+
+    def here(function: Callable[[Json], Json], jobs: Sequence[Json]) -> Iterator[Json]:
+        for job in jobs:
+            yield function(json.loads(json.dumps(job)))
+
+    monkeypatch.setattr(module, "_on_ray", here)
+    monkeypatch.setattr(runtime, "connect", lambda: None)
+
+
+def square(x: float, y: float, side: float = 6) -> list[float]:
+    return [x, y, x + side, y, x + side, y + side, x, y + side]
+
+
+SQUARES = [square(4, 4), square(20, 4), square(40, 30), square(10, 30), square(25, 20), square(52, 6)]
+N = len(SQUARES)
+
+
+def pixels(seed: int, outlines: Sequence[list[float]] = SQUARES) -> np.ndarray:
+    """uint8 (48, 64): gray 128 with noise, and a rough patch in each outline's box."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(127, 130, (HEIGHT, WIDTH)).astype(np.uint8)
+    for outline in outlines:
+        x, y = np.clip(np.array(outline).reshape(-1, 2).astype(int), 0, (WIDTH, HEIGHT)).T
+        window = image[y.min() : y.max(), x.min() : x.max()]
+        window[:] = rng.integers(60, 200, window.shape)
+    return image
+
+
+class Folder:
+    """A source being made: images and one JSON a split, in LIVECell's layout."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.splits, self.number = root, dict[str, Json](), 0
+
+    def file(self, name: str, image: np.ndarray, folder: str = "livecell_train_val_images") -> None:
+        path = self.root / "images" / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), image)
+
+    def entry(self, split: str, name: str, outlines: Sequence[Any] = SQUARES, **more: Any) -> int:
+        data = self.splits.setdefault(split, {"info": {"description": "tests"}, "images": [], "annotations": []})
+        self.number += 1
+        image_id = 1000 * self.number
+        data["images"].append({"id": image_id, "file_name": name, "width": WIDTH, "height": HEIGHT} | more)
+        for number, outline in enumerate(outlines, image_id + 1):
+            drawn = outline if isinstance(outline, dict) else [outline]
+            data["annotations"].append({"id": number, "image_id": image_id, "category_id": 1, "segmentation": drawn})
+        return image_id
+
+    def image(self, split: str, name: str, outlines: Sequence[Any] = SQUARES, **more: Any) -> int:
+        folder = "livecell_test_images" if split == "test" else "livecell_train_val_images"
+        self.file(name, pixels(self.number), folder)
+        return self.entry(split, name, outlines, **more)
+
+    def write(self) -> str:
+        for split, data in self.splits.items():
+            path = self.root / "annotations" / "LIVECell" / f"livecell_coco_{split}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(data))
+        return str(self.root)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Two sound images in each split."""
+    made = Folder(tmp_path / "source")
+    for split in shards.SPLITS:
+        for number in (1, 2):
+            made.image(split, f"A172_Phase_{split}_{number}.png")
+    return made
+
+
+def files_of(out: Path) -> dict[str, str]:
+    """Checksum of every file under `out`, hidden ones too."""
+    files = (path for path in out.rglob("*") if path.is_file())
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rows_of(out: Path | str, split: str) -> dict[str, Json]:
+    columns = shards.SCHEMA.names
+    rows = [shards.read_row(row, columns) for row in shards.list_rows(str(out), split)]
+    return {row["file_name"]: row for row in rows}
+
+
+def found_in(description: Json, defect: str) -> list[Json]:
+    return [one for one in description["defects"]["found"] if one["defect"] == defect]
+
+
+def counts(description: Json) -> dict[str, tuple[int, int]]:
+    return {split: (told["images"], told["cells"]) for split, told in description["splits"].items()}
+
+
+@pytest.mark.ray
+def test_real_livecell(livecell_mini: Path, ray_cluster: None, tmp_path: Path) -> None:
+    told = prepare(str(livecell_mini), str(tmp_path / "out"))
+    assert counts(told) == {"train": (9, 2068), "val": (2, 327), "test": (3, 869)}
+    assert told["defects"]["counts"] == {"unlisted_file": 6}
+    assert told["licence"] == "CC BY-NC 4.0"
+    assert "Nature Methods" in told["citation"]
+    assert set(told["cell_types"]) == {"MCF7", "BT474", "Huh7", "SkBr3", "SHSY5Y", "A172", "SKOV3"}
+    assert told == shards.load_description(str(tmp_path / "out"))
+    train = rows_of(tmp_path / "out", "train")
+    values = np.concatenate([row["image"].ravel() for row in train.values()]).astype(float)
+    assert told["intensity"]["mean"] == pytest.approx(values.mean(), abs=1e-3)
+    assert told["intensity"]["std"] == pytest.approx(values.std(), abs=1e-3)
+    for row in train.values():
+        assert len(np.unique(row["labels"])) == row["cells"] + 1
+        np.testing.assert_array_equal(row["foreground"], row["labels"] > 0)
+        np.testing.assert_array_equal(row["border"], targets.border_map(row["labels"], 5.0))
+        assert row["sha256"] == hashlib.sha256((livecell_mini / row["source"]).read_bytes()).hexdigest()
+    areas = np.concatenate(
+        [np.bincount(row["labels"].ravel())[1:] for row in train.values() if row["cell_type"] == "MCF7"]
+    )
+    row = rows_of(tmp_path / "out", "test")["MCF7_Phase_H4_1_03d08h00m_4.tif"]
+    areas = np.concatenate([areas, np.bincount(row["labels"].ravel())[1:]])
+    assert told["cell_types"]["MCF7"]["cell_area_px"]["p50"] == np.percentile(areas, 50, method="inverted_cdf")
+    before = files_of(tmp_path / "out")
+    assert set(before) == {"dataset.json", *(f"{split}/part-00000.parquet" for split in shards.SPLITS)}
+    assert prepare(str(livecell_mini), str(tmp_path / "out")) == told
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_nested_images_and_annotations_as_dict(livecell_mini: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for path in livecell_mini.glob("images/*/*.tif"):
+        nested = copy / "images" / path.parent.name / path.name.split("_")[0] / path.name
+        nested.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, nested)
+    for path in livecell_mini.glob("annotations/LIVECell/*.json"):
+        data = json.loads(path.read_bytes())
+        data["annotations"] = {str(cell["id"]): cell for cell in reversed(data["annotations"])}
+        (copy / path.name).write_text(json.dumps(data))
+    flat = prepare(str(livecell_mini), str(tmp_path / "flat"))
+    nested_told = prepare(str(copy), str(tmp_path / "nested"))
+    assert counts(flat) == counts(nested_told)
+    for split in shards.SPLITS:
+        ours, theirs = rows_of(tmp_path / "flat", split), rows_of(tmp_path / "nested", split)
+        assert list(ours) == list(theirs)
+        for name in ours:
+            np.testing.assert_array_equal(ours[name]["foreground"], theirs[name]["foreground"])
+            assert theirs[name]["source"].split("/")[-2] == theirs[name]["cell_type"]
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_single_cell_type_and_size_split_files(folder: Folder, tmp_path: Path) -> None:
+    source = Path(folder.write())
+    kinds = source / "annotations" / "LIVECell_single_cells"
+    for kind in ("a172", "bv2"):
+        (kinds / kind).mkdir(parents=True)
+    base = source / "annotations" / "LIVECell"
+    for split in shards.SPLITS:
+        data = json.loads((base / f"livecell_coco_{split}.json").read_text())
+        for kind, image in zip(("a172", "bv2"), data["images"]):
+            (kinds / kind / f"{split}.json").write_text(json.dumps(data | {"images": [image]}))
+    sizes = source / "annotations" / "LIVECell_dataset_size_split"
+    sizes.mkdir()
+    shutil.copyfile(kinds / "bv2" / "train.json", sizes / "0_train2percent.json")
+    assert counts(prepare(str(source), str(tmp_path / "all")))["train"] == (2, 2 * N)
+    one = prepare(
+        str(source),
+        str(tmp_path / "one"),
+        PrepareConfig(
+            annotations={
+                "train": "annotations/LIVECell_dataset_size_split/0_train2percent.json",
+                "test": "annotations/LIVECell_single_cells/*/test.json",
+            }
+        ),
+    )
+    assert counts(one) == {"train": (1, N), "val": (0, 0), "test": (2, 2 * N)}
+    # Each single-type file holds the annotations of images that it does not list.
+    assert {found["detail"] for found in found_in(one, "orphan_annotation")} == {
+        f"{N} annotations of images not listed"
+    }
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="choose with --annotations train"):
+        prepare(str(source), str(tmp_path / "several"))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_any_coco_set_of_any_size(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for number, (split, size) in enumerate({"train": (30, 200), "val": (17, 19), "test": (300, 31)}.items()):
+        (source / split / "deep").mkdir(parents=True)
+        image = np.random.default_rng(number).integers(0, 255, size, dtype=np.uint8)
+        cv2.imwrite(str(source / split / "deep" / "001.png"), image)
+        data = {
+            "images": [{"id": 0, "file_name": "deep/001.png", "width": size[1], "height": size[0]}],
+            "annotations": [
+                {"id": 0, "image_id": 0, "category_id": 4, "segmentation": [square(2, 3), square(8, 9)], "iscrowd": 0}
+            ],
+            "categories": [{"id": 4, "name": "neuron"}, {"id": 5, "name": "glia"}],
+            "licenses": [{"name": "CC0"}],
+        }
+        (source / f"instances_{split}.json").write_text(json.dumps(data))
+    told = prepare(str(source), str(tmp_path / "out"))
+    assert told["defects"]["found"] == []
+    assert told["licence"] == "CC0"
+    assert told["cell_types"]["neuron"]["images"] == {"train": 1, "val": 1, "test": 1}
+    (row,) = rows_of(tmp_path / "out", "test").values()
+    assert row["image"].shape == (300, 31)
+    # Two polygons of one record are one cell.
+    assert (row["cells"], int(row["foreground"].sum())) == (1, 72)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_rle_and_polygons_draw_the_same(folder: Folder, tmp_path: Path) -> None:
+    polygons = [square(3.3, 4.7, 9.9), square(11, 9), square(50, 40, 30)]
+    encoded = [coco_mask.merge(coco_mask.frPyObjects([polygon], HEIGHT, WIDTH)) for polygon in polygons]
+    compressed = [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in encoded]
+    plain = []
+    for rle in encoded:
+        flat = coco_mask.decode(rle).T.ravel()
+        runs = np.diff(np.r_[0, np.flatnonzero(np.diff(flat)) + 1, len(flat)]).tolist()
+        plain.append({"size": rle["size"], "counts": [0, *runs] if flat[0] else runs})
+    for name, outlines in (("a", polygons), ("b", compressed), ("c", plain), ("d", [{"size": [5, 5], "counts": [25]}])):
+        folder.file(f"{name}.png", pixels(ord(name)))
+        folder.entry("train", f"{name}.png", outlines)
+    told = prepare(folder.write(), str(tmp_path / "out"))
+    rows = rows_of(tmp_path / "out", "train")
+    for name in "bc":
+        np.testing.assert_array_equal(rows["a.png"]["labels"], rows[f"{name}.png"]["labels"])
+    assert "d.png" not in rows
+    assert [one["file_name"] for one in found_in(told, "degenerate_polygon")] == ["d.png"]
+    assert found_in(told, "no_annotations")[0]["detail"] == "no annotation left that can be drawn"
+
+
+def with_every_defect(folder: Folder) -> dict[str, list[Any]]:
+    """Plants each defect once; returns defect -> [file name, ids]."""
+    first = "A172_Phase_train_1.png"
+    planted: dict[str, list[Any]] = {}
+    ids = [folder.splits["train"]["images"][0]["id"], folder.entry("train", first, SQUARES[:3])]
+    planted["duplicate_entry"] = [first, ids]
+    planted["missing_file"] = ["A172_Phase_gone.png", [folder.entry("train", "A172_Phase_gone.png")]]
+    folder.file("A172_Phase_unlisted.png", pixels(50))
+    planted["unlisted_file"] = ["A172_Phase_unlisted.png", []]
+    planted["unreadable_image"] = ["A172_Phase_cut.png", [folder.image("val", "A172_Phase_cut.png")]]
+    cut = folder.root / "images" / "livecell_train_val_images" / "A172_Phase_cut.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    planted["wrong_size"] = ["A172_Phase_size.png", [folder.image("val", "A172_Phase_size.png", width=32)]]
+    planted["no_annotations"] = ["A172_Phase_none.png", [folder.image("train", "A172_Phase_none.png", [])]]
+    planted["few_annotations"] = [
+        "A172_Phase_few.png",
+        [folder.image("train", "A172_Phase_few.png", [square(5, 5, 3)])],
+    ]
+    for defect, image in {
+        "colour_image": np.dstack([pixels(60)] * 3),
+        "sixteen_bit_image": pixels(61).astype(np.uint16) * 257,
+    }.items():
+        folder.file(f"A172_Phase_{defect}.png", image)
+        planted[defect] = [f"A172_Phase_{defect}.png", [folder.entry("train", f"A172_Phase_{defect}.png")]]
+    folder.image("test", "A172_Phase_leak.png")
+    shared = folder.splits["test"]["images"][-1]["id"]
+    name = "A172_Phase_again.png"
+    copy = (folder.root / "images/livecell_test_images/A172_Phase_leak.png").read_bytes()
+    (folder.root / "images/livecell_train_val_images" / name).write_bytes(copy)
+    planted["leak"] = [name, [shared, folder.entry("train", name)]]
+    name = "A172_Phase_val_1_copy.png"
+    original = folder.splits["val"]["images"][0]["id"]
+    copy = (folder.root / "images/livecell_train_val_images/A172_Phase_val_1.png").read_bytes()
+    (folder.root / "images/livecell_train_val_images" / name).write_bytes(copy)
+    planted["identical_pixels"] = [name, [original, folder.entry("val", name)]]
+    near = [value + 0.2 for value in SQUARES[0]]
+    cells: list[Any] = [*SQUARES, near, square(61, 20), square(200, 200), [1, 1, 2, 2], [5, 5, 9, 9, 7, 7]]
+    cells += [[1, float("nan"), 4, 2, 3, 9], square(11, 31, 2), square(40, 4)]
+    number = folder.image("train", "A172_Phase_cells.png", cells)
+    folder.splits["train"]["annotations"][-1]["iscrowd"] = 1
+    name = "A172_Phase_cells.png"
+    planted["doubled_contour"] = [name, [number + 7]]
+    planted["out_of_bounds"] = [name, [number + 8, number + 9]]
+    planted["degenerate_polygon"] = [name, [number + 10, number + 11, number + 12]]
+    planted["hidden_cell"] = [name, [number + 9]]
+    planted["crowd_region"] = [name, [number + 14]]
+    json_name = "annotations/LIVECell/livecell_coco_train.json"
+    folder.splits["train"]["annotations"].append({"id": 7, "image_id": 99, "segmentation": [SQUARES[0]]})
+    folder.splits["train"]["annotations"].append({"id": 8, "image_id": 99, "segmentation": "drawn"})
+    planted["orphan_annotation"] = [json_name, [99]]
+    planted["bad_record"] = [json_name, [8]]
+    for deeper in ("x", "y"):
+        folder.file("A172_Phase_both.png", pixels(80 + ord(deeper)), f"livecell_train_val_images/{deeper}")
+    planted["ambiguous_file"] = ["A172_Phase_both.png", [folder.entry("train", "A172_Phase_both.png")]]
+    return planted
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_every_defect_is_found_and_handled_by_its_rule(folder: Folder, tmp_path: Path) -> None:
+    planted = with_every_defect(folder)
+    told = prepare(folder.write(), str(tmp_path / "out"))
+    got = {one["defect"]: [one["file_name"], one["ids"]] for one in told["defects"]["found"]}
+    assert got == planted
+    assert told["defects"]["counts"] == dict.fromkeys(sorted(planted), 1)
+    train, val, test = (rows_of(tmp_path / "out", split) for split in shards.SPLITS)
+    assert len(train) == 2 + 4
+    assert train["A172_Phase_train_1.png"]["cells"] == N
+    np.testing.assert_array_equal(train["A172_Phase_colour_image.png"]["image"], pixels(60))
+    np.testing.assert_array_equal(train["A172_Phase_sixteen_bit_image.png"]["image"], pixels(61))
+    assert train["A172_Phase_both.png"]["source"].endswith("/x/A172_Phase_both.png")
+    # The squares, the one cut at the edge, and the one that lies on a larger one.
+    labels = train["A172_Phase_cells.png"]["labels"]
+    assert train["A172_Phase_cells.png"]["cells"] == N + 2
+    assert np.bincount(labels.ravel())[1:].tolist() == [36, 36, 36, 32, 36, 36, 18, 4]
+    assert set(val) == {"A172_Phase_val_1.png", "A172_Phase_val_2.png"}
+    assert set(test) == {"A172_Phase_test_1.png", "A172_Phase_test_2.png", "A172_Phase_leak.png"}
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_the_other_rules(folder: Folder, tmp_path: Path) -> None:
+    planted = with_every_defect(folder)
+    config = PrepareConfig(
+        duplicate_entry="keep_first",
+        ambiguous_file="drop",
+        colour_image="drop",
+        sixteen_bit_image="drop",
+        wrong_size="scale",
+        no_annotations="keep",
+        few_annotations="keep",
+        leak="keep",
+        identical_pixels="keep",
+        doubled_contour="keep",
+        out_of_bounds="drop",
+        crowd_region="keep",
+    )
+    told = prepare(folder.write(), str(tmp_path / "out"), config)
+    assert set(told["defects"]["counts"]) == set(planted)
+    train, val, _ = (rows_of(tmp_path / "out", split) for split in shards.SPLITS)
+    names = {"train_1", "train_2", "none", "few", "again", "cells"}
+    assert set(train) == {f"A172_Phase_{name}.png" for name in names}
+    assert not train["A172_Phase_none.png"]["foreground"].any()
+    # The second contour of one cell is kept, and has no pixel of its own.
+    assert found_in(told, "hidden_cell")[0]["ids"] == planted["doubled_contour"][1]
+    assert train["A172_Phase_cells.png"]["cells"] == N + 2
+    assert set(val) == {f"A172_Phase_{name}.png" for name in ("val_1", "val_2", "val_1_copy", "size")}
+    # The JSON says 32 pixels wide, the file has 64: twice as wide, and the two that leave the file so are dropped.
+    assert val["A172_Phase_size.png"]["foreground"].sum() == 2 * 36 * (N - 2)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_strict_lists_defects_and_leaves_nothing(
+    folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.image("train", "A172_Phase_none.png", [])
+    with pytest.raises(UserError, match="no_annotations 1: A172_Phase_none"):
+        prepare(folder.write(), str(tmp_path / "out"), strict=True)
+    assert "no_annotations" in capsys.readouterr().err
+    folder.splits["train"]["images"].pop()
+    (folder.root / "images/livecell_train_val_images/A172_Phase_none.png").unlink()
+    folder.image("train", "A172_Phase_two.png", [*SQUARES, SQUARES[0]])
+    with pytest.raises(UserError, match="doubled_contour 1: A172_Phase_two"):
+        prepare(folder.write(), str(tmp_path / "out"), strict=True)
+    assert files_of(tmp_path / "out") == {}
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_refuse_rules(folder: Folder, tmp_path: Path) -> None:
+    folder.entry("train", "A172_Phase_gone.png")
+    source = folder.write()
+    assert prepare(source, str(tmp_path / "out"))["defects"]["counts"] == {"missing_file": 1}
+    with pytest.raises(UserError, match="missing_file 1: A172_Phase_gone"):
+        prepare(source, str(tmp_path / "other"), PrepareConfig(missing_file="refuse"))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_truncated_json(folder: Folder, tmp_path: Path) -> None:
+    source = folder.write()
+    path = folder.root / "annotations/LIVECell/livecell_coco_train.json"
+    text = path.read_bytes()
+    place = text.rindex(b'{"id": 2003')
+    path.write_bytes(text[: place + 20])
+    with pytest.raises(UserError, match=f"livecell_coco_train.json ends too early, at byte {place}; get"):
+        prepare(source, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    told = prepare(source, str(tmp_path / "out"), PrepareConfig(truncated_json="keep_whole_records"))
+    assert found_in(told, "truncated_json")[0]["ids"] == [2000]
+    assert set(rows_of(tmp_path / "out", "train")) == {"A172_Phase_train_1.png"}
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_file_names_do_not_lead_out_of_the_folder(folder: Folder, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "secret.png"), pixels(99))
+    names = ["../../secret.png", str(tmp_path / "secret.png"), "..\\secret.png", "c:\\secret.png", "~/secret.png"]
+    for name in names:
+        folder.entry("train", name)
+    told = prepare(folder.write(), str(tmp_path / "out"))
+    assert [one["file_name"] for one in found_in(told, "bad_record")] == names
+    assert counts(told)["train"] == (2, 2 * N)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_another_dataset_is_not_overwritten(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    source = folder.write()
+    prepare(source, str(out))
+    before = files_of(out)
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare(source, str(out), PrepareConfig(leak="keep"))
+    folder.image("train", "A172_Phase_more.png")
+    folder.write()
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare(source, str(out))
+    assert files_of(out) == before
+    assert counts(prepare(source, str(out), PrepareConfig(overwrite=True, shard_images=1)))["train"] == (3, 3 * N)
+    assert counts(prepare(source, str(out), PrepareConfig(overwrite=True)))["train"] == (3, 3 * N)
+    assert set(files_of(out)) == set(before)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_lost_shard_is_drawn_again(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(folder.write(), str(out))
+    before = files_of(out)
+    (out / "val" / "part-00000.parquet").unlink()
+    prepare(folder.write(), str(out))
+    assert files_of(out) == before
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_mistakes_are_one_line(folder: Folder, tmp_path: Path) -> None:
+    source = folder.write()
+    for config, message in (
+        (PrepareConfig(annotations={"train": "nothing.json"}), "no annotation file nothing.json"),
+        (PrepareConfig(images="pictures"), "no image files"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(source, str(tmp_path / "out"), config)
+    with pytest.raises(UserError, match="no folder at"):
+        prepare(str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no annotation JSON"):
+        prepare(str(tmp_path / "empty"), str(tmp_path / "out"))
+
+
+@pytest.mark.ray
+def test_a_mistake_found_in_a_task_is_a_user_error(ray_cluster: None) -> None:
+    def changed(job: Json) -> Json:
+        raise UserError(f"file {job['number']} changed; start again")
+
+    with pytest.raises(UserError, match=r"^file 1 changed; start again$"):
+        list(module._on_ray(changed, [{"number": 1}]))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_planted_defects_of_synthetic_data(tmp_path: Path) -> None:
+    from raylivecell import synthetic
+
+    source = tmp_path / "source"
+    synthetic.write_dataset(source, 24, seed=5, defects=True)
+    planted = json.loads((source / "planted.json").read_text())["defects"]
+    told = prepare(str(source), str(tmp_path / "out"))
+    names = set()
+    for one in planted:
+        files = {one["file_name"], *(listed["file_name"] for listed in one["listed"])}
+        names |= files
+        (found,) = (found for found in found_in(told, one["defect"]) if found["file_name"] in files)
+        images = {listed["image_id"] for listed in one["listed"]}
+        assert set(found["ids"]) in (images, set(one["annotation_ids"]))
+    assert {found["file_name"] for found in told["defects"]["found"]} <= names
+
+
+def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | (env or {}),
+    )
+
+
+KILLED_AT_EACH_WRITE = """
+import json, os, signal, sys
+from raylivecell import prepare as module, runtime, storage
+from raylivecell.plan import PrepareConfig
+
+source, out = sys.argv[1:]
+runtime.connect = lambda: None
+module._on_ray = lambda function, jobs: (function(json.loads(json.dumps(job))) for job in jobs)
+real = {"replace": os.replace, "fsync": os.fsync, "delete": storage.delete}
+
+def die_at(last):
+    left = [last]
+    def counted(name):
+        def call(*arguments):
+            left[0] -= 1
+            if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
+            return real[name](*arguments)
+        return call
+    os.replace, os.fsync, storage.delete = counted("replace"), counted("fsync"), counted("delete")
+
+for last in range(1, 1000):
+    child = os.fork()
+    if not child:
+        die_at(last)
+        try:
+            module.prepare(source, out, PrepareConfig(shard_images=2))
+        finally:
+            os._exit(0)
+    if os.waitpid(child, 0)[1] == 0: break
+print(last)
+"""
+
+
+def test_killed_before_each_write_ends_with_the_same_bytes(folder: Folder, no_ray: None, tmp_path: Path) -> None:
+    """Each run gets one write, rename or deletion further than the one before, and finds what that one left."""
+    for number in range(6):
+        folder.image("train", f"BV2_Phase_{number}.png")
+    source, out = folder.write(), tmp_path / "out"
+    prepare(source, str(tmp_path / "undisturbed"), PrepareConfig(shard_images=2))
+    done = run_apart(KILLED_AT_EACH_WRITE, source, str(out))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 15
+    assert files_of(out) == files_of(tmp_path / "undisturbed")
+
+
+KILLED_WHILE_DRAWING = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from raylivecell.prepare import PrepareConfig, prepare
+
+def watch():
+    while len(list(Path(sys.argv[2]).glob(".prepare-*/*.json"))) < 2: time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=watch, daemon=True).start()
+prepare(sys.argv[1], sys.argv[2], PrepareConfig(shard_images=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_killed_while_drawing_keeps_whole_shards(folder: Folder, ray_cluster: None, tmp_path: Path) -> None:
+    for number in range(40):
+        folder.image("train", f"BV2_Phase_{number}.png")
+    source, out = folder.write(), tmp_path / "out"
+    prepare(source, str(tmp_path / "undisturbed"), PrepareConfig(shard_images=2))
+    done = run_apart(KILLED_WHILE_DRAWING, source, str(out))
+    assert done.returncode == -9, done.stderr
+    assert not (out / "dataset.json").exists()
+    accounts = [json.loads(path.read_text()) for path in out.glob(".prepare-*/*.json")]
+    assert len(accounts) >= 2
+    ages = {account["file"]: (out / account["file"]).stat().st_mtime_ns for account in accounts}
+    (out / "train" / ".part-00000.parquet.ab12.partial").write_bytes(b"half")
+    prepare(source, str(out), PrepareConfig(shard_images=2))
+    assert files_of(out) == files_of(tmp_path / "undisturbed")
+    assert {file: (out / file).stat().st_mtime_ns for file in ages} == ages
+
+
+ON_S3 = """
+import sys
+from raylivecell.prepare import prepare
+from raylivecell import shards
+for _ in range(2):
+    told = prepare(*sys.argv[1:])
+print(shards.read_row(shards.list_rows(sys.argv[2], "test")[0], ["labels"])["labels"].max())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_from_s3_to_s3(folder: Folder, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        env = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        import boto3
+
+        client = boto3.client(
+            "s3",
+            endpoint_url=env["AWS_ENDPOINT_URL"],
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket="cells")
+        source = Path(folder.write())
+        for path in (path for path in source.rglob("*") if path.is_file()):
+            client.upload_file(str(path), "cells", f"source/{path.relative_to(source)}")
+        done = run_apart(ON_S3, "s3://cells/source", "s3://cells/made/here", env=env)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-1] == str(N)
+        keys = [one["Key"] for one in client.list_objects_v2(Bucket="cells", Prefix="made/")["Contents"]]
+        files = [key for key in keys if not key.endswith("/")]
+        assert files == [
+            "made/here/dataset.json",
+            *(f"made/here/{split}/part-00000.parquet" for split in sorted(shards.SPLITS)),
+        ]
+        prepare(str(source), str(tmp_path / "local"))
+        for split in shards.SPLITS:
+            body = client.get_object(Bucket="cells", Key=f"made/here/{split}/part-00000.parquet")["Body"].read()
+            assert body == (tmp_path / "local" / split / "part-00000.parquet").read_bytes()
+    finally:
+        server.stop()
