@@ -3,6 +3,7 @@
 Every item comes back exactly once, or the run fails.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str)
     count, cpus, gpus = pool(len(items), ray.cluster_resources())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     # The index lies in the object store already: no read task competes with the actors for the CPUs.
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 from pyarrow import fs as pafs
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from raylivecell import (
@@ -95,13 +96,16 @@ def evaluate(checkpoint_uri: str, data: str, split: str, out: str, tta: bool = F
 
 
 def score_table(result: dict[str, Any]) -> Table:
-    """Scores by cell type and in all, with their 95 % intervals, to print."""
-    table = Table(title=f"{result['images']} images of {result['split']}")
+    """Scores by cell type and in all, with their 95 % intervals, to print in 80 columns."""
+    table = Table(
+        title=f"{result['images']} images of {result['split']}, with 95 % intervals", box=SIMPLE_HEAD, padding=(0, 1)
+    )
     for name in ("", "images", "mean image Dice", "Dice", "IoU"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, scores in [*result["per_cell_type"].items(), ("all", result)]:
+        table.add_column(name, justify="right" if name else "left")
+    kinds = result["per_cell_type"]
+    for name, scores in [*kinds.items(), ("all", result)]:
         cells = [_score(scores, statistic) for statistic in ("mean_image_dice", "dice", "iou")]
-        table.add_row(name, str(scores["images"]), *cells, end_section=name == list(result["per_cell_type"])[-1])
+        table.add_row(name, str(scores["images"]), *cells, end_section=name == list(kinds)[-1])
     return table
 
 
@@ -156,6 +160,7 @@ def predict(
         )
     shares = [row["area_share"] for row in rows if not row["error"]]
     summary = {"images": len(rows), "segmented": len(shares), "failed": failed, "area_share": float(np.mean(shares))}
+    console.print(f"{len(shares)} of {len(rows)} images segmented: {out}/cells.csv, masks/, overlays/", markup=False)
     return {**summary, "seconds": time.monotonic() - begin, "out": out}
 
 
@@ -303,5 +308,5 @@ def _sha256(uri: str) -> str:
 
 def _score(scores: dict[str, Any], statistic: str) -> str:
     interval = scores["intervals"][statistic]
-    spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    return f"{scores[statistic]:.4f}{spread}".replace("[", r"\[")
+    spread = f" ({interval[0]:.3f}-{interval[1]:.3f})".replace("0.", ".") if interval else ""
+    return f"{scores[statistic]:.3f}{spread}"

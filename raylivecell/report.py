@@ -212,7 +212,10 @@ def _pictures(overlays: Sequence[Picture]) -> list[str]:
 def _dataset(dataset: dict[str, Any]) -> list[str]:
     """Counts, licence and citation of the dataset; parts that its `dataset.json` does not have are left out."""
     splits = dataset.get("splits", {})
-    counts = [[name, f"{split['images']:,}", f"{split.get('cells', 0):,}"] for name, split in splits.items()]
+    counts = [
+        [name, f"{split['images']:,}", f"{split['cells']:,}" if "cells" in split else ""]
+        for name, split in splits.items()
+    ]
     parts = [
         "<h2>Dataset</h2>",
         '<div class="card">',

@@ -9,7 +9,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -89,6 +88,8 @@ def _logits(network: nn.Module, images: Tensor) -> Tensor:
     height, width = images.shape[1:]
     if height * width <= WHOLE_PIXELS:
         return network(x).float()
+    from monai.inferers import sliding_window_inference  # 1 to 3 s: only for a process that needs it
+
     window = (min(WINDOW, height), min(WINDOW, width))
     blended = sliding_window_inference(x, window, 1, network, OVERLAP, mode="gaussian")
     return cast(Tensor, blended).float()

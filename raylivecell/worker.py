@@ -99,6 +99,13 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def _take_buffers_of_rank_0(network: nn.Module) -> None:
+    """Make every rank validate the network that rank 0 saves: each rank's BatchNorm has seen its own images."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 class _Validation:
     """This rank's share of the validation images, whole; sums go over all ranks: none is lost or counted twice."""
 
@@ -108,6 +115,7 @@ class _Validation:
     def scores(self, network: nn.Module) -> dict[str, float]:
         """`val_dice`, `val_iou` (over all pixels) and `val_mean_image_dice`; {} where there are no such images."""
         network.eval()
+        _take_buffers_of_rank_0(network)
         counts = [self._counts(network, row) for row in self.rows]
         table = torch.cat(counts).double() if counts else torch.zeros(0, 4, dtype=torch.float64, device=self.device)
         dice_sum = torch.tensor([sum(metrics.dice(c) for c in table.tolist()), len(table)], dtype=torch.float64)
