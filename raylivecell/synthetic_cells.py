@@ -66,22 +66,22 @@ class Kind:
 
 
 KINDS = (
-    Kind("A172", (90, 280), 17.5, 0.34, (1.1, 2.6), 0.24, (1, 3), (1.4, 3.2), 0.60, 0.85, 0.80, 0.04, 6, 3, 7, 6, 7,
+    Kind("A172", (90, 280), 17.5, 0.34, (1.1, 2.6), 0.22, (1, 3), (1.4, 3.0), 0.6, 0.85, 0.8, 0.04, 8, 4, 5.5, 5, 7,
          (0.38, 0.5), 12),
-    Kind("BT474", (120, 420), 11.8, 0.28, (1.0, 1.7), 0.12, (0, 2), (1.2, 1.7), 0.6, 0.96, 0.72, 0.05, 9, 5, 8, 6, 9,
-         (0.38, 0.55), 55),
-    Kind("BV2", (200, 720), 8.2, 0.10, (1.0, 1.12), 0.04, (0, 0), (1.0, 1.2), 0.20, 0.84, 0.90, 0.80, 34, 26, 10, 7, 7,
-         (0.55, 0.75), 25),
-    Kind("Huh7", (48, 150), 18.5, 0.36, (1.0, 1.7), 0.18, (0, 2), (1.2, 1.6), 0.60, 0.78, 0.78, 0.06, 4, 1.5, 6.5, 7, 9,
-         (0.36, 0.5), 70),
-    Kind("MCF7", (130, 720), 8.9, 0.26, (1.0, 1.8), 0.12, (0, 1), (1.2, 1.6), 0.5, 0.97, 0.72, 0.04, 15, 8, 9, 6.5, 9,
+    Kind("BT474", (120, 420), 11.8, 0.28, (1.0, 1.7), 0.16, (0, 1), (1.2, 1.6), 0.6, 0.96, 0.72, 0.03, 12, 6, 6, 5, 8,
+         (0.38, 0.55), 45),
+    Kind("BV2", (200, 720), 8.2, 0.08, (1.0, 1.12), 0.04, (0, 0), (1.0, 1.2), 0.2, 0.84, 0.86, 0.85, 32, 20, 15, 9, 5,
+         (0.45, 0.6), 25),
+    Kind("Huh7", (48, 150), 18.5, 0.36, (1.0, 1.7), 0.18, (0, 2), (1.2, 1.6), 0.6, 0.78, 0.78, 0.06, 5, 2, 6, 7, 9,
+         (0.36, 0.5), 60),
+    Kind("MCF7", (130, 720), 8.9, 0.24, (1.0, 1.8), 0.16, (0, 1), (1.2, 1.6), 0.5, 0.975, 0.7, 0.025, 15, 7, 11, 6, 10,
          (0.38, 0.55), 18),
-    Kind("SHSY5Y", (150, 430), 6.8, 0.22, (1.6, 3.2), 0.12, (3, 6), (1.8, 4.6), 0.62, 0.93, 0.76, 0.04, 11, 8, 6, 4.5, 6,
+    Kind("SHSY5Y", (150, 430), 6.8, 0.22, (1.6, 3.2), 0.12, (3, 6), (1.8, 4.6), .6, 0.93, 0.76, 0.04, 10, 7, 6, 4, 6,
          (0.6, 0.8), 14),
-    Kind("SkBr3", (130, 330), 9.6, 0.14, (1.0, 1.3), 0.06, (0, 1), (1.1, 1.4), 0.35, 0.45, 0.92, 0.76, 25, 18, 10, 7, 9,
-         (0.5, 0.7), 20),
-    Kind("SKOV3", (50, 150), 17.0, 0.36, (1.0, 2.0), 0.16, (0, 2), (1.2, 1.8), 0.5, 0.55, 0.88, 0.10, 5, 2, 8, 8, 9,
-         (0.6, 0.8), 12),
+    Kind("SkBr3", (130, 330), 9.6, 0.14, (1.0, 1.3), 0.06, (0, 1), (1.1, 1.4), 0.35, 0.45, 0.92, 0.76, 25, 18, 11, 8,
+         9, (0.5, 0.7), 20),
+    Kind("SKOV3", (50, 150), 17.0, 0.36, (1.0, 2.0), 0.16, (0, 2), (1.2, 1.8), 0.5, 0.55, 0.88, 0.1, 11, 5, 6, 7, 11,
+         (0.5, 0.7), 12),
 )  # fmt: skip
 
 
@@ -152,12 +152,18 @@ def _draw_cell(kind: Kind, old: Floats, rng: np.random.Generator) -> Cell:
 
 
 def _body(cell: Cell, ragged: float, grown: float, rng: np.random.Generator) -> Floats:
-    """Outline (48, 2) of an ellipse of area pi (grown radius)^2 with `ragged` waves of 2 to 7 periods on it."""
-    turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    waves = np.arange(2, 8)
-    depth = ragged * rng.normal(size=6) / waves**0.8
-    swell = 1 + (depth[:, None] * np.cos(waves[:, None] * turn + rng.uniform(0, 2 * np.pi, (6, 1)))).sum(0)
-    reach = cell.radius * grown * np.clip(swell, 0.5, 1.7)
+    """Outline of a body of area about pi (grown radius)^2: a wavy ellipse, or one with five to eight corners."""
+    if cell.rounded or rng.random() < 0.35:
+        turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        waves = np.arange(2, 8)
+        depth = ragged * rng.normal(size=6) / waves**0.8
+        swell = 1 + (depth[:, None] * np.cos(waves[:, None] * turn + rng.uniform(0, 2 * np.pi, (6, 1)))).sum(0)
+    else:
+        corners = rng.integers(5, 9)
+        turn = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners)
+        # 1.15: a hexagon needs that much radius for a circle's area.
+        swell = 1.15 * np.exp(1.3 * ragged * rng.normal(size=corners))
+    reach = cell.radius * grown * np.clip(swell, 0.5, 1.8)
     along, across = reach * np.cos(turn) * cell.aspect**0.5, reach * np.sin(turn) / cell.aspect**0.5
     return _turned(cell, along, across)
 
@@ -187,7 +193,7 @@ def _outlines(cell: Cell, kind: Kind, rng: np.random.Generator) -> tuple[list[Fl
         return [_body(cell, 0.03, 1.0, rng)], []
     pressed = kind.tight < 0.85
     # Pressed cells are drawn larger than their share: their neighbours cut them back to it.
-    body = _body(cell, kind.ragged, 1.22 if pressed else 1.0, rng)
+    body = _body(cell, kind.ragged, 1.3 if pressed else 1.0, rng)
     ends = rng.integers(kind.processes[0], kind.processes[1] + 1)
     processes = [_process(cell, kind, end, rng) for end in range(ends)]
     return [body, *(outline for outline, _ in processes)], [spine for _, spine in processes]

@@ -104,10 +104,10 @@ def _draw_cell(canvas: Image, weight: Image, wobble: Image, mask: Mask, kind: Ki
     lines -= contrast * (kind.rim + kind.dark) * _middle(mask, depth)
     nucleus = _nucleus(mask, kind, kind.nucleus * contrast, rng)
     canvas[mask.window] += np.where(inside, lines + nucleus, 0).astype(np.float32)
-    core = np.exp(-((distance(mask) / rng.uniform(0.5, 0.75)) ** 2))
+    core = np.exp(-((distance(mask) / rng.uniform(0.45, 0.7)) ** 2))
     thick = (
         contrast
-        * (0.45 + 0.9 * core)
+        * (0.4 + 1.0 * core)
         * np.minimum(depth / 1.5, 1)
         * (1.6 if mask.cell.rounded and kind.rounded < 0.5 else 1.0)
     )
@@ -176,6 +176,6 @@ def render(kind: Kind, masks: list[Mask], rng: np.random.Generator) -> Bytes:
     seen = _sharpened(blurred - cv2.GaussianBlur(blurred, (0, 0), 6.0), 1.3, 0.6)
     gain = rng.uniform(0.85, 1.15) * (1 + 0.12 * _noise(rng, 120.0))
     lamp = 0.35 * _noise(rng, 60.0) + _stripes(rng)
-    sensor = rng.uniform(0.9, 1.5) * _sharpened(_noise(rng, 0.55), 1.3, 0.6)
+    sensor = rng.uniform(0.6, 1.05) * _sharpened(_noise(rng, 0.55), 1.3, 0.6)
     image = 128 + seen * gain + lamp + sensor
     return np.asarray(np.clip(np.round(image), 3, 255), np.uint8)
