@@ -12,6 +12,7 @@ hold 0.04 % of the variance and are left out, so two small matrix products give 
 """
 
 import math
+import threading
 from typing import Literal, NamedTuple
 
 import cv2
@@ -24,7 +25,9 @@ from raylivecell.recipe_base import StrictModel
 BACKGROUND = 128  # LIVECell's images are normalised to it
 CUTOFF = 2.5  # highest frequency kept, in units of 1 / sigma
 NODES_PER_SIGMA = 4  # linear interpolation between such nodes changes the standard deviation by under 1 %
+DIRECT_BELOW = 3.0  # a sigma so small leaves so many frequencies that noise on every pixel is faster
 Size = tuple[int, int]
+_scratch = threading.local()
 Maps = tuple[np.ndarray, np.ndarray]
 
 
@@ -136,6 +139,18 @@ def plain(
     return _cut(image, window), _cut(targets, window)
 
 
+def plain_planes(
+    planes: NDArray[np.uint8], rng: np.random.Generator, size: Size | None = None, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """`plain` of uint8 (C, H, W) planes, as (C, h, w), in `out` where given: the same pixels for the same rng."""
+    pixels = _widen(planes.transpose(1, 2, 0), size).transpose(2, 0, 1)
+    top, left, h, w = _window(pixels.shape[1:], size, *rng.random(2).tolist())
+    if out is None:
+        out = np.empty((len(planes), h, w), np.uint8)
+    np.copyto(out, pixels[:, top : top + h, left : left + w])
+    return out
+
+
 def centre_crop(image: np.ndarray, targets: np.ndarray, size: Size | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The central crop, for evaluation: shapes and rules as in `augment`; odd remainders leave more at the end."""
     image, targets = _widen(image, size), _widen(targets, size)
@@ -145,7 +160,7 @@ def centre_crop(image: np.ndarray, targets: np.ndarray, size: Size | None = None
     return _cut(image, window), _cut(targets, window)
 
 
-def field(rng: np.random.Generator, shape: Size, sigma: float) -> NDArray[np.float32]:
+def field(rng: np.random.Generator, shape: Size, sigma: float) -> np.ndarray:
     """Displacements of alpha 1 for a whole frame, float32 (2, H, W) = along x, along y; as `field_direct` in law."""
     zero = (np.zeros((1, 1), np.float32),) * 2
     return np.stack(_deform(zero, rng, shape, (0, 0, *shape), (1.0, 1.0), sigma))
@@ -266,17 +281,21 @@ def _deform(
     sigma: float,
 ) -> Maps:
     """`affine` maps on the window's nodes plus alpha_x and alpha_y times a random field: on its pixels, (h, w) each."""
-    step = sigma / NODES_PER_SIGMA
     top, left, h, w = window
+    if sigma < DIRECT_BELOW:
+        noise = field_direct(rng, shape, sigma)[:, top : top + h, left : left + w]
+        return affine[0] + np.float32(alphas[0]) * noise[0], affine[1] + np.float32(alphas[1]) * noise[1]
+    step = sigma / NODES_PER_SIGMA
     along_y = _cosines(_nodes(top, h, step), shape[0], sigma, step)
     along_x = _cosines(_nodes(left, w, step), shape[1], sigma, step)
     amplitudes = rng.standard_normal((2, along_y.shape[1], along_x.shape[1]), np.float32)
     deformed = []
-    for start, alpha, amplitude in zip(affine, alphas, amplitudes):
+    for axis, start, alpha, amplitude in zip("xy", affine, alphas, amplitudes):
         grid = np.broadcast_to(start, (len(along_y), len(along_x)))
         # uniform(-1, 1) has variance 1/3. cv2.gemm, for it keeps to one thread where numpy's BLAS takes all cores.
         half = cv2.gemm(along_y, amplitude, alpha / math.sqrt(3), np.empty(0), 0)
-        deformed.append(_enlarge(cv2.gemm(half, along_x, 1, grid, 1, flags=cv2.GEMM_2_T), (h, w), step))
+        nodes = cv2.gemm(half, along_x, 1, grid, 1, flags=cv2.GEMM_2_T)
+        deformed.append(_enlarge(nodes, (h, w), step, axis))
     return deformed[0], deformed[1]
 
 
@@ -296,12 +315,22 @@ def _cosines(places: np.ndarray, length: int, sigma: float, step: float) -> NDAr
     return np.cos(phase, out=phase) * size.astype(np.float32)
 
 
-def _enlarge(grid: np.ndarray, size: Size, step: float) -> np.ndarray:
-    """Values on `_nodes` as values on the (h, w) pixels, by linear interpolation."""
+def _enlarge(nodes: np.ndarray, size: Size, step: float, slot: str) -> np.ndarray:
+    """Values on `_nodes` as values on the (h, w) pixels, by linear interpolation; the slot's next use overwrites it."""
     if step <= 1:
-        return grid
+        return nodes
     (h, w), m = size, _margin(step)
-    return cv2.resize(grid, (w + 2 * m, h + 2 * m), interpolation=cv2.INTER_LINEAR)[m : m + h, m : m + w]
+    buffer = _buffer((h + 2 * m, w + 2 * m), slot)
+    return cv2.resize(nodes, buffer.shape[::-1], dst=buffer, interpolation=cv2.INTER_LINEAR)[m : m + h, m : m + w]
+
+
+def _buffer(shape: Size, slot: str) -> NDArray[np.float32]:
+    """This thread's float32 array `slot`. New arrays for each call cost 870 page faults, as long as half the work."""
+    buffer: NDArray[np.float32] | None = getattr(_scratch, slot, None)
+    if buffer is None or buffer.shape != shape:
+        buffer = np.empty(shape, np.float32)
+        setattr(_scratch, slot, buffer)
+    return buffer
 
 
 def _remap(array: np.ndarray, maps: Maps, interpolation: int, border: str, fill: int) -> np.ndarray:
