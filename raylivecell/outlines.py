@@ -92,7 +92,8 @@ def _area(polygon: NDArray[np.float64]) -> float:
     if len(polygon) < 3 or not np.isfinite(polygon).all():
         return 0.0
     x, y = (polygon - polygon[0]).T
-    return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+    twice = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]
+    return float(abs(twice) / 2)
 
 
 def covered(records: Sequence[CellRecord]) -> float:
