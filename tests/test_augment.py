@@ -398,3 +398,15 @@ def test_the_direct_form_does_what_augment_does_but_in_two_passes() -> None:
             augment(image, labels, rng(seed), still), augment_direct(image, labels, rng(seed), still)
         ):
             assert (np.abs(ours.astype(int) - direct) <= 3).mean() > 0.97
+
+
+def test_bench_gives_each_figure_beside_its_rival() -> None:
+    from raylivecell.bench_augment import bench_augment
+
+    threads = cv2.getNumThreads()
+    result = bench_augment((64, 80), sigma=6, alpha=50, repeats=3)
+    assert cv2.getNumThreads() == threads
+    assert len(result["milliseconds"]) == 7
+    assert len(result["ratio"]) == 3
+    for figures in (*result["milliseconds"].values(), *result["ratio"].values()):
+        assert 0 < figures["q1"] <= figures["median"] <= figures["q3"]

@@ -1,0 +1,114 @@
+"""`bench augment`: milliseconds an image on one core: ours, the direct form, MONAI's transforms, in one run.
+
+All get the same uint8 frame and two uint8 target planes, deform and rotate every time, and give uint8 back. They run
+in turn, a sample each, so that a machine's drift hits all; each figure is the median with its quartiles. Counted is
+the thread's own time on its core: what else runs on the machine then matters little, and nothing here waits.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from raylivecell import augment
+from raylivecell.augment import AugmentConfig, Size
+
+OURS, DIRECT, MONAI = "raylivecell", "direct form", "MONAI Rand2DElastic + RandRotate"
+FIELD, FIELD_DIRECT = "field alone", "field alone, direct form"
+CROP = (333, 434)
+
+
+def bench_augment(
+    size: Size = (520, 704), sigma: float = 10.0, alpha: float = 200.0, repeats: int = 40
+) -> dict[str, Any]:
+    """Milliseconds an image of each way, and how many times as long as ours the others take.
+
+    Args:
+        size: height and width of the frame.
+        sigma: smoothness of the elastic field, pixels.
+        alpha: its strength along x and y.
+        repeats: how often each way is measured, in turn, after one run to warm up.
+
+    Returns:
+        `milliseconds`: name -> {median, q1, q3}; `ratio`: "NAME / OURS" -> {median, q1, q3} of the repeats' own ratios.
+    """
+    ways = _ways(size, sigma, alpha)
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(cv2.setNumThreads, cv2.getNumThreads())
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        for repeat in range(repeats + 1):
+            for name, way in ways.items():
+                begin = time.thread_time()
+                way(np.random.default_rng((0, repeat)))
+                spent[name].append(1000 * (time.thread_time() - begin))
+    spent = {name: values[1:] for name, values in spent.items()}
+    pairs = [(DIRECT, OURS), (MONAI, OURS), (FIELD_DIRECT, FIELD)]
+    return {
+        "size": list(size),
+        "sigma": sigma,
+        "alpha": alpha,
+        "repeats": repeats,
+        "milliseconds": {name: _spread(values) for name, values in spent.items()},
+        "ratio": {f"{a} / {b}": _spread([x / y for x, y in zip(spent[a], spent[b])]) for a, b in pairs},
+    }
+
+
+def _ways(size: Size, sigma: float, alpha: float) -> dict[str, Callable[[np.random.Generator], Any]]:
+    """What is measured: name -> function of a random generator."""
+    planes = np.random.default_rng(0).integers(0, 256, (3, *size), np.uint8)
+    image, targets = planes[0], np.ascontiguousarray(planes[1:].transpose(1, 2, 0))
+    config = AugmentConfig.model_validate({"elastic": {"alpha_x": alpha, "alpha_y": alpha, "sigma": sigma}})
+    crop = (min(CROP[0], size[0]), min(CROP[1], size[1]))
+    out, cropped = np.empty_like(planes), np.empty((3, *crop), np.uint8)
+    monai = _monai(planes, sigma, alpha, config.rotation.degrees)
+    return {
+        OURS: lambda rng: augment.augment(image, targets, rng, config),
+        DIRECT: lambda rng: augment.augment_direct(image, targets, rng, config),
+        MONAI: monai,
+        "raylivecell, planes into a batch": lambda rng: augment.augment_planes(planes, rng, config, out=out),
+        f"raylivecell, crop {crop[0]}x{crop[1]}": lambda rng: augment.augment_planes(
+            planes, rng, config, crop, cropped
+        ),
+        FIELD: lambda rng: augment.field(rng, size, sigma),
+        FIELD_DIRECT: lambda rng: augment.field_direct(rng, size, sigma),
+    }
+
+
+def _monai(planes: np.ndarray, sigma: float, alpha: float, degrees: float) -> Callable[[np.random.Generator], Any]:
+    """MONAI's two transforms, as strong: linear for the image, nearest for the targets."""
+    from monai.transforms import Rand2DElasticd, RandRotated
+
+    keys, mode = ("image", "targets"), ("bilinear", "nearest")
+    elastic = Rand2DElasticd(
+        keys,
+        spacing=(2 * sigma, 2 * sigma),  # its noise lies on a grid; a field of this sigma is correlated over 2 sigma
+        magnitude_range=(0.163 * alpha / sigma,) * 2,
+        prob=1,
+        mode=mode,
+        padding_mode="reflection",
+    )
+    angle = math.radians(degrees)
+    rotate = RandRotated(keys, range_x=angle, prob=1, mode=mode, padding_mode="reflection")
+
+    def way(rng: np.random.Generator) -> list[np.ndarray]:
+        seed = int(rng.integers(2**31))
+        elastic.set_random_state(seed)
+        rotate.set_random_state(seed)
+        moved: Any = rotate(elastic({"image": planes[:1], "targets": planes[1:]}))  # type: ignore[arg-type]
+        return [moved[key].numpy().astype(np.uint8) for key in keys]
+
+    return way
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    q1, median, q3 = statistics.quantiles(values, n=4)
+    return {"median": round(median, 3), "q1": round(q1, 3), "q3": round(q3, 3)}
