@@ -282,12 +282,19 @@ ENDINGS_WELL: dict[str, tuple[list[Answer], list[str | None]]] = {
         [cut(70_000), partial_content("bytes 70000-70499/70500", GARBAGE, 500)],
         [None, "70000", None],
     ),
-    "206 beyond its own end": ([cut(70_000), partial_content("bytes 70000-79999/*", b"", 0)], [None, "70000", "70000"]),
+    "206 with nothing in it": ([cut(70_000), partial_content("bytes 70000-79999/*", b"", 0)], [None, "70000", "70000"]),
     "206 backwards": ([cut(70_000), partial_content("bytes 70000-69999/*", GARBAGE)], [None, "70000", None]),
     "206 with no Content-Range": ([cut(70_000), partial_content("", GARBAGE)], [None, "70000", None]),
     "206 to a plain request": ([partial_content("bytes 0-499/500", GARBAGE)], [None, None]),
     "206 with more than announced": (
         [cut(70_000), lambda h, b: rest(h, b[70_000:] + b" " * 500, len(b))],
+        [None, "70000", None],
+    ),
+    "206 beyond the end of the file": (
+        [
+            cut(70_000),
+            lambda h, b: partial_content(f"bytes 70000-{len(b) + 499}/{len(b)}", b[70_000:] + b" " * 500)(h, b),
+        ],
         [None, "70000", None],
     ),
     "206 in two parts": (
