@@ -10,12 +10,12 @@ import json
 import struct
 import tempfile
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell.json_stream import BrokenJsonError, JsonText, walk
+from raylivecell.json_stream import BrokenJsonError, JsonText, Reader, walk
 
 
 class BadRecordError(ValueError):
@@ -96,7 +96,7 @@ class Annotations:
         return self._order[:0] if key is None else self._order[self._firsts[key] : self._firsts[key + 1]]
 
 
-def read_annotations(stream: IO[bytes], name: str) -> Annotations:
+def read_annotations(stream: Reader, name: str) -> Annotations:
     """Read the COCO file `name` from `stream`, in one pass and in any order of its sections and records.
 
     A record that cannot be used is listed in `bad`; text that breaks off ends the reading and is told in `broken`.

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any, Protocol
 
 from raylivecell.errors import UserError
 
@@ -19,6 +19,13 @@ MAX_RECORD = 64 * 2**20
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODE = json.JSONDecoder().raw_decode
+
+
+class Reader(Protocol):
+    """What has a binary file's `read`."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, about `size` of them; b"" at the end."""
 
 
 class BrokenJsonError(UserError):
@@ -32,7 +39,7 @@ class BrokenJsonError(UserError):
 class JsonText:
     """The unread part of a JSON text over a binary stream, with its position and checksum."""
 
-    def __init__(self, stream: IO[bytes], name: str) -> None:
+    def __init__(self, stream: Reader, name: str) -> None:
         self.stream, self.name = stream, name
         self.buffer, self.at = "", 0
         self.before = 0  # bytes of the text that lie before `buffer`

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,12 @@ from pydantic import Field
 from raylivecell import __version__, coco, defects, description, outlines, progress, shards, storage
 from raylivecell.defects import DefectRules, Entry, Facts, Found
 from raylivecell.errors import UserError
+from raylivecell.json_stream import CHUNK
 from raylivecell.sources import ImageFolder, find_annotations, find_images, is_safe_name, list_files
 from raylivecell.targets import MAX_CELLS, TargetsConfig
+
+SHARD_PIXELS = 2**27
+"""A shard is compressed in memory: its pixels take 5 bytes each before, 670 MB at most."""
 
 
 class PrepareConfig(DefectRules):
@@ -30,7 +35,7 @@ class PrepareConfig(DefectRules):
     targets: TargetsConfig = TargetsConfig()
     """How targets are drawn."""
     shard_images: int = Field(default=64, ge=1)
-    """Images a shard."""
+    """Images a shard at most; fewer where they are large (134 million pixels a shard)."""
     overwrite: bool = False
     """Replace a dataset that OUT already holds and that was made from something else."""
 
@@ -72,13 +77,26 @@ def read_source(uri: str, config: PrepareConfig) -> Source:
     chosen = find_annotations(listing, {str(split): path for split, path in config.annotations.items()}, uri)
     read = Source(uri, find_images(listing, config.images), {}, [], [])
     paths = [(split, path) for split, several in chosen.items() for path in several]
-    for split, path in progress.track(paths, "reading annotations", len(paths)):
+    for split, path in paths:
         filesystem, full = storage.open_uri(storage.join(uri, path))
         with filesystem.open_input_stream(full) as stream:
-            annotations = coco.read_annotations(stream, path)
+            size = filesystem.get_file_info(full).size or 0
+            annotations = coco.read_annotations(_Watched(stream, size, path), path)
         read.files[split, path] = annotations
         _add(read, split, annotations, config)
     return read
+
+
+class _Watched:
+    """A stream that shows how far its reader is."""
+
+    def __init__(self, stream: Any, size: int, name: str) -> None:
+        pieces = iter(lambda: stream.read(CHUNK), b"")
+        self.pieces = progress.track(pieces, f"reading {name} (4 MiB pieces)", -(-size // CHUNK))
+
+    def read(self, size: int) -> bytes:
+        """The next piece, of up to 4 MiB whatever the `size`; b"" at the end."""
+        return next(self.pieces, b"")
 
 
 def _add(read: Source, split: str, annotations: coco.Annotations, config: PrepareConfig) -> None:
@@ -152,8 +170,8 @@ def plan_shards(
     bits = max((facts[entry.path or ""].bits for entry in kept), default=8)
     jobs = []
     for split in shards.SPLITS:
-        mine = [entry for entry in kept if entry.split == split]
-        for number, first in enumerate(range(0, len(mine), config.shard_images)):
+        images = [_image_job(entry, facts, config) for entry in kept if entry.split == split]
+        for number, some in enumerate(_groups(images, config.shard_images)):
             jobs.append(
                 {
                     "source": read.uri,
@@ -162,10 +180,22 @@ def plan_shards(
                     "file": f"{split}/part-{number:05d}.parquet",
                     "bits": bits,
                     "border_sigma": config.targets.border_sigma,
-                    "images": [_image_job(e, facts, config) for e in mine[first : first + config.shard_images]],
+                    "images": some,
                 }
             )
     return jobs
+
+
+def _groups(images: list[dict[str, Any]], most: int) -> Iterator[list[dict[str, Any]]]:
+    """`images` in order, at most `most` and about `SHARD_PIXELS` together."""
+    group: list[dict[str, Any]] = []
+    for image in images:
+        if group and (len(group) == most or sum(one["pixels"] for one in group) + image["pixels"] > SHARD_PIXELS):
+            yield group
+            group = []
+        group.append(image)
+    if group:
+        yield group
 
 
 def _image_job(entry: Entry, facts: dict[str, Facts], config: PrepareConfig) -> dict[str, Any]:
@@ -183,6 +213,7 @@ def _image_job(entry: Entry, facts: dict[str, Facts], config: PrepareConfig) -> 
         "cell_type": entry.cell_type,
         "sha256": fact.sha256,
         "scale": scale,
+        "pixels": fact.width * fact.height,
     }
 
 

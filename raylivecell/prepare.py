@@ -45,12 +45,17 @@ def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: 
     Returns:
         What dataset.json holds.
     """
-    config = config or PrepareConfig()
-    source, out = storage.absolute(source), storage.absolute(out)
+    try:
+        return _prepare(storage.absolute(source), storage.absolute(out), config or PrepareConfig(), strict)
+    except OSError as error:
+        raise UserError(f"cannot read {source} or write {out}: {error}; mend that and start again") from error
+
+
+def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict[str, Any]:
     head = plan.heading(source, config)
     old = _existing(out, head, config)
-    runtime.connect()
     read = plan.read_source(source, config)
+    runtime.connect()
     facts = _examine(read)
     kept, found = defects.judge(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
     found = [*read.found, *found, *plan.unlisted(read, config)]
@@ -67,9 +72,6 @@ def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: 
     try:
         return _write(read, jobs, head, found, out, config, strict)
     except UserError:
-        storage.delete(storage.join(out, "dataset.json"))
-        for job in jobs:
-            storage.delete(storage.join(out, job["file"]))
         _clean(out, [])
         raise
 
@@ -193,6 +195,8 @@ def _run_job(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -
         return {"result": [json.dumps(function(json.loads(batch["job"][0])))]}
     except UserError as error:
         return {"result": [json.dumps({"user_error": str(error)})]}
+    except OSError as error:
+        return {"result": [json.dumps({"user_error": f"cannot read or write: {error}; mend that and start again"})]}
 
 
 def _on_ray(

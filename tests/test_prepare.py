@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from raylivecell import plan, runtime, shards, targets
 from raylivecell import prepare as module
-from raylivecell import runtime, shards, targets
 from raylivecell.errors import UserError
 from raylivecell.plan import PrepareConfig
 from raylivecell.prepare import prepare
@@ -457,6 +457,22 @@ def test_mistakes_are_one_line(folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no annotation JSON"):
         prepare(str(tmp_path / "empty"), str(tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_large_images_make_smaller_shards(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        folder.image("train", f"A172_Phase_{number}.png")
+    monkeypatch.setattr(plan, "SHARD_PIXELS", 2 * HEIGHT * WIDTH + 5)
+    told = prepare(folder.write(), str(tmp_path / "out"))
+    assert [shard["rows"] for shard in told["splits"]["train"]["shards"]] == [2, 2, 1]
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_what_cannot_be_written_is_one_line(folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="mend that and start again"):
+        prepare(folder.write(), str(tmp_path / "file" / "out"))
 
 
 @pytest.mark.ray
