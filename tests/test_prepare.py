@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from raylivecell import plan, runtime, shards, targets
+from raylivecell import coco, defects, outlines, plan, runtime, samples, shards, targets
 from raylivecell import prepare as module
 from raylivecell.errors import UserError
 from raylivecell.plan import PrepareConfig
@@ -150,6 +150,16 @@ def test_real_livecell(livecell_mini: Path, ray_cluster: None, tmp_path: Path) -
     assert files_of(tmp_path / "out") == before
 
 
+def test_visible_cells_tell_whole_from_few_annotations_on_real_images(livecell_mini: Path) -> None:
+    """LIVECell issue 21: images with 1 to 10 of hundreds of cells annotated."""
+    source = plan.read_source(str(livecell_mini), PrepareConfig())
+    for entry in source.entries:
+        visible = samples.examine(str(livecell_mini / str(entry.path))).visible
+        cells = coco.decode_cells(source.payload(entry))
+        assert outlines.covered(cells) > 1.5 * defects.FEW_COVER * visible
+        assert outlines.covered(cells[: len(cells) // 20]) < defects.FEW_COVER * visible
+
+
 @pytest.mark.usefixtures("no_ray")
 def test_nested_images_and_annotations_as_dict(livecell_mini: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
@@ -243,9 +253,9 @@ def test_rle_and_polygons_draw_the_same(folder: Folder, tmp_path: Path) -> None:
         flat = coco_mask.decode(rle).T.ravel()
         runs = np.diff(np.r_[0, np.flatnonzero(np.diff(flat)) + 1, len(flat)]).tolist()
         plain.append({"size": rle["size"], "counts": [0, *runs] if flat[0] else runs})
-    for name, outlines in (("a", polygons), ("b", compressed), ("c", plain), ("d", [{"size": [5, 5], "counts": [25]}])):
+    for name, drawn in (("a", polygons), ("b", compressed), ("c", plain), ("d", [{"size": [5, 5], "counts": [25]}])):
         folder.file(f"{name}.png", pixels(ord(name)))
-        folder.entry("train", f"{name}.png", outlines)
+        folder.entry("train", f"{name}.png", drawn)
     told = prepare(folder.write(), str(tmp_path / "out"))
     rows = rows_of(tmp_path / "out", "train")
     for name in "bc":
