@@ -17,7 +17,7 @@ lint: .venv/.installed  ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 bench: .venv/.installed  ## each figure beside its rival's, same run, into runs/bench/
-	for what in augment feed train prepare; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
+	for what in augment feed prepare; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
 
 clean:  ## delete what the targets above made, but not data/ and runs/
 	rm -rf .venv demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -24,15 +24,16 @@ def bench(what: What, out: Path, repeats: int, images: int) -> dict[str, Any]:
         repeats: runs of each rival, in turn; medians are given.
         images: size of the set (`feed`, `prepare`).
     """
+    figures = _RUNS[what](repeats, images)
     result = {
         "bench": what,
         "raylivecell": __version__,
         "date": date.today().isoformat(),
         "hardware": {"processor": _processor(), "cores": psutil.cpu_count(), "memory_gib": _memory_gib()},
-        "figures": _RUNS[what](repeats, images),
+        "figures": figures,
     }
     storage.write_json(storage.join(out, "bench.json"), result)
-    console.print(_table(what, result["figures"]))
+    console.print(_table(what, figures))
     console.print(f"written: {out}/bench.json")
     return result
 

@@ -61,16 +61,29 @@ def predict(checkpoint: str, images: str, out: str, threshold: float = 0.5, tta:
     inference.predict(checkpoint, images, out, tta=tta, threshold=threshold)
 
 
-def download(out: Path, annotations_only: bool = False) -> None:
-    """Fetch LIVECell (3.4 GB; CC BY-NC 4.0) into a folder that `prepare --source` takes; resumes where it stopped.
-
-    Args:
-        out: folder to write.
-        annotations_only: leave the images away.
-    """
+def download(arguments: Sequence[str]) -> None:
+    """Fetch LIVECell, resumable and checked."""
     from raylivecell import download as room
 
-    room.download(out)
+    def command(
+        out: Path,
+        files: tuple[room.Group, ...] = ("images", "train", "val", "test"),
+        base_url: str = room.BASE_URL,
+        sha256: tuple[str, ...] = (),
+        size: tuple[str, ...] = (),
+    ) -> None:
+        """Fetch LIVECell (3.4 GB; CC BY-NC 4.0) into a folder that `prepare --source` takes; resumes where it stopped.
+
+        Args:
+            out: folder to write.
+            files: what to fetch.
+            base_url: where from.
+            sha256: expected checksums, FILE=VALUE.
+            size: expected sizes in bytes, FILE=VALUE.
+        """
+        room.download(out, files, base_url, sha256, size)
+
+    tyro.cli(command, prog="raylivecell download", args=arguments)
 
 
 def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images: int = 64, seed: int = 0) -> None:
@@ -185,7 +198,7 @@ def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], None]:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "synth": ("write a LIVECell-shaped dataset of synthetic images", _typed(synth)),
-    "download": ("fetch LIVECell, resumable and checked", _typed(download)),
+    "download": ("fetch LIVECell, resumable and checked", download),
     "prepare": ("validate images and annotations, write Parquet shards", prepare),
     "train": ("train a recipe on a prepared dataset", train),
     "evaluate": ("score a checkpoint on whole images", _typed(evaluate)),

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -136,11 +136,11 @@ def stream(source: Source, start: int, rank: int, ranks: int, memory: int | None
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        _load_blocks, batch_size=None, fn_kwargs={"source": source, "share": share}
+        cast(Any, _load_blocks), batch_size=None, fn_kwargs={"source": source, "share": share}
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
         for first in range(0, len(block["rows"]), batch):
-            yield {name: torch.from_numpy(values[first : first + batch]) for name, values in block.items()}
+            yield {str(name): torch.from_numpy(values[first : first + batch]) for name, values in block.items()}
 
 
 def ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

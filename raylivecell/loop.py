@@ -158,7 +158,7 @@ def run(
         training.state.step = step + 1
         tick(step + 1, meter.images_per_s(step + 1))
         if _report_due(plan, step, config.report_steps):
-            row = meter.row(step, training.scheduler.get_last_lr()[0])
+            row = meter.row(step, float(training.scheduler.get_last_lr()[0]))
             row |= validate(training.network())
             forward.train()
             training.state.history.append(row)

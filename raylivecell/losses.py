@@ -4,11 +4,12 @@ BCE's weight of a pixel is w = w_class + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) (Ron
 exponential is drawn once by `prepare`, w0 is applied here and can be searched without drawing again.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from pydantic import Field
 from torch import Tensor
 
@@ -36,8 +37,12 @@ class Loss(NamedTuple):
     dice: Tensor
 
 
-# 1 - 2 sum(p g) / (sum p^2 + sum g^2) of each image, then their mean (V-Net's squared form, arXiv:1606.04797).
-_DICE = DiceLoss(sigmoid=True, squared_pred=True)
+@functools.cache
+def _dice() -> Callable[[Tensor, Tensor], Tensor]:
+    """1 - 2 sum(p g) / (sum p^2 + sum g^2) of each image, then their mean (V-Net's form, arXiv:1606.04797)."""
+    from monai.losses import DiceLoss  # 1 to 3 s: only for a process that trains
+
+    return DiceLoss(sigmoid=True, squared_pred=True)
 
 
 def segmentation_loss(logits: Tensor, foreground: Tensor, border: Tensor, config: LossConfig) -> Loss:
@@ -59,5 +64,5 @@ def segmentation_loss(logits: Tensor, foreground: Tensor, border: Tensor, config
     if config.border_weight:
         weight = weight + border.unsqueeze(1).float() * (config.border_weight / 255.0)
     bce = F.binary_cross_entropy_with_logits(logits, target, weight=weight)
-    dice = _DICE(logits, target)
+    dice = _dice()(logits, target)
     return Loss(config.bce_share * bce + (1 - config.bce_share) * dice, bce, dice)

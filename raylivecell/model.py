@@ -1,4 +1,4 @@
-"""The U-Net of Ronneberger et al. (MICCAI 2015, arXiv:1505.04597), with padded convolutions: output as large as the input.
+"""The U-Net of Ronneberger et al. (MICCAI 2015, arXiv:1505.04597), padded: its output is as large as its input.
 
 Shape suffixes: B batch, C channels, H and W pixels.
 """

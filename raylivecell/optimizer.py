@@ -45,9 +45,7 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, steps: int
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """Adam over `model` and its schedule over `steps`."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -56,7 +54,5 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
     ]
     fused = next(model.parameters()).is_cuda
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, amsgrad=config.amsgrad, fused=fused
-    )
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, amsgrad=config.amsgrad, fused=fused)
     return optimizer, LambdaLR(optimizer, schedule(config, steps))

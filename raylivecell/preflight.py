@@ -9,7 +9,7 @@ from raylivecell.errors import UserError
 LEAST_WORKER_CPU = 0.5
 
 
-def worker_cpus(workers: int, use_gpu: bool) -> float:
+def worker_cpus(workers: int) -> float:
     """CPUs to reserve for each of `workers`, so that Ray Data keeps at least one: else the run would hang.
 
     One each where there are enough; on a small machine the workers share what is left (training on a CPU uses every

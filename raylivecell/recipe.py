@@ -21,7 +21,6 @@ from raylivecell.optimizer import OptimizerConfig
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe_base import StrictModel
 
-
 # First the plain images, then plain and transformed ones together.
 PAPER_PHASES = (PhaseConfig(epochs=10), PhaseConfig(epochs=10, transformed=1))
 

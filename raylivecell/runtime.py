@@ -1,5 +1,6 @@
 """Ray itself: join the cluster that is there or start one here, and run a function over many items on it, in order."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,14 +23,16 @@ def connect(cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="warning")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     # address="local": plain init attaches to whatever cluster happens to run on the machine.
     # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
-    ray.init(address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level="warning")
+    ray.init(address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], at_once: int | None = None) -> Iterator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result], items: Sequence[Item], at_once: int | None = None
+) -> Iterator[Result]:
     """`function` of each item, as Ray tasks of one CPU each, results in order; at most `at_once` in flight.
 
     Bounded: results wait in the object store, never more than `at_once` of them, so any number of items streams

@@ -23,7 +23,9 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot open {text}: {error}; use a local path, s3://bucket/path or gs://bucket/path") from error
+        raise UserError(
+            f"cannot open {text}: {error}; use a local path, s3://bucket/path or gs://bucket/path"
+        ) from error
     return filesystem, path.rstrip("/")
 
 

@@ -8,16 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from raylivecell.synthetic_cells import HEIGHT, WIDTH
-
-if TYPE_CHECKING:
-    from raylivecell.synthetic import Frame
+from raylivecell.synthetic_cells import HEIGHT, KINDS, WIDTH
+from raylivecell.synthetic_layout import Frame, encode_tiff, file_name, image_entry, image_path
 
 DEFECTS = (
     "leak",
@@ -96,15 +94,11 @@ def report(planted: dict[int, Planted]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _path(frame: "Frame", split: str, name: str) -> str:
-    from raylivecell.synthetic import image_path
-
     return image_path(frame.out, split, name)
 
 
 def _listings(name: str, frame: "Frame", images: int) -> list[tuple[str, dict[str, Any]]]:
     """(split, image entry) pairs under which the JSON files list the frame; the first is its own."""
-    from raylivecell.synthetic import KINDS, file_name, image_entry
-
     own = frame.split, image_entry(frame.image_id, frame.file_name)
     copy = frame.image_id + 1000
     if name == "unlisted_file":
@@ -133,8 +127,6 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _write(path: Path, image: np.ndarray) -> None:
-    from raylivecell.synthetic import encode_tiff
-
     path.write_bytes(encode_tiff(image))
 
 

@@ -7,7 +7,7 @@
 """
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -57,14 +57,17 @@ def train(
         raise UserError(f"dataset at {data} has no training images; its train split is empty")
     preflight.batch_divides(recipe.batch_size, workers)
     shape = preflight.sample_shape(data, "train", recipe.crop)
-    _claim(out, recipe, resume)
+    _check_unused(out, recipe, resume)
     runtime.connect()
+    most = workers if isinstance(workers, int) else workers[1]
+    cpus = preflight.worker_cpus(most)
+    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
     plan = Plan(recipe.seed, len(rows), recipe.batch_size, recipe.phases)
     kept = ingest.keep(rows, len(ingest.PLANES) * shape[0] * shape[1])
     source = ingest.Source(rows, plan, recipe.augment, recipe.crop, kept)
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
     queue = Queue(actor_options={"num_cpus": 0})
-    trainer = _trainer(Job(recipe, data, out, source, store, queue), workers, retries)
+    trainer = _trainer(Job(recipe, data, out, source, store, queue), workers, cpus, retries)
     with Live(plan.steps, lambda: queue.get_nowait_batch(queue.size())):
         failed = _fit(trainer)
     if failed:
@@ -76,8 +79,8 @@ def train(
     return _finish(data, out, recipe)
 
 
-def _claim(out: str, recipe: Recipe, resume: bool) -> None:
-    """Make `out` this run's folder. Ray resumes a folder in use without a word: refuse, unless that is meant."""
+def _check_unused(out: str, recipe: Recipe, resume: bool) -> None:
+    """Ray resumes a folder in use without a word: UserError, unless that is meant and the recipe is the run's."""
     used = "recipe.yaml" in storage.list_names(out)
     if resume and not used:
         raise UserError(f"nothing to resume at {out}; leave --resume away to start a run there")
@@ -97,16 +100,16 @@ def _changed(old: Recipe, new: Recipe) -> str:
     return ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(new, name))
 
 
-def _trainer(job: Job, workers: int | tuple[int, int], retries: int) -> TorchTrainer:
-    most = workers if isinstance(workers, int) else workers[1]
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= most
-    resources = {"CPU": preflight.worker_cpus(most, use_gpu), **({"GPU": 1.0} if use_gpu else {})}
+def _trainer(job: Job, workers: int | tuple[int, int], cpus: float, retries: int) -> TorchTrainer:
+    least = workers if isinstance(workers, int) else workers[0]
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    resources = {"CPU": cpus, **({"GPU": 1.0} if use_gpu else {})}
     parent, name = job.out.rsplit("/", 1)
     return TorchTrainer(
-        work,
+        work,  # type: ignore[arg-type]  # Ray's type leaves the return value out
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=cast(Any, workers), use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=parent,
@@ -119,7 +122,7 @@ def _trainer(job: Job, workers: int | tuple[int, int], retries: int) -> TorchTra
 def _fit(trainer: TorchTrainer) -> dict[str, Any] | None:
     """Run to the end; what rank 0 returned. A user's mistake found in a worker is raised as itself."""
     try:
-        return trainer.fit().return_value
+        return cast(Any, trainer.fit()).return_value
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             cause: BaseException | None = failure

@@ -81,6 +81,7 @@ def _use_threads(local_ranks: int, device: torch.device) -> None:
 
 def _uri(saved: Checkpoint) -> str:
     """The address of a Ray checkpoint as this package's storage reads it."""
+    assert saved.filesystem is not None
     kind = saved.filesystem.type_name
     return saved.path if kind == "local" else f"{ {'gcs': 'gs'}.get(kind, kind) }://{saved.path}"
 
@@ -89,7 +90,9 @@ def _wrap(model: nn.Module, recipe: Recipe, ranks: int, device: torch.device) ->
     forward: nn.Module = model
     if ranks > 1:
         forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return torch.compile(forward) if recipe.loop.compile else forward
+    if recipe.loop.compile:
+        forward.compile()
+    return forward
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
@@ -148,7 +151,7 @@ class _Reporter:
         if self.rank != 0:
             ray.train.report(row)
             return
-        self.job.progress.actor.put_nowait.remote({"row": row})
+        _tell(self.job, {"row": row})
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(folder, training.network(), training.state_dict(), training.state, self.job.recipe)
             ray.train.report(row, Checkpoint.from_directory(folder))
@@ -166,12 +169,17 @@ class _Reporter:
                 storage.write_bytes(storage.join(self.job.out, "tensorboard", name), events.read())
 
 
+def _tell(job: Job, message: dict[str, Any]) -> None:
+    """Send a message to the driver without waiting for it."""
+    job.progress.actor.put_nowait.remote(message)  # type: ignore[attr-defined]
+
+
 def _ticker(job: Job, rank: int) -> Any:
     last = [0.0]
 
     def tick(step: int, images_per_s: float) -> None:
         if rank == 0 and time.monotonic() - last[0] > TICK_S:
             last[0] = time.monotonic()
-            job.progress.actor.put_nowait.remote({"step": step, "images_per_s": images_per_s})
+            _tell(job, {"step": step, "images_per_s": images_per_s})
 
     return tick

@@ -21,7 +21,9 @@ def livecell_mini() -> Path:
     """The folder of 20 real LIVECell images."""
     folder = SHARED / "livecell-mini"
     if not folder.is_dir():
-        pytest.skip(f"no real LIVECell images at {folder}: set RAYLIVECELL_SHARED to the folder that holds livecell-mini")
+        pytest.skip(
+            f"no real LIVECell images at {folder}: set RAYLIVECELL_SHARED to the folder that holds livecell-mini"
+        )
     return folder
 
 
@@ -40,3 +42,37 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
+    """A prepared dataset of bright squares on a dark ground, `images` to train on, 3 to validate, 3 to test."""
+    import numpy as np
+
+    from raylivecell import shards, storage
+
+    rng = np.random.default_rng(0)
+    splits: dict[str, dict] = {}
+    for split, count in (("train", images), ("val", 3), ("test", 3)):
+        rows = []
+        for i in range(count):
+            labels = np.zeros((size, size), np.uint16)
+            top, left = rng.integers(2, size - 22, 2)
+            labels[top : top + 20, left : left + 20] = 1
+            image = (100 + 80 * (labels > 0) + rng.integers(0, 20, labels.shape)).astype(np.uint8)
+            name = f"A172_Phase_{split}_{i}.tif"
+            border = np.zeros_like(image)
+            row = {"file_name": name, "cell_type": "A172", "height": size, "width": size, "image": image}
+            row |= {"labels": labels, "foreground": labels > 0, "border": border, "cells": 1}
+            rows.append({**row, "source": name, "sha256": "", "annotation": ""})
+        file = f"{split}/part-00000.parquet"
+        shards.write_shard(str(folder / file), rows)
+        splits[split] = {"images": count, "cells": count, "shards": [{"file": file, "rows": count}]}
+    description = {"format_version": shards.FORMAT_VERSION, "name": "squares", "licence": "none", "splits": splits}
+    storage.write_json(folder / "dataset.json", description)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of `write_tiny_dataset`'s dataset."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("tiny"))

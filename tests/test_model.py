@@ -1,5 +1,7 @@
 """The network and its loss."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,4 +70,4 @@ def test_schedules_rise_then_never_rise_again(kind: str, warmup: int, steps: int
     values = [factor(step) for step in range(steps)]
     assert all(0 < value <= 1 for value in values)
     after = values[warmup:]
-    assert all(a >= b for a, b in zip(after, after[1:]))
+    assert all(a >= b for a, b in pairwise(after))

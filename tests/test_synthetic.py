@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from raylivecell import synthetic, synthetic_defects
+from raylivecell import synthetic, synthetic_defects, synthetic_layout
 from raylivecell.errors import UserError
 from raylivecell.synthetic_cells import CELLS, HEIGHT, KINDS, WIDTH, Mask, polygon
 
@@ -93,7 +93,7 @@ def test_layout_is_livecells(tmp_path: Path) -> None:
         assert result["splits"][split] == {"images": 1, "cells": len(content["annotations"])}
         (entry,) = content["images"]
         ids += [entry["id"], *(record["id"] for record in content["annotations"])]
-        path = synthetic.image_path(str(tmp_path / "out"), split, entry["file_name"])
+        path = synthetic_layout.image_path(str(tmp_path / "out"), split, entry["file_name"])
         page = tifffile.TiffFile(path).pages[0]
         assert (page.shape, page.dtype, page.compression.name, page.predictor) == ((520, 704), np.uint8, "LZW", 2)
         for record in content["annotations"]:
@@ -220,7 +220,7 @@ def marked(data: dict[str, Any], item: dict[str, Any]) -> list[list[list[float]]
 
 
 def file_of(out: Path, item: dict[str, Any]) -> Path:
-    return Path(synthetic.image_path(str(out), item["split"], item["file_name"]))
+    return Path(synthetic_layout.image_path(str(out), item["split"], item["file_name"]))
 
 
 def pixels(out: Path, item: dict[str, Any]) -> Any:
@@ -230,7 +230,7 @@ def pixels(out: Path, item: dict[str, Any]) -> Any:
 def check_leak(out: Path, data: Any, item: Any) -> None:
     assert len(set(names(data, item))) == 2
     for listed in item["listed"]:
-        assert Path(synthetic.image_path(str(out), listed["split"], item["file_name"])).exists()
+        assert Path(synthetic_layout.image_path(str(out), listed["split"], item["file_name"])).exists()
 
 
 def check_duplicate(out: Path, data: Any, item: Any) -> None:
@@ -239,7 +239,7 @@ def check_duplicate(out: Path, data: Any, item: Any) -> None:
 
 
 def check_identical(out: Path, data: Any, item: Any) -> None:
-    first, second = (synthetic.image_path(str(out), e["split"], e["file_name"]) for e in item["listed"])
+    first, second = (synthetic_layout.image_path(str(out), e["split"], e["file_name"]) for e in item["listed"])
     assert first != second
     assert Path(first).read_bytes() == Path(second).read_bytes()
 

@@ -1,0 +1,93 @@
+"""The stream of batches: the plan's samples, the same pixels for any number of ranks and from any step on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raylivecell import ingest, shards
+from raylivecell.augment import AugmentConfig
+from raylivecell.errors import UserError
+from raylivecell.order import PhaseConfig, Plan
+
+pytestmark = pytest.mark.ray
+PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, transformed=1))
+
+
+@pytest.fixture(scope="module")
+def source(tiny_dataset: str, ray_cluster: None) -> ingest.Source:
+    rows = tuple(shards.list_rows(tiny_dataset, "train"))
+    return ingest.Source(rows, Plan(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40))
+
+
+def collect(source: ingest.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Planes (steps, b, 3, h, w) and rows (steps, b, 3) of a whole stream."""
+    batches = list(ingest.stream(source, start, rank, ranks))
+    return tuple(torch.stack([batch[name] for batch in batches]).numpy() for name in ("planes", "rows"))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def whole(source: ingest.Source) -> tuple[np.ndarray, np.ndarray]:
+    return collect(source)
+
+
+def test_the_stream_is_the_plan(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+    planes, rows = whole
+    assert planes.dtype == np.uint8
+    assert planes.shape == (source.plan.steps, 4, 3, 32, 40)
+    np.testing.assert_array_equal(rows, [source.plan.rows(step) for step in range(source.plan.steps)])
+
+
+def test_two_ranks_see_together_what_one_sees(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+    parts = [collect(source, rank=rank, ranks=2) for rank in range(2)]
+    for place in range(2):
+        np.testing.assert_array_equal(np.concatenate([part[place] for part in parts], axis=1), whole[place])
+
+
+def test_a_resumed_stream_goes_on_where_it_stopped(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+    for place, values in enumerate(collect(source, start=11)):
+        np.testing.assert_array_equal(values, whole[place][11:])
+    assert list(ingest.stream(source, source.plan.steps, 0, 1)) == []
+
+
+def test_samples_kept_decoded_are_the_same(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+    kept = ingest.keep(source.rows, 3 * 48 * 48)
+    assert kept is not None
+    np.testing.assert_array_equal(collect(replace(source, kept=kept))[0], whole[0])
+
+
+def test_what_does_not_fit_is_not_kept(source: ingest.Source) -> None:
+    store = ray.cluster_resources()["object_store_memory"]
+    assert ingest.keep(source.rows, int(store)) is None
+
+
+def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
+    source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]
+) -> None:
+    planes, rows = whole[0].reshape(-1, 3, 32, 40), whole[1].reshape(-1, 3)
+    seen: dict[int, list[np.ndarray]] = {}
+    for plane, (_, sample, variant) in zip(planes, rows):
+        if variant:
+            seen.setdefault(int(sample), []).append(plane)
+        else:
+            pixels = ingest.read_planes(source.rows[sample])
+            windows = np.lib.stride_tricks.sliding_window_view(pixels, (32, 40), axis=(1, 2))
+            assert (windows == plane[:, None, None]).all(axis=(0, 3, 4)).any()
+    for copies in seen.values():
+        assert all((a != b).any() for i, a in enumerate(copies) for b in copies[:i])
+
+
+def test_a_first_batch_fetched_ahead_is_the_first(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+    batches = ingest.ahead(ingest.stream(source, 0, 0, 1))
+    np.testing.assert_array_equal(torch.stack([batch["planes"] for batch in batches]).numpy(), whole[0])
+
+
+def test_an_error_ahead_is_raised_by_the_first_batch() -> None:
+    def broken() -> object:
+        raise UserError("no shard")
+        yield
+
+    with pytest.raises(UserError, match="no shard"):
+        next(ingest.ahead(broken()))  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+"""Training on Ray: one worker and two agree, a killed run goes on as if nothing had been, mistakes are told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+
+from raylivecell import checkpoint, preflight
+from raylivecell.errors import UserError
+from raylivecell.loop import LoopConfig
+from raylivecell.model import ModelConfig
+from raylivecell.optimizer import OptimizerConfig
+from raylivecell.order import PhaseConfig
+from raylivecell.recipe import Recipe
+from raylivecell.train import train
+
+pytestmark = pytest.mark.ray
+RECIPE = Recipe(
+    batch_size=4,
+    crop=(32, 40),
+    phases=(PhaseConfig(steps=10), PhaseConfig(steps=10, transformed=1)),
+    model=ModelConfig(features=(4, 8), norm="group"),
+    optimizer=OptimizerConfig(lr=1e-2, ema_decay=0.9),
+    loop=LoopConfig(report_steps=1, precision="float32"),
+)
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    last = max(path for path in run.glob("checkpoint_*") if path.is_dir())
+    values, state = checkpoint.load_training(str(last))
+    assert state.step == 20
+    return {**values["model"], **{f"average {name}": value for name, value in values["average"].items()}}
+
+
+@pytest.fixture(scope="module")
+def one_worker(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "one"
+    train(tiny_dataset, str(run), RECIPE, workers=1)
+    return run
+
+
+def test_a_run_leaves_what_it_promises(one_worker: Path) -> None:
+    rows = history(one_worker)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[-1]["val_dice"] > rows[0]["val_dice"]
+    assert (one_worker / "report.html").stat().st_size > 10_000
+    assert list((one_worker / "tensorboard").iterdir())
+    assert (one_worker / "recipe.yaml").exists()
+    kept = [path for path in one_worker.glob("checkpoint_*") if path.is_dir()]
+    assert 1 <= len(kept) <= 2, "the best and the last"
+    best = max(row["val_mean_image_dice"] for row in rows)
+    _, state = checkpoint.load_training(checkpoint.find(str(one_worker)))
+    assert state.score() == best
+
+
+def test_two_workers_agree_with_one(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
+    train(tiny_dataset, str(tmp_path / "two"), RECIPE, workers=2)
+    for one, two in zip(history(one_worker), history(tmp_path / "two"), strict=True):
+        for name in ("loss", "bce", "dice_loss", "val_dice", "val_iou", "val_mean_image_dice"):
+            assert two[name] == pytest.approx(one[name], abs=1e-4), (one["step"], name)
+
+
+def test_a_killed_worker_is_replaced_and_nothing_changes(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
+    run, killed = tmp_path / "hit", []
+
+    def kill() -> None:
+        while not (run / "metrics.jsonl").exists() or len(history(run)) < 4:
+            time.sleep(0.01)
+        for process in psutil.process_iter(["cmdline"]):
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                process.kill()
+                killed.append(process.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    train(tiny_dataset, str(run), RECIPE, workers=1)
+    thread.join()
+    assert killed
+    assert len(history(run)) == 20
+    for name, value in weights(one_worker).items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
+DRIVER = """
+import sys
+from raylivecell import recipe, train
+train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    command = [sys.executable, "-c", DRIVER, tiny_dataset, str(run), str(one_worker / "recipe.yaml")]
+    driver = subprocess.Popen(command, env={**os.environ, "RAY_TMPDIR": str(tmp_path)[:40]}, start_new_session=True)
+    while not (run / "metrics.jsonl").exists() or len(history(run)) < 7:
+        assert driver.poll() is None, "the run ended by itself"
+        time.sleep(0.01)
+    family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+    for process in family:
+        process.send_signal(signal.SIGKILL)
+    driver.wait()
+    with pytest.raises(UserError, match="holds a run already"):
+        train(tiny_dataset, str(run), RECIPE)
+    with pytest.raises(UserError, match=r"another recipe \(batch_size\)"):
+        train(tiny_dataset, str(run), RECIPE.model_copy(update={"batch_size": 2}), resume=True)
+    train(tiny_dataset, str(run), RECIPE, resume=True)
+    assert len(history(run)) == 20
+    for name, value in weights(one_worker).items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
+def test_a_bad_loss_names_its_images(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"optimizer": OptimizerConfig(lr=1e30)})
+    with pytest.raises(UserError, match=r"NaN or infinite at step \d+, in the batch of A172_Phase_train_\d+.tif"):
+        train(tiny_dataset, str(tmp_path / "bad"), recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": "nowhere"}, "no dataset at"),
+        ({"workers": 3}, "a batch of 4 cannot be shared equally by 3 workers"),
+        ({"workers": 8, "recipe": RECIPE.model_copy(update={"batch_size": 8})}, "would leave no CPU for Ray Data"),
+        ({"resume": True}, "nothing to resume"),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_is_left(
+    tiny_dataset: str, ray_cluster: None, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(**{"data": tiny_dataset, "out": str(tmp_path / "run"), "recipe": RECIPE, **arguments})
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_leave_a_cpu_for_data(ray_cluster: None) -> None:
+    total = ray.cluster_resources()["CPU"]
+    for workers in range(1, 2 * int(total - 1) + 1):
+        assert preflight.worker_cpus(workers) * workers <= total - 1
+
+
+def test_images_of_several_sizes_need_a_crop(tiny_dataset: str) -> None:
+    assert preflight.sample_shape(tiny_dataset, "train", None) == (48, 48)
