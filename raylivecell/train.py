@@ -92,7 +92,6 @@ def _check_unused(out: str, recipe: Recipe, resume: bool) -> None:
             raise UserError(
                 f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml"
             )
-    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
 
 
 def _changed(old: Recipe, new: Recipe) -> str:
