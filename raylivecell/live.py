@@ -41,7 +41,7 @@ class Live:
 
     def _show(self, message: dict[str, Any]) -> None:
         if "row" in message:
-            console.print(describe(message["row"], self.steps))
+            console.print(describe(message["row"], self.steps), soft_wrap=True)
             return
         self.bar.update(self.task, completed=message["step"], description=f"{message['images_per_s']:.1f} images/s")
         if not console.is_terminal and time.monotonic() - self.last_plain > PLAIN_EVERY_S:

@@ -20,6 +20,7 @@ def connect(cpus: int | None = None) -> None:
     Args:
         cpus: logical CPUs of a Ray started here; default: the machine's.
     """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
