@@ -1,6 +1,7 @@
 """The ground: pins, make targets, which rooms know Ray, which way imports run, sizes, and what no file may hold."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -108,19 +109,22 @@ def test_pins_hold_on_every_machine() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 def test_make_targets() -> None:
-    def plan(target: str) -> str:
-        return subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}  # `make test` runs this: its flags would colour the answer
+    env = {key: value for key, value in os.environ.items() if key not in outer}
 
-    plans = {target: plan(target) for target in ("demo", "test", "lint", "bench", "clean", "help")}
+    def make(*arguments: str) -> str:
+        return subprocess.run(["make", *arguments], cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+
+    plans = {target: make("-n", target) for target in ("demo", "test", "lint", "bench", "clean", "help")}
     assert "raylivecell demo --out demo" in plans["demo"]
     assert all(tool in plans["lint"] for tool in ("ruff check", "ruff format --check", "mypy"))
     assert plans["lint"] in plans["test"]
     assert "pytest" in plans["test"]
-    listed = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = make("help")
     assert all(f"make {target} " in listed for target in plans)
-    fresh = subprocess.run(["make", "-n", "-W", "pyproject.toml", "test"], cwd=ROOT, capture_output=True, text=True)
-    assert "-m venv .venv" in fresh.stdout
-    assert "pip install -c constraints.txt -e '.[dev]'" in fresh.stdout
+    fresh = make("-n", "-W", "pyproject.toml", "test")
+    assert "-m venv .venv" in fresh
+    assert "pip install -c constraints.txt -e '.[dev]'" in fresh
 
 
 def test_ci_runs_make_test() -> None:
