@@ -113,7 +113,8 @@ def test_make_targets() -> None:
     env = {key: value for key, value in os.environ.items() if key not in outer}
 
     def make(*arguments: str) -> str:
-        return subprocess.run(["make", *arguments], cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+        done = subprocess.run(["make", *arguments], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+        return done.stdout
 
     plans = {target: make("-n", target) for target in ("demo", "test", "lint", "bench", "clean", "help")}
     assert "raylivecell demo --out demo" in plans["demo"]
