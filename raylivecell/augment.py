@@ -4,15 +4,9 @@
 2. one map takes each pixel of the crop to its place in the source: flips, rotation and elastic deformation in one
 3. one resampling pass: linear for the image, nearest for the targets, both by the same map
 4. brightness and contrast as one table of 256 entries
-
-The elastic field is Gaussian-blurred white noise (Simard et al. 2003) in its cosine form: noise blurred between
-mirrors is a sum of cosines with independent amplitudes that fall as exp(-(sigma w)^2 / 2). Those above w = 2.5 / sigma
-hold 0.04 % of the variance and are left out, so two small matrix products give the field on nodes sigma / 3 apart:
-at sigma 10 in a tenth of the time of noise and blur on every pixel (0.8 and 8.3 ms for 520x704, `bench augment`).
 """
 
 import math
-import threading
 from typing import Literal, NamedTuple
 
 import cv2
@@ -20,29 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from raylivecell import elastic
+from raylivecell.elastic import ElasticConfig, Maps, Size, Window, field_direct
 from raylivecell.recipe_base import StrictModel
 
 BACKGROUND = 128  # LIVECell's images are normalised to it
-CUTOFF = 2.5  # highest frequency kept, in units of 1 / sigma
-NODES_PER_SIGMA = 3  # linear interpolation between such nodes changes no pixel's standard deviation by 1 %
-DIRECT_BELOW = 3.0  # a sigma so small leaves so many frequencies that noise on every pixel is faster
-Size = tuple[int, int]
-_scratch = threading.local()
-Maps = tuple[np.ndarray, np.ndarray]
-
-
-class ElasticConfig(StrictModel):
-    """Elastic deformation by Gaussian-blurred random fields."""
-
-    p: float = Field(default=1.0, ge=0, le=1)
-    """Probability that a sample is deformed."""
-    alpha_x: float = Field(default=200.0, ge=0)
-    """Strength along x. The displacement is alpha times noise of uniform(-1, 1), blurred and not normalised again:
-    its standard deviation is 0.163 alpha / sigma pixels (3.3 for 200 at sigma 10)."""
-    alpha_y: float = Field(default=200.0, ge=0)
-    """Strength along y, as `alpha_x`."""
-    sigma: float = Field(default=10.0, ge=1)
-    """Smoothness in pixels: standard deviation of the Gaussian that blurs the noise."""
 
 
 class RotationConfig(StrictModel):
@@ -127,7 +103,7 @@ def augment_planes(
     `out`, C-contiguous uint8 (3, h, w), is filled and returned, so that a batch is made without another copy.
     """
     image, targets = augment(planes[0], planes[1:].transpose(1, 2, 0), rng, config, size)
-    return to_planes(image, targets, out)
+    return _to_planes(image, targets, out)
 
 
 def plain(
@@ -158,18 +134,6 @@ def centre_crop(image: np.ndarray, targets: np.ndarray, size: Size | None = None
     h, w = size or (height, width)
     window = ((height - h) // 2, (width - w) // 2, h, w)
     return _cut(image, window), _cut(targets, window)
-
-
-def field(rng: np.random.Generator, shape: Size, sigma: float) -> np.ndarray:
-    """Displacements of alpha 1 for a whole frame, float32 (2, H, W) = along x, along y; as `field_direct` in law."""
-    zero = (np.zeros((1, 1), np.float32),) * 2
-    return np.stack(_deform(zero, rng, shape, (0, 0, *shape), (1.0, 1.0), sigma))
-
-
-def field_direct(rng: np.random.Generator, shape: Size, sigma: float) -> NDArray[np.float32]:
-    """The direct form of `field`: uniform(-1, 1) noise on every pixel through `cv2.GaussianBlur`, between mirrors."""
-    noise = rng.random((2, *shape), np.float32) * 2 - 1
-    return np.stack([cv2.GaussianBlur(n, (0, 0), sigma, borderType=cv2.BORDER_REFLECT) for n in noise])
 
 
 def augment_direct(
@@ -204,13 +168,13 @@ def _widen(array: np.ndarray, size: Size | None) -> np.ndarray:
     return np.pad(array, edges, mode="reflect")
 
 
-def _window(shape: Size, size: Size | None, top: float, left: float) -> tuple[int, int, int, int]:
+def _window(shape: Size, size: Size | None, top: float, left: float) -> Window:
     """(top, left, h, w) of a crop; `top` and `left` in [0, 1) choose among all places alike."""
     h, w = size or shape
     return math.floor(top * (shape[0] - h + 1)), math.floor(left * (shape[1] - w + 1)), h, w
 
 
-def _cut(array: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
+def _cut(array: np.ndarray, window: Window) -> np.ndarray:
     top, left, h, w = window
     return array[top : top + h, left : left + w].copy()
 
@@ -220,25 +184,22 @@ def _flipped(array: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
     return array[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
 
 
-def _maps(
-    shape: Size, window: tuple[int, int, int, int], draws: _Draws, rng: np.random.Generator, config: AugmentConfig
-) -> Maps | None:
+def _maps(shape: Size, window: Window, draws: _Draws, rng: np.random.Generator, config: AugmentConfig) -> Maps | None:
     """x and y in the source of each pixel of the window, float32 (h, w); None where nothing but flips is done.
 
     The transformed frame is flip(rotate(deform(source))): the source of its pixel p is q + d, q = c + R F (p - c).
     The field d is drawn where p is, not where q is: its law is the same wherever it is turned to, and the displacement
     stays along the source's axes.
     """
-    elastic = draws.elastic < config.elastic.p and max(config.elastic.alpha_x, config.elastic.alpha_y) > 0
+    strength = config.elastic
+    deformed = draws.elastic < strength.p and max(strength.alpha_x, strength.alpha_y) > 0
     angle = (2 * draws.angle - 1) * config.rotation.degrees if draws.rotation < config.rotation.p else 0.0
-    if not elastic and angle == 0:
+    if not deformed and angle == 0:
         return None
-    step = config.elastic.sigma / NODES_PER_SIGMA if elastic else 1.0
-    y, x = (_nodes(first, length, step) for first, length in zip(window[:2], window[2:]))
+    step = elastic.node_step(strength.sigma) if deformed else 1.0
+    y, x = (elastic.nodes(first, length, step) for first, length in zip(window[:2], window[2:]))
     affine = _affine_maps(x, y, shape, angle, (draws.flip_x < config.flip, draws.flip_y < config.flip))
-    if not elastic:
-        return affine
-    return _deform(affine, rng, shape, window, (config.elastic.alpha_x, config.elastic.alpha_y), config.elastic.sigma)
+    return elastic.deform(affine, rng, shape, window, strength) if deformed else affine
 
 
 def _affine_maps(x: np.ndarray, y: np.ndarray, shape: Size, angle: float, flips: tuple[bool, bool]) -> Maps:
@@ -252,85 +213,6 @@ def _affine_maps(x: np.ndarray, y: np.ndarray, shape: Size, angle: float, flips:
         np.add.outer((cx - sin * v).astype(np.float32), (cos * u).astype(np.float32)),
         np.add.outer((cy + cos * v).astype(np.float32), (sin * u).astype(np.float32)),
     )
-
-
-def _margin(step: float) -> int:
-    """Pixels by which the nodes' field is wider than the window on each side: no pixel lies beyond the last node."""
-    return math.ceil(step / 2) if step > 1 else 0
-
-
-def _nodes(first: int, length: int, step: float) -> np.ndarray:
-    """Places in the frame of the nodes over pixels first .. first + length - 1: at most `step` >= 1 apart.
-
-    They lie as `cv2.resize` takes the pixels of an image to lie that it enlarges to `length` and two margins.
-    """
-    if step <= 1:
-        return first + np.arange(length, dtype=np.float64)
-    margin = _margin(step)
-    full = length + 2 * margin
-    count = math.ceil(full / step)
-    return first - margin - 0.5 + (np.arange(count) + 0.5) * (full / count)
-
-
-def _deform(
-    affine: Maps,
-    rng: np.random.Generator,
-    shape: Size,
-    window: tuple[int, int, int, int],
-    alphas: tuple[float, float],
-    sigma: float,
-) -> Maps:
-    """`affine` maps on the window's nodes plus alpha_x and alpha_y times a random field: on its pixels, (h, w) each."""
-    top, left, h, w = window
-    if sigma < DIRECT_BELOW:
-        noise = field_direct(rng, shape, sigma)[:, top : top + h, left : left + w]
-        return affine[0] + np.float32(alphas[0]) * noise[0], affine[1] + np.float32(alphas[1]) * noise[1]
-    step = sigma / NODES_PER_SIGMA
-    along_y = _cosines(_nodes(top, h, step), shape[0], sigma, step)
-    along_x = _cosines(_nodes(left, w, step), shape[1], sigma, step)
-    amplitudes = rng.standard_normal((2, along_y.shape[1], along_x.shape[1]), np.float32)
-    deformed = []
-    for axis, start, alpha, amplitude in zip("xy", affine, alphas, amplitudes):
-        grid = np.broadcast_to(start, (len(along_y), len(along_x)))
-        # uniform(-1, 1) has variance 1/3. cv2.gemm, for it keeps to one thread where numpy's BLAS takes all cores.
-        half = cv2.gemm(along_y, amplitude, alpha / math.sqrt(3), np.empty(0), 0)
-        nodes = cv2.gemm(half, along_x, 1, grid, 1, flags=cv2.GEMM_2_T)
-        deformed.append(_enlarge(nodes, (h, w), step, axis))
-    return deformed[0], deformed[1]
-
-
-def _cosines(places: np.ndarray, length: int, sigma: float, step: float) -> NDArray[np.float32]:
-    """One axis of the field's cosine form: float32 (places, frequencies), rows' squares summing to the variance.
-
-    White noise of variance 1 on `length` pixels between mirrors has independent amplitudes of variance 1 in the
-    orthonormal cosines (DCT-II); the blur multiplies frequency w by exp(-(sigma w)^2 / 2).
-    """
-    count = min(length, 1 + math.floor(CUTOFF * length / (math.pi * sigma)))
-    frequency = np.arange(count) * (math.pi / length)
-    size = np.sqrt(np.where(frequency == 0, 1, 2) / length) * np.exp(-((sigma * frequency) ** 2) / 2)
-    if step > 1:
-        # Between nodes at distance s the variance falls by (1 - correlation(s)) / 3 in the mean: given back.
-        size /= math.sqrt(1 - (1 - math.exp(-((step / sigma) ** 2) / 4)) / 3)
-    phase = np.outer(places + 0.5, frequency).astype(np.float32)
-    return np.cos(phase, out=phase) * size.astype(np.float32)
-
-
-def _enlarge(nodes: np.ndarray, size: Size, step: float, slot: str) -> np.ndarray:
-    """Values on `_nodes` as values on the (h, w) pixels, by linear interpolation; the slot's next use overwrites it."""
-    if step <= 1:
-        return nodes
-    (h, w), m = size, _margin(step)
-    buffer = _buffer((h + 2 * m, w + 2 * m), slot)
-    return cv2.resize(nodes, buffer.shape[::-1], dst=buffer, interpolation=cv2.INTER_LINEAR)[m : m + h, m : m + w]
-
-
-def _buffer(shape: Size, slot: str) -> NDArray[np.float32]:
-    """This thread's float32 array `slot`. New arrays for each call cost 870 page faults, as long as half the work."""
-    buffer: NDArray[np.float32] | None = getattr(_scratch, slot, None)
-    if buffer is None or buffer.shape != shape:
-        buffer = np.empty(shape, np.float32)
-        setattr(_scratch, slot, buffer)
-    return buffer
 
 
 def _remap(array: np.ndarray, maps: Maps, interpolation: int, border: str, fill: int) -> np.ndarray:
@@ -365,7 +247,7 @@ def _recolour(image: np.ndarray, draws: _Draws, config: AugmentConfig) -> np.nda
     return cv2.LUT(image, table, dst=image)
 
 
-def to_planes(image: np.ndarray, targets: np.ndarray, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+def _to_planes(image: np.ndarray, targets: np.ndarray, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
     """uint8 (h, w) and (h, w, 2) as C-contiguous (3, h, w), in `out` where given."""
     if out is None:
         out = np.empty((3, *image.shape), np.uint8)

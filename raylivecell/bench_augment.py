@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import augment
+from raylivecell import augment, elastic
 from raylivecell.augment import AugmentConfig, Size
 
 OURS, DIRECT, MONAI = "raylivecell", "direct form", "MONAI Rand2DElastic + RandRotate"
@@ -78,8 +78,8 @@ def _ways(size: Size, sigma: float, alpha: float) -> dict[str, Callable[[np.rand
         f"raylivecell, crop {crop[0]}x{crop[1]}": lambda rng: augment.augment_planes(
             planes, rng, config, crop, cropped
         ),
-        FIELD: lambda rng: augment.field(rng, size, sigma),
-        FIELD_DIRECT: lambda rng: augment.field_direct(rng, size, sigma),
+        FIELD: lambda rng: elastic.field(rng, size, sigma),
+        FIELD_DIRECT: lambda rng: elastic.field_direct(rng, size, sigma),
     }
 
 
@@ -88,7 +88,7 @@ def _monai(planes: np.ndarray, sigma: float, alpha: float, degrees: float) -> Ca
     from monai.transforms import Rand2DElasticd, RandRotated
 
     keys, mode = ("image", "targets"), ("bilinear", "nearest")
-    elastic = Rand2DElasticd(
+    deform = Rand2DElasticd(
         keys,
         spacing=(2 * sigma, 2 * sigma),  # its noise lies on a grid; a field of this sigma is correlated over 2 sigma
         magnitude_range=(0.163 * alpha / sigma,) * 2,
@@ -101,9 +101,9 @@ def _monai(planes: np.ndarray, sigma: float, alpha: float, degrees: float) -> Ca
 
     def way(rng: np.random.Generator) -> list[np.ndarray]:
         seed = int(rng.integers(2**31))
-        elastic.set_random_state(seed)
+        deform.set_random_state(seed)
         rotate.set_random_state(seed)
-        moved: Any = rotate(elastic({"image": planes[:1], "targets": planes[1:]}))  # type: ignore[arg-type]
+        moved: Any = rotate(deform({"image": planes[:1], "targets": planes[1:]}))  # type: ignore[arg-type]
         return [moved[key].numpy().astype(np.uint8) for key in keys]
 
     return way

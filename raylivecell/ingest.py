@@ -72,8 +72,7 @@ def transform(
     rng = np.random.default_rng(key)
     if key[3]:
         return augment.augment_planes(planes, rng, source.config, source.crop, out)
-    image, targets = augment.plain(planes[0], planes[1:].transpose(1, 2, 0), rng, source.crop)
-    return augment.to_planes(image, targets, out)
+    return augment.plain_planes(planes, rng, source.crop, out)
 
 
 def load(rows: np.ndarray, source: Source) -> np.ndarray:

@@ -12,11 +12,10 @@ from raylivecell.augment import (
     augment_direct,
     augment_planes,
     centre_crop,
-    field,
-    field_direct,
     plain,
     plain_planes,
 )
+from raylivecell.elastic import field, field_direct
 
 SIZES = [(520, 704), (333, 434), (97, 61), (16, 200)]
 
