@@ -6,9 +6,8 @@ the thread's own time on its core: what else runs on the machine then matters li
 """
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from raylivecell import augment, elastic
 from raylivecell.augment import AugmentConfig, Size
+from raylivecell.bench_spread import spread
 
 OURS, DIRECT, MONAI = "raylivecell", "direct form", "MONAI Rand2DElastic + RandRotate"
 FIELD, FIELD_DIRECT = "field alone", "field alone, direct form"
@@ -36,7 +36,7 @@ def bench_augment(
         repeats: how often each way is measured, in turn, after one run to warm up.
 
     Returns:
-        `milliseconds`: name -> {median, q1, q3}; `ratio`: "NAME / OURS" -> {median, q1, q3} of the repeats' own ratios.
+        `milliseconds`: name -> {median, min, max}; `ratio`: "NAME / OURS" -> the same of the repeats' own ratios.
     """
     ways = _ways(size, sigma, alpha)
     spent: dict[str, list[float]] = {name: [] for name in ways}
@@ -57,8 +57,8 @@ def bench_augment(
         "sigma": sigma,
         "alpha": alpha,
         "repeats": repeats,
-        "milliseconds": {name: _spread(values) for name, values in spent.items()},
-        "ratio": {f"{a} / {b}": _spread([x / y for x, y in zip(spent[a], spent[b])]) for a, b in pairs},
+        "milliseconds": {name: spread(values) for name, values in spent.items()},
+        "ratio": {f"{a} / {b}": spread([x / y for x, y in zip(spent[a], spent[b])]) for a, b in pairs},
     }
 
 
@@ -107,8 +107,3 @@ def _monai(planes: np.ndarray, sigma: float, alpha: float, degrees: float) -> Ca
         return [moved[key].numpy().astype(np.uint8) for key in keys]
 
     return way
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    q1, median, q3 = statistics.quantiles(values, n=4)
-    return {"median": round(median, 3), "q1": round(q1, 3), "q3": round(q3, 3)}

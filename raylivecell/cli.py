@@ -46,7 +46,9 @@ def evaluate(
     inference.evaluate(checkpoint, data, split, out, tta=tta)
 
 
-def predict(checkpoint: str, images: str, out: str, threshold: float = 0.5, tta: bool = False) -> None:
+def predict(
+    checkpoint: str, images: str, out: str, threshold: float = 0.5, tta: bool = False, bits: int | None = None
+) -> None:
     """Segment a folder of images: masks, overlays and cells.csv.
 
     Args:
@@ -55,10 +57,11 @@ def predict(checkpoint: str, images: str, out: str, threshold: float = 0.5, tta:
         out: folder to write.
         threshold: probability from which a pixel is cell.
         tta: average over the four flips.
+        bits: used bits of 16-bit images, 8 to 16; without it each is scaled so that its median becomes 128.
     """
     from raylivecell import inference
 
-    inference.predict(checkpoint, images, out, tta=tta, threshold=threshold)
+    inference.predict(checkpoint, images, out, tta=tta, threshold=threshold, bits=bits)
 
 
 def download(arguments: Sequence[str]) -> None:
@@ -121,6 +124,8 @@ def bench(
 
 def train(arguments: Sequence[str]) -> None:
     """Train a recipe on a prepared dataset with Ray Train."""
+    import psutil
+
     from raylivecell import recipe as recipes
     from raylivecell.train import train as run
 
@@ -146,7 +151,7 @@ def train(arguments: Sequence[str]) -> None:
             resume: continue the run in --out from its last checkpoint.
             retries: restarts from the last checkpoint after a worker died.
         """
-        run(data, out, fields, _workers(workers), resume, retries)
+        run(data, out, fields, _workers(workers), resume, retries, began=psutil.Process().create_time())
 
     tyro.cli(command, prog="raylivecell train", args=arguments)
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,7 +11,10 @@ from raylivecell.progress import PLAIN_EVERY_S, console
 
 
 class Live:
-    """Shows the messages that come out of `take` until it is left: {"step", "images_per_s"} or {"row": metrics}."""
+    """Shows the messages that come out of `take` until it is left.
+
+    {"step", "images_per_s"}: the bar; {"row": metrics}: a line; {"start": parts}: `describe_start`.
+    """
 
     def __init__(self, steps: int, take: Any) -> None:
         self.steps, self.take = steps, take
@@ -43,6 +47,9 @@ class Live:
         if "row" in message:
             console.print(describe(message["row"], self.steps), soft_wrap=True)
             return
+        if "start" in message:
+            console.print(describe_start(message["start"]), soft_wrap=True)
+            return
         self.bar.update(self.task, completed=message["step"], description=f"{message['images_per_s']:.1f} images/s")
         if not console.is_terminal and time.monotonic() - self.last_plain > PLAIN_EVERY_S:
             self.last_plain = time.monotonic()
@@ -56,3 +63,9 @@ def describe(row: dict[str, Any], steps: int) -> str:
         parts.append(f"val dice {row['val_dice']:.4f} iou {row['val_iou']:.4f}")
     parts += [f"{row['images_per_s']:.1f} images/s", f"waiting for data {row['data_wait_share']:.0%}"]
     return "  ".join(parts)
+
+
+def describe_start(parts: Sequence[tuple[str, float]]) -> str:
+    """The time to the first optimiser step and its parts, (name, seconds) in their order, in one line."""
+    total = sum(seconds for _, seconds in parts)
+    return f"first step after {total:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts)

@@ -3,10 +3,12 @@
 Every rank takes every step and every report, so that no collective waits for one that does not come.
 """
 
+import itertools
 import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +40,13 @@ class Job:
     stream_memory: int
     """Bytes of the object store for the streams of all workers together."""
     progress: Queue
+    marks: tuple[tuple[str, float], ...] = ()
+    """What the driver had done by when, seconds since 1970."""
 
 
 def work(config: dict[str, Job]) -> dict[str, Any] | None:
     """The training function of Ray Train; {"step", "samples"} where the loss was not finite, else none."""
-    job = config["job"]
+    job, entered = config["job"], time.time()
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -55,6 +59,7 @@ def work(config: dict[str, Job]) -> dict[str, Any] | None:
     if values is not None:
         training.load(values, state)
     forward = _wrap(training.model, job.recipe, ranks, device)
+    marks = (*job.marks, ("workers", entered), ("network", time.time())) if values is None else ()
     truth = _Validation(job.data, rank, ranks, device)
     try:
         loop.run(
@@ -66,7 +71,7 @@ def work(config: dict[str, Job]) -> dict[str, Any] | None:
             job.recipe.loss,
             validate=truth.scores,
             report=_Reporter(job, rank, training.state.step),
-            tick=_ticker(job, rank),
+            tick=_ticker(job, rank, marks),
             sum_over_ranks=_sum_over_ranks,
         )
     except loop.NonFiniteLoss as error:
@@ -174,11 +179,15 @@ def _tell(job: Job, message: dict[str, Any]) -> None:
     job.progress.actor.put_nowait.remote(message)  # type: ignore[attr-defined]
 
 
-def _ticker(job: Job, rank: int) -> Any:
+def _ticker(job: Job, rank: int, marks: Sequence[tuple[str, float]]) -> Callable[[int, float], None]:
+    """Rank 0 tells the driver of its steps, and once how long the parts took that lay before the end of the first."""
     last = [0.0]
 
     def tick(step: int, images_per_s: float) -> None:
         if rank == 0 and time.monotonic() - last[0] > TICK_S:
+            if last[0] == 0 and marks:
+                done = [*marks, ("first batch and step", time.time())]
+                _tell(job, {"start": [(name, end - begin) for (_, begin), (name, end) in itertools.pairwise(done)]})
             last[0] = time.monotonic()
             _tell(job, {"step": step, "images_per_s": images_per_s})
 

@@ -1,9 +1,12 @@
 """What tests share: where real data lies, and one Ray for the whole run."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -42,6 +45,61 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+class S3(NamedTuple):
+    """A real S3 protocol server (moto) on this machine."""
+
+    env: dict[str, str]
+    """With these variables a process finds it."""
+    client: Any
+    """boto3's, for a look from outside; an empty bucket `cells` is there."""
+
+    def upload(self, folder: str, prefix: str) -> None:
+        """Every file in `folder`, under cells/`prefix`/."""
+        for path in (path for path in Path(folder).rglob("*") if path.is_file()):
+            self.client.upload_file(str(path), "cells", f"{prefix}/{path.relative_to(folder)}")
+
+    def names(self, prefix: str) -> list[str]:
+        """Files under cells/`prefix`, in order."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="cells", Prefix=prefix)
+        return [one["Key"] for page in pages for one in page.get("Contents", []) if not one["Key"].endswith("/")]
+
+    def read(self, name: str) -> bytes:
+        return self.client.get_object(Bucket="cells", Key=name)["Body"].read()
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    """A server of its own for each test."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    import boto3
+
+    host, port = server.get_host_and_port()
+    env = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    env |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    client = boto3.client(
+        "s3",
+        endpoint_url=env["AWS_ENDPOINT_URL"],
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="cells")
+    yield S3(env, client)
+    server.stop()
+
+
+def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | (env or {}),
+    )
 
 
 def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:

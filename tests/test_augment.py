@@ -408,4 +408,4 @@ def test_bench_gives_each_figure_beside_its_rival() -> None:
     assert len(result["milliseconds"]) == 7
     assert len(result["ratio"]) == 3
     for figures in (*result["milliseconds"].values(), *result["ratio"].values()):
-        assert 0 < figures["q1"] <= figures["median"] <= figures["q3"]
+        assert 0 < figures["min"] <= figures["median"] <= figures["max"]

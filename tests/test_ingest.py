@@ -1,11 +1,14 @@
 """The stream of batches: the plan's samples, the same pixels for any number of ranks and from any step on."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
+from conftest import run_apart, write_tiny_dataset
 
 from raylivecell import ingest, shards
 from raylivecell.augment import AugmentConfig
@@ -91,3 +94,38 @@ def test_an_error_ahead_is_raised_by_the_first_batch() -> None:
 
     with pytest.raises(UserError, match="no shard"):
         next(ingest.ahead(broken()))  # type: ignore[arg-type]
+
+
+STORE = 80 * 2**20
+STREAM_LARGE = """
+import json, sys
+import numpy as np, psutil, ray
+from ray._private.internal_api import memory_summary
+from raylivecell import ingest, shards
+from raylivecell.augment import AugmentConfig
+from raylivecell.order import PhaseConfig, Plan
+
+data, store = sys.argv[1], int(sys.argv[2])
+ray.init(address="local", num_cpus=2, object_store_memory=store, include_dashboard=False, log_to_driver=False)
+rows = tuple(shards.list_rows(data, "train"))
+kept = ingest.keep(rows, 3 * 600 * 600)
+source = ingest.Source(rows, Plan(0, len(rows), 4, (PhaseConfig(epochs=1),)), AugmentConfig(), (256, 256), kept)
+seen, peak = [], 0
+for batch in ingest.stream(source, 0, 0, 1, memory=store // 4):
+    seen += batch["rows"][:, 1].tolist()
+    peak = max(peak, psutil.Process().memory_full_info().uss)
+print(json.dumps({"kept": kept is not None, "seen": seen, "peak": peak, "store": memory_summary(stats_only=True)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_set_five_times_the_object_store_streams(tmp_path: Path) -> None:
+    images = 5 * STORE // (3 * 600 * 600)
+    data = write_tiny_dataset(tmp_path, images, 600)
+    done = run_apart(STREAM_LARGE, data, str(STORE))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert not told["kept"]
+    assert sorted(set(told["seen"])) == list(range(images))
+    assert "Spilled" not in told["store"], told["store"]
+    assert told["peak"] < 5 * STORE, "the reading process holds batches, not the set"

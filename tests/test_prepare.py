@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from conftest import S3, run_apart
 from pycocotools import mask as coco_mask
 
 from raylivecell import coco, defects, outlines, plan, runtime, samples, shards, targets
@@ -512,17 +510,6 @@ def test_planted_defects_of_synthetic_data(tmp_path: Path) -> None:
     assert {found["file_name"] for found in told["defects"]["found"]} <= names
 
 
-def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | (env or {}),
-    )
-
-
 KILLED_AT_EACH_WRITE = """
 import json, os, signal, sys
 from raylivecell import prepare as module, runtime, storage
@@ -613,42 +600,14 @@ print(shards.read_row(shards.list_rows(sys.argv[2], "test")[0], ["labels"])["lab
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_from_s3_to_s3(folder: Folder, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        env = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        import boto3
-
-        client = boto3.client(
-            "s3",
-            endpoint_url=env["AWS_ENDPOINT_URL"],
-            aws_access_key_id="key",
-            aws_secret_access_key="secret",
-            region_name="us-east-1",
-        )
-        client.create_bucket(Bucket="cells")
-        source = Path(folder.write())
-        for path in (path for path in source.rglob("*") if path.is_file()):
-            client.upload_file(str(path), "cells", f"source/{path.relative_to(source)}")
-        done = run_apart(ON_S3, "s3://cells/source", "s3://cells/made/here", env=env)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split()[-1] == str(N)
-        keys = [one["Key"] for one in client.list_objects_v2(Bucket="cells", Prefix="made/")["Contents"]]
-        files = [key for key in keys if not key.endswith("/")]
-        assert files == [
-            "made/here/dataset.json",
-            *(f"made/here/{split}/part-00000.parquet" for split in sorted(shards.SPLITS)),
-        ]
-        prepare(str(source), str(tmp_path / "local"))
-        for split in shards.SPLITS:
-            body = client.get_object(Bucket="cells", Key=f"made/here/{split}/part-00000.parquet")["Body"].read()
-            assert body == (tmp_path / "local" / split / "part-00000.parquet").read_bytes()
-    finally:
-        server.stop()
+def test_from_s3_to_s3(folder: Folder, ray_cluster: None, s3: S3, tmp_path: Path) -> None:
+    source = folder.write()
+    s3.upload(source, "source")
+    done = run_apart(ON_S3, "s3://cells/source", "s3://cells/made/here", env=s3.env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(N)
+    written = ["dataset.json", *(f"{split}/part-00000.parquet" for split in sorted(shards.SPLITS))]
+    assert s3.names("made/") == [f"made/here/{name}" for name in written]
+    prepare(source, str(tmp_path / "local"))
+    for name in written[1:]:
+        assert s3.read(f"made/here/{name}") == (tmp_path / "local" / name).read_bytes()

@@ -1,0 +1,48 @@
+"""The whole way with nothing on a local disk: data, run, scores and masks at s3:// URIs, as a job on a cluster."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import ray
+from conftest import S3, run_apart
+
+JOB = """
+from raylivecell import cli
+at = "s3://cells/"
+fields = "--batch-size 4 --crop 32 40 --model.features 4 8 --loop.report-steps 4".split()
+train = ["train", "--data", at + "data", "--out", at + "runs/one", *fields, "--recipe", RECIPE]
+assert cli.main(train) == 0
+assert cli.main(train) == 2, "a folder in use is refused"
+assert cli.main([*train, "--resume"]) == 0
+assert cli.main(["evaluate", "--checkpoint", at + "runs/one", "--data", at + "data", "--out", at + "scores"]) == 0
+assert cli.main(["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "found"]) == 0
+"""
+RECIPE = "phases: [{steps: 8}]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_train_evaluate_and_predict(tiny_dataset: str, ray_cluster: None, s3: S3, tmp_path_factory) -> None:
+    images = tmp_path_factory.mktemp("images")
+    for name in ("a.png", "deep/b.png"):
+        (images / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(images / name), np.random.default_rng(0).integers(90, 200, (40, 56), np.uint8))
+    (images / "recipe.yaml").write_text(RECIPE)
+    s3.upload(tiny_dataset, "data")
+    s3.upload(str(images), "images")
+    # What `ray job submit` sets for a job whose runtime environment names these variables.
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": s3.env}})}
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    code = JOB.replace("RECIPE", repr(str(images / "recipe.yaml")))
+    done = run_apart(code, env=s3.env | job | address)
+    assert done.returncode == 0, done.stderr
+    assert "holds a run already" in done.stderr
+    runs = s3.names("runs/one/")
+    for name in ("recipe.yaml", "metrics.jsonl", "report.html", "model.safetensors", "training.pt"):
+        assert any(key.endswith("/" + name) for key in runs), (name, runs)
+    assert [json.loads(line)["step"] for line in s3.read("runs/one/metrics.jsonl").splitlines()] == [4, 8]
+    scores = json.loads(s3.read("scores/metrics.json"))
+    assert scores["images"] == 3
+    assert {"found/cells.csv", "found/masks/a.png", "found/masks/deep/b.png"} <= set(s3.names("found/"))
