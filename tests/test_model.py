@@ -26,9 +26,13 @@ def test_the_papers_crop_and_size() -> None:
         assert model(torch.zeros(1, 1, 333, 434)).shape == (1, 1, 333, 434)
 
 
-def test_background_becomes_zero() -> None:
-    image = torch.tensor([[0, 128, 255]], dtype=torch.uint8)
-    torch.testing.assert_close(normalise(image), torch.tensor([[-2.0, 0.0, 1.984375]]))
+def test_background_becomes_zero_and_grey_stays_ordered() -> None:
+    grey = normalise(torch.arange(256, dtype=torch.uint8))
+    assert grey[128] == 0
+    assert grey.dtype == torch.float32
+    assert (grey.diff() > 0).all()
+    torch.testing.assert_close(grey[129:], -grey[1:128].flip(0))
+    assert grey[130] - grey[128] > 0.05 * grey[255], "a faint cell is seen"
 
 
 def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
