@@ -20,7 +20,7 @@ from raylivecell.order import EPOCH, SAMPLE, VARIANT, PhaseConfig, Plan
 
 BATCH = 8
 WARM_UP_BATCHES = 20
-MEASURED_BATCHES = 60
+MEASURED_BATCHES = 150
 
 
 def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
