@@ -68,4 +68,5 @@ def describe(row: dict[str, Any], steps: int) -> str:
 def describe_start(parts: Sequence[tuple[str, float]]) -> str:
     """The time to the first optimiser step and its parts, (name, seconds) in their order, in one line."""
     total = sum(seconds for _, seconds in parts)
-    return f"first step after {total:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts)
+    shown = [f"{name} {seconds:.1f}" for name, seconds in parts if seconds >= 0.05]
+    return f"first step after {total:.1f} s: {', '.join(shown)}"

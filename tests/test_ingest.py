@@ -96,6 +96,17 @@ def test_an_error_ahead_is_raised_by_the_first_batch() -> None:
         next(ingest.ahead(broken()))  # type: ignore[arg-type]
 
 
+def test_the_scheduler_rests_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rests = [100.0], []
+    monkeypatch.setattr(ingest.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ingest.time, "sleep", rests.append)
+    hurried = ingest._Unhurried()
+    for work in (0, 0.2 * ingest.ROUND_S, 3 * ingest.ROUND_S):
+        now[0] += work
+        hurried.on_execution_step(None)
+    assert rests == pytest.approx([0, 0.8 * ingest.ROUND_S, 0], abs=1e-6)
+
+
 STORE = 80 * 2**20
 STREAM_LARGE = """
 import json, sys
@@ -105,16 +116,17 @@ from raylivecell import ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.order import PhaseConfig, Plan
 
-data, store = sys.argv[1], int(sys.argv[2])
-ray.init(address="local", num_cpus=2, object_store_memory=store, include_dashboard=False, log_to_driver=False)
+data, limit = sys.argv[1], int(sys.argv[2])
+ray.init(address="local", num_cpus=2, object_store_memory=limit, include_dashboard=False, log_to_driver=False)
 rows = tuple(shards.list_rows(data, "train"))
 kept = ingest.keep(rows, 3 * 600 * 600)
 source = ingest.Source(rows, Plan(0, len(rows), 4, (PhaseConfig(epochs=1),)), AugmentConfig(), (256, 256), kept)
 seen, peak = [], 0
-for batch in ingest.stream(source, 0, 0, 1, memory=store // 4):
+for batch in ingest.stream(source, 0, 0, 1, memory=limit // 4):
     seen += batch["rows"][:, 1].tolist()
     peak = max(peak, psutil.Process().memory_full_info().uss)
-print(json.dumps({"kept": kept is not None, "seen": seen, "peak": peak, "store": memory_summary(stats_only=True)}))
+store = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+print(json.dumps({"kept": kept is not None, "seen": seen, "peak": peak, "store": store}))
 """
 
 

@@ -17,6 +17,7 @@ import torch
 
 from raylivecell import checkpoint, preflight
 from raylivecell.errors import UserError
+from raylivecell.inference import evaluate
 from raylivecell.loop import LoopConfig
 from raylivecell.model import ModelConfig
 from raylivecell.optimizer import OptimizerConfig
@@ -72,6 +73,16 @@ def test_two_workers_agree_with_one(tiny_dataset: str, one_worker: Path, tmp_pat
     for one, two in zip(history(one_worker), history(tmp_path / "two"), strict=True):
         for name in ("loss", "bce", "dice_loss", "val_dice", "val_iou", "val_mean_image_dice"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), (one["step"], name)
+
+
+def test_evaluate_finds_what_two_workers_with_batchnorm_reported(tiny_dataset: str, one_worker: Path) -> None:
+    """Each rank's BatchNorm has seen other images: all must validate the network that is saved."""
+    run = one_worker.parent / "batchnorm"
+    fields = {"model": ModelConfig(features=(4, 8)), "phases": (PhaseConfig(steps=6),), "loop": LoopConfig()}
+    last = train(tiny_dataset, str(run), RECIPE.model_copy(update=fields), workers=2)
+    found = evaluate(str(run), tiny_dataset, "val", str(run / "scores"))
+    for name in ("dice", "iou", "mean_image_dice"):
+        assert found[name] == pytest.approx(last[f"val_{name}"], abs=1e-6)
 
 
 def test_a_killed_worker_is_replaced_and_nothing_changes(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
