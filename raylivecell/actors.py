@@ -3,7 +3,6 @@
 Every item comes back exactly once, or the run fails.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import ray
 import ray.data
 import torch
 
+from raylivecell import runtime
 from raylivecell.errors import UserError
 from raylivecell.progress import track
 
@@ -37,8 +37,7 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str)
     count, cpus, gpus = pool(len(items), ray.cluster_resources())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
+    runtime.quiet_data()
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     # The index lies in the object store already: no read task competes with the actors for the CPUs.
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))

@@ -14,7 +14,6 @@ settings, is written atomically, and an account is written only after its shard.
 import functools
 import hashlib
 import json
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -207,7 +206,7 @@ def _on_ray(
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    runtime.quiet_data()
     rows = [{"job": json.dumps(job)} for job in jobs]
     task = functools.partial(_run_job, function=function)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(task, batch_size=1)

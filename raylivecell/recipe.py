@@ -6,7 +6,7 @@ the nearest right name.
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -20,6 +20,11 @@ from raylivecell.model import ModelConfig
 from raylivecell.optimizer import OptimizerConfig
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe_base import StrictModel
+
+Model = TypeVar("Model", bound=BaseModel)
+
+SWEEP = "sweep"
+"""The part of a recipe file that says how to search (space.py); no part of the recipe itself."""
 
 # First the plain images, then plain and transformed ones together.
 PAPER_PHASES = (PhaseConfig(epochs=10), PhaseConfig(epochs=10, transformed=1))
@@ -52,6 +57,13 @@ class Recipe(StrictModel):
 
 def load(uri: str | Path) -> Recipe:
     """The recipe in the YAML file at `uri`; UserError naming the file, the field and the mend where it is wrong."""
+    values = read(uri)
+    values.pop(SWEEP, None)
+    return parse(values, str(uri))
+
+
+def read(uri: str | Path) -> dict[str, Any]:
+    """The mapping in the YAML file at `uri`, unchecked; UserError where there is none."""
     try:
         text = storage.read_bytes(uri).decode()
     except FileNotFoundError as error:
@@ -62,19 +74,24 @@ def load(uri: str | Path) -> Recipe:
         raise UserError(f"{uri}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{uri}: a recipe is a mapping of fields, not a {type(values).__name__}")
-    return parse(values, str(uri))
+    return values
 
 
 def parse(values: dict[str, Any], source: str) -> Recipe:
     """`values` as a Recipe; UserError beginning with `source` and the field's path where they are none."""
+    return validate(Recipe, values, source)
+
+
+def validate(model: type[Model], values: Any, source: str, part: str = "") -> Model:
+    """`values` as a `model`, which is `part` of the file `source`; UserError naming the field and the mend."""
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
-        path = ".".join(place) or "recipe"
+        place = ".".join(str(key) for key in first["loc"])
+        path = ".".join(key for key in (part, place) if key) or "recipe"
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: unknown field {path}{_nearest(place)}") from error
+            raise UserError(f"{source}: unknown field {path}{nearest(place, model)}") from error
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source}: {path}: {message} (got {first['input']!r})"[:500]) from error
 
@@ -96,12 +113,16 @@ def field_paths(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     return paths
 
 
-def _nearest(place: list[str]) -> str:
-    """`; did you mean X?` for a path that does not exist: by the whole path, then by its last part alone."""
-    paths = field_paths()
-    sections = sorted({path.rsplit(".", 1)[0] for path in paths if "." in path})
-    near = difflib.get_close_matches(".".join(place), [*paths, *sections], n=1)
-    if not near:
-        by_name = {path.rsplit(".", 1)[-1]: path for path in paths}
-        near = [by_name[name] for name in difflib.get_close_matches(place[-1], by_name, n=1)]
-    return f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(paths)}"
+def nearest(path: str, model: type[BaseModel] = Recipe) -> str:
+    """`; did you mean X?` for a path that does not exist: the nearest name beside it, or path, or name anywhere."""
+    paths = field_paths(model)
+    section, _, last = f".{path}".rpartition(".")
+    beside = {known.rpartition(".")[2]: known for known in paths if f".{known}".rpartition(".")[0] == section}
+    sections = {known.rpartition(".")[0] for known in paths} - {""}
+    by_name = {known.rpartition(".")[2]: known for known in paths}
+    anywhere = {} if section and beside else {known: known for known in (*paths, *sections)}
+    for known, wanted in ((beside, last), (anywhere, path), (by_name, last)):
+        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.65)
+        if near:
+            return f"; did you mean {known[near[0]]}?"
+    return f"; the fields {'there' if beside and section else ''} are {', '.join((beside or by_name).values())}"

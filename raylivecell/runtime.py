@@ -31,6 +31,12 @@ def connect(cpus: int | None = None) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
 
 
+def quiet_data() -> None:
+    """Ray Data tells each execution's plan, and warns that its bars, of which we show our own, are off."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
 def ordered_map(
     function: Callable[[Item], Result], items: Sequence[Item], at_once: int | None = None
 ) -> Iterator[Result]:
