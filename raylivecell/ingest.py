@@ -12,7 +12,7 @@ alone, no coordinator stands between, and no row is dropped to make the parts eq
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,6 +40,10 @@ ROUND_S = 0.05
 KEEP_SHARE = 0.3
 
 
+Kept = tuple["ray.ObjectRef", ...] | None
+"""Decoded samples in the object store, or none: read from the shards every time."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where samples come from and what is done to them; small, sent to every task."""
@@ -48,8 +52,7 @@ class Source:
     plan: Plan
     config: augment.AugmentConfig
     crop: tuple[int, int] | None
-    kept: tuple["ray.ObjectRef", ...] | None = None
-    """Decoded samples in the object store (`keep`), or none: read from the shards every time."""
+    kept: Kept = None
 
 
 def read_planes(row: shards.Row) -> np.ndarray:
@@ -163,7 +166,7 @@ def stream(source: Source, start: int, rank: int, ranks: int, memory: int | None
             yield {str(name): torch.from_numpy(values[first : first + batch]) for name, values in block.items()}
 
 
-def ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def ahead(batches: Iterator[dict[str, Tensor]]) -> Generator[dict[str, Tensor], None, None]:
     """`batches`, started now: the first one is on its way while the model is built."""
     first: list[Any] = []
 
@@ -176,7 +179,7 @@ def ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
 
-    def rest() -> Iterator[dict[str, Tensor]]:
+    def rest() -> Generator[dict[str, Tensor], None, None]:
         thread.join()
         if isinstance(first[0], StopIteration):
             return
@@ -188,12 +191,40 @@ def ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     return rest()
 
 
+@dataclass(frozen=True)
+class Samples:
+    """A dataset's training and validation images: where they lie and, where they fit, decoded in the object store.
+
+    Opened once by the driver, for all workers of a run and all trials of a sweep.
+    """
+
+    train: tuple[shards.Row, ...]
+    val: tuple[shards.Row, ...]
+    kept_train: Kept = None
+    kept_val: Kept = None
+
+    def val_planes(self, sample: int) -> np.ndarray:
+        """A whole validation image as `read_planes` gives it."""
+        return ray.get(self.kept_val[sample]) if self.kept_val else read_planes(self.val[sample])
+
+
 @ray.remote
 def _decode(row: shards.Row) -> np.ndarray:
     return read_planes(row)
 
 
-def keep(rows: Sequence[shards.Row], sample_bytes: int) -> tuple["ray.ObjectRef", ...] | None:
+def open_samples(data: str) -> Samples:
+    """The samples of the dataset at `data`; needs Ray."""
+    train, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
+    return Samples(train, val, keep(train, _largest(data, "train")), keep(val, _largest(data, "val")))
+
+
+def _largest(data: str, split: str) -> int:
+    """Bytes of the split's largest sample, decoded."""
+    return len(PLANES) * max((height * width for height, width in shards.image_sizes(data, split)), default=0)
+
+
+def keep(rows: Sequence[shards.Row], sample_bytes: int) -> Kept:
     """The decoded samples in the object store, one object each, where they fit into KEEP_SHARE of it; else none."""
     room = KEEP_SHARE * ray.cluster_resources().get("object_store_memory", 0)
     return tuple(_decode.remote(row) for row in rows) if sample_bytes * len(rows) <= room else None

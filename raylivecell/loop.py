@@ -2,7 +2,7 @@
 
 1. Take a batch; its wait is counted as time lost to data.
 2. Normalise on the device, forward, loss, backward, clip, step, schedule, average.
-3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, report.
+3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, hand over to the caller.
 """
 
 import contextlib
@@ -114,11 +114,10 @@ def run(
     config: LoopConfig,
     loss_config: LossConfig,
     validate: Callable[[nn.Module], dict[str, float]],
-    report: Callable[[Training], None],
     tick: Callable[[int, float], None] = lambda step, images_per_s: None,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> None:
-    """Train from `training.state.step` to `plan.steps`.
+) -> Iterator[Training]:
+    """Train from `training.state.step` to `plan.steps`; gives `training` after each new row of its history.
 
     Args:
         training: what is changed, in place.
@@ -129,7 +128,6 @@ def run(
         config: how to compute.
         loss_config: what to minimise.
         validate: network -> metrics named `val_*`, equal on every rank.
-        report: called by every rank after each row of the history.
         tick: called after each step with steps done and images/s (all ranks') since the last report.
         sum_over_ranks: the sum of a tensor over all ranks.
 
@@ -159,10 +157,12 @@ def run(
         tick(step + 1, meter.images_per_s(step + 1))
         if _report_due(plan, step, config.report_steps):
             row = meter.row(step, float(training.scheduler.get_last_lr()[0]))
+            begin = time.perf_counter()
             row |= validate(training.network())
+            row["validation_seconds"] = time.perf_counter() - begin
             forward.train()
             training.state.history.append(row)
-            report(training)
+            yield training
             meter = _Meter(plan, sum_over_ranks, device)
 
 

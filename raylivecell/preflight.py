@@ -38,9 +38,10 @@ def batch_divides(batch_size: int, workers: int | tuple[int, int]) -> None:
         )
 
 
-def sample_shape(data: str, split: str, crop: tuple[int, int] | None) -> tuple[int, int]:
-    """Largest height and width of the split's images; UserError where they differ and no crop makes them equal."""
-    sizes = shards.image_sizes(data, split)
+def samples_fit(data: str, crop: tuple[int, int] | None) -> None:
+    """UserError where there is nothing to train on, or images of several sizes and no crop to make them equal."""
+    if not shards.list_rows(data, "train"):
+        raise UserError(f"dataset at {data} has no training images; its train split is empty")
+    sizes = shards.image_sizes(data, "train")
     if crop is None and len(sizes) > 1:
-        raise UserError(f"images of {len(sizes)} sizes in {data}/{split} cannot share a batch; set the recipe's crop")
-    return max(h for h, _ in sizes), max(w for _, w in sizes)
+        raise UserError(f"images of {len(sizes)} sizes in {data}/train cannot share a batch; set the recipe's crop")

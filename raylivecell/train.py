@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
@@ -21,14 +21,12 @@ from raylivecell import checkpoint, ingest, preflight, report, runtime, segment,
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.live import Live
-from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
-from raylivecell.worker import Job, work
+from raylivecell.worker import SCORE, Job, work
 
 # How often the controller looks at its workers; at Ray's 2 s a two-worker run starts and ends 8 s later.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
-SCORE = "val_mean_image_dice"
 # Part of the object store that the streams of all workers together may fill.
 STREAM_SHARE = 0.25
 # Validation images shown in the report.
@@ -60,11 +58,8 @@ def train(
     """
     marks = [("", began or time.time()), ("imports", time.time())]
     data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
-    rows = tuple(shards.list_rows(data, "train"))
-    if not rows:
-        raise UserError(f"dataset at {data} has no training images; its train split is empty")
     preflight.batch_divides(recipe.batch_size, workers)
-    shape = preflight.sample_shape(data, "train", recipe.crop)
+    preflight.samples_fit(data, recipe.crop)
     _check_unused(out, recipe, resume)
     marks.append(("dataset", time.time()))
     runtime.connect()
@@ -72,17 +67,15 @@ def train(
     most = workers if isinstance(workers, int) else workers[1]
     cpus = preflight.worker_cpus(most)
     storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
-    plan = Plan(recipe.seed, len(rows), recipe.batch_size, recipe.phases)
-    kept = ingest.keep(rows, len(ingest.PLANES) * shape[0] * shape[1])
-    source = ingest.Source(rows, plan, recipe.augment, recipe.crop, kept)
+    samples = ingest.open_samples(data)
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
     queue = Queue(actor_options={"num_cpus": 0})
     marks.append(("samples sent", time.time()))
-    trainer = _trainer(Job(recipe, data, out, source, store, queue, tuple(marks)), workers, cpus, retries)
-    with Live(plan.steps, lambda: queue.get_nowait_batch(queue.size())):
-        failed = _fit(trainer)
+    job = Job(recipe, out, samples, store, progress=queue, marks=tuple(marks))
+    with Live(job.plan().steps, lambda: queue.get_nowait_batch(queue.size())):
+        failed = fit(trainer(job, workers, cpus, _gpus(workers), retries))
     if failed:
-        names = sorted({shards.read_row(rows[i], ["file_name"])["file_name"] for i in failed["samples"]})
+        names = sorted({shards.read_row(samples.train[i], ["file_name"])["file_name"] for i in failed["samples"]})
         raise UserError(
             f"the loss became NaN or infinite at step {failed['step']}, in the batch of {', '.join(names)}; "
             "lower optimizer.lr or set optimizer.clip_norm, and look at those images"
@@ -110,26 +103,42 @@ def _changed(old: Recipe, new: Recipe) -> str:
     return ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(new, name))
 
 
-def _trainer(job: Job, workers: int | tuple[int, int], cpus: float, retries: int) -> TorchTrainer:
+def _gpus(workers: int | tuple[int, int]) -> float:
+    """GPUs of each worker: one, where there are enough for all that must run."""
     least = workers if isinstance(workers, int) else workers[0]
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
-    resources = {"CPU": cpus, **({"GPU": 1.0} if use_gpu else {})}
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= least else 0.0
+
+
+def trainer(
+    job: Job,
+    workers: int | tuple[int, int],
+    cpus: float,
+    gpus: float,
+    retries: int,
+    callbacks: list[UserCallback] | None = None,
+) -> TorchTrainer:
+    """Ray Train over `workers`, each with so many CPUs and GPUs; the run's folder is the job's."""
     parent, name = job.out.rsplit("/", 1)
     return TorchTrainer(
         work,  # type: ignore[arg-type]  # Ray's type leaves the return value out
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=cast(Any, workers), use_gpu=use_gpu, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=cast(Any, workers),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=parent,
             failure_config=FailureConfig(max_failures=retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+            callbacks=cast(Any, callbacks),
         ),
     )
 
 
-def _fit(trainer: TorchTrainer) -> dict[str, Any] | None:
+def fit(trainer: TorchTrainer) -> dict[str, Any] | None:
     """Run to the end; what rank 0 returned. A user's mistake found in a worker is raised as itself."""
     try:
         return cast(Any, trainer.fit()).return_value

@@ -3,12 +3,12 @@
 Every rank takes every step and every report, so that no collective waits for one that does not come.
 """
 
+import contextlib
 import itertools
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,14 @@ from ray.train import Checkpoint
 from ray.util.queue import Queue
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
-from raylivecell import checkpoint, ingest, loop, metrics, segment, shards, storage
+from raylivecell import checkpoint, ingest, loop, metrics, segment
+from raylivecell.journal import Journal
+from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
+
+SCORE = "val_mean_image_dice"
+"""By this checkpoints and trials are ranked."""
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 0.5
@@ -31,57 +35,106 @@ TICK_S = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told."""
+    """What every worker of a run is told."""
 
     recipe: Recipe
-    data: str
     out: str
-    source: ingest.Source
+    samples: ingest.Samples
     stream_memory: int
     """Bytes of the object store for the streams of all workers together."""
-    progress: Queue
+    threads: int | None = None
+    """torch's threads in each worker; none: the machine's cores shared among the workers on it."""
+    progress: Queue | None = None
     marks: tuple[tuple[str, float], ...] = ()
     """What the driver had done by when, seconds since 1970."""
+
+    def plan(self) -> Plan:
+        """The order of the run."""
+        return Plan(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A training process among the `ranks` that share each batch."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    threads: int
 
 
 def work(config: dict[str, Job]) -> dict[str, Any] | None:
     """The training function of Ray Train; {"step", "samples"} where the loss was not finite, else none."""
-    job, entered = config["job"], time.time()
+    job = config["job"]
     context = ray.train.get_context()
-    rank, ranks = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    _use_threads(context.get_local_world_size(), device)
+    shared = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    place = Place(context.get_world_rank(), context.get_world_size(), device, job.threads or shared)
     last = ray.train.get_checkpoint()
-    values, state = checkpoint.load_training(_uri(last)) if last else (None, loop.State())
-    batches = ingest.ahead(ingest.stream(job.source, state.step, rank, ranks, job.stream_memory // ranks))
-    torch.manual_seed(job.recipe.seed)
-    training = loop.start(segment.build(job.recipe, device), job.recipe.optimizer, job.source.plan.steps)
-    if values is not None:
-        training.load(values, state)
-    forward = _wrap(training.model, job.recipe, ranks, device)
-    marks = (*job.marks, ("workers", entered), ("network", time.time())) if values is None else ()
-    truth = _Validation(job.data, rank, ranks, device)
+    journal: Journal | None = None
     try:
-        loop.run(
-            training,
-            forward,
-            batches,
-            job.source.plan,
-            job.recipe.loop,
-            job.recipe.loss,
-            validate=truth.scores,
-            report=_Reporter(job, rank, training.state.step),
-            tick=_ticker(job, rank, marks),
-            sum_over_ranks=_sum_over_ranks,
-        )
+        for training in reports(job, place, _uri(last) if last else None):
+            row = told(training, job.plan())
+            if place.rank != 0:
+                ray.train.report(row)
+                continue
+            _tell(job, {"row": row})
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe)
+                ray.train.report(row, Checkpoint.from_directory(folder))
+            journal = journal or Journal(job.out, row["step"])
+            journal.write(training.state.history)
     except loop.NonFiniteLoss as error:
         return {"step": error.step, "samples": error.samples}
     return None
 
 
-def _use_threads(local_ranks: int, device: torch.device) -> None:
-    """Share the machine's cores between the training processes on it; a GPU's process needs one for its launches."""
-    torch.set_num_threads(1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // local_ranks))
+def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]:
+    """Train as one of the job's workers; gives the training after each new row of its history.
+
+    Closing it ends the stream of batches too.
+
+    Args:
+        job: what to train.
+        place: which of the workers this is.
+        last: URI of the checkpoint to go on from; none: from the start.
+
+    Raises:
+        loop.NonFiniteLoss: as `loop.run`.
+    """
+    entered = time.time()
+    # A GPU's process needs one thread, for its launches.
+    torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
+    values, state = checkpoint.load_training(last) if last else (None, loop.State())
+    recipe, plan = job.recipe, job.plan()
+    source = ingest.Source(job.samples.train, plan, recipe.augment, recipe.crop, job.samples.kept_train)
+    batches = ingest.ahead(ingest.stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks))
+    torch.manual_seed(recipe.seed)
+    training = loop.start(segment.build(recipe, place.device), recipe.optimizer, plan.steps)
+    if values is not None:
+        training.load(values, state)
+    forward = _wrap(training.model, recipe, place.ranks, place.device)
+    marks = (*job.marks, ("workers", entered), ("network", time.time())) if values is None else ()
+    with contextlib.closing(batches):
+        yield from loop.run(
+            training,
+            forward,
+            batches,
+            plan,
+            recipe.loop,
+            recipe.loss,
+            validate=_Validation(job.samples, place).scores,
+            tick=_ticker(job, place.rank, marks),
+            sum_over_ranks=_sum_over_ranks,
+        )
+
+
+def told(training: loop.Training, plan: Plan) -> dict[str, Any]:
+    """The last row of the history, and `score` (the best so far), `steps` (of the whole run), `progress` (percent)."""
+    history = training.state.history
+    score = max(row.get(SCORE, -1.0) for row in history)
+    step = history[-1]["step"]
+    return {**history[-1], "score": score, "steps": plan.steps, "progress": 100 * step / plan.steps}
 
 
 def _uri(saved: Checkpoint) -> str:
@@ -117,14 +170,15 @@ def _take_buffers_of_rank_0(network: nn.Module) -> None:
 class _Validation:
     """This rank's share of the validation images, whole; sums go over all ranks: none is lost or counted twice."""
 
-    def __init__(self, data: str, rank: int, ranks: int, device: torch.device) -> None:
-        self.rows, self.device = shards.list_rows(data, "val")[rank::ranks], device
+    def __init__(self, samples: ingest.Samples, place: Place) -> None:
+        self.samples, self.device = samples, place.device
+        self.share = range(place.rank, len(samples.val), place.ranks)
 
     def scores(self, network: nn.Module) -> dict[str, float]:
         """`val_dice`, `val_iou` (over all pixels) and `val_mean_image_dice`; {} where there are no such images."""
         network.eval()
         _take_buffers_of_rank_0(network)
-        counts = [self._counts(network, row) for row in self.rows]
+        counts = [self._counts(network, sample) for sample in self.share]
         table = torch.cat(counts).double() if counts else torch.zeros(0, 4, dtype=torch.float64, device=self.device)
         dice_sum = torch.tensor([sum(metrics.dice(c) for c in table.tolist()), len(table)], dtype=torch.float64)
         sums = _sum_over_ranks(torch.cat([table.sum(0), dice_sum.to(self.device)])).tolist()
@@ -137,46 +191,15 @@ class _Validation:
             "val_mean_image_dice": sums[4] / sums[5],
         }
 
-    def _counts(self, network: nn.Module, row: shards.Row) -> Tensor:
-        sample = shards.read_row(row, ["image", "foreground"])
-        image, truth = (torch.from_numpy(sample[name].copy())[None].to(self.device) for name in ("image", "foreground"))
-        return metrics.pixel_counts(segment.logits(network, image), truth)
-
-
-class _Reporter:
-    """Tells Ray, the metrics file and TensorBoard of each row of the history; rank 0 saves the checkpoint."""
-
-    def __init__(self, job: Job, rank: int, step: int) -> None:
-        self.job, self.rank = job, rank
-        self.board_folder = tempfile.mkdtemp(prefix="tensorboard-")
-        self.board = SummaryWriter(self.board_folder, purge_step=step or None) if rank == 0 else None
-
-    def __call__(self, training: loop.Training) -> None:
-        row = training.state.history[-1]
-        if self.rank != 0:
-            ray.train.report(row)
-            return
-        _tell(self.job, {"row": row})
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(folder, training.network(), training.state_dict(), training.state, self.job.recipe)
-            ray.train.report(row, Checkpoint.from_directory(folder))
-        lines = "".join(json.dumps(r) + "\n" for r in training.state.history)
-        storage.write_bytes(storage.join(self.job.out, "metrics.jsonl"), lines.encode())
-        self._tensorboard(row)
-
-    def _tensorboard(self, row: dict[str, Any]) -> None:
-        assert self.board is not None
-        for name, value in row.items():
-            self.board.add_scalar(name, value, row["step"])
-        self.board.flush()
-        for name in os.listdir(self.board_folder):
-            with open(os.path.join(self.board_folder, name), "rb") as events:
-                storage.write_bytes(storage.join(self.job.out, "tensorboard", name), events.read())
+    def _counts(self, network: nn.Module, sample: int) -> Tensor:
+        planes = torch.from_numpy(self.samples.val_planes(sample)[:2].copy()).to(self.device)
+        return metrics.pixel_counts(segment.logits(network, planes[:1]), planes[1:])
 
 
 def _tell(job: Job, message: dict[str, Any]) -> None:
     """Send a message to the driver without waiting for it."""
-    job.progress.actor.put_nowait.remote(message)  # type: ignore[attr-defined]
+    if job.progress is not None:
+        job.progress.actor.put_nowait.remote(message)  # type: ignore[attr-defined]
 
 
 def _ticker(job: Job, rank: int, marks: Sequence[tuple[str, float]]) -> Callable[[int, float], None]:

@@ -36,8 +36,7 @@ def begin(ema: float = 0.0) -> loop.Training:
 
 
 def run(training: loop.Training, batches_: Iterator[dict[str, torch.Tensor]], **options: object) -> list[loop.Training]:
-    reported: list[loop.Training] = []
-    loop.run(
+    reports = loop.run(
         training,
         training.model,
         batches_,
@@ -45,10 +44,9 @@ def run(training: loop.Training, batches_: Iterator[dict[str, torch.Tensor]], **
         loop.LoopConfig(),
         LossConfig(),
         validate=lambda network: {"val_mean_image_dice": 0.5},
-        report=lambda t: reported.append(copy.deepcopy(t)),
         **options,  # type: ignore[arg-type]
     )
-    return reported
+    return [copy.deepcopy(report) for report in reports]
 
 
 def test_the_loss_falls_and_every_epoch_is_reported() -> None:

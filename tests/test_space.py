@@ -1,6 +1,7 @@
 """The search space: what it suggests is a recipe, the start comes back as itself, mistakes are named."""
 
 import math
+import re
 from pathlib import Path
 
 import optuna
@@ -121,9 +122,8 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
 def test_a_mistake_is_named_with_its_mend(part: dict, told: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"sweep": part}, sort_keys=False))
-    with pytest.raises(UserError, match=".*") as error:
+    with pytest.raises(UserError, match=re.escape(told)) as error:
         space.check(*space.load(str(file)))
-    assert told in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -164,5 +164,9 @@ def test_workers_leave_a_cpu_for_data(ray_cluster: None) -> None:
         assert preflight.worker_cpus(workers) * workers <= total - 1
 
 
-def test_images_of_several_sizes_need_a_crop(tiny_dataset: str) -> None:
-    assert preflight.sample_shape(tiny_dataset, "train", None) == (48, 48)
+def test_images_of_several_sizes_need_a_crop(tiny_dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.samples_fit(tiny_dataset, None)
+    monkeypatch.setattr(preflight.shards, "image_sizes", lambda data, split: {(48, 48), (48, 64)})
+    preflight.samples_fit(tiny_dataset, (32, 32))
+    with pytest.raises(UserError, match="2 sizes.*set the recipe's crop"):
+        preflight.samples_fit(tiny_dataset, None)
