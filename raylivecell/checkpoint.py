@@ -11,6 +11,7 @@ A run folder holds `checkpoint_*` folders; the best of them is the one whose sta
 import io
 import json
 import pickle
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,7 @@ from raylivecell.errors import UserError
 from raylivecell.loop import State
 from raylivecell.model import build_model
 
+FOLDER = "checkpoint_"
 MODEL, TRAINING, STATE, RECIPE = "model.safetensors", "training.pt", "state.json", "recipe.yaml"
 
 
@@ -39,6 +41,40 @@ def save(folder: str, model: nn.Module, training: dict[str, Any], state: State, 
     storage.write_bytes(storage.join(folder, RECIPE), recipes.dump(recipe).encode())
 
 
+def name(step: int) -> str:
+    """The folder of the checkpoint after so many steps, as Ray Train's are named: in order."""
+    return f"{FOLDER}{step:06d}"
+
+
+def keep(run: str, steps: Collection[int]) -> None:
+    """Delete all checkpoints in the folder `run` but those named for `steps`."""
+    kept = {name(step) for step in steps}
+    for found in storage.list_names(run):
+        if found.startswith(FOLDER) and found not in kept:
+            storage.delete(storage.join(run, found))
+
+
+def keep_best(run: str) -> None:
+    """Delete all checkpoints in the folder `run` but the best."""
+    if not _whole(run):
+        return
+    best = find(run)
+    for found in storage.list_names(run):
+        if found.startswith(FOLDER) and storage.join(run, found) != best:
+            storage.delete(storage.join(run, found))
+
+
+def copy(folder: str, target: str) -> None:
+    """Copy a checkpoint's files; the one that makes it whole comes last."""
+    for file in (MODEL, TRAINING, STATE, RECIPE):
+        storage.write_bytes(storage.join(target, file), _read(folder, file))
+
+
+def newest(run: str) -> str | None:
+    """The last whole checkpoint in the folder `run`; none where there is none."""
+    return max(_whole(run), default=None)
+
+
 def load_training(folder: str) -> tuple[dict[str, Any], State]:
     """What `save` was given as `training` (on the CPU) and `state`."""
     data = io.BytesIO(_read(folder, TRAINING))
@@ -46,7 +82,12 @@ def load_training(folder: str) -> tuple[dict[str, Any], State]:
         training = torch.load(data, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{folder}/{TRAINING} is not a checkpoint's; resume from another one") from error
-    return training, State(**json.loads(_read(folder, STATE)))
+    return training, load_state(folder)
+
+
+def load_state(folder: str) -> State:
+    """What `save` was given as `state`."""
+    return State(**json.loads(_read(folder, STATE)))
 
 
 def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
@@ -65,14 +106,18 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
 
 def find(uri: str) -> str:
     """`uri` itself where it is a checkpoint, else the best checkpoint of the run there; UserError where neither is."""
-    names = storage.list_names(uri)
-    if MODEL in names:
+    if MODEL in storage.list_names(uri):
         return uri
-    folders = [storage.join(uri, name) for name in names if name.startswith("checkpoint_")]
-    whole = [folder for folder in folders if storage.exists(storage.join(folder, RECIPE))]
+    whole = _whole(uri)
     if not whole:
         raise UserError(f"no checkpoint at {uri}: give a run's folder (the --out of `train`) or a checkpoint_* in it")
-    return max(whole, key=lambda folder: (State(**json.loads(_read(folder, STATE))).score(), folder))
+    return max(whole, key=lambda folder: (load_state(folder).score(), folder))
+
+
+def _whole(run: str) -> list[str]:
+    """Folders of the run's checkpoints that were written to their end: `save` writes the recipe last."""
+    folders = [storage.join(run, found) for found in storage.list_names(run) if found.startswith(FOLDER)]
+    return [folder for folder in folders if storage.exists(storage.join(folder, RECIPE))]
 
 
 def _read(folder: str, name: str) -> bytes:

@@ -156,6 +156,53 @@ def train(arguments: Sequence[str]) -> None:
     tyro.cli(command, prog="raylivecell train", args=arguments)
 
 
+def sweep(arguments: Sequence[str]) -> None:
+    """Search for a better recipe with Ray Tune and Optuna."""
+    from raylivecell import recipe as recipes
+    from raylivecell import space
+    from raylivecell.sweep import sweep as run
+
+    base, config = recipes.Recipe(), space.SweepConfig()
+    if "--recipe" in arguments:
+        base, config = space.load(_value_of("--recipe", arguments))
+    options = space.SearchConfig.model_validate(config.model_dump(include=set(space.SearchConfig.model_fields)))
+
+    def command(
+        data: str,
+        out: str,
+        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
+        search: Annotated[space.SearchConfig, tyro.conf.arg(name="sweep")] = options,
+        recipe: str | None = None,
+        trials: int = 16,
+        resume: bool = False,
+        storage: str | None = None,
+        at_once: int | None = None,
+        retries: int = 1,
+        confirm: int = 0,
+        mlflow: str | None = None,
+    ) -> None:
+        """Search for a better recipe: study.db, best.yaml, checkpoint_best/, trials.csv and report.html in --out.
+
+        Args:
+            data: URI of a prepared dataset.
+            out: URI of the sweep's folder.
+            fields: the starting recipe's fields; a flag goes before the recipe's file.
+            search: how to search; a flag goes before the `sweep:` part of the recipe's file, where the space is too.
+            recipe: a recipe file (jobs/sweep.yaml).
+            trials: how many in all; those done before a --resume count.
+            resume: go on with the sweep in --out; with more --trials, learn on from it.
+            storage: any Optuna storage URL, instead of study.db in --out.
+            at_once: trials at once; default: what the cluster has room for.
+            retries: how often a trial goes on from its last checkpoint after a crash.
+            confirm: fresh seeds with which start and best are trained anew, whole.
+            mlflow: tracking URI, to log the trials to MLflow too.
+        """
+        whole = config.model_copy(update=search.model_dump())
+        run(data, out, fields, whole, trials, resume, storage, at_once, retries, confirm, mlflow)
+
+    tyro.cli(command, prog="raylivecell sweep", args=arguments)
+
+
 def prepare(arguments: Sequence[str]) -> None:
     """Validate images and annotations, write Parquet shards."""
     from raylivecell.prepare import PrepareConfig
@@ -206,6 +253,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "download": ("fetch LIVECell, resumable and checked", download),
     "prepare": ("validate images and annotations, write Parquet shards", prepare),
     "train": ("train a recipe on a prepared dataset", train),
+    "sweep": ("search for a better recipe", sweep),
     "evaluate": ("score a checkpoint on whole images", _typed(evaluate)),
     "predict": ("segment a folder of images", _typed(predict)),
     "bench": ("measure a part beside its rivals", _typed(bench)),

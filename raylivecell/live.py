@@ -1,11 +1,14 @@
-"""What `train` says while it trains: a live bar in a terminal, plain lines elsewhere; a line for each report."""
+"""What `train` and `sweep` say meanwhile: a live bar or table in a terminal, plain lines elsewhere."""
 
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich.live import Live as RichLive
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from raylivecell.progress import PLAIN_EVERY_S, console
 
@@ -70,3 +73,66 @@ def describe_start(parts: Sequence[tuple[str, float]]) -> str:
     total = sum(seconds for _, seconds in parts)
     shown = [f"{name} {seconds:.1f}" for name, seconds in parts if seconds >= 0.05]
     return f"first step after {total:.1f} s: {', '.join(shown)}"
+
+
+class Board:
+    """The trials of a sweep: a live table in a terminal, a line for each trial's end elsewhere."""
+
+    SHOWN = 12
+
+    def __init__(self, trials: int, done: int, best: float | None, what: str = "trials") -> None:
+        self.trials, self.done, self.best, self.what = trials, done, best, what
+        self.running: dict[str, dict[str, Any]] = {}
+        self.ended: list[str] = []
+        self.live = RichLive(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> "Board":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def start(self, name: str, values: dict[str, Any]) -> None:
+        """A trial begins, or goes on after a crash."""
+        self.running[name] = {"values": describe_values(values), "score": None, "progress": 0.0}
+        self._refresh()
+
+    def report(self, name: str, row: dict[str, Any]) -> None:
+        """A trial has come to a report: `score`, `progress`, `step` and `steps`."""
+        self.running[name] |= {key: row[key] for key in ("score", "progress", "step", "steps")}
+        self._refresh()
+
+    def end(self, name: str, state: str, why: str | None) -> None:
+        """A trial came to an end."""
+        last = self.running.pop(name)
+        self.done += 1
+        if state == "complete" and last["score"] is not None:
+            self.best = last["score"] if self.best is None else max(self.best, last["score"])
+        parts = [f"{self.what} {self.done}/{self.trials}", f"{name} {state}"]
+        if last["score"] is not None:
+            parts.append(f"Dice {last['score']:.4f} at step {last['step']}/{last['steps']}")
+        if self.best is not None:
+            parts.append(f"best {self.best:.4f}")
+        line = "  ".join([*parts, why or last["values"]])
+        console.print(line, soft_wrap=True)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if not self.live:
+            return
+        table = Table("trial", "progress", "Dice", "values", box=None)
+        for name, one in list(self.running.items())[: self.SHOWN]:
+            bar = ProgressBar(total=100, completed=one["progress"], width=20)
+            table.add_row(name, bar, "" if one["score"] is None else f"{one['score']:.4f}", one["values"])
+        self.live.update(table, refresh=True)
+
+
+def describe_values(values: dict[str, Any]) -> str:
+    """Searched fields and their values in one line, by the last parts of their paths."""
+    return " ".join(
+        f"{path.rpartition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{path.rpartition('.')[2]}={value}"
+        for path, value in values.items()
+    )

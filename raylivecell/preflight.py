@@ -9,11 +9,15 @@ from raylivecell.errors import UserError
 LEAST_WORKER_CPU = 0.5
 
 
-def worker_cpus(workers: int) -> float:
+def worker_cpus(workers: int, flag: str = "--workers") -> float:
     """CPUs to reserve for each of `workers`, so that Ray Data keeps at least one: else the run would hang.
 
     One each where there are enough; on a small machine the workers share what is left (training on a CPU uses every
     core anyway, the reservation only says what Ray Data may not take).
+
+    Args:
+        workers: of one run, or of all trials at once.
+        flag: what the user sets them by.
 
     Raises:
         UserError: where a worker would get less than LEAST_WORKER_CPU.
@@ -22,7 +26,7 @@ def worker_cpus(workers: int) -> float:
     share = min(1.0, int(10 * (total - 1) / workers) / 10)
     if share < LEAST_WORKER_CPU:
         most = int((total - 1) / LEAST_WORKER_CPU)
-        mend = f"use --workers {most}" if most >= 1 else "give Ray at least 2 CPUs"
+        mend = f"use {flag} {most}" if most >= 1 else "give Ray at least 2 CPUs"
         raise UserError(f"{workers} workers would leave no CPU for Ray Data on {total:g} CPUs; {mend}")
     return share
 

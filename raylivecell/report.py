@@ -5,22 +5,19 @@
 3. `write_run_report`: scores, curves, pictures, recipe, dataset and licence on one page, all embedded.
 """
 
-import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from raylivecell import __version__, storage
+from raylivecell import page, storage
 from raylivecell.overlay import LEGEND, overlay
 
 Row = dict[str, Any]
@@ -43,28 +40,6 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Speed", "images/s", (("images_per_s", "images/s", "#0072B2"),)),
     ("Time spent waiting for data", "share", (("data_wait_share", "waiting", "#D55E00"),)),
 )
-STYLE = """
-:root{--ink:#1c2430;--soft:#5b6675;--line:#e1e6ec;--back:#f5f7f9}
-*{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);
-  font:15px/1.5 system-ui,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif}
-main{max-width:1160px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:25px;margin:0}h2{font-size:18px;margin:36px 0 12px}
-p{margin:6px 0}.soft{color:var(--soft)}
-.grid{display:grid;gap:14px}.tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin-top:18px}
-.curves{grid-template-columns:repeat(auto-fit,minmax(320px,1fr))}
-.card{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 14px}
-.tile b{display:block;font-size:24px;font-weight:600;font-variant-numeric:tabular-nums}
-img{display:block;max-width:100%;height:auto;margin:0 auto}
-figure{margin:0}figcaption{color:var(--soft);margin-bottom:8px;overflow-wrap:anywhere}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:4px 12px;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left;padding-left:0}
-.wide{overflow-x:auto}
-pre{margin:10px 0 0;font:13px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;overflow-x:auto}
-summary{cursor:pointer;font-weight:600}
-@media print{body{background:#fff}.card{break-inside:avoid}}
-"""
 
 
 def write_run_report(
@@ -80,11 +55,11 @@ def write_run_report(
         dataset: the dataset's `dataset.json`, or none where it is not known.
     """
     name = storage.absolute(out_uri).rstrip("/").rsplit("/", 1)[-1]
-    figures = [_figure(title, _data_uri(svg, "svg+xml")) for title, svg in curves(history)]
+    figures = [page.figure(title, page.data_uri(svg, "svg+xml")) for title, svg in curves(history)]
     body = [
-        _grid("tiles", [_tile(label, value) for label, value in headline(history)]),
+        page.grid("tiles", [page.tile(label, value) for label, value in headline(history)]),
         "<h2>Training</h2>",
-        _grid("curves", figures) if figures else '<p class="soft">Nothing was reported.</p>',
+        page.grid("curves", figures) if figures else '<p class="soft">Nothing was reported.</p>',
         *_pictures(overlays),
         *(_dataset(dataset) if dataset is not None else []),
         "<h2>Recipe</h2>",
@@ -92,20 +67,8 @@ def write_run_report(
         "<h2>All reports</h2>",
         f'<details class="card"><summary>{len(history)} rows</summary>{_history_table(history)}</details>',
     ]
-    page_bytes = page(f"Run {name}", "Training of a U-Net on cells in phase contrast", body).encode()
+    page_bytes = page.page(f"Run {name}", "Training of a U-Net on cells in phase contrast", body).encode()
     storage.write_bytes(storage.join(out_uri, "report.html"), page_bytes)
-
-
-def page(title: str, subtitle: str, body: Iterable[str]) -> str:
-    """A whole HTML page; `title` and `subtitle` are text, `body` is HTML."""
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    top = f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape(subtitle)} &middot; raylivecell {__version__}</p>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
-        f"<body><main>{top}\n" + "\n".join(body) + "\n</main></body></html>\n"
-    )
 
 
 def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
@@ -129,7 +92,7 @@ def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
         *tiles,
         ("loss, last", f"{history[-1]['loss']:.4f}"),
         ("steps", f"{history[-1]['step']:,}"),
-        ("time in steps", _duration(seconds)),
+        ("time in steps", page.duration(seconds)),
         ("images/s, mean", f"{trained / max(seconds, 1e-9):,.1f}"),
         ("waiting for data", f"{waited / max(seconds, 1e-9):.0%}"),
     ]
@@ -146,22 +109,19 @@ def curves(history: Sequence[Row]) -> list[tuple[str, bytes]]:
     for title, unit, lines in CURVES:
         present = [line for line in lines if any(line[0] in row for row in history)]
         if present:
-            drawn.append((title, _svg(_curve(history, axis, unit, present))))
+            drawn.append((title, page.svg(_curve(history, axis, unit, present))))
     return drawn
 
 
 def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
     """A line for each column; a report without the column leaves no point, and no gap."""
-    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = page.axes_of()
     marker = "o" if len(history) <= 30 else ""  # single points must show; hundreds would hide the line
     for column, name, colour in lines:
         points = [(row[axis], row[column]) for row in history if column in row]
         axes.plot(*zip(*points), color=colour, label=name, marker=marker, markersize=3, linewidth=1.6)
     axes.set_xlabel(axis)
     axes.set_ylabel(unit)
-    axes.grid(color="#e1e6ec")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     low, high = axes.get_ylim()
     if all(column.startswith("val_") for column, *_ in lines):
@@ -205,8 +165,8 @@ def panel(image: NDArray[Any], truth: NDArray[Any] | None, prediction: NDArray[A
 def _pictures(overlays: Sequence[Picture]) -> list[str]:
     if not overlays:
         return []
-    figures = [_figure(title, _data_uri(data, "png")) for title, data in overlays]
-    return ["<h2>What the network finds</h2>", _grid("pictures", figures)]
+    figures = [page.figure(title, page.data_uri(data, "png")) for title, data in overlays]
+    return ["<h2>What the network finds</h2>", page.grid("pictures", figures)]
 
 
 def _dataset(dataset: dict[str, Any]) -> list[str]:
@@ -221,11 +181,11 @@ def _dataset(dataset: dict[str, Any]) -> list[str]:
         '<div class="card">',
         f"<p><b>{html.escape(str(dataset.get('name', 'unnamed')))}</b></p>",
     ]
-    parts.append(_table(["split", "images", "cells"], counts))
+    parts.append(page.table(["split", "images", "cells"], counts))
     kinds = dataset.get("cell_types", {})
     if kinds:
         head = ["cell type", *(f"images, {name}" for name in splits), "cells", "foreground"]
-        parts.append(_table(head, [_kind(name, kind, list(splits)) for name, kind in kinds.items()]))
+        parts.append(page.table(head, [_kind(name, kind, list(splits)) for name, kind in kinds.items()]))
     defects = {name: n for name, n in dataset.get("defects", {}).get("counts", {}).items() if n}
     if defects:
         found = ", ".join(f"{name} {n:,}" for name, n in defects.items())
@@ -244,46 +204,4 @@ def _kind(name: str, kind: dict[str, Any], splits: Sequence[str]) -> list[str]:
 
 def _history_table(history: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(name for row in history for name in row))
-    return _table(columns, [[_number(row.get(name)) for name in columns] for row in history])
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{top}</tr>{lines}</table></div>'
-
-
-def _tile(label: str, value: str) -> str:
-    return f'<div class="card tile"><b>{html.escape(value)}</b><span class="soft">{html.escape(label)}</span></div>'
-
-
-def _figure(title: str, source: str) -> str:
-    text = html.escape(title)
-    return f'<figure class="card"><figcaption>{text}</figcaption><img src="{source}" alt="{text}"></figure>'
-
-
-def _grid(kind: str, cells: Iterable[str]) -> str:
-    return f'<div class="grid {kind}">' + "".join(cells) + "</div>"
-
-
-def _svg(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # No date and no random ids in it: the same run gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "raylivecell"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return page.table(columns, [[page.number(row.get(name)) for name in columns] for row in history])

@@ -117,13 +117,9 @@ DEFAULT_SPACE = {
 DEFAULT_SHARES = (Shares(fields=("loss.background_weight", "loss.cell_weight"), least=0.1),)
 
 
-class SweepConfig(StrictModel):
-    """How a sweep searches; the `sweep:` part of a recipe file."""
+class SearchConfig(StrictModel):
+    """How a sweep searches."""
 
-    space: dict[str, Dimension] = DEFAULT_SPACE
-    """Fields and their ranges."""
-    shares: tuple[Shares, ...] = DEFAULT_SHARES
-    """Fields that share a fixed sum."""
     objectives: tuple[Literal["dice", "ms_per_image"], ...] = Field(("dice",), min_length=1)
     """What to search for: validation Dice, milliseconds an image; with both, the best of either and between."""
     sampler: Literal["tpe", "gp", "qmc", "random"] = "tpe"
@@ -145,6 +141,15 @@ class SweepConfig(StrictModel):
     def stops_early(self) -> bool:
         """Whether ASHA is on: it ranks by one number."""
         return self.early_stopping and len(self.objectives) == 1
+
+
+class SweepConfig(SearchConfig):
+    """What a sweep searches, and how; the `sweep:` part of a recipe file."""
+
+    space: dict[str, Dimension] = DEFAULT_SPACE
+    """Fields and their ranges."""
+    shares: tuple[Shares, ...] = DEFAULT_SHARES
+    """Fields that share a fixed sum."""
 
 
 def load(uri: str) -> tuple[Recipe, SweepConfig]:

@@ -74,7 +74,7 @@ def work(config: dict[str, Job]) -> dict[str, Any] | None:
     journal: Journal | None = None
     try:
         for training in reports(job, place, _uri(last) if last else None):
-            row = told(training, job.plan())
+            row = told(training.state, job.plan())
             if place.rank != 0:
                 ray.train.report(row)
                 continue
@@ -129,12 +129,11 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
         )
 
 
-def told(training: loop.Training, plan: Plan) -> dict[str, Any]:
+def told(state: loop.State, plan: Plan) -> dict[str, Any]:
     """The last row of the history, and `score` (the best so far), `steps` (of the whole run), `progress` (percent)."""
-    history = training.state.history
-    score = max(row.get(SCORE, -1.0) for row in history)
-    step = history[-1]["step"]
-    return {**history[-1], "score": score, "steps": plan.steps, "progress": 100 * step / plan.steps}
+    row = state.history[-1]
+    score = max(one.get(SCORE, -1.0) for one in state.history)
+    return {**row, "score": score, "steps": plan.steps, "progress": 100 * row["step"] / plan.steps}
 
 
 def _uri(saved: Checkpoint) -> str:

@@ -25,9 +25,21 @@ ROOMS = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in ROOMS.items()}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-RAY_ROOMS = {"runtime", "ingest", "prepare", "train", "worker", "inference", "actors", "sweep", "preflight"}
+RAY_ROOMS = {
+    "runtime",
+    "ingest",
+    "prepare",
+    "train",
+    "worker",
+    "inference",
+    "actors",
+    "sweep",
+    "search",
+    "trial",
+    "preflight",
+}
 RAY_ROOMS |= {"bench_feed", "bench_train", "bench_prepare"}
-"""R in DESIGN.md: `worker` is the part of train, `actors` that of inference, that runs in Ray's processes."""
+"""R in DESIGN.md: `worker` is the part of train, `actors` that of inference, `trial` and `search` those of sweep, that are Ray's own."""
 TOP_ROOMS = {"cli", "__main__", "demo", "bench"}
 """They call the others; nothing imports them."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -1,0 +1,99 @@
+"""The Optuna study of a sweep: opened where it was left; its trials as values of recipe fields.
+
+The study alone says what is done (Ray's own state is a pickle, and lags behind it): a kill between any two lines loses
+no trial and repeats none.
+"""
+
+import tempfile
+import warnings
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
+
+from raylivecell import space, storage
+from raylivecell.errors import UserError
+from raylivecell.recipe import Recipe
+from raylivecell.space import OBJECTIVES, SweepConfig
+
+FILE = "study.db"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+class StudyFile:
+    """Where the study lies: at the URL given, else in study.db in the sweep's folder.
+
+    SQLite wants a local disk: where the folder is in an object store, study.db there is a copy, renewed by `publish`.
+    What it lacks after a kill, the trials' own folders still hold.
+    """
+
+    def __init__(self, out: str, url: str | None) -> None:
+        self.copy = storage.join(out, FILE) if url is None and "://" in out else None
+        if url is not None:
+            self.url = url
+            return
+        self.path = storage.join(tempfile.mkdtemp(prefix="study-") if self.copy else out, FILE)
+        if self.copy and storage.exists(self.copy):
+            storage.write_bytes(self.path, storage.read_bytes(self.copy))
+        self.url = f"sqlite:///{self.path}"
+
+    def publish(self) -> None:
+        """Renew the copy, if there is one."""
+        if self.copy:
+            storage.write_bytes(self.copy, storage.read_bytes(self.path))
+
+
+def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume: bool) -> optuna.Study:
+    """The study `name` in the Optuna storage at `url`; UserError where the storage cannot be opened or is in use."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    modes = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+    directions = [modes[OBJECTIVES[one].mode] for one in config.objectives]
+    try:
+        study = optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
+    except Exception as error:  # of whatever driver the URL names
+        told = str(error).splitlines()[0]
+        raise UserError(f"cannot open Optuna's storage: {told}; give --storage a URL such as sqlite:///F.db") from error
+    if study.trials and not resume:
+        raise UserError(f"the storage holds a study {name} already; continue it with --resume, or choose another --out")
+    if not study.trials:
+        study.enqueue_trial(space.start(recipe, config))
+    study.sampler = sampler(config, len(study.trials))
+    return study
+
+
+def sampler(config: SweepConfig, trials: int) -> optuna.samplers.BaseSampler:
+    """The sampler to go on with after so many trials: its numbers must not begin again when a sweep is resumed."""
+    seed = config.seed + trials
+    if config.sampler == "tpe":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # Grouped, so that fields with a condition are learned together too.
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, group=True, multivariate=True)
+    if config.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    if config.sampler == "qmc":  # its sequence is continued by the study itself, for one seed
+        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that have come to an end, a bad one too, by number."""
+    return study.get_trials(deepcopy=False, states=FINISHED)
+
+
+def values(trial: FrozenTrial, recipe: Recipe, config: SweepConfig) -> space.Values:
+    """The trial's values of recipe fields."""
+    return space.suggest(FixedTrial(trial.params), recipe, config)
+
+
+def end_of(result: dict[str, Any] | None) -> TrialState:
+    """What became of a trial whose last result this is; none: it crashed."""
+    if not result or "step" not in result or "failed" in result:
+        return TrialState.FAIL
+    return TrialState.COMPLETE if result["step"] >= result["steps"] else TrialState.PRUNED
+
+
+def folder_of(number: int) -> str:
+    """The folder of a trial, in that of the sweep."""
+    return f"trials/{number:04d}"

@@ -1,0 +1,385 @@
+"""Ray Tune and Optuna around the same training loop: a better recipe than the one it started from.
+
+1. The driver opens the study (study.py), decodes the samples into the object store once, and shares the cluster out.
+2. Tune runs the trials (trial.py) that the study asks for; ASHA stops the weak ones.
+3. `confirm` trains the starting recipe, the best one, and the best one without (or with) elastic deformation anew, with
+   fresh seeds: the score by which a trial was chosen flatters it.
+4. best.yaml, the best checkpoint, trials.csv and report.html are drawn from the study alone.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from raylivecell import checkpoint, ingest, preflight, runtime, space, storage, sweep_report, sweep_stats, train
+from raylivecell import recipe as recipes
+from raylivecell.errors import UserError
+from raylivecell.live import Board
+from raylivecell.order import Plan
+from raylivecell.progress import console
+from raylivecell.recipe import Recipe
+from raylivecell.search import Search
+from raylivecell.space import ELASTIC, SweepConfig
+from raylivecell.study import StudyFile, end_of, finished, folder_of, open_study, values
+from raylivecell.trial import OneWorker, Shared, several_workers
+from raylivecell.worker import SCORE
+
+# What a trial's training may take of the CPUs: a CPU that augments feeds some four that train (520x704: 3 ms an image).
+TRAIN_SHARE = 0.8
+BEST = checkpoint.FOLDER + "best"
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How a cluster is shared out among trials."""
+
+    at_once: int
+    cpus: float
+    """Of each worker."""
+    gpus: float
+    """Of each worker."""
+    threads: int
+    """torch's in each worker."""
+
+
+def capacity(config: SweepConfig, resources: dict[str, float], at_once: int | None = None) -> Capacity:
+    """Trials that run at once on a cluster of these resources: as many as there are GPUs for, else CPUs."""
+    workers, cpus, gpus = config.workers_per_trial, resources.get("CPU", 1), resources.get("GPU", 0)
+    by_gpu = int(gpus / (config.gpus_per_worker * workers) + 1e-6)
+    most = at_once or by_gpu or max(1, int(TRAIN_SHARE * cpus) // workers)
+    if by_gpu and most > by_gpu:
+        raise UserError(f"--at-once {most} needs more than the cluster's {gpus:g} GPUs; use {by_gpu}")
+    share = preflight.worker_cpus(most * workers, "--at-once or --sweep.workers-per-trial so that workers are")
+    threads = max(1, int(cpus) // (most * workers))
+    return Capacity(most, share, config.gpus_per_worker if by_gpu else 0.0, threads)
+
+
+def sweep(
+    data: str,
+    out: str,
+    recipe: Recipe,
+    config: SweepConfig,
+    trials: int,
+    resume: bool = False,
+    study_url: str | None = None,
+    at_once: int | None = None,
+    retries: int = 1,
+    confirm: int = 0,
+    mlflow: str | None = None,
+) -> optuna.Study:
+    """Search `config`'s space around `recipe` on the dataset at `data`; the study.
+
+    Args:
+        data: URI of a prepared dataset.
+        out: URI of the sweep's folder: study.db, trials/, best.yaml, checkpoint_best/, trials.csv, report.html.
+        recipe: the first trial.
+        config: what to search, and how.
+        trials: how many in all, those before a `resume` counted in.
+        resume: go on with the sweep in `out`.
+        study_url: Optuna storage to use instead of OUT/study.db.
+        at_once: trials at once; default: what the cluster has room for.
+        retries: how often a trial goes on from its last checkpoint after a crash.
+        confirm: fresh seeds with which start and best are trained anew, whole.
+        mlflow: tracking URI, where trials are logged to MLflow too.
+
+    Raises:
+        UserError: no such data, a space that does not fit the recipe, `out` in use, too few CPUs, no good trial.
+    """
+    data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
+    _check(data, recipe, config)
+    _check_unused(out, recipe, config, resume)
+    runtime.connect()
+    room = capacity(config, ray.cluster_resources(), at_once)
+    storage.write_bytes(storage.join(out, "recipe.yaml"), space.dump(recipe, config).encode())
+    file = StudyFile(out, study_url)
+    study = open_study(file.url, out, recipe, config, resume)
+    shared = _shared(data, out, recipe, config, room)
+    left = trials - len(finished(study))
+    console.print(_plan_of(config, room, left, trials), soft_wrap=True)
+    if left > 0:
+        _search(study, file, shared, config, room, left, retries, mlflow)
+    _tidy(out, study)
+    best = _best(study, config)
+    if confirm:
+        _confirm(shared, _contenders(recipe, config, study, best), confirm, room, retries)
+    _hand_over(out, recipe, config, study, best)
+    sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
+    file.publish()
+    return study
+
+
+def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
+    """UserError for what would fail in every trial."""
+    space.check(recipe, config)
+    preflight.batch_divides(recipe.batch_size, config.workers_per_trial)
+    preflight.samples_fit(data, recipe.crop)
+    rows = len(ingest.shards.list_rows(data, "train"))
+    if not ingest.shards.list_rows(data, "val"):
+        raise UserError(f"dataset at {data} has no validation images, by which trials are compared; prepare some")
+    steps = Plan(recipe.seed, rows, recipe.batch_size, recipe.phases).steps
+    every = recipe.loop.report_steps
+    if config.stops_early and every is not None and every >= steps:
+        raise UserError(
+            f"trials cannot be stopped early: {steps} steps with a report each {every}; lower loop.report_steps, "
+            "or use --sweep.no-early-stopping"
+        )
+
+
+def _check_unused(out: str, recipe: Recipe, config: SweepConfig, resume: bool) -> None:
+    """UserError unless `out` is new, or a sweep of the same recipe and search is meant to go on."""
+    used = "recipe.yaml" in storage.list_names(out)
+    if resume and not used:
+        raise UserError(f"nothing to resume at {out}; leave --resume away to start a sweep there")
+    if used and not resume:
+        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
+    if used and space.load(storage.join(out, "recipe.yaml")) != (recipe, config):
+        raise UserError(f"the sweep at {out} has another recipe or search; resume it with its own {out}/recipe.yaml")
+
+
+def _plan_of(config: SweepConfig, room: Capacity, left: int, trials: int) -> str:
+    """What will be done, in one line."""
+    done = f" ({trials - left} done before)" if left < trials else ""
+    on = f"{room.gpus:g} GPU and {room.cpus:g} CPU" if room.gpus else f"{room.cpus:g} CPU"
+    workers = f", {config.workers_per_trial} workers each" if config.workers_per_trial > 1 else ""
+    early = "ASHA stops weak trials" if config.stops_early else "every trial trains to its end"
+    return f"{trials} trials{done}, {room.at_once} at once{workers}, {on} a worker; {config.sampler}; {early}"
+
+
+def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: Capacity) -> Shared:
+    store = train.STREAM_SHARE * ray.cluster_resources()["object_store_memory"]
+    return Shared(
+        recipe,
+        out,
+        ingest.open_samples(data),
+        int(store / room.at_once),
+        room.threads,
+        config.workers_per_trial,
+        room.cpus,
+        room.gpus,
+        "ms_per_image" in config.objectives,
+    )
+
+
+def _search(
+    study: optuna.Study,
+    file: StudyFile,
+    shared: Shared,
+    config: SweepConfig,
+    room: Capacity,
+    left: int,
+    retries: int,
+    mlflow: str | None,
+) -> None:
+    search = Search(study, shared.recipe, config)
+    done = len(finished(study))
+    with Board(done + left, done, _best_so_far(study, config)) as board:
+        _tune(
+            shared,
+            room,
+            retries,
+            [_Watch(board, shared.out, search, file), *_mlflow(mlflow, study.study_name)],
+            search_alg=search,
+            scheduler=_scheduler(study, config),
+            num_samples=left,
+        )
+    file.publish()
+
+
+def _tune(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callback], **options: Any) -> None:
+    """Run trials, until there are no more; what became of each is in its folder, and in the study."""
+    # Tune would log every trial's traceback here; the reason is in the study, the traceback in Ray's own logs.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables at verbose=0 too
+    alone = shared.workers == 1
+    trainable: Any = tune.with_parameters(OneWorker if alone else several_workers, shared=shared)
+    # A trial of several workers waits for them: Ray Train reserves theirs.
+    resources = {"cpu": shared.cpus, "gpu": shared.gpus} if alone else {"cpu": 0.01}
+    config = options.pop("param_space", None)
+    tune.Tuner(
+        tune.with_resources(trainable, resources),
+        param_space=config,
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=room.at_once,
+            reuse_actors=alone,
+            trial_name_creator=str,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+            **options,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=shared.out,
+            failure_config=tune.FailureConfig(max_failures=retries),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _scheduler(study: optuna.Study, config: SweepConfig) -> TrialScheduler:
+    """ASHA that knows the trials of the study, or none."""
+    if not config.stops_early:
+        return FIFOScheduler()
+    asha = ASHAScheduler(
+        time_attr="progress",
+        metric="score",
+        mode="max",
+        max_t=100,
+        grace_period=100 * config.grace,  # type: ignore[arg-type]  # any number will do
+        reduction_factor=config.reduction,
+    )
+    for trial in finished(study):
+        past: Any = SimpleNamespace(trial_id=f"past-{trial.number}")
+        asha.on_trial_add(None, past)  # type: ignore[arg-type]  # it looks at the trial alone
+        for step, score in trial.intermediate_values.items():
+            progress = 100 * step / trial.user_attrs["steps"]
+            asha.on_trial_result(None, past, {"progress": progress, "score": score})  # type: ignore[arg-type]
+    return asha
+
+
+def _mlflow(uri: str | None, name: str) -> list[tune.Callback]:
+    if uri is None:
+        return []
+    try:
+        import mlflow  # noqa: F401
+    except ImportError as error:
+        raise UserError("--mlflow needs the package mlflow; pip install 'raylivecell[mlflow]'") from error
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=name)]
+
+
+class _Watch(tune.Callback):
+    """Shows the trials as they go, and clears up after each."""
+
+    def __init__(self, board: Board, out: str, search: Search | None = None, file: StudyFile | None = None) -> None:
+        self.board, self.out, self.search, self.file = board, out, search, file
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks, and nobody reads that."""
+        return {}
+
+    def _name(self, trial: Any) -> str:
+        return str(trial.config["job"]["folder"]).split("/")[-1]
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show it."""
+        self.board.start(self._name(trial), trial.config["job"]["values"])
+        if self.file:
+            self.file.publish()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Show how far it is."""
+        if "failed" not in result:
+            self.board.report(self._name(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show its end."""
+        self._end(trial, trial.last_result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show that it crashed."""
+        self._end(trial, None)
+
+    def _end(self, trial: Any, result: dict[str, Any] | None) -> None:
+        checkpoint.keep_best(storage.join(self.out, trial.config["job"]["folder"]))
+        self.board.end(self._name(trial), end_of(result).name.lower(), (result or {}).get("failed"))
+        if self.file:
+            self.file.publish()
+
+
+def _tidy(out: str, study: optuna.Study) -> None:
+    """A trial keeps its best checkpoint only: also one whose processes outlived its end by a moment."""
+    for trial in finished(study):
+        checkpoint.keep_best(storage.join(out, folder_of(trial.number)))
+
+
+def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:
+    scores = [trial.values[0] for trial in sweep_stats.complete(study)]
+    return max(scores, default=None) if config.objectives[0] == "dice" else None
+
+
+def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
+    """The trial with the best of the first objective (of several objectives: among those that none beats in all)."""
+    if not sweep_stats.complete(study):
+        reasons = {str(trial.user_attrs.get("failed", "stopped")) for trial in finished(study)}
+        raise UserError(f"no trial came to its end ({'; '.join(sorted(reasons))}); mend that and go on with --resume")
+    best = study.best_trials
+    sign = 1 if space.OBJECTIVES[config.objectives[0]].mode == "max" else -1
+    return max(best, key=lambda trial: (sign * trial.values[0], -trial.number))
+
+
+def _contenders(
+    recipe: Recipe, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial
+) -> dict[str, space.Values]:
+    """Recipes to train anew, by name: the start, the best, and the best with elastic deformation off, or on."""
+    chosen = values(best, recipe, config)
+    contenders = {"start": {}, "best": chosen}
+    if ELASTIC not in config.space:
+        return contenders
+    if chosen[ELASTIC] > 0:
+        return {**contenders, "best-elastic-off": {**chosen, ELASTIC: 0.0}}
+    with_it = [trial for trial in sweep_stats.complete(study) if trial.params.get(ELASTIC, 0) > 0]
+    if not with_it:
+        return contenders
+    other = values(max(with_it, key=lambda trial: trial.values[0]), recipe, config)
+    deformation = {path: value for path, value in other.items() if path.startswith("augment.elastic.")}
+    return {**contenders, "best-elastic-on": {**chosen, **deformation}}
+
+
+def _confirm(shared: Shared, contenders: dict[str, space.Values], seeds: int, room: Capacity, retries: int) -> None:
+    """Train each contender whole with each of `seeds` fresh seeds, where that is not done yet."""
+    jobs = [
+        {"folder": f"confirm/{name}-{seed}", "values": {**chosen, "seed": shared.recipe.seed + seed}}
+        for seed in range(1, seeds + 1)
+        for name, chosen in contenders.items()
+    ]
+    left = [job for job in jobs if not _is_done(shared, job)]
+    if not left:
+        return
+    with Board(len(jobs), len(jobs) - len(left), None, "confirming") as board:
+        _tune(shared, room, retries, [_Watch(board, shared.out)], param_space={"job": tune.grid_search(left)})
+
+
+def _is_done(shared: Shared, job: dict[str, Any]) -> bool:
+    history = _history(storage.join(shared.out, job["folder"]))
+    return bool(history) and history[-1]["step"] >= shared.job({"job": job}).plan().steps
+
+
+def _history(run: str) -> list[dict[str, Any]]:
+    if "metrics.jsonl" not in storage.list_names(run):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(storage.join(run, "metrics.jsonl")).splitlines()]
+
+
+def _confirmed(out: str) -> dict[str, list[float]]:
+    """Best validation Dice of each confirming run, by contender, in the order of their seeds."""
+    scores: dict[str, list[float]] = {}
+    for folder in storage.list_names(storage.join(out, "confirm")):
+        history = _history(storage.join(out, "confirm", folder))
+        if history:
+            scores.setdefault(folder.rpartition("-")[0], []).append(max(row[SCORE] for row in history))
+    return scores
+
+
+def _hand_over(
+    out: str, recipe: Recipe, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial
+) -> None:
+    """best.yaml, the best trial's checkpoint as the sweep's, trials.csv."""
+    named = ", ".join(f"{space.OBJECTIVES[one].unit} {value:.4g}" for one, value in zip(config.objectives, best.values))
+    text = f"# Trial {best.number} of {len(study.trials)}: {named}.\n"
+    chosen = space.apply(recipe, values(best, recipe, config))
+    storage.write_bytes(storage.join(out, "best.yaml"), (text + recipes.dump(chosen)).encode())
+    checkpoint.copy(checkpoint.find(storage.join(out, folder_of(best.number))), storage.join(out, BEST))
+    storage.write_bytes(storage.join(out, "trials.csv"), sweep_stats.trials_csv(study, recipe, config).encode())

@@ -1,0 +1,288 @@
+"""report.html of a sweep: what was tried, what mattered, is elastic deformation worth it, what do best and worst see.
+
+One file that needs no network and no script; drawn from the study alone, so that it can be drawn again at any time.
+"""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from optuna.trial import FrozenTrial, TrialState
+
+from raylivecell import checkpoint, page, segment, space, storage, sweep_stats
+from raylivecell.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
+from raylivecell.recipe import Recipe
+from raylivecell.space import OBJECTIVES, SweepConfig
+from raylivecell.study import finished, folder_of, values
+from raylivecell.sweep_stats import Group
+
+MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to its end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
+STRENGTH = {"augment.elastic.alpha_x", "augment.elastic.sigma"}
+PICTURES = 2
+
+
+def write(
+    out: str,
+    data: str,
+    recipe: Recipe,
+    config: SweepConfig,
+    study: optuna.Study,
+    best: FrozenTrial,
+    confirmed: dict[str, list[float]],
+) -> None:
+    """Write OUT/report.html.
+
+    Args:
+        out: the sweep's folder.
+        data: the dataset, for pictures.
+        recipe: the starting recipe.
+        config: the search.
+        study: its trials.
+        best: the trial handed over.
+        confirmed: validation Dice of runs with fresh seeds, by contender.
+    """
+    name = storage.absolute(out).rsplit("/", 1)[-1]
+    body = [
+        page.grid("tiles", [page.tile(label, value) for label, value in headline(study, config, best)]),
+        "<h2>The search</h2>",
+        page.grid("curves", _figures([_history(study, config), *_front(study, config)])),
+        *_confirmed(confirmed),
+        *_elastic(study),
+        *_importances(study),
+        "<h2>Each field</h2>",
+        page.grid("curves", _figures(_slices(study, config, best))),
+        "<h2>The best recipe</h2>",
+        page.table(["field", "start", "best"], _changes(recipe, values(best, recipe, config))),
+        *_pictures(out, data, study, config, best),
+        "<h2>All trials</h2>",
+        _trials(study, recipe, config),
+    ]
+    subtitle = "Search for a better recipe with Ray Tune and Optuna"
+    storage.write_bytes(storage.join(out, "report.html"), page.page(f"Sweep {name}", subtitle, body).encode())
+
+
+def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, str]]:
+    """The sweep in a few figures: label and value."""
+    unit = OBJECTIVES[config.objectives[0]].unit
+    first = next((sweep_stats.score(trial) for trial in finished(study) if trial.number == 0), None)
+    states = [trial.state for trial in finished(study)]
+    wall, share = sweep_stats.time_spent(study)
+    tiles = [(f"best {unit}, trial {best.number}", page.number(best.values[0]))]
+    if first is not None:
+        tiles.append((f"{unit} of the start, trial 0", page.number(first)))
+    return [
+        *tiles,
+        ("trials trained to their end", str(states.count(TrialState.COMPLETE))),
+        ("stopped early", str(states.count(TrialState.PRUNED))),
+        ("failed", str(states.count(TrialState.FAIL))),
+        ("time of all trials", page.duration(wall)),
+        ("of it training", f"{share:.0%}"),
+    ]
+
+
+def _figures(drawn: Sequence[tuple[str, bytes]]) -> list[str]:
+    return [page.figure(title, page.data_uri(svg, "svg+xml")) for title, svg in drawn]
+
+
+def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
+    """Score over trial number, and the best so far."""
+    figure, axes = page.axes_of(6.4, 3.0)
+    _points(axes, [(trial.number, trial) for trial in finished(study)])
+    pick = max if OBJECTIVES[config.objectives[0]].mode == "max" else min
+    ends = [(trial.number, trial.values[0]) for trial in sweep_stats.complete(study)]
+    steps = [(number, pick(value for at, value in ends if at <= number)) for number, _ in ends]
+    axes.step(*zip(*steps), where="post", color=GREEN, linewidth=1.6, label="best so far")
+    failed = [trial.number for trial in finished(study) if sweep_stats.score(trial) is None]
+    low = axes.get_ylim()[0]
+    axes.plot(failed, [low] * len(failed), "x", color=RED, label="failed" if failed else None)
+    axes.set(xlabel="trial", ylabel=OBJECTIVES[config.objectives[0]].unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=9)
+    return "Score of each trial", page.svg(figure)
+
+
+def _points(axes: Axes, trials: Sequence[tuple[Any, FrozenTrial]]) -> None:
+    """A mark for each trial that has a score, at its place on the x axis."""
+    for state, (marker, colour, label) in MARKS.items():
+        places = [(x, sweep_stats.score(trial)) for x, trial in trials if trial.state is state]
+        places = [place for place in places if place[1] is not None]
+        if places:
+            axes.plot(*zip(*places), marker, color=colour, markersize=5, alpha=0.8, label=label)
+
+
+def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
+    """Two objectives against each other: all trials, and those that none beats in both."""
+    if len(config.objectives) < 2:
+        return []
+    figure, axes = page.axes_of(6.4, 3.0)
+    ends = [trial.values[:2] for trial in sweep_stats.complete(study)]
+    axes.plot([b for _, b in ends], [a for a, _ in ends], "o", color=GRAY, markersize=5, label="trials")
+    front = sorted(trial.values[1::-1] for trial in study.best_trials)
+    axes.plot(*zip(*front), "o-", color=BLUE, markersize=5, label="Pareto front")
+    for trial in study.best_trials:
+        axes.annotate(str(trial.number), trial.values[1::-1], xytext=(4, 4), textcoords="offset points", fontsize=8)
+    first, second = (OBJECTIVES[one].unit for one in config.objectives[:2])
+    axes.set(xlabel=second, ylabel=first)
+    axes.legend(frameon=False, fontsize=9)
+    return [("Pareto front: numbers are trials", page.svg(figure))]
+
+
+def _confirmed(confirmed: dict[str, list[float]]) -> list[str]:
+    """Runs with fresh seeds: each contender's scores, mean and spread, and its difference to the start by seed."""
+    if not confirmed:
+        return []
+    start = confirmed.get("start", [])
+    rows = []
+    ordered = sorted(confirmed.items(), key=lambda one: one[0] != "start")
+    for name, scores in ordered:
+        gains = np.subtract(scores, start) if len(scores) == len(start) and name != "start" else np.array([])
+        spread = f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
+        gain = f"{gains.mean():+.4f} ({gains.min():+.4f} to {gains.max():+.4f})" if len(gains) else ""
+        each = ", ".join(f"{one:.4f}" for one in scores)
+        rows.append([name.replace("-", ", ", 1).replace("-", " "), f"{np.mean(scores):.4f}", spread, gain, each])
+    figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(rows))
+    for place, scores in enumerate(score for _, score in ordered):
+        axes.plot(scores, [place] * len(scores), "o", color=BLUE, alpha=0.7)
+        axes.plot(np.mean(scores), place, "|", color=BLACK, markersize=18, markeredgewidth=2)
+    axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel="validation Dice")
+    axes.invert_yaxis()
+    head = ["trained anew", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
+    return [
+        "<h2>Confirmed with fresh seeds</h2>",
+        '<p class="soft">The score by which a trial was chosen flatters it. These runs were not chosen.</p>',
+        page.table(head, rows),
+        page.grid("curves", _figures([("Each run, and the mean", page.svg(figure))])),
+    ]
+
+
+def _elastic(study: optuna.Study) -> list[str]:
+    """Elastic deformation off against on, at the step that every trial reached."""
+    groups = sweep_stats.elastic_groups(study)
+    if not groups:
+        return []
+    at = sweep_stats.early_scores(study)[0]
+    gain, low, high = sweep_stats.difference(groups[0], groups[1])
+    verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse for certain"
+    said = (
+        f"On is {verdict}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} trials "
+        f"without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial had. "
+        "The other fields differ too from trial to trial."
+    )
+    strength = [trial for trial in finished(study) if STRENGTH <= trial.params.keys()]
+    drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
+    if len(strength) > 2:
+        drawn.append(("How strong: alpha and sigma, colour = Dice", page.svg(_strength(strength, study))))
+    return [
+        "<h2>Is elastic deformation worth it?</h2>",
+        f"<p>{html.escape(said)}</p>",
+        page.grid("curves", _figures(drawn)),
+    ]
+
+
+def _groups(groups: Sequence[Group]) -> Any:
+    figure, axes = page.axes_of()
+    rng = np.random.default_rng(0)
+    for place, one in enumerate(groups):
+        jitter = place + rng.uniform(-0.08, 0.08, len(one.scores))
+        axes.plot(jitter, one.scores, "o", color=BLUE, alpha=0.5, markersize=5)
+        error = [[one.mean - one.low], [one.high - one.mean]]
+        axes.errorbar(place + 0.25, one.mean, error, fmt="s", color=BLACK, capsize=4)
+    axes.set(xticks=range(len(groups)), xticklabels=[one.name for one in groups], ylabel="validation Dice")
+    axes.set_xlim(-0.4, len(groups) - 0.3)
+    return figure
+
+
+def _strength(trials: Sequence[FrozenTrial], study: optuna.Study) -> Any:
+    figure, axes = page.axes_of()
+    scores = sweep_stats.early_scores(study)[1]
+    points = [
+        (t.params["augment.elastic.alpha_x"], t.params["augment.elastic.sigma"], scores[t.number])
+        for t in trials
+        if t.number in scores
+    ]
+    alpha, sigma, colour = zip(*points)
+    marks = axes.scatter(alpha, sigma, c=colour, cmap="viridis", s=36)
+    figure.colorbar(marks, ax=axes)
+    axes.set(xlabel="alpha", ylabel="sigma", xscale="log", yscale="log")
+    return figure
+
+
+def _importances(study: optuna.Study) -> list[str]:
+    """Bars of what each parameter matters, with intervals and what chance alone gives."""
+    found = sweep_stats.importances(study)
+    if not found:
+        few = f"Fewer than {sweep_stats.LEAST_TRIALS} trials can be compared: too few to say."
+        return ["<h2>What matters</h2>", f'<p class="soft">{few}</p>']
+    figure, axes = page.axes_of(6.4, 1.0 + 0.32 * len(found))
+    places = np.arange(len(found))
+    axes.barh(places, [one.value for one in found], color=BLUE, height=0.6)
+    error = [
+        [max(0.0, one.value - one.low) for one in found],
+        [max(0.0, one.high - one.value) for one in found],
+    ]
+    axes.errorbar([one.value for one in found], places, xerr=error, fmt="none", color=BLACK, capsize=3)
+    axes.plot([one.chance for one in found], places, "|", color=RED, markersize=16, label="chance alone, 95 %")
+    axes.set(yticks=places, yticklabels=[f"{one.name} ({one.trials})" for one in found], xlabel="importance")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=9)
+    note = (
+        "How much the best quarter of the trials is concentrated in a part of a field's range (PED-ANOVA), with 90 % "
+        "bootstrap intervals; in brackets the trials that have the field. A bar short of the red mark says nothing."
+    )
+    return [
+        "<h2>What matters</h2>",
+        f'<p class="soft">{note}</p>',
+        page.grid("curves", _figures([("Importance", page.svg(figure))])),
+    ]
+
+
+def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, bytes]]:
+    """Score over each parameter; the start and the best stand out."""
+    names = dict.fromkeys(name for trial in finished(study) for name in trial.params)
+    drawn = []
+    for name in names:
+        figure, axes = page.axes_of()
+        having = [trial for trial in finished(study) if name in trial.params]
+        categorical = isinstance(having[0].distributions[name], optuna.distributions.CategoricalDistribution)
+        _points(axes, [(str(t.params[name]) if categorical else t.params[name], t) for t in having])
+        for trial, colour in ((study.trials[0], RED), (best, PINK)):
+            value = sweep_stats.score(trial)
+            if name in trial.params and value is not None:
+                at = str(trial.params[name]) if categorical else trial.params[name]
+                ring: dict[str, Any] = {"markersize": 11, "fillstyle": "none", "color": colour, "markeredgewidth": 1.8}
+                axes.plot([at], [value], "o", label="best" if trial is best else "start", **ring)
+        if getattr(having[0].distributions[name], "log", False):
+            axes.set_xscale("log")
+        axes.set_ylabel(OBJECTIVES[config.objectives[0]].unit)
+        axes.legend(frameon=False, fontsize=8)
+        drawn.append((name, page.svg(figure)))
+    return drawn
+
+
+def _changes(recipe: Recipe, chosen: space.Values) -> list[list[str]]:
+    return [[path, page.number(space.get(recipe, path)), page.number(value)] for path, value in chosen.items()]
+
+
+def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[str]:
+    """What the best and the worst trial find on the same validation images."""
+    pick = min if OBJECTIVES[config.objectives[0]].mode == "max" else max
+    scored = [trial for trial in finished(study) if sweep_stats.score(trial) is not None]
+    worst = pick(scored, key=lambda trial: sweep_stats.score(trial) or 0.0)
+    figures = []
+    for name, trial in {"Best": best, "Worst": worst}.items():
+        network, _ = checkpoint.load_model(storage.join(out, folder_of(trial.number)))
+        for title, png in segment.overlays(network, data, "val", PICTURES):
+            figures.append(page.figure(f"{name}, trial {trial.number}: {title}", page.data_uri(png, "png")))
+    return ["<h2>What the best and the worst trial find</h2>", page.grid("pictures", figures)]
+
+
+def _trials(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
+    rows = sweep_stats.trial_rows(study, recipe, config)
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
+    columns += ["failed"] if any(row["failed"] for row in rows) else []
+    cells = [[page.number(row.get(name)) for name in columns] for row in rows]
+    return f'<details class="card"><summary>{len(rows)} trials</summary>{page.table(columns, cells)}</details>'

@@ -1,0 +1,184 @@
+"""What a study says, as numbers: a row a trial, what each field matters, elastic deformation off against on.
+
+Trials that ASHA stopped cannot be compared with those that trained to their end; all of them can be compared by their
+scores at the last step that every one of them reached. `early_scores` gives those.
+"""
+
+import csv
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.trial import FrozenTrial, TrialState
+
+from raylivecell.recipe import Recipe
+from raylivecell.space import ELASTIC, SweepConfig
+from raylivecell.study import finished, values
+
+RESAMPLES = 200
+# Fewer scores say nothing of what matters: the best quarter of them would be one trial.
+LEAST_TRIALS = 8
+
+
+class Importance(NamedTuple):
+    """PED-ANOVA's importance of a field (arXiv:2304.10255), with its 90 % bootstrap interval over trials."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    chance: float
+    """What it exceeds in one of twenty studies whose scores are shuffled."""
+    trials: int
+
+
+class Group(NamedTuple):
+    """Scores of some trials, their mean and its 95 % bootstrap interval."""
+
+    name: str
+    scores: list[float]
+    mean: float
+    low: float
+    high: float
+
+
+def complete(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that trained to their end."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def score(trial: FrozenTrial) -> float | None:
+    """The first objective, or where the trial was stopped its last report; none where it failed."""
+    if trial.state is TrialState.COMPLETE:
+        return trial.values[0]
+    return trial.intermediate_values[max(trial.intermediate_values)] if trial.intermediate_values else None
+
+
+def trial_rows(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> list[dict[str, Any]]:
+    """A row a finished trial, by number: state, objectives, steps, seconds, values of the fields, why it failed."""
+    front = {trial.number for trial in study.best_trials}
+    rows = []
+    for trial in finished(study):
+        told = trial.user_attrs
+        scores = trial.values if trial.values else [score(trial), *[None] * (len(config.objectives) - 1)]
+        row = {"trial": trial.number, "state": trial.state.name.lower(), **dict(zip(config.objectives, scores))}
+        if len(config.objectives) > 1:
+            row["pareto"] = trial.number in front
+        row |= {name: told.get(name) for name in ("step", "steps", "wall_seconds", "training_seconds")}
+        rows.append({**row, **values(trial, recipe, config), "failed": told.get("failed")})
+    return rows
+
+
+def trials_csv(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
+    """`trial_rows` as CSV; a field that a trial did not use is empty."""
+    rows = trial_rows(study, recipe, config)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*[name for name in columns if name != "failed"], "failed"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def early_scores(study: optuna.Study) -> tuple[float, dict[int, float]]:
+    """Percent of the training that every trial had, and each trial's score there, by number; failed ones left out."""
+    histories = {
+        trial.number: {100 * step / trial.user_attrs["steps"]: one for step, one in trial.intermediate_values.items()}
+        for trial in finished(study)
+        if trial.state is not TrialState.FAIL and trial.intermediate_values
+    }
+    if not histories:  # of several objectives only the ends are known
+        return 100.0, {trial.number: trial.values[0] for trial in complete(study)}
+    common = min(max(history) for history in histories.values())
+    return common, {
+        number: history[max(at for at in history if at <= common + 1e-9)]
+        for number, history in histories.items()
+        if min(history) <= common
+    }
+
+
+def importances(study: optuna.Study, seed: int = 0) -> list[Importance]:
+    """What each searched parameter matters for the early score, most first; [] for fewer than LEAST_TRIALS.
+
+    Each among the trials that have it: deformation's strength matters only where there is deformation.
+    """
+    scores = early_scores(study)[1]
+    trials = [trial for trial in finished(study) if trial.number in scores]
+    names = dict.fromkeys(name for trial in trials for name in trial.params)
+    maximise = study.directions[0] is optuna.study.StudyDirection.MAXIMIZE
+    found = []
+    for name in names:
+        having = [trial for trial in trials if name in trial.params]
+        if len(having) >= LEAST_TRIALS and len({trial.params[name] for trial in having}) > 1:
+            signed = np.array([scores[trial.number] if maximise else -scores[trial.number] for trial in having])
+            found.append(_importance(name, having, signed, np.random.default_rng(seed)))
+    return sorted(found, key=lambda one: -one.value)
+
+
+def _importance(name: str, trials: Sequence[FrozenTrial], scores: np.ndarray, rng: np.random.Generator) -> Importance:
+    count = len(trials)
+    drawn = [_ped_anova(name, trials, scores, rng.integers(count, size=count)) for _ in range(RESAMPLES)]
+    shuffled = [_ped_anova(name, trials, rng.permutation(scores), np.arange(count)) for _ in range(RESAMPLES)]
+    value = _ped_anova(name, trials, scores, np.arange(count))
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    return Importance(name, value, float(low), float(high), float(np.quantile(shuffled, 0.95)), count)
+
+
+def _ped_anova(name: str, trials: Sequence[FrozenTrial], scores: np.ndarray, drawn: np.ndarray) -> float:
+    """Importance of one parameter among the trials numbered `drawn`."""
+    distribution = {name: trials[0].distributions[name]}
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        [
+            optuna.create_trial(
+                params={name: trials[i].params[name]}, distributions=distribution, value=float(scores[i])
+            )
+            for i in drawn
+        ]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls its evaluator's options experimental at every call
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
+        return evaluator.evaluate(study, params=[name])[name]
+
+
+def elastic_groups(study: optuna.Study, seed: int = 0) -> list[Group]:
+    """Early scores of the trials with elastic deformation off and on; [] unless there are two of each."""
+    scores = early_scores(study)[1]
+    sides: dict[str, list[float]] = {"off": [], "on": []}
+    for trial in finished(study):
+        if trial.number in scores and ELASTIC in trial.params:
+            sides["on" if trial.params[ELASTIC] > 0 else "off"].append(scores[trial.number])
+    if min(len(side) for side in sides.values()) < 2:
+        return []
+    return [group(name, side, seed) for name, side in sides.items()]
+
+
+def group(name: str, scores: Sequence[float], seed: int = 0) -> Group:
+    """Mean and interval of some scores."""
+    means = _bootstrap_means(scores, seed)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Group(name, list(scores), float(np.mean(scores)), float(low), float(high))
+
+
+def difference(a: Group, b: Group, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of b less that of a, and its 95 % bootstrap interval."""
+    drawn = _bootstrap_means(b.scores, seed) - _bootstrap_means(a.scores, seed + 1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return b.mean - a.mean, float(low), float(high)
+
+
+def _bootstrap_means(scores: Sequence[float], seed: int, resamples: int = 2000) -> np.ndarray:
+    drawn = np.random.default_rng(seed).integers(len(scores), size=(resamples, len(scores)))
+    return np.asarray(scores)[drawn].mean(axis=1)
+
+
+def time_spent(study: optuna.Study) -> tuple[float, float]:
+    """Seconds of all trials together, and the part of them spent on training and validation."""
+    told = [trial.user_attrs for trial in finished(study)]
+    wall = sum(one.get("wall_seconds", 0.0) for one in told)
+    return wall, sum(one.get("training_seconds", 0.0) for one in told) / max(wall, 1e-9)

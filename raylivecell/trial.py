@@ -1,0 +1,163 @@
+"""A trial of a sweep in Ray's processes: a recipe trained to its end, or as far as it is let.
+
+`OneWorker` runs the loop inside the trial, and its process serves one trial after another: imports (4 s) and Ray
+Train's own start (10 s) are not paid again. `several_workers` is Ray Train inside the trial.
+
+A trial's folder is that of a run: checkpoint_*/ (the best and the last; in the end the best), metrics.jsonl,
+tensorboard/. Whatever ends it, the trial goes on there from its last checkpoint.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from torch import nn
+
+from raylivecell import checkpoint, ingest, loop, segment, space, storage, train
+from raylivecell.errors import UserError
+from raylivecell.journal import Journal
+from raylivecell.recipe import Recipe
+from raylivecell.worker import SCORE, Job, Place, reports, told
+
+Result = dict[str, Any]
+# Runs of an image through the network before those that are measured, and those.
+WARM_UP, MEASURED = 2, 7
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials are told."""
+
+    recipe: Recipe
+    out: str
+    samples: ingest.Samples
+    stream_memory: int
+    """Bytes of the object store for the streams of one trial."""
+    threads: int
+    """torch's threads in each worker."""
+    workers: int
+    cpus: float
+    """Of each worker."""
+    gpus: float
+    """Of each worker."""
+    timed: bool
+    """Whether milliseconds an image are measured at the end."""
+
+    def job(self, config: dict[str, Any]) -> Job:
+        """The run that a trial's config asks for; UserError where its values make no recipe."""
+        asked = config["job"]
+        recipe = space.apply(self.recipe, asked["values"])
+        return Job(recipe, storage.join(self.out, asked["folder"]), self.samples, self.stream_memory, self.threads)
+
+
+class OneWorker(tune.Trainable):
+    """A trial of one worker: each step trains up to the next report."""
+
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]  # by with_parameters
+        """Make ready; Ray gives `shared` to the process's first trial only."""
+        self.shared = shared
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take on another trial in this process."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.reports: Iterator[loop.Training] | None = None
+        self.journal: Journal | None = None
+        self.failed: Result | None = None
+        try:
+            self.job = self.shared.job(config)
+            self.last = checkpoint.newest(self.job.out)
+            device = torch.device("cuda" if self.shared.gpus else "cpu")
+            self.reports = reports(self.job, Place(0, 1, device, self.shared.threads), self.last)
+        except UserError as error:
+            self.failed = _failed(str(error))
+
+    def step(self) -> Result:
+        """Train up to the next report."""
+        if self.failed or self.reports is None:
+            return self.failed or {}
+        try:
+            training = next(self.reports, None)
+        except loop.NonFiniteLoss as error:
+            return _failed(f"loss not finite at step {error.step}")
+        if training is not None:
+            self._save(training)
+        return self._result(training)
+
+    def _result(self, training: loop.Training | None) -> Result:
+        """Of the row just made; without one, the trial had ended before it was taken up again."""
+        state = training.state if training else checkpoint.load_state(self.last or "")
+        row = _row(state, self.job)
+        row["done"] = row["step"] >= row["steps"]
+        if row["done"] and self.shared.timed:
+            network = training.network() if training else checkpoint.load_model(self.job.out)[0]
+            row["ms_per_image"] = ms_per_image(network, self.shared.samples)
+        return row
+
+    def _save(self, training: loop.Training) -> None:
+        state = training.state
+        folder = storage.join(self.job.out, checkpoint.name(state.step))
+        checkpoint.save(folder, training.network(), training.state_dict(), state, self.job.recipe)
+        best = max(state.history, key=lambda row: (row.get(SCORE, -1.0), row["step"]))["step"]
+        checkpoint.keep(self.job.out, {best, state.step})
+        self.journal = self.journal or Journal(self.job.out, state.step)
+        self.journal.write(state.history)
+
+    def cleanup(self) -> None:
+        """End the stream of batches, which frees its CPUs, and the journal."""
+        if self.reports is not None:
+            self.reports.close()  # type: ignore[attr-defined]
+        if self.journal is not None:
+            self.journal.close()
+
+
+def several_workers(config: dict[str, Any], shared: Shared) -> None:
+    """A trial of several workers: Ray Train in the folder of the trial."""
+    try:
+        job = shared.job(config)
+    except UserError as error:
+        tune.report(_failed(str(error)))
+        return
+    trainer = train.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=[TuneReportCallback()])
+    failed = train.fit(trainer)
+    if failed:
+        tune.report(_failed(f"loss not finite at step {failed['step']}"))
+        return
+    # The whole history is in the metrics file, also that of a run which had ended before it was taken up again.
+    lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
+    state = loop.State(len(lines), [json.loads(line) for line in lines])
+    row = _row(state, job)
+    if shared.timed:
+        row["ms_per_image"] = ms_per_image(checkpoint.load_model(job.out)[0], shared.samples)
+    tune.report(row)
+
+
+def ms_per_image(network: nn.Module, samples: ingest.Samples) -> float:
+    """Median milliseconds of a whole validation image through the network, where it lies, one at a time."""
+    network.eval()
+    device = next(network.parameters()).device
+    image = torch.from_numpy(samples.val_planes(0)[:1].copy()).to(device)
+    seconds = []
+    for _ in range(WARM_UP + MEASURED):
+        begin = time.perf_counter()
+        segment.logits(network, image).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return round(1000 * sorted(seconds[WARM_UP:])[MEASURED // 2], 2)
+
+
+def _row(state: loop.State, job: Job) -> Result:
+    seconds = sum(row["seconds"] + row["validation_seconds"] for row in state.history)
+    return {**told(state, job.plan()), "training_seconds": round(seconds, 2)}
+
+
+def _failed(reason: str) -> Result:
+    return {"failed": reason, "score": -1.0, "step": 0, "steps": 1, "progress": 0.0, "done": True}
