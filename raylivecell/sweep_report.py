@@ -172,7 +172,7 @@ def _elastic(study: optuna.Study) -> list[str]:
         f"without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial had. "
         "The other fields differ too from trial to trial."
     )
-    strength = [trial for trial in finished(study) if STRENGTH <= trial.params.keys()]
+    strength = [trial for trial in finished(study) if trial.params.keys() >= STRENGTH]
     drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
     if len(strength) > 2:
         drawn.append(("How strong: alpha and sigma, colour = Dice", page.svg(_strength(strength, study))))
