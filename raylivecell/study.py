@@ -17,6 +17,9 @@ from raylivecell.errors import UserError
 from raylivecell.recipe import Recipe
 from raylivecell.space import OBJECTIVES, SweepConfig
 
+# Optuna tells of every study that is made, those in memory too.
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
 FILE = "study.db"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -46,7 +49,6 @@ class StudyFile:
 
 def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume: bool) -> optuna.Study:
     """The study `name` in the Optuna storage at `url`; UserError where the storage cannot be opened or is in use."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     modes = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
     directions = [modes[OBJECTIVES[one].mode] for one in config.objectives]
     try:

@@ -230,8 +230,8 @@ def _importances(study: optuna.Study) -> list[str]:
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9)
     note = (
-        "How much the best quarter of the trials is concentrated in a part of a field's range (PED-ANOVA), with 90 % "
-        "bootstrap intervals; in brackets the trials that have the field. A bar short of the red mark says nothing."
+        "The part of the scores' variance that a field alone explains (fANOVA), with 90 % bootstrap intervals; in "
+        "brackets the trials that have the field. A bar short of the red mark says nothing."
     )
     return [
         "<h2>What matters</h2>",

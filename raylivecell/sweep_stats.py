@@ -6,31 +6,32 @@ scores at the last step that every one of them reached. `early_scores` gives tho
 
 import csv
 import io
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
 from raylivecell.recipe import Recipe
 from raylivecell.space import ELASTIC, SweepConfig
 from raylivecell.study import finished, values
 
-RESAMPLES = 200
-# Fewer scores say nothing of what matters: the best quarter of them would be one trial.
+RESAMPLES = 50
+TREES = 32
+# Fewer scores say nothing of what matters.
 LEAST_TRIALS = 8
 
 
 class Importance(NamedTuple):
-    """PED-ANOVA's importance of a field (arXiv:2304.10255), with its 90 % bootstrap interval over trials."""
+    """Part of the scores' variance that a parameter alone explains, 0 to 1 (fANOVA, Hutter et al. 2014)."""
 
     name: str
     value: float
     low: float
     high: float
+    """90 % bootstrap interval over trials."""
     chance: float
     """What it exceeds in one of twenty studies whose scores are shuffled."""
     trials: int
@@ -104,46 +105,54 @@ def early_scores(study: optuna.Study) -> tuple[float, dict[int, float]]:
 def importances(study: optuna.Study, seed: int = 0) -> list[Importance]:
     """What each searched parameter matters for the early score, most first; [] for fewer than LEAST_TRIALS.
 
-    Each among the trials that have it: deformation's strength matters only where there is deformation.
+    A parameter with a condition among the trials that have them all: deformation's strength matters only where there
+    is deformation.
     """
     scores = early_scores(study)[1]
     trials = [trial for trial in finished(study) if trial.number in scores]
-    names = dict.fromkeys(name for trial in trials for name in trial.params)
-    maximise = study.directions[0] is optuna.study.StudyDirection.MAXIMIZE
-    found = []
-    for name in names:
-        having = [trial for trial in trials if name in trial.params]
-        if len(having) >= LEAST_TRIALS and len({trial.params[name] for trial in having}) > 1:
-            signed = np.array([scores[trial.number] if maximise else -scores[trial.number] for trial in having])
-            found.append(_importance(name, having, signed, np.random.default_rng(seed)))
+    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    always = [name for name in names if all(name in trial.params for trial in trials)]
+    having = [trial for trial in trials if len(trial.params) == len(names)]
+    found = _importances(always, trials, scores, seed)
+    if len(always) < len(names):
+        found += [one for one in _importances(names, having, scores, seed) if one.name not in always]
     return sorted(found, key=lambda one: -one.value)
 
 
-def _importance(name: str, trials: Sequence[FrozenTrial], scores: np.ndarray, rng: np.random.Generator) -> Importance:
-    count = len(trials)
-    drawn = [_ped_anova(name, trials, scores, rng.integers(count, size=count)) for _ in range(RESAMPLES)]
-    shuffled = [_ped_anova(name, trials, rng.permutation(scores), np.arange(count)) for _ in range(RESAMPLES)]
-    value = _ped_anova(name, trials, scores, np.arange(count))
-    low, high = np.quantile(drawn, [0.05, 0.95])
-    return Importance(name, value, float(low), float(high), float(np.quantile(shuffled, 0.95)), count)
+def _importances(
+    names: Sequence[str], trials: Sequence[FrozenTrial], scores: dict[int, float], seed: int
+) -> list[Importance]:
+    """Of the parameters `names` among `trials`, which all have them."""
+    if len(trials) < LEAST_TRIALS:
+        return []
+    rng, count = np.random.default_rng(seed), len(trials)
+    values_ = np.array([scores[trial.number] for trial in trials])
+    whole = _fanova(names, trials, values_)
+    drawn, shuffled = [], []
+    for _ in range(RESAMPLES):
+        chosen = rng.integers(count, size=count)
+        drawn.append(_fanova(names, [trials[i] for i in chosen], values_[chosen]))
+        shuffled.append(_fanova(names, trials, rng.permutation(values_)))
+    found = []
+    for name in names:
+        low, high = np.quantile([one[name] for one in drawn], [0.05, 0.95]).tolist()
+        chance = float(np.quantile([one[name] for one in shuffled], 0.95))
+        found.append(Importance(name, whole[name], low, high, chance, count))
+    return found
 
 
-def _ped_anova(name: str, trials: Sequence[FrozenTrial], scores: np.ndarray, drawn: np.ndarray) -> float:
-    """Importance of one parameter among the trials numbered `drawn`."""
-    distribution = {name: trials[0].distributions[name]}
-    study = optuna.create_study(direction="maximize")
-    study.add_trials(
-        [
-            optuna.create_trial(
-                params={name: trials[i].params[name]}, distributions=distribution, value=float(scores[i])
-            )
-            for i in drawn
-        ]
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls its evaluator's options experimental at every call
-        evaluator = PedAnovaImportanceEvaluator(target_quantile=0.25)
-        return evaluator.evaluate(study, params=[name])[name]
+def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: np.ndarray) -> dict[str, float]:
+    """Importance of each parameter; 0 for one that never changed."""
+    kept = [name for name in names if len({str(trial.params[name]) for trial in trials}) > 1]
+    if not kept or np.ptp(scores) == 0:
+        return dict.fromkeys(names, 0.0)
+    study = optuna.create_study()
+    for trial, score_ in zip(trials, scores):
+        params = {name: trial.params[name] for name in kept}
+        distributions = {name: trial.distributions[name] for name in kept}
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=float(score_)))
+    found = FanovaImportanceEvaluator(n_trees=TREES, seed=0).evaluate(study, params=kept)
+    return {name: float(found.get(name, 0.0)) for name in names}
 
 
 def elastic_groups(study: optuna.Study, seed: int = 0) -> list[Group]:
