@@ -67,15 +67,14 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
 def sampler(config: SweepConfig, trials: int) -> optuna.samplers.BaseSampler:
     """The sampler to go on with after so many trials: its numbers must not begin again when a sweep is resumed."""
     seed = config.seed + trials
-    if config.sampler == "tpe":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Grouped, so that fields with a condition are learned together too.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if config.sampler == "tpe":  # grouped, so that fields with a condition are learned together too
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, group=True, multivariate=True)
-    if config.sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed)
-    if config.sampler == "qmc":  # its sequence is continued by the study itself, for one seed
-        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
+        if config.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed)
+        if config.sampler == "qmc":  # its sequence is continued by the study itself, for one seed
+            return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
     return optuna.samplers.RandomSampler(seed=seed)
 
 

@@ -1,6 +1,7 @@
 """What tests share: where real data lies, and one Ray for the whole run."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,6 +90,24 @@ def s3() -> Iterator[S3]:
     client.create_bucket(Bucket="cells")
     yield S3(env, client)
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by selenium, that notes its console and every address it asks for."""
+    from selenium import webdriver
+
+    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if not (chromium and driver):
+        pytest.skip("no Chromium with its driver: install Debian's packages chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
 
 
 def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

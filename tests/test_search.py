@@ -1,0 +1,167 @@
+"""The study is told of every trial as what it is, and nothing of it is lost: without Ray's processes."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from raylivecell import space, study, sweep
+from raylivecell.errors import UserError
+from raylivecell.recipe import Recipe
+from raylivecell.search import Search
+from raylivecell.space import SweepConfig
+
+CONFIG = SweepConfig()
+
+
+def opened(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> optuna.Study:
+    return study.open_study(f"sqlite:///{folder}/study.db", "one", Recipe(), config, resume)
+
+
+def searching(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> Search:
+    return Search(opened(folder, resume, config), Recipe(), config)
+
+
+def row(step: int, score: float, **more: Any) -> dict[str, Any]:
+    return {"step": step, "steps": 100, "score": score, **more}
+
+
+def test_the_first_trial_is_the_starting_recipe(tmp_path: Path) -> None:
+    asked = searching(tmp_path).suggest("a")["job"]
+    assert asked["folder"] == "trials/0000"
+    assert space.apply(Recipe(), asked["values"]) == Recipe()
+
+
+def test_each_trial_is_told_as_what_it_is(tmp_path: Path) -> None:
+    search = searching(tmp_path)
+    for name in "abcde":
+        search.suggest(name)
+    search.on_trial_result("a", row(50, 0.4))
+    search.on_trial_complete("a", row(100, 0.7, training_seconds=3.0))
+    search.on_trial_result("b", row(10, 0.2))
+    search.on_trial_complete("b", row(20, 0.3))
+    search.on_trial_complete("c", row(0, -1.0, failed="loss not finite at step 7"))
+    search.on_trial_complete("d", error=True)
+    trials = opened(tmp_path, resume=True).trials
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING)
+    assert [trial.state for trial in trials] == list(states)
+    assert trials[0].value == 0.7
+    assert trials[0].intermediate_values == {50: 0.4, 100: 0.7}
+    assert trials[0].user_attrs["training_seconds"] == 3.0
+    assert trials[1].intermediate_values == {10: 0.2, 20: 0.3}
+    assert trials[2].user_attrs["failed"] == "loss not finite at step 7"
+    assert trials[3].user_attrs["failed"] == "crashed"
+
+
+def test_what_a_killed_driver_left_running_is_taken_up_again(tmp_path: Path) -> None:
+    before = searching(tmp_path)
+    asked = [before.suggest(name)["job"] for name in "abc"]
+    before.on_trial_result("b", row(10, 0.2))
+    before.on_trial_complete("b", row(100, 0.5))
+    after = searching(tmp_path, resume=True)
+    again = [after.suggest(name)["job"] for name in "xyz"]
+    assert again[:2] == [asked[0], asked[2]], "same numbers, same values"
+    assert again[2]["folder"] == "trials/0003"
+    for name in "xyz":
+        after.on_trial_complete(name, row(100, 0.6))
+    trials = opened(tmp_path, resume=True).trials
+    assert [trial.state for trial in trials] == 4 * [TrialState.COMPLETE]
+    assert trials[1].value == 0.5
+
+
+def test_a_trial_cut_off_while_it_was_asked_for_gets_its_values(tmp_path: Path) -> None:
+    half = opened(tmp_path).ask()
+    half.suggest_float("optimizer.lr", 1e-4, 3e-2, log=True)
+    asked = searching(tmp_path, resume=True).suggest("a")["job"]
+    assert asked["folder"] == "trials/0000"
+    assert space.apply(Recipe(), asked["values"]) == Recipe()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_a_resumed_search_does_not_ask_the_same_again(tmp_path: Path, sampler: Any) -> None:
+    config = SweepConfig(sampler=sampler)
+    asked = []
+    for round_ in range(3):
+        search = searching(tmp_path, resume=round_ > 0, config=config)
+        for place in range(2):
+            asked.append(search.suggest(str(place))["job"]["values"]["optimizer.lr"])
+            search.on_trial_complete(str(place), row(100, 0.5))
+    assert len(set(asked)) == len(asked)
+
+
+def test_stopping_early_knows_the_trials_before_a_kill(tmp_path: Path) -> None:
+    search = searching(tmp_path)
+    for place in range(6):
+        search.suggest(str(place))
+        search.on_trial_result(str(place), row(20, 0.8))
+        search.on_trial_complete(str(place), row(100, 0.9))
+    scheduler = sweep._scheduler(opened(tmp_path, resume=True), CONFIG)
+    new: Any = type("Trial", (), {"trial_id": "new"})()
+    scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
+    assert scheduler.on_trial_result(None, new, {"progress": 20.0, "score": 0.1}) == "STOP"  # type: ignore[arg-type]
+    assert scheduler.on_trial_result(None, new, {"progress": 20.0, "score": 0.1}) == "CONTINUE", "asked once a rung"  # type: ignore[arg-type]
+
+
+def test_several_objectives_are_told_in_order(tmp_path: Path) -> None:
+    config = SweepConfig(objectives=("dice", "ms_per_image"))
+    search = searching(tmp_path, config=config)
+    search.suggest("a")
+    search.on_trial_result("a", row(50, 0.4))
+    search.on_trial_complete("a", row(100, 0.7, ms_per_image=12.5))
+    told = opened(tmp_path, resume=True, config=config)
+    assert told.trials[0].values == [0.7, 12.5]
+    assert [direction.name for direction in told.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+def test_no_pickle_holds_the_storage(tmp_path: Path) -> None:
+    """Tune pickles the searcher into the sweep's folder: a database's password must not be in it."""
+    import cloudpickle
+
+    assert b"study.db" not in cloudpickle.dumps(searching(tmp_path))
+
+
+def test_a_study_in_use_or_out_of_reach_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with pytest.raises(UserError, match="continue it with --resume"):
+        opened(tmp_path)
+    with pytest.raises(UserError, match=r"cannot open Optuna's storage: .*--storage"):
+        study.open_study("sqlite:////nowhere/at/all/study.db", "one", Recipe(), CONFIG, False)
+    with pytest.raises(UserError, match="cannot open Optuna's storage"):
+        study.open_study("study.db", "one", Recipe(), CONFIG, False)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "workers", "share", "at_once", "expected"),
+    [
+        (2, 0, 1, 1.0, None, (1, 1.0, 0.0, 2)),
+        (4, 0, 2, 1.0, None, (1, 1.0, 0.0, 2)),
+        (16, 0, 1, 1.0, None, (12, 1.0, 0.0, 1)),
+        (16, 0, 1, 1.0, 3, (3, 1.0, 0.0, 5)),
+        (16, 4, 1, 1.0, None, (4, 1.0, 1.0, 4)),
+        (16, 4, 2, 1.0, None, (2, 1.0, 1.0, 4)),
+        (16, 1, 1, 0.25, None, (4, 1.0, 0.25, 4)),
+        (8, 1, 2, 1.0, None, (3, 1.0, 0.0, 1)),
+    ],
+)
+def test_the_cluster_is_shared_out(
+    cpus: int,
+    gpus: int,
+    workers: int,
+    share: float,
+    at_once: int | None,
+    expected: tuple[int, float, float, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resources = {"CPU": float(cpus), "GPU": float(gpus)}
+    monkeypatch.setattr(sweep.preflight.ray, "cluster_resources", lambda: resources)
+    config = SweepConfig(workers_per_trial=workers, gpus_per_worker=share)
+    room = sweep.capacity(config, resources, at_once)
+    assert (room.at_once, room.cpus, room.gpus, room.threads) == expected
+    assert room.at_once * workers * room.cpus < cpus, "a CPU is left for Ray Data"
+
+
+def test_more_trials_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="use 4"):
+        sweep.capacity(SweepConfig(), {"CPU": 16, "GPU": 4}, 5)

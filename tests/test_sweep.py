@@ -1,0 +1,332 @@
+"""Sweeps on Ray: what they hand over, kills, several workers, other storages, what a browser makes of the report."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import ray
+from optuna.trial import TrialState
+
+from raylivecell import checkpoint, space, sweep
+from raylivecell import recipe as recipes
+from raylivecell.augment import AugmentConfig
+from raylivecell.elastic import ElasticConfig
+from raylivecell.errors import UserError
+from raylivecell.loop import LoopConfig
+from raylivecell.model import ModelConfig
+from raylivecell.optimizer import OptimizerConfig
+from raylivecell.order import PhaseConfig
+from raylivecell.recipe import Recipe
+from raylivecell.space import Condition, Dimension, SweepConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+RECIPE = Recipe(
+    batch_size=4,
+    crop=(32, 32),
+    phases=(PhaseConfig(steps=30, plain=False, transformed=1),),
+    model=ModelConfig(features=(4, 8), norm="group"),
+    optimizer=OptimizerConfig(lr=3e-3),
+    augment=AugmentConfig(elastic=ElasticConfig(alpha_x=200, alpha_y=200, sigma=10)),
+    loop=LoopConfig(report_steps=3),
+)
+ELASTIC_ON = {"augment.elastic.p": Condition(above=0)}
+CONFIG = SweepConfig(
+    space={
+        "optimizer.lr": Dimension(low=1e-5, high=3e-2, log=True),
+        "loss.bce_share": Dimension(low=0, high=1),
+        "augment.elastic.p": Dimension(low=0, high=1, step=0.5),
+        "augment.elastic.alpha_x": Dimension(
+            low=50, high=1500, log=True, also=("augment.elastic.alpha_y",), when=ELASTIC_ON
+        ),
+        "augment.elastic.sigma": Dimension(low=4, high=40, log=True, when=ELASTIC_ON),
+    }
+)
+ENDS = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def study_of(out: Path) -> optuna.Study:
+    return optuna.load_study(study_name=None, storage=f"sqlite:///{out}/study.db")
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of ten trials, then confirmed with two seeds."""
+    out = tmp_path_factory.mktemp("sweep") / "one"
+    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, confirm=2)
+    return out
+
+
+def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> None:
+    trials = study_of(swept).trials
+    assert len(trials) == 10
+    assert {trial.state for trial in trials} <= set(ENDS)
+    assert {trial.state for trial in trials} == set(ENDS), "some were stopped early, some not"
+    for trial in trials:
+        run = swept / "trials" / f"{trial.number:04d}"
+        rows = history(run)
+        steps = [row["step"] for row in rows]
+        assert steps == list(range(3, steps[-1] + 1, 3))
+        assert (steps[-1] == 30) == (trial.state is TrialState.COMPLETE)
+        best = max(rows, key=lambda row: (row["val_mean_image_dice"], row["step"]))
+        assert [path.name for path in run.glob("checkpoint_*")] == [checkpoint.name(best["step"])]
+        assert list((run / "tensorboard").iterdir())
+        assert trial.user_attrs["step"] == steps[-1]
+
+
+def test_the_best_is_handed_over(swept: Path) -> None:
+    study = study_of(swept)
+    best = recipes.load(swept / "best.yaml")
+    _, trained = checkpoint.load_model(str(swept))
+    assert trained == best
+    assert best.optimizer.lr == study.best_trial.params["optimizer.lr"]
+    found, _ = checkpoint.load_model(str(swept / "trials" / f"{study.best_trial.number:04d}"))
+    handed, _ = checkpoint.load_model(str(swept))
+    assert all(a.equal(b) for a, b in zip(found.state_dict().values(), handed.state_dict().values()))
+    rows = list(csv.DictReader((swept / "trials.csv").open()))
+    assert [int(row["trial"]) for row in rows] == list(range(10))
+    assert float(rows[0]["optimizer.lr"]) == RECIPE.optimizer.lr
+    assert float(rows[study.best_trial.number]["dice"]) == study.best_value
+
+
+def test_the_confirming_runs_are_whole_and_have_seeds_of_their_own(swept: Path) -> None:
+    names = {path.name for path in (swept / "confirm").iterdir()}
+    assert {"start-1", "start-2", "best-1", "best-2"} <= names
+    assert len(names) == 6, "and the best without or with elastic deformation"
+    for name in names:
+        assert history(swept / "confirm" / name)[-1]["step"] == 30
+        trained = checkpoint.load_model(str(swept / "confirm" / name))[1]
+        assert trained.seed == int(name[-1])
+
+
+def test_the_report_stands_alone_in_a_browser(swept: Path, browser: Any) -> None:
+    address = (swept / "report.html").as_uri()
+    browser.get(address)
+    heads = [one.text for one in browser.find_elements("css selector", "h2")]
+    assert {"The search", "Confirmed with fresh seeds", "Each field", "The best recipe"} <= set(heads)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    assert address in asked
+    assert [url for url in asked if url != address and not url.startswith("data:")] == []
+    sizes = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
+    assert len(sizes) > 8
+    assert min(sizes) > 0, "every picture is drawn"
+
+
+def test_optuna_dashboard_opens_the_study(swept: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = str(Path(sys.executable).parent / "optuna-dashboard")
+    command = [program, f"sqlite:///{swept}/study.db", "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            studies = json.loads(_fetch(f"http://127.0.0.1:{port}/api/studies", server))["study_summaries"]
+        finally:
+            server.terminate()
+    assert [one["study_name"] for one in studies] == [str(swept)]
+
+
+def _fetch(url: str, server: subprocess.Popen) -> bytes:
+    """What is at `url`, once the server answers."""
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(url) as answer:
+                return answer.read()
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError("the server ended")
+
+
+def test_a_sweep_in_use_is_refused_and_more_trials_go_on(swept: Path, tiny_dataset: str) -> None:
+    with pytest.raises(UserError, match="holds a run already"):
+        sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=10)
+    other = RECIPE.model_copy(update={"seed": 5})
+    with pytest.raises(UserError, match="another recipe or search"):
+        sweep.sweep(tiny_dataset, str(swept), other, CONFIG, trials=12, resume=True)
+    with pytest.raises(UserError, match="nothing to resume"):
+        sweep.sweep(tiny_dataset, str(swept) + "-none", RECIPE, CONFIG, trials=2, resume=True)
+    before = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
+    sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=12, resume=True)
+    after = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
+    assert after[:10] == before, "none is repeated"
+    assert len(after) == 12
+
+
+DRIVER = """
+import sys
+from raylivecell import space, sweep
+data, out, trials = sys.argv[1:]
+recipe, config = space.load(out + "-recipe.yaml")
+sweep.sweep(data, out, recipe, config, int(trials), resume=sweep.storage.exists(out + "/recipe.yaml"))
+"""
+
+
+def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+    """Killed while the first trials start, in the middle of trials, and between them."""
+    out, asked = tmp_path / "killed", 9
+    Path(f"{out}-recipe.yaml").write_text(space.dump(RECIPE, CONFIG))
+    # On the session's cluster: two on one machine disturb each other.
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    seen: dict[int, tuple] = {}
+    for moment in (
+        lambda done, begun: begun >= 1,
+        lambda done, begun: done >= 2,
+        lambda done, begun: begun > done >= 5,
+    ):
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, tiny_dataset, str(out), str(asked)], env=env)
+        while not moment(*_counts(out)):
+            assert driver.poll() is None, "the sweep ended by itself"
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        for trial in study_of(out).trials:
+            if trial.state.is_finished():
+                now = (trial.state, trial.params, trial.datetime_complete)
+                assert seen.setdefault(trial.number, now) == now, "a finished trial is not repeated"
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, asked, resume=True)
+    assert [trial.number for trial in study.trials] == list(range(asked))
+    assert {trial.state for trial in study.trials} <= set(ENDS)
+    for number, (state, params, end) in seen.items():
+        trial = study.trials[number]
+        assert (trial.state, trial.params, trial.datetime_complete) == (state, params, end)
+    for trial in study.trials:
+        steps = [row["step"] for row in history(out / "trials" / f"{trial.number:04d}")]
+        assert steps == sorted(set(steps)), "each step is reported once, over all kills"
+
+
+def _counts(out: Path) -> tuple[int, int]:
+    """Trials done and begun."""
+    if not (out / "study.db").exists():
+        return 0, 0
+    try:
+        trials = study_of(out).trials
+    except Exception:  # its tables are just being made
+        return 0, 0
+    begun = [trial for trial in trials if trial.state is not TrialState.WAITING]
+    return sum(trial.state.is_finished() for trial in trials), len(begun)
+
+
+def test_a_killed_trial_goes_on_and_a_hopeless_one_is_told_as_failed(
+    tiny_dataset: str, ray_cluster: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "hit"
+    config = SweepConfig(
+        space={"optimizer.lr": Dimension(choices=(3e-3, 1e30)), "model.features": Dimension(choices=([4, 8], [4] * 8))},
+        shares=(),
+        sampler="random",
+        early_stopping=False,
+    )
+    killed: list[int] = []
+
+    def kill() -> None:
+        first = out / "trials" / "0000"
+        while not (first / "metrics.jsonl").exists() or len(history(first)) < 4:
+            time.sleep(0.01)
+        for process in psutil.process_iter(["cmdline"]):
+            if "OneWorker" in " ".join(process.info["cmdline"] or []):
+                process.kill()
+                killed.append(process.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=8, at_once=1)
+    thread.join()
+    assert killed
+    assert study.trials[0].state is TrialState.COMPLETE
+    assert [row["step"] for row in history(out / "trials" / "0000")] == list(range(3, 31, 3))
+    reasons = {(t.params["optimizer.lr"], t.params["model.features"]): t.user_attrs.get("failed") for t in study.trials}
+    assert reasons[3e-3, "[4, 8]"] is None
+    assert all("not finite" in why for (lr, deep), why in reasons.items() if lr > 1 and deep == "[4, 8]")
+    assert all("at least 256" in why for (_, deep), why in reasons.items() if deep != "[4, 8]")
+    assert len(reasons) > 2, "there were bad trials"
+
+
+def test_several_workers_a_trial_stop_early_without_a_hang(
+    tiny_dataset: str, ray_cluster: None, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "nested", CONFIG.model_copy(update={"workers_per_trial": 2, "grace": 0.3})
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=4)
+    assert [trial.number for trial in study.trials] == [0, 1, 2, 3]
+    assert {trial.state for trial in study.trials} <= set(ENDS)
+    for trial in study.trials:
+        assert len(list((out / "trials" / f"{trial.number:04d}").glob("checkpoint_*"))) == 1
+    assert recipes.load(out / "best.yaml") == checkpoint.load_model(str(out))[1]
+
+
+def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+    out = tmp_path / "front"
+    features = Dimension(choices=([4, 8], [2, 4], [32, 64]))
+    config = SweepConfig(space={"model.features": features}, shares=(), objectives=("dice", "ms_per_image"))
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=5)
+    assert all(trial.values[1] > 0 for trial in study.trials)
+    assert "Pareto front" in (out / "report.html").read_text()
+    rows = list(csv.DictReader((out / "trials.csv").open()))
+    assert {int(row["trial"]) for row in rows if row["pareto"] == "True"} == {t.number for t in study.best_trials}
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of its own."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")) + [
+        Path(found) for found in [shutil.which("pg_ctl")] if found
+    ]
+    if not programs:
+        pytest.skip("no PostgreSQL server: install Debian's package postgresql")
+    # It refuses to run as root.
+    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:
+        if user:
+            shutil.chown(folder, "postgres")
+        tools = programs[-1].parent
+        data = f"{folder}/data"
+        run = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
+        subprocess.run([*user, tools / "initdb", "-D", data, "-U", "cells", "-A", "trust"], **run)  # type: ignore[call-overload]
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+        subprocess.run(
+            [*user, tools / "pg_ctl", "-D", data, "-w", "-o", options, "-l", f"{folder}/log", "start"], **run
+        )  # type: ignore[call-overload]
+        yield f"postgresql+pg8000://cells@127.0.0.1:{port}/postgres"
+        subprocess.run([*user, tools / "pg_ctl", "-D", data, "-w", "-m", "fast", "stop"], **run)  # type: ignore[call-overload]
+
+
+def test_postgresql_and_mlflow(tiny_dataset: str, ray_cluster: None, tmp_path: Path, postgres: str) -> None:
+    import mlflow
+
+    out, tracking = tmp_path / "stored", f"sqlite:///{tmp_path}/mlflow.db"
+    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=2, study_url=postgres, mlflow=tracking)
+    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=3, resume=True, study_url=postgres, mlflow=tracking)
+    study = optuna.load_study(study_name=str(out), storage=postgres)
+    assert [trial.state.is_finished() for trial in study.trials] == [True] * 3
+    assert not (out / "study.db").exists()
+    client = mlflow.MlflowClient(tracking)
+    experiment = client.get_experiment_by_name(str(out))
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 3
+    logged = {round(run.data.metrics["score"], 6) for run in runs}
+    told = {round(t.intermediate_values[max(t.intermediate_values)], 6) for t in study.trials}
+    assert logged == told
+    assert all("job/values/optimizer.lr" in run.data.params for run in runs)

@@ -1,0 +1,108 @@
+"""What a study says: recovered where it is there, not claimed where it is not."""
+
+import csv
+import io
+import math
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from raylivecell import space, sweep_stats
+from raylivecell.recipe import Recipe
+from raylivecell.space import ELASTIC, Dimension, SweepConfig
+
+LR, SHARE, ALPHA = "optimizer.lr", "loss.bce_share", "augment.elastic.alpha_x"
+DISTRIBUTIONS = {
+    LR: FloatDistribution(1e-4, 3e-2, log=True),
+    SHARE: FloatDistribution(0, 1),
+    ELASTIC: FloatDistribution(0, 1, step=0.25),
+    ALPHA: FloatDistribution(50, 1500, log=True),
+}
+
+
+def made(trials: int, gain: float, seed: int = 0) -> optuna.Study:
+    """A study whose scores hang on the learning rate, and rise by `gain` with elastic deformation; a third pruned."""
+    rng = np.random.default_rng(seed)
+    study = optuna.create_study(direction="maximize")
+    for number in range(trials):
+        params = {LR: float(10 ** rng.uniform(-4, -1.6)), SHARE: float(rng.uniform()), ELASTIC: 0.5 * (number % 2)}
+        if params[ELASTIC]:
+            params[ALPHA] = float(rng.uniform(50, 1500))
+        early = 0.7 + 0.1 * (math.log10(params[LR]) + 3) + gain * (params[ELASTIC] > 0) + rng.normal(0, 0.005)
+        pruned = number % 3 == 2
+        history = {20: early} if pruned else {20: early, 100: early + 0.1}
+        study.add_trial(
+            optuna.create_trial(
+                state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+                params=params,
+                distributions={name: DISTRIBUTIONS[name] for name in params},
+                value=list(history.values())[-1],
+                intermediate_values=history,
+                user_attrs={"steps": 100, "wall_seconds": 10.0, "training_seconds": 8.0},
+            )
+        )
+    params = {LR: 1e-3, SHARE: 0.5, ELASTIC: 0.0}
+    told = {"failed": "crashed"}
+    distributions = {name: DISTRIBUTIONS[name] for name in params}
+    study.add_trial(
+        optuna.create_trial(state=TrialState.FAIL, params=params, distributions=distributions, user_attrs=told)
+    )
+    return study
+
+
+def test_trials_are_compared_where_all_have_been() -> None:
+    study = made(12, 0.0)
+    at, scores = sweep_stats.early_scores(study)
+    assert at == 20
+    assert scores == {trial.number: trial.intermediate_values[20] for trial in study.trials[:12]}
+
+
+def test_what_matters_stands_out_of_chance_and_what_does_not_is_not_claimed() -> None:
+    found = {one.name: one for one in sweep_stats.importances(made(40, 0.0))}
+    assert found[LR].value > 0.8
+    assert found[LR].low > found[LR].chance
+    for name in (SHARE, ELASTIC, ALPHA):
+        assert found[name].value < found[name].chance
+    assert found[ALPHA].trials == 20, "among the trials that have it"
+    assert found[LR].trials == 40
+
+
+def test_too_few_trials_say_nothing() -> None:
+    assert sweep_stats.importances(made(6, 0.0)) == []
+    assert sweep_stats.elastic_groups(made(3, 0.0)) == []
+
+
+@pytest.mark.parametrize("gain", [-0.1, 0.0, 0.1])
+def test_off_against_on_contains_the_truth(gain: float) -> None:
+    """Over 40 studies a 95 % interval misses the truth four times at most (binomial, p < 0.05 for five)."""
+    missed = 0
+    for seed in range(40):
+        off, on = sweep_stats.elastic_groups(made(40, gain, seed))
+        _, low, high = sweep_stats.difference(off, on)
+        missed += not low <= gain <= high
+    assert missed <= 4
+
+
+def test_the_table_holds_every_trial() -> None:
+    study = made(12, 0.0)
+    config = SweepConfig(
+        space={
+            LR: Dimension(low=1e-4, high=3e-2, log=True),
+            SHARE: Dimension(low=0, high=1),
+            ELASTIC: Dimension(low=0, high=1, step=0.25),
+            ALPHA: Dimension(low=50, high=1500, log=True, when={ELASTIC: space.Condition(above=0)}),
+        },
+        shares=(),
+    )
+    rows = list(csv.DictReader(io.StringIO(sweep_stats.trials_csv(study, Recipe(), config))))
+    assert [int(row["trial"]) for row in rows] == list(range(13))
+    assert [row["state"] for row in rows[:3]] == ["complete", "complete", "pruned"]
+    assert rows[12]["failed"] == "crashed"
+    for row, trial in zip(rows, study.trials[:12]):
+        assert float(row["dice"]) == sweep_stats.score(trial)
+        assert float(row[LR]) == trial.params[LR]
+        assert (row[ALPHA] == "") == (trial.params[ELASTIC] == 0)
+    assert sweep_stats.time_spent(study) == (120.0, pytest.approx(0.8))
