@@ -76,14 +76,15 @@ def describe_start(parts: Sequence[tuple[str, float]]) -> str:
 
 
 class Board:
-    """The trials of a sweep: a live table in a terminal, a line for each trial's end elsewhere."""
+    """The trials of a sweep: a line for each trial's end; a live table in a terminal, elsewhere a line a minute."""
 
     SHOWN = 12
+    PLAIN_EVERY_S = 60.0
 
     def __init__(self, trials: int, done: int, best: float | None, what: str = "trials") -> None:
         self.trials, self.done, self.best, self.what = trials, done, best, what
         self.running: dict[str, dict[str, Any]] = {}
-        self.ended: list[str] = []
+        self.last_plain = time.monotonic()
         self.live = RichLive(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> "Board":
@@ -103,6 +104,8 @@ class Board:
     def report(self, name: str, row: dict[str, Any]) -> None:
         """A trial has come to a report: `score`, `progress`, `step` and `steps`."""
         self.running[name] |= {key: row[key] for key in ("score", "progress", "step", "steps")}
+        if not self.live and time.monotonic() - self.last_plain > self.PLAIN_EVERY_S:
+            self._say(f"{name} Dice {row['score']:.4f} at step {row['step']}/{row['steps']}")
         self._refresh()
 
     def end(self, name: str, state: str, why: str | None) -> None:
@@ -116,14 +119,20 @@ class Board:
             parts.append(f"Dice {last['score']:.4f} at step {last['step']}/{last['steps']}")
         if self.best is not None:
             parts.append(f"best {self.best:.4f}")
-        line = "  ".join([*parts, why or last["values"]])
-        console.print(line, soft_wrap=True)
+        self._say("  ".join([*parts, why or last["values"]]))
         self._refresh()
+
+    def _say(self, line: str) -> None:
+        self.last_plain = time.monotonic()
+        console.print(line, soft_wrap=True)
 
     def _refresh(self) -> None:
         if not self.live:
             return
-        table = Table("trial", "progress", "Dice", "values", box=None)
+        best = "" if self.best is None else f", best Dice {self.best:.4f}"
+        table = Table(
+            "trial", "progress", "Dice", "values", box=None, title=f"{self.done}/{self.trials} {self.what}{best}"
+        )
         for name, one in list(self.running.items())[: self.SHOWN]:
             bar = ProgressBar(total=100, completed=one["progress"], width=20)
             table.add_row(name, bar, "" if one["score"] is None else f"{one['score']:.4f}", one["values"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
@@ -58,10 +59,11 @@ def _usable(
     defects: list[tuple[str, str]] = []
     masks: list[NDArray[np.bool_]] = []
     for size, runs in record.runs:
-        mask = mask_of_runs(size, runs) if size == shape else None
+        told = (round(shape[0] / scale[1]), round(shape[1] / scale[0]))  # by the JSON
+        mask = mask_of_runs(size, runs) if size == told else None
         if mask is None:
             return None, [("degenerate_polygon", f"an RLE of {size[1]} x {size[0]} does not fill the image")]
-        masks.append(mask)
+        masks.append(mask if told == shape else _resized(mask, shape))
     polygons = [polygon.astype(np.float64) * scale for polygon in record.polygons]
     drawable = [polygon for polygon in polygons if _area(polygon) > 0]
     if len(drawable) < len(polygons):
@@ -76,6 +78,11 @@ def _usable(
         masks += [coco_mask.decode(_rle([polygon], shape)).astype(bool) for polygon in drawable]
         return _patch(np.logical_or.reduce(masks)), defects
     return drawable, defects
+
+
+def _resized(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask at another size (H, W), each pixel that of the nearest."""
+    return cv2.resize(mask.astype(np.uint8), (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def _patch(mask: NDArray[np.bool_]) -> Patch:

@@ -68,6 +68,8 @@ def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict
         return old
     if old is not None and old["source"] != head["source"] and not config.overwrite:
         raise UserError(f"{out} holds a dataset of another state of {source}; set --overwrite to replace it")
+    if old is not None and strict:  # some defects show only while drawing, when the old shards are gone
+        raise UserError(f"--strict may stop half-way and would lose the dataset at {out}; choose another --out")
     try:
         return _write(read, jobs, head, found, out, config, strict)
     except UserError:

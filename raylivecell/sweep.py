@@ -113,6 +113,8 @@ def sweep(
     _hand_over(out, recipe, config, study, best)
     sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
     file.publish()
+    if len(finished(study)) < trials:
+        raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; go on with --resume")
     return study
 
 

@@ -435,6 +435,8 @@ def test_another_dataset_is_not_overwritten(folder: Folder, tmp_path: Path) -> N
     folder.write()
     with pytest.raises(UserError, match="--overwrite"):
         prepare(source, str(out))
+    with pytest.raises(UserError, match="--strict may stop half-way"):
+        prepare(source, str(out), PrepareConfig(overwrite=True), strict=True)
     assert files_of(out) == before
     assert counts(prepare(source, str(out), PrepareConfig(overwrite=True, shard_images=1)))["train"] == (3, 3 * N)
     assert counts(prepare(source, str(out), PrepareConfig(overwrite=True)))["train"] == (3, 3 * N)
@@ -611,3 +613,21 @@ def test_from_s3_to_s3(folder: Folder, ray_cluster: None, s3: S3, tmp_path: Path
     prepare(source, str(tmp_path / "local"))
     for name in written[1:]:
         assert s3.read(f"made/here/{name}") == (tmp_path / "local" / name).read_bytes()
+
+
+def test_run_lengths_are_scaled_with_their_image() -> None:
+    """The JSON says 8 x 4 pixels, the file has 16 x 12: each pixel of the mask becomes 2 x 3."""
+    mask = np.random.default_rng(0).random((4, 8)) > 0.5
+    values = mask.T.ravel()
+    edges = np.flatnonzero(np.diff(values)) + 1
+    runs = np.diff([0, *edges, values.size])
+    record = coco.CellRecord(1, False, [], [((4, 8), np.array([0, *runs] if values[0] else runs))])
+    cells, _, found = outlines.check_cells([record], (12, 16), (2.0, 3.0), defects.DefectRules())
+    assert found == {}
+    drawn = np.zeros((12, 16), bool)
+    patch = cells[0]
+    assert isinstance(patch, targets.Patch)
+    drawn[patch.top : patch.top + patch.mask.shape[0], patch.left : patch.left + patch.mask.shape[1]] = patch.mask
+    np.testing.assert_array_equal(drawn, np.repeat(np.repeat(mask, 3, axis=0), 2, axis=1))
+    found = outlines.check_cells([record], (12, 16), (1.0, 1.0), defects.DefectRules())[2]
+    assert "degenerate_polygon" in found
