@@ -11,8 +11,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from raylivecell import __version__
 
@@ -53,6 +55,13 @@ def page(title: str, subtitle: str, body: Iterable[str]) -> str:
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
         f"<body><main>{top}\n" + "\n".join(body) + "\n</main></body></html>\n"
     )
+
+
+def log_axis(axis: Axis) -> None:
+    """A logarithmic axis with 1, 2 and 5 of each decade in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def axes_of(width: float = 4.6, height: float = 2.7) -> tuple[Figure, Axes]:

@@ -201,6 +201,7 @@ def _tune(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Cal
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables at verbose=0 too
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # milliseconds an image come with the last row
     alone = shared.workers == 1
     trainable: Any = tune.with_parameters(OneWorker if alone else several_workers, shared=shared)
     # A trial of several workers waits for them: Ray Train reserves theirs.

@@ -23,6 +23,7 @@ from raylivecell.sweep_stats import Group
 MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to its end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
 STRENGTH = {"augment.elastic.alpha_x", "augment.elastic.sigma"}
 PICTURES = 2
+RINGS = "A dot trained to its end, a triangle was stopped early; a red ring is the start, a pink one the best."
 
 
 def write(
@@ -54,6 +55,7 @@ def write(
         *_elastic(study),
         *_importances(study),
         "<h2>Each field</h2>",
+        f'<p class="soft">{RINGS}</p>',
         page.grid("curves", _figures(_slices(study, config, best))),
         "<h2>The best recipe</h2>",
         page.table(["field", "start", "best"], _changes(recipe, values(best, recipe, config))),
@@ -175,7 +177,7 @@ def _elastic(study: optuna.Study) -> list[str]:
     strength = [trial for trial in finished(study) if trial.params.keys() >= STRENGTH]
     drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
     if len(strength) > 2:
-        drawn.append(("How strong: alpha and sigma, colour = Dice", page.svg(_strength(strength, study))))
+        drawn.append(("How strong", page.svg(_strength(strength, study))))
     return [
         "<h2>Is elastic deformation worth it?</h2>",
         f"<p>{html.escape(said)}</p>",
@@ -206,8 +208,10 @@ def _strength(trials: Sequence[FrozenTrial], study: optuna.Study) -> Any:
     ]
     alpha, sigma, colour = zip(*points)
     marks = axes.scatter(alpha, sigma, c=colour, cmap="viridis", s=36)
-    figure.colorbar(marks, ax=axes)
+    figure.colorbar(marks, ax=axes, label="validation Dice")
     axes.set(xlabel="alpha", ylabel="sigma", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        page.log_axis(axis)
     return figure
 
 
@@ -241,7 +245,7 @@ def _importances(study: optuna.Study) -> list[str]:
 
 
 def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, bytes]]:
-    """Score over each parameter; the start and the best stand out."""
+    """Score over each parameter; the start and the best stand out by rings."""
     names = dict.fromkeys(name for trial in finished(study) for name in trial.params)
     drawn = []
     for name in names:
@@ -254,11 +258,11 @@ def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list
             if name in trial.params and value is not None:
                 at = str(trial.params[name]) if categorical else trial.params[name]
                 ring: dict[str, Any] = {"markersize": 11, "fillstyle": "none", "color": colour, "markeredgewidth": 1.8}
-                axes.plot([at], [value], "o", label="best" if trial is best else "start", **ring)
+                axes.plot([at], [value], "o", **ring)
         if getattr(having[0].distributions[name], "log", False):
             axes.set_xscale("log")
+            page.log_axis(axes.xaxis)
         axes.set_ylabel(OBJECTIVES[config.objectives[0]].unit)
-        axes.legend(frameon=False, fontsize=8)
         drawn.append((name, page.svg(figure)))
     return drawn
 
