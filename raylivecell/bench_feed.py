@@ -42,7 +42,7 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
     source = ingest.Source(rows, plan, config, None, tuple(ray.put(frame) for frame in frames))
     processes = int(ray.cluster_resources()["CPU"])
     ways = {
-        "raylivecell": lambda: ingest.stream(source, 0, 0, 1),
+        "raylivecell": lambda: ingest.Stream(source, 0, 0, 1),
         "DataLoader, same kernel": lambda: _loader(_Frames(frames, source, direct=False), processes),
         "DataLoader, direct elastic form": lambda: _loader(_Frames(frames, source, direct=True), processes),
     }

@@ -108,14 +108,14 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     values, state = checkpoint.load_training(last) if last else (None, loop.State())
     recipe, plan = job.recipe, job.plan()
     source = ingest.Source(job.samples.train, plan, recipe.augment, recipe.crop, job.samples.kept_train)
-    batches = ingest.ahead(ingest.stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks))
-    torch.manual_seed(recipe.seed)
-    training = loop.start(segment.build(recipe, place.device), recipe.optimizer, plan.steps)
-    if values is not None:
-        training.load(values, state)
-    forward = _wrap(training.model, recipe, place.ranks, place.device)
-    marks = (*job.marks, ("workers", entered), ("network", time.time())) if values is None else ()
+    batches = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
     with contextlib.closing(batches):
+        torch.manual_seed(recipe.seed)
+        training = loop.start(segment.build(recipe, place.device), recipe.optimizer, plan.steps)
+        if values is not None:
+            training.load(values, state)
+        forward = _wrap(training.model, recipe, place.ranks, place.device)
+        marks = (*job.marks, ("workers", entered), ("network", time.time())) if values is None else ()
         yield from loop.run(
             training,
             forward,

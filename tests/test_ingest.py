@@ -1,6 +1,9 @@
 """The stream of batches: the plan's samples, the same pixels for any number of ranks and from any step on."""
 
 import json
+import re
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import ray
 import torch
 from conftest import run_apart, write_tiny_dataset
+from ray._private.internal_api import memory_summary
 
 from raylivecell import ingest, shards
 from raylivecell.augment import AugmentConfig
@@ -27,7 +31,7 @@ def source(tiny_dataset: str, ray_cluster: None) -> ingest.Source:
 
 def collect(source: ingest.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Planes (steps, b, 3, h, w) and rows (steps, b, 3) of a whole stream."""
-    batches = list(ingest.stream(source, start, rank, ranks))
+    batches = list(ingest.Stream(source, start, rank, ranks))
     return tuple(torch.stack([batch[name] for batch in batches]).numpy() for name in ("planes", "rows"))  # type: ignore[return-value]
 
 
@@ -52,7 +56,7 @@ def test_two_ranks_see_together_what_one_sees(source: ingest.Source, whole: tupl
 def test_a_resumed_stream_goes_on_where_it_stopped(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
     for place, values in enumerate(collect(source, start=11)):
         np.testing.assert_array_equal(values, whole[place][11:])
-    assert list(ingest.stream(source, source.plan.steps, 0, 1)) == []
+    assert list(ingest.Stream(source, source.plan.steps, 0, 1)) == []
 
 
 def test_samples_kept_decoded_are_the_same(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
@@ -82,18 +86,35 @@ def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
         assert all((a != b).any() for i, a in enumerate(copies) for b in copies[:i])
 
 
-def test_a_first_batch_fetched_ahead_is_the_first(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
-    batches = ingest.ahead(ingest.stream(source, 0, 0, 1))
-    np.testing.assert_array_equal(torch.stack([batch["planes"] for batch in batches]).numpy(), whole[0])
+def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: ingest.Source) -> None:
+    long = replace(source, plan=replace(source.plan, phases=(PhaseConfig(epochs=300, plain=False, transformed=1),)))
+
+    def objects() -> int:
+        told = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+        return int(re.search(r"(\d+) objects", told)[1])  # type: ignore[index]
+
+    whole, before = ray.cluster_resources()["CPU"], objects()
+    for _ in range(3):
+        batches = ingest.Stream(long, 0, 0, 1)
+        for _ in range(20):
+            next(batches)
+        batches.close()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != whole or objects() > before:
+        assert time.monotonic() < deadline, (ray.available_resources(), objects(), before)
+        time.sleep(0.05)
 
 
-def test_an_error_ahead_is_raised_by_the_first_batch() -> None:
-    def broken() -> object:
+def test_an_error_is_raised_by_the_first_batch(source: ingest.Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Iterator[None]:
         raise UserError("no shard")
         yield
 
+    monkeypatch.setattr(ingest, "_blocks", broken)
+    batches = ingest.Stream(source, 0, 0, 1)
     with pytest.raises(UserError, match="no shard"):
-        next(ingest.ahead(broken()))  # type: ignore[arg-type]
+        next(batches)
+    batches.close()
 
 
 def test_the_scheduler_rests_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +143,7 @@ rows = tuple(shards.list_rows(data, "train"))
 kept = ingest.keep(rows, 3 * 600 * 600)
 source = ingest.Source(rows, Plan(0, len(rows), 4, (PhaseConfig(epochs=1),)), AugmentConfig(), (256, 256), kept)
 seen, peak = [], 0
-for batch in ingest.stream(source, 0, 0, 1, memory=limit // 4):
+for batch in ingest.Stream(source, 0, 0, 1, memory=limit // 4):
     seen += batch["rows"][:, 1].tolist()
     peak = max(peak, psutil.Process().memory_full_info().uss)
 store = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
