@@ -24,9 +24,18 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
         defects: plant every defect that `prepare` must find, listed in planted.json.
     """
     from raylivecell import runtime, synthetic
+    from raylivecell.progress import console, track
 
+    _local(out)
     runtime.connect()
-    synthetic.write_dataset(out, images, seed, defects, mapper=runtime.ordered_map)
+    told = synthetic.write_dataset(
+        out,
+        images,
+        seed,
+        defects,
+        mapper=lambda draw, frames: track(runtime.ordered_map(draw, frames), "drawing", len(frames)),
+    )
+    console.print(f"written: {out}, {sum(split['images'] for split in told['splits'].values())} images", markup=False)
 
 
 def evaluate(
@@ -84,7 +93,7 @@ def download(arguments: Sequence[str]) -> None:
             sha256: expected checksums, FILE=VALUE.
             size: expected sizes in bytes, FILE=VALUE.
         """
-        room.download(out, files, base_url, sha256, size)
+        room.download(_local(out), files, base_url, sha256, size)
 
     tyro.cli(command, prog="raylivecell download", args=arguments)
 
@@ -100,12 +109,12 @@ def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images
     """
     from raylivecell import demo as room
 
-    room.demo(out, recipe, images, seed)
+    room.demo(_local(out), recipe, images, seed)
 
 
 def bench(
     what: tyro.conf.Positional[Literal["augment", "feed", "prepare"]],
-    out: Path = Path("bench"),
+    out: Path | None = None,
     repeats: int = 5,
     images: int = 500,
 ) -> None:
@@ -113,13 +122,13 @@ def bench(
 
     Args:
         what: `augment`: milliseconds an image. `feed`: images/s into the loop. `prepare`: images/s and peak memory.
-        out: folder of bench.json.
+        out: folder of bench.json; default: runs/bench/WHAT.
         repeats: runs of each rival, in turn.
         images: size of the set of `feed` and `prepare`.
     """
     from raylivecell import bench as room
 
-    room.bench(what, out, repeats, images)
+    room.bench(what, _local(out or Path("runs/bench") / what), repeats, images)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -129,7 +138,8 @@ def train(arguments: Sequence[str]) -> None:
     from raylivecell import recipe as recipes
     from raylivecell.train import train as run
 
-    base = recipes.load(_value_of("--recipe", arguments)) if "--recipe" in arguments else recipes.Recipe()
+    file = _recipe_file(arguments)
+    base = recipes.load(file) if file else recipes.Recipe()
 
     def command(
         data: str,
@@ -162,9 +172,8 @@ def sweep(arguments: Sequence[str]) -> None:
     from raylivecell import space
     from raylivecell.sweep import sweep as run
 
-    base, config = recipes.Recipe(), space.SweepConfig()
-    if "--recipe" in arguments:
-        base, config = space.load(_value_of("--recipe", arguments))
+    file = _recipe_file(arguments)
+    base, config = space.load(file) if file else (recipes.Recipe(), space.SweepConfig())
     options = space.SearchConfig.model_validate(config.model_dump(include=set(space.SearchConfig.model_fields)))
 
     def command(
@@ -227,11 +236,37 @@ def prepare(arguments: Sequence[str]) -> None:
     tyro.cli(command, prog="raylivecell prepare", args=arguments)
 
 
-def _value_of(flag: str, arguments: Sequence[str]) -> str:
-    place = list(arguments).index(flag) + 1
-    if place == len(arguments):
+def _recipe_file(arguments: Sequence[str]) -> str | None:
+    """The recipe file that the arguments name; without one, --resume goes on with the run's own."""
+    named, out = _value_of("--recipe", arguments), _value_of("--out", arguments)
+    if named is not None or out is None or "--resume" not in arguments:
+        return named
+    from raylivecell import storage
+
+    own = storage.join(out, "recipe.yaml")
+    return own if storage.exists(own) else None
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`, if given; UserError where it is given twice or without a value."""
+    places = [place for place, text in enumerate(arguments) if text.split("=", 1)[0] == flag]
+    if not places:
+        return None
+    if len(places) > 1:
+        raise UserError(f"{flag} is given twice; give it once")
+    _, equals, value = arguments[places[0]].partition("=")
+    if equals:
+        return value
+    if places[0] + 1 == len(arguments):
         raise UserError(f"{flag} needs a value")
-    return arguments[place]
+    return arguments[places[0] + 1]
+
+
+def _local(out: Path) -> Path:
+    """`out`, if it is a local path: what these commands write, others then read by local paths."""
+    if ":/" in str(out):
+        raise UserError(f"--out {out}: this command writes to a local folder; copy it to an object store afterwards")
+    return out
 
 
 def _workers(text: str) -> int | tuple[int, int]:
@@ -268,6 +303,18 @@ def usage() -> str:
     return "\n".join([head, "", "commands:", *lines, "", "`raylivecell COMMAND --help` documents a command."])
 
 
+def _field_error(error: ValueError) -> str | None:
+    """What a flag's value was refused for, in one line; none for any other error."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return None
+    first = error.errors()[0]
+    flag = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{'--' + flag + ': ' if flag else ''}{message} (got {first['input']!r})"[:300]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0 done, 2 a mistake that the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -281,8 +328,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
         COMMANDS[arguments[0]][1](arguments[1:])
-    except UserError as error:
-        print(f"raylivecell: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # a path, a disk, a network: the error names it
+        print(f"raylivecell: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        told = _field_error(error)
+        if told is None:
+            raise
+        print(f"raylivecell: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -12,6 +12,7 @@ from raylivecell.errors import UserError
 from raylivecell.progress import console
 
 IMAGES = 64
+LEAST_IMAGES = 8
 WORKERS = 2
 # In a folder that the demo made; only such a folder is emptied.
 MARK = ".raylivecell-demo"
@@ -25,6 +26,10 @@ def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> d
     """
     begin = time.monotonic()
     chosen = recipe.load(recipe_file)
+    if images < LEAST_IMAGES:
+        raise UserError(
+            f"--images {images}: the demo needs {LEAST_IMAGES}, to have some to train on, validate and test"
+        )
     _clear(out)
     runtime.connect()
     cells, data, run, scores, found = (out / name for name in ("cells", "data", "run", "scores", "found"))
@@ -59,7 +64,7 @@ def _step(what: str, work: Callable[[], Any]) -> Any:
 def _show(out: Path, seconds: float) -> None:
     table = Table(title=f"done in {seconds:.0f} s; open these", show_header=False)
     table.add_row("how it learned", str(out / "run" / "report.html"))
-    table.add_row("worst, median and best image", str(out / "scores"))
+    table.add_row("worst, median and best image", str(out / "scores" / "overlays"))
     table.add_row("every test image with the cells found", str(out / "found" / "overlays"))
     table.add_row("a row an image", str(out / "found" / "cells.csv"))
     console.print(table)

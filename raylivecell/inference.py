@@ -71,6 +71,7 @@ def evaluate(checkpoint_uri: str, data: str, split: str, out: str, tta: bool = F
     if not rows:
         raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")
     network, recipe = segment.load(folder, torch.device("cpu"))
+    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
     runtime.connect()
     scored = actors.run(
         _Scorer, {"folder": folder, "rows": tuple(rows), "tta": tta}, list(range(len(rows))), "evaluate"
@@ -89,7 +90,6 @@ def evaluate(checkpoint_uri: str, data: str, split: str, out: str, tta: bool = F
     shown = {row["item"]: name for name, row in reversed(named.items())}  # one image has one name: best before worst
     for item, name in shown.items():
         storage.write_bytes(storage.join(out, "overlays", f"{name}.png"), segment.picture(network, rows[item], tta)[1])
-    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
     storage.write_json(storage.join(out, "metrics.json"), result)
     console.print(score_table(result))
     return result
@@ -148,8 +148,8 @@ def predict(
     names = dict(zip(files, output_names(files)))
     runtime.connect()
     job = Segmentation(root, out, names, tta, threshold, bits)
+    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
     rows = actors.run(_Segmenter, {"folder": folder, "job": job}, files, "predict")
-    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
     storage.write_bytes(storage.join(out, "cells.csv"), _csv(rows))
     failed = [{"file": row["item"], "error": row["error"]} for row in rows if row["error"]]
     for failure in failed:

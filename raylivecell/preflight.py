@@ -1,5 +1,7 @@
 """What would fail or hang, told before anything is spent."""
 
+import math
+
 import ray
 
 from raylivecell import shards
@@ -38,7 +40,7 @@ def batch_divides(batch_size: int, workers: int | tuple[int, int]) -> None:
     if wrong:
         raise UserError(
             f"a batch of {batch_size} cannot be shared equally by {wrong[0]} workers; "
-            f"set batch_size to a multiple of {wrong[0]}, or change --workers"
+            f"set batch_size to a multiple of {math.lcm(*counts)}, or change --workers"
         )
 
 

@@ -146,6 +146,8 @@ def _write(
         )
     storage.write_json(storage.join(out, "dataset.json"), told)
     _clean(out, jobs)
+    counts = ", ".join(f"{name} {split['images']}" for name, split in told["splits"].items())
+    progress.console.print(f"written: {out}/dataset.json and shards; images: {counts}", markup=False, soft_wrap=True)
     return told
 
 

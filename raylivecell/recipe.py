@@ -68,6 +68,8 @@ def read(uri: str | Path) -> dict[str, Any]:
         text = storage.read_bytes(uri).decode()
     except FileNotFoundError as error:
         raise UserError(f"no recipe at {uri}; the recipes shipped are in jobs/*.yaml") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{uri} is no recipe file: {error}; name a YAML file such as jobs/small.yaml") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -78,6 +78,10 @@ def load_description(data: str) -> dict[str, Any]:
         raise UserError(
             f"no dataset at {data}: dataset.json is missing; make one with `raylivecell prepare`"
         ) from error
+    except ValueError as error:
+        raise UserError(f"{data}/dataset.json is not JSON ({error}); run `raylivecell prepare` again") from error
+    if not isinstance(description, dict):
+        raise UserError(f"{data}/dataset.json is no description of a dataset; run `raylivecell prepare` again")
     if description.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"dataset at {data} has format {description.get('format_version')}, this version reads {FORMAT_VERSION}; "

@@ -23,7 +23,7 @@ def list_files(uri: str) -> list[str]:
     """Every file under the folder `uri`, as sorted relative paths; UserError where there is no such folder."""
     filesystem, root = storage.open_uri(uri)
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-        raise UserError(f"no folder at {uri}; name the folder that holds the images and the annotation JSON")
+        raise UserError(f"no folder at {uri}; name the folder that holds the images")
     try:
         found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except OSError as error:

@@ -113,6 +113,7 @@ def sweep(
     _hand_over(out, recipe, config, study, best)
     sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
     file.publish()
+    console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", markup=False, soft_wrap=True)
     if len(finished(study)) < trials:
         raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; go on with --resume")
     return study

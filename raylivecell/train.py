@@ -21,6 +21,7 @@ from raylivecell import checkpoint, ingest, preflight, report, runtime, segment,
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.live import Live
+from raylivecell.progress import console
 from raylivecell.recipe import Recipe
 from raylivecell.worker import SCORE, Job, work
 
@@ -65,7 +66,7 @@ def train(
     runtime.connect()
     marks.append(("Ray", time.time()))
     most = workers if isinstance(workers, int) else workers[1]
-    cpus = preflight.worker_cpus(most)
+    cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
     storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
     samples = ingest.open_samples(data)
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
@@ -73,7 +74,7 @@ def train(
     marks.append(("samples sent", time.time()))
     job = Job(recipe, out, samples, store, progress=queue, marks=tuple(marks))
     with Live(job.plan().steps, lambda: queue.get_nowait_batch(queue.size())):
-        failed = fit(trainer(job, workers, cpus, _gpus(workers), retries))
+        failed = fit(trainer(job, workers, cpus, gpus, retries))
     if failed:
         names = sorted({shards.read_row(samples.train[i], ["file_name"])["file_name"] for i in failed["samples"]})
         raise UserError(
@@ -104,9 +105,13 @@ def _changed(old: Recipe, new: Recipe) -> str:
 
 
 def _gpus(workers: int | tuple[int, int]) -> float:
-    """GPUs of each worker: one, where there are enough for all that must run."""
+    """GPUs of each worker: one, where the cluster has any; UserError where it has too few."""
     least = workers if isinstance(workers, int) else workers[0]
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= least else 0.0
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if 0 < gpus < least:
+        mend = f"use --workers {max(1, int(gpus))}, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
+        raise UserError(f"{least} workers, but {gpus:g} GPUs; {mend}")
+    return 1.0 if gpus else 0.0
 
 
 def trainer(
@@ -158,4 +163,5 @@ def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     network, _ = checkpoint.load_model(out)
     pictures = segment.overlays(network, data, "val", OVERLAYS)
     report.write_run_report(out, recipes.dump(recipe), history, pictures, shards.load_description(data))
+    console.print(f"written: {out}/report.html, checkpoint_*/, metrics.jsonl, tensorboard/", markup=False)
     return history[-1]

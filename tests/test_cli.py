@@ -1,0 +1,71 @@
+"""A mistake on the command line ends in one line that names it and the mend, with exit code 2, and leaves nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from raylivecell import cli
+from raylivecell.errors import UserError
+
+JOBS = Path(__file__).parents[1] / "jobs"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("trian", "no command 'trian'; the commands are synth,"),
+        ("train --data D --out {tmp}/o --recipe {tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
+        ("train --data D --out {tmp}/o --recipe={tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
+        ("sweep --data D --out {tmp}/o --recipe={tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
+        ("train --data D --out {tmp}/o --recipe a.yaml --recipe=b.yaml", "--recipe is given twice"),
+        ("train --data D --out {tmp}/o --recipe", "--recipe needs a value"),
+        ("train --data D --out {tmp}/o --recipe {tmp}", "is no recipe file"),
+        ("train --data D --out {tmp}/o --recipe {tmp}/binary", "is no recipe file"),
+        ("train --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
+        ("train --data {tmp}/cut --out {tmp}/o", "dataset.json is not JSON"),
+        ("train --data {tmp}/list --out {tmp}/o", "is no description of a dataset"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --batch-size 0", "--batch-size: Input should be greater"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --crop 8 8", "at least 16 x 16 pixels"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --workers two", "--workers two: give a number"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --workers 1:4 --batch-size 4", "a multiple of 12"),
+        ("prepare --source {tmp} --out {tmp}/o --shard-images 0", "--shard-images: "),
+        ("predict --checkpoint {tmp}/binary --images {tmp} --out {tmp}/o", "{tmp}/binary"),
+        ("synth --out s3://bucket/cells", "writes to a local folder"),
+        ("demo --out {tmp}/o --images 2 --recipe {jobs}/demo.yaml", "the demo needs 8"),
+        ("sweep --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
+    ],
+)
+def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
+    for name, text in (("cut", '{"format_version": '), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = command.format(tmp=tmp_path, jobs=JOBS).split()
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert told.format(tmp=tmp_path) in said
+    assert said.startswith("raylivecell: ")
+    assert "\n" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert cli._recipe_file(["--out", str(run), "--resume"]) is None
+    (run / "recipe.yaml").write_text("seed: 3\n")
+    assert cli._recipe_file(["--out", str(run), "--resume"]) == str(run / "recipe.yaml")
+    assert cli._recipe_file(["--out", str(run)]) is None
+    assert cli._recipe_file([f"--out={run}", "--resume", "--recipe", "other.yaml"]) == "other.yaml"
+
+
+@pytest.mark.parametrize(("text", "workers"), [("1", 1), ("4", 4), ("1:4", (1, 4))])
+def test_workers(text: str, workers: object) -> None:
+    assert cli._workers(text) == workers
+
+
+@pytest.mark.parametrize("text", ["0", "4:1", "a", "1:2:3", ""])
+def test_no_workers(text: str) -> None:
+    with pytest.raises(UserError, match="give a number"):
+        cli._workers(text)
