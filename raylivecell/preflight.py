@@ -3,6 +3,7 @@
 import math
 
 import ray
+from ray.util.state import list_nodes
 
 from raylivecell import shards
 from raylivecell.errors import UserError
@@ -31,6 +32,18 @@ def worker_cpus(workers: int, flag: str = "--workers") -> float:
         mend = f"use {flag} {most}" if most >= 1 else "give Ray at least 2 CPUs"
         raise UserError(f"{workers} workers would leave no CPU for Ray Data on {total:g} CPUs; {mend}")
     return share
+
+
+def state_api() -> None:
+    """UserError where Ray's State API gives no answer: Ray Train asks it before it frees a stopped run's workers."""
+    try:
+        list_nodes(limit=1, timeout=20)
+    except Exception as error:  # of its own, of the network, of two clusters on one machine
+        told = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"Ray's State API gives no answer ({told}): trials of several workers that are stopped early would keep "
+            "their CPUs; start Ray with its dashboard and set RAY_ADDRESS, or use --sweep.no-early-stopping"
+        ) from error
 
 
 def batch_divides(batch_size: int, workers: int | tuple[int, int]) -> None:

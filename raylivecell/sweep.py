@@ -97,6 +97,8 @@ def sweep(
     _check(data, recipe, config)
     _check_unused(out, recipe, config, resume)
     runtime.connect()
+    if config.workers_per_trial > 1 and config.stops_early:
+        preflight.state_api()
     room = capacity(config, ray.cluster_resources(), at_once)
     storage.write_bytes(storage.join(out, "recipe.yaml"), space.dump(recipe, config).encode())
     file = StudyFile(out, study_url)

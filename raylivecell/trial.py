@@ -96,7 +96,7 @@ class OneWorker(tune.Trainable):
     def _result(self, training: loop.Training | None) -> Result:
         """Of the row just made; without one, the trial had ended before it was taken up again."""
         state = training.state if training else checkpoint.load_state(self.last or "")
-        row = _row(state, self.job)
+        row = told(state, self.job.plan())
         row["done"] = row["step"] >= row["steps"]
         if row["done"] and self.shared.timed:
             network = training.network() if training else checkpoint.load_model(self.job.out)[0]
@@ -135,7 +135,7 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
     # The whole history is in the metrics file, also that of a run which had ended before it was taken up again.
     lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
     state = loop.State(len(lines), [json.loads(line) for line in lines])
-    row = _row(state, job)
+    row = told(state, job.plan())
     if shared.timed:
         row["ms_per_image"] = ms_per_image(checkpoint.load_model(job.out)[0], shared.samples)
     tune.report(row)
@@ -152,11 +152,6 @@ def ms_per_image(network: nn.Module, samples: ingest.Samples) -> float:
         segment.logits(network, image).sum().item()  # waits for the device
         seconds.append(time.perf_counter() - begin)
     return round(1000 * sorted(seconds[WARM_UP:])[MEASURED // 2], 2)
-
-
-def _row(state: loop.State, job: Job) -> Result:
-    seconds = sum(row["seconds"] + row["validation_seconds"] for row in state.history)
-    return {**told(state, job.plan()), "training_seconds": round(seconds, 2)}
 
 
 def _failed(reason: str) -> Result:

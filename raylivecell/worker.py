@@ -130,10 +130,18 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
 
 
 def told(state: loop.State, plan: Plan) -> dict[str, Any]:
-    """The last row of the history, and `score` (the best so far), `steps` (of the whole run), `progress` (percent)."""
+    """The last row of the history, and of the run so far `score` (the best), `steps` (of the whole), `progress`
+    (percent) and `training_seconds` (with validation).
+    """
     row = state.history[-1]
-    score = max(one.get(SCORE, -1.0) for one in state.history)
-    return {**row, "score": score, "steps": plan.steps, "progress": 100 * row["step"] / plan.steps}
+    seconds = sum(one["seconds"] + one["validation_seconds"] for one in state.history)
+    return {
+        **row,
+        "score": max(one.get(SCORE, -1.0) for one in state.history),
+        "steps": plan.steps,
+        "progress": 100 * row["step"] / plan.steps,
+        "training_seconds": round(seconds, 2),
+    }
 
 
 def _uri(saved: Checkpoint) -> str:

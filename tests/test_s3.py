@@ -1,9 +1,12 @@
 """The whole way with nothing on a local disk: data, run, scores and masks at s3:// URIs, as a job on a cluster."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import cv2
 import numpy as np
+import optuna
 import pytest
 import ray
 from conftest import S3, run_apart
@@ -19,7 +22,26 @@ assert cli.main([*train, "--resume"]) == 0
 assert cli.main(["evaluate", "--checkpoint", at + "runs/one", "--data", at + "data", "--out", at + "scores"]) == 0
 assert cli.main(["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "found"]) == 0
 """
+SWEEP = """
+from raylivecell import cli
+at = "s3://cells/"
+sweep = ["sweep", "--data", at + "data", "--out", at + "runs/sweep", "--recipe", RECIPE, "--retries", "0"]
+assert cli.main([*sweep, "--trials", "2"]) == 0
+assert cli.main([*sweep, "--trials", "3", "--resume"]) == 0
+assert cli.main(["evaluate", "--checkpoint", at + "runs/sweep", "--data", at + "data", "--out", at + "best"]) == 0
+"""
 RECIPE = "phases: [{steps: 8}]\n"
+SMALL = "batch_size: 4\ncrop: [32, 40]\nmodel: {features: [4, 8]}\nloop: {report_steps: 2}\n"
+
+
+def run_job(code: str, recipe: Path, s3: S3) -> subprocess.CompletedProcess[str]:
+    """`code` as a job on the session's cluster."""
+    # What `ray job submit` sets for a job whose runtime environment names these variables.
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": s3.env}})}
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = run_apart(code.replace("RECIPE", repr(str(recipe))), env=s3.env | job | address)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.slow
@@ -32,12 +54,7 @@ def test_train_evaluate_and_predict(tiny_dataset: str, ray_cluster: None, s3: S3
     (images / "recipe.yaml").write_text(RECIPE)
     s3.upload(tiny_dataset, "data")
     s3.upload(str(images), "images")
-    # What `ray job submit` sets for a job whose runtime environment names these variables.
-    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": s3.env}})}
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    code = JOB.replace("RECIPE", repr(str(images / "recipe.yaml")))
-    done = run_apart(code, env=s3.env | job | address)
-    assert done.returncode == 0, done.stderr
+    done = run_job(JOB, images / "recipe.yaml", s3)
     assert "holds a run already" in done.stderr
     runs = s3.names("runs/one/")
     for name in ("recipe.yaml", "metrics.jsonl", "report.html", "model.safetensors", "training.pt"):
@@ -46,3 +63,19 @@ def test_train_evaluate_and_predict(tiny_dataset: str, ray_cluster: None, s3: S3
     scores = json.loads(s3.read("scores/metrics.json"))
     assert scores["images"] == 3
     assert {"found/cells.csv", "found/masks/a.png", "found/masks/deep/b.png"} <= set(s3.names("found/"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_sweep(tiny_dataset: str, ray_cluster: None, s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE + SMALL)
+    s3.upload(tiny_dataset, "data")
+    run_job(SWEEP, tmp_path / "recipe.yaml", s3)
+    names = s3.names("runs/sweep/")
+    for name in ("study.db", "best.yaml", "trials.csv", "report.html", "checkpoint_best/model.safetensors"):
+        assert f"runs/sweep/{name}" in names
+    assert len([name for name in names if "/trials/" in name and name.endswith("model.safetensors")]) == 3
+    assert s3.read("runs/sweep/trials.csv").decode().count("\n") == 4
+    (tmp_path / "study.db").write_bytes(s3.read("runs/sweep/study.db"))
+    study = optuna.load_study(study_name="s3://cells/runs/sweep", storage=f"sqlite:///{tmp_path}/study.db")
+    assert [trial.state.is_finished() for trial in study.trials] == [True] * 3

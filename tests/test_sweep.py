@@ -22,7 +22,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from raylivecell import checkpoint, space, sweep
+from raylivecell import checkpoint, preflight, space, sweep
 from raylivecell import recipe as recipes
 from raylivecell.augment import AugmentConfig
 from raylivecell.elastic import ElasticConfig
@@ -271,6 +271,19 @@ def test_several_workers_a_trial_stop_early_without_a_hang(
     for trial in study.trials:
         assert len(list((out / "trials" / f"{trial.number:04d}").glob("checkpoint_*"))) == 1
     assert recipes.load(out / "best.yaml") == checkpoint.load_model(str(out))[1]
+
+
+def test_stopping_workers_needs_the_state_api(
+    tiny_dataset: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(**_: object) -> None:
+        raise ConnectionError("no dashboard")
+
+    monkeypatch.setattr(preflight, "list_nodes", silent)
+    config = CONFIG.model_copy(update={"workers_per_trial": 2})
+    with pytest.raises(UserError, match=r"State API gives no answer \(no dashboard\)"):
+        sweep.sweep(tiny_dataset, str(tmp_path / "out"), RECIPE, config, trials=3)
+    assert not (tmp_path / "out").exists()
 
 
 def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
