@@ -6,6 +6,7 @@ no trial and repeats none.
 
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -37,6 +38,7 @@ class StudyFile:
             self.url = url
             return
         self.path = storage.join(tempfile.mkdtemp(prefix="study-") if self.copy else out, FILE)
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         if self.copy and storage.exists(self.copy):
             storage.write_bytes(self.path, storage.read_bytes(self.copy))
         self.url = f"sqlite:///{self.path}"
@@ -56,7 +58,8 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
     except Exception as error:  # of whatever driver the URL names
         told = str(error).splitlines()[0]
         raise UserError(f"cannot open Optuna's storage: {told}; give --storage a URL such as sqlite:///F.db") from error
-    if study.trials and not resume:
+    begun = [trial for trial in study.trials if trial.state is not TrialState.WAITING]
+    if begun and not resume:
         raise UserError(f"the storage holds a study {name} already; continue it with --resume, or choose another --out")
     if not study.trials:
         study.enqueue_trial(space.start(recipe, config))

@@ -94,15 +94,17 @@ def sweep(
         UserError: no such data, a space that does not fit the recipe, `out` in use, too few CPUs, no good trial.
     """
     data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
+    if trials < 1:
+        raise UserError(f"--trials {trials}: give at least 1")
     _check(data, recipe, config)
     _check_unused(out, recipe, config, resume)
     runtime.connect()
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
     room = capacity(config, ray.cluster_resources(), at_once)
-    storage.write_bytes(storage.join(out, "recipe.yaml"), space.dump(recipe, config).encode())
     file = StudyFile(out, study_url)
     study = open_study(file.url, out, recipe, config, resume)
+    storage.write_bytes(storage.join(out, "recipe.yaml"), space.dump(recipe, config).encode())
     shared = _shared(data, out, recipe, config, room)
     left = trials - len(finished(study))
     console.print(_plan_of(config, room, left, trials), soft_wrap=True)

@@ -124,6 +124,7 @@ def test_no_pickle_holds_the_storage(tmp_path: Path) -> None:
 
 def test_a_study_in_use_or_out_of_reach_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
+    searching(tmp_path).suggest("a")  # killed before its first trial, a sweep may just be started again
     with pytest.raises(UserError, match="continue it with --resume"):
         opened(tmp_path)
     with pytest.raises(UserError, match=r"cannot open Optuna's storage: .*--storage"):
