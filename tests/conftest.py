@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +121,26 @@ def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> 
         timeout=200,
         env=os.environ | (env or {}),
     )
+
+
+def kill_at(run: Path, reports: int, process: str) -> tuple[threading.Thread, list[int]]:
+    """SIGKILL every process of that name once `run` has so many reports; the thread that waits, and who was hit."""
+    import psutil
+
+    killed: list[int] = []
+
+    def wait() -> None:
+        metrics = run / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < reports:
+            time.sleep(0.01)
+        for one in psutil.process_iter(["cmdline"]):
+            if process in " ".join(one.info["cmdline"] or []):
+                one.kill()
+                killed.append(one.pid)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread, killed
 
 
 def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:

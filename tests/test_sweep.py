@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
 import ray
+from conftest import kill_at
 from optuna.trial import TrialState
 
 from raylivecell import checkpoint, preflight, space, sweep
@@ -236,19 +235,7 @@ def test_a_killed_trial_goes_on_and_a_hopeless_one_is_told_as_failed(
         sampler="random",
         early_stopping=False,
     )
-    killed: list[int] = []
-
-    def kill() -> None:
-        first = out / "trials" / "0000"
-        while not (first / "metrics.jsonl").exists() or len(history(first)) < 4:
-            time.sleep(0.01)
-        for process in psutil.process_iter(["cmdline"]):
-            if "OneWorker" in " ".join(process.info["cmdline"] or []):
-                process.kill()
-                killed.append(process.pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
+    thread, killed = kill_at(out / "trials" / "0000", 4, "OneWorker")
     study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=8, at_once=1)
     thread.join()
     assert killed

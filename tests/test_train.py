@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
+from conftest import kill_at
 
 from raylivecell import checkpoint, preflight
 from raylivecell.errors import UserError
@@ -86,18 +85,8 @@ def test_evaluate_finds_what_two_workers_with_batchnorm_reported(tiny_dataset: s
 
 
 def test_a_killed_worker_is_replaced_and_nothing_changes(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
-    run, killed = tmp_path / "hit", []
-
-    def kill() -> None:
-        while not (run / "metrics.jsonl").exists() or len(history(run)) < 4:
-            time.sleep(0.01)
-        for process in psutil.process_iter(["cmdline"]):
-            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                process.kill()
-                killed.append(process.pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
+    run = tmp_path / "hit"
+    thread, killed = kill_at(run, 4, "RayTrainWorker")
     train(tiny_dataset, str(run), RECIPE, workers=1)
     thread.join()
     assert killed
