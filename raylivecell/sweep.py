@@ -8,18 +8,13 @@
 """
 
 import json
-import logging
-import os
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raylivecell import checkpoint, ingest, preflight, runtime, space, storage, sweep_report, sweep_stats, train
+from raylivecell import checkpoint, ingest, preflight, runtime, space, storage, sweep_report, sweep_stats, train, tuner
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.live import Board
@@ -28,38 +23,11 @@ from raylivecell.progress import console
 from raylivecell.recipe import Recipe
 from raylivecell.search import Search
 from raylivecell.space import ELASTIC, SweepConfig
-from raylivecell.study import StudyFile, end_of, finished, folder_of, open_study, values
-from raylivecell.trial import OneWorker, Shared, several_workers
+from raylivecell.study import StudyFile, finished, folder_of, open_study, values
+from raylivecell.trial import Shared
 from raylivecell.worker import SCORE
 
-# What a trial's training may take of the CPUs: a CPU that augments feeds some four that train (520x704: 3 ms an image).
-TRAIN_SHARE = 0.8
 BEST = checkpoint.FOLDER + "best"
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """How a cluster is shared out among trials."""
-
-    at_once: int
-    cpus: float
-    """Of each worker."""
-    gpus: float
-    """Of each worker."""
-    threads: int
-    """torch's in each worker."""
-
-
-def capacity(config: SweepConfig, resources: dict[str, float], at_once: int | None = None) -> Capacity:
-    """Trials that run at once on a cluster of these resources: as many as there are GPUs for, else CPUs."""
-    workers, cpus, gpus = config.workers_per_trial, resources.get("CPU", 1), resources.get("GPU", 0)
-    by_gpu = int(gpus / (config.gpus_per_worker * workers) + 1e-6)
-    most = at_once or by_gpu or max(1, int(TRAIN_SHARE * cpus) // workers)
-    if by_gpu and most > by_gpu:
-        raise UserError(f"--at-once {most} needs more than the cluster's {gpus:g} GPUs; use {by_gpu}")
-    share = preflight.worker_cpus(most * workers, "--at-once or --sweep.workers-per-trial so that workers are")
-    threads = max(1, int(cpus) // (most * workers))
-    return Capacity(most, share, config.gpus_per_worker if by_gpu else 0.0, threads)
 
 
 def sweep(
@@ -101,7 +69,7 @@ def sweep(
     runtime.connect()
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
-    room = capacity(config, ray.cluster_resources(), at_once)
+    room = tuner.capacity(config, ray.cluster_resources(), at_once)
     file = StudyFile(out, study_url)
     study = open_study(file.url, out, recipe, config, resume)
     storage.write_bytes(storage.join(out, "recipe.yaml"), space.dump(recipe, config).encode())
@@ -151,7 +119,7 @@ def _check_unused(out: str, recipe: Recipe, config: SweepConfig, resume: bool) -
         raise UserError(f"the sweep at {out} has another recipe or search; resume it with its own {out}/recipe.yaml")
 
 
-def _plan_of(config: SweepConfig, room: Capacity, left: int, trials: int) -> str:
+def _plan_of(config: SweepConfig, room: tuner.Capacity, left: int, trials: int) -> str:
     """What will be done, in one line."""
     done = f" ({trials - left} done before)" if left < trials else ""
     on = f"{room.gpus:g} GPU and {room.cpus:g} CPU" if room.gpus else f"{room.cpus:g} CPU"
@@ -160,7 +128,7 @@ def _plan_of(config: SweepConfig, room: Capacity, left: int, trials: int) -> str
     return f"{trials} trials{done}, {room.at_once} at once{workers}, {on} a worker; {config.sampler}; {early}"
 
 
-def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: Capacity) -> Shared:
+def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tuner.Capacity) -> Shared:
     store = train.STREAM_SHARE * ray.cluster_resources()["object_store_memory"]
     return Shared(
         recipe,
@@ -180,7 +148,7 @@ def _search(
     file: StudyFile,
     shared: Shared,
     config: SweepConfig,
-    room: Capacity,
+    room: tuner.Capacity,
     left: int,
     retries: int,
     mlflow: str | None,
@@ -188,123 +156,16 @@ def _search(
     search = Search(study, shared.recipe, config)
     done = len(finished(study))
     with Board(done + left, done, _best_so_far(study, config)) as board:
-        _tune(
+        tuner.run(
             shared,
             room,
             retries,
-            [_Watch(board, shared.out, search, file), *_mlflow(mlflow, study.study_name)],
+            [tuner.Watch(board, shared.out, file), *tuner.mlflow_callbacks(mlflow, study.study_name)],
             search_alg=search,
-            scheduler=_scheduler(study, config),
+            scheduler=tuner.scheduler(study, config),
             num_samples=left,
         )
     file.publish()
-
-
-def _tune(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callback], **options: Any) -> None:
-    """Run trials, until there are no more; what became of each is in its folder, and in the study."""
-    # Tune would log every trial's traceback here; the reason is in the study, the traceback in Ray's own logs.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables at verbose=0 too
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # milliseconds an image come with the last row
-    alone = shared.workers == 1
-    trainable: Any = tune.with_parameters(OneWorker if alone else several_workers, shared=shared)
-    # A trial of several workers waits for them: Ray Train reserves theirs.
-    resources = {"cpu": shared.cpus, "gpu": shared.gpus} if alone else {"cpu": 0.01}
-    config = options.pop("param_space", None)
-    tune.Tuner(
-        tune.with_resources(trainable, resources),
-        param_space=config,
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=room.at_once,
-            reuse_actors=alone,
-            trial_name_creator=str,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-            **options,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=shared.out,
-            failure_config=tune.FailureConfig(max_failures=retries),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
-            callbacks=callbacks,
-            verbose=0,
-        ),
-    ).fit()
-
-
-def _scheduler(study: optuna.Study, config: SweepConfig) -> TrialScheduler:
-    """ASHA that knows the trials of the study, or none."""
-    if not config.stops_early:
-        return FIFOScheduler()
-    asha = ASHAScheduler(
-        time_attr="progress",
-        metric="score",
-        mode="max",
-        max_t=100,
-        grace_period=100 * config.grace,  # type: ignore[arg-type]  # any number will do
-        reduction_factor=config.reduction,
-    )
-    for trial in finished(study):
-        past: Any = SimpleNamespace(trial_id=f"past-{trial.number}")
-        asha.on_trial_add(None, past)  # type: ignore[arg-type]  # it looks at the trial alone
-        for step, score in trial.intermediate_values.items():
-            progress = 100 * step / trial.user_attrs["steps"]
-            asha.on_trial_result(None, past, {"progress": progress, "score": score})  # type: ignore[arg-type]
-    return asha
-
-
-def _mlflow(uri: str | None, name: str) -> list[tune.Callback]:
-    if uri is None:
-        return []
-    try:
-        import mlflow  # noqa: F401
-    except ImportError as error:
-        raise UserError("--mlflow needs the package mlflow; pip install 'raylivecell[mlflow]'") from error
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-    return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=name)]
-
-
-class _Watch(tune.Callback):
-    """Shows the trials as they go, and clears up after each."""
-
-    def __init__(self, board: Board, out: str, search: Search | None = None, file: StudyFile | None = None) -> None:
-        self.board, self.out, self.search, self.file = board, out, search, file
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks, and nobody reads that."""
-        return {}
-
-    def _name(self, trial: Any) -> str:
-        return str(trial.config["job"]["folder"]).split("/")[-1]
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show it."""
-        self.board.start(self._name(trial), trial.config["job"]["values"])
-        if self.file:
-            self.file.publish()
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Show how far it is."""
-        if "failed" not in result:
-            self.board.report(self._name(trial), result)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show its end."""
-        self._end(trial, trial.last_result)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show that it crashed."""
-        self._end(trial, None)
-
-    def _end(self, trial: Any, result: dict[str, Any] | None) -> None:
-        checkpoint.keep_best(storage.join(self.out, trial.config["job"]["folder"]))
-        self.board.end(self._name(trial), end_of(result).name.lower(), (result or {}).get("failed"))
-        if self.file:
-            self.file.publish()
 
 
 def _tidy(out: str, study: optuna.Study) -> None:
@@ -346,7 +207,9 @@ def _contenders(
     return {**contenders, "best-elastic-on": {**chosen, **deformation}}
 
 
-def _confirm(shared: Shared, contenders: dict[str, space.Values], seeds: int, room: Capacity, retries: int) -> None:
+def _confirm(
+    shared: Shared, contenders: dict[str, space.Values], seeds: int, room: tuner.Capacity, retries: int
+) -> None:
     """Train each contender whole with each of `seeds` fresh seeds, where that is not done yet."""
     jobs = [
         {"folder": f"confirm/{name}-{seed}", "values": {**chosen, "seed": shared.recipe.seed + seed}}
@@ -357,7 +220,7 @@ def _confirm(shared: Shared, contenders: dict[str, space.Values], seeds: int, ro
     if not left:
         return
     with Board(len(jobs), len(jobs) - len(left), None, "confirming") as board:
-        _tune(shared, room, retries, [_Watch(board, shared.out)], param_space={"job": tune.grid_search(left)})
+        tuner.run(shared, room, retries, [tuner.Watch(board, shared.out)], param_space={"job": tune.grid_search(left)})
 
 
 def _is_done(shared: Shared, job: dict[str, Any]) -> bool:

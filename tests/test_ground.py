@@ -36,6 +36,7 @@ RAY_ROOMS = {
     "sweep",
     "search",
     "trial",
+    "tuner",
     "preflight",
 }
 RAY_ROOMS |= {"bench_feed", "bench_train", "bench_prepare"}

@@ -7,7 +7,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from raylivecell import space, study, sweep
+from raylivecell import space, study, tuner
 from raylivecell.errors import UserError
 from raylivecell.recipe import Recipe
 from raylivecell.search import Search
@@ -43,6 +43,7 @@ def test_each_trial_is_told_as_what_it_is(tmp_path: Path) -> None:
     search.on_trial_result("b", row(10, 0.2))
     search.on_trial_complete("b", row(20, 0.3))
     search.on_trial_complete("c", row(0, -1.0, failed="loss not finite at step 7"))
+    search.on_trial_result("d", row(20, 0.9))
     search.on_trial_complete("d", error=True)
     trials = opened(tmp_path, resume=True).trials
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING)
@@ -53,6 +54,7 @@ def test_each_trial_is_told_as_what_it_is(tmp_path: Path) -> None:
     assert trials[1].intermediate_values == {10: 0.2, 20: 0.3}
     assert trials[2].user_attrs["failed"] == "loss not finite at step 7"
     assert trials[3].user_attrs["failed"] == "crashed"
+    tuner.scheduler(opened(tmp_path, resume=True), CONFIG)
 
 
 def test_what_a_killed_driver_left_running_is_taken_up_again(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_stopping_early_knows_the_trials_before_a_kill(tmp_path: Path) -> None:
         search.suggest(str(place))
         search.on_trial_result(str(place), row(20, 0.8))
         search.on_trial_complete(str(place), row(100, 0.9))
-    scheduler = sweep._scheduler(opened(tmp_path, resume=True), CONFIG)
+    scheduler = tuner.scheduler(opened(tmp_path, resume=True), CONFIG)
     new: Any = type("Trial", (), {"trial_id": "new"})()
     scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
     assert scheduler.on_trial_result(None, new, {"progress": 20.0, "score": 0.1}) == "STOP"  # type: ignore[arg-type]
@@ -143,7 +145,6 @@ def test_a_study_in_use_or_out_of_reach_is_refused(tmp_path: Path) -> None:
         (16, 4, 1, 1.0, None, (4, 1.0, 1.0, 4)),
         (16, 4, 2, 1.0, None, (2, 1.0, 1.0, 4)),
         (16, 1, 1, 0.25, None, (4, 1.0, 0.25, 4)),
-        (8, 1, 2, 1.0, None, (3, 1.0, 0.0, 1)),
     ],
 )
 def test_the_cluster_is_shared_out(
@@ -156,13 +157,15 @@ def test_the_cluster_is_shared_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     resources = {"CPU": float(cpus), "GPU": float(gpus)}
-    monkeypatch.setattr(sweep.preflight.ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(tuner.preflight.ray, "cluster_resources", lambda: resources)
     config = SweepConfig(workers_per_trial=workers, gpus_per_worker=share)
-    room = sweep.capacity(config, resources, at_once)
+    room = tuner.capacity(config, resources, at_once)
     assert (room.at_once, room.cpus, room.gpus, room.threads) == expected
     assert room.at_once * workers * room.cpus < cpus, "a CPU is left for Ray Data"
 
 
 def test_more_trials_than_gpus_are_refused() -> None:
     with pytest.raises(UserError, match="use 4"):
-        sweep.capacity(SweepConfig(), {"CPU": 16, "GPU": 4}, 5)
+        tuner.capacity(SweepConfig(), {"CPU": 16, "GPU": 4}, 5)
+    with pytest.raises(UserError, match="more than the cluster's 1 GPUs; lower"):
+        tuner.capacity(SweepConfig(workers_per_trial=2), {"CPU": 16, "GPU": 1})
