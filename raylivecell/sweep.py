@@ -79,14 +79,16 @@ def sweep(
     if left > 0:
         _search(study, file, shared, config, room, left, retries, mlflow)
     _tidy(out, study)
-    best = _best(study, config)
-    if confirm:
-        _confirm(shared, _contenders(recipe, config, study, best), confirm, room, retries)
-    _hand_over(out, recipe, config, study, best)
-    sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
+    whole = len(finished(study)) >= trials
+    if whole or sweep_stats.complete(study):
+        best = _best(study, config)
+        if confirm and whole:
+            _confirm(shared, _contenders(recipe, config, study, best), confirm, room, retries)
+        _hand_over(out, recipe, config, study, best)
+        sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
+        console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", soft_wrap=True)
     file.publish()
-    console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", markup=False, soft_wrap=True)
-    if len(finished(study)) < trials:
+    if not whole:
         raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; go on with --resume")
     return study
 
