@@ -14,7 +14,19 @@ import optuna
 import ray
 from ray import tune
 
-from raylivecell import checkpoint, ingest, preflight, runtime, space, storage, sweep_report, sweep_stats, train, tuner
+from raylivecell import (
+    checkpoint,
+    ingest,
+    preflight,
+    run_folder,
+    runtime,
+    space,
+    storage,
+    sweep_report,
+    sweep_stats,
+    train,
+    tuner,
+)
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.live import Board
@@ -65,14 +77,14 @@ def sweep(
     if trials < 1:
         raise UserError(f"--trials {trials}: give at least 1")
     _check(data, recipe, config)
-    _check_unused(out, recipe, config, resume)
+    _check_unused(out, data, recipe, config, resume)
     runtime.connect()
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
     room = tuner.capacity(config, ray.cluster_resources(), at_once)
     file = StudyFile(out, study_url)
     study = open_study(file.url, out, recipe, config, resume)
-    storage.write_bytes(storage.join(out, "recipe.yaml"), space.dump(recipe, config).encode())
+    run_folder.claim(out, data, space.dump(recipe, config))
     shared = _shared(data, out, recipe, config, room)
     left = trials - len(finished(study))
     console.print(_plan_of(config, room, left, trials), soft_wrap=True)
@@ -84,9 +96,7 @@ def sweep(
         best = _best(study, config)
         if confirm and whole:
             _confirm(shared, _contenders(recipe, config, study, best), confirm, room, retries)
-        _hand_over(out, recipe, config, study, best)
-        sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
-        console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", soft_wrap=True)
+        _hand_over(out, data, recipe, config, study, best)
     file.publish()
     if not whole:
         raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; go on with --resume")
@@ -110,14 +120,11 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
         )
 
 
-def _check_unused(out: str, recipe: Recipe, config: SweepConfig, resume: bool) -> None:
+def _check_unused(out: str, data: str, recipe: Recipe, config: SweepConfig, resume: bool) -> None:
     """UserError unless `out` is new, or a sweep of the same recipe and search is meant to go on."""
-    used = "recipe.yaml" in storage.list_names(out)
-    if resume and not used:
-        raise UserError(f"nothing to resume at {out}; leave --resume away to start a sweep there")
-    if used and not resume:
-        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
-    if used and space.load(storage.join(out, "recipe.yaml")) != (recipe, config):
+    if not run_folder.goes_on(out, data, resume):
+        return
+    if space.load(storage.join(out, run_folder.RECIPE)) != (recipe, config):
         raise UserError(f"the sweep at {out} has another recipe or search; resume it with its own {out}/recipe.yaml")
 
 
@@ -247,12 +254,14 @@ def _confirmed(out: str) -> dict[str, list[float]]:
 
 
 def _hand_over(
-    out: str, recipe: Recipe, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial
+    out: str, data: str, recipe: Recipe, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial
 ) -> None:
-    """best.yaml, the best trial's checkpoint as the sweep's, trials.csv."""
+    """best.yaml, the best trial's checkpoint as the sweep's, trials.csv, report.html."""
     named = ", ".join(f"{space.OBJECTIVES[one].unit} {value:.4g}" for one, value in zip(config.objectives, best.values))
     text = f"# Trial {best.number} of {len(study.trials)}: {named}.\n"
     chosen = space.apply(recipe, values(best, recipe, config))
     storage.write_bytes(storage.join(out, "best.yaml"), (text + recipes.dump(chosen)).encode())
     checkpoint.copy(checkpoint.find(storage.join(out, folder_of(best.number))), storage.join(out, BEST))
     storage.write_bytes(storage.join(out, "trials.csv"), sweep_stats.trials_csv(study, recipe, config).encode())
+    sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
+    console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", soft_wrap=True)

@@ -17,7 +17,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from raylivecell import checkpoint, ingest, preflight, report, runtime, segment, shards, storage
+from raylivecell import checkpoint, ingest, preflight, report, run_folder, runtime, segment, shards, storage
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.live import Live
@@ -61,13 +61,13 @@ def train(
     data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
     preflight.batch_divides(recipe.batch_size, workers)
     preflight.samples_fit(data, recipe.crop)
-    _check_unused(out, recipe, resume)
+    _check_unused(out, data, recipe, resume)
     marks.append(("dataset", time.time()))
     runtime.connect()
     marks.append(("Ray", time.time()))
     most = workers if isinstance(workers, int) else workers[1]
     cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
-    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
+    run_folder.claim(out, data, recipes.dump(recipe))
     samples = ingest.open_samples(data)
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
     queue = Queue(actor_options={"num_cpus": 0})
@@ -84,19 +84,13 @@ def train(
     return _finish(data, out, recipe)
 
 
-def _check_unused(out: str, recipe: Recipe, resume: bool) -> None:
+def _check_unused(out: str, data: str, recipe: Recipe, resume: bool) -> None:
     """Ray resumes a folder in use without a word: UserError, unless that is meant and the recipe is the run's."""
-    used = "recipe.yaml" in storage.list_names(out)
-    if resume and not used:
-        raise UserError(f"nothing to resume at {out}; leave --resume away to start a run there")
-    if used and not resume:
-        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
-    if used:
-        changed = _changed(recipes.load(storage.join(out, "recipe.yaml")), recipe)
-        if changed:
-            raise UserError(
-                f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml"
-            )
+    if not run_folder.goes_on(out, data, resume):
+        return
+    changed = _changed(recipes.load(storage.join(out, run_folder.RECIPE)), recipe)
+    if changed:
+        raise UserError(f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml")
 
 
 def _changed(old: Recipe, new: Recipe) -> str:

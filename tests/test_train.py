@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import kill_at
+from conftest import kill_at, write_tiny_dataset
 
 from raylivecell import checkpoint, preflight
 from raylivecell.errors import UserError
@@ -118,6 +118,8 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_
         train(tiny_dataset, str(run), RECIPE)
     with pytest.raises(UserError, match=r"another recipe \(batch_size\)"):
         train(tiny_dataset, str(run), RECIPE.model_copy(update={"batch_size": 2}), resume=True)
+    with pytest.raises(UserError, match=f"begun on the dataset of {tiny_dataset}"):
+        train(write_tiny_dataset(tmp_path / "other", 11), str(run), RECIPE, resume=True)
     train(tiny_dataset, str(run), RECIPE, resume=True)
     assert len(history(run)) == 20
     for name, value in weights(one_worker).items():

@@ -1,0 +1,40 @@
+"""The folder of a run or a sweep: begun with one recipe on one dataset, and gone on with only by the same.
+
+recipe.yaml   the recipe; that it is there says that the folder is taken
+data.json     {"uri", "sha256" of its dataset.json}
+"""
+
+import hashlib
+
+from raylivecell import storage
+from raylivecell.errors import UserError
+
+RECIPE, DATA = "recipe.yaml", "data.json"
+
+
+def goes_on(out: str, data: str, resume: bool) -> bool:
+    """Whether a run in `out` is gone on with on the dataset at `data`.
+
+    Raises:
+        UserError: one is there that nobody asked to resume; none is there to resume; it was begun on other data.
+    """
+    used = RECIPE in storage.list_names(out)
+    if resume and not used:
+        raise UserError(f"nothing to resume at {out}; leave --resume away to start there")
+    if used and not resume:
+        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
+    if used:
+        begun = storage.read_json(storage.join(out, DATA))
+        if begun["sha256"] != _fingerprint(data):
+            raise UserError(f"{out} was begun on the dataset of {begun['uri']}, which {data} is not; resume it on that")
+    return used
+
+
+def claim(out: str, data: str, recipe: str) -> None:
+    """Take the folder for `recipe` (YAML) and the dataset at `data`."""
+    storage.write_json(storage.join(out, DATA), {"uri": data, "sha256": _fingerprint(data)})
+    storage.write_bytes(storage.join(out, RECIPE), recipe.encode())
+
+
+def _fingerprint(data: str) -> str:
+    return hashlib.sha256(storage.read_bytes(storage.join(data, "dataset.json"))).hexdigest()
