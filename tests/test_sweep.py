@@ -181,22 +181,23 @@ sweep.sweep(data, out, recipe, config, int(trials), resume=sweep.storage.exists(
 
 
 def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
-    """Killed while the first trials start, and in the middle of others."""
-    out, asked = tmp_path / "killed", 9
+    """Killed while the first trials start, in the middle of others, and stopped by Ctrl-C."""
+    out, asked = tmp_path / "killed", 10
     Path(f"{out}-recipe.yaml").write_text(space.dump(RECIPE, CONFIG))
     # On the session's cluster: two on one machine disturb each other.
     env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     seen: dict[int, tuple] = {}
-    for moment in (
-        lambda done, begun: begun >= 1,
-        lambda done, begun: done >= 2,
-        lambda done, begun: begun > done >= 5,
-    ):
+    moments = [
+        (signal.SIGKILL, lambda done, begun: begun >= 1),
+        (signal.SIGKILL, lambda done, begun: begun > done >= 3),
+        (signal.SIGINT, lambda done, begun: done >= 5),
+    ]
+    for how, moment in moments:
         driver = subprocess.Popen([sys.executable, "-c", DRIVER, tiny_dataset, str(out), str(asked)], env=env)
         while not moment(*_counts(out)):
             assert driver.poll() is None, "the sweep ended by itself"
             time.sleep(0.02)
-        driver.send_signal(signal.SIGKILL)
+        driver.send_signal(how)
         driver.wait()
         for trial in study_of(out).trials:
             if trial.state.is_finished():

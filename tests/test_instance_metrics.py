@@ -1,0 +1,111 @@
+"""Scores of instances against a slow reference, and in cases whose answer is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from raylivecell import instance_metrics as im
+
+
+def discs(rng: np.random.Generator, cells: int, size: int = 48) -> np.ndarray:
+    """A label image of discs that hide each other, its labels not consecutive."""
+    labels = np.zeros((size, size), np.int32)
+    y, x = np.ogrid[:size, :size]
+    for label in range(cells):
+        cy, cx, r = *rng.integers(0, size, 2), rng.integers(1, 9)
+        labels[(y - cy) ** 2 + (x - cx) ** 2 <= r * r] = 3 * label + 2
+    return labels
+
+
+def moved(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shifted by up to two pixels, some cells lost, some split."""
+    shifted = np.roll(labels, rng.integers(-2, 3, 2), (0, 1))
+    for label in np.unique(shifted)[1:]:
+        chance = rng.random()
+        if chance < 0.15:
+            shifted[shifted == label] = 0
+        elif chance < 0.3:
+            where = np.argwhere(shifted == label)
+            half = where[: len(where) // 2]
+            shifted[tuple(half.T)] = 1000 + label
+    return shifted
+
+
+def reference(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
+    """SA at each threshold and PQ by a full matrix and the Hungarian method."""
+    said = [prediction == label for label in np.unique(prediction) if label]
+    true = [truth == label for label in np.unique(truth) if label]
+    if not said and not true:
+        return np.ones(10), 1.0
+    iou = np.array([[(a & b).sum() / (a | b).sum() for b in true] for a in said]).reshape(len(said), len(true))
+    accuracies = []
+    for threshold in im.THRESHOLDS:
+        near = iou >= threshold - 1e-12
+        rows, columns = linear_sum_assignment(-near.astype(float))
+        tp = int(near[rows, columns].sum())
+        accuracies.append(tp / (len(said) + len(true) - tp))
+    return np.array(accuracies), float(iou[iou > 0.5].sum() / (0.5 * (len(said) + len(true))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 25))
+def test_as_the_slow_reference(seed: int, cells: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = discs(rng, cells)
+    for prediction in (moved(truth, rng), discs(rng, cells), np.zeros_like(truth)):
+        pairs = im.overlaps(prediction, truth)
+        accuracy, pq = reference(prediction, truth)
+        np.testing.assert_allclose(im.segmentation_accuracy(pairs), accuracy)
+        assert im.panoptic_quality(pairs) == pytest.approx(pq)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_names_and_sides_do_not_matter(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = discs(rng, 15)
+    prediction = moved(truth, rng)
+    renamed = rng.permutation(5000)[prediction] + 1
+    renamed[prediction == 0] = 0
+    one, other = im.instance_scores(prediction, truth), im.instance_scores(renamed, truth)
+    assert other == pytest.approx(one)
+    swapped = im.instance_scores(truth, prediction)
+    for name in ("msa", "sa50", "sa75", "pq"):
+        assert swapped[name] == pytest.approx(one[name])
+
+
+def test_known_answers() -> None:
+    truth = np.zeros((10, 20), int)
+    truth[:, 2:6], truth[:, 10:14] = 1, 2
+    assert im.instance_scores(truth, truth) == {
+        **dict.fromkeys(("msa", "sa50", "sa75", "pq"), 1.0),
+        "cells": 2,
+        "true_cells": 2,
+        "count_error": 0.0,
+        "confluence_error": 0.0,
+    }
+    one = np.where(truth == 1, 7, 0)
+    scores = im.instance_scores(one, truth)
+    assert (scores["msa"], scores["pq"], scores["count_error"]) == (0.5, pytest.approx(2 / 3), -0.5)
+    assert scores["confluence_error"] == pytest.approx(-0.2)
+    nothing = np.zeros_like(truth)
+    assert im.instance_scores(nothing, nothing)["msa"] == 1.0
+    assert im.instance_scores(nothing, truth)["msa"] == 0.0
+    assert im.instance_scores(truth, nothing)["count_error"] == 2.0
+
+
+def test_halves_of_a_cell_share_one_partner() -> None:
+    """Two halves reach an IoU of 0.5 each: one is right, the other wrong."""
+    truth = np.zeros((4, 8), int)
+    truth[1:3, 2:6] = 1
+    halves = truth.copy()
+    halves[1:3, 4:6] = 2
+    assert im.true_positives(im.overlaps(halves, truth), 0.5) == 1
+    assert im.segmentation_accuracy(im.overlaps(halves, truth))[0] == 0.5
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        im.overlaps(np.zeros((2, 3), int), np.zeros((3, 2), int))
