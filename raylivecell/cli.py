@@ -203,7 +203,7 @@ def sweep(arguments: Sequence[str]) -> None:
             storage: any Optuna storage URL, instead of study.db in --out.
             at_once: trials at once; default: what the cluster has room for.
             retries: how often a trial goes on from its last checkpoint after a crash.
-            confirm: fresh seeds with which start and best are trained anew, whole.
+            confirm: fresh seeds with which start and best are trained anew, whole; the better one is handed over.
             mlflow: tracking URI, to log the trials to MLflow too.
         """
         whole = config.model_copy(update=search.model_dump())

@@ -2,20 +2,16 @@
 
 1. The driver opens the study (study.py), decodes the samples into the object store once, and shares the cluster out.
 2. Tune runs the trials (trial.py) that the study asks for; ASHA stops the weak ones.
-3. `confirm` trains the starting recipe, the best one, and the best one without (or with) elastic deformation anew, with
-   fresh seeds: the score by which a trial was chosen flatters it.
-4. best.yaml, the best checkpoint, trials.csv and report.html are drawn from the study alone.
+3. Start and best are trained anew with fresh seeds, on request (confirm.py).
+4. best.yaml, its checkpoint, trials.csv and report.html are drawn from the study and the runs' folders alone.
 """
-
-import json
-from typing import Any
 
 import optuna
 import ray
-from ray import tune
 
 from raylivecell import (
     checkpoint,
+    confirm,
     ingest,
     preflight,
     run_folder,
@@ -27,17 +23,15 @@ from raylivecell import (
     train,
     tuner,
 )
-from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.live import Board
 from raylivecell.order import Plan
 from raylivecell.progress import console
 from raylivecell.recipe import Recipe
 from raylivecell.search import Search
-from raylivecell.space import ELASTIC, SweepConfig
-from raylivecell.study import StudyFile, finished, folder_of, open_study, values
+from raylivecell.space import SweepConfig
+from raylivecell.study import StudyFile, finished, folder_of, open_study
 from raylivecell.trial import Shared
-from raylivecell.worker import SCORE
 
 BEST = checkpoint.FOLDER + "best"
 
@@ -52,7 +46,7 @@ def sweep(
     study_url: str | None = None,
     at_once: int | None = None,
     retries: int = 1,
-    confirm: int = 0,
+    seeds: int = 0,
     mlflow: str | None = None,
 ) -> optuna.Study:
     """Search `config`'s space around `recipe` on the dataset at `data`; the study.
@@ -67,7 +61,7 @@ def sweep(
         study_url: Optuna storage to use instead of OUT/study.db.
         at_once: trials at once; default: what the cluster has room for.
         retries: how often a trial goes on from its last checkpoint after a crash.
-        confirm: fresh seeds with which start and best are trained anew, whole.
+        seeds: fresh ones with which start and best are trained anew, whole (confirm.py).
         mlflow: tracking URI, where trials are logged to MLflow too.
 
     Raises:
@@ -94,8 +88,8 @@ def sweep(
     whole = len(finished(study)) >= trials
     if whole or sweep_stats.complete(study):
         best = _best(study, config)
-        if confirm and whole:
-            _confirm(shared, _contenders(recipe, config, study, best), confirm, room, retries)
+        if seeds and whole:
+            confirm.run(shared, confirm.contenders(recipe, config, study, best), seeds, room, retries)
         _hand_over(out, data, recipe, config, study, best)
     file.publish()
     if not whole:
@@ -198,70 +192,20 @@ def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
     return max(best, key=lambda trial: (sign * trial.values[0], -trial.number))
 
 
-def _contenders(
-    recipe: Recipe, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial
-) -> dict[str, space.Values]:
-    """Recipes to train anew, by name: the start, the best, and the best with elastic deformation off, or on."""
-    chosen = values(best, recipe, config)
-    contenders = {"start": {}, "best": chosen}
-    if ELASTIC not in config.space:
-        return contenders
-    if chosen[ELASTIC] > 0:
-        return {**contenders, "best-elastic-off": {**chosen, ELASTIC: 0.0}}
-    with_it = [trial for trial in sweep_stats.complete(study) if trial.params.get(ELASTIC, 0) > 0]
-    if not with_it:
-        return contenders
-    other = values(max(with_it, key=lambda trial: trial.values[0]), recipe, config)
-    deformation = {path: value for path, value in other.items() if path.startswith("augment.elastic.")}
-    return {**contenders, "best-elastic-on": {**chosen, **deformation}}
-
-
-def _confirm(
-    shared: Shared, contenders: dict[str, space.Values], seeds: int, room: tuner.Capacity, retries: int
-) -> None:
-    """Train each contender whole with each of `seeds` fresh seeds, where that is not done yet."""
-    jobs = [
-        {"folder": f"confirm/{name}-{seed}", "values": {**chosen, "seed": shared.recipe.seed + seed}}
-        for seed in range(1, seeds + 1)
-        for name, chosen in contenders.items()
-    ]
-    left = [job for job in jobs if not _is_done(shared, job)]
-    if not left:
-        return
-    with Board(len(jobs), len(jobs) - len(left), None, "confirming") as board:
-        tuner.run(shared, room, retries, [tuner.Watch(board, shared.out)], param_space={"job": tune.grid_search(left)})
-
-
-def _is_done(shared: Shared, job: dict[str, Any]) -> bool:
-    history = _history(storage.join(shared.out, job["folder"]))
-    return bool(history) and history[-1]["step"] >= shared.job({"job": job}).plan().steps
-
-
-def _history(run: str) -> list[dict[str, Any]]:
-    if "metrics.jsonl" not in storage.list_names(run):
-        return []
-    return [json.loads(line) for line in storage.read_bytes(storage.join(run, "metrics.jsonl")).splitlines()]
-
-
-def _confirmed(out: str) -> dict[str, list[float]]:
-    """Best validation Dice of each confirming run, by contender, in the order of their seeds."""
-    scores: dict[str, list[float]] = {}
-    for folder in storage.list_names(storage.join(out, "confirm")):
-        history = _history(storage.join(out, "confirm", folder))
-        if history:
-            scores.setdefault(folder.rpartition("-")[0], []).append(max(row[SCORE] for row in history))
-    return scores
-
-
 def _hand_over(
     out: str, data: str, recipe: Recipe, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial
 ) -> None:
-    """best.yaml, the best trial's checkpoint as the sweep's, trials.csv, report.html."""
+    """best.yaml and its checkpoint (those of the confirming runs, where there are), trials.csv, report.html."""
+    confirmed = confirm.scores(out, confirm.contenders(recipe, config, study, best))
     named = ", ".join(f"{space.OBJECTIVES[one].unit} {value:.4g}" for one, value in zip(config.objectives, best.values))
-    text = f"# Trial {best.number} of {len(study.trials)}: {named}.\n"
-    chosen = space.apply(recipe, values(best, recipe, config))
-    storage.write_bytes(storage.join(out, "best.yaml"), (text + recipes.dump(chosen)).encode())
-    checkpoint.copy(checkpoint.find(storage.join(out, folder_of(best.number))), storage.join(out, BEST))
+    folder, why = storage.join(out, folder_of(best.number)), f"trial {best.number} of {len(study.trials)}; {named}"
+    if confirmed and config.objectives == ("dice",):
+        folder, why = confirm.winner(out, confirmed)
+    found = checkpoint.find(folder)
+    text = storage.read_bytes(storage.join(found, checkpoint.RECIPE))
+    storage.write_bytes(storage.join(out, "best.yaml"), f"# {why}.\n".encode() + text)
+    checkpoint.copy(found, storage.join(out, BEST))
     storage.write_bytes(storage.join(out, "trials.csv"), sweep_stats.trials_csv(study, recipe, config).encode())
-    sweep_report.write(out, data, recipe, config, study, best, _confirmed(out))
-    console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", soft_wrap=True)
+    sweep_report.write(out, data, recipe, config, study, best, confirmed)
+    console.print(f"best: {why}", soft_wrap=True, markup=False)
+    console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", soft_wrap=True, markup=False)

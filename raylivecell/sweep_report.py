@@ -145,7 +145,7 @@ def _confirmed(confirmed: dict[str, list[float]]) -> list[str]:
         spread = f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         gain = f"{gains.mean():+.4f} ({gains.min():+.4f} to {gains.max():+.4f})" if len(gains) else ""
         each = ", ".join(f"{one:.4f}" for one in scores)
-        rows.append([name.replace("-", ", ", 1).replace("-", " "), f"{np.mean(scores):.4f}", spread, gain, each])
+        rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", spread, gain, each])
     figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(rows))
     for place, scores in enumerate(score for _, score in ordered):
         axes.plot(scores, [place] * len(scores), "o", color=BLUE, alpha=0.7)

@@ -34,6 +34,7 @@ RAY_ROOMS = {
     "inference",
     "actors",
     "sweep",
+    "confirm",
     "search",
     "trial",
     "tuner",
