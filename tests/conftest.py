@@ -123,8 +123,8 @@ def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> 
     )
 
 
-def kill_at(run: Path, reports: int, process: str) -> tuple[threading.Thread, list[int]]:
-    """SIGKILL every process of that name once `run` has so many reports; the thread that waits, and who was hit."""
+def kill_at(run: Path, reports: int, *names: str) -> tuple[threading.Thread, list[int]]:
+    """SIGKILL processes of these names once `run` has so many reports; the thread that waits, and who was hit."""
     import psutil
 
     killed: list[int] = []
@@ -134,7 +134,7 @@ def kill_at(run: Path, reports: int, process: str) -> tuple[threading.Thread, li
         while not metrics.exists() or len(metrics.read_text().splitlines()) < reports:
             time.sleep(0.01)
         for one in psutil.process_iter(["cmdline"]):
-            if process in " ".join(one.info["cmdline"] or []):
+            if any(name in " ".join(one.info["cmdline"] or []) for name in names):
                 one.kill()
                 killed.append(one.pid)
 

@@ -1,5 +1,6 @@
 """The stream of batches: the plan's samples, the same pixels for any number of ranks and from any step on."""
 
+import gc
 import json
 import re
 import time
@@ -99,9 +100,11 @@ def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: ingest.Sour
         for _ in range(20):
             next(batches)
         batches.close()
+    del batches
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != whole or objects() > before:
         assert time.monotonic() < deadline, (ray.available_resources(), objects(), before)
+        gc.collect()  # the last stream's thread may have been ending while `close` collected
         time.sleep(0.05)
 
 

@@ -28,7 +28,6 @@ at = "s3://cells/"
 sweep = ["sweep", "--data", at + "data", "--out", at + "runs/sweep", "--recipe", RECIPE, "--retries", "0"]
 assert cli.main([*sweep, "--trials", "2"]) == 0
 assert cli.main([*sweep, "--trials", "3", "--resume"]) == 0
-assert cli.main(["evaluate", "--checkpoint", at + "runs/sweep", "--data", at + "data", "--out", at + "best"]) == 0
 """
 RECIPE = "phases: [{steps: 8}]\n"
 SMALL = "batch_size: 4\ncrop: [32, 40]\nmodel: {features: [4, 8]}\nloop: {report_steps: 2}\n"

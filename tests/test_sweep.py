@@ -184,15 +184,14 @@ sweep.sweep(data, out, recipe, config, int(trials), resume=sweep.storage.exists(
 
 
 def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
-    """Killed while the first trials start, in the middle of others, and stopped by Ctrl-C."""
+    """Killed in the middle of its first trials, and stopped by Ctrl-C."""
     out, asked = tmp_path / "killed", 10
     Path(f"{out}-recipe.yaml").write_text(space.dump(RECIPE, CONFIG))
     # On the session's cluster: two on one machine disturb each other.
     env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     seen: dict[int, tuple] = {}
     moments = [
-        (signal.SIGKILL, lambda done, begun: begun >= 1),
-        (signal.SIGKILL, lambda done, begun: begun > done >= 3),
+        (signal.SIGKILL, lambda done, begun: begun > done >= 1),
         (signal.SIGINT, lambda done, begun: done >= 5),
     ]
     for how, moment in moments:
@@ -239,7 +238,7 @@ def test_a_killed_trial_goes_on_and_a_hopeless_one_is_told_as_failed(
         sampler="random",
         early_stopping=False,
     )
-    thread, killed = kill_at(out / "trials" / "0000", 4, "OneWorker")
+    thread, killed = kill_at(out / "trials" / "0000", 4, "ray::OneWorker", "ray::ResourceTrainable")
     study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=8, at_once=1)
     thread.join()
     assert killed
@@ -283,7 +282,7 @@ def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, 
     out = tmp_path / "front"
     features = Dimension(choices=([4, 8], [2, 4], [32, 64]))
     config = SweepConfig(space={"model.features": features}, shares=(), objectives=("dice", "ms_per_image"))
-    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=5)
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=4)
     assert all(trial.values[1] > 0 for trial in study.trials)
     assert "Pareto front" in (out / "report.html").read_text()
     rows = list(csv.DictReader((out / "trials.csv").open()))
