@@ -1,3 +1,30 @@
-"""U-Net segmentation of living cells in phase-contrast microscopy, trained on a Ray cluster."""
+"""U-Net segmentation of living cells in phase-contrast microscopy, trained on Ray.
+
+In a notebook, without a cluster:
+
+    load(uri)              a trained network: its `.segment(image)` finds the cells of uint8 (H, W)
+    score(labels, truth)   what that is worth: Dice, mSA, PQ, errors of counts
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from raylivecell.scores import score
+    from raylivecell.segmenter import load
+
+__all__ = ["__version__", "load", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: the command line should not wait for numpy."""
+    if name == "load":
+        from raylivecell.segmenter import load
+
+        return load
+    if name == "score":
+        from raylivecell.scores import score
+
+        return score
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

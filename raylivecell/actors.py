@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import ray
 import ray.data
-import torch
 
 from raylivecell import runtime
 from raylivecell.errors import UserError
@@ -21,7 +20,7 @@ Row = dict[str, Any]
 BLOCK = 8
 
 
-def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str) -> list[Row]:
+def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str, use_gpus: bool = True) -> list[Row]:
     """A row for each of `items`, in their order.
 
     Args:
@@ -29,12 +28,14 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str)
         arguments: of the class.
         items: distinct ints or strings.
         what: shown while it runs.
+        use_gpus: one an actor, where there are some.
 
     Raises:
         RuntimeError: if a result is lost or doubled.
         UserError: as raised in an actor.
     """
-    count, cpus, gpus = pool(len(items), ray.cluster_resources())
+    resources = ray.cluster_resources()
+    count, cpus, gpus = pool(len(items), resources if use_gpus else {**resources, "GPU": 0})
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     runtime.quiet_data()
@@ -72,11 +73,19 @@ def pool(items: int, resources: dict[str, float]) -> tuple[int, int, int]:
     return min(share, most), max(1, (cpus - 1) // share), 0
 
 
-def use_threads() -> None:
+def use_threads(with_torch: bool = True) -> None:
     """In an actor: as many torch threads as it has CPUs, and one for the spared CPU; OpenCV without its own."""
-    cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
-    torch.set_num_threads(min(cpus + 1, os.cpu_count() or 1))
     cv2.setNumThreads(1)
+    if with_torch:
+        import torch
+
+        cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+        torch.set_num_threads(min(cpus + 1, os.cpu_count() or 1))
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Rows of the same keys as what an actor gives back for a block."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _rows(results: ray.data.Dataset) -> Iterator[Row]:

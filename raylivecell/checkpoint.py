@@ -4,6 +4,7 @@
     training.pt         optimiser, schedule, raw weights, RNG: tensors and primitives, opened with weights_only=True
     state.json          steps done, best score so far, the history of metrics
     recipe.yaml         the recipe
+    instances.json      thresholds that make cells of its maps, where `evaluate --calibrate` has chosen them
 
 A run folder holds `checkpoint_*` folders; the best of them is the one whose state.json has the highest score.
 """
@@ -20,14 +21,17 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from raylivecell import instances, storage
 from raylivecell import recipe as recipes
-from raylivecell import storage
 from raylivecell.errors import UserError
+from raylivecell.fields import Targets
+from raylivecell.instances import InstanceConfig
 from raylivecell.loop import State
 from raylivecell.model import build_model
 
 FOLDER = "checkpoint_"
 MODEL, TRAINING, STATE, RECIPE = "model.safetensors", "training.pt", "state.json", "recipe.yaml"
+INSTANCES = "instances.json"
 
 
 def save(folder: str, model: nn.Module, training: dict[str, Any], state: State, recipe: recipes.Recipe) -> None:
@@ -94,7 +98,7 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
     """The network of the checkpoint or run at `uri`, in evaluation mode on the CPU, and its recipe."""
     folder = find(uri)
     recipe = recipes.load(storage.join(folder, RECIPE))
-    model = build_model(recipe.model)
+    model = build_model(recipe.model, recipe.outputs)
     try:
         model.load_state_dict(safetensors.torch.load(_read(folder, MODEL)))
     except (safetensors.SafetensorError, RuntimeError) as error:
@@ -102,6 +106,20 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
             f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}"
         ) from error
     return model.eval(), recipe
+
+
+def save_instances(folder: str, config: InstanceConfig, told: dict[str, Any]) -> None:
+    """Keep the thresholds that make cells of the network's maps, and what is `told` of how they were found."""
+    storage.write_json(storage.join(folder, INSTANCES), {"thresholds": config.model_dump(), **told})
+
+
+def load_instances(folder: str, targets: Targets) -> InstanceConfig:
+    """What `save_instances` kept, or the values to begin with."""
+    try:
+        values = storage.read_json(storage.join(folder, INSTANCES))
+    except FileNotFoundError:
+        return instances.default(targets)
+    return recipes.validate(InstanceConfig, values["thresholds"], storage.join(folder, INSTANCES))
 
 
 def find(uri: str) -> str:

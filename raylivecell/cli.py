@@ -39,38 +39,73 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
 
 
 def evaluate(
-    checkpoint: str, data: str, out: str, split: Literal["train", "val", "test"] = "test", tta: bool = False
+    data: str,
+    out: str,
+    checkpoint: str | None = None,
+    predictions: str | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    tta: bool = False,
+    calibrate: bool = False,
 ) -> None:
-    """Score a checkpoint on whole images: metrics.json, in all, per cell type and per image.
+    """Score a checkpoint, or any tool's cells, on whole images: metrics.json and report.html.
 
     Args:
-        checkpoint: a checkpoint's folder, or a run's (then its best).
         data: a prepared dataset.
-        out: folder for metrics.json and overlays.
+        out: folder for metrics.json, report.html and overlays.
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        predictions: instead of a checkpoint, a COCO results file (JSON) of anybody's cells.
         split: which images.
         tta: average over the four flips.
+        calibrate: first choose on validation images the thresholds that make cells, and keep them in the checkpoint.
     """
-    from raylivecell import inference
+    from raylivecell import evaluate as room
 
-    inference.evaluate(checkpoint, data, split, out, tta=tta)
+    if predictions is not None:
+        if checkpoint is not None or tta or calibrate:
+            raise UserError("--predictions is scored by itself: leave out --checkpoint, --tta and --calibrate")
+        room.compare(predictions, data, split, out)
+    elif checkpoint is None:
+        raise UserError("nothing to score: give --checkpoint, or --predictions with a COCO results file")
+    else:
+        room.evaluate(checkpoint, data, split, out, tta=tta, calibrated=calibrate)
 
 
 def predict(
-    checkpoint: str, images: str, out: str, threshold: float = 0.5, tta: bool = False, bits: int | None = None
+    images: str,
+    out: str,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    write: tuple[Literal["labels", "masks", "overlays", "coco", "cells"], ...] = (
+        "labels",
+        "masks",
+        "overlays",
+        "coco",
+        "cells",
+    ),
+    tta: bool = False,
+    bits: int | None = None,
+    threshold: float | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Segment a folder of images: masks, overlays and cells.csv.
+    """Find the cells in a folder of images; killed and started again, it goes on. Writes images.csv, a row an image.
 
     Args:
-        checkpoint: a checkpoint's folder, or a run's (then its best).
         images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits.
         out: folder to write.
-        threshold: probability from which a pixel is cell.
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        model: the same, or an .onnx file.
+        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (a row a cell).
         tta: average over the four flips.
         bits: used bits of 16-bit images, 8 to 16; without it each is scaled so that its median becomes 128.
+        threshold: probability over which a pixel is foreground; default: the model's.
+        overwrite: delete what an earlier predict wrote into --out.
     """
-    from raylivecell import inference
+    from raylivecell import predict as room
 
-    inference.predict(checkpoint, images, out, tta=tta, threshold=threshold, bits=bits)
+    given = [uri for uri in (checkpoint, model) if uri is not None]
+    if len(given) != 1:
+        raise UserError("give either --checkpoint, or --model (a checkpoint too, or an .onnx file)")
+    room.predict(given[0], images, out, write, tta, bits, threshold, overwrite)
 
 
 def download(arguments: Sequence[str]) -> None:

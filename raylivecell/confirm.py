@@ -14,11 +14,11 @@ from ray import tune
 
 from raylivecell import space, storage, sweep_stats, tuner
 from raylivecell.live import Board
+from raylivecell.loop import rank
 from raylivecell.recipe import Recipe
 from raylivecell.space import ELASTIC, SweepConfig
 from raylivecell.study import values
 from raylivecell.trial import Shared
-from raylivecell.worker import SCORE
 
 FOLDER = "confirm"
 Scores = dict[str, list[float]]
@@ -50,7 +50,7 @@ def run(shared: Shared, chosen: Mapping[str, space.Values], seeds: int, room: tu
     ]
     left = [job for job in jobs if not _is_done(shared, job)]
     if left:
-        with Board(len(jobs), len(jobs) - len(left), None, "confirming") as board:
+        with Board(len(jobs), len(jobs) - len(left), None, space.SCORES[shared.recipe.targets], "confirming") as board:
             entries = {"job": tune.grid_search(left)}
             tuner.run(shared, room, retries, [tuner.Watch(board, shared.out)], param_space=entries)
 
@@ -73,7 +73,7 @@ def scores(out: str, chosen: Mapping[str, space.Values]) -> Scores:
         histories = [_history(_folder(out, name, seed)) for seed in range(1, 1 + _seeds(out, name))]
         ends = [history[-1]["step"] if history else 0 for history in histories]
         whole = [history for history, end in zip(histories, ends) if end == max(ends)]
-        found[name] = [max(row[SCORE] for row in history) for history in whole if history]
+        found[name] = [max(rank(row) for row in history) for history in whole if history]
     counts = {len(one) for one in found.values()}
     return found if len(counts) == 1 and counts != {0} else {}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from raylivecell import inference, prepare, recipe, runtime, synthetic, train
+from raylivecell import evaluate, predict, prepare, recipe, runtime, synthetic, train
 from raylivecell.errors import UserError
 from raylivecell.progress import console
 
@@ -36,9 +36,9 @@ def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> d
     _step("1/5  drawing cells", lambda: synthetic.write_dataset(cells, images, seed, mapper=runtime.ordered_map))
     _step("2/5  preparing the dataset", lambda: prepare.prepare(str(cells), str(data), prepare.PrepareConfig()))
     _step(f"3/5  training on {WORKERS} workers", lambda: train.train(str(data), str(run), chosen, WORKERS))
-    result = _step("4/5  scoring the test images", lambda: inference.evaluate(str(run), str(data), "test", str(scores)))
+    result = _step("4/5  scoring the test images", lambda: evaluate.evaluate(str(run), str(data), "test", str(scores)))
     folder = cells / "images" / "livecell_test_images"
-    _step("5/5  finding cells", lambda: inference.predict(str(run), str(folder), str(found)))
+    _step("5/5  finding cells", lambda: predict.predict(str(run), str(folder), str(found)))
     _show(out, time.monotonic() - begin)
     return result
 

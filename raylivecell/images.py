@@ -47,16 +47,19 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.rsplit("/", 1)[-1].startswith(".")
 
 
-def decode(data: bytes) -> Picture:
-    """The picture in the bytes of an image file; `UnreadableImageError` where there is none, or more than one."""
+def decode(data: bytes, most: int = MAX_PIXELS) -> Picture:
+    """The picture in the bytes of an image file; `UnreadableImageError` where there is none, or more than one.
+
+    `most`: of pixels; at most 2^27, as Pillow itself refuses pictures not much larger.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that MAX_PIXELS refuses anyway
-            return _decode(data)
+            return _decode(data, most)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"more than {MAX_PIXELS} pixels") from error
+        raise UnreadableImageError(f"more than {most} pixels") from error
     # Pillow's readers raise any of these on broken bytes.
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError) as error:
         detail = "" if type(error).__name__ == "UnidentifiedImageError" else f" ({error})"
@@ -79,11 +82,11 @@ def to_uint8(pixels: np.ndarray, bits: int) -> NDArray[np.uint8]:
     return np.minimum(pixels >> (bits - 8), 255).astype(np.uint8)
 
 
-def _decode(data: bytes) -> Picture:
+def _decode(data: bytes, most: int) -> Picture:
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UnreadableImageError(f"{width} x {height} is more than {MAX_PIXELS} pixels; cut it into tiles")
+        if width * height > most:
+            raise UnreadableImageError(f"{width} x {height} is more than {most} pixels; cut it into tiles")
         if (pictures := getattr(image, "n_frames", 1)) != 1:
             raise UnreadableImageError(f"holds {pictures} pictures; save each as a file of its own")
         if image.mode in _COLOUR:

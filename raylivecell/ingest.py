@@ -26,7 +26,7 @@ from ray.data import ExecutionOptions, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from torch import Tensor
 
-from raylivecell import augment, shards
+from raylivecell import augment, fields, shards
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
 
 # Batches are views of the object store, which is read-only; the loop only reads them.
@@ -43,6 +43,8 @@ KEEP_SHARE = 0.3
 
 Kept = tuple["ray.ObjectRef", ...] | None
 """Decoded samples in the object store, or none: read from the shards every time."""
+Sample = np.ndarray | tuple[np.ndarray, np.ndarray]
+"""A decoded sample: uint8 (3, H, W) as PLANES; or, where cells are told apart, the image and `fields.pack`'s."""
 
 
 @dataclass(frozen=True)
@@ -54,45 +56,57 @@ class Source:
     config: augment.AugmentConfig
     crop: tuple[int, int] | None
     kept: Kept = None
+    targets: fields.Targets = "foreground"
 
 
-def read_planes(row: shards.Row) -> np.ndarray:
-    """A sample as uint8 (3, H, W): image, foreground 0/1, border."""
-    sample = shards.read_row(row, PLANES)
-    return np.stack([sample[name] for name in PLANES])
+def read_sample(row: shards.Row, cells: bool = False) -> Sample:
+    """A sample decoded; `cells`: with its labels."""
+    if not cells:
+        sample = shards.read_row(row, PLANES)
+        return np.stack([sample[name] for name in PLANES])
+    sample = shards.read_row(row, ("image", "labels", "border"))
+    return sample["image"], fields.pack(sample["labels"], sample["border"])
 
 
-def _planes(source: Source, sample: int) -> np.ndarray:
-    return ray.get(source.kept[sample]) if source.kept else read_planes(source.rows[sample])
+def _sample(source: Source, sample: int) -> Sample:
+    return ray.get(source.kept[sample]) if source.kept else read_sample(source.rows[sample], _tells_cells(source))
+
+
+def _tells_cells(source: Source) -> bool:
+    return source.targets != "foreground"
 
 
 def transform(
-    planes: np.ndarray, key: tuple[int, int, int, int], source: Source, out: np.ndarray | None = None
+    sample: Sample, key: tuple[int, int, int, int], source: Source, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """A sample as it is trained on, uint8 (3, h, w), in `out` where given: a pure function of `planes` and the key.
+    """A sample as it is trained on, `fields.planes` (h, w), in `out` where given: a pure function of it and the key.
 
     Args:
-        planes: uint8 (3, H, W); never written.
+        sample: as `read_sample` gives it; never written.
         key: (seed, epoch, sample id, variant).
         source: what is done to it.
-        out: C-contiguous uint8 (3, h, w).
+        out: C-contiguous uint8 (2 + C, h, w).
     """
     rng = np.random.default_rng(key)
+    if isinstance(sample, tuple):
+        moved = augment.augment(*sample, rng, source.config, source.crop) if key[3] else None
+        return fields.planes(*(moved or augment.plain(*sample, rng, source.crop)), source.targets, out)
     if key[3]:
-        return augment.augment_planes(planes, rng, source.config, source.crop, out)
-    return augment.plain_planes(planes, rng, source.crop, out)
+        return augment.augment_planes(sample, rng, source.config, source.crop, out)
+    return augment.plain_planes(sample, rng, source.crop, out)
 
 
 def load(rows: np.ndarray, source: Source) -> np.ndarray:
-    """Rows of the order (n, 3) as planes, uint8 (n, 3, h, w)."""
+    """Rows of the order (n, 3) as planes, uint8 (n, 2 + C, h, w)."""
     cv2.setNumThreads(1)  # a task has one CPU
+    planes = 2 + len(fields.CHANNELS[source.targets])
     batch: np.ndarray | None = None
     for place, row in enumerate(rows):
-        sample = int(row[SAMPLE])
-        planes = _planes(source, sample)
+        number = int(row[SAMPLE])
+        sample = _sample(source, number)
         if batch is None:
-            batch = np.empty((len(rows), 3, *(source.crop or planes.shape[1:])), np.uint8)
-        transform(planes, (source.plan.seed, int(row[EPOCH]), sample, int(row[VARIANT])), source, batch[place])
+            batch = np.empty((len(rows), planes, *(source.crop or sample[0].shape)), np.uint8)
+        transform(sample, (source.plan.seed, int(row[EPOCH]), number, int(row[VARIANT])), source, batch[place])
     assert batch is not None, "a block has rows"
     return batch
 
@@ -138,7 +152,7 @@ def _load_blocks(blocks: dict[str, np.ndarray], source: Source, share: Share) ->
 class Stream(Iterator[dict[str, Tensor]]):
     """Batches of `rank` from step `start` to the end of the plan; the next block is fetched while one is used.
 
-    Each is {"planes": uint8 (b, 3, h, w), "rows": int64 (b, 3) of the order}, b = batch_size / ranks, read-only.
+    Each is {"planes": uint8 (b, 2 + C, h, w), "rows": int64 (b, 3) of the order}, b = batch_size / ranks, read-only.
     It works from its making on; close it where it may not be read to its end.
 
     Args:
@@ -203,29 +217,33 @@ class Samples:
     val: tuple[shards.Row, ...]
     kept_train: Kept = None
     kept_val: Kept = None
+    cells: bool = False
+    """Whether samples hold labels."""
 
-    def val_planes(self, sample: int) -> np.ndarray:
-        """A whole validation image as `read_planes` gives it."""
-        return ray.get(self.kept_val[sample]) if self.kept_val else read_planes(self.val[sample])
+    def val_sample(self, number: int) -> Sample:
+        """A whole validation image as `read_sample` gives it."""
+        return ray.get(self.kept_val[number]) if self.kept_val else read_sample(self.val[number], self.cells)
 
 
 @ray.remote
-def _decode(row: shards.Row) -> np.ndarray:
-    return read_planes(row)
+def _decode(row: shards.Row, cells: bool) -> Sample:
+    return read_sample(row, cells)
 
 
-def open_samples(data: str) -> Samples:
-    """The samples of the dataset at `data`; needs Ray."""
+def open_samples(data: str, cells: bool = False) -> Samples:
+    """The samples of the dataset at `data`, with labels where `cells`; needs Ray."""
     train, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
-    return Samples(train, val, keep(train, _largest(data, "train")), keep(val, _largest(data, "val")))
+    bytes_a_pixel = 5 if cells else len(PLANES)
+    kept_train = keep(train, bytes_a_pixel * _largest(data, "train"), cells)
+    return Samples(train, val, kept_train, keep(val, bytes_a_pixel * _largest(data, "val"), cells), cells)
 
 
 def _largest(data: str, split: str) -> int:
-    """Bytes of the split's largest sample, decoded."""
-    return len(PLANES) * max((height * width for height, width in shards.image_sizes(data, split)), default=0)
+    """Pixels of the split's largest image."""
+    return max((height * width for height, width in shards.image_sizes(data, split)), default=0)
 
 
-def keep(rows: Sequence[shards.Row], sample_bytes: int) -> Kept:
+def keep(rows: Sequence[shards.Row], sample_bytes: int, cells: bool = False) -> Kept:
     """The decoded samples in the object store, one object each, where they fit into KEEP_SHARE of it; else none."""
     room = KEEP_SHARE * ray.cluster_resources().get("object_store_memory", 0)
-    return tuple(_decode.remote(row) for row in rows) if sample_bytes * len(rows) <= room else None
+    return tuple(_decode.remote(row, cells) for row in rows) if sample_bytes * len(rows) <= room else None

@@ -64,6 +64,8 @@ def describe(row: dict[str, Any], steps: int) -> str:
     parts = [f"step {row['step']}/{steps}", f"epoch {row['epoch']}", f"loss {row['loss']:.4f}"]
     if "val_dice" in row:
         parts.append(f"val dice {row['val_dice']:.4f} iou {row['val_iou']:.4f}")
+    if "val_msa" in row:
+        parts.append(f"mSA {row['val_msa']:.4f}")
     parts += [f"{row['images_per_s']:.1f} images/s", f"waiting for data {row['data_wait_share']:.0%}"]
     return "  ".join(parts)
 
@@ -81,8 +83,8 @@ class Board:
     SHOWN = 12
     PLAIN_EVERY_S = 60.0
 
-    def __init__(self, trials: int, done: int, best: float | None, what: str = "trials") -> None:
-        self.trials, self.done, self.best, self.what = trials, done, best, what
+    def __init__(self, trials: int, done: int, best: float | None, score: str, what: str = "trials") -> None:
+        self.trials, self.done, self.best, self.score, self.what = trials, done, best, score, what
         self.running: dict[str, dict[str, Any]] = {}
         self.last_plain = time.monotonic()
         self.live = RichLive(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
@@ -105,7 +107,7 @@ class Board:
         """A trial has come to a report: `score`, `progress`, `step` and `steps`."""
         self.running[name] |= {key: row[key] for key in ("score", "progress", "step", "steps")}
         if not self.live and time.monotonic() - self.last_plain > self.PLAIN_EVERY_S:
-            self._say(f"{name} Dice {row['score']:.4f} at step {row['step']}/{row['steps']}")
+            self._say(f"{name} {self.score} {row['score']:.4f} at step {row['step']}/{row['steps']}")
         self._refresh()
 
     def end(self, name: str, state: str, why: str | None) -> None:
@@ -116,7 +118,7 @@ class Board:
             self.best = last["score"] if self.best is None else max(self.best, last["score"])
         parts = [f"{self.what} {self.done}/{self.trials}", f"{name} {state}"]
         if last["score"] is not None:
-            parts.append(f"Dice {last['score']:.4f} at step {last['step']}/{last['steps']}")
+            parts.append(f"{self.score} {last['score']:.4f} at step {last['step']}/{last['steps']}")
         if self.best is not None:
             parts.append(f"best {self.best:.4f}")
         self._say("  ".join([*parts, why or last["values"]]))
@@ -129,9 +131,9 @@ class Board:
     def _refresh(self) -> None:
         if not self.live:
             return
-        best = "" if self.best is None else f", best Dice {self.best:.4f}"
+        best = "" if self.best is None else f", best {self.score} {self.best:.4f}"
         table = Table(
-            "trial", "progress", "Dice", "values", box=None, title=f"{self.done}/{self.trials} {self.what}{best}"
+            "trial", "progress", self.score, "values", box=None, title=f"{self.done}/{self.trials} {self.what}{best}"
         )
         for name, one in list(self.running.items())[: self.SHOWN]:
             bar = ProgressBar(total=100, completed=one["progress"], width=20)

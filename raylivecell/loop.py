@@ -24,6 +24,8 @@ from raylivecell.recipe_base import StrictModel
 
 # Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.
 GPU_CHECK_STEPS = 20
+# Names of `losses.Loss`'s parts in the history.
+LOSSES = ("loss", "bce", "dice_loss", "field_loss")
 
 
 class LoopConfig(StrictModel):
@@ -57,8 +59,13 @@ class State:
     """A row of metrics a report, oldest first."""
 
     def score(self) -> float:
-        """Mean validation Dice at the last report, by which checkpoints are ranked; -1 before the first."""
-        return float(self.history[-1].get("val_mean_image_dice", -1.0)) if self.history else -1.0
+        """`rank` of the last report, by which checkpoints are compared; -1 before the first."""
+        return rank(self.history[-1]) if self.history else -1.0
+
+
+def rank(row: dict[str, Any]) -> float:
+    """What a row of the history is judged by, on validation images: mSA where cells are told apart, else mean Dice."""
+    return float(row.get("val_msa", row.get("val_mean_image_dice", -1.0)))
 
 
 @dataclass
@@ -122,7 +129,7 @@ def run(
     Args:
         training: what is changed, in place.
         forward: the network to call: `training.model`, or it wrapped (DDP, compiled).
-        batches: {"planes": uint8 (b, 3, H, W) = image, foreground, border; anything else} from the present step on,
+        batches: {"planes": uint8 (b, 2 + C, H, W) as `fields.planes`; anything else} from the present step on,
             this rank's share of each.
         plan: the order that `batches` follows.
         config: how to compute.
@@ -143,12 +150,12 @@ def run(
         meter.waited += time.perf_counter() - begin
         with _precision(config.precision, device):
             logits = forward(normalise(planes[:, :1]).contiguous(memory_format=_memory_format(config)))
-        loss = segmentation_loss(logits, planes[:, 1], planes[:, 2], loss_config)
+        loss = segmentation_loss(logits, planes[:, 1:], loss_config)
         training.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         if training.clip_norm is not None:
             nn.utils.clip_grad_norm_(training.model.parameters(), training.clip_norm)
-        meter.add(step, torch.stack([loss.total, loss.bce, loss.dice]).detach())
+        meter.add(step, torch.stack(loss).detach())
         training.optimizer.step()
         training.scheduler.step()
         if training.average is not None:
@@ -188,7 +195,7 @@ class _Meter:
 
     def __init__(self, plan: Plan, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self.plan, self.sum_over_ranks, self.device = plan, sum_over_ranks, device
-        self.losses = torch.zeros(3, device=device)
+        self.losses = torch.zeros(len(LOSSES), device=device)
         self.first_step: int | None = None
         self.unchecked: list[Tensor] = []
         self.waited, self.begin = 0.0, time.perf_counter()
@@ -226,7 +233,7 @@ class _Meter:
             "epoch": int(self.plan.rows(step)[-1, EPOCH]) + int(self.plan.epoch_ends(step)),
             "step": step + 1,
             "samples": (step + 1) * self.plan.batch_size,
-            **dict(zip(("loss", "bce", "dice_loss"), losses)),
+            **{name: loss for name, loss in zip(LOSSES, losses) if loss or name != "field_loss"},  # 0: none is learnt
             "lr": lr,
             "images_per_s": self.images_per_s(step + 1),
             "data_wait_share": self.waited / seconds,

@@ -1,5 +1,8 @@
 """Weighted binary cross-entropy plus Dice, each a mean over images, so that no split of a batch changes their sum.
 
+Where the recipe asks for more than the foreground, the loss of the other outputs is added: of boundaries BCE plus Dice,
+of distances the squared error inside cells alone, for outside of them nothing reads them.
+
 BCE's weight of a pixel is w = w_class + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) (Ronneberger et al. 2015, eq. 2): the
 exponential is drawn once by `prepare`, w0 is applied here and can be searched without drawing again.
 """
@@ -15,6 +18,9 @@ from torch import Tensor
 
 from raylivecell.recipe_base import StrictModel
 
+# Squared errors of distances are some 0.02, a tenth of the losses beside them.
+DISTANCE_SCALE = 10.0
+
 
 class LossConfig(StrictModel):
     """The loss: bce_share * BCE + (1 - bce_share) * Dice."""
@@ -27,6 +33,8 @@ class LossConfig(StrictModel):
     """BCE weight of a pixel in a cell."""
     border_weight: float = Field(1.0, ge=0)
     """w0: extra BCE weight where two cells touch (10 in the original U-Net)."""
+    field_weight: float = Field(1.0, ge=0)
+    """Of the loss of boundaries or distances, beside that of the foreground, which weighs 1."""
 
 
 class Loss(NamedTuple):
@@ -35,6 +43,8 @@ class Loss(NamedTuple):
     total: Tensor
     bce: Tensor
     dice: Tensor
+    fields: Tensor
+    """Of boundaries or distances; 0 where the recipe has none."""
 
 
 @functools.cache
@@ -45,24 +55,37 @@ def _dice() -> Callable[[Tensor, Tensor], Tensor]:
     return DiceLoss(sigmoid=True, squared_pred=True)
 
 
-def segmentation_loss(logits: Tensor, foreground: Tensor, border: Tensor, config: LossConfig) -> Loss:
+def segmentation_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Loss:
     """The loss of a batch.
 
     Args:
-        logits: float (B, 1, H, W).
-        foreground: uint8 (B, H, W), 1 in a cell.
-        border: uint8 (B, H, W), 255 times the exponential above.
+        logits: float (B, C, H, W), channels as `fields.CHANNELS`.
+        targets: uint8 (B, 1 + C, H, W): foreground, 1 in a cell; 255 times the exponential above; 255 times the fields.
         config: shares and weights.
     """
     logits = logits.float()
-    target = foreground.unsqueeze(1).float()
+    target = targets[:, :1].float()
     weight = torch.lerp(
         torch.tensor(config.background_weight, device=target.device),
         torch.tensor(config.cell_weight, device=target.device),
         target,
     )
     if config.border_weight:
-        weight = weight + border.unsqueeze(1).float() * (config.border_weight / 255.0)
-    bce = F.binary_cross_entropy_with_logits(logits, target, weight=weight)
-    dice = _dice()(logits, target)
-    return Loss(config.bce_share * bce + (1 - config.bce_share) * dice, bce, dice)
+        weight = weight + targets[:, 1:2].float() * (config.border_weight / 255.0)
+    bce = F.binary_cross_entropy_with_logits(logits[:, :1], target, weight=weight)
+    dice = _dice()(logits[:, :1], target)
+    fields = _field_loss(logits[:, 1:], targets[:, 2:].float() / 255.0, target)
+    total = config.bce_share * bce + (1 - config.bce_share) * dice + config.field_weight * fields
+    return Loss(total, bce, dice, fields)
+
+
+def _field_loss(logits: Tensor, fields: Tensor, foreground: Tensor) -> Tensor:
+    """Of logits and fields (B, C - 1, H, W): none, a boundary, or two distances."""
+    channels = logits.shape[1]
+    if channels == 0:
+        return logits.new_zeros(())
+    if channels == 1:
+        return F.binary_cross_entropy_with_logits(logits, fields) + _dice()(logits, fields)
+    inside = foreground.sum(dim=(2, 3)).clamp(min=1)
+    error = (torch.sigmoid(logits) - fields).square() * foreground
+    return DISTANCE_SCALE * (error.sum(dim=(2, 3)) / inside).mean()

@@ -25,15 +25,15 @@ def pixel_counts(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Counts of each image, on the logits' device: a pixel is cell where its logit is over 0 (probability over 0.5).
 
     Args:
-        logits: float (B, 1, H, W).
+        logits: float (B, C, H, W), the first channel that of the foreground.
         truth: (B, H, W) bool or integer, cell where not 0.
 
     Returns:
         int64 (B, 4), columns as `COUNTS`.
     """
-    if logits.shape[1] != 1 or logits.shape[0] != truth.shape[0] or logits.shape[2:] != truth.shape[1:]:
+    if logits.ndim != 4 or logits.shape[0] != truth.shape[0] or logits.shape[2:] != truth.shape[1:]:
         raise ValueError(
-            f"logits {tuple(logits.shape)} and truth {tuple(truth.shape)}: want (B, 1, H, W) and (B, H, W)"
+            f"logits {tuple(logits.shape)} and truth {tuple(truth.shape)}: want (B, C, H, W) and (B, H, W)"
         )
     said, cell = logits[:, 0] > 0, truth != 0
     pairs = (said & cell, said & ~cell, ~said & cell, ~said & ~cell)

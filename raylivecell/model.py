@@ -54,9 +54,9 @@ class DoubleConv(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """float (B, 1, H, W) -> logits (B, 1, H, W), for any H and W of at least 2 to the number of levels."""
+    """float (B, 1, H, W) -> logits (B, outputs, H, W), for any H and W of at least 2 to the number of levels."""
 
-    def __init__(self, features: Sequence[int], norm: Norm = "batch") -> None:
+    def __init__(self, features: Sequence[int], norm: Norm = "batch", outputs: int = 1) -> None:
         super().__init__()
         widths = [*features, 2 * features[-1]]
         self.contracting = nn.ModuleList(DoubleConv(a, b, norm) for a, b in zip([1, *features], features))
@@ -66,7 +66,7 @@ class UNet(nn.Module):
         levels = list(zip(reversed(widths[1:]), reversed(features)))
         self.upsampling = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in levels)
         self.expanding = nn.ModuleList(DoubleConv(2 * b, b, norm) for _, b in levels)
-        self.head = nn.Conv2d(features[0], 1, 1)
+        self.head = nn.Conv2d(features[0], outputs, 1)
 
     def forward(self, x_B1HW: Tensor) -> Tensor:
         """Logits; the sigmoid is the caller's."""
@@ -84,9 +84,9 @@ class UNet(nn.Module):
         return self.head(x)
 
 
-def build_model(config: ModelConfig) -> UNet:
+def build_model(config: ModelConfig, outputs: int = 1) -> UNet:
     """A U-Net with fresh weights from torch's current random state, the head's bias at zero foreground preference."""
-    model = UNet(config.features, config.norm)
+    model = UNet(config.features, config.norm, outputs)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Masks drawn on images: outlines where only a prediction is known, agreement in colours where the truth is too.
+"""Masks and cells drawn on images: outlines of what is found, or in colours how far it agrees with the truth.
 
 The colours are near Okabe and Ito's (2008) and differ in lightness too: told apart in every common form of colour
 blindness, and on LIVECell's mid-gray background.
@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rgb = tuple[int, int, int]
-OUTLINE: Rgb = (240, 228, 66)
-"""Yellow: a predicted cell's edge."""
 FOUND: Rgb = (40, 222, 165)
 """Bluish green: the edge of what is cell in truth and prediction."""
 FALSE: Rgb = (230, 85, 0)
@@ -20,35 +18,64 @@ FALSE: Rgb = (230, 85, 0)
 MISSED: Rgb = (0, 90, 230)
 """Blue: cell, but not predicted."""
 LEGEND = (("found (edge)", FOUND), ("predicted, not cell", FALSE), ("cell, not predicted", MISSED))
+OUTLINES: tuple[Rgb, ...] = (
+    (240, 228, 66),
+    (70, 200, 255),
+    (255, 120, 30),
+    (60, 235, 150),
+    (255, 140, 215),
+    (255, 255, 255),
+)
+"""Yellow, sky blue, orange, green, pink, white: cells' outlines; neighbours differ. Most cells are yellow or blue."""
+NEAR = 2
+"""Cells are neighbours with so many pixels or fewer between them."""
+BAND = 1024  # rows looked at together: a mosaic in whole would need 12 bytes a pixel
 TINT = 0.55  # the colour's share in a tinted pixel: the image stays legible under it
 
 
-def overlay(image: NDArray[Any], truth: NDArray[Any] | None, prediction: NDArray[Any]) -> NDArray[np.uint8]:
-    """The image with its segmentation drawn on it, RGB uint8 (H, W, 3).
+def overlay(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:
+    """The image with the agreement of two masks drawn on it (`LEGEND`), RGB uint8 (H, W, 3).
 
     Args:
         image: uint8 (H, W).
-        truth: (H, W), cell where not 0; none: only the prediction's edges are drawn.
+        truth: (H, W), cell where not 0.
         prediction: (H, W), cell where not 0.
     """
     canvas = np.repeat(image[..., None], 3, axis=2)
-    said = prediction != 0
-    if truth is None:
-        canvas[edge(said)] = OUTLINE
-        return canvas
-    cell = truth != 0
-    _tint(canvas, said & ~cell, FALSE)
-    _tint(canvas, cell & ~said, MISSED)
-    canvas[edge(cell & said)] = FOUND
+    said, cell = prediction != 0, truth != 0
+    tint(canvas, said & ~cell, FALSE)
+    tint(canvas, cell & ~said, MISSED)
+    canvas[edges(cell & said)] = FOUND
     return canvas
 
 
-def edge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of the mask that touch its outside (4-neighbours); the image's border is no outside."""
-    if mask.size == 0:
-        return mask
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-    return mask & (cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_REPLICATE) == 0)
+def outlined(image: NDArray[np.uint8], labels: NDArray[Any]) -> NDArray[np.uint8]:
+    """The image with every cell's outline in its own pixels, neighbours in other colours, RGB uint8 (H, W, 3).
+
+    Args:
+        image: uint8 (H, W).
+        labels: integers (H, W) below 2^24, 0 for background.
+    """
+    canvas = np.repeat(image[..., None], 3, axis=2)
+    if labels.any():
+        lines = edges(labels)
+        canvas[lines] = np.array(OUTLINES, np.uint8)[_colours(labels)[labels[lines]]]
+    return canvas
+
+
+def edges(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Pixels of cells with a 4-neighbour of another label, bool (H, W); the image's border is no label."""
+    found = np.zeros(labels.shape, np.bool_)
+    for here, there in (np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1]):
+        differ = labels[here] != labels[there]
+        found[here] |= differ
+        found[there] |= differ
+    return found & (labels != 0)
+
+
+def tint(canvas: NDArray[np.uint8], where: NDArray[np.bool_], colour: Rgb) -> None:
+    """Colour the pixels (H, W) of an RGB image (H, W, 3), in place, so that it shows through."""
+    canvas[where] = np.rint((1 - TINT) * canvas[where] + TINT * np.array(colour)).astype(np.uint8)
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
@@ -59,5 +86,32 @@ def png(image: NDArray[np.uint8]) -> bytes:
     return data.tobytes()
 
 
-def _tint(canvas: NDArray[np.uint8], where: NDArray[np.bool_], colour: Rgb) -> None:
-    canvas[where] = np.rint((1 - TINT) * canvas[where] + TINT * np.array(colour)).astype(np.uint8)
+def _colours(labels: NDArray[Any]) -> NDArray[np.uint8]:
+    """A colour for each label, index into `OUTLINES`: the first that no neighbour of a lower label has.
+
+    Where neighbours have them all, any: cells lie in a plane, so that more than six seldom meet.
+    """
+    neighbours: list[list[int]] = [[] for _ in range(int(labels.max()) + 1)]
+    for low, high in _neighbours(labels).tolist():
+        neighbours[high].append(low)
+    colours = np.zeros(len(neighbours), np.uint8)
+    for label, others in enumerate(neighbours):
+        taken = {int(colours[other]) for other in others}
+        free = (one for one in range(len(OUTLINES)) if one not in taken)
+        colours[label] = next(free, label % len(OUTLINES))
+    return colours
+
+
+def _neighbours(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Pairs of labels with `NEAR` pixels or fewer between them, the lower first, (N, 2)."""
+    reach = np.ones((NEAR + 2, NEAR + 2), np.uint8)
+    found = []
+    for top in range(0, len(labels), BAND):
+        plane = labels[top : top + BAND + NEAR + 1].astype(np.float32)
+        highest = cv2.dilate(plane, reach)
+        plane[plane == 0] = np.inf
+        lowest = cv2.erode(plane, reach)
+        two = lowest < highest
+        found.append(np.unique(lowest[two].astype(np.int64) << 32 | highest[two].astype(np.int64)))
+    pairs = np.unique(np.concatenate(found))
+    return np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=1)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from raylivecell import storage
 from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
+from raylivecell.fields import CHANNELS, Targets
 from raylivecell.loop import LoopConfig
 from raylivecell.losses import LossConfig
 from raylivecell.model import ModelConfig
@@ -39,6 +40,9 @@ class Recipe(StrictModel):
     """Images in an optimiser step, over all workers together."""
     crop: tuple[int, int] | None = (333, 434)
     """Height and width of the random crops trained on, pixels; none: whole images, which then must be equally large."""
+    targets: Targets = "foreground"
+    """What is learnt: cell or not (the paper); also the boundaries of cells; also distances to their centres and
+    boundaries, by which cells that touch are told apart best."""
     phases: tuple[PhaseConfig, ...] = Field(PAPER_PHASES, min_length=1)
     """The parts of the training, one after the other."""
     model: ModelConfig = ModelConfig()
@@ -53,6 +57,11 @@ class Recipe(StrictModel):
         if self.crop is not None and min(self.crop) < least:
             raise ValueError(f"crop: {len(self.model.features)} levels need at least {least} x {least} pixels")
         return self
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the network's output."""
+        return len(CHANNELS[self.targets])
 
 
 def load(uri: str | Path) -> Recipe:

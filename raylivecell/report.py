@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from raylivecell import page, storage
+from raylivecell.loop import rank
 from raylivecell.overlay import LEGEND, overlay
 
 Row = dict[str, Any]
@@ -26,7 +27,16 @@ Picture = tuple[str, bytes]
 
 # Title, unit of the y axis, and the history's columns with their names and colours (Okabe and Ito).
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
-    ("Loss, training", "", (("loss", "total", "#000000"), ("bce", "BCE", "#0072B2"), ("dice_loss", "Dice", "#D55E00"))),
+    (
+        "Loss, training",
+        "",
+        (
+            ("loss", "total", "#000000"),
+            ("bce", "BCE", "#0072B2"),
+            ("dice_loss", "Dice", "#D55E00"),
+            ("field_loss", "boundary or distances", "#009E73"),
+        ),
+    ),
     (
         "Scores, validation",
         "",
@@ -34,6 +44,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
             ("val_mean_image_dice", "mean image Dice", "#000000"),
             ("val_dice", "Dice", "#009E73"),
             ("val_iou", "IoU", "#CC79A7"),
+            ("val_msa", "mSA", "#0072B2"),
         ),
     ),
     ("Learning rate", "", (("lr", "learning rate", "#0072B2"),)),
@@ -78,7 +89,8 @@ def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
     tiles = []
     scored = [row for row in history if "val_mean_image_dice" in row]
     if scored:
-        best = max(scored, key=lambda row: row["val_mean_image_dice"])
+        best = max(scored, key=rank)
+        tiles += [("mSA, validation, best", f"{best['val_msa']:.4f}")] if "val_msa" in best else []
         tiles += [
             ("mean image Dice, validation, best", f"{best['val_mean_image_dice']:.4f}"),
             ("Dice over all pixels, same report", f"{best['val_dice']:.4f}"),
@@ -135,18 +147,18 @@ def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[s
     return figure
 
 
-def panel(image: NDArray[Any], truth: NDArray[Any] | None, prediction: NDArray[Any], title: str = "") -> bytes:
+def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], title: str = "") -> bytes:
     """The image and, beside it, its segmentation, with title and legend; PNG with one pixel an image pixel.
 
     Args:
         image: uint8 (H, W).
-        truth: (H, W), cell where not 0, or none.
+        truth: (H, W), cell where not 0.
         prediction: (H, W), cell where not 0.
         title: one line; none where whoever shows the picture prints one.
     """
     height, width = image.shape
     across = max(width, 320)  # narrower, title and legend would not fit
-    gap, head, foot = 10, 34 if title else 0, 34 if truth is not None else 0
+    gap, head, foot = 10, 34 if title else 0, 34
     total_w, total_h = 2 * across + gap, head + height + foot
     figure = Figure(figsize=(total_w / 100, total_h / 100), dpi=100)
     for left, pixels in ((0, np.dstack([image] * 3)), (across + gap, overlay(image, truth, prediction))):
@@ -154,9 +166,8 @@ def panel(image: NDArray[Any], truth: NDArray[Any] | None, prediction: NDArray[A
         axes.imshow(pixels, interpolation="nearest", aspect="auto")
         axes.axis("off")
     figure.text(6 / total_w, 1 - 11 / total_h, title, va="top", fontsize=11)
-    if truth is not None:
-        patches = [Patch(color=tuple(np.array(colour) / 255), label=text) for text, colour in LEGEND]
-        figure.legend(handles=patches, loc="lower left", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0, 0))
+    patches = [Patch(color=tuple(np.array(colour) / 255), label=text) for text, colour in LEGEND]
+    figure.legend(handles=patches, loc="lower left", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0, 0))
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

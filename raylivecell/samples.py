@@ -16,7 +16,8 @@ from raylivecell.coco import CellRecord, decode_cells
 from raylivecell.defects import DefectRules, Facts, rule_of, visible_pixels
 from raylivecell.errors import UserError
 from raylivecell.outlines import check_cells
-from raylivecell.targets import border_map, draw_labels, hidden_cells
+from raylivecell.rle import encode_patch
+from raylivecell.targets import border_map, draw_labels, hidden_cells, rasterise
 
 
 def examine(uri: str) -> Facts:
@@ -117,14 +118,16 @@ def draw_sample(
     """
     shape = (pixels.shape[0], pixels.shape[1])
     cells, ids, defects = check_cells(records, shape, (image["scale"][0], image["scale"][1]), rules)
-    labels = draw_labels(cells, shape)
-    hidden = hidden_cells(labels, len(cells))
+    patches = [rasterise(cell, shape) for cell in cells]
+    labels = draw_labels(patches, shape)
+    hidden = hidden_cells(labels, len(patches))
     if hidden:
         defects["hidden_cell"] = [(ids[index], "") for index in hidden]
-        labels = _renumbered(labels, hidden, len(cells))
+        labels = _renumbered(labels, hidden, len(patches))
+        patches = [patch for index, patch in enumerate(patches) if index not in set(hidden)]
     for defect, members in defects.items():
         found.append(_found(defect, rules, image, [identity for identity, _ in members], _details(members)))
-    count = len(cells) - len(hidden)
+    count = len(patches)
     if records and not count:
         found.append(_found("no_annotations", rules, image, [image["id"]], "no annotation left that can be drawn"))
         if rules.no_annotations == "drop":
@@ -139,6 +142,7 @@ def draw_sample(
         "foreground": (labels > 0).astype(np.uint8),
         "border": border_map(labels, border_sigma),
         "cells": count,
+        "outlines": [encode_patch(patch.mask, patch.top, patch.left, shape)["counts"] for patch in patches],
         "source": image["path"],
         "sha256": image["sha256"],
         "annotation": f"{image['annotation']}#{image['id']}",

@@ -5,28 +5,21 @@
 3. Cell is where the logit is over 0, that is where the probability is over 0.5.
 """
 
-from typing import cast
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import checkpoint, metrics, shards
+from raylivecell import checkpoint, metrics, shards, tiles
 from raylivecell.model import build_model, normalise
 from raylivecell.recipe import Recipe
 
-# A 64-channel U-Net needs about 1.2 kB a pixel at its widest place: 2.5 GB at 2 megapixels. LIVECell has 0.37.
-WHOLE_PIXELS = 2**21
-"""Images of more pixels go through the network in windows."""
-WINDOW = 1024
-OVERLAP = 0.25
 FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
 
 
 def build(recipe: Recipe, device: torch.device) -> nn.Module:
     """A fresh network of `recipe` on `device`, in the recipe's memory format."""
-    return _placed(build_model(recipe.model), recipe, device)
+    return _placed(build_model(recipe.model, recipe.outputs), recipe, device)
 
 
 def load(uri: str, device: torch.device) -> tuple[nn.Module, Recipe]:
@@ -37,7 +30,7 @@ def load(uri: str, device: torch.device) -> tuple[nn.Module, Recipe]:
 
 @torch.inference_mode()
 def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
-    """Logits of whole images, float32 (B, 1, H, W), on the network's device.
+    """Logits of whole images, float32 (B, C, H, W), on the network's device.
 
     Args:
         network: in evaluation mode.
@@ -47,17 +40,22 @@ def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
     images = images.to(next(network.parameters()).device)
     if not flips:
         return _logits(network, images)
-    total = torch.zeros_like(images, dtype=torch.float32).unsqueeze(1)
+    total = torch.zeros((), device=images.device)
     for axes in FLIPS:
         back = tuple(axis + 1 for axis in axes)
-        total += torch.sigmoid(_logits(network, images.flip(axes))).flip(back)
+        total = total + torch.sigmoid(_logits(network, images.flip(axes))).flip(back)
     return torch.logit(total / len(FLIPS))
+
+
+def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
+    """What `fields.CHANNELS` names in each pixel of an image (H, W) of any size, float32 (C, H, W), 0 to 1."""
+    pixels = torch.from_numpy(np.array(image))[None]
+    return torch.sigmoid(logits(network, pixels, flips))[0].cpu().numpy()
 
 
 def probability(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
     """Probability of cell in each pixel of an image (H, W) of any size, float32 (H, W), 0 to 1."""
-    pixels = torch.from_numpy(np.array(image))[None]
-    return torch.sigmoid(logits(network, pixels, flips))[0, 0].cpu().numpy()
+    return maps(network, image, flips)[0]
 
 
 def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
@@ -84,12 +82,17 @@ def _placed(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    x = normalise(images.unsqueeze(1))
-    height, width = images.shape[1:]
-    if height * width <= WHOLE_PIXELS:
-        return network(x).float()
-    from monai.inferers import sliding_window_inference  # 1 to 3 s: only for a process that needs it
+    if images[0].numel() <= tiles.WHOLE_PIXELS:
+        return network(normalise(images.unsqueeze(1))).float()
+    return torch.stack([_in_windows(network, image) for image in images])
 
-    window = (min(WINDOW, height), min(WINDOW, width))
-    blended = sliding_window_inference(x, window, 1, network, OVERLAP, mode="gaussian")
-    return cast(Tensor, blended).float()
+
+def _in_windows(network: nn.Module, image: Tensor) -> Tensor:
+    """Logits (C, H, W) of an image (H, W) that is too large for one piece."""
+
+    def window(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        part = torch.from_numpy(np.ascontiguousarray(pixels)).to(image.device)
+        return network(normalise(part[None, None]))[0].float().cpu().numpy()
+
+    parts = [part for _, part in tiles.bands(window, image.cpu().numpy())]
+    return torch.from_numpy(np.concatenate(parts, axis=1)).to(image.device)

@@ -19,7 +19,7 @@ from raylivecell import storage
 from raylivecell.errors import UserError
 
 SPLITS = ("train", "val", "test")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 SCHEMA = pa.schema(
     [
@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("foreground", pa.binary()),  # uint8 (H, W): 1 in a cell
         ("border", pa.binary()),  # uint8 (H, W): round(255 exp(-(d1 + d2)^2 / (2 sigma^2)))
         ("cells", pa.int32()),
+        ("outlines", pa.list_(pa.binary())),  # of each label, in their order: its whole mask, COCO's RLE counts
         ("source", pa.string()),  # provenance: the image's path under --source
         ("sha256", pa.string()),  # of the image file's bytes
         ("annotation", pa.string()),  # provenance: the JSON file that named it, and its image id there

@@ -21,6 +21,11 @@ _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "v
 
 def list_files(uri: str) -> list[str]:
     """Every file under the folder `uri`, as sorted relative paths; UserError where there is no such folder."""
+    return sorted(list_infos(uri))
+
+
+def list_infos(uri: str) -> dict[str, pafs.FileInfo]:
+    """What `list_files` lists, with each file's size and time of change."""
     filesystem, root = storage.open_uri(uri)
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
         raise UserError(f"no folder at {uri}; name the folder that holds the images")
@@ -28,7 +33,7 @@ def list_files(uri: str) -> list[str]:
         found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except OSError as error:
         raise UserError(f"cannot list {uri}: {error}; check that it may be read") from error
-    return sorted(info.path[len(root) :].lstrip("/") for info in found if info.type == pafs.FileType.File)
+    return {info.path[len(root) :].lstrip("/"): info for info in found if info.type == pafs.FileType.File}
 
 
 def split_of(path: str) -> str | None:

@@ -100,8 +100,11 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "dice": Objective("score", "max", "validation Dice"),
+    "msa": Objective("score", "max", "validation mSA"),
     "ms_per_image": Objective("ms_per_image", "min", "ms an image"),
 }
+SCORES = {"foreground": "Dice", "boundary": "mSA", "distance": "mSA"}
+"""What trials are judged by, by the recipe's targets."""
 ELASTIC = "augment.elastic.p"
 _DEFORMED = {ELASTIC: Condition(above=0)}
 DEFAULT_SPACE = {
@@ -120,14 +123,15 @@ DEFAULT_SHARES = (Shares(fields=("loss.background_weight", "loss.cell_weight"), 
 class SearchConfig(StrictModel):
     """How a sweep searches."""
 
-    objectives: tuple[Literal["dice", "ms_per_image"], ...] = Field(("dice",), min_length=1)
-    """What to search for: validation Dice, milliseconds an image; with both, the best of either and between."""
+    objectives: tuple[Literal["dice", "msa", "ms_per_image"], ...] = Field(("dice",), min_length=1)
+    """What to search for: validation Dice (where cells are told apart: msa), milliseconds an image; with both, the best
+    of either and between."""
     sampler: Literal["tpe", "gp", "qmc", "random"] = "tpe"
     """Optuna's: tree-structured Parzen estimator, Gaussian process, quasi-random, random."""
     seed: int = Field(0, ge=0)
     """Of the sampler."""
     early_stopping: bool = True
-    """Stop weak trials early (ASHA, arXiv:1810.05934), by validation Dice; not with several objectives."""
+    """Stop weak trials early (ASHA, arXiv:1810.05934), by validation Dice or mSA; not with several objectives."""
     grace: float = Field(0.15, gt=0, lt=1)
     """Part of the training that every trial is given."""
     reduction: float = Field(3.0, gt=1)
@@ -173,6 +177,12 @@ def check(recipe: Recipe, config: SweepConfig) -> None:
             get(recipe, other)
             if other in order[order.index(path) :]:
                 raise UserError(f"sweep.space: {path} hangs on {other}; put {other} before it")
+    if "targets" in seen:
+        raise UserError("sweep.space: targets decides what trials are judged by; sweep each of its values apart")
+    judged = SCORES[recipe.targets].lower()
+    other = "msa" if judged == "dice" else "dice"
+    if other in config.objectives:
+        raise UserError(f"sweep.objectives: a recipe of targets {recipe.targets} is judged by {judged}, not by {other}")
     start(recipe, config)
 
 

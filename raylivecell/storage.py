@@ -6,9 +6,13 @@ single PUT; on a local disk it is a temporary file, flushed, then renamed.
 
 import json
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pyarrow import fs as pafs
 
@@ -63,20 +67,44 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
     """Write `data` at `uri` atomically, making parent folders."""
     filesystem, path = open_uri(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with open(partial, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with _replacing(Path(path)) as partial:
+            partial.write(data)
         return
     with filesystem.open_output_stream(path) as stream:
         stream.write(data)
+
+
+@contextmanager
+def writing(uri: str | Path) -> Iterator[IO[bytes]]:
+    """A stream for a file of any size at `uri`; there, whole, once the block has ended without an error."""
+    filesystem, path = open_uri(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        with _replacing(Path(path)) as partial:
+            yield partial
+        return
+    # An upload cannot be taken back once begun: it begins when all is written.
+    with tempfile.TemporaryFile() as spool:
+        yield spool
+        spool.seek(0)
+        with filesystem.open_output_stream(path) as stream:
+            shutil.copyfileobj(spool, stream, 2**24)
+
+
+def move(uri: str | Path, target: str | Path) -> None:
+    """Move a file within its filesystem, making parent folders; atomic on a local disk."""
+    filesystem, path = open_uri(uri)
+    place = open_uri(target)[1]
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+    filesystem.move(path, place)
+
+
+def sweep(uri: str | Path) -> None:
+    """Delete what killed writers left under the folder `uri`, on a local disk."""
+    filesystem, path = open_uri(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        for partial in Path(path).rglob(".*.partial"):
+            partial.unlink(missing_ok=True)
 
 
 def read_json(uri: str | Path) -> Any:
@@ -97,3 +125,17 @@ def delete(uri: str | Path) -> None:
         filesystem.delete_dir(path)
     elif kind == pafs.FileType.File:
         filesystem.delete_file(path)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

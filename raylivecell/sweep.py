@@ -136,7 +136,7 @@ def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tune
     return Shared(
         recipe,
         out,
-        ingest.open_samples(data),
+        ingest.open_samples(data, recipe.targets != "foreground"),
         int(store / room.at_once),
         room.threads,
         config.workers_per_trial,
@@ -158,7 +158,7 @@ def _search(
 ) -> None:
     search = Search(study, shared.recipe, config)
     done = len(finished(study))
-    with Board(done + left, done, _best_so_far(study, config)) as board:
+    with Board(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
         tuner.run(
             shared,
             room,
@@ -179,7 +179,7 @@ def _tidy(out: str, study: optuna.Study) -> None:
 
 def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:
     scores = [trial.values[0] for trial in sweep_stats.complete(study)]
-    return max(scores, default=None) if config.objectives[0] == "dice" else None
+    return max(scores, default=None) if config.objectives[0] != "ms_per_image" else None
 
 
 def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
@@ -199,7 +199,7 @@ def _hand_over(
     confirmed = confirm.scores(out, confirm.contenders(recipe, config, study, best))
     named = ", ".join(f"{space.OBJECTIVES[one].unit} {value:.4g}" for one, value in zip(config.objectives, best.values))
     folder, why = storage.join(out, folder_of(best.number)), f"trial {best.number} of {len(study.trials)}; {named}"
-    if confirmed and config.objectives == ("dice",):
+    if confirmed and len(config.objectives) == 1:
         folder, why = confirm.winner(out, confirmed)
     found = checkpoint.find(folder)
     text = storage.read_bytes(storage.join(found, checkpoint.RECIPE))

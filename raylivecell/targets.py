@@ -53,12 +53,12 @@ def draw_labels(cells: Sequence[Cell], shape: tuple[int, int]) -> NDArray[np.uin
     """
     if len(cells) > MAX_CELLS:
         raise UserError(f"{len(cells)} cells in one image, labels hold {MAX_CELLS}; cut the image into tiles")
-    patches = [_rasterise(cell, shape) for cell in cells]
-    areas = np.array([np.count_nonzero(mask) for _, mask in patches], np.int64)
+    patches = [rasterise(cell, shape) for cell in cells]
+    areas = np.array([np.count_nonzero(patch.mask) for patch in patches], np.int64)
     labels = np.zeros(shape, np.uint16)
     # Largest first; the reversed stable sort paints the earlier of equals last.
     for number in np.argsort(areas, kind="stable")[::-1].tolist():
-        (top, left), mask = patches[number]
+        top, left, mask = patches[number]
         window = labels[top : top + mask.shape[0], left : left + mask.shape[1]]
         window[mask.view(bool)] = number + 1
     return labels
@@ -70,17 +70,17 @@ def hidden_cells(labels: NDArray[np.uint16], count: int) -> list[int]:
     return [int(index) for index in np.flatnonzero(seen == 0)]
 
 
-def _rasterise(cell: Cell, shape: tuple[int, int]) -> tuple[tuple[int, int], NDArray[np.uint8]]:
-    """(top, left) and the 0/1 mask of the part of `cell` that lies in the frame; the mask may be empty."""
+def rasterise(cell: Cell, shape: tuple[int, int]) -> Patch:
+    """The part of `cell` that lies in a frame of `shape` (H, W); its mask may be empty."""
     if isinstance(cell, Patch):
-        return (cell.top, cell.left), cell.mask
+        return cell
     if isinstance(cell, np.ndarray) and cell.shape == shape:
-        return (0, 0), (cell != 0).view(np.uint8)
+        return Patch(0, 0, (cell != 0).view(np.uint8))
     if isinstance(cell, np.ndarray):
         raise ValueError(f"a cell's mask has shape {cell.shape}, its image {shape}")
     polygons = [p for p in (np.asarray(polygon, np.float64) for polygon in cell) if len(p) >= 3]
     if not polygons:
-        return (0, 0), np.zeros((0, 0), np.uint8)
+        return Patch(0, 0, np.zeros((0, 0), np.uint8))
     corners = np.concatenate(polygons)
     if not np.isfinite(corners).all():
         raise ValueError("a polygon has a coordinate that is not finite")
@@ -88,14 +88,14 @@ def _rasterise(cell: Cell, shape: tuple[int, int]) -> tuple[tuple[int, int], NDA
     left, top = (int(v) for v in np.clip(np.floor(corners.min(axis=0)) - 1, 0, (width, height)))
     right, bottom = (int(v) for v in np.clip(np.ceil(corners.max(axis=0)) + 1, 0, (width, height)))
     if right <= left or bottom <= top:
-        return (0, 0), np.zeros((0, 0), np.uint8)
+        return Patch(0, 0, np.zeros((0, 0), np.uint8))
     # pycocotools' time and memory grow with an edge's length: vertices far outside are pulled to one frame away.
     far = np.array((width, height), np.float64)
     # Its grid is a fifth of a pixel, where LIVECell's hundredths often fall: rounded, float32 gives what JSON does.
     flat = [np.round(np.clip(p, -far, 2 * far) - (left, top), 3).ravel().tolist() for p in polygons]
     encoded = coco_mask.frPyObjects(flat, bottom - top, right - left)
     planes = coco_mask.decode(encoded)  # (h, w, polygons)
-    return (top, left), planes[..., 0] if len(polygons) == 1 else planes.any(axis=2).view(np.uint8)
+    return Patch(top, left, planes[..., 0] if len(polygons) == 1 else planes.any(axis=2).view(np.uint8))
 
 
 def border_map(labels: np.ndarray, sigma: float) -> NDArray[np.uint8]:

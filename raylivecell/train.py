@@ -23,7 +23,7 @@ from raylivecell.errors import UserError
 from raylivecell.live import Live
 from raylivecell.progress import console
 from raylivecell.recipe import Recipe
-from raylivecell.worker import SCORE, Job, work
+from raylivecell.worker import RANK, Job, work
 
 # How often the controller looks at its workers; at Ray's 2 s a two-worker run starts and ends 8 s later.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -68,7 +68,7 @@ def train(
     most = workers if isinstance(workers, int) else workers[1]
     cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
     run_folder.claim(out, data, recipes.dump(recipe))
-    samples = ingest.open_samples(data)
+    samples = ingest.open_samples(data, recipe.targets != "foreground")
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
     queue = Queue(actor_options={"num_cpus": 0})
     marks.append(("samples sent", time.time()))
@@ -131,7 +131,7 @@ def trainer(
             name=name,
             storage_path=parent,
             failure_config=FailureConfig(max_failures=retries),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=RANK),
             callbacks=cast(Any, callbacks),
         ),
     )

@@ -22,7 +22,7 @@ from raylivecell import checkpoint, ingest, loop, segment, space, storage, train
 from raylivecell.errors import UserError
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe
-from raylivecell.worker import SCORE, Job, Place, reports, told
+from raylivecell.worker import Job, Place, reports, told
 
 Result = dict[str, Any]
 # Runs of an image through the network before those that are measured, and those.
@@ -107,7 +107,7 @@ class OneWorker(tune.Trainable):
         state = training.state
         folder = storage.join(self.job.out, checkpoint.name(state.step))
         checkpoint.save(folder, training.network(), training.state_dict(), state, self.job.recipe)
-        best = max(state.history, key=lambda row: (row.get(SCORE, -1.0), row["step"]))["step"]
+        best = max(state.history, key=lambda row: (loop.rank(row), row["step"]))["step"]
         checkpoint.keep(self.job.out, {best, state.step})
         self.journal = self.journal or Journal(self.job.out, state.step)
         self.journal.write(state.history)
@@ -145,7 +145,7 @@ def ms_per_image(network: nn.Module, samples: ingest.Samples) -> float:
     """Median milliseconds of a whole validation image through the network, where it lies, one at a time."""
     network.eval()
     device = next(network.parameters()).device
-    image = torch.from_numpy(samples.val_planes(0)[:1].copy()).to(device)
+    image = torch.from_numpy(samples.val_sample(0)[0].copy())[None].to(device)
     seconds = []
     for _ in range(WARM_UP + MEASURED):
         begin = time.perf_counter()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -21,13 +22,14 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, ingest, loop, metrics, segment
+from raylivecell import checkpoint, ingest, instance_metrics, instances, loop, metrics, segment
+from raylivecell.fields import Targets
 from raylivecell.journal import Journal
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
 
-SCORE = "val_mean_image_dice"
-"""By this checkpoints and trials are ranked."""
+RANK = "rank"
+"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `loop.rank` of the row."""
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 0.5
@@ -107,7 +109,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
     values, state = checkpoint.load_training(last) if last else (None, loop.State())
     recipe, plan = job.recipe, job.plan()
-    source = ingest.Source(job.samples.train, plan, recipe.augment, recipe.crop, job.samples.kept_train)
+    source = ingest.Source(job.samples.train, plan, recipe.augment, recipe.crop, job.samples.kept_train, recipe.targets)
     batches = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
     with contextlib.closing(batches):
         torch.manual_seed(recipe.seed)
@@ -123,7 +125,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
             plan,
             recipe.loop,
             recipe.loss,
-            validate=_Validation(job.samples, place).scores,
+            validate=_Validation(job.samples, place, recipe.targets).scores,
             tick=_ticker(job, place.rank, marks),
             sum_over_ranks=_sum_over_ranks,
         )
@@ -137,7 +139,8 @@ def told(state: loop.State, plan: Plan) -> dict[str, Any]:
     seconds = sum(one["seconds"] + one["validation_seconds"] for one in state.history)
     return {
         **row,
-        "score": max(one.get(SCORE, -1.0) for one in state.history),
+        RANK: loop.rank(row),
+        "score": max(loop.rank(one) for one in state.history),
         "steps": plan.steps,
         "progress": 100 * row["step"] / plan.steps,
         "training_seconds": round(seconds, 2),
@@ -177,30 +180,41 @@ def _take_buffers_of_rank_0(network: nn.Module) -> None:
 class _Validation:
     """This rank's share of the validation images, whole; sums go over all ranks: none is lost or counted twice."""
 
-    def __init__(self, samples: ingest.Samples, place: Place) -> None:
-        self.samples, self.device = samples, place.device
+    def __init__(self, samples: ingest.Samples, place: Place, targets: Targets) -> None:
+        self.samples, self.device, self.targets = samples, place.device, targets
         self.share = range(place.rank, len(samples.val), place.ranks)
 
     def scores(self, network: nn.Module) -> dict[str, float]:
-        """`val_dice`, `val_iou` (over all pixels) and `val_mean_image_dice`; {} where there are no such images."""
+        """`val_dice`, `val_iou` (over all pixels) and `val_mean_image_dice`; {} where there are no such images.
+
+        Where the recipe tells cells apart, `val_msa` too: the mean of the images' mSA.
+        """
         network.eval()
         _take_buffers_of_rank_0(network)
-        counts = [self._counts(network, sample) for sample in self.share]
-        table = torch.cat(counts).double() if counts else torch.zeros(0, 4, dtype=torch.float64, device=self.device)
-        dice_sum = torch.tensor([sum(metrics.dice(c) for c in table.tolist()), len(table)], dtype=torch.float64)
-        sums = _sum_over_ranks(torch.cat([table.sum(0), dice_sum.to(self.device)])).tolist()
-        if not sums[5]:
+        rows = [self._row(network, number) for number in self.share]
+        table = torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(len(rows), 7)
+        *pixels, dice, msa, images = _sum_over_ranks(table.sum(0)).tolist()
+        if not images:
             return {}
-        pixels = sums[:4]
-        return {
+        scores = {
             "val_dice": metrics.dice(pixels),
             "val_iou": metrics.iou(pixels),
-            "val_mean_image_dice": sums[4] / sums[5],
+            "val_mean_image_dice": dice / images,
         }
+        return scores if self.targets == "foreground" else scores | {"val_msa": msa / images}
 
-    def _counts(self, network: nn.Module, sample: int) -> Tensor:
-        planes = torch.from_numpy(self.samples.val_planes(sample)[:2].copy()).to(self.device)
-        return metrics.pixel_counts(segment.logits(network, planes[:1]), planes[1:])
+    def _row(self, network: nn.Module, number: int) -> list[float]:
+        """Of one image: the four counts of its pixels, Dice, mSA (0 where cells are not told apart), 1."""
+        sample = self.samples.val_sample(number)
+        truth = sample[1].astype(np.uint16) if isinstance(sample, tuple) else sample[1]
+        logits = segment.logits(network, torch.from_numpy(sample[0].copy())[None].to(self.device))
+        counts = metrics.pixel_counts(logits, torch.from_numpy(truth != 0)[None].to(self.device))[0].tolist()
+        msa = 0.0
+        if self.targets != "foreground":
+            maps = torch.sigmoid(logits[0]).cpu().numpy()
+            found = instances.segment(maps, self.targets, instances.default(self.targets))
+            msa = float(instance_metrics.segmentation_accuracy(instance_metrics.overlaps(found, truth)).mean())
+        return [*counts, metrics.dice(counts), msa, 1]
 
 
 def _tell(job: Job, message: dict[str, Any]) -> None:

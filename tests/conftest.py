@@ -147,7 +147,7 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
     """A prepared dataset of bright squares on a dark ground, `images` to train on, 3 to validate, 3 to test."""
     import numpy as np
 
-    from raylivecell import shards, storage
+    from raylivecell import rle, shards, storage
 
     rng = np.random.default_rng(0)
     splits: dict[str, dict] = {}
@@ -162,6 +162,7 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
             border = np.zeros_like(image)
             row = {"file_name": name, "cell_type": "A172", "height": size, "width": size, "image": image}
             row |= {"labels": labels, "foreground": labels > 0, "border": border, "cells": 1}
+            row["outlines"] = [one["counts"] for one in rle.encode(labels)]
             rows.append({**row, "source": name, "sha256": "", "annotation": ""})
         file = f"{split}/part-00000.parquet"
         shards.write_shard(str(folder / file), rows)

@@ -31,7 +31,8 @@ RAY_ROOMS = {
     "prepare",
     "train",
     "worker",
-    "inference",
+    "evaluate",
+    "predict",
     "actors",
     "sweep",
     "confirm",
@@ -41,8 +42,8 @@ RAY_ROOMS = {
     "preflight",
 }
 RAY_ROOMS |= {"bench_feed", "bench_train", "bench_prepare"}
-"""R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `actors` of inference, `trial` and
-`search` of sweep."""
+"""R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `actors` of evaluate and predict,
+`trial` and `search` of sweep."""
 TOP_ROOMS = {"cli", "__main__", "demo", "bench"}
 """They call the others; nothing imports them."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

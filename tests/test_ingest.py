@@ -15,7 +15,7 @@ import torch
 from conftest import run_apart, write_tiny_dataset
 from ray._private.internal_api import memory_summary
 
-from raylivecell import ingest, shards
+from raylivecell import fields, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
@@ -80,7 +80,7 @@ def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
         if variant:
             seen.setdefault(int(sample), []).append(plane)
         else:
-            pixels = ingest.read_planes(source.rows[sample])
+            pixels = ingest.read_sample(source.rows[sample])
             windows = np.lib.stride_tricks.sliding_window_view(pixels, (32, 40), axis=(1, 2))
             assert (windows == plane[:, None, None]).all(axis=(0, 3, 4)).any()
     for copies in seen.values():
@@ -106,6 +106,17 @@ def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: ingest.Sour
         assert time.monotonic() < deadline, (ray.available_resources(), objects(), before)
         gc.collect()  # the last stream's thread may have been ending while `close` collected
         time.sleep(0.05)
+
+
+def test_fields_are_drawn_from_the_warped_labels(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+    planes, rows = collect(replace(source, targets="distance"))
+    np.testing.assert_array_equal(rows, whole[1])
+    np.testing.assert_array_equal(planes[:, :, :3], whole[0], "the same pixels are trained on")
+    nothing = np.zeros(planes.shape[3:], np.uint8)
+    for image in planes[::5, 0]:
+        one_cell = image[1].astype(np.uint16)  # of the tiny set each image has one, but for its mirror image
+        drawn = fields.planes(nothing, fields.pack(one_cell, nothing), "distance")
+        np.testing.assert_array_equal(image[3:], drawn[3:])
 
 
 def test_an_error_is_raised_by_the_first_batch(source: ingest.Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_truth_may_be_labels_and_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         metrics.mask_counts(np.zeros((2, 2)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match="want"):
-        metrics.pixel_counts(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3))
+        metrics.pixel_counts(torch.zeros(1, 1, 3, 3), torch.zeros(1, 3, 4))
 
 
 def test_counts_do_not_overflow() -> None:

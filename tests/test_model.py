@@ -35,37 +35,55 @@ def test_background_becomes_zero_and_grey_stays_ordered() -> None:
     assert grey[130] - grey[128] > 0.05 * grey[255], "a faint cell is seen"
 
 
-def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(size: int = 6, channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, C, H, W), and foreground, border and fields (B, 1 + C, H, W)."""
     random = torch.Generator().manual_seed(0)
-    logits = torch.randn(size, 1, 9, 7, generator=random)
-    foreground = (torch.rand(size, 9, 7, generator=random) > 0.5).to(torch.uint8)
-    border = (255 * torch.rand(size, 9, 7, generator=random)).to(torch.uint8)
-    return logits, foreground, border
+    logits = torch.randn(size, channels, 9, 7, generator=random)
+    targets = (255 * torch.rand(size, 1 + channels, 9, 7, generator=random)).to(torch.uint8)
+    targets[:, 0] = targets[:, 0] > 127
+    return logits, targets
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
-def test_the_loss_does_not_depend_on_how_a_batch_is_split(parts: int) -> None:
+def test_the_loss_does_not_depend_on_how_a_batch_is_split(parts: int, channels: int) -> None:
     config = LossConfig(border_weight=10, background_weight=2)
-    logits, foreground, border = batch()
-    whole = segmentation_loss(logits, foreground, border, config)
-    split = [segmentation_loss(*part, config) for part in zip(*(t.chunk(parts) for t in (logits, foreground, border)))]
-    for name in ("total", "bce", "dice"):
+    logits, targets = batch(channels=channels)
+    whole = segmentation_loss(logits, targets, config)
+    split = [segmentation_loss(*part, config) for part in zip(logits.chunk(parts), targets.chunk(parts))]
+    for name in whole._fields:
         mean = torch.stack([getattr(part, name) for part in split]).mean()
         torch.testing.assert_close(mean, getattr(whole, name))
 
 
 def test_the_loss_is_its_formula() -> None:
-    logits, foreground, border = batch()
+    logits, targets = batch()
+    foreground, border = targets[:, 0], targets[:, 1]
     config = LossConfig(bce_share=0.3, background_weight=2, cell_weight=3, border_weight=10)
     p, g = torch.sigmoid(logits[:, 0]).double(), foreground.double()
     weight = torch.where(g > 0, 3.0, 2.0) + 10 * border.double() / 255
     bce = -(weight * (g * p.log() + (1 - g) * (1 - p).log())).mean()
     axes = (1, 2)
     dice = (1 - 2 * (p * g).sum(axes) / ((p**2).sum(axes) + (g**2).sum(axes))).mean()
-    loss = segmentation_loss(logits, foreground, border, config)
+    loss = segmentation_loss(logits, targets, config)
     torch.testing.assert_close(loss.bce.double(), bce, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss.dice.double(), dice, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss.total.double(), 0.3 * bce + 0.7 * dice, rtol=1e-5, atol=1e-6)
+
+
+def test_distances_are_learnt_inside_cells_alone() -> None:
+    logits, targets = batch(channels=3)
+    config = LossConfig(field_weight=0.5)
+    loss = segmentation_loss(logits, targets, config)
+    error = (torch.sigmoid(logits[:, 1:]) - targets[:, 2:] / 255) ** 2 * targets[:, :1]
+    per_image = error.sum((2, 3)) / targets[:, :1].sum((2, 3))
+    torch.testing.assert_close(loss.fields, 10 * per_image.mean())
+    torch.testing.assert_close(loss.total, 0.5 * loss.bce + 0.5 * loss.dice + 0.5 * loss.fields)
+    elsewhere = torch.where(targets[:, :1] > 0, logits[:, 1:], 7.0)
+    moved = segmentation_loss(torch.cat([logits[:, :1], elsewhere], 1), targets, config)
+    torch.testing.assert_close(moved.fields, loss.fields)
+    targets[:, 0] = 0  # no cell in any image
+    assert segmentation_loss(logits, targets, config).fields == 0
 
 
 @given(st.sampled_from(["constant", "poly", "cosine"]), st.integers(0, 20), st.integers(21, 100))

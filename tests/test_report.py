@@ -88,13 +88,34 @@ def test_overlay_colours_mean_what_the_legend_says() -> None:
     assert (image == 128).all()
 
 
-def test_overlay_without_truth_draws_only_edges() -> None:
+def test_outlines_of_touching_cells_are_both_seen() -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    drawn = overlay.overlay(image, None, disk())
-    edge = overlay.edge(disk() != 0)
-    assert (drawn[edge] == overlay.OUTLINE).all()
-    assert (drawn[~edge] == image[~edge][:, None]).all()
-    assert 0 < edge.sum() < disk().sum()
+    labels = np.kron(np.arange(1, 17).reshape(4, 4), np.ones((15, 15), int))
+    labels = np.pad(labels, 2)
+    drawn = overlay.outlined(image, labels)
+    lines = overlay.edges(labels)
+    assert (drawn[~lines] == image[~lines][:, None]).all()
+    assert lines.sum() == 16 * (15 * 15 - 13 * 13)  # of each cell, all round
+    colours = {}
+    for label in range(1, 17):
+        (colour,) = {tuple(pixel) for pixel in drawn[lines & (labels == label)].tolist()}
+        assert colour in overlay.OUTLINES
+        colours[label] = colour
+    for label, colour in colours.items():
+        beside = [label + 1] * (label % 4 > 0) + [label + 4] + [label + 5] * (label % 4 > 0)
+        assert colour not in [colours[other] for other in beside if other in colours]
+
+
+def test_outlines_of_cells_with_a_gap_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlay, "BAND", 7)  # cells lie over several bands
+    labels = np.zeros((50, 30), np.int32)
+    labels[:20], labels[20 + overlay.NEAR : 40], labels[41 + overlay.NEAR :] = 1, 2, 3
+    drawn = overlay.outlined(np.zeros(labels.shape, np.uint8), labels)
+    seen = [{tuple(pixel) for pixel in drawn[labels == label].tolist()} - {(0, 0, 0)} for label in (1, 2, 3)]
+    assert [len(colours) for colours in seen] == [1, 1, 1]
+    assert seen[0] != seen[1]
+    assert seen[0] == seen[2]  # farther from its neighbour: the first colour does again
+    assert (overlay.outlined(np.full((3, 4), 9, np.uint8), np.zeros((3, 4), int)) == 9).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])

@@ -16,7 +16,7 @@ from conftest import kill_at, write_tiny_dataset
 
 from raylivecell import checkpoint, preflight
 from raylivecell.errors import UserError
-from raylivecell.inference import evaluate
+from raylivecell.evaluate import evaluate
 from raylivecell.loop import LoopConfig
 from raylivecell.model import ModelConfig
 from raylivecell.optimizer import OptimizerConfig
@@ -78,9 +78,10 @@ def test_evaluate_finds_what_two_workers_with_batchnorm_reported(tiny_dataset: s
     """Each rank's BatchNorm has seen other images: all must validate the network that is saved."""
     run = one_worker.parent / "batchnorm"
     fields = {"model": ModelConfig(features=(4, 8)), "phases": (PhaseConfig(steps=6),), "loop": LoopConfig()}
+    fields["targets"] = "distance"
     last = train(tiny_dataset, str(run), RECIPE.model_copy(update=fields), workers=2)
     found = evaluate(str(run), tiny_dataset, "val", str(run / "scores"))
-    for name in ("dice", "iou", "mean_image_dice"):
+    for name in ("dice", "iou", "mean_image_dice", "msa"):
         assert found[name] == pytest.approx(last[f"val_{name}"], abs=1e-6)
 
 

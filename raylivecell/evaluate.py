@@ -1,0 +1,269 @@
+"""Whole images of a split in, scores of their pixels and their cells out, by Ray Data batch inference.
+
+1. With `calibrate`, the thresholds that make cells are first chosen on validation images and kept in the checkpoint.
+2. A pool of actors, each with the network loaded once, scores block after block of the split's images.
+3. The driver checks that each image came back exactly once, adds up, and writes metrics.json and report.html.
+
+Instead of a network, a COCO results file can be scored: any other tool's cells, by the same rules.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from raylivecell import (
+    __version__,
+    actors,
+    calibrate,
+    checkpoint,
+    coco_protocol,
+    evaluation_report,
+    instances,
+    runtime,
+    scores,
+    segment,
+    segmenter,
+    shards,
+    storage,
+)
+from raylivecell import recipe as recipes
+from raylivecell.errors import UserError
+from raylivecell.progress import console, track
+from raylivecell.rle import Rle, decode, encode
+from raylivecell.scores import Found, Truth
+
+CALIBRATION_IMAGES = 32
+"""At most; spread evenly over the validation images. Their maps are held in memory: 4.4 MB each."""
+SAMPLE = ("file_name", "cell_type", "image", "labels", "outlines", "annotation")
+
+
+def evaluate(
+    checkpoint_uri: str,
+    data: str,
+    split: str,
+    out: str,
+    tta: bool = False,
+    seed: int = 0,
+    calibrated: bool = False,
+) -> dict[str, Any]:
+    """Score a checkpoint on whole images of a split; writes metrics.json, report.html and recipe.yaml into `out`.
+
+    Args:
+        checkpoint_uri: a checkpoint's folder, or a run's (then its best).
+        data: URI of a prepared dataset.
+        split: train, val or test.
+        out: URI of a folder.
+        tta: average the maps of the four flips.
+        seed: of the bootstrap intervals.
+        calibrated: first choose the thresholds on the validation images and keep them in the checkpoint.
+
+    Returns:
+        What metrics.json holds: `scores.summarise`'s fields, what was scored with what, and `per_image` rows.
+
+    Raises:
+        UserError: no checkpoint, no dataset, or no image in the split.
+    """
+    folder, data = checkpoint.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
+    rows = _rows_of(data, split)
+    recipe = recipes.load(storage.join(folder, checkpoint.RECIPE))
+    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
+    if calibrated:
+        _calibrate(folder, data, tta)
+    runtime.connect()
+    scored = actors.run(
+        _Scorer, {"folder": folder, "rows": tuple(rows), "tta": tta}, list(range(len(rows))), "evaluate"
+    )
+    config = checkpoint.load_instances(folder, recipe.targets)
+    about = {
+        "tta": tta,
+        "checkpoint": {"uri": folder, "sha256": _sha256(storage.join(folder, checkpoint.MODEL))},
+        "targets": recipe.targets,
+        "thresholds": config.model_dump(),
+    }
+    result = _result(scored, data, split, seed, about)
+    model = segmenter.load(folder, tta)
+    drawn = evaluation_report.chosen(result["per_image"])
+    images = ((item, shards.read_row(rows[item], ["image"])["image"]) for item in track(drawn, "pictures", len(drawn)))
+    found = {item: _found(model, image) for item, image in images}
+    _hand_over(out, result, rows, found)
+    return result
+
+
+def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0) -> dict[str, Any]:
+    """Score anybody's COCO results file as `evaluate` scores a checkpoint.
+
+    Args:
+        predictions_uri: JSON: a list of {"image_id", "segmentation", "score"}. An image is named by its id in the
+            annotation file, or by its file name; one that the file does not name has no cell.
+        data: URI of a prepared dataset.
+        split: train, val or test.
+        out: URI of a folder.
+        seed: of the bootstrap intervals.
+
+    Raises:
+        UserError: no such file, no results, or of images that the split does not hold.
+    """
+    data = storage.absolute(data)
+    rows = _rows_of(data, split)
+    names = [_names(shards.read_row(row, ["file_name", "annotation"])) for row in rows]
+    sizes = _sizes(rows, names)
+    predictions = coco_protocol.read_results(storage.absolute(predictions_uri), sizes)
+    runtime.connect()
+    none: tuple[list[Rle], np.ndarray] = ([], np.zeros(0))
+    mine = [next((predictions[name] for name in several if name in predictions), none) for several in names]
+    arguments = {"rows": tuple(rows), "predictions": tuple(mine)}
+    scored = actors.run(_Comparer, arguments, list(range(len(rows))), "evaluate")
+    about = {"predictions": {"uri": predictions_uri, "sha256": _sha256(storage.absolute(predictions_uri))}}
+    result = _result(scored, data, split, seed, about)
+    drawn = evaluation_report.chosen(result["per_image"])
+    found = {item: painted(mine[item][0], mine[item][1], sizes[names[item][0]]) for item in drawn}
+    _hand_over(out, result, rows, found)
+    return result
+
+
+def painted(rles: Sequence[Rle], ranks: np.ndarray, size: tuple[int, int]) -> Found:
+    """Cells that may overlap as what is scored: of two that claim a pixel, the one of the higher score has it."""
+    labels = np.zeros(size, np.int32)
+    for number in np.argsort(ranks, kind="stable").tolist():
+        labels[decode(rles[number]) != 0] = number + 1
+    return Found(labels != 0, labels, rles, ranks)
+
+
+def score_table(result: Mapping[str, Any]) -> Table:
+    """Scores by cell type and in all, with their 95 % intervals, to print in 80 columns."""
+    table = Table(
+        title=f"{result['images']} images of {result['split']}, with 95 % intervals", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for name in ("", "images", "mean Dice", "mSA", "AP50", "AP"):
+        table.add_column(name, justify="right" if name else "left")
+    kinds = result["per_cell_type"]
+    for name, values in [*kinds.items(), ("all", result)]:
+        cells = [_score(values, statistic) for statistic in ("mean_image_dice", "msa", "ap50", "ap")]
+        table.add_row(name, str(values["images"]), *cells, end_section=name == list(kinds)[-1])
+    return table
+
+
+class _Scorer:
+    """Sample ids -> a row each; an actor with a network."""
+
+    def __init__(self, folder: str, rows: tuple[shards.Row, ...], tta: bool) -> None:
+        actors.use_threads()
+        self.model, self.rows = segmenter.load(folder, tta), rows
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        return actors.columns([self._score(int(item)) for item in batch["item"]])
+
+    def _score(self, item: int) -> actors.Row:
+        sample = shards.read_row(self.rows[item], SAMPLE)
+        return _scored(item, sample, _found(self.model, sample["image"]))
+
+
+class _Comparer:
+    """Sample ids -> a row each; an actor with somebody's cells."""
+
+    def __init__(self, rows: tuple[shards.Row, ...], predictions: tuple[tuple[Sequence[Any], np.ndarray], ...]) -> None:
+        self.rows, self.predictions = rows, predictions
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        return actors.columns([self._score(int(item)) for item in batch["item"]])
+
+    def _score(self, item: int) -> actors.Row:
+        sample = shards.read_row(self.rows[item], SAMPLE)
+        return _scored(item, sample, painted(*self.predictions[item], sample["labels"].shape))
+
+
+def _found(model: segmenter.Segmenter, image: np.ndarray) -> Found:
+    cells = model.segment(image)
+    return Found(cells.foreground, cells.labels, encode(cells.labels), cells.scores)
+
+
+def _scored(item: int, sample: dict[str, Any], found: Found) -> actors.Row:
+    size = list(sample["labels"].shape)
+    truth = Truth(sample["labels"], [{"size": size, "counts": counts} for counts in sample["outlines"]])
+    row, matches = scores.of_image(found, truth)
+    about = {name: sample[name] for name in ("file_name", "cell_type", "height", "width")}
+    return {"item": item, **about, **row, "matches": matches}
+
+
+def _calibrate(folder: str, data: str, tta: bool) -> None:
+    """Choose the thresholds on validation images and keep them in the checkpoint `folder`."""
+    rows = _rows_of(data, "val")
+    chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CALIBRATION_IMAGES)).astype(int)]
+    network, recipe = segment.load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cases = []
+    for row in track(chosen, "maps", len(chosen)):
+        sample = shards.read_row(row, ["image", "labels"])
+        cases.append((segment.maps(network, sample["image"], tta), sample["labels"]))
+    before = calibrate.mean_msa(cases, recipe.targets, instances.default(recipe.targets))
+    config, msa = calibrate.calibrate(cases, recipe.targets)
+    told = {"images": len(cases), "val_msa": msa, "val_msa_of_defaults": before, "tta": tta, "data": _provenance(data)}
+    checkpoint.save_instances(folder, config, told)
+    named = ", ".join(f"{name} {value:g}" for name, value in config.model_dump().items())
+    console.print(f"thresholds on {len(cases)} validation images: {named}; mSA {msa:.4f} (defaults {before:.4f})")
+
+
+def _rows_of(data: str, split: str) -> list[shards.Row]:
+    rows = shards.list_rows(data, split)
+    if not rows:
+        raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")
+    return rows
+
+
+def _names(sample: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """What a results file may call an image: its id in the annotation file, as a number too, and its name."""
+    identity = sample["annotation"].rpartition("#")[2]
+    return (*([int(identity)] if identity.isdecimal() else []), identity, sample["file_name"])
+
+
+def _sizes(rows: Sequence[shards.Row], names: Sequence[tuple[int | str, ...]]) -> dict[int | str, tuple[int, int]]:
+    """Height and width by each of an image's names."""
+    sizes: dict[int | str, tuple[int, int]] = {}
+    for row, several in zip(rows, names):
+        sample = shards.read_row(row, [])
+        sizes |= dict.fromkeys(several, (sample["height"], sample["width"]))
+    return sizes
+
+
+def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, about: Mapping[str, Any]) -> dict[str, Any]:
+    matches = [row["matches"] for row in scored]
+    per_image = [{name: value for name, value in row.items() if name != "matches"} for row in scored]
+    return {
+        **scores.summarise(per_image, matches, seed),
+        "split": split,
+        **about,
+        "data": _provenance(data),
+        "raylivecell": __version__,
+        "per_image": per_image,
+    }
+
+
+def _hand_over(out: str, result: dict[str, Any], rows: Sequence[shards.Row], found: Mapping[int, Found]) -> None:
+    """report.html, overlays/, metrics.json and the table on the terminal."""
+    evaluation_report.write(out, result, rows, found)
+    storage.write_json(storage.join(out, "metrics.json"), result)
+    console.print(score_table(result))
+    console.print(f"written: {out}/metrics.json, report.html", soft_wrap=True, markup=False)
+
+
+def _provenance(data: str) -> dict[str, Any]:
+    """What was scored: the dataset's address, name, licence, and the hash of its dataset.json, so of its shards."""
+    description = shards.load_description(data)
+    fingerprint = _sha256(storage.join(data, "dataset.json"))
+    return {"uri": data, "sha256": fingerprint, "name": description.get("name"), "licence": description.get("licence")}
+
+
+def _sha256(uri: str) -> str:
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+
+
+def _score(values: Mapping[str, Any], statistic: str) -> str:
+    if values[statistic] is None:
+        return "-"
+    interval = values["intervals"][statistic]
+    spread = f" ({interval[0]:.3f}-{interval[1]:.3f})".replace("0.", ".") if interval else ""
+    return f"{values[statistic]:.3f}{spread}"

@@ -1,0 +1,141 @@
+"""report.html of an evaluation: scores by cell type, and each type's best, median and worst image.
+
+One file that needs no network, no script and no other file. A picture shows an image three times: as it is with the
+true cells' outlines, with the cells that were found, and the errors in colour: a cell is right where it and a true
+one share half of their union (IoU 0.5), the threshold of SA50 and AP50.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from raylivecell import instance_metrics, page, shards, storage
+from raylivecell.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
+from raylivecell.scores import Found
+
+Result = Mapping[str, Any]
+COLUMNS = (
+    ("mean_image_dice", "mean image Dice"),
+    ("iou", "IoU"),
+    ("msa", "mSA"),
+    ("sa50", "SA50"),
+    ("ap", "AP"),
+    ("ap50", "AP50"),
+    ("ap75", "AP75"),
+    ("afnr", "AFNR"),
+    ("pq", "PQ"),
+    ("count_error", "count error"),
+    ("confluence_error", "confluence error"),
+)
+PARTNER = 0.5
+"""IoU from which a cell is right."""
+JPEG_QUALITY = 88
+
+
+def chosen(per_image: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Item and title of the pictures: each cell type's best, median and worst image by mSA."""
+    titles: dict[int, str] = {}
+    for kind in sorted({row["cell_type"] for row in per_image}):
+        rows = sorted((row for row in per_image if row["cell_type"] == kind), key=lambda row: row["msa"])
+        named = {"best": rows[-1], "median": rows[len(rows) // 2], "worst": rows[0]}
+        for name, row in named.items():  # an image has one name: best before median before worst
+            scores = f"mSA {row['msa']:.3f}, Dice {row['dice']:.3f}, {row['cells']} of {row['true_cells']} cells"
+            titles.setdefault(row["item"], f"{kind}, {name}: {row['file_name']}   {scores}")
+    return titles
+
+
+def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[int, Found]) -> None:
+    """Write report.html and overlays/ into the folder `out`.
+
+    Args:
+        out: URI of a folder.
+        result: what metrics.json holds.
+        rows: of the split, in the order of items.
+        found: what was found in the images that `chosen` names.
+    """
+    pictures = []
+    for item, title in chosen(result["per_image"]).items():
+        sample = shards.read_row(rows[item], ["image", "labels", "file_name"])
+        data = jpeg(panels(sample["image"], sample["labels"], found[item].labels))
+        storage.write_bytes(storage.join(out, "overlays", f"{_stem(title)}.jpg"), data)
+        pictures.append(page.figure(title, page.data_uri(data, "jpeg")))
+    body = [
+        page.grid("tiles", [page.tile(label, _value(result[name])) for name, label in COLUMNS]),
+        "<h2>Scores</h2>",
+        f'<div class="card">{_table(result)}</div>',
+        "<h2>Each cell type's best, median and worst image</h2>",
+        f'<p class="soft">{_LEGEND}</p>',
+        page.grid("wide-pictures", pictures),
+        f'<p class="soft">Licence of the images: {result["data"]["licence"]}</p>',
+    ]
+    title = f"{result['images']} images of {result['split']}"
+    text = page.page(title, "Cells found, and how well", body)
+    storage.write_bytes(storage.join(out, "report.html"), text.encode())
+
+
+_LEGEND = (
+    "From left to right: true cells; cells found; errors. Green edge: right, IoU 0.5 or more. Vermilion: found, but no "
+    "such cell. Blue: a cell that was missed."
+)
+
+
+def panels(image: NDArray[np.uint8], truth: NDArray[Any], found: NDArray[Any]) -> NDArray[np.uint8]:
+    """True cells, found cells and errors side by side, RGB uint8 (H, 3 W + 16, 3); all (H, W)."""
+    gap = np.full((image.shape[0], 8, 3), 255, np.uint8)
+    return np.hstack([outlined(image, truth), gap, outlined(image, found), gap, errors(image, truth, found)])
+
+
+def errors(image: NDArray[np.uint8], truth: NDArray[Any], found: NDArray[Any]) -> NDArray[np.uint8]:
+    """The image with right cells' edges, wrong and missed cells in colour, RGB uint8 (H, W, 3)."""
+    right, hit = _partners(found, truth)
+    canvas = np.repeat(image[..., None], 3, axis=2)
+    tint(canvas, (truth != 0) & ~hit, MISSED)
+    tint(canvas, (found != 0) & ~right, FALSE)
+    canvas[edges(np.where(right, found, 0))] = FOUND
+    return canvas
+
+
+def _partners(found: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Pixels of the found cells that are right, and of the true cells that are found."""
+    pairs = instance_metrics.overlaps(found, truth)
+    near = pairs.iou >= PARTNER
+    names = [np.unique(labels[labels != 0]) for labels in (found, truth)]
+    return np.isin(found, names[0][pairs.prediction[near]]), np.isin(truth, names[1][pairs.truth[near]])
+
+
+def jpeg(image: NDArray[np.uint8]) -> bytes:
+    """JPEG of an RGB image (H, W, 3): a tenth of the PNG, for pages of many pictures."""
+    done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not done:
+        raise ValueError(f"no JPEG of an image of shape {image.shape}")
+    return data.tobytes()
+
+
+def _stem(title: str) -> str:
+    """`A172-best` of a picture's title."""
+    kind, _, rest = title.partition(", ")
+    return f"{kind}-{rest.split(':', 1)[0]}".replace("/", "_")
+
+
+def _table(result: Result) -> str:
+    head = ["cell type", "images", "true cells", *(label for _, label in COLUMNS)]
+    kinds = [*result["per_cell_type"].items(), ("all", result)]
+    rows = [
+        [name, str(one["images"]), f"{one['true_cells']:,}", *(_with_interval(one, key) for key, _ in COLUMNS)]
+        for name, one in kinds
+    ]
+    macro = ["mean of types", "", "", *(_value(result["macro"][key]) for key, _ in COLUMNS)]
+    return page.table(head, [*rows, macro])
+
+
+def _with_interval(values: Result, name: str) -> str:
+    interval = values["intervals"].get(name)
+    spread = f" ({_value(interval[0])} to {_value(interval[1])})" if interval else ""
+    return _value(values[name]) + spread
+
+
+def _value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,133 @@
+"""What an image's segmentation is worth, pixel by pixel and cell by cell; and of many images, with intervals.
+
+Pixels are counted, added and divided last (metrics). mSA and its like are of an image, and averaged over images
+(instance_metrics). AP and the false-negative ratio follow LIVECell's COCO protocol, over all cells of all images
+(coco_protocol). Each is given for all images, for each cell type, and as the mean over types (`macro`), in which a type
+of few images weighs as much as one of many.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raylivecell import coco_protocol, instance_metrics, metrics
+from raylivecell.coco_protocol import Matches
+from raylivecell.rle import Rle
+
+# Means over images; of errors, of their size.
+MEANS = ("msa", "sa50", "sa75", "pq")
+ERRORS = ("count_error", "confluence_error")
+RESAMPLES = 2000
+
+
+class Found(NamedTuple):
+    """What is said of an image (H, W)."""
+
+    foreground: NDArray[np.bool_]
+    labels: NDArray[np.integer[Any]]
+    """0 background; disjoint."""
+    rles: Sequence[Rle]
+    """Cells as COCO masks, which may overlap."""
+    scores: NDArray[np.float64]
+    """Of each of `rles`, by which they are ranked."""
+
+
+class Truth(NamedTuple):
+    """What is true of it."""
+
+    labels: NDArray[np.integer[Any]]
+    """0 background; disjoint: of overlapping cells the smaller has the pixel."""
+    rles: Sequence[Rle]
+    """Whole cells."""
+
+
+def of_image(found: Found, truth: Truth) -> tuple[dict[str, Any], Matches]:
+    """Counts of pixels, `dice`, `iou`, `instance_metrics.instance_scores`; and what `coco_protocol` makes of it."""
+    counts = metrics.mask_counts(found.foreground, truth.labels)
+    pixels = [counts[name] for name in metrics.COUNTS]
+    row = {**counts, "dice": metrics.dice(pixels), "iou": metrics.iou(pixels)}
+    row |= instance_metrics.instance_scores(found.labels, truth.labels)
+    return row, coco_protocol.match(found.rles, found.scores, truth.rles)
+
+
+def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> dict[str, float]:
+    """Scores of one label image against another, both integer (H, W), 0 background.
+
+    Returns:
+        `dice` and `iou` of the pixels in cells, `msa`, `sa50`, `sa75`, `pq`, `cells`, `true_cells`, `count_error`,
+        `confluence_error`: see `instance_metrics`.
+
+    Raises:
+        ValueError: where their shapes differ.
+    """
+    counts = metrics.mask_counts(labels, truth)
+    pixels = [counts[name] for name in metrics.COUNTS]
+    return {
+        "dice": metrics.dice(pixels),
+        "iou": metrics.iou(pixels),
+        **instance_metrics.instance_scores(labels, truth),
+    }
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed: int = 0) -> dict[str, Any]:
+    """Scores of a set of images: in all, `per_cell_type`, and `macro`, the mean over cell types.
+
+    Args:
+        rows: of `of_image`, with `file_name` and `cell_type`; any order.
+        matches: of `of_image`, in the order of `rows`.
+        seed: of the bootstrap.
+
+    Returns:
+        `images`, `cells`, `true_cells`, `dice`, `iou`, `mean_image_dice`, MEANS, ERRORS, `ap`, `ap50`, `ap75`, `aps`,
+        `apm`, `apl`, `afnr`, `ar100`, `ar500`, `ar2000`, and `intervals`: 95 % by statistic, None for one image.
+    """
+    if not rows:
+        raise ValueError("no image to summarise")
+    # Sorted, so that the bootstrap's draws do not hang on the order in which workers finish.
+    order = sorted(range(len(rows)), key=lambda i: str(rows[i]["file_name"]))
+    kinds = sorted({str(row["cell_type"]) for row in rows})
+    by_kind = {kind: [i for i in order if rows[i]["cell_type"] == kind] for kind in kinds}
+
+    def of(members: Sequence[int]) -> dict[str, Any]:
+        return _summary([rows[i] for i in members], [matches[i] for i in members], seed)
+
+    per_type = {kind: of(members) for kind, members in by_kind.items()}
+    return {**of(order), "macro": _macro(list(per_type.values())), "per_cell_type": per_type}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed: int) -> dict[str, Any]:
+    pixels = metrics.scores(metrics.as_counts([dict(row) for row in rows]), seed)
+    images, intervals = pixels.pop("images"), pixels.pop("intervals")
+    values = {name: np.array([row[name] for row in rows]) for name in MEANS}
+    values |= {name: np.abs([row[name] for row in rows]) for name in ERRORS}
+    return {
+        "images": images,
+        "cells": sum(int(row["cells"]) for row in rows),
+        "true_cells": sum(int(row["true_cells"]) for row in rows),
+        **pixels,
+        **{name: float(value.mean()) for name, value in values.items()},
+        **coco_protocol.average_precision(matches),
+        "intervals": {
+            **intervals,
+            **{name: _interval(value, seed) for name, value in values.items()},
+            **coco_protocol.interval(matches, seed),
+        },
+    }
+
+
+def _interval(values: NDArray[np.float64], seed: int) -> list[float] | None:
+    """95 % percentile bootstrap interval of the mean over images."""
+    if len(values) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
+
+
+def _macro(kinds: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Means over cell types; of those that have a value, none where none has."""
+    names = [name for name in kinds[0] if name not in ("images", "cells", "true_cells", "intervals")]
+    known = {name: [kind[name] for kind in kinds if kind[name] is not None] for name in names}
+    return {name: float(np.mean(values)) if values else None for name, values in known.items()}

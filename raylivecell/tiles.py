@@ -1,0 +1,182 @@
+"""Images of any size through a network, in overlapping windows, and their cells, in bounded memory. No torch, no Ray.
+
+1. Windows of one size lie on a fixed grid; the last of a row and the last row are shifted back inside the image.
+2. Where windows overlap, their maps are averaged with Gaussian weights: least at a window's edge, where the network
+   saw only one side (as nnU-Net does, Isensee et al., Nature Methods 2021).
+3. Rows that no further window reaches are finished. A strip of them is cut into cells together with the last rows of
+   the strip before, and every cell is taken from a strip that holds the whole of it.
+
+Beside the labels there are, at the most, the maps of one row of windows and of one strip: for an image 10,000 pixels
+wide 0.7 GB with the watershed, however high it is.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from raylivecell import instances
+from raylivecell.fields import Targets
+from raylivecell.instances import InstanceConfig, Labels, Maps
+
+Network = Callable[[NDArray[np.uint8]], Maps]
+"""uint8 (h, w) -> maps float32 (C, h, w)."""
+
+# A 64-channel U-Net needs about 1.2 kB a pixel at its widest place: 2.5 GB at 2 megapixels. LIVECell has 0.37.
+WHOLE_PIXELS = 2**21
+"""Images of more pixels go through the network in windows."""
+WINDOW = 1024
+"""Height and width of a window, pixels."""
+OVERLAP = 0.25
+"""Part of a window that the next one covers too, at the least."""
+HALO = 256
+"""Rows above and below a strip that are cut into cells with it."""
+
+
+def bands(network: Network, image: NDArray[np.uint8], window: int = WINDOW) -> Iterator[tuple[int, Maps]]:
+    """Maps of an image, in bands of finished rows from top to bottom, each row once.
+
+    Args:
+        network: maps of a window, uint8 (h, w), of any sort that may be averaged: logits or probabilities.
+        image: uint8 (H, W) of any size; it may be a memory map.
+        window: height and width of the windows; the image's own where that is less.
+
+    Yields:
+        The band's first row, and its maps, float32 (C, h, W), the receiver's to keep.
+
+    Raises:
+        ValueError: the maps are not of the window's size.
+    """
+    height, width = image.shape
+    ys, high = _grid(height, window)
+    xs, wide = _grid(width, window)
+    held: Maps | None = None
+    for y, end, weights_y in zip(ys, [*ys[1:], height], high):
+        for x, weights_x in zip(xs, wide):
+            pixels = np.ascontiguousarray(image[y : y + len(weights_y), x : x + len(weights_x)])
+            maps = network(pixels)
+            if maps.shape[1:] != pixels.shape:
+                raise ValueError(f"the network made maps {maps.shape} of a window {pixels.shape}")
+            if held is None:
+                held = np.zeros((len(maps), len(weights_y), width), np.float32)
+            held[:, :, x : x + len(weights_x)] += maps * (weights_y[:, None] * weights_x)
+        assert held is not None
+        done = end - y
+        yield y, held[:, :done].copy()
+        held[:, : held.shape[1] - done] = held[:, done:]
+        held[:, held.shape[1] - done :] = 0
+
+
+def segment(
+    network: Network,
+    image: NDArray[np.uint8],
+    targets: Targets,
+    config: InstanceConfig,
+    window: int = WINDOW,
+    halo: int = HALO,
+) -> tuple[Labels, NDArray[np.float64], NDArray[np.bool_]]:
+    """The cells of an image of any size, as `instances.segment` finds them in the maps of the whole image.
+
+    A cell up to 2 `halo` rows high lies whole in a strip, and is taken from there. Of a higher one the parts that the
+    strips show are joined where they meet. Where a strip cuts a cell's neighbour, the border between them may differ
+    from the whole image's by some pixels: only if one of them is more than `halo` / 2 rows high.
+
+    Args:
+        network: probabilities and distances as `fields.CHANNELS`, 0 to 1, of a window.
+        image: uint8 (H, W).
+        targets: what the maps mean.
+        config: how they become cells.
+        window: as of `bands`.
+        halo: rows, 1 or more.
+
+    Returns:
+        Labels int32 (H, W), 0 background, 1 to N without gaps; scores float64 (N,), each cell's mean foreground
+        probability; and where the foreground's probability is over its threshold, bool (H, W).
+    """
+    labels, foreground = np.zeros(image.shape, np.int32), np.zeros(image.shape, np.bool_)
+    pixels, mass = np.zeros(1), np.zeros(1)  # of each label
+    cut = np.zeros(0, np.int32)
+    for first, end, maps in _strips(bands(network, image, window), image.shape[0], halo):
+        rows = slice(first, first + maps.shape[1])
+        painted = labels[rows]
+        foreground[rows] = maps[0] > config.foreground
+        found = instances.segment(maps, targets, config)
+        heirs = _heirs(found, painted[0], cut)
+        new = _ours(found, end - first, halo) & _free(found, painted, config.smallest) & (heirs == 0)
+        names = np.where(new, len(pixels) - 1 + np.cumsum(new, dtype=np.int32), heirs)
+        fresh = np.where(painted == 0, names[found], 0)
+        painted += fresh
+        inside = np.flatnonzero(fresh)
+        owner = fresh.ravel()[inside]
+        pixels = _sum(pixels, np.bincount(owner))
+        mass = _sum(mass, np.bincount(owner, maps[0].ravel()[inside]))
+        cut = names[np.unique(found[-1])]
+    return labels, mass[1:] / pixels[1:], foreground
+
+
+def _grid(size: int, window: int) -> tuple[list[int], list[NDArray[np.float32]]]:
+    """First pixels of the windows along an axis, and each window's weights, which sum to 1 in every pixel."""
+    window = min(window, size)
+    step = max(1, round(window * (1 - OVERLAP)))
+    starts = [*range(0, size - window, step), size - window]
+    bell = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / (window / 8)) ** 2)
+    total = np.zeros(size)
+    for start in starts:
+        total[start : start + window] += bell
+    return starts, [(bell / total[start : start + window]).astype(np.float32) for start in starts]
+
+
+def _strips(found: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterator[tuple[int, int, Maps]]:
+    """(first row, last row that is its own, maps): `halo` rows before what is its own, and after it."""
+    if halo < 1:
+        raise ValueError(f"halo is {halo}; strips must overlap by a row or more")
+    held: Maps | None = None
+    for row, band in found:
+        bottom = row + band.shape[1]
+        held = band if held is None else np.concatenate([held, band], axis=1)
+        del band
+        yield bottom - held.shape[1], height if bottom == height else bottom - halo, held
+        held = held[:, -2 * halo :]
+
+
+def _ours(found: Labels, end: int, halo: int) -> NDArray[np.bool_]:
+    """Of each label (0 to N), whether the cell is this strip's, whose own rows are those before `end`.
+
+    It is if its middle lies there and it is seen whole, or if the next strip, from `end` - `halo`, would cut it.
+    """
+    boxes = [box[0] for box in ndimage.find_objects(found)]
+    top, bottom = (np.array([-1, *edges]) for edges in ([box.start for box in boxes], [box.stop for box in boxes]))
+    ours = (top < end - halo) | ((top + bottom < 2 * end) & (bottom < len(found))) | (end == len(found))
+    ours[0] = False
+    return ours
+
+
+def _free(found: Labels, painted: Labels, smallest: int) -> NDArray[np.bool_]:
+    """Of each label (0 to N), whether most of the cell's pixels, and at least `smallest`, are not painted yet."""
+    every = np.bincount(found.ravel())
+    taken = np.bincount(found[painted != 0], minlength=len(every))
+    return (every > 2 * taken) & (every - taken >= smallest)
+
+
+def _heirs(found: Labels, above: NDArray[np.int32], cut: NDArray[np.int32]) -> NDArray[np.int32]:
+    """For each label (0 to N) the one of `cut` that the cell goes on with, or 0.
+
+    `above` is what is painted in the first row, `cut` the cells that reach beyond the strip before.
+    """
+    heirs = np.zeros(int(found.max(initial=0)) + 1, np.int32)
+    (one, other), times = np.unique(np.stack([found[0], above]), axis=1, return_counts=True)
+    order = np.argsort(times, kind="stable")
+    heirs[one[order]] = other[order]  # of several the most frequent: it is written last
+    heirs[~np.isin(heirs, cut)] = 0
+    heirs[0] = 0
+    return heirs
+
+
+def _sum(one: NDArray[np.float64], other: NDArray[Any]) -> NDArray[np.float64]:
+    """Sum of two vectors, the shorter one followed by zeros."""
+    total = np.zeros(max(len(one), len(other)))
+    total[: len(one)] += one
+    total[: len(other)] += other
+    return total

@@ -1,0 +1,69 @@
+"""What is measured of each cell is what scikit-image measures; coordinates are those of pixel centres."""
+
+import csv
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from skimage.measure import regionprops
+
+from raylivecell import cells_table
+
+
+def compare(labels: np.ndarray, image: np.ndarray) -> None:
+    got = cells_table.measure(labels, image)
+    regions = regionprops(labels, image)
+    assert got.label.tolist() == [region.label for region in regions]
+    height, width = labels.shape
+    for i, region in enumerate(regions):
+        top, left, bottom, right = region.bbox
+        bbox = (got.bbox_x[i], got.bbox_y[i], got.bbox_width[i], got.bbox_height[i])
+        assert bbox == (left, top, right - left, bottom - top)
+        assert got.area_px[i] == region.area
+        assert (got.centroid_y[i], got.centroid_x[i]) == pytest.approx(region.centroid)
+        # Of a straight line the short axis is 0 but for the rounding, and sqrt(1e-16) is 1e-8.
+        assert got.eccentricity[i] == pytest.approx(region.eccentricity, abs=1e-6)
+        assert got.mean_intensity[i] == pytest.approx(region.intensity_mean)
+        assert got.touches_border[i] == (left == 0 or top == 0 or right == width or bottom == height)
+
+
+@given(
+    hnp.arrays(np.int32, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 4)),
+    st.integers(0, 9),
+)
+def test_any_labels(labels: np.ndarray, seed: int) -> None:
+    """Scattered, lying around others, of numbers that are missing: all that a label image may hold."""
+    compare(labels, np.random.default_rng(seed).integers(0, 256, labels.shape, np.uint8))
+
+
+def test_real_shapes_far_from_the_corner() -> None:
+    y, x = np.mgrid[:300, :900]
+    labels = np.zeros((300, 900), np.int32)
+    labels[(x - 100) ** 2 / 40**2 + (y - 150) ** 2 / 20**2 < 1] = 1
+    turned = ((x - 700) + (y - 150), (x - 700) - (y - 150))
+    labels[turned[0] ** 2 / 150**2 + turned[1] ** 2 / 30**2 < 1] = 2
+    labels[120:180, 400:460] = 3
+    compare(labels, (x % 256).astype(np.uint8))
+    compare(np.asfortranarray(labels), (y % 256).astype(np.uint8))
+    eccentricity = cells_table.measure(labels, x.astype(np.uint8)).eccentricity
+    assert eccentricity == pytest.approx([np.sqrt(1 - (20 / 40) ** 2), np.sqrt(1 - (30 / 150) ** 2), 0], abs=0.005)
+
+
+def test_lines() -> None:
+    labels = np.array([[0, 2, 2], [0, 1, 0]])
+    image = np.array([[0, 10, 11], [0, 9, 0]], np.uint8)
+    text = cells_table.lines('a, "b".tif', cells_table.measure(labels, image), np.array([0.25, 0.123456]))
+    rows = list(csv.DictReader(text.splitlines(), cells_table.COLUMNS))
+    assert [row["file"] for row in rows] == ['a, "b".tif'] * 2
+    assert rows[0] | {"file": ""} == dict(
+        zip(cells_table.COLUMNS, ["", "1", "1", "1.0", "1.0", "1", "1", "1", "1", "0.0", "9.0", "0.25", "1"])
+    )
+    assert [rows[1][name] for name in ("centroid_x", "eccentricity", "mean_intensity", "score")] == [
+        "1.5",
+        "1.0",
+        "10.5",
+        "0.1235",
+    ]
+    assert cells_table.lines("a.tif", cells_table.measure(labels * 0, image), np.zeros(0)) == ""

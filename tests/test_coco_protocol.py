@@ -1,0 +1,172 @@
+"""Average precision as pycocotools gives it, with LIVECell's changes; results files of anybody."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from raylivecell import coco_protocol as protocol
+from raylivecell.errors import UserError
+from raylivecell.rle import Rle
+
+SIZE = (60, 60)
+Image = tuple[list[Rle], np.ndarray, list[Rle]]
+
+
+def rectangle(top: int, left: int, height: int, width: int) -> Rle:
+    mask = np.zeros(SIZE, np.uint8, order="F")
+    mask[top : top + height, left : left + width] = 1
+    return coco_mask.encode(mask)
+
+
+def image(rng: np.random.Generator, cells: int, detections: int) -> Image:
+    """Rectangles, overlapping at will, some of exactly 324 and 961 pixels; detections near them, with equal scores."""
+    sides = [(18, 18), (31, 31), (9, 12), (20, 25), (33, 30), (6, 6)]
+    boxes = [(*rng.integers(0, 25, 2).tolist(), *sides[rng.integers(len(sides))]) for _ in range(cells)]
+    found = []
+    for _ in range(detections):
+        top, left, height, width = boxes[rng.integers(cells)] if cells else (3, 4, 9, 9)
+        shift = rng.integers(-2, 3, 4)
+        found.append((max(top + shift[0], 0), max(left + shift[1], 0), height + shift[2], width + shift[3]))
+    scores = rng.integers(0, 6, detections) / 5
+    return [rectangle(*map(int, box)) for box in found], scores, [rectangle(*box) for box in boxes]
+
+
+def reference(images: list[Image]) -> dict[str, float]:
+    """By COCOeval; -1 where there is no such cell."""
+    truth: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
+    results = []
+    for number, (found, scores, true) in enumerate(images, 1):
+        truth["images"].append({"id": number, "height": SIZE[0], "width": SIZE[1]})
+        for one in true:
+            about = {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
+            truth["annotations"].append({**about, "segmentation": one, "area": int(coco_mask.area(one))})
+        results += protocol.results(number, found, scores)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        for record in results:
+            del record["bbox"]  # LIVECell's script: with it, COCO takes the box's area
+        evaluation = COCOeval(coco, coco.loadRes(results), "segm")
+        evaluation.params.catIds, evaluation.params.useCats = [1], 0
+        evaluation.params.maxDets = [100, 500, 2000]
+        evaluation.params.areaRng = [list(area) for area in protocol.AREAS]
+        evaluation.params.areaRngLbl = ["all", "small", "medium", "large"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision, recall = evaluation.eval["precision"][:, :, 0, :, 2], evaluation.eval["recall"][:, 0, 0, :]
+    told = {f"ap{letter}": precision[:, :, area].mean() for area, letter in enumerate(["", "s", "m", "l"])}
+    told |= {"ap50": precision[0, :, 0].mean(), "ap75": precision[5, :, 0].mean()}
+    told |= {f"ar{most}": recall[:, place].mean() for place, most in enumerate((100, 500, 2000))}
+    return {**told, "afnr": 1 - told["ar2000"] if told["ar2000"] >= 0 else -1}
+
+
+def compare(images: list[Image]) -> None:
+    got = protocol.average_precision([protocol.match(*one) for one in images])
+    expected = reference(images)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert (-1 if value is None else value) == pytest.approx(expected[name], abs=1e-9), name
+
+
+@given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_the_figures_are_those_of_pycocotools(seed: int, sizes: list[tuple[int, int]]) -> None:
+    rng = np.random.default_rng(seed)
+    compare([image(rng, cells, detections) for cells, detections in sizes])
+
+
+def test_more_than_a_hundred_detections_count() -> None:
+    rng = np.random.default_rng(0)
+    images = [image(rng, 70, 250), image(rng, 40, 600)]
+    compare(images)
+    figures = protocol.average_precision([protocol.match(*one) for one in images])
+    assert figures["ar100"] < figures["ar500"] <= figures["ar2000"]
+
+
+def test_no_detection_and_no_cell() -> None:
+    nothing = protocol.match([], np.zeros(0), [])
+    missed = protocol.match([], np.zeros(0), [rectangle(0, 0, 9, 9)])
+    assert set(protocol.average_precision([nothing]).values()) == {None}
+    assert protocol.average_precision([nothing, missed])["afnr"] == 1
+    assert protocol.average_precision([nothing, missed])["ap"] == 0
+    assert protocol.average_precision([nothing, missed])["apl"] is None
+
+
+def test_intervals_hold_the_figure_and_can_be_repeated() -> None:
+    rng = np.random.default_rng(1)
+    matches = [protocol.match(*image(rng, 5, 6)) for _ in range(12)]
+    figures, bounds = protocol.average_precision(matches), protocol.interval(matches, seed=3)
+    assert bounds == protocol.interval(matches, seed=3) != protocol.interval(matches, seed=4)
+    for name, (low, high) in bounds.items():
+        assert low <= figures[name] <= high
+    assert protocol.interval(matches[:1])["ap"] is None
+
+
+def test_a_resampled_set_is_the_set_with_images_repeated() -> None:
+    rng = np.random.default_rng(2)
+    matches = [protocol.match(*image(rng, 5, 8)) for _ in range(4)]
+    repeated = protocol.average_precision([matches[0], matches[2], matches[2], matches[2]])
+    table, weights = protocol._Table(matches), np.array([1.0, 0, 3, 0])
+    precision = table.precision(0, weights)
+    assert precision is not None
+    # Copies of an image share their scores: among equals COCO takes all of one image first, weights all at once.
+    assert precision.mean() == pytest.approx(repeated["ap"], abs=0.02)
+    assert 1 - table.recall(2000, weights).mean() == pytest.approx(repeated["afnr"])
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    found, scores, _ = image(np.random.default_rng(3), 4, 7)
+    records = protocol.results(5, found, scores)
+    polygon = [[2.0, 3.0, 20.0, 3.0, 20.0, 30.0, 2.0, 30.0]]
+    plain = {"size": list(SIZE), "counts": [100, 20, SIZE[0] * SIZE[1] - 120]}
+    records += [{"image_id": "a.tif", "segmentation": one, "score": 0.5} for one in (polygon, plain)]
+    file = tmp_path / "cells.json"
+    file.write_text(json.dumps(records))
+    read = protocol.read_results(str(file), {5: SIZE, "a.tif": SIZE})
+    assert read[5][0] == found
+    np.testing.assert_allclose(read[5][1], scores)
+    masks = [coco_mask.decode(one) for one in read["a.tif"][0]]
+    assert masks[0][3:30, 2:20].all()
+    assert masks[0].sum() == 27 * 18
+    assert masks[1].T.ravel()[100:120].all()
+    assert masks[1].sum() == 20
+
+
+GOOD = {"image_id": 1, "segmentation": {"size": list(SIZE), "counts": "0"}, "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nothing", "is not JSON"),
+        ('{"annotations": []}', "not a list of detections"),
+        ([{"image_id": 1, "score": 1}], "record 0 lacks one of image_id, segmentation, score"),
+        ([GOOD | {"score": "high"}], "score 'high' is not a finite number"),
+        ([GOOD | {"score": float("nan")}], "not a finite number"),
+        ([GOOD | {"image_id": 1.5}], "image_id 1.5 is neither"),
+        ([GOOD | {"image_id": 9}] * 3, "image_id 9 and 2 other records are of images that the split does not hold"),
+        ([GOOD | {"segmentation": {"size": [9, 9], "counts": "0"}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
+        ([GOOD | {"segmentation": "cell"}], "neither polygons nor RLE"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "cells.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        protocol.read_results(str(file), {1: SIZE})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results at"):
+        protocol.read_results(str(tmp_path / "none.json"), {})

@@ -1,0 +1,152 @@
+"""Scores of whole images: none lost, none twice, the same for a network's cells and for a file that holds them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from raylivecell import checkpoint, coco_protocol, evaluate, metrics, rle, scores, segmenter, shards, storage
+from raylivecell.errors import UserError
+from raylivecell.instances import InstanceConfig
+from raylivecell.loop import State
+from raylivecell.model import ModelConfig, build_model
+from raylivecell.recipe import Recipe
+
+SIZES = [(48, 64), (48, 64), (33, 57), (64, 48)]
+SPLITS = {"test": 10, "val": 3}
+
+
+def sample(index: int) -> dict[str, Any]:
+    """Bright disks that overlap here and there, as a row of a dataset."""
+    shape, rng = SIZES[index % len(SIZES)], np.random.default_rng(index)
+    labels, outlines = np.zeros(shape, np.uint16), []
+    for label in range(1, 7):
+        cell = np.zeros(shape, np.uint8)
+        centre = (int(rng.integers(4, shape[1] - 4)), int(rng.integers(4, shape[0] - 4)))
+        cv2.circle(cell, centre, int(rng.integers(4, 8)), 1, -1)
+        labels[cell > 0] = label
+        outlines.append(coco_mask.encode(np.asfortranarray(cell))["counts"])
+    shown = np.unique(labels[labels > 0])  # a cell may lie under others
+    outlines = [outlines[label - 1] for label in shown]
+    labels = np.searchsorted(shown, labels).astype(np.uint16) + (labels > 0)
+    image = np.clip(128 + 50 * (labels > 0) + rng.normal(0, 8, shape), 0, 255).astype(np.uint8)
+    kind = ["A172", "BV2"][index % 2]
+    about = {"file_name": f"{kind}_{index}.tif", "cell_type": kind, "source": "s", "sha256": "0"}
+    pixels = {"image": image, "labels": labels.astype(np.uint16), "foreground": labels > 0, "border": image * 0}
+    counts = {"height": shape[0], "width": shape[1], "cells": len(outlines)}
+    return {**pixels, **about, **counts, "outlines": outlines, "annotation": f"test.json#{1000 + index}"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("data"))
+    splits: dict[str, Any] = {"train": {"images": 0, "shards": []}}
+    for split, count in SPLITS.items():
+        file = f"{split}/part-0.parquet"
+        shards.write_shard(f"{folder}/{file}", [sample(i) for i in range(count)])
+        splits[split] = {"images": count, "shards": [{"file": file, "rows": count}]}
+    about = {"format_version": shards.FORMAT_VERSION, "name": "disks", "licence": "none"}
+    storage.write_json(f"{folder}/dataset.json", {**about, "splits": splits})
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    """A checkpoint of a network with random weights that tells cells apart."""
+    torch.manual_seed(3)
+    recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
+    folder = str(tmp_path / "checkpoint")
+    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, State(), recipe)
+    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_network_and_a_file_of_its_cells_score_the_same(
+    ray_cluster: None, saved: str, data: str, tmp_path: Path, tta: bool
+) -> None:
+    result = evaluate.evaluate(saved, data, "test", str(tmp_path / "scores"), tta=tta)
+    model = segmenter.load(saved, tta)
+    records = []
+    for index in range(SPLITS["test"]):
+        cells = model.segment(sample(index)["image"])
+        counts = metrics.mask_counts(cells.foreground, sample(index)["labels"])
+        row = result["per_image"][index]
+        assert row["file_name"] == sample(index)["file_name"]
+        # A pixel whose logit is 0 to the last bit may fall either way with another number of threads.
+        assert max(abs(row[name] - counts[name]) for name in metrics.COUNTS) <= 2
+        records += coco_protocol.results(1000 + index, rle.encode(cells.labels), cells.scores)
+    assert sum(row["cells"] for row in result["per_image"]) == len(records) > 20
+    file = tmp_path / "cells.json"
+    file.write_text(json.dumps(records))
+    other = evaluate.compare(str(file), data, "test", str(tmp_path / "compared"))
+    for name in ("msa", "sa50", "pq", "ap", "ap50", "afnr", "ar500", "count_error"):
+        assert other[name] == pytest.approx(result[name], abs=5e-3), name
+    assert {p.name for p in (tmp_path / "compared").iterdir()} == {"metrics.json", "report.html", "overlays"}
+
+
+@pytest.mark.ray
+def test_what_an_evaluation_leaves(ray_cluster: None, saved: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    before = checkpoint.load_instances(saved, "distance")
+    result = evaluate.evaluate(saved, data, "test", str(out), calibrated=True)
+    told = json.loads(Path(saved, checkpoint.INSTANCES).read_text())
+    assert told["val_msa"] >= told["val_msa_of_defaults"]
+    assert told["images"] == SPLITS["val"]
+    assert checkpoint.load_instances(saved, "distance") != before
+    assert result["thresholds"] == told["thresholds"]
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(result))
+    assert len(result["checkpoint"]["sha256"]) == len(result["data"]["sha256"]) == 64
+    assert {p.name for p in out.iterdir()} == {"metrics.json", "recipe.yaml", "report.html", "overlays"}
+    page = (out / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
+    assert page.count("<figure") == len(list((out / "overlays").iterdir())) == 6
+    assert {kind: score["images"] for kind, score in result["per_cell_type"].items()} == {"A172": 5, "BV2": 5}
+    kinds = result["per_cell_type"].values()
+    assert result["macro"]["msa"] == pytest.approx(np.mean([kind["msa"] for kind in kinds]))
+    low, high = result["intervals"]["msa"]
+    assert low <= result["msa"] <= high
+
+
+@pytest.mark.ray
+def test_the_truth_itself_is_perfect_though_cells_overlap(ray_cluster: None, data: str, tmp_path: Path) -> None:
+    records = []
+    for index in range(SPLITS["test"]):
+        row = sample(index)
+        rles = [{"size": list(row["labels"].shape), "counts": counts} for counts in row["outlines"]]
+        records += coco_protocol.results(row["file_name"], rles, np.ones(len(rles)))
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps(records[:-1]))
+    result = evaluate.compare(str(file), data, "test", str(tmp_path / "out"))
+    assert result["dice"] > 0.97
+    assert result["ap50"] == pytest.approx(1 - 1 / 101, abs=0.011), "all but the one left out"
+    assert result["afnr"] == pytest.approx(1 / len(records))
+
+
+def test_scores_of_two_label_images() -> None:
+    truth = sample(0)["labels"]
+    assert scores.score(truth, truth)["msa"] == scores.score(truth, truth)["dice"] == 1
+    assert scores.score(truth * 0, truth)["msa"] == 0
+    with pytest.raises(ValueError, match="differ in shape"):
+        scores.score(truth, truth[1:])
+
+
+def test_mistakes_are_told_before_anything_starts(saved: str, data: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match="no images in its split train"):
+        evaluate.evaluate(saved, data, "train", out)
+    with pytest.raises(UserError, match="no dataset"):
+        evaluate.evaluate(saved, str(tmp_path), "test", out)
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate.evaluate(str(tmp_path), data, "test", out)
+    file = tmp_path / "cells.json"
+    file.write_text(json.dumps([{"image_id": 7, "segmentation": {"size": [4, 4], "counts": "0"}, "score": 1}]))
+    with pytest.raises(UserError, match="image"):
+        evaluate.compare(str(file), data, "test", out)
+    assert not Path(out).exists()

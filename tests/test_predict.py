@@ -1,0 +1,312 @@
+"""Images in, cells out: nothing lost, nothing twice, nothing overwritten, and nothing done again."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import ray
+import tifffile
+import torch
+from conftest import run_apart
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from raylivecell import checkpoint, cli, predict, predictor, segmenter
+from raylivecell.errors import UserError
+from raylivecell.instances import InstanceConfig
+from raylivecell.loop import State
+from raylivecell.model import ModelConfig, build_model
+from raylivecell.recipe import Recipe
+
+TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}
+
+
+def disks(shape: tuple[int, int], seed: int) -> np.ndarray:
+    """An image of bright disks on 128."""
+    rng = np.random.default_rng(seed)
+    truth = np.zeros(shape, np.uint8)
+    for _ in range(3):
+        centre = (int(rng.integers(shape[1])), int(rng.integers(shape[0])))
+        cv2.circle(truth, centre, int(rng.integers(4, 10)), 1, -1)
+    return np.clip(128 + 50 * truth + rng.normal(0, 8, shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of a network with random weights that finds dozens of cells."""
+    torch.manual_seed(3)
+    recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
+    folder = str(tmp_path_factory.mktemp("checkpoint"))
+    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, State(), recipe)
+    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
+    return folder
+
+
+@given(st.lists(st.text("abAB./", min_size=1, max_size=6), max_size=8, unique=True))
+def test_no_two_images_share_an_output(stems: list[str]) -> None:
+    files = sorted({s.strip("/.") + suffix for s in stems if s.strip("/.") for suffix in (".tif", ".png")})
+    names = predict.output_names(files)
+    assert len({name.lower() for name in names}) == len({file.lower() for file in files})
+    assert len(set(names)) == len(files)
+    assert [name.rpartition("/")[0] for name in names] == [file.rpartition("/")[0] for file in files]
+
+
+def test_output_names_keep_suffixes_only_where_they_must() -> None:
+    assert predict.output_names(["a.tif", "x/a.tif"]) == ["a", "x/a"]
+    assert predict.output_names(["a.tif", "a.png", "b.tif"]) == ["a.tif", "a.png", "b.tif"]
+    assert predict.output_names(["a.tif", "A.tif"]) == ["a.tif", "A.tif"]
+
+
+def test_deep_images_are_brought_to_the_background_of_livecell() -> None:
+    image = np.random.default_rng(0).integers(100, 157, (31, 33)).astype(np.uint8)
+    image[15, 16] = np.median(image)
+    same, gain = predictor.to_uint8(image, None)
+    assert same is image
+    assert gain == 1
+    image = np.where(image == np.median(image), 128, image).astype(np.uint8)
+    image[:16] = 128
+    for factor in (257, 256, 16, 3):  # 16-bit copies of an 8-bit image give it back
+        back, _ = predictor.to_uint8(image.astype(np.uint16) * factor, None)
+        np.testing.assert_array_equal(back, image)
+    shifted, gain = predictor.to_uint8(image.astype(np.uint16) * 16, 12)
+    np.testing.assert_array_equal(shifted, image)
+    assert gain == 1 / 16
+    black, _ = predictor.to_uint8(np.eye(40, dtype=np.uint16) * 4000, None)
+    assert black.max() == 255
+    assert predictor.to_uint8(np.zeros((2, 2), np.uint16), None)[0].max() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 4), (2, 90)])
+@pytest.mark.parametrize("most", [0, 7, 65_535, 65_536])
+def test_labels_as_tiff(shape: tuple[int, int], most: int) -> None:
+    labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % (most + 1)
+    labels[-1, -1] = most
+    data = predictor.label_tiff(labels)
+    assert data == predictor.label_tiff(labels)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        (page,) = file.pages
+        assert (page.shape, page.photometric.name, page.samplesperpixel) == (shape, "MINISBLACK", 1)
+        assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+        assert (page.dtype, file.is_imagej) == ((np.uint16, True) if most < 65_536 else (np.uint32, False))
+        np.testing.assert_array_equal(page.asarray(), labels)
+
+
+def test_mistakes_are_told_before_anything_starts(saved: str, tmp_path: Path) -> None:
+    out, images = str(tmp_path / "out"), str(tmp_path / "images")
+    write_frames(tmp_path / "images", range(1))
+    with pytest.raises(UserError, match="no images at"):
+        predict.predict(saved, saved, out)
+    with pytest.raises(UserError, match="no folder at"):
+        predict.predict(saved, str(tmp_path / "nowhere"), out)
+    with pytest.raises(UserError, match="no checkpoint"):
+        predict.predict(images, images, out)
+    for threshold in (0, 1, 50):
+        with pytest.raises(UserError, match="--threshold"):
+            predict.predict(saved, images, out, threshold=threshold)
+    with pytest.raises(UserError, match="--bits"):
+        predict.predict(saved, images, out, bits=7)
+    with pytest.raises(UserError, match="is the folder of the images"):
+        predict.predict(saved, images, images)
+    assert not Path(out).exists()
+    (tmp_path / "out" / "labels").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds labels, and no predict"):
+            predict.predict(saved, images, out, overwrite=overwrite)
+    assert [path.name for path in Path(out).rglob("*")] == ["labels"]
+
+
+@pytest.mark.parametrize("given", ["", "--checkpoint {saved} --model {saved}"])
+def test_one_model(given: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", *given.format(saved=saved).split(), "--images", saved, "--out", str(tmp_path)]) == 2
+    assert "give either --checkpoint, or --model" in capsys.readouterr().err
+
+
+def write_images(folder: Path) -> dict[str, np.ndarray]:
+    """Images of every kind, by relative path; the 8-bit gray each stands for."""
+    (folder / "deep" / "er").mkdir(parents=True)
+    gray = {name: disks((48, 64), i) for i, name in enumerate("abcd")}
+    tifffile.imwrite(folder / "a.tif", gray["a"])
+    cv2.imwrite(str(folder / "a.png"), gray["b"])
+    tifffile.imwrite(folder / "deep" / "a.tiff", gray["c"].astype(np.uint16) * 257)
+    cv2.imwrite(str(folder / "deep" / "er" / "colour.PNG"), np.dstack([gray["d"]] * 3))
+    cv2.imwrite(str(folder / "dot.png"), np.array([[200]], np.uint8))
+    large = disks((1500, 1450), 9)
+    cv2.imwrite(str(folder / "large.png"), large)
+    (folder / "cut.tif").write_bytes((folder / "a.tif").read_bytes()[:300])
+    tifffile.imwrite(folder / "stack.tif", np.zeros((4, 20, 20), np.uint8), photometric="minisblack")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "._a.tif").write_bytes(b"macOS")
+    files = ["a.tif", "a.png", "deep/a.tiff", "deep/er/colour.PNG", "dot.png", "large.png"]
+    return dict(zip(files, [*gray.values(), np.array([[200]], np.uint8), large]))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def files_in(out: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of every file, by relative path."""
+    found = [path for path in out.rglob("*") if path.is_file()]
+    return {path.relative_to(out).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: data for name, (data, _) in files_in(out).items()}
+
+
+def check_image(out: Path, row: dict[str, str], cells: list[dict[str, str]], records: list[dict], told: Any) -> None:
+    """What was written of an image against what the network says of it."""
+    shape = (int(row["height"]), int(row["width"]))
+    labels = tifffile.imread(out / row["labels"])
+    mask = cv2.imread(str(out / row["masks"]), cv2.IMREAD_UNCHANGED)
+    assert labels.shape == mask.shape == shape == told.labels.shape
+    # A pixel whose value is on the threshold may fall either way with another number of threads.
+    assert ((labels != 0) != (told.labels != 0)).mean() < 1e-3
+    assert ((mask == 255) != told.foreground).mean() < 1e-3
+    assert set(np.unique(mask)) <= {0, 255}
+    assert int(row["foreground_pixels"]) == (mask == 255).sum()
+    assert float(row["confluence"]) == pytest.approx((labels != 0).mean(), abs=1e-6)
+    assert cv2.imread(str(out / row["overlays"])).shape == (*shape, 3)
+    assert int(row["cells"]) == labels.max() == len(cells) == len(records)
+    assert [int(cell["label"]) for cell in cells] == list(range(1, len(cells) + 1))
+    assert [int(cell["area_px"]) for cell in cells] == np.bincount(labels.ravel())[1:].tolist()
+    for cell, record in list(zip(cells, records))[:20]:
+        assert record["score"] == pytest.approx(float(cell["score"]), abs=1e-4)
+        inside = coco_mask.decode({"size": list(shape), "counts": record["segmentation"]["counts"]})
+        np.testing.assert_array_equal(inside != 0, labels == int(cell["label"]))
+
+
+@pytest.mark.ray
+def test_a_folder_of_anything(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    expected = write_images(folder)
+    out = folder / "result"  # inside the images' folder: results must not become inputs
+    summary = predict.predict(saved, str(folder), str(out))
+    rows = {row["file"]: row for row in read_csv(out / "images.csv")}
+    assert list(rows) == sorted(rows) == sorted(expected.keys() | {"cut.tif", "stack.tif"})
+    assert [int(row["image_id"]) for row in rows.values()] == list(range(1, 9))
+    assert {file for file, row in rows.items() if row["error"]} == {"cut.tif", "stack.tif"}
+    assert rows["cut.tif"]["confluence"] == rows["cut.tif"]["masks"] == ""
+    cells, records = read_csv(out / "cells.csv"), json.loads((out / "coco.json").read_text())
+    network = segmenter.load(saved)
+    for file, image in expected.items():
+        row = rows[file]
+        gray = predictor.to_uint8(image.astype(np.uint16) * 257, None)[0] if file == "deep/a.tiff" else image
+        mine = [cell for cell in cells if cell["file"] == file]
+        told = [record for record in records if record["image_id"] == int(row["image_id"])]
+        check_image(out, row, mine, told, network.segment(gray))
+    assert len(cells) == len(records) == summary["cells"] > 50
+    pictures = {row[kind] for row in rows.values() for kind in ("labels", "masks", "overlays")} - {""}
+    assert contents(out).keys() == pictures | TABLES
+    assert len(pictures) == 18
+    assert (summary["images"], summary["segmented"]) == (8, 6)
+    assert summary["confluence"] == pytest.approx(np.mean([float(rows[file]["confluence"]) for file in expected]))
+    assert [failure["file"] for failure in summary["failed"]] == ["cut.tif", "stack.tif"]
+    before = files_in(out)
+    again = predict.predict(saved, str(folder), str(out))
+    assert again | {"seconds": 0} == summary | {"seconds": 0}
+    assert files_in(out) == before
+
+
+def write_frames(folder: Path, numbers: range) -> None:
+    folder.mkdir(exist_ok=True)
+    for i in numbers:
+        cv2.imwrite(str(folder / f"frame-{i:02d}.png"), disks((48, 64), i))
+
+
+@pytest.mark.ray
+def test_settings_and_new_images(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    write_frames(images, range(3, 5))
+    options: dict[str, Any] = {"write": ("cells", "labels"), "threshold": 0.4}
+    predict.predict(saved, str(images), str(out), **options)
+    first = files_in(out)
+    settings = json.loads((out / "predict.json").read_text())
+    assert settings["thresholds"]["foreground"] == 0.4
+    assert settings["write"] == ["labels", "cells"]
+    assert len(settings["model"]["sha256"]) == 64
+    assert {name.split("/")[0] for name in first} == {"labels", *TABLES} - {"coco.json"}
+    for other in ({"threshold": 0.5}, {"tta": True}, {"write": ("cells",)}, {"bits": 12}):
+        with pytest.raises(UserError, match=r"other settings \(\w+\).*--overwrite"):
+            predict.predict(saved, str(images), str(out), **(options | other))
+    assert files_in(out) == first
+    write_frames(images, range(3))
+    stamp = (images / "frame-03.png").stat()
+    os.utime(images / "frame-03.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 10**9))  # changed, for all we know
+    assert predict.predict(saved, str(images), str(out), **options)["images"] == 5
+    now, name = files_in(out), "labels/frame-0{}.tif"
+    assert now[name.format(4)] == first[name.format(4)]
+    assert now[name.format(3)][1] > first[name.format(3)][1]
+    assert now["cells.csv"][0].endswith(first["cells.csv"][0].partition(b"\n")[2])
+    predict.predict(saved, str(images), str(out), write=("masks",), overwrite=True)
+    assert {name.split("/")[0] for name in contents(out)} == {"masks", *TABLES} - {"coco.json", "cells.csv"}
+
+
+COMMAND = "import sys; from raylivecell import cli; sys.exit(cli.main(sys.argv[1:]))"
+
+
+@pytest.mark.ray
+def test_killed_it_goes_on(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+    images, out, fresh = tmp_path / "images", tmp_path / "out", tmp_path / "fresh"
+    write_frames(images, range(80))  # more than the actor has at hand when it loses its driver
+    arguments = ["predict", "--model", saved, "--images", str(images), "--out", str(out)]
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | address)
+    while not list((out / ".parts").glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    rows = [json.loads(path.read_bytes())[0] for path in (out / ".parts").glob("*.json")]
+    done = {name: stamp for name, stamp in files_in(out).items() if name in {row["labels"] for row in rows}}
+    assert 0 < len(done) == len(rows) < 80
+    assert predict.predict(saved, str(images), str(out))["segmented"] == 80
+    assert done.items() <= files_in(out).items()  # untouched
+    predict.predict(saved, str(images), str(fresh))
+    assert contents(out) == contents(fresh)
+
+
+@pytest.mark.ray
+def test_of_one_file_and_of_none_readable(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "one.png"), disks((40, 40), 0))
+    summary = predict.predict(saved, str(tmp_path / "one.png"), str(tmp_path / "out"), tta=True, threshold=0.3)
+    assert summary["images"] == summary["segmented"] == 1
+    assert (tmp_path / "out" / "masks" / "one.png").is_file()
+    (tmp_path / "bad.png").write_bytes(b"no")
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of the 1 images"):
+            predict.predict(saved, str(tmp_path / "bad.png"), str(tmp_path / "out2"))
+    assert "bad.png" in (tmp_path / "out2" / "images.csv").read_text()
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import cv2, numpy as np
+from raylivecell import predict, predictor
+from raylivecell.instances import InstanceConfig
+from raylivecell.segmenter import Segmenter
+out = sys.argv[1]
+network = Segmenter(lambda image: image[None] / np.float32(255), "foreground", InstanceConfig(), "")
+cv2.imwrite(out + "/a.png", np.full((30, 40), 200, np.uint8))
+job = predictor.Job(out + "/m.onnx", out, out, predictor.OUTPUTS, False, None, None)
+assert not job.with_torch
+part = predictor.part(job, network, "a.png", "a", "1")
+assert part.row["cells"] == len(part.records) == 1, part
+"""
+
+
+def test_an_actor_of_an_onnx_model_needs_no_torch(tmp_path: Path) -> None:
+    done = run_apart(WITHOUT_TORCH, str(tmp_path))
+    assert done.returncode == 0, done.stderr
