@@ -4,6 +4,7 @@
     training.pt         optimiser, schedule, raw weights, RNG: tensors and primitives, opened with weights_only=True
     state.json          steps done, best score so far, the history of metrics
     recipe.yaml         the recipe
+    data.json           name, licence, citation and fingerprint of the data that it was trained on
     instances.json      thresholds that make cells of its maps, where `evaluate --calibrate` has chosen them
 
 A run folder holds `checkpoint_*` folders; the best of them is the one whose state.json has the highest score.
@@ -12,7 +13,7 @@ A run folder holds `checkpoint_*` folders; the best of them is the one whose sta
 import io
 import json
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -31,17 +32,26 @@ from raylivecell.model import build_model
 
 FOLDER = "checkpoint_"
 MODEL, TRAINING, STATE, RECIPE = "model.safetensors", "training.pt", "state.json", "recipe.yaml"
-INSTANCES = "instances.json"
+INSTANCES, DATA = "instances.json", "data.json"
 
 
-def save(folder: str, model: nn.Module, training: dict[str, Any], state: State, recipe: recipes.Recipe) -> None:
-    """Write a checkpoint into `folder` (a URI)."""
+def save(
+    folder: str,
+    model: nn.Module,
+    training: dict[str, Any],
+    state: State,
+    recipe: recipes.Recipe,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint into `folder` (a URI); `data`: `shards.provenance` of what it was trained on."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     storage.write_bytes(storage.join(folder, MODEL), safetensors.torch.save(weights))
     buffer = io.BytesIO()
     torch.save(training, buffer)
     storage.write_bytes(storage.join(folder, TRAINING), buffer.getvalue())
     storage.write_json(storage.join(folder, STATE), asdict(state))
+    if data:
+        storage.write_json(storage.join(folder, DATA), dict(data))
     storage.write_bytes(storage.join(folder, RECIPE), recipes.dump(recipe).encode())
 
 
@@ -70,7 +80,8 @@ def keep_best(run: str) -> None:
 
 def copy(folder: str, target: str) -> None:
     """Copy a checkpoint's files; the one that makes it whole comes last."""
-    for file in (MODEL, TRAINING, STATE, RECIPE):
+    there = [file for file in (DATA, INSTANCES) if storage.exists(storage.join(folder, file))]
+    for file in (*there, MODEL, TRAINING, STATE, RECIPE):
         storage.write_bytes(storage.join(target, file), _read(folder, file))
 
 
@@ -120,6 +131,12 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
     except FileNotFoundError:
         return instances.default(targets)
     return recipes.validate(InstanceConfig, values["thresholds"], storage.join(folder, INSTANCES))
+
+
+def load_data(folder: str) -> dict[str, Any]:
+    """What `save` was given as `data`; {} where it was not."""
+    found = storage.join(folder, DATA)
+    return storage.read_json(found) if storage.exists(found) else {}
 
 
 def find(uri: str) -> str:

@@ -108,6 +108,18 @@ def predict(
     room.predict(given[0], images, out, write, tta, bits, threshold, overwrite)
 
 
+def export(checkpoint: str, out: str) -> None:
+    """Write a network as one file for other programs, opened again and compared: `predict --model FILE.onnx` runs it.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        out: FILE.onnx, or FILE.pt2 for torch.export.
+    """
+    from raylivecell import export as room
+
+    room.export(checkpoint, out)
+
+
 def download(arguments: Sequence[str]) -> None:
     """Fetch LIVECell, resumable and checked."""
     from raylivecell import download as room
@@ -326,6 +338,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "sweep": ("search for a better recipe", sweep),
     "evaluate": ("score a checkpoint on whole images", _typed(evaluate)),
     "predict": ("segment a folder of images", _typed(predict)),
+    "export": ("write a checkpoint as ONNX or torch.export", _typed(export)),
     "bench": ("measure a part beside its rivals", _typed(bench)),
     "demo": ("the whole way on cells drawn here, in minutes", _typed(demo)),
 }

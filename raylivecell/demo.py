@@ -66,5 +66,5 @@ def _show(out: Path, seconds: float) -> None:
     table.add_row("how it learned", str(out / "run" / "report.html"))
     table.add_row("worst, median and best image", str(out / "scores" / "overlays"))
     table.add_row("every test image with the cells found", str(out / "found" / "overlays"))
-    table.add_row("a row an image", str(out / "found" / "cells.csv"))
+    table.add_row("a row a cell, a row an image", f"{out / 'found' / 'cells.csv'}, images.csv")
     console.print(table)

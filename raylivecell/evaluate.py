@@ -201,7 +201,13 @@ def _calibrate(folder: str, data: str, tta: bool) -> None:
         cases.append((segment.maps(network, sample["image"], tta), sample["labels"]))
     before = calibrate.mean_msa(cases, recipe.targets, instances.default(recipe.targets))
     config, msa = calibrate.calibrate(cases, recipe.targets)
-    told = {"images": len(cases), "val_msa": msa, "val_msa_of_defaults": before, "tta": tta, "data": _provenance(data)}
+    told = {
+        "images": len(cases),
+        "val_msa": msa,
+        "val_msa_of_defaults": before,
+        "tta": tta,
+        "data": shards.provenance(data),
+    }
     checkpoint.save_instances(folder, config, told)
     named = ", ".join(f"{name} {value:g}" for name, value in config.model_dump().items())
     console.print(f"thresholds on {len(cases)} validation images: {named}; mSA {msa:.4f} (defaults {before:.4f})")
@@ -236,7 +242,7 @@ def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, abou
         **scores.summarise(per_image, matches, seed),
         "split": split,
         **about,
-        "data": _provenance(data),
+        "data": shards.provenance(data),
         "raylivecell": __version__,
         "per_image": per_image,
     }
@@ -248,13 +254,6 @@ def _hand_over(out: str, result: dict[str, Any], rows: Sequence[shards.Row], fou
     storage.write_json(storage.join(out, "metrics.json"), result)
     console.print(score_table(result))
     console.print(f"written: {out}/metrics.json, report.html", soft_wrap=True, markup=False)
-
-
-def _provenance(data: str) -> dict[str, Any]:
-    """What was scored: the dataset's address, name, licence, and the hash of its dataset.json, so of its shards."""
-    description = shards.load_description(data)
-    fingerprint = _sha256(storage.join(data, "dataset.json"))
-    return {"uri": data, "sha256": fingerprint, "name": description.get("name"), "licence": description.get("licence")}
 
 
 def _sha256(uri: str) -> str:

@@ -12,9 +12,9 @@ alone, no coordinator stands between, and no row is dropped to make the parts eq
 import gc
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import cv2
@@ -219,6 +219,8 @@ class Samples:
     kept_val: Kept = None
     cells: bool = False
     """Whether samples hold labels."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """`shards.provenance` of the dataset."""
 
     def val_sample(self, number: int) -> Sample:
         """A whole validation image as `read_sample` gives it."""
@@ -235,7 +237,9 @@ def open_samples(data: str, cells: bool = False) -> Samples:
     train, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
     bytes_a_pixel = 5 if cells else len(PLANES)
     kept_train = keep(train, bytes_a_pixel * _largest(data, "train"), cells)
-    return Samples(train, val, kept_train, keep(val, bytes_a_pixel * _largest(data, "val"), cells), cells)
+    return Samples(
+        train, val, kept_train, keep(val, bytes_a_pixel * _largest(data, "val"), cells), cells, shards.provenance(data)
+    )
 
 
 def _largest(data: str, split: str) -> int:

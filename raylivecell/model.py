@@ -79,9 +79,17 @@ class UNet(nn.Module):
         for upsample, block, skip in zip(self.upsampling, self.expanding, reversed(skips)):
             # The paper crops the skip to the smaller map of unpadded convolutions. Here the up-sampled map is the
             # larger one, by at most a pixel, and is cropped to the skip, so that no border of the image is lost.
-            x = upsample(x)[..., : skip.shape[-2], : skip.shape[-1]]
+            x = _cropped(upsample(x), *skip.shape[-2:])
             x = block(torch.cat([skip, x], dim=1))
         return self.head(x)
+
+
+def _cropped(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left (height, width) of x, (B, C, H, W)."""
+    if torch.compiler.is_exporting():
+        # A slice makes torch.export hold that there is something to cut off: true of one size, not of the next.
+        return x.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
+    return x[..., :height, :width]
 
 
 def build_model(config: ModelConfig, outputs: int = 1) -> UNet:

@@ -1,12 +1,10 @@
 """The folder of a run or a sweep: begun with one recipe on one dataset, and gone on with only by the same.
 
 recipe.yaml   the recipe; that it is there says that the folder is taken
-data.json     {"uri", "sha256" of its dataset.json}
+data.json     `shards.provenance` of the dataset
 """
 
-import hashlib
-
-from raylivecell import storage
+from raylivecell import shards, storage
 from raylivecell.errors import UserError
 
 RECIPE, DATA = "recipe.yaml", "data.json"
@@ -25,16 +23,12 @@ def goes_on(out: str, data: str, resume: bool) -> bool:
         raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
     if used:
         begun = storage.read_json(storage.join(out, DATA))
-        if begun["sha256"] != _fingerprint(data):
+        if begun["sha256"] != shards.provenance(data)["sha256"]:
             raise UserError(f"{out} was begun on the dataset of {begun['uri']}, which {data} is not; resume it on that")
     return used
 
 
 def claim(out: str, data: str, recipe: str) -> None:
     """Take the folder for `recipe` (YAML) and the dataset at `data`."""
-    storage.write_json(storage.join(out, DATA), {"uri": data, "sha256": _fingerprint(data)})
+    storage.write_json(storage.join(out, DATA), shards.provenance(data))
     storage.write_bytes(storage.join(out, RECIPE), recipe.encode())
-
-
-def _fingerprint(data: str) -> str:
-    return hashlib.sha256(storage.read_bytes(storage.join(data, "dataset.json"))).hexdigest()

@@ -91,6 +91,14 @@ def load_description(data: str) -> dict[str, Any]:
     return description
 
 
+def provenance(data: str) -> dict[str, Any]:
+    """`uri`, `name`, `licence` and `citation` of the dataset at `data`, and `sha256` of dataset.json, so of all shards."""
+    description = load_description(data)
+    sha256 = hashlib.sha256(storage.read_bytes(storage.join(data, "dataset.json"))).hexdigest()
+    named = {name: str(description.get(name) or "not stated") for name in ("name", "licence", "citation")}
+    return {"uri": data, **named, "sha256": sha256}
+
+
 def list_rows(data: str, split: str) -> list[Row]:
     """Every sample of a split in the dataset's fixed order: position in this list = sample id."""
     description = load_description(data)

@@ -1,8 +1,8 @@
 """Images of any size through a network, in overlapping windows, and their cells, in bounded memory. No torch, no Ray.
 
-1. Windows of one size lie on a fixed grid; the last of a row and the last row are shifted back inside the image.
-2. Where windows overlap, their maps are averaged with Gaussian weights: least at a window's edge, where the network
-   saw only one side (as nnU-Net does, Isensee et al., Nature Methods 2021).
+1. Windows of one size lie on a fixed grid; the last ones are shifted back inside the image.
+2. Where windows overlap, their maps are averaged. A window's weight falls to nothing (as a squared sine) towards those
+   of its edges that lie inside the image, where the network saw one side only, and not towards the image's own.
 3. Rows that no further window reaches are finished. A strip of them is cut into cells together with the last rows of
    the strip before, and every cell is taken from a strip that holds the whole of it.
 
@@ -52,6 +52,7 @@ def bands(network: Network, image: NDArray[np.uint8], window: int = WINDOW) -> I
     height, width = image.shape
     ys, high = _grid(height, window)
     xs, wide = _grid(width, window)
+    step = ys[1] if len(ys) > 1 else height  # the last windows finish more rows than that at once
     held: Maps | None = None
     for y, end, weights_y in zip(ys, [*ys[1:], height], high):
         for x, weights_x in zip(xs, wide):
@@ -64,7 +65,8 @@ def bands(network: Network, image: NDArray[np.uint8], window: int = WINDOW) -> I
             held[:, :, x : x + len(weights_x)] += maps * (weights_y[:, None] * weights_x)
         assert held is not None
         done = end - y
-        yield y, held[:, :done].copy()
+        for top in range(0, done, step):
+            yield y + top, held[:, top : min(top + step, done)].copy()
         held[:, : held.shape[1] - done] = held[:, done:]
         held[:, held.shape[1] - done :] = 0
 
@@ -113,19 +115,27 @@ def segment(
         pixels = _sum(pixels, np.bincount(owner))
         mass = _sum(mass, np.bincount(owner, maps[0].ravel()[inside]))
         cut = names[np.unique(found[-1])]
+        del maps, found, fresh, inside, owner  # before the next strip needs the memory
     return labels, mass[1:] / pixels[1:], foreground
 
 
 def _grid(size: int, window: int) -> tuple[list[int], list[NDArray[np.float32]]]:
     """First pixels of the windows along an axis, and each window's weights, which sum to 1 in every pixel."""
     window = min(window, size)
-    step = max(1, round(window * (1 - OVERLAP)))
-    starts = [*range(0, size - window, step), size - window]
-    bell = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / (window / 8)) ** 2)
-    total = np.zeros(size)
+    starts = [*range(0, size - window, _step(window)), size - window]
+    inside = np.arange(window) + 0.5
+    slopes, total = [], np.zeros(size)
     for start in starts:
-        total[start : start + window] += bell
-    return starts, [(bell / total[start : start + window]).astype(np.float32) for start in starts]
+        from_edge = np.minimum(inside if start else np.inf, window - inside if start + window < size else np.inf)
+        slope = np.broadcast_to(np.sin(np.pi / 2 * np.minimum(from_edge / (window * OVERLAP), 1)) ** 2, window)
+        total[start : start + window] += slope
+        slopes.append(slope)
+    weights = [slope / total[start : start + window] for start, slope in zip(starts, slopes)]
+    return starts, [weight.astype(np.float32) for weight in weights]
+
+
+def _step(window: int) -> int:
+    return max(1, round(window * (1 - OVERLAP)))
 
 
 def _strips(found: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterator[tuple[int, int, Maps]]:
@@ -138,7 +148,7 @@ def _strips(found: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterat
         held = band if held is None else np.concatenate([held, band], axis=1)
         del band
         yield bottom - held.shape[1], height if bottom == height else bottom - halo, held
-        held = held[:, -2 * halo :]
+        held = held[:, -2 * halo :].copy()
 
 
 def _ours(found: Labels, end: int, halo: int) -> NDArray[np.bool_]:

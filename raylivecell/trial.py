@@ -22,7 +22,7 @@ from raylivecell import checkpoint, ingest, loop, segment, space, storage, train
 from raylivecell.errors import UserError
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe
-from raylivecell.worker import Job, Place, reports, told
+from raylivecell.worker import Job, Place, reports, save, told
 
 Result = dict[str, Any]
 # Runs of an image through the network before those that are measured, and those.
@@ -106,7 +106,7 @@ class OneWorker(tune.Trainable):
     def _save(self, training: loop.Training) -> None:
         state = training.state
         folder = storage.join(self.job.out, checkpoint.name(state.step))
-        checkpoint.save(folder, training.network(), training.state_dict(), state, self.job.recipe)
+        save(folder, training, self.job)
         best = max(state.history, key=lambda row: (loop.rank(row), row["step"]))["step"]
         checkpoint.keep(self.job.out, {best, state.step})
         self.journal = self.journal or Journal(self.job.out, state.step)

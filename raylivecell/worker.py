@@ -82,13 +82,19 @@ def work(config: dict[str, Job]) -> dict[str, Any] | None:
                 continue
             _tell(job, {"row": row})
             with tempfile.TemporaryDirectory() as folder:
-                checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe)
+                save(folder, training, job)
                 ray.train.report(row, Checkpoint.from_directory(folder))
             journal = journal or Journal(job.out, row["step"])
             journal.write(training.state.history)
     except loop.NonFiniteLoss as error:
         return {"step": error.step, "samples": error.samples}
     return None
+
+
+def save(folder: str, training: loop.Training, job: Job) -> None:
+    """Write a checkpoint of the job's training into `folder`."""
+    data = job.samples.provenance
+    checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data)
 
 
 def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]:

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, cli, predict, predictor, segmenter
+from raylivecell import actors, checkpoint, cli, predict, predictor, runtime, segmenter
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.loop import State
@@ -50,6 +50,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, State(), recipe)
     checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
     return folder
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actor's work without Ray."""
+
+    def run(actor: type, arguments: dict[str, Any], items: list[str], what: str, use_gpus: bool) -> None:
+        actor(**arguments)({"item": np.array(items)})
+
+    monkeypatch.setattr(actors, "run", run)
+    monkeypatch.setattr(actors, "use_threads", lambda with_torch: None)
+    monkeypatch.setattr(runtime, "connect", lambda: None)
 
 
 @given(st.lists(st.text("abAB./", min_size=1, max_size=6), max_size=8, unique=True))
@@ -225,8 +237,7 @@ def write_frames(folder: Path, numbers: range) -> None:
         cv2.imwrite(str(folder / f"frame-{i:02d}.png"), disks((48, 64), i))
 
 
-@pytest.mark.ray
-def test_settings_and_new_images(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+def test_settings_and_new_images(one_process: None, saved: str, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     write_frames(images, range(3, 5))
     options: dict[str, Any] = {"write": ("cells", "labels"), "threshold": 0.4}
@@ -277,8 +288,7 @@ def test_killed_it_goes_on(ray_cluster: None, saved: str, tmp_path: Path) -> Non
     assert contents(out) == contents(fresh)
 
 
-@pytest.mark.ray
-def test_of_one_file_and_of_none_readable(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+def test_of_one_file_and_of_none_readable(one_process: None, saved: str, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "one.png"), disks((40, 40), 0))
     summary = predict.predict(saved, str(tmp_path / "one.png"), str(tmp_path / "out"), tta=True, threshold=0.3)
     assert summary["images"] == summary["segmented"] == 1

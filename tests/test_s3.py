@@ -1,5 +1,6 @@
 """The whole way with nothing on a local disk: data, run, scores and masks at s3:// URIs, as a job on a cluster."""
 
+import csv
 import json
 import subprocess
 from pathlib import Path
@@ -20,7 +21,11 @@ assert cli.main(train) == 0
 assert cli.main(train) == 2, "a folder in use is refused"
 assert cli.main([*train, "--resume"]) == 0
 assert cli.main(["evaluate", "--checkpoint", at + "runs/one", "--data", at + "data", "--out", at + "scores"]) == 0
-assert cli.main(["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "found"]) == 0
+predict = ["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "found"]
+assert cli.main(predict) == 0
+from raylivecell import storage
+storage.write_bytes(at + "images/z.png", b"no image")
+assert cli.main(predict) == 0
 """
 SWEEP = """
 from raylivecell import cli
@@ -30,6 +35,7 @@ assert cli.main([*sweep, "--trials", "2"]) == 0
 assert cli.main([*sweep, "--trials", "3", "--resume"]) == 0
 """
 RECIPE = "phases: [{steps: 8}]\n"
+KINDS = {"labels": ".tif", "masks": ".png", "overlays": ".png"}
 SMALL = "batch_size: 4\ncrop: [32, 40]\nmodel: {features: [4, 8]}\nloop: {report_steps: 2}\n"
 
 
@@ -61,7 +67,13 @@ def test_train_evaluate_and_predict(tiny_dataset: str, ray_cluster: None, s3: S3
     assert [json.loads(line)["step"] for line in s3.read("runs/one/metrics.jsonl").splitlines()] == [4, 8]
     scores = json.loads(s3.read("scores/metrics.json"))
     assert scores["images"] == 3
-    assert {"found/cells.csv", "found/masks/a.png", "found/masks/deep/b.png"} <= set(s3.names("found/"))
+    pictures = [f"{kind}/{name}" for kind, end in KINDS.items() for name in (f"a{end}", f"deep/b{end}")]
+    tables = ["cells.csv", "coco.json", "images.csv", "predict.json", "recipe.yaml"]
+    assert s3.names("found/") == sorted(f"found/{name}" for name in [*pictures, *tables])
+    rows = list(csv.DictReader(s3.read("found/images.csv").decode().splitlines()))
+    assert [row["file"] for row in rows] == ["a.png", "deep/b.png", "z.png"]
+    assert not any(row["error"] for row in rows[:2])
+    assert rows[2]["error"]
 
 
 @pytest.mark.slow

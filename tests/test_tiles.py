@@ -1,5 +1,6 @@
 """Overlapping windows and strips against the whole image at once."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -83,23 +84,22 @@ def test_bands_are_the_maps_of_the_whole_row_by_row(shape: tuple[int, int], wind
 def test_what_fits_in_a_window_is_not_touched() -> None:
     image = np.random.default_rng(0).integers(0, 256, (31, 64), np.uint8)
     maps = np.random.default_rng(1).random((3, 31, 64), np.float32)
-    [(row, found)] = tiles.bands(lambda _: maps, image, 64)
-    assert row == 0
-    np.testing.assert_array_equal(found, maps)
+    found = [band for _, band in tiles.bands(lambda _: maps, image, 64)]
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), maps)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.tuples(st.integers(64, 200), st.integers(64, 200)))
+@given(st.tuples(st.integers(3, 200), st.integers(3, 200)))
 def test_what_a_window_says_at_its_edges_hardly_counts_inside_the_image(shape: tuple[int, int]) -> None:
-    """Each window errs by 1 in its outermost two pixels; the others that see them know better."""
+    """Each window errs by 1 in its outermost pixels; the others that see them know better."""
 
     def network(pixels: np.ndarray) -> np.ndarray:
         error = np.ones((1, *pixels.shape), np.float32)
-        error[:, 2:-2, 2:-2] = 0
+        error[:, 1:-1, 1:-1] = 0
         return error
 
     found = np.concatenate([maps for _, maps in tiles.bands(network, np.zeros(shape, np.uint8), 64)], axis=1)[0]
-    assert found[2:-2, 2:-2].max(initial=0) < 0.02
+    assert found[1:-1, 1:-1].max() < 0.01
     np.testing.assert_allclose(found[[0, -1]], 1, atol=1e-5)  # the frame has no other witness
 
 
@@ -108,26 +108,129 @@ def test_maps_of_another_size_are_refused() -> None:
         next(tiles.bands(lambda _: np.zeros((1, 1, 1), np.float32), np.zeros((99, 99), np.uint8), 64))
 
 
-def assert_same(found: np.ndarray, whole: np.ndarray) -> None:
+def assert_same(found: np.ndarray, whole: np.ndarray, but: int = 0) -> None:
+    """The same number of cells, and each of one has its own in the other; `but` so many."""
     pairs = instance_metrics.overlaps(found, whole)
-    assert pairs.cells == pairs.true_cells
-    assert instance_metrics.true_positives(pairs, 0.98) == pairs.cells
+    assert abs(pairs.cells - pairs.true_cells) <= but
+    assert instance_metrics.true_positives(pairs, 0.98) >= pairs.true_cells - but
 
 
 @pytest.mark.parametrize("targets", fields.CHANNELS)
-@pytest.mark.parametrize("lens", [lambda network: network, blurred])
+@pytest.mark.parametrize("looks_around", [False, True])
 @settings(max_examples=40, deadline=None)
 @given(shape=SIZES, seed=SEEDS)
 def test_strips_give_the_cells_of_the_whole(
-    targets: Targets, lens: Callable[[Network], Network], shape: tuple[int, int], seed: int
+    targets: Targets, looks_around: bool, shape: tuple[int, int], seed: int
 ) -> None:
+    """Of a network that looks around, maps differ by some 0.002 at the windows' edges: a saddle may be that close."""
     image, network = encoded(mosaic(np.random.default_rng(seed), shape), targets)
-    maps = lens(network)(image)
+    network = blurred(network) if looks_around else network
+    maps = network(image)
     config = instances.default(targets)
     whole = instances.segment(maps, targets, config)
-    labels, scores, foreground = tiles.segment(lens(network), image, targets, config, WINDOW, HALO)
+    labels, scores, foreground = tiles.segment(network, image, targets, config, WINDOW, HALO)
     assert (labels.dtype, labels.shape, scores.dtype, foreground.dtype) == (np.int32, shape, np.float64, np.bool_)
     np.testing.assert_array_equal(np.unique(labels[labels > 0]), np.arange(1, len(scores) + 1))
-    assert_same(labels, whole)
-    np.testing.assert_array_equal(foreground, maps[0] > config.foreground)
+    assert_same(labels, whole, but=2 + whole.max() // 50 if looks_around else 0)
+    assert (foreground != (maps[0] > config.foreground)).mean() < 0.01 * looks_around + 1e-9
     np.testing.assert_allclose(scores, instances.scores(labels, maps[0]), atol=0.01)
+
+
+def bars(*columns: int, height: int = 400) -> np.ndarray:
+    labels = np.zeros((height + 20, 90), np.uint16)
+    for label, column in enumerate(columns, 1):
+        labels[10:-10, column : column + 14] = label
+    return labels
+
+
+@pytest.mark.parametrize("targets", fields.CHANNELS)
+def test_cells_of_any_height_are_joined_from_their_parts(targets: Targets) -> None:
+    """Bars of 400 rows, where a strip shows 2 * 20 + 36 at the most."""
+    image = bars(5, 25, 60)
+    labels, scores, _ = tiles.segment(
+        lambda pixels: np.stack([(pixels > 0).astype(np.float32), 1.0 * (pixels == 0), pixels > 0]).astype(np.float32)[
+            : len(fields.CHANNELS[targets])
+        ],
+        image.astype(np.uint8),
+        targets,
+        InstanceConfig(prominence=1, smoothing=0),
+        window=48,
+        halo=20,
+    )
+    assert_same(labels, image)
+    np.testing.assert_allclose(scores, 1)
+
+
+def test_of_two_strips_one_has_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every second strip sees all cells two rows longer, none is lost and none drawn twice."""
+    image = np.zeros((163, 64), np.uint8)
+    for y in range(5, 150, 15):
+        image[y : y + 12, 10:50] = 1
+    config, network = InstanceConfig(prominence=1), encoded(image, "foreground")[1]
+    plain, turn = instances.segment, itertools.count()
+    whole = plain(network(image), "foreground", config)
+
+    def wavering(*args: object) -> np.ndarray:
+        found = plain(*args)
+        if next(turn) % 2:
+            found[2:] = np.maximum(found[2:], found[:-2])
+        return found
+
+    monkeypatch.setattr(instances, "segment", wavering)
+    for halo in range(16, 40):
+        labels, _, _ = tiles.segment(network, image, "foreground", config, 48, halo)
+        assert labels.max() == whole.max() == 10
+        assert instance_metrics.true_positives(instance_metrics.overlaps(labels, whole), 0.8) == 10
+
+
+def test_an_image_without_cells_and_a_halo_of_none() -> None:
+    def nothing(pixels: np.ndarray) -> np.ndarray:
+        return np.zeros((1, *pixels.shape), np.float32)
+
+    image = np.zeros((150, 70), np.uint8)
+    labels, scores, foreground = tiles.segment(nothing, image, "foreground", InstanceConfig(), 64, 16)
+    assert (labels.any(), scores.shape, foreground.any()) == (False, (0,), False)
+    with pytest.raises(ValueError, match="halo is 0"):
+        tiles.segment(nothing, image, "foreground", InstanceConfig(), 64, 0)
+
+
+@pytest.mark.parametrize("shape", [(1030, 70), (70, 1030), (1100, 1100)])
+def test_torch_networks_are_blended_in_the_same_way(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = nn.Conv2d(1, 2, 3, padding=1)
+    images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
+    whole = segment.logits(network, images)
+    monkeypatch.setattr(tiles, "WHOLE_PIXELS", 1)
+    in_windows = segment.logits(network, images)
+    torch.testing.assert_close(in_windows, whole, atol=2e-2, rtol=0)
+    assert not torch.equal(in_windows, whole)
+
+
+MEMORY = """
+    import resource, sys, time
+    import numpy as np
+    from raylivecell import tiles
+    from raylivecell.instances import InstanceConfig
+
+    y, x = np.ogrid[:10_000, :10_000]
+    image = ((y % 40 - 20) ** 2 + (x % 40 - 20) ** 2 < 150).astype(np.uint8)
+    del y, x
+
+    def network(pixels):
+        return np.broadcast_to(pixels, (3, *pixels.shape)).astype(np.float32)
+
+    start = time.perf_counter()
+    labels, scores, _ = tiles.segment(network, image, "distance", InstanceConfig())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(labels.max(), scores.min(), peak, time.perf_counter() - start)
+"""
+
+
+def test_memory_is_bounded() -> None:
+    """10,000 x 10,000 pixels and 62,500 cells: image, labels and foreground are 0.6 GB, the maps would be 1.2 GB."""
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY)]
+    cells, score, peak, _ = map(
+        float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    )
+    assert (cells, round(score, 6)) == (62_500, 1)
+    assert peak < 1.6

@@ -1,0 +1,191 @@
+"""A checkpoint as one file for other programs: ONNX, or torch.export's .pt2.
+
+The graph holds the whole way from grey values to maps, normalisation and sigmoid included:
+
+    image   float32 (B, 1, H, W), grey values 0 to 255, any B, and any H and W that the network takes
+    maps    float32 (B, C, H, W), 0 to 1, channels as `fields.CHANNELS`
+
+Beside it lies, as text, what a user of the file must know: `ABOUT`. What was written is opened again and compared with
+the network before it is handed over.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raylivecell import __version__, checkpoint, onnx_model, storage
+from raylivecell import recipe as recipes
+from raylivecell.errors import UserError
+from raylivecell.fields import CHANNELS
+from raylivecell.model import normalise
+from raylivecell.progress import console
+
+ABOUT = (
+    onnx_model.MARK,
+    "recipe",
+    "targets",
+    "channels",
+    "normalisation",
+    "instances",
+    "licence",
+    "citation",
+    "data_name",
+    "data_sha256",
+)
+"""Keys of the text in the file: version, recipe as YAML, outputs, thresholds as JSON, provenance of the data."""
+NORMALISATION = "in the graph: asinh((image - 128) / 5) of grey values 0 to 255, background about 128"
+TOLERANCE = 1e-4
+# Of the check: one size that every level halves evenly, and one that none does.
+SIZES = ((256, 320), (333, 434))
+FILE = "about.json"
+Maps = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+class _Whole(nn.Module):
+    """From grey values to maps."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.sigmoid(self.network(normalise(image)))
+
+
+def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
+    """Write the network of a checkpoint, or of a run (its best), to the file `out` (.onnx or .pt2).
+
+    Returns:
+        `file`, `bytes`, and `difference`: the largest between the file's maps and the network's, at two sizes.
+
+    Raises:
+        UserError: no checkpoint; another kind of file; maps that differ by 1e-4 or more (then nothing is written).
+    """
+    suffix = "." + str(out).rpartition(".")[2]
+    if suffix not in WRITERS:
+        raise UserError(f"--out {out}: the name says what to write: .onnx, or .pt2 (torch.export)")
+    folder = checkpoint.find(storage.absolute(checkpoint_uri))
+    network, recipe = checkpoint.load_model(folder)
+    whole = _Whole(_plain(network)).eval()
+    write, read = WRITERS[suffix]
+    with _quiet():
+        data = write(whole, _about(folder, recipe))
+        difference = _difference(whole, read(data))
+    if not difference < TOLERANCE:
+        raise UserError(f"{out} would differ from the network by {difference:.2g} (probability); nothing is written")
+    storage.write_bytes(storage.absolute(out), data)
+    size = f"{len(data) / 2**20:.1f} MiB"
+    console.print(f"written: {out}, {size}; differs from the network by {difference:.1e} at most", markup=False)
+    return {"file": str(out), "bytes": len(data), "difference": difference}
+
+
+def _about(folder: str, recipe: recipes.Recipe) -> dict[str, str]:
+    data = checkpoint.load_data(folder)
+    config = checkpoint.load_instances(folder, recipe.targets)
+    values = (
+        __version__,
+        recipes.dump(recipe),
+        recipe.targets,
+        json.dumps(CHANNELS[recipe.targets]),
+        NORMALISATION,
+        json.dumps(config.model_dump()),
+        *(data.get(name, "not stated") for name in ("licence", "citation", "name", "sha256")),
+    )
+    return dict(zip(ABOUT, values, strict=True))
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The network with BatchNorm where it has SyncBatchNorm, which needs a GPU: in prediction they are the same."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.SyncBatchNorm):
+            norm = nn.BatchNorm2d(child.num_features, child.eps)
+            norm.load_state_dict(child.state_dict())
+            setattr(network, name, norm.eval())
+        else:
+            _plain(child)
+    return network
+
+
+def _shapes() -> dict[str, dict[int, Any]]:
+    dynamic = torch.export.Dim.DYNAMIC
+    return {"image": {0: dynamic, 2: dynamic, 3: dynamic}}
+
+
+def _example() -> tuple[Tensor]:
+    return (torch.full((2, 1, 61, 75), 128.0),)
+
+
+def _write_onnx(whole: nn.Module, about: dict[str, str]) -> bytes:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  # torch.onnx needs it, and says so in many lines
+    except ImportError as error:
+        raise UserError("writing ONNX needs onnx and onnxscript: pip install 'raylivecell[export]'") from error
+    buffer = io.BytesIO()
+    names = {"input_names": [onnx_model.INPUT], "output_names": [onnx_model.OUTPUT]}
+    torch.onnx.export(whole, _example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]
+    model = onnx.load_from_string(buffer.getvalue())
+    onnx.helper.set_model_props(model, about)
+    return model.SerializeToString()
+
+
+def _read_onnx(data: bytes) -> Maps:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda image: session.run([onnx_model.OUTPUT], {onnx_model.INPUT: image})[0]
+
+
+def _write_pt2(whole: nn.Module, about: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    program = torch.export.export(whole, _example(), dynamic_shapes=_shapes())
+    torch.export.save(program, buffer, extra_files={FILE: json.dumps(about)})
+    return buffer.getvalue()
+
+
+def _read_pt2(data: bytes) -> Maps:
+    module = torch.export.load(io.BytesIO(data)).module()
+    return lambda image: module(torch.from_numpy(image)).detach().numpy()
+
+
+WRITERS: dict[str, tuple[Callable[[nn.Module, dict[str, str]], bytes], Callable[[bytes], Maps]]] = {
+    ".onnx": (_write_onnx, _read_onnx),
+    ".pt2": (_write_pt2, _read_pt2),
+}
+
+
+@torch.no_grad()
+def _difference(whole: nn.Module, maps: Maps) -> float:
+    """The largest difference between the maps of the network and those of the file, over SIZES."""
+    rng = np.random.default_rng(0)
+    largest = 0.0
+    for size in SIZES:
+        image = np.clip(rng.normal(128, 12, (2, 1, *size)), 0, 255).round().astype(np.float32)
+        expected = whole(torch.from_numpy(image)).numpy()
+        largest = max(largest, float(np.abs(maps(image) - expected).max()))
+    return largest
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's notes on its own exporters from the terminal; errors still come."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)

@@ -1,0 +1,54 @@
+"""A network in an ONNX file, run by onnxruntime on the CPU: no torch."""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raylivecell import storage
+from raylivecell.errors import UserError
+from raylivecell.fields import CHANNELS, Targets
+from raylivecell.instances import Maps
+
+INPUT, OUTPUT = "image", "maps"
+MARK = "raylivecell"
+"""Key of the version in the file's metadata; what else is there, `export` says."""
+
+
+class OnnxModel:
+    """Made by `load`."""
+
+    def __init__(self, session: Any, about: dict[str, str]) -> None:
+        self.session, self.about = session, about
+        self.targets: Targets = next(name for name in CHANNELS if name == about["targets"])
+        self.thresholds: dict[str, Any] = json.loads(about["instances"])
+        self.recipe_text = about["recipe"]
+
+    def maps(self, image: NDArray[np.uint8]) -> Maps:
+        """What `fields.CHANNELS` names in each pixel of an image (H, W), float32 (C, H, W), 0 to 1."""
+        return self.session.run([OUTPUT], {INPUT: image[None, None].astype(np.float32)})[0][0]
+
+
+def load(uri: str) -> OnnxModel:
+    """The network in the file at `uri`; UserError where it is none that `raylivecell export` wrote."""
+    data = _read(uri)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("ONNX files need onnxruntime: pip install 'raylivecell[export]'") from error
+    try:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no common public base
+        raise UserError(f"{uri} is no ONNX file: {str(error).splitlines()[0]}") from error
+    about = session.get_modelmeta().custom_metadata_map
+    if MARK not in about:
+        raise UserError(f"{uri} was not written by `raylivecell export`: export a checkpoint to get one")
+    return OnnxModel(session, about)
+
+
+def _read(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.absolute(uri))
+    except FileNotFoundError as error:
+        raise UserError(f"no model at {uri}; write one with `raylivecell export`") from error

@@ -1,0 +1,135 @@
+"""One file for other programs: the same maps at any size, with what a user of it must know, and no torch to run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raylivecell import checkpoint, export, onnx_model, recipe, segment, segmenter
+from raylivecell.errors import UserError
+from raylivecell.instances import InstanceConfig
+from raylivecell.loop import State
+from raylivecell.model import build_model
+from raylivecell.recipe import Recipe
+
+DATA = {"name": "disks", "licence": "CC0", "citation": "nobody", "sha256": "ab" * 32, "uri": "x"}
+
+
+def save(folder: Path, **fields: Any) -> str:
+    """A checkpoint with random weights, and statistics of a norm that are not those it begins with."""
+    torch.manual_seed(1)
+    whole = recipe.parse({"crop": [64, 64], **fields}, "test")
+    network = build_model(whole.model, whole.outputs)
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            torch.nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]
+    checkpoint.save(str(folder), network, {}, State(), whole, DATA)
+    checkpoint.save_instances(str(folder), InstanceConfig(foreground=0.2, prominence=0.01, smallest=1), {})
+    return str(folder)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    ("targets", "model"),
+    [
+        ("distance", {"features": [4, 8, 8], "norm": "group"}),
+        ("foreground", {"features": [4, 8], "norm": "sync_batch"}),
+    ],
+)
+def test_a_file_gives_the_networks_maps_at_any_size(
+    tmp_path: Path, targets: str, model: dict[str, Any], suffix: str
+) -> None:
+    saved, file = save(tmp_path / "run", targets=targets, model=model), tmp_path / f"model{suffix}"
+    told = export.export(saved, str(file))
+    assert told["bytes"] == file.stat().st_size
+    assert told["difference"] < 1e-4
+    maps = export.WRITERS[suffix][1](file.read_bytes())
+    network = checkpoint.load_model(saved)[0]
+    network = export._plain(network)
+    for size in ((64, 64), (57, 90), (16, 23)):
+        image = np.random.default_rng(0).integers(90, 170, size).astype(np.uint8)
+        expected = segment.maps(network, image)
+        got = maps(image[None, None].astype(np.float32))[0]
+        assert got.shape == (len(expected), *size)
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A checkpoint, and its ONNX file."""
+    folder = tmp_path_factory.mktemp("export")
+    saved = save(folder / "run", targets="distance", model={"features": [4, 8], "norm": "group"})
+    export.export(saved, str(folder / "model.onnx"))
+    return saved, str(folder / "model.onnx")
+
+
+def test_what_a_user_must_know_is_inside(exported: tuple[str, str], tmp_path: Path) -> None:
+    saved, file = exported
+    model = onnx_model.load(file)
+    assert model.targets == "distance"
+    assert model.thresholds == InstanceConfig(foreground=0.2, prominence=0.01, smallest=1).model_dump()
+    assert recipe.parse(recipe.yaml.safe_load(model.recipe_text), "inside") == checkpoint.load_model(saved)[1]
+    told = {name: model.about[name] for name in ("licence", "citation", "data_name", "data_sha256")}
+    assert list(told.values()) == ["CC0", "nobody", "disks", "ab" * 32]
+    assert json.loads(model.about["channels"]) == ["foreground", "centre_distance", "boundary_distance"]
+    export.export(saved, str(tmp_path / "model.pt2"))
+    inside = {export.FILE: ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=inside)
+    assert json.loads(inside[export.FILE]) == model.about
+
+
+def test_cells_are_the_same_without_torch(exported: tuple[str, str]) -> None:
+    saved, file = exported
+    code = (
+        "import sys, numpy as np\n"
+        "import raylivecell\n"
+        "image = np.random.default_rng(0).integers(90, 170, (61, 75)).astype(np.uint8)\n"
+        "cells = raylivecell.load(sys.argv[1], flips=True).segment(image)\n"
+        "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
+        "np.save(sys.argv[2], cells.labels)\n"
+    )
+    target = Path(file).with_suffix(".npy")
+    subprocess.run([sys.executable, "-c", code, file, str(target)], check=True)
+    image = np.random.default_rng(0).integers(90, 170, (61, 75)).astype(np.uint8)
+    expected = segmenter.load(saved, flips=True, device="cpu").segment(image).labels
+    assert expected.max() > 1
+    assert (np.load(target) == expected).mean() > 0.99, "maps agree to 1e-6: a tie may fall the other way"
+
+
+def test_a_file_that_differs_is_not_handed_over(
+    exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, read = export.WRITERS[".pt2"]
+    wrong = {".pt2": (write, lambda data: lambda image: read(data)(image) + np.float32(2e-4))}
+    monkeypatch.setattr(export, "WRITERS", wrong)
+    with pytest.raises(UserError, match="would differ from the network by 0.0002"):
+        export.export(exported[0], str(tmp_path / "model.pt2"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_told(exported: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\.onnx, or \.pt2"):
+        export.export(exported[0], str(tmp_path / "model.pth"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        export.export(str(tmp_path), str(tmp_path / "model.onnx"))
+    with pytest.raises(UserError, match="no model at"):
+        onnx_model.load(str(tmp_path / "none.onnx"))
+    (tmp_path / "text.onnx").write_text("no network")
+    with pytest.raises(UserError, match="is no ONNX file"):
+        onnx_model.load(str(tmp_path / "text.onnx"))
+    assert Recipe().outputs == 1
+
+
+def test_another_programs_file_is_refused(exported: tuple[str, str], tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(exported[1])
+    del model.metadata_props[:]
+    onnx.save(model, str(tmp_path / "other.onnx"))
+    with pytest.raises(UserError, match="not written by `raylivecell export`"):
+        onnx_model.load(str(tmp_path / "other.onnx"))
