@@ -8,8 +8,8 @@ BIN := .venv/bin
 demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minutes on a CPU, into demo/
 	$(BIN)/raylivecell demo --out demo
 
-test: lint  ## lint, then all tests; the slowest are named at the end
-	$(BIN)/python -m pytest --durations=15
+test: lint  ## lint, then all tests, those of Ray beside the rest; the slowest are named at the end
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
 
 lint: .venv/.installed  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

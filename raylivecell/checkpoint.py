@@ -134,9 +134,12 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
 
 
 def load_data(folder: str) -> dict[str, Any]:
-    """What `save` was given as `data`; {} where it was not."""
-    found = storage.join(folder, DATA)
-    return storage.read_json(found) if storage.exists(found) else {}
+    """What `save` was given as `data`; "not stated" for what it was not."""
+    try:
+        told = storage.read_json(storage.join(folder, DATA))
+    except FileNotFoundError:
+        told = {}
+    return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | told
 
 
 def find(uri: str) -> str:

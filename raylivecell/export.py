@@ -2,7 +2,7 @@
 
 The graph holds the whole way from grey values to maps, normalisation and sigmoid included:
 
-    image   float32 (B, 1, H, W), grey values 0 to 255, any B, and any H and W that the network takes
+    image   float32 (B, 1, H, W), grey values 0 to 255, any B, H and W; .pt2: H and W over 2 to the number of levels
     maps    float32 (B, C, H, W), 0 to 1, channels as `fields.CHANNELS`
 
 Beside it lies, as text, what a user of the file must know: `ABOUT`. What was written is opened again and compared with
@@ -84,7 +84,8 @@ def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
         raise UserError(f"{out} would differ from the network by {difference:.2g} (probability); nothing is written")
     storage.write_bytes(storage.absolute(out), data)
     size = f"{len(data) / 2**20:.1f} MiB"
-    console.print(f"written: {out}, {size}; differs from the network by {difference:.1e} at most", markup=False)
+    line = f"written: {out}, {size}; differs from the network by {difference:.1e} at most"
+    console.print(line, soft_wrap=True, markup=False)
     return {"file": str(out), "bytes": len(data), "difference": difference}
 
 
@@ -98,7 +99,7 @@ def _about(folder: str, recipe: recipes.Recipe) -> dict[str, str]:
         json.dumps(CHANNELS[recipe.targets]),
         NORMALISATION,
         json.dumps(config.model_dump()),
-        *(data.get(name, "not stated") for name in ("licence", "citation", "name", "sha256")),
+        *(data[name] for name in ("licence", "citation", "name", "sha256")),
     )
     return dict(zip(ABOUT, values, strict=True))
 
@@ -127,9 +128,11 @@ def _example() -> tuple[Tensor]:
 def _write_onnx(whole: nn.Module, about: dict[str, str]) -> bytes:
     try:
         import onnx
+        import onnxruntime  # noqa: F401  # `_read_onnx` needs it: say so before the work
         import onnxscript  # noqa: F401  # torch.onnx needs it, and says so in many lines
     except ImportError as error:
-        raise UserError("writing ONNX needs onnx and onnxscript: pip install 'raylivecell[export]'") from error
+        needs = "onnx, onnxscript and onnxruntime"
+        raise UserError(f"writing ONNX needs {needs}: pip install 'raylivecell[export]'") from error
     buffer = io.BytesIO()
     names = {"input_names": [onnx_model.INPUT], "output_names": [onnx_model.OUTPUT]}
     torch.onnx.export(whole, _example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]
@@ -165,14 +168,14 @@ WRITERS: dict[str, tuple[Callable[[nn.Module, dict[str, str]], bytes], Callable[
 
 @torch.no_grad()
 def _difference(whole: nn.Module, maps: Maps) -> float:
-    """The largest difference between the maps of the network and those of the file, over SIZES."""
+    """The largest difference between the maps of the network and those of the file, over SIZES; NaN where one is."""
     rng = np.random.default_rng(0)
-    largest = 0.0
+    found = []
     for size in SIZES:
         image = np.clip(rng.normal(128, 12, (2, 1, *size)), 0, 255).round().astype(np.float32)
         expected = whole(torch.from_numpy(image)).numpy()
-        largest = max(largest, float(np.abs(maps(image) - expected).max()))
-    return largest
+        found.append(np.abs(maps(image) - expected).max())
+    return float(np.max(found))  # Python's max would lose a NaN
 
 
 @contextlib.contextmanager

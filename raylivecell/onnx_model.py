@@ -1,6 +1,7 @@
 """A network in an ONNX file, run by onnxruntime on the CPU: no torch."""
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,10 @@ def load(uri: str) -> OnnxModel:
     except ImportError as error:
         raise UserError("ONNX files need onnxruntime: pip install 'raylivecell[export]'") from error
     try:
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # Ray gives a process this variable with the number of its CPUs; 0: all of the machine.
+        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own errors have no common public base
         raise UserError(f"{uri} is no ONNX file: {str(error).splitlines()[0]}") from error
     about = session.get_modelmeta().custom_metadata_map

@@ -78,8 +78,8 @@ def predict(
         raise UserError(f"--bits {bits}: give the used bits of 16-bit images, 8 to 16")
     began = time.monotonic()
     out, images_uri = (storage.absolute(uri).rstrip("/") for uri in (out, images_uri))
-    root, files = _image_files(images_uri, out)
     model, weights = _model(storage.absolute(model_uri))
+    root, files = _image_files(images_uri, out)
     job = Job(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, bits, threshold)
     network = predictor.load(job, "cpu")
     _claim(out, _settings(job, images_uri, weights, network), overwrite)  # before the work: may we?

@@ -1,6 +1,7 @@
 """One image file -> its cells, their pictures and what the tables hold of them: the work of `predict`, without Ray."""
 
 import io
+import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -123,7 +124,8 @@ def _lines(job: Job, file: str, image: NDArray[np.uint8], cells: Cells) -> tuple
         table = cells_table.lines(file, cells_table.measure(cells.labels, image), cells.scores)
     if "coco" in job.write:
         results = coco_protocol.results(0, rle.encode(cells.labels), cells.scores)
-        records = [parts.record(result) for result in results]
+        # By its name `evaluate --predictions` knows the image, whose number in the annotation file is another.
+        records = [parts.record({**result, "file_name": posixpath.basename(file)}) for result in results]
     return table, records
 
 

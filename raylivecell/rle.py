@@ -33,8 +33,10 @@ def encode_patch(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int,
     x, y = np.divmod(turns, height + 2)
     places = (left + x) * shape[0] + top + y
     starts, ends = places[::2], places[1::2]
-    joined = np.flatnonzero(starts[1:] == ends[:-1])  # a run to the frame's bottom goes on at its top
-    return _compressed(np.delete(starts, joined + 1), np.delete(ends, joined), shape)
+    if height == shape[0]:  # a run to the frame's bottom may go on at its top
+        joined = np.flatnonzero(starts[1:] == ends[:-1])
+        starts, ends = np.delete(starts, joined + 1), np.delete(ends, joined)
+    return _compressed(starts, ends, shape)
 
 
 def decode(rle: Rle) -> NDArray[np.uint8]:

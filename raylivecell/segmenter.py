@@ -65,11 +65,11 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
         UserError: nothing there, or not a network of ours.
     """
     if str(uri).endswith(ONNX):
-        from raylivecell import onnx_model
+        from raylivecell.onnx_model import load as load_onnx
 
-        model = onnx_model.load(str(uri))
-        network = _flipped(model.maps) if flips else model.maps
-        return Segmenter(network, model.targets, InstanceConfig(**model.thresholds), model.recipe_text)
+        file = load_onnx(str(uri))
+        network = _flipped(file.maps) if flips else file.maps
+        return Segmenter(network, file.targets, InstanceConfig(**file.thresholds), file.recipe_text)
     import torch
 
     from raylivecell import checkpoint, recipe, segment

@@ -92,7 +92,7 @@ def load_description(data: str) -> dict[str, Any]:
 
 
 def provenance(data: str) -> dict[str, Any]:
-    """`uri`, `name`, `licence` and `citation` of the dataset at `data`, and `sha256` of dataset.json, so of all shards."""
+    """`uri`, `name`, `licence`, `citation` of the dataset at `data`; `sha256` of dataset.json, so of all shards."""
     description = load_description(data)
     sha256 = hashlib.sha256(storage.read_bytes(storage.join(data, "dataset.json"))).hexdigest()
     named = {name: str(description.get(name) or "not stated") for name in ("name", "licence", "citation")}

@@ -7,7 +7,7 @@
    the strip before, and every cell is taken from a strip that holds the whole of it.
 
 Beside the labels there are, at the most, the maps of one row of windows and of one strip: for an image 10,000 pixels
-wide 0.7 GB with the watershed, however high it is.
+wide 0.8 GB with the watershed, however high it is.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -154,11 +154,12 @@ def _strips(found: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterat
 def _ours(found: Labels, end: int, halo: int) -> NDArray[np.bool_]:
     """Of each label (0 to N), whether the cell is this strip's, whose own rows are those before `end`.
 
-    It is if its middle lies there and it is seen whole, or if the next strip, from `end` - `halo`, would cut it.
+    It is if its middle lies there, or if the next strip, from `end` - `halo`, would cut it. What is neither cut there
+    nor by the end of this one, `end` + `halo`, is the next strip's.
     """
     boxes = [box[0] for box in ndimage.find_objects(found)]
     top, bottom = (np.array([-1, *edges]) for edges in ([box.start for box in boxes], [box.stop for box in boxes]))
-    ours = (top < end - halo) | ((top + bottom < 2 * end) & (bottom < len(found))) | (end == len(found))
+    ours = (top + bottom < 2 * end) | (top < end - halo) | (end == len(found))
     ours[0] = False
     return ours
 

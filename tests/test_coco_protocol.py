@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def test_more_than_a_hundred_detections_count() -> None:
     compare(images)
     figures = protocol.average_precision([protocol.match(*one) for one in images])
     assert figures["ar100"] < figures["ar500"] <= figures["ar2000"]
+    apart = [rectangle(5 * (i // 12), 5 * (i % 12), 4, 4) for i in range(101)]
+    compare([(apart, np.ones(101), apart)])
+    assert protocol.average_precision([protocol.match(apart, np.ones(101), apart)])["ar100"] == pytest.approx(100 / 101)
+
+
+def test_detections_past_the_best_two_thousand_do_not_count() -> None:
+    found, scores, truth = image(np.random.default_rng(0), 3, 2000)
+    extra = rectangle(50, 50, 7, 7)
+    late = ([*found, extra], np.append(scores, -1.0), [*truth, extra])
+    compare([late])
+    assert len(protocol.match(*late).scores) == 2000
+    early = ([extra, *found], np.append(2.0, scores), [*truth, extra])
+    assert (
+        protocol.average_precision([protocol.match(*early)])["afnr"]
+        < (protocol.average_precision([protocol.match(*late)])["afnr"])
+    )
 
 
 def test_no_detection_and_no_cell() -> None:
@@ -113,16 +130,21 @@ def test_intervals_hold_the_figure_and_can_be_repeated() -> None:
     assert protocol.interval(matches[:1])["ap"] is None
 
 
-def test_a_resampled_set_is_the_set_with_images_repeated() -> None:
-    rng = np.random.default_rng(2)
-    matches = [protocol.match(*image(rng, 5, 8)) for _ in range(4)]
-    repeated = protocol.average_precision([matches[0], matches[2], matches[2], matches[2]])
-    table, weights = protocol._Table(matches), np.array([1.0, 0, 3, 0])
-    precision = table.precision(0, weights)
-    assert precision is not None
-    # Copies of an image share their scores: among equals COCO takes all of one image first, weights all at once.
-    assert precision.mean() == pytest.approx(repeated["ap"], abs=0.02)
-    assert 1 - table.recall(2000, weights).mean() == pytest.approx(repeated["afnr"])
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 4), min_size=5, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_a_resampled_set_is_the_set_with_images_repeated(seed: int, times: list[int]) -> None:
+    """To the last digit where no two detections share a score: COCO takes equals one by one, weights all at once."""
+    rng = np.random.default_rng(seed)
+    images = [image(rng, *rng.integers(0, 9, 2)) for _ in times]
+    matches = [protocol.match(found, rng.random(len(found)), truth) for found, _, truth in images]
+    table, weights = protocol._Table(matches), np.array(times, float)
+    repeated = [one for one, count in zip(matches, times) for _ in range(count)]
+    expected = protocol.average_precision(repeated) if repeated else {"ap": None, "ap75": None, "afnr": None}
+    for name, levels in (("ap", slice(None)), ("ap75", slice(5, 6))):
+        precision = table.precision(0, weights, levels)
+        assert (None if precision is None else precision.mean()) == pytest.approx(expected[name])
+    recall = table.recall(2000, weights)
+    assert (None if recall is None else 1 - recall.mean()) == pytest.approx(expected["afnr"])
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -143,7 +165,49 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert masks[1].sum() == 20
 
 
-GOOD = {"image_id": 1, "segmentation": {"size": list(SIZE), "counts": "0"}, "score": 0.5}
+def test_polygons_are_drawn_as_pycocotools_draws_them(tmp_path: Path) -> None:
+    corners = np.random.default_rng(4).uniform(-9, 70, (30, 5, 2))
+    shapes = [
+        [one.ravel().tolist(), square, [5.0, 5.0, 9.0, 9.0]] for one in corners for square in [[1, 1, 9, 1, 9, 9]]
+    ]
+    file = tmp_path / "cells.json"
+    file.write_text(json.dumps([{"image_id": 1, "segmentation": shape, "score": 1} for shape in shapes]))
+    masks = [coco_mask.merge(coco_mask.frPyObjects(shape[:2], *SIZE)) for shape in shapes]
+    assert protocol.read_results(str(file), {1: SIZE})[1][0] == masks
+    file.write_text(json.dumps([{"image_id": 1, "segmentation": [[-1e12, 5, 1e12, 5, 1e12, 1e12]], "score": 1}]))
+    assert protocol.read_results(str(file), {1: SIZE})[1][0][0]["size"] == list(SIZE)
+
+
+WHOLE = {"size": list(SIZE), "counts": [SIZE[0] * SIZE[1]]}
+GOOD = {"image_id": 1, "segmentation": WHOLE, "score": 0.5}
+RUNS = st.one_of(
+    st.text(st.characters(min_codepoint=40, max_codepoint=130), max_size=12),
+    st.lists(st.one_of(st.integers(-(2**70), 2**70), st.integers(0, 3600), st.floats(), st.none()), max_size=5),
+    st.builds(lambda run: [run, 3600 - run], st.integers(-5, 3600)),
+    st.none(),
+    st.integers(),
+)
+NUMBERS = st.one_of(st.floats(), st.floats(-100, 100), st.integers(-(2**70), 2**70), st.text(max_size=2))
+SEGMENTATIONS = st.one_of(
+    st.fixed_dictionaries({"size": st.sampled_from([[60, 60], [60.0, 60], [60], "60", None]), "counts": RUNS}),
+    st.lists(st.one_of(st.lists(NUMBERS, max_size=8), st.lists(st.floats(-100, 100), min_size=6, max_size=6))),
+    st.sampled_from([{}, None, 7, "cell", [[]], [{}], [[[1, 2, 3, 4, 5, 6]]]]),
+)
+
+
+@given(SEGMENTATIONS, NUMBERS)
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_file_says_it_is_refused_or_can_be_scored(segmentation: Any, score: Any) -> None:
+    """pycocotools alone never ends, or ends the process, on some of these."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "cells.json")
+        file.write_text(json.dumps([{"image_id": 1, "segmentation": segmentation, "score": score}]))
+        try:
+            rles, scores = protocol.read_results(str(file), {1: SIZE})[1]
+        except UserError:
+            return
+    assert coco_mask.decode(rles[0]).shape == SIZE
+    assert protocol.match(rles, scores, [rectangle(0, 0, *SIZE)]).truths[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -156,8 +220,16 @@ GOOD = {"image_id": 1, "segmentation": {"size": list(SIZE), "counts": "0"}, "sco
         ([GOOD | {"score": float("nan")}], "not a finite number"),
         ([GOOD | {"image_id": 1.5}], "image_id 1.5 is neither"),
         ([GOOD | {"image_id": 9}] * 3, "image_id 9 and 2 other records are of images that the split does not hold"),
-        ([GOOD | {"segmentation": {"size": [9, 9], "counts": "0"}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
-        ([GOOD | {"segmentation": "cell"}], "neither polygons nor RLE"),
+        ([GOOD | {"score": 10**400}], "not a finite number"),
+        ([GOOD | {"segmentation": WHOLE | {"size": [9, 9]}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
+        ([GOOD | {"segmentation": WHOLE | {"counts": "0"}}], r"its RLE does not fill the image \[60, 60\]"),
+        ([GOOD | {"segmentation": WHOLE | {"counts": [5, 3594]}}], "its RLE does not fill the image"),
+        ([GOOD | {"segmentation": WHOLE | {"counts": [-5, 5, 3600]}}], "its RLE does not fill the image"),
+        ([GOOD | {"segmentation": WHOLE | {"counts": [2**62] * 4 + [3600]}}], "its RLE does not fill the image"),
+        ([GOOD | {"segmentation": WHOLE | {"counts": [0.5, 3599.5]}}], "neither polygons .* nor RLE"),
+        ([GOOD | {"segmentation": "cell"}], "neither polygons .* nor RLE"),
+        ([GOOD | {"segmentation": [[1, 2, 3, 4]]}], "neither polygons .* nor RLE"),
+        ([GOOD | {"segmentation": [[1, 2, float("inf"), 4, 5, 6]]}], "neither polygons .* nor RLE"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: Any, message: str) -> None:

@@ -15,7 +15,6 @@ from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.loop import State
 from raylivecell.model import build_model
-from raylivecell.recipe import Recipe
 
 DATA = {"name": "disks", "licence": "CC0", "citation": "nobody", "sha256": "ab" * 32, "uri": "x"}
 
@@ -33,16 +32,17 @@ def save(folder: Path, **fields: Any) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
-    ("targets", "model"),
+    ("suffix", "targets", "model"),
     [
-        ("distance", {"features": [4, 8, 8], "norm": "group"}),
-        ("foreground", {"features": [4, 8], "norm": "sync_batch"}),
+        (".onnx", "distance", {"features": [4, 8, 8], "norm": "group"}),
+        (".pt2", "distance", {"features": [4, 8, 8], "norm": "group"}),
+        (".onnx", "boundary", {"features": [4, 8], "norm": "batch"}),
+        (".pt2", "foreground", {"features": [4, 8], "norm": "sync_batch"}),
     ],
 )
 def test_a_file_gives_the_networks_maps_at_any_size(
-    tmp_path: Path, targets: str, model: dict[str, Any], suffix: str
+    tmp_path: Path, suffix: str, targets: str, model: dict[str, Any]
 ) -> None:
     saved, file = save(tmp_path / "run", targets=targets, model=model), tmp_path / f"model{suffix}"
     told = export.export(saved, str(file))
@@ -57,6 +57,8 @@ def test_a_file_gives_the_networks_maps_at_any_size(
         got = maps(image[None, None].astype(np.float32))[0]
         assert got.shape == (len(expected), *size)
         np.testing.assert_allclose(got, expected, atol=1e-4)
+    batch = np.random.default_rng(0).uniform(90, 170, (3, 1, 33, 20)).astype(np.float32)
+    np.testing.assert_allclose(maps(batch)[2:], maps(batch[2:]), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +103,15 @@ def test_cells_are_the_same_without_torch(exported: tuple[str, str]) -> None:
     assert (np.load(target) == expected).mean() > 0.99, "maps agree to 1e-6: a tie may fall the other way"
 
 
+@pytest.mark.parametrize(("wrong", "told"), [(2e-4, r"0\.0002"), (float("nan"), "nan")])
 def test_a_file_that_differs_is_not_handed_over(
-    exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float, told: str
 ) -> None:
-    write, read = export.WRITERS[".pt2"]
-    wrong = {".pt2": (write, lambda data: lambda image: read(data)(image) + np.float32(2e-4))}
-    monkeypatch.setattr(export, "WRITERS", wrong)
-    with pytest.raises(UserError, match="would differ from the network by 0.0002"):
+    read = export.WRITERS[".onnx"][1]
+    given = Path(exported[1]).read_bytes()
+    writers = {".pt2": (lambda *_: given, lambda data: lambda image: read(data)(image) + np.float32(wrong))}
+    monkeypatch.setattr(export, "WRITERS", writers)
+    with pytest.raises(UserError, match=f"would differ from the network by {told}"):
         export.export(exported[0], str(tmp_path / "model.pt2"))
     assert not list(tmp_path.iterdir())
 
@@ -122,7 +126,38 @@ def test_mistakes_are_told(exported: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no network")
     with pytest.raises(UserError, match="is no ONNX file"):
         onnx_model.load(str(tmp_path / "text.onnx"))
-    assert Recipe().outputs == 1
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named(
+    exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=r"onnxruntime: pip install 'raylivecell\[export\]'"):
+        export.export(exported[0], str(tmp_path / "model.onnx"))
+    assert not list(tmp_path.iterdir())
+    if missing == "onnxruntime":
+        with pytest.raises(UserError, match=r"onnxruntime: pip install 'raylivecell\[export\]'"):
+            onnx_model.load(exported[1])
+
+
+def test_provenance_and_thresholds_go_with_a_copy(exported: tuple[str, str], tmp_path: Path) -> None:
+    copied = str(tmp_path / "copy")
+    checkpoint.copy(exported[0], copied)
+    assert checkpoint.load_data(copied) == DATA
+    assert checkpoint.load_instances(copied, "distance").foreground == 0.2
+
+
+def test_what_is_not_known_of_the_data_is_said(exported: tuple[str, str], tmp_path: Path) -> None:
+    bare = str(tmp_path / "bare")
+    checkpoint.copy(exported[0], bare)
+    (tmp_path / "bare" / checkpoint.DATA).unlink()
+    assert checkpoint.load_data(bare) == dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated")
+    about = export._about(bare, checkpoint.load_model(bare)[1])
+    assert [about[name] for name in ("licence", "data_sha256")] == ["not stated", "not stated"]
+    again = str(tmp_path / "again")
+    checkpoint.copy(bare, again)
+    assert not (tmp_path / "again" / checkpoint.DATA).exists()
 
 
 def test_another_programs_file_is_refused(exported: tuple[str, str], tmp_path: Path) -> None:

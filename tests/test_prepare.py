@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 from conftest import S3, run_apart
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from raylivecell import coco, defects, outlines, plan, runtime, samples, shards, targets
@@ -110,6 +112,14 @@ def rows_of(out: Path | str, split: str) -> dict[str, Json]:
     return {row["file_name"]: row for row in rows}
 
 
+def masks_of(row: Json) -> np.ndarray:
+    """bool (cells, H, W) of a row's outlines."""
+    assert len(row["outlines"]) == row["cells"]
+    size = [row["height"], row["width"]]
+    masks = [coco_mask.decode({"size": size, "counts": counts}) for counts in row["outlines"]]
+    return np.array(masks, bool).reshape(-1, *size)
+
+
 def found_in(description: Json, defect: str) -> list[Json]:
     return [one for one in description["defects"]["found"] if one["defect"] == defect]
 
@@ -177,6 +187,8 @@ def test_nested_images_and_annotations_as_dict(livecell_mini: Path, tmp_path: Pa
         assert list(ours) == list(theirs)
         for name in ours:
             np.testing.assert_array_equal(ours[name]["foreground"], theirs[name]["foreground"])
+            np.testing.assert_array_equal(masks_of(ours[name]).any(axis=0), ours[name]["foreground"] != 0)
+            assert sorted(ours[name]["outlines"]) == sorted(theirs[name]["outlines"])
             assert theirs[name]["source"].split("/")[-2] == theirs[name]["cell_type"]
 
 
@@ -261,6 +273,48 @@ def test_rle_and_polygons_draw_the_same(folder: Folder, tmp_path: Path) -> None:
     assert "d.png" not in rows
     assert [one["file_name"] for one in found_in(told, "degenerate_polygon")] == ["d.png"]
     assert found_in(told, "no_annotations")[0]["detail"] == "no annotation left that can be drawn"
+
+
+def record(number: int, corners: np.ndarray, as_rle: bool) -> tuple[coco.CellRecord, np.ndarray]:
+    """A cell as its polygon or as run lengths, and its mask (H, W) by pycocotools."""
+    (rle,) = coco_mask.frPyObjects([corners.ravel().tolist()], HEIGHT, WIDTH)
+    polygons, runs = [corners.astype(np.float32)], [((HEIGHT, WIDTH), coco.run_lengths(rle["counts"]))]
+    cell = coco.CellRecord(number, False, [] if as_rle else polygons, runs if as_rle else [])
+    return cell, coco_mask.decode(rle).astype(bool)
+
+
+CORNERS = st.lists(st.tuples(st.integers(-40, 300), st.integers(-40, 230)), min_size=3, max_size=6)
+
+
+@given(st.lists(st.tuples(CORNERS, st.booleans()), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_outlines_are_whole_cells_as_pycocotools_draws_them_one_by_one(cells: list[Any]) -> None:
+    """In the order of the labels; overlapping cells both keep what they share, of which the labels tell one."""
+    records, masks = zip(*(record(i, np.array(corners) / 4, as_rle) for i, (corners, as_rle) in enumerate(cells)))
+    image = {"file_name": "a.png", "split": "train", "cell_type": "A172", "path": "a.png", "sha256": ""}
+    image |= {"annotation": "train.json", "id": 1, "scale": [1, 1]}
+    rules, found = defects.DefectRules(doubled_contour="keep", no_annotations="keep"), list[Json]()
+    row = samples.draw_sample(np.zeros((HEIGHT, WIDTH), np.uint8), image, list(records), rules, 5.0, found)
+    assert row is not None
+    gone = {i for one in found if one["defect"] in ("degenerate_polygon", "hidden_cell") for i in one["ids"]}
+    stay = [mask for i, mask in enumerate(masks) if i not in gone]
+    drawn = masks_of(row)
+    np.testing.assert_array_equal(drawn, np.array(stay, bool).reshape(-1, HEIGHT, WIDTH))
+    np.testing.assert_array_equal(drawn.any(axis=0), row["foreground"] != 0)
+    for label, mask in enumerate(drawn, 1):
+        assert mask[row["labels"] == label].all()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_overlapping_cells_both_keep_shared_pixels_in_the_shard(folder: Folder, tmp_path: Path) -> None:
+    outside = square(200, 200)  # owns no pixel: neither a label nor an outline
+    folder.image("train", "A172_Phase_two.png", [square(4, 4, 12), outside, square(10, 10, 9)])
+    prepare(folder.write(), str(tmp_path / "out"))
+    row = rows_of(tmp_path / "out", "train")["A172_Phase_two.png"]
+    assert [type(counts) for counts in row["outlines"]] == [bytes, bytes]
+    large, small = masks_of(row)
+    assert (large.sum(), small.sum(), (large & small).sum()) == (144, 81, 36)
+    assert np.bincount(row["labels"].ravel())[1:].tolist() == [108, 81]
 
 
 def with_every_defect(folder: Folder) -> dict[str, list[Any]]:
