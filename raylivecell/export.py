@@ -75,7 +75,7 @@ def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
         raise UserError(f"--out {out}: the name says what to write: .onnx, or .pt2 (torch.export)")
     folder = checkpoint.find(storage.absolute(checkpoint_uri))
     network, recipe = checkpoint.load_model(folder)
-    whole = _Whole(_plain(network)).eval()
+    whole = _Whole(network).eval()
     write, read = WRITERS[suffix]
     with _quiet():
         data = write(whole, _about(folder, recipe))
@@ -102,18 +102,6 @@ def _about(folder: str, recipe: recipes.Recipe) -> dict[str, str]:
         *(data[name] for name in ("licence", "citation", "name", "sha256")),
     )
     return dict(zip(ABOUT, values, strict=True))
-
-
-def _plain(network: nn.Module) -> nn.Module:
-    """The network with BatchNorm where it has SyncBatchNorm, which needs a GPU: in prediction they are the same."""
-    for name, child in network.named_children():
-        if isinstance(child, nn.SyncBatchNorm):
-            norm = nn.BatchNorm2d(child.num_features, child.eps)
-            norm.load_state_dict(child.state_dict())
-            setattr(network, name, norm.eval())
-        else:
-            _plain(child)
-    return network
 
 
 def _shapes() -> dict[str, dict[int, Any]]:

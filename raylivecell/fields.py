@@ -97,6 +97,8 @@ def _depth(labels: NDArray[np.uint16]) -> NDArray[np.float32]:
     edge &= labels != 0
     if not edge.any():  # one cell fills the frame
         return (labels != 0).astype(np.float32)
-    depth = cv2.distanceTransform((~edge).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) + np.float32(1)
+    distance = cv2.distanceTransform((~edge).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # OpenCV 5 rounds a root up or down by where the array lies in memory: equal depths must be equal to the last bit.
+    depth = np.sqrt(np.rint(np.square(distance))) + np.float32(1)
     depth[labels == 0] = 0
     return depth

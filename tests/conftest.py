@@ -22,10 +22,10 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup` one process runs the tests of Ray, which share a cluster, one the rest."""
+    """Every test that starts the shared Ray is marked so: `make test` runs them beside the rest, in one process."""
     for item in items:
-        if item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
 
 
 SHARED = Path(os.environ.get("RAYLIVECELL_SHARED", Path(__file__).parents[2] / "shared"))

@@ -50,7 +50,6 @@ def test_a_file_gives_the_networks_maps_at_any_size(
     assert told["difference"] < 1e-4
     maps = export.WRITERS[suffix][1](file.read_bytes())
     network = checkpoint.load_model(saved)[0]
-    network = export._plain(network)
     for size in ((64, 64), (57, 90), (16, 23)):
         image = np.random.default_rng(0).integers(90, 170, size).astype(np.uint8)
         expected = segment.maps(network, image)
