@@ -48,6 +48,8 @@ def load(uri: str) -> OnnxModel:
     about = session.get_modelmeta().custom_metadata_map
     if MARK not in about:
         raise UserError(f"{uri} was not written by `raylivecell export`: export a checkpoint to get one")
+    if about["targets"] not in CHANNELS:
+        raise UserError(f"{uri} is of raylivecell {about[MARK]}, with targets {about['targets']}: update this one")
     return OnnxModel(session, about)
 
 

@@ -165,5 +165,10 @@ def test_another_programs_file_is_refused(exported: tuple[str, str], tmp_path: P
     model = onnx.load(exported[1])
     del model.metadata_props[:]
     onnx.save(model, str(tmp_path / "other.onnx"))
+    about = {"raylivecell": "9", "targets": "flows", "instances": "{}", "recipe": ""}
+    onnx.helper.set_model_props(model, about)
+    onnx.save(model, str(tmp_path / "later.onnx"))
+    with pytest.raises(UserError, match="is of raylivecell 9, with targets flows"):
+        onnx_model.load(str(tmp_path / "later.onnx"))
     with pytest.raises(UserError, match="not written by `raylivecell export`"):
         onnx_model.load(str(tmp_path / "other.onnx"))
