@@ -106,7 +106,7 @@ def segment(
         foreground[rows] = maps[0] > config.foreground
         found = instances.segment(maps, targets, config)
         heirs = _heirs(found, painted[0], cut)
-        new = _ours(found, end - first, halo) & _free(found, painted, config.smallest) & (heirs == 0)
+        new = _ours(found, end - first) & _free(found, painted, config.smallest) & (heirs == 0)
         names = np.where(new, len(pixels) - 1 + np.cumsum(new, dtype=np.int32), heirs)
         fresh = np.where(painted == 0, names[found], 0)
         painted += fresh
@@ -151,15 +151,15 @@ def _strips(found: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterat
         held = held[:, -2 * halo :].copy()
 
 
-def _ours(found: Labels, end: int, halo: int) -> NDArray[np.bool_]:
+def _ours(found: Labels, end: int) -> NDArray[np.bool_]:
     """Of each label (0 to N), whether the cell is this strip's, whose own rows are those before `end`.
 
-    It is if its middle lies there, or if the next strip, from `end` - `halo`, would cut it. What is neither cut there
-    nor by the end of this one, `end` + `halo`, is the next strip's.
+    It is if the middle of what is seen of it lies there. The next strip begins a halo before `end`, this one ends
+    as many after it: what the next one would cut is this one's, and what this one cuts and the next one does not
+    is the next one's.
     """
     boxes = [box[0] for box in ndimage.find_objects(found)]
-    top, bottom = (np.array([-1, *edges]) for edges in ([box.start for box in boxes], [box.stop for box in boxes]))
-    ours = (top + bottom < 2 * end) | (top < end - halo) | (end == len(found))
+    ours = np.array([True, *(box.start + box.stop < 2 * end for box in boxes)]) | (end == len(found))
     ours[0] = False
     return ours
 
