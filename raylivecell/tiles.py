@@ -159,9 +159,7 @@ def _ours(found: Labels, end: int) -> NDArray[np.bool_]:
     is the next one's.
     """
     boxes = [box[0] for box in ndimage.find_objects(found)]
-    ours = np.array([True, *(box.start + box.stop < 2 * end for box in boxes)]) | (end == len(found))
-    ours[0] = False
-    return ours
+    return np.array([False, *(box.start + box.stop < 2 * end for box in boxes)])
 
 
 def _free(found: Labels, painted: Labels, smallest: int) -> NDArray[np.bool_]:

@@ -142,6 +142,18 @@ def test_more_prominence_only_joins(targets: Targets) -> None:
             finer = labels
 
 
+@pytest.mark.parametrize(("prominence", "cells"), [(0.05, 3), (0.19, 3), (0.21, 2), (0.49, 2), (0.51, 1)])
+def test_a_peak_counts_by_what_it_stands_out(prominence: float, cells: int) -> None:
+    """Ridges of 0.9, 0.7 and 0.8 with saddles of 0.5 and 0.3: the second stands out by 0.2, the third by 0.5."""
+    profile = np.interp(np.arange(50), [0, 5, 15, 25, 35, 45, 49], [0.6, 0.9, 0.5, 0.7, 0.3, 0.8, 0.6])
+    maps = np.ones((2, 10, 50), np.float32)
+    maps[1] = 1 - profile
+    labels = instances.segment(maps, "boundary", InstanceConfig(smoothing=0, prominence=prominence))
+    assert labels.max() == cells
+    assert (labels[0, 5] == labels[0, 25]) == (prominence > 0.2)
+    assert (labels[0, 25] == labels[0, 45]) == (prominence > 0.5)
+
+
 @pytest.mark.parametrize("targets", fields.CHANNELS)
 def test_a_map_without_foreground_has_no_cells(targets: Targets) -> None:
     maps = np.full((len(fields.CHANNELS[targets]), 7, 9), 0.5, np.float32)  # not over 0.5

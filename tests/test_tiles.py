@@ -185,11 +185,12 @@ def test_of_two_strips_one_has_the_cell(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_cell_goes_on_as_the_one_it_lies_under(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bars side by side over the whole height, which every second strip sees three columns to the left."""
+    """Bars a column apart over the whole height, which every second strip sees three columns to the left."""
     turn, columns = itertools.count(), np.arange(60)
 
     def wavering(maps: np.ndarray, *_: object) -> np.ndarray:
-        return np.broadcast_to((columns + 3 * (next(turn) % 2)) // 12 + 1, maps.shape[1:]).astype(np.int32)
+        moved = columns + 3 * (next(turn) % 2)
+        return np.broadcast_to((moved // 12 + 1) * (moved % 12 > 0), maps.shape[1:]).astype(np.int32)
 
     monkeypatch.setattr(instances, "segment", wavering)
     config = InstanceConfig(smallest=0)
@@ -197,6 +198,9 @@ def test_a_cell_goes_on_as_the_one_it_lies_under(monkeypatch: pytest.MonkeyPatch
     bars = labels.reshape(300, 5, 12)
     assert (bars[:, :, 3:9] == bars[:1, :, 3:4]).all()
     assert len(set(bars[0, :, 3].tolist())) == 5
+    gaps = bars[:, :, 9]
+    assert ((gaps == 0) | (gaps == bars[:, :, 8])).all()
+    assert (gaps == 0).any()
 
 
 def test_an_image_without_cells_and_a_halo_of_none() -> None:
