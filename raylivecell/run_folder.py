@@ -10,13 +10,18 @@ from raylivecell.errors import UserError
 RECIPE, DATA = "recipe.yaml", "data.json"
 
 
+def holds_run(out: str) -> bool:
+    """Whether `out` holds a run."""
+    return RECIPE in storage.list_names(out)
+
+
 def goes_on(out: str, data: str, resume: bool) -> bool:
     """Whether a run in `out` is gone on with on the dataset at `data`.
 
     Raises:
         UserError: one is there that nobody asked to resume; none is there to resume; it was begun on other data.
     """
-    used = RECIPE in storage.list_names(out)
+    used = holds_run(out)
     if resume and not used:
         raise UserError(f"nothing to resume at {out}; leave --resume away to start there")
     if used and not resume:

@@ -1,0 +1,349 @@
+"""What each command takes, generated from the types of these functions: one a command, each of a few lines.
+
+What a command needs is imported when it runs, so that `--help` does not wait for torch and Ray.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from raylivecell.errors import UserError
+
+
+def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> None:
+    """Write a LIVECell-shaped dataset of synthetic phase-contrast images.
+
+    Args:
+        out: folder to write; it must not exist or be empty.
+        images: how many, over train, val and test together.
+        seed: image number i depends on (seed, i) alone.
+        defects: plant every defect that `prepare` must find, listed in planted.json.
+    """
+    from raylivecell import runtime, synthetic
+    from raylivecell.progress import console, track
+
+    _local(out)
+    runtime.connect()
+    told = synthetic.write_dataset(
+        out,
+        images,
+        seed,
+        defects,
+        mapper=lambda draw, frames: track(runtime.ordered_map(draw, frames), "drawing", len(frames)),
+    )
+    console.print(f"written: {out}, {sum(split['images'] for split in told['splits'].values())} images", markup=False)
+
+
+def evaluate(
+    data: str,
+    out: str,
+    checkpoint: str | None = None,
+    predictions: str | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    tta: bool = False,
+    calibrate: bool = False,
+) -> None:
+    """Score a checkpoint, or any tool's cells, on whole images: metrics.json and report.html.
+
+    Args:
+        data: a prepared dataset.
+        out: folder for metrics.json, report.html and overlays.
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        predictions: instead of a checkpoint, a COCO results file (JSON) of anybody's cells.
+        split: which images.
+        tta: average over the four flips.
+        calibrate: first choose on validation images the thresholds that make cells, and keep them in the checkpoint.
+    """
+    from raylivecell import evaluate as room
+
+    if predictions is not None:
+        if checkpoint is not None or tta or calibrate:
+            raise UserError("--predictions is scored by itself: leave out --checkpoint, --tta and --calibrate")
+        room.compare(predictions, data, split, out)
+    elif checkpoint is None:
+        raise UserError("nothing to score: give --checkpoint, or --predictions with a COCO results file")
+    else:
+        room.evaluate(checkpoint, data, split, out, tta=tta, calibrated=calibrate)
+
+
+def predict(
+    images: str,
+    out: str,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    write: tuple[Literal["labels", "masks", "overlays", "coco", "cells"], ...] = (
+        "labels",
+        "masks",
+        "overlays",
+        "coco",
+        "cells",
+    ),
+    tta: bool = False,
+    bits: int | None = None,
+    threshold: float | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Find the cells in a folder of images; killed and started again, it goes on. Writes images.csv, a row an image.
+
+    Args:
+        images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits.
+        out: folder to write.
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        model: the same, or an .onnx file.
+        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (a row a cell).
+        tta: average over the four flips.
+        bits: used bits of 16-bit images, 8 to 16; without it each is scaled so that its median becomes 128.
+        threshold: probability over which a pixel is foreground; default: the model's.
+        overwrite: delete what an earlier predict wrote into --out.
+    """
+    from raylivecell import predict as room
+
+    given = [uri for uri in (checkpoint, model) if uri is not None]
+    if len(given) != 1:
+        raise UserError("give either --checkpoint, or --model (a checkpoint too, or an .onnx file)")
+    room.predict(given[0], images, out, write, tta, bits, threshold, overwrite)
+
+
+def export(checkpoint: str, out: str) -> None:
+    """Write a network as one file for other programs, opened again and compared: `predict --model FILE.onnx` runs it.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a run's (then its best).
+        out: FILE.onnx, or FILE.pt2 for torch.export.
+    """
+    from raylivecell import export as room
+
+    room.export(checkpoint, out)
+
+
+def download(arguments: Sequence[str]) -> None:
+    """Fetch LIVECell, resumable and checked."""
+    from raylivecell import download as room
+
+    def command(
+        out: Path,
+        files: tuple[room.Group, ...] = ("images", "train", "val", "test"),
+        base_url: str = room.BASE_URL,
+        sha256: tuple[str, ...] = (),
+        size: tuple[str, ...] = (),
+    ) -> None:
+        """Fetch LIVECell (3.4 GB; CC BY-NC 4.0) into a folder that `prepare --source` takes; resumes where it stopped.
+
+        Args:
+            out: folder to write.
+            files: what to fetch.
+            base_url: where from.
+            sha256: expected checksums, FILE=VALUE.
+            size: expected sizes in bytes, FILE=VALUE.
+        """
+        room.download(_local(out), files, base_url, sha256, size)
+
+    tyro.cli(command, prog="raylivecell download", args=arguments)
+
+
+def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images: int = 64, seed: int = 0) -> None:
+    """Draw cells, prepare, train on two workers, score, predict: some minutes on a CPU.
+
+    Args:
+        out: folder to write; a former demo's is emptied.
+        recipe: a recipe file.
+        images: how many to draw.
+        seed: of the images.
+    """
+    from raylivecell import demo as room
+
+    room.demo(_local(out), recipe, images, seed)
+
+
+def bench(
+    what: tyro.conf.Positional[Literal["augment", "feed", "prepare"]],
+    out: Path | None = None,
+    repeats: int = 5,
+    images: int = 500,
+) -> None:
+    """Measure one part beside its rivals, in one run; writes bench.json.
+
+    Args:
+        what: `augment`: milliseconds an image. `feed`: images/s into the loop. `prepare`: images/s and peak memory.
+        out: folder of bench.json; default: runs/bench/WHAT.
+        repeats: runs of each rival, in turn.
+        images: size of the set of `feed` and `prepare`.
+    """
+    from raylivecell import bench as room
+
+    room.bench(what, _local(out or Path("runs/bench") / what), repeats, images)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a recipe on a prepared dataset with Ray Train."""
+    import psutil
+
+    from raylivecell import recipe as recipes
+    from raylivecell import run_folder
+    from raylivecell.train import train as run
+
+    file = _recipe_file(arguments)
+    base = recipes.load(file) if file else recipes.Recipe()
+
+    def command(
+        data: str,
+        out: str,
+        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
+        recipe: str | None = None,
+        workers: str = "1",
+        resume: bool = False,
+        resume_or_start: bool = False,
+        retries: int = 3,
+    ) -> None:
+        """Train a recipe on a prepared dataset with Ray Train.
+
+        Args:
+            data: URI of a prepared dataset.
+            out: URI of the run's folder: checkpoints, metrics.jsonl, tensorboard/, report.html.
+            fields: the recipe's fields; a flag goes before the recipe's file.
+            recipe: a recipe file (jobs/*.yaml).
+            workers: training processes, N or LEAST:MOST.
+            resume: continue the run in --out from its last checkpoint.
+            resume_or_start: the same where --out holds one, else begin: for a job that the cluster may start again.
+            retries: restarts from the last checkpoint after a worker died.
+        """
+        run(
+            data,
+            out,
+            fields,
+            _workers(workers),
+            resume or (resume_or_start and run_folder.holds_run(out)),
+            retries,
+            began=psutil.Process().create_time(),
+        )
+
+    tyro.cli(command, prog="raylivecell train", args=arguments)
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """Search for a better recipe with Ray Tune and Optuna."""
+    from raylivecell import recipe as recipes
+    from raylivecell import run_folder, space
+    from raylivecell.sweep import sweep as run
+
+    file = _recipe_file(arguments)
+    base, config = space.load(file) if file else (recipes.Recipe(), space.SweepConfig())
+    options = space.SearchConfig.model_validate(config.model_dump(include=set(space.SearchConfig.model_fields)))
+
+    def command(
+        data: str,
+        out: str,
+        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
+        search: Annotated[space.SearchConfig, tyro.conf.arg(name="sweep")] = options,
+        recipe: str | None = None,
+        trials: int = 16,
+        resume: bool = False,
+        resume_or_start: bool = False,
+        storage: str | None = None,
+        at_once: int | None = None,
+        retries: int = 1,
+        confirm: int = 0,
+        mlflow: str | None = None,
+    ) -> None:
+        """Search for a better recipe: study.db, best.yaml, checkpoint_best/, trials.csv and report.html in --out.
+
+        Args:
+            data: URI of a prepared dataset.
+            out: URI of the sweep's folder.
+            fields: the starting recipe's fields; a flag goes before the recipe's file.
+            search: how to search; a flag goes before the `sweep:` part of the recipe's file, where the space is too.
+            recipe: a recipe file (jobs/sweep.yaml).
+            trials: how many in all; those done before a --resume count.
+            resume: go on with the sweep in --out; with more --trials, learn on from it.
+            resume_or_start: the same where --out holds one, else begin: for a job that the cluster may start again.
+            storage: any Optuna storage URL, instead of study.db in --out.
+            at_once: trials at once; default: what the cluster has room for.
+            retries: how often a trial goes on from its last checkpoint after a crash.
+            confirm: fresh seeds with which start and best are trained anew, whole; the better one is handed over.
+            mlflow: tracking URI, to log the trials to MLflow too.
+        """
+        whole = config.model_copy(update=search.model_dump())
+        run(
+            data,
+            out,
+            fields,
+            whole,
+            trials,
+            resume or (resume_or_start and run_folder.holds_run(out)),
+            storage,
+            at_once,
+            retries,
+            confirm,
+            mlflow,
+        )
+
+    tyro.cli(command, prog="raylivecell sweep", args=arguments)
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Validate images and annotations, write Parquet shards."""
+    from raylivecell.prepare import PrepareConfig
+    from raylivecell.prepare import prepare as run
+
+    def command(
+        source: str,
+        out: str,
+        fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
+        strict: bool = False,
+    ) -> None:
+        """Read LIVECell, or any set with COCO annotations; write OUT/{train,val,test}/*.parquet and OUT/dataset.json.
+
+        Args:
+            source: folder or URI of images and annotation files.
+            out: URI of the dataset to write.
+            fields: what to read and what to do with each kind of defect.
+            strict: list the defects and stop, if there are any.
+        """
+        run(source, out, fields, strict)
+
+    tyro.cli(command, prog="raylivecell prepare", args=arguments)
+
+
+def _recipe_file(arguments: Sequence[str]) -> str | None:
+    """The recipe file that the arguments name; without one, --resume goes on with the run's own."""
+    named, out = _value_of("--recipe", arguments), _value_of("--out", arguments)
+    if named is not None or out is None or "--resume" not in arguments:
+        return named
+    from raylivecell import storage
+
+    own = storage.join(out, "recipe.yaml")
+    return own if storage.exists(own) else None
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`, if given; UserError where it is given twice or without a value."""
+    places = [place for place, text in enumerate(arguments) if text.split("=", 1)[0] == flag]
+    if not places:
+        return None
+    if len(places) > 1:
+        raise UserError(f"{flag} is given twice; give it once")
+    _, equals, value = arguments[places[0]].partition("=")
+    if equals:
+        return value
+    if places[0] + 1 == len(arguments):
+        raise UserError(f"{flag} needs a value")
+    return arguments[places[0] + 1]
+
+
+def _local(out: Path) -> Path:
+    """`out`, if it is a local path: what these commands write, others then read by local paths."""
+    if ":/" in str(out):
+        raise UserError(f"--out {out}: this command writes to a local folder; copy it to an object store afterwards")
+    return out
+
+
+def _workers(text: str) -> int | tuple[int, int]:
+    try:
+        counts = [int(part) for part in text.split(":")]
+    except ValueError:
+        counts = []
+    if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 1:
+        raise UserError(f"--workers {text}: give a number (2), or the least and the most (1:4)")
+    return counts[0] if len(counts) == 1 else (counts[0], counts[1])
