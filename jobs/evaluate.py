@@ -1,4 +1,4 @@
-"""`raylivecell evaluate` as a job, with the same flags: `ray job submit --working-dir . -- python jobs/evaluate.py ...`."""
+"""`raylivecell evaluate` as a job: `ray job submit --working-dir . -- python jobs/evaluate.py` and the same flags."""
 
 import sys
 

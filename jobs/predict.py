@@ -1,4 +1,4 @@
-"""`raylivecell predict` as a job, with the same flags: `ray job submit --working-dir . -- python jobs/predict.py ...`."""
+"""`raylivecell predict` as a job: `ray job submit --working-dir . -- python jobs/predict.py` and the same flags."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`raylivecell prepare` as a job, with the same flags: `ray job submit --working-dir . -- python jobs/prepare.py ...`."""
+"""`raylivecell prepare` as a job: `ray job submit --working-dir . -- python jobs/prepare.py` and the same flags."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`raylivecell sweep` as a job, with the same flags: `ray job submit --working-dir . -- python jobs/sweep.py ...`."""
+"""`raylivecell sweep` as a job: `ray job submit --working-dir . -- python jobs/sweep.py` and the same flags."""
 
 import sys
 

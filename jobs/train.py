@@ -1,4 +1,4 @@
-"""`raylivecell train` as a job, with the same flags: `ray job submit --working-dir . -- python jobs/train.py ...`."""
+"""`raylivecell train` as a job: `ray job submit --working-dir . -- python jobs/train.py` and the same flags."""
 
 import sys
 

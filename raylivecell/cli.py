@@ -10,11 +10,11 @@ from raylivecell import __version__, commands
 from raylivecell.errors import UserError
 
 
-def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], None]:
+def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], int | None]:
     return lambda arguments: tyro.cli(function, prog=f"raylivecell {function.__name__}", args=arguments)
 
 
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "synth": ("write a LIVECell-shaped dataset of synthetic images", _typed(commands.synth)),
     "download": ("fetch LIVECell, resumable and checked", commands.download),
     "prepare": ("validate images and annotations, write Parquet shards", commands.prepare),
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "evaluate": ("score a checkpoint on whole images", _typed(commands.evaluate)),
     "predict": ("segment a folder of images", _typed(commands.predict)),
     "export": ("write a checkpoint as ONNX or torch.export", _typed(commands.export)),
+    "submit": ("run a stage as a job of a Ray cluster", commands.submit),
     "bench": ("measure a part beside its rivals", _typed(commands.bench)),
     "demo": ("the whole way on cells drawn here, in minutes", _typed(commands.demo)),
 }
@@ -48,7 +49,7 @@ def _field_error(error: ValueError) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0 done, 2 a mistake that the user can mend."""
+    """Run a command; its exit code: 0 done, 2 a mistake that the user can mend, a submitted job's own."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
-        COMMANDS[arguments[0]][1](arguments[1:])
+        return COMMANDS[arguments[0]][1](arguments[1:]) or 0
     except (UserError, OSError) as error:  # a path, a disk, a network: the error names it
         print(f"raylivecell: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -71,4 +72,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0

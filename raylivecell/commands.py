@@ -306,6 +306,48 @@ def prepare(arguments: Sequence[str]) -> None:
     tyro.cli(command, prog="raylivecell prepare", args=arguments)
 
 
+def submit(arguments: Sequence[str]) -> int:
+    """Run a stage as a job of a Ray cluster."""
+    from raylivecell import submit as room
+
+    place = next((i for i, word in enumerate(arguments) if word in room.STAGES), len(arguments))
+    own, stage, stage_flags = arguments[:place], arguments[place : place + 1], arguments[place + 1 :]
+    if not stage and not {"-h", "--help"} & set(own):
+        raise UserError(f"no stage among {' '.join(own) or 'no words'}; give one of {', '.join(room.STAGES)}")
+
+    def command(
+        address: str | None = None,
+        working_dir: Path = Path("."),
+        name: str | None = None,
+        env: tuple[str, ...] = (),
+        cpus: float = 0,
+        label: str = "",
+        wait: bool = True,
+        stop_on_interrupt: bool = False,
+        largest_mib: float = room.LARGEST_MIB,
+    ) -> int:
+        """submit [its flags] prepare|train|sweep|evaluate|predict [the stage's flags]: a stage as a job of a cluster.
+
+        Uploads the project's code and recipes, prints what the job prints, ends with its exit code. Ctrl-C leaves it
+        running.
+
+        Args:
+            address: the cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
+            working_dir: the project's folder, with jobs/ and the recipe.
+            name: of the job; default: the stage, the name of --out and six random digits.
+            env: NAME=VALUE for the job's processes; shown in the dashboard, so no secrets.
+            cpus: CPUs that the job's own process reserves; 0 puts it on the head.
+            label: NAME=VALUE of the nodes on which that process may run.
+            wait: follow the log to the end.
+            stop_on_interrupt: Ctrl-C stops the job.
+            largest_mib: refuse to upload more.
+        """
+        wanted = room.request(stage[0], stage_flags, working_dir, name, env, cpus, label)
+        return room.run(wanted, working_dir.absolute(), address, wait, stop_on_interrupt, largest_mib)
+
+    return tyro.cli(command, prog="raylivecell submit", args=own)
+
+
 def _recipe_file(arguments: Sequence[str]) -> str | None:
     """The recipe file that the arguments name; without one, --resume goes on with the run's own."""
     named, out = _value_of("--recipe", arguments), _value_of("--out", arguments)
