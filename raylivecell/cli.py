@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "synth": ("write a LIVECell-shaped dataset of synthetic images", _typed(commands.synth)),
     "download": ("fetch LIVECell, resumable and checked", commands.download),
     "prepare": ("validate images and annotations, write Parquet shards", commands.prepare),
+    "check": ("find what would fail or hang, before anything is spent", commands.check),
     "train": ("train a recipe on a prepared dataset", commands.train),
     "sweep": ("search for a better recipe", commands.sweep),
     "evaluate": ("score a checkpoint on whole images", _typed(commands.evaluate)),

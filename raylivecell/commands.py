@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from raylivecell.arguments import local, recipe_file, workers_in
 from raylivecell.errors import UserError
 
 
@@ -24,7 +25,7 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
     from raylivecell import runtime, synthetic
     from raylivecell.progress import console, track
 
-    _local(out)
+    local(out)
     runtime.connect()
     told = synthetic.write_dataset(
         out,
@@ -138,7 +139,7 @@ def download(arguments: Sequence[str]) -> None:
             sha256: expected checksums, FILE=VALUE.
             size: expected sizes in bytes, FILE=VALUE.
         """
-        room.download(_local(out), files, base_url, sha256, size)
+        room.download(local(out), files, base_url, sha256, size)
 
     tyro.cli(command, prog="raylivecell download", args=arguments)
 
@@ -154,7 +155,7 @@ def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images
     """
     from raylivecell import demo as room
 
-    room.demo(_local(out), recipe, images, seed)
+    room.demo(local(out), recipe, images, seed)
 
 
 def bench(
@@ -173,7 +174,7 @@ def bench(
     """
     from raylivecell import bench as room
 
-    room.bench(what, _local(out or Path("runs/bench") / what), repeats, images)
+    room.bench(what, local(out or Path("runs/bench") / what), repeats, images)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -184,7 +185,7 @@ def train(arguments: Sequence[str]) -> None:
     from raylivecell import run_folder
     from raylivecell.train import train as run
 
-    file = _recipe_file(arguments)
+    file = recipe_file(arguments)
     base = recipes.load(file) if file else recipes.Recipe()
 
     def command(
@@ -213,7 +214,7 @@ def train(arguments: Sequence[str]) -> None:
             data,
             out,
             fields,
-            _workers(workers),
+            workers_in(workers),
             resume or (resume_or_start and run_folder.holds_run(out)),
             retries,
             began=psutil.Process().create_time(),
@@ -228,7 +229,7 @@ def sweep(arguments: Sequence[str]) -> None:
     from raylivecell import run_folder, space
     from raylivecell.sweep import sweep as run
 
-    file = _recipe_file(arguments)
+    file = recipe_file(arguments)
     base, config = space.load(file) if file else (recipes.Recipe(), space.SweepConfig())
     options = space.SearchConfig.model_validate(config.model_dump(include=set(space.SearchConfig.model_fields)))
 
@@ -306,6 +307,36 @@ def prepare(arguments: Sequence[str]) -> None:
     tyro.cli(command, prog="raylivecell prepare", args=arguments)
 
 
+def check(arguments: Sequence[str]) -> int:
+    """Find what would fail or hang, before anything is spent."""
+    from raylivecell import check as room
+    from raylivecell import recipe as recipes
+    from raylivecell import storage
+
+    file = recipe_file(arguments)
+    base = recipes.load(file) if file else recipes.Recipe()
+
+    def command(
+        data: str,
+        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
+        recipe: str | None = None,
+        out: str | None = None,
+        workers: str = "1",
+    ) -> int:
+        """Find what would fail or hang, before anything is spent; numbered findings, exit code 1 where one is a fail.
+
+        Args:
+            data: URI of a prepared dataset.
+            fields: the recipe's fields; a flag goes before the recipe's file.
+            recipe: a recipe file (jobs/*.yaml).
+            out: URI of the folder where the run is to go.
+            workers: training processes, N or LEAST:MOST.
+        """
+        return room.check(room.Plan(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers)))
+
+    return tyro.cli(command, prog="raylivecell check", args=arguments)
+
+
 def submit(arguments: Sequence[str]) -> int:
     """Run a stage as a job of a Ray cluster."""
     from raylivecell import submit as room
@@ -346,46 +377,3 @@ def submit(arguments: Sequence[str]) -> int:
         return room.run(wanted, working_dir.absolute(), address, wait, stop_on_interrupt, largest_mib)
 
     return tyro.cli(command, prog="raylivecell submit", args=own)
-
-
-def _recipe_file(arguments: Sequence[str]) -> str | None:
-    """The recipe file that the arguments name; without one, --resume goes on with the run's own."""
-    named, out = _value_of("--recipe", arguments), _value_of("--out", arguments)
-    if named is not None or out is None or "--resume" not in arguments:
-        return named
-    from raylivecell import storage
-
-    own = storage.join(out, "recipe.yaml")
-    return own if storage.exists(own) else None
-
-
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE`, if given; UserError where it is given twice or without a value."""
-    places = [place for place, text in enumerate(arguments) if text.split("=", 1)[0] == flag]
-    if not places:
-        return None
-    if len(places) > 1:
-        raise UserError(f"{flag} is given twice; give it once")
-    _, equals, value = arguments[places[0]].partition("=")
-    if equals:
-        return value
-    if places[0] + 1 == len(arguments):
-        raise UserError(f"{flag} needs a value")
-    return arguments[places[0] + 1]
-
-
-def _local(out: Path) -> Path:
-    """`out`, if it is a local path: what these commands write, others then read by local paths."""
-    if ":/" in str(out):
-        raise UserError(f"--out {out}: this command writes to a local folder; copy it to an object store afterwards")
-    return out
-
-
-def _workers(text: str) -> int | tuple[int, int]:
-    try:
-        counts = [int(part) for part in text.split(":")]
-    except ValueError:
-        counts = []
-    if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 1:
-        raise UserError(f"--workers {text}: give a number (2), or the least and the most (1:4)")
-    return counts[0] if len(counts) == 1 else (counts[0], counts[1])

@@ -235,19 +235,25 @@ def _decode(row: shards.Row, cells: bool) -> Sample:
 def open_samples(data: str, cells: bool = False) -> Samples:
     """The samples of the dataset at `data`, with labels where `cells`; needs Ray."""
     train, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
-    bytes_a_pixel = 5 if cells else len(PLANES)
-    kept_train = keep(train, bytes_a_pixel * _largest(data, "train"), cells)
-    return Samples(
-        train, val, kept_train, keep(val, bytes_a_pixel * _largest(data, "val"), cells), cells, shards.provenance(data)
-    )
+    kept_train = keep(train, sample_bytes(data, "train", cells), cells)
+    kept_val = keep(val, sample_bytes(data, "val", cells), cells)
+    return Samples(train, val, kept_train, kept_val, cells, shards.provenance(data))
 
 
-def _largest(data: str, split: str) -> int:
-    """Pixels of the split's largest image."""
-    return max((height * width for height, width in shards.image_sizes(data, split)), default=0)
+def sample_bytes(data: str, split: str, cells: bool) -> int:
+    """Bytes of the split's largest image, decoded, with its masks or labels."""
+    pixels = max((height * width for height, width in shards.image_sizes(data, split)), default=0)
+    return pixels * (5 if cells else len(PLANES))
 
 
-def keep(rows: Sequence[shards.Row], sample_bytes: int, cells: bool = False) -> Kept:
-    """The decoded samples in the object store, one object each, where they fit into KEEP_SHARE of it; else none."""
-    room = KEEP_SHARE * ray.cluster_resources().get("object_store_memory", 0)
-    return tuple(_decode.remote(row, cells) for row in rows) if sample_bytes * len(rows) <= room else None
+def keep(rows: Sequence[shards.Row], largest: int, cells: bool = False) -> Kept:
+    """The decoded samples in the object store, one object each, where they fit into KEEP_SHARE of it; else none.
+
+    `largest`: bytes of the largest.
+    """
+    return tuple(_decode.remote(row, cells) for row in rows) if largest * len(rows) <= room() else None
+
+
+def room() -> float:
+    """Bytes of the object store that decoded samples may take."""
+    return KEEP_SHARE * float(ray.cluster_resources().get("object_store_memory", 0))

@@ -27,9 +27,11 @@ def goes_on(out: str, data: str, resume: bool) -> bool:
     if used and not resume:
         raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
     if used:
-        begun = storage.read_json(storage.join(out, DATA))
-        if begun["sha256"] != shards.provenance(data)["sha256"]:
-            raise UserError(f"{out} was begun on the dataset of {begun['uri']}, which {data} is not; resume it on that")
+        begun, now = storage.read_json(storage.join(out, DATA)), shards.provenance(data)
+        with storage.unverified(storage.join(out, DATA), "choose another --out"):
+            same, uri = begun["sha256"] == now["sha256"], begun["uri"]
+        if not same:
+            raise UserError(f"{out} was begun on the dataset of {uri}, which {data} is not; resume it on that")
     return used
 
 

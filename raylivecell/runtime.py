@@ -31,6 +31,12 @@ def connect(cpus: int | None = None) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
 
 
+def dashboard() -> str | None:
+    """The address of the dashboard of the cluster that this process has joined, http://HOST:PORT; none without one."""
+    url = ray._private.worker._global_node.webui_url  # type: ignore[attr-defined]
+    return f"http://{url}" if url else None
+
+
 def quiet_data() -> None:
     """Ray Data tells each execution's plan, and warns that its bars, of which we show our own, are off."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)

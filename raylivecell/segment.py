@@ -53,11 +53,6 @@ def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> N
     return torch.sigmoid(logits(network, pixels, flips))[0].cpu().numpy()
 
 
-def probability(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
-    """Probability of cell in each pixel of an image (H, W) of any size, float32 (H, W), 0 to 1."""
-    return maps(network, image, flips)[0]
-
-
 def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
     """Title and PNG of up to `count` images of a split, spread evenly over it: image beside truth and prediction."""
     rows = shards.list_rows(data, split)

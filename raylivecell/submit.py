@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from raylivecell.arguments import value_of
 from raylivecell.errors import UserError
 from raylivecell.progress import console
 
@@ -89,16 +90,6 @@ def request(
     return Request(
         stage, tuple(arguments), name, _pairs(env, "--env"), cpus, _pairs([label] if label else [], "--label")
     )
-
-
-def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE`, the first that there is."""
-    for word, after in zip(arguments, [*arguments[1:], None]):
-        if word == flag:
-            return after
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
-    return None
 
 
 def _check_paths(arguments: Sequence[str], folder: Path) -> None:

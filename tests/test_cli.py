@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell import cli, commands
+from raylivecell import arguments as words
+from raylivecell import cli
 from raylivecell.errors import UserError
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -53,19 +54,19 @@ def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsy
 def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert commands._recipe_file(["--out", str(run), "--resume"]) is None
+    assert words.recipe_file(["--out", str(run), "--resume"]) is None
     (run / "recipe.yaml").write_text("seed: 3\n")
-    assert commands._recipe_file(["--out", str(run), "--resume"]) == str(run / "recipe.yaml")
-    assert commands._recipe_file(["--out", str(run)]) is None
-    assert commands._recipe_file([f"--out={run}", "--resume", "--recipe", "other.yaml"]) == "other.yaml"
+    assert words.recipe_file(["--out", str(run), "--resume"]) == str(run / "recipe.yaml")
+    assert words.recipe_file(["--out", str(run)]) is None
+    assert words.recipe_file([f"--out={run}", "--resume", "--recipe", "other.yaml"]) == "other.yaml"
 
 
 @pytest.mark.parametrize(("text", "workers"), [("1", 1), ("4", 4), ("1:4", (1, 4))])
 def test_workers(text: str, workers: object) -> None:
-    assert commands._workers(text) == workers
+    assert words.workers_in(text) == workers
 
 
 @pytest.mark.parametrize("text", ["0", "4:1", "a", "1:2:3", ""])
 def test_no_workers(text: str) -> None:
     with pytest.raises(UserError, match="give a number"):
-        commands._workers(text)
+        words.workers_in(text)

@@ -40,11 +40,14 @@ RAY_ROOMS = {
     "trial",
     "tuner",
     "preflight",
+    "probe",
+    "check",
+    "submit",
 }
 RAY_ROOMS |= {"bench_feed", "bench_train", "bench_prepare"}
 """R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `actors` of evaluate and predict,
 `trial` and `search` of sweep."""
-TOP_ROOMS = {"cli", "__main__", "demo", "bench"}
+TOP_ROOMS = {"cli", "commands", "__main__", "demo", "bench"}
 """They call the others; nothing imports them."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 

@@ -1,0 +1,50 @@
+"""Words of a command line before a parser has seen them, and what some flags' texts mean."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from raylivecell.errors import UserError
+
+
+def recipe_file(arguments: Sequence[str]) -> str | None:
+    """The recipe file that the arguments name; without one, --resume goes on with the run's own."""
+    named, out = value_of("--recipe", arguments), value_of("--out", arguments)
+    if named is not None or out is None or "--resume" not in arguments:
+        return named
+    from raylivecell import storage
+
+    own = storage.join(out, "recipe.yaml")
+    return own if storage.exists(own) else None
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`, if given; UserError where it is given twice or without a value."""
+    places = [place for place, text in enumerate(arguments) if text.split("=", 1)[0] == flag]
+    if not places:
+        return None
+    if len(places) > 1:
+        raise UserError(f"{flag} is given twice; give it once")
+    _, equals, value = arguments[places[0]].partition("=")
+    if equals:
+        return value
+    if places[0] + 1 == len(arguments):
+        raise UserError(f"{flag} needs a value")
+    return arguments[places[0] + 1]
+
+
+def local(out: Path) -> Path:
+    """`out`, if it is a local path: what these commands write, others then read by local paths."""
+    if ":/" in str(out):
+        raise UserError(f"--out {out}: this command writes to a local folder; copy it to an object store afterwards")
+    return out
+
+
+def workers_in(text: str) -> int | tuple[int, int]:
+    """What --workers says: N, or (least, most) of LEAST:MOST."""
+    try:
+        counts = [int(part) for part in text.split(":")]
+    except ValueError:
+        counts = []
+    if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 1:
+        raise UserError(f"--workers {text}: give a number (2), or the least and the most (1:4)")
+    return counts[0] if len(counts) == 1 else (counts[0], counts[1])
