@@ -59,8 +59,12 @@ class State:
     """A row of metrics a report, oldest first."""
 
     def score(self) -> float:
-        """`rank` of the last report, by which checkpoints are compared; -1 before the first."""
-        return rank(self.history[-1]) if self.history else -1.0
+        """`rank` of the report at this step, by which checkpoints are compared; -1 between two reports."""
+        return rank(self.history[-1]) if self.reported() else -1.0
+
+    def reported(self) -> bool:
+        """Whether the last row of the history is of this step."""
+        return bool(self.history) and self.history[-1]["step"] == self.step
 
 
 def rank(row: dict[str, Any]) -> float:
@@ -123,8 +127,11 @@ def run(
     validate: Callable[[nn.Module], dict[str, float]],
     tick: Callable[[int, float], None] = lambda step, images_per_s: None,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    save_now: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Training]:
     """Train from `training.state.step` to `plan.steps`; gives `training` after each new row of its history.
+
+    It is given between reports too, without a new row, where `save_now` asks for that.
 
     Args:
         training: what is changed, in place.
@@ -171,6 +178,9 @@ def run(
             training.state.history.append(row)
             yield training
             meter = _Meter(plan, sum_over_ranks, device)
+        elif save_now(step + 1):
+            meter.check(step)
+            yield training
 
 
 def _report_due(plan: Plan, step: int, every: int | None) -> bool:

@@ -72,7 +72,7 @@ def train(
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
     queue = Queue(actor_options={"num_cpus": 0})
     marks.append(("samples sent", time.time()))
-    job = Job(recipe, out, samples, store, progress=queue, marks=tuple(marks))
+    job = Job(recipe, out, samples, store, progress=queue, watched=True, marks=tuple(marks))
     with Live(job.plan().steps, lambda: queue.get_nowait_batch(queue.size())):
         failed = fit(trainer(job, workers, cpus, gpus, retries))
     if failed:

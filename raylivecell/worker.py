@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed
@@ -33,6 +34,8 @@ RANK = "rank"
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 0.5
+# Seconds between two questions whether a node is about to go away: it has 30 or more; and steps by which that is timed.
+ASK_S, PACE_STEPS = 2.0, 5
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Job:
     threads: int | None = None
     """torch's threads in each worker; none: the machine's cores shared among the workers on it."""
     progress: Queue | None = None
+    watched: bool = False
+    """Whether the cluster is asked for nodes that are about to go away."""
     marks: tuple[tuple[str, float], ...] = ()
     """What the driver had done by when, seconds since 1970."""
 
@@ -76,16 +81,17 @@ def work(config: dict[str, Job]) -> dict[str, Any] | None:
     journal: Journal | None = None
     try:
         for training in reports(job, place, _uri(last) if last else None):
-            row = told(training.state, job.plan())
+            row = told(training.state, job.plan()) if training.state.reported() else {RANK: -1.0}
             if place.rank != 0:
                 ray.train.report(row)
                 continue
-            _tell(job, {"row": row})
             with tempfile.TemporaryDirectory() as folder:
                 save(folder, training, job)
                 ray.train.report(row, Checkpoint.from_directory(folder))
-            journal = journal or Journal(job.out, row["step"])
-            journal.write(training.state.history)
+            if training.state.reported():
+                _tell(job, {"row": row})
+                journal = journal or Journal(job.out, training.state.step)
+                journal.write(training.state.history)
     except loop.NonFiniteLoss as error:
         return {"step": error.step, "samples": error.samples}
     return None
@@ -134,6 +140,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
             validate=_Validation(job.samples, place, recipe.targets).scores,
             tick=_ticker(job, place.rank, marks),
             sum_over_ranks=_sum_over_ranks,
+            save_now=_Farewell(training.state.step) if job.watched else lambda step: False,
         )
 
 
@@ -181,6 +188,30 @@ def _take_buffers_of_rank_0(network: nn.Module) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, 0)
+
+
+class _Farewell:
+    """Asks for a checkpoint once a node of the run is about to go away (spot instances, `ray drain-node`).
+
+    Every rank asks at the same steps, as Ray Train wants it: some milliseconds for each, so only every ASK_S.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start, self.begin = start, time.monotonic()
+        self.every: int | None = None
+        self.saved = False
+
+    def __call__(self, step: int) -> bool:
+        done = step - self.start
+        if self.every is None:
+            if done < PACE_STEPS:
+                return False
+            steps_a_second = done / (time.monotonic() - self.begin)
+            self.every = ray.train.collective.broadcast_from_rank_zero(max(1, round(ASK_S * steps_a_second)))
+        if self.saved or done % self.every:
+            return False
+        self.saved = ray.train.get_preemption_info() is not None
+        return self.saved
 
 
 class _Validation:

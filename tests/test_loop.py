@@ -69,6 +69,23 @@ def test_a_resumed_run_ends_with_the_same_weights(ema: float) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_saved_between_two_reports_ends_with_the_same_weights(ema: float) -> None:
+    """Asked for at step 5, in the middle of an epoch of 3; at step 3 it is reported anyway, and not given twice."""
+    whole = begin(ema)
+    given = run(whole, batches(), save_now=lambda step: step in (3, 5))
+    assert [one.state.step for one in given] == [3, 5, 6, 9, 12]
+    early = given[1]
+    assert [row["step"] for row in early.state.history] == [3]
+    assert [one.state.score() for one in given] == [0.5, -1.0, 0.5, 0.5, 0.5], "it is never taken for the best"
+    resumed = begin(ema)
+    resumed.load(early.state_dict(), early.state)
+    run(resumed, batches(early.state.step))
+    for a, b in zip(whole.network().state_dict().values(), resumed.network().state_dict().values()):
+        assert torch.equal(a, b)
+    assert [row["step"] for row in resumed.state.history] == [3, 6, 9, 12]
+
+
 def test_the_average_lags_behind_the_weights() -> None:
     training = begin(0.999)
     first = copy.deepcopy(training.model.state_dict())
