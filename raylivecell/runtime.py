@@ -12,6 +12,8 @@ Result = TypeVar("Result")
 
 # Ray asks before it phones home, not this project's users.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# The dashboard's Train tab is empty otherwise.
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 
 
 def connect(cpus: int | None = None) -> None:

@@ -12,6 +12,7 @@ import ray
 from raylivecell import (
     checkpoint,
     confirm,
+    gauges,
     ingest,
     preflight,
     run_folder,
@@ -158,17 +159,23 @@ def _search(
 ) -> None:
     search = Search(study, shared.recipe, config)
     done = len(finished(study))
+
+    def changed() -> None:
+        file.publish()
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        gauges.show_sweep(shared.out.rpartition("/")[2], states, _best_so_far(study, config))
+
     with Board(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
         tuner.run(
             shared,
             room,
             retries,
-            [tuner.Watch(board, shared.out, file), *tuner.mlflow_callbacks(mlflow, study.study_name)],
+            [tuner.Watch(board, shared.out, changed), *tuner.mlflow_callbacks(mlflow, study.study_name)],
             search_alg=search,
             scheduler=tuner.scheduler(study, config),
             num_samples=left,
         )
-    file.publish()
+    changed()
 
 
 def _tidy(out: str, study: optuna.Study) -> None:

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, ingest, loop, segment, space, storage, train
+from raylivecell import checkpoint, gauges, ingest, loop, segment, space, storage, train
 from raylivecell.errors import UserError
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe
@@ -52,7 +52,8 @@ class Shared:
         """The run that a trial's config asks for; UserError where its values make no recipe."""
         asked = config["job"]
         recipe = space.apply(self.recipe, asked["values"])
-        return Job(recipe, storage.join(self.out, asked["folder"]), self.samples, self.stream_memory, self.threads)
+        folder = storage.join(self.out, asked["folder"])
+        return Job(recipe, folder, self.samples, self.stream_memory, self.threads, sweep=self.out)
 
 
 class OneWorker(tune.Trainable):
@@ -91,7 +92,9 @@ class OneWorker(tune.Trainable):
             return _failed(f"loss not finite at step {error.step}")
         if training is not None:
             self._save(training)
-        return self._result(training)
+        row = self._result(training)
+        gauges.show_run(self.job.name(), row)
+        return row
 
     def _result(self, training: loop.Training | None) -> Result:
         """Of the row just made; without one, the trial had ended before it was taken up again."""

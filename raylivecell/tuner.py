@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from raylivecell import checkpoint, preflight, storage
 from raylivecell.errors import UserError
 from raylivecell.live import Board
 from raylivecell.space import SearchConfig
-from raylivecell.study import StudyFile, end_of
+from raylivecell.study import end_of
 from raylivecell.trial import OneWorker, Shared, several_workers
 
 # What a trial's training may take of the CPUs: a CPU that augments feeds some four that train (520x704: 3 ms an image).
@@ -120,8 +121,8 @@ def mlflow_callbacks(uri: str | None, name: str) -> list[tune.Callback]:
 class Watch(tune.Callback):
     """Shows the trials as they go, and clears up after each."""
 
-    def __init__(self, board: Board, out: str, file: StudyFile | None = None) -> None:
-        self.board, self.out, self.file = board, out, file
+    def __init__(self, board: Board, out: str, changed: Callable[[], None] = lambda: None) -> None:
+        self.board, self.out, self.changed = board, out, changed
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks, and nobody reads that."""
@@ -133,8 +134,7 @@ class Watch(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show it."""
         self.board.start(self._name(trial), trial.config["job"]["values"])
-        if self.file:
-            self.file.publish()
+        self.changed()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -154,5 +154,4 @@ class Watch(tune.Callback):
     def _end(self, trial: Any, result: dict[str, Any] | None) -> None:
         checkpoint.keep_best(storage.join(self.out, trial.config["job"]["folder"]))
         self.board.end(self._name(trial), end_of(result).name.lower(), (result or {}).get("failed"))
-        if self.file:
-            self.file.publish()
+        self.changed()

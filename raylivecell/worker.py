@@ -23,7 +23,7 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, ingest, instance_metrics, instances, loop, metrics, segment
+from raylivecell import checkpoint, gauges, ingest, instance_metrics, instances, loop, metrics, segment
 from raylivecell.fields import Targets
 from raylivecell.journal import Journal
 from raylivecell.order import Plan
@@ -54,6 +54,13 @@ class Job:
     """Whether the cluster is asked for nodes that are about to go away."""
     marks: tuple[tuple[str, float], ...] = ()
     """What the driver had done by when, seconds since 1970."""
+    sweep: str | None = None
+    """Folder of the sweep that the run is a trial of."""
+
+    def name(self) -> str:
+        """The name of the run's folder; of a trial, from the sweep's on."""
+        above = (self.sweep or self.out).rpartition("/")[0]
+        return self.out[len(above) :].lstrip("/")
 
     def plan(self) -> Plan:
         """The order of the run."""
@@ -90,6 +97,7 @@ def work(config: dict[str, Job]) -> dict[str, Any] | None:
                 ray.train.report(row, Checkpoint.from_directory(folder))
             if training.state.reported():
                 _tell(job, {"row": row})
+                gauges.show_run(job.name(), row)
                 journal = journal or Journal(job.out, training.state.step)
                 journal.write(training.state.history)
     except loop.NonFiniteLoss as error:
@@ -121,7 +129,10 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
     values, state = checkpoint.load_training(last) if last else (None, loop.State())
     recipe, plan = job.recipe, job.plan()
-    source = ingest.Source(job.samples.train, plan, recipe.augment, recipe.crop, job.samples.kept_train, recipe.targets)
+    samples = job.samples
+    source = ingest.Source(
+        samples.train, plan, recipe.augment, recipe.crop, samples.kept_train, recipe.targets, samples.task_cpus
+    )
     batches = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
     with contextlib.closing(batches):
         torch.manual_seed(recipe.seed)

@@ -1,0 +1,56 @@
+"""What Prometheus scrapes of a run or a sweep, beside Ray's own metrics: Ray exports each as ray_raylivecell_NAME.
+
+Set where a report is made anyway, on rank 0 alone: a step costs nothing more. Every value carries the tag `run`: the
+name of the run's or sweep's folder, of a trial SWEEP/trials/NUMBER.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from optuna.trial import TrialState
+from ray.util.metrics import Gauge
+
+PREFIX = "raylivecell_"
+RUN, STATE = "run", "state"
+
+OF_RUN = {
+    "loss": "Training loss, the mean since the report before.",
+    "val_dice": "Dice over all pixels of the validation images.",
+    "val_msa": "mSA of the validation images, of recipes that tell cells apart.",
+    "images_per_s": "Images trained on a second, by all workers together, since the report before.",
+    "data_wait_share": "Share of its time that worker 0 waited for data since the report before, 0 to 1.",
+    "samples": "Samples done, of all epochs.",
+    "step": "Optimiser steps done.",
+    "steps": "Optimiser steps of the whole run.",
+}
+"""Gauges of a run or trial: the columns of a report's row that are shown."""
+
+SWEEP_BEST, SWEEP_TRIALS = "sweep_best", "sweep_trials"
+OF_SWEEP = {
+    SWEEP_BEST: "Best score of a sweep's whole trials: validation mSA where cells are told apart, else mean Dice.",
+    SWEEP_TRIALS: "Trials of a sweep in each state: waiting, running, complete, pruned, fail.",
+}
+
+
+def show_run(run: str, row: Mapping[str, Any]) -> None:
+    """Of the run or trial `run` its last report, as `worker.told` gives it."""
+    for name in OF_RUN:
+        if name in row:
+            _gauge(name).set(float(row[name]), {RUN: run})
+
+
+def show_sweep(run: str, states: Iterable[TrialState], best: float | None) -> None:
+    """Of the sweep `run` the states of all its trials, and the best score so far (none: nothing to show)."""
+    counts = Counter(states)
+    for state in TrialState:  # zeros too: a state that was left
+        _gauge(SWEEP_TRIALS).set(counts[state], {RUN: run, STATE: state.name.lower()})
+    if best is not None:
+        _gauge(SWEEP_BEST).set(best, {RUN: run})
+
+
+@functools.cache
+def _gauge(name: str) -> Gauge:
+    tags = (RUN, STATE) if name == SWEEP_TRIALS else (RUN,)
+    return Gauge(PREFIX + name, (OF_RUN | OF_SWEEP)[name], tags)
