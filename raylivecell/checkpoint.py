@@ -11,8 +11,8 @@ A run folder holds `checkpoint_*` folders; the best of them is the one whose sta
 """
 
 import io
-import json
 import pickle
+import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -94,29 +94,45 @@ def load_training(folder: str) -> tuple[dict[str, Any], State]:
     """What `save` was given as `training` (on the CPU) and `state`."""
     data = io.BytesIO(_read(folder, TRAINING))
     try:
+        with zipfile.ZipFile(data) as members:  # torch would also take its older forms, and unpack a zip bomb
+            if any(member.file_size > member.compress_size for member in members.infolist()):
+                raise UserError(f"{folder}/{TRAINING} is compressed, as no checkpoint's is; resume from another one")
+        data.seek(0)
         training = torch.load(data, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{folder}/{TRAINING} is not a checkpoint's; resume from another one") from error
     return training, load_state(folder)
 
 
 def load_state(folder: str) -> State:
     """What `save` was given as `state`."""
-    return State(**json.loads(_read(folder, STATE)))
+    place = storage.join(folder, STATE)
+    try:
+        values = storage.read_json(place)
+    except FileNotFoundError as error:
+        raise _missing(folder, STATE) from error
+    with storage.unverified(place, "use another checkpoint"):
+        state = State(**values)
+        state.score()
+        if state.step < 0:
+            raise ValueError(f"{state.step} steps")
+    return state
 
 
 def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
     """The network of the checkpoint or run at `uri`, in evaluation mode on the CPU, and its recipe."""
     folder = find(uri)
     recipe = recipes.load(storage.join(folder, RECIPE))
-    model = build_model(recipe.model, recipe.outputs)
     try:
-        model.load_state_dict(safetensors.torch.load(_read(folder, MODEL)))
-    except (safetensors.SafetensorError, RuntimeError) as error:
+        weights = safetensors.torch.load(_read(folder, MODEL))
+        with torch.device("meta"):  # a stranger's recipe may ask for terabytes: the memory taken is the file's
+            model = build_model(recipe.model, recipe.outputs)
+        model.load_state_dict(weights, assign=True)
+    except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}"
         ) from error
-    return model.eval(), recipe
+    return model.float().eval(), recipe
 
 
 def save_instances(folder: str, config: InstanceConfig, told: dict[str, Any]) -> None:
@@ -130,7 +146,9 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
         values = storage.read_json(storage.join(folder, INSTANCES))
     except FileNotFoundError:
         return instances.default(targets)
-    return recipes.validate(InstanceConfig, values["thresholds"], storage.join(folder, INSTANCES))
+    with storage.unverified(storage.join(folder, INSTANCES), "delete it and choose thresholds anew with --calibrate"):
+        thresholds = values["thresholds"]
+    return recipes.validate(InstanceConfig, thresholds, storage.join(folder, INSTANCES))
 
 
 def load_data(folder: str) -> dict[str, Any]:
@@ -139,7 +157,9 @@ def load_data(folder: str) -> dict[str, Any]:
         told = storage.read_json(storage.join(folder, DATA))
     except FileNotFoundError:
         told = {}
-    return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | told
+    with storage.unverified(storage.join(folder, DATA), "use another checkpoint"):
+        stated = {name: str(value) for name, value in told.items()}
+    return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | stated
 
 
 def find(uri: str) -> str:
@@ -162,4 +182,8 @@ def _read(folder: str, name: str) -> bytes:
     try:
         return storage.read_bytes(storage.join(folder, name))
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {folder} is not whole: {name} is missing; use another checkpoint") from error
+        raise _missing(folder, name) from error
+
+
+def _missing(folder: str, name: str) -> UserError:
+    return UserError(f"checkpoint {folder} is not whole: {name} is missing; use another checkpoint")

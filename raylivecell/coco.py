@@ -258,6 +258,8 @@ def run_lengths(text: bytes) -> NDArray[np.int64]:
     runs: list[int] = []
     value = shift = 0
     for character in text:
+        if shift > 60:  # no image is so large; the number would grow with the text, and each step's time with it
+            return np.array([-1], np.int64)
         bits = character - 48
         value |= (bits & 31) << shift
         shift += 5

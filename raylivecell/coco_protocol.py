@@ -11,7 +11,6 @@ COCOeval visits every pair of cells forty times in Python; here only pairs that 
 and most of those at once: an image of 300 cells takes some milliseconds.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -271,11 +270,9 @@ def read_results(
 
 def _records(uri: str) -> list[Any]:
     try:
-        records = json.loads(storage.read_bytes(uri))
+        records = storage.read_json(uri)
     except FileNotFoundError as error:
         raise UserError(f"no results at {uri}; name a COCO results file") from error
-    except ValueError as error:
-        raise UserError(f"{uri} is not JSON: {error}") from error
     if not isinstance(records, list):
         raise UserError(f"{uri} is no COCO results file: it holds a {type(records).__name__}, not a list of detections")
     return records

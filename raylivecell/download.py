@@ -120,7 +120,7 @@ def _read_record(out: Path) -> dict[str, Any]:
         files = storage.read_json(place)["files"]
         if all({"bytes", "sha256"} <= set(entry) for entry in files.values()):
             return {**legal, "files": files}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{place} is not what download writes; delete it, and the files are verified or fetched anew")
 

@@ -19,6 +19,8 @@ SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 MAX_PIXELS = 2**26
 """Larger pictures (8192 x 8192) are refused before they are decoded: a few kB of file can claim gigabytes."""
 
+_FORMATS = ("TIFF", "PNG", "JPEG", "BMP")  # Pillow knows fifty more; for PostScript it runs Ghostscript
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 _GRAY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "LA", "La", "RGBa", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}
 
@@ -83,9 +85,9 @@ def to_uint8(pixels: np.ndarray, bits: int) -> NDArray[np.uint8]:
 
 
 def _decode(data: bytes, most: int) -> Picture:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
-        if width * height > most:
+        if max(width * height, _tile_pixels(image)) > most:
             raise UnreadableImageError(f"{width} x {height} is more than {most} pixels; cut it into tiles")
         if (pictures := getattr(image, "n_frames", 1)) != 1:
             raise UnreadableImageError(f"holds {pictures} pictures; save each as a file of its own")
@@ -95,6 +97,12 @@ def _decode(data: bytes, most: int) -> Picture:
             raise UnreadableImageError(f"pixels of kind {image.mode}; save it as 8 or 16 bit gray")
         pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
     return Picture(pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16), False)
+
+
+def _tile_pixels(image: ImageFile.ImageFile) -> int:
+    """Pixels of a TIFF's tile, 0 without tiles: a small picture may be a corner of a huge one, decoded whole."""
+    tags = getattr(image, "tag_v2", {})
+    return int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
 
 
 def _luma(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:

@@ -1,6 +1,5 @@
 """A network in an ONNX file, run by onnxruntime on the CPU: no torch."""
 
-import json
 import os
 from typing import Any
 
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from raylivecell import storage
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS, Targets
-from raylivecell.instances import Maps
+from raylivecell.instances import InstanceConfig, Maps
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"
@@ -23,7 +22,7 @@ class OnnxModel:
     def __init__(self, session: Any, about: dict[str, str]) -> None:
         self.session, self.about = session, about
         self.targets: Targets = next(name for name in CHANNELS if name == about["targets"])
-        self.thresholds: dict[str, Any] = json.loads(about["instances"])
+        self.thresholds = InstanceConfig.model_validate_json(about["instances"]).model_dump()
         self.recipe_text = about["recipe"]
 
     def maps(self, image: NDArray[np.uint8]) -> Maps:
@@ -48,9 +47,12 @@ def load(uri: str) -> OnnxModel:
     about = session.get_modelmeta().custom_metadata_map
     if MARK not in about:
         raise UserError(f"{uri} was not written by `raylivecell export`: export a checkpoint to get one")
-    if about["targets"] not in CHANNELS:
-        raise UserError(f"{uri} is of raylivecell {about[MARK]}, with targets {about['targets']}: update this one")
-    return OnnxModel(session, about)
+    with storage.unverified(uri, "export the checkpoint again"):
+        if about["targets"] not in CHANNELS:
+            raise UserError(f"{uri} is of raylivecell {about[MARK]}, with targets {about['targets']}: update this one")
+        if [one.name for one in (*session.get_inputs(), *session.get_outputs())] != [INPUT, OUTPUT]:
+            raise ValueError(f"it does not make {OUTPUT} of {INPUT}")
+        return OnnxModel(session, about)
 
 
 def _read(uri: str) -> bytes:

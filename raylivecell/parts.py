@@ -40,6 +40,7 @@ COLUMNS = (
     "version",
 )
 """Of images.csv. `version` tells whether a file is still the one that was segmented."""
+NEEDED = ("file", "image_id", "cells", "confluence", "error", "version")
 AHEAD = 16
 """Parts read at once: an object store answers in some 20 ms, whatever is asked."""
 Item = TypeVar("Item")
@@ -156,7 +157,12 @@ def _parts(out: str, versions: Mapping[str, str]) -> Iterator[Part]:
     def read(file: str) -> Part | None:
         if versions[file] not in own:
             return None
-        return Part(*json.loads(storage.read_bytes(storage.join(out, FOLDER, f"{versions[file]}.json"))))
+        where = storage.join(out, FOLDER, f"{versions[file]}.json")
+        with storage.unverified(where, "delete it, and its image is segmented again"):
+            found = Part(*storage.read_json(where))
+            if found.row["file"] != file or not all(isinstance(one, str) for one in (found.cells, *found.records)):
+                raise ValueError(f"it is not of {file}")
+        return found
 
     for file, part in zip(versions, _ahead(read, versions)):
         found = part or next((one for one in before if one.row["file"] == file), None)
@@ -201,7 +207,11 @@ def _lines(folder: str, name: str) -> Iterator[str]:
 
 
 def _table(uri: str) -> Iterator[dict[str, str]]:
-    return csv.DictReader(_text(uri))
+    with storage.unverified(uri, "start anew with --overwrite"):
+        for row in csv.DictReader(_text(uri)):
+            if any(row.get(name) is None for name in NEEDED):
+                raise ValueError(f"a row lacks one of {', '.join(NEEDED)}")
+            yield row
 
 
 def _text(uri: str) -> IO[str]:

@@ -140,7 +140,8 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
         if row["error"]:
             failed.append({"file": row["file"], "error": row["error"]})
             console.print(f"not segmented: {row['file']}: {row['error']}", markup=False)
-        else:
+            continue
+        with storage.unverified(storage.join(out, parts.IMAGES), "start anew with --overwrite"):
             shares.append(float(row["confluence"]))
             cells += int(row["cells"])
     count = len(shares) + len(failed)
@@ -166,7 +167,8 @@ def _claim(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
         for name in (*written, SETTINGS):  # images.csv first: what is left says nothing is done; the claim last
             storage.delete(storage.join(out, name))
     else:
-        before, now = ({**one, "model": one["model"]["sha256"]} for one in (storage.read_json(where), settings))
+        with storage.unverified(where, "choose another --out, or --overwrite it"):
+            before, now = ({**one, "model": one["model"]["sha256"]} for one in (storage.read_json(where), settings))
         if other := [name for name in now if before.get(name) != now[name]]:
             raise UserError(
                 f"{out} holds results of other settings ({', '.join(other)}); choose another --out, or --overwrite them"

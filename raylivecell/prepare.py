@@ -82,7 +82,8 @@ def _existing(out: str, head: dict[str, Any], config: PrepareConfig) -> dict[str
     if not storage.exists(storage.join(out, "dataset.json")):
         return None
     old: dict[str, Any] = storage.read_json(storage.join(out, "dataset.json"))
-    source = {key: old.get("source", {}).get(key) for key in head["source"]}
+    with storage.unverified(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
+        source = {key: old.get("source", {}).get(key) for key in head["source"]}
     same = [source, old.get("targets"), old.get("rules")] == [head["source"], head["targets"], head["rules"]]
     if not same and not config.overwrite:
         raise UserError(
@@ -95,11 +96,12 @@ def _existing(out: str, head: dict[str, Any], config: PrepareConfig) -> dict[str
 def _is_whole(out: str, old: dict[str, Any]) -> bool:
     """Whether every shard that dataset.json names is there."""
     names = {split: set(storage.list_names(storage.join(out, split))) for split in shards.SPLITS}
-    return all(
-        shard["file"].rsplit("/", 1)[-1] in names[split]
-        for split in shards.SPLITS
-        for shard in old["splits"][split]["shards"]
-    )
+    with storage.unverified(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
+        return all(
+            shard["file"].rsplit("/", 1)[-1] in names[split]
+            for split in shards.SPLITS
+            for shard in old["splits"][split]["shards"]
+        )
 
 
 def _examine(read: plan.Source) -> dict[str, Facts]:
@@ -156,10 +158,11 @@ def _finished(job: dict[str, Any]) -> dict[str, Any] | None:
     if not storage.exists(job["account"]):
         return None
     account: dict[str, Any] = storage.read_json(job["account"])
-    if not account["rows"]:
-        return account
-    uri = storage.join(job["out"], job["file"])
-    whole = storage.exists(uri) and hashlib.sha256(storage.read_bytes(uri)).hexdigest() == account["sha256"]
+    with storage.unverified(job["account"], "delete it, and its shard is drawn again"):
+        if not account["rows"]:
+            return account
+        uri = storage.join(job["out"], job["file"])
+        whole = storage.exists(uri) and hashlib.sha256(storage.read_bytes(uri)).hexdigest() == account["sha256"]
     return account if whole else None
 
 

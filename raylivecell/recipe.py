@@ -64,6 +64,16 @@ class Recipe(StrictModel):
         return len(CHANNELS[self.targets])
 
 
+class _Plain(yaml.SafeLoader):
+    """Without aliases: nine lines of them can make a value of gigabytes, as soon as anyone prints it."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; YAMLError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"alias *{self.peek_event().anchor} in line {self.line + 1}; write it out")
+        return super().compose_node(parent, index)
+
+
 def load(uri: str | Path) -> Recipe:
     """The recipe in the YAML file at `uri`; UserError naming the file, the field and the mend where it is wrong."""
     values = read(uri)
@@ -80,9 +90,9 @@ def read(uri: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{uri} is no recipe file: {error}; name a YAML file such as jobs/small.yaml") from error
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{uri}: not YAML: {' '.join(str(error).split())}") from error
+        values = _Plain(text).get_single_data() or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{uri}: not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(values, dict):
         raise UserError(f"{uri}: a recipe is a mapping of fields, not a {type(values).__name__}")
     return values

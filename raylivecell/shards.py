@@ -7,6 +7,7 @@ store: what an epoch's permutation of the index needs.
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,11 @@ from raylivecell.errors import UserError
 
 SPLITS = ("train", "val", "test")
 FORMAT_VERSION = 2
+MAX_ROWS = 2**20
+"""Of a shard; `prepare` writes 64."""
+MAX_ROW_BYTES = 2**31
+"""Of an image with its targets and outlines, decompressed; 8192 x 8192 pixels take 0.4e9."""
+AGAIN = "run `raylivecell prepare` again"
 
 SCHEMA = pa.schema(
     [
@@ -79,8 +85,6 @@ def load_description(data: str) -> dict[str, Any]:
         raise UserError(
             f"no dataset at {data}: dataset.json is missing; make one with `raylivecell prepare`"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{data}/dataset.json is not JSON ({error}); run `raylivecell prepare` again") from error
     if not isinstance(description, dict):
         raise UserError(f"{data}/dataset.json is no description of a dataset; run `raylivecell prepare` again")
     if description.get("format_version") != FORMAT_VERSION:
@@ -88,7 +92,19 @@ def load_description(data: str) -> dict[str, Any]:
             f"dataset at {data} has format {description.get('format_version')}, this version reads {FORMAT_VERSION}; "
             "run `raylivecell prepare` again"
         )
+    with storage.unverified(storage.join(data, "dataset.json"), AGAIN):
+        _check(description["splits"])
     return description
+
+
+def _check(splits: Any) -> None:
+    """ValueError unless dataset.json names shards inside the dataset, with as many rows as a shard may have."""
+    for split in SPLITS:
+        for shard in splits[split]["shards"]:
+            if not re.fullmatch(rf"{split}/[\w.-]+\.parquet", shard["file"]):
+                raise ValueError(f"shard {shard['file']!r} lies outside {split}/")
+            if type(shard["rows"]) is not int or not 0 <= shard["rows"] <= MAX_ROWS:
+                raise ValueError(f"shard {shard['file']} of {shard['rows']!r} rows")
 
 
 def provenance(data: str) -> dict[str, Any]:
@@ -102,7 +118,7 @@ def provenance(data: str) -> dict[str, Any]:
 def list_rows(data: str, split: str) -> list[Row]:
     """Every sample of a split in the dataset's fixed order: position in this list = sample id."""
     description = load_description(data)
-    shards = description["splits"][split]["shards"]  # [{"file": "train/part-00000.parquet", "rows": 64}, ...]
+    shards = description["splits"][split]["shards"]  # checked: [{"file": "train/part-00000.parquet", "rows": 64}, ...]
     return [Row(storage.join(data, shard["file"]), group) for shard in shards for group in range(shard["rows"])]
 
 
@@ -111,9 +127,19 @@ def _open(shard: str) -> pq.ParquetFile:
     """An opened shard; its footer is read once a process."""
     filesystem, path = storage.open_uri(shard)
     try:
-        return pq.ParquetFile(filesystem.open_input_file(path))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"cannot read shard {shard}: {error}; run `raylivecell prepare` again") from error
+        file = pq.ParquetFile(filesystem.open_input_file(path))
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"cannot read shard {shard}: {_line(error)}; {AGAIN}") from error
+    # Columns of another type are not touched: values of Ray's extension types are unpickled when they are looked at.
+    found = file.schema_arrow
+    for field in SCHEMA:
+        if field.name not in found.names or found.field(field.name).type != field.type:
+            raise UserError(f"shard {shard} has no column {field.name} of type {field.type}; {AGAIN}")
+    return file
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
@@ -122,16 +148,17 @@ def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     Always holds `height` and `width` too.
     """
     wanted = list(dict.fromkeys(["height", "width", *columns]))
+    file = _open(row.shard)
     try:
-        values = _open(row.shard).read_row_group(row.group, columns=wanted).to_pydict()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"cannot read row {row.group} of shard {row.shard}: {error}; run `raylivecell prepare` again"
-        ) from error
-    sample = {name: values[name][0] for name in wanted}
-    shape = (sample["height"], sample["width"])
-    for name in PIXEL_DTYPES.keys() & sample.keys():
-        sample[name] = np.frombuffer(sample[name], PIXEL_DTYPES[name]).reshape(shape)
+        if (size := file.metadata.row_group(row.group).total_byte_size) > MAX_ROW_BYTES:
+            raise ValueError(f"{size} bytes, more than {MAX_ROW_BYTES}")
+        values = file.read_row_group(row.group, columns=wanted).to_pydict()
+        sample = {name: values[name][0] for name in wanted}
+        shape = (sample["height"], sample["width"])
+        for name in PIXEL_DTYPES.keys() & sample.keys():
+            sample[name] = np.frombuffer(sample[name], PIXEL_DTYPES[name]).reshape(shape)
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"cannot read row {row.group} of shard {row.shard}: {_line(error)}; {AGAIN}") from error
     return sample
 
 

@@ -4,6 +4,7 @@ Local folders and object stores alike; paths here are relative to the source, wi
 """
 
 import fnmatch
+import os
 import posixpath
 import re
 from collections import defaultdict
@@ -29,11 +30,27 @@ def list_infos(uri: str) -> dict[str, pafs.FileInfo]:
     filesystem, root = storage.open_uri(uri)
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
         raise UserError(f"no folder at {uri}; name the folder that holds the images")
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        _refuse_links(root)
     try:
         found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except OSError as error:
         raise UserError(f"cannot list {uri}: {error}; check that it may be read") from error
-    return {info.path[len(root) :].lstrip("/"): info for info in found if info.type == pafs.FileType.File}
+    files = {info.path[len(root) :].lstrip("/"): info for info in found if info.type == pafs.FileType.File}
+    odd = [path for path in files if ".." in path.split("/") or "\0" in path]  # an object store's key may be any text
+    if odd:
+        raise UserError(f"{uri} holds {odd[0]!r}, a name that leads out of it; rename or delete it")
+    return files
+
+
+def _refuse_links(root: str) -> None:
+    """UserError for a symbolic link that leads out of the folder, or to a folder: two in a circle are 2^40 paths."""
+    real = os.path.realpath(root)
+    for folder, folders, files in os.walk(root):
+        for link in filter(os.path.islink, (os.path.join(folder, name) for name in (*folders, *files))):
+            target = os.path.realpath(link)
+            if os.path.isdir(target) or not target.startswith(real + os.sep):
+                raise UserError(f"{link} is a link to {target}; put a copy there, or name the folder it leads to")
 
 
 def split_of(path: str) -> str | None:

@@ -4,6 +4,7 @@ Every write is atomic: a reader sees the old file or the whole new one, never a 
 single PUT; on a local disk it is a temporary file, flushed, then renamed.
 """
 
+import csv
 import json
 import os
 import shutil
@@ -108,8 +109,22 @@ def sweep(uri: str | Path) -> None:
 
 
 def read_json(uri: str | Path) -> Any:
-    """The JSON file at `uri`."""
-    return json.loads(read_bytes(uri))
+    """The JSON file at `uri`; UserError where it is none, FileNotFoundError where there is none."""
+    text = read_bytes(uri)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{uri} is not JSON ({error}); get it again, or make it anew") from error
+
+
+@contextmanager
+def unverified(uri: str | Path, mend: str = "get it again, or make it anew") -> Iterator[None]:
+    """Around the use of what was read from `uri`, which may be anything: what does not fit becomes a UserError."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, csv.Error) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{uri} is not what raylivecell writes ({told}); {mend}") from error
 
 
 def write_json(uri: str | Path, value: Any) -> None:

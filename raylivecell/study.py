@@ -53,15 +53,18 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
     """The study `name` in the Optuna storage at `url`; UserError where the storage cannot be opened or is in use."""
     modes = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
     directions = [modes[OBJECTIVES[one].mode] for one in config.objectives]
+    if url.startswith("redis"):
+        raise UserError("Optuna keeps pickles in Redis, which run when they are read; give --storage a database's URL")
     try:
         study = optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
+        trials = study.trials
     except Exception as error:  # of whatever driver the URL names
         told = str(error).splitlines()[0]
         raise UserError(f"cannot open Optuna's storage: {told}; give --storage a URL such as sqlite:///F.db") from error
-    begun = [trial for trial in study.trials if trial.state is not TrialState.WAITING]
+    begun = [trial for trial in trials if trial.state is not TrialState.WAITING]
     if begun and not resume:
         raise UserError(f"the storage holds a study {name} already; continue it with --resume, or choose another --out")
-    if not study.trials:
+    if not trials:
         study.enqueue_trial(space.start(recipe, config))
     study.sampler = sampler(config, len(study.trials))
     return study
