@@ -57,6 +57,18 @@ class Source:
     crop: tuple[int, int] | None
     kept: Kept = None
     targets: fields.Targets = "foreground"
+    task_cpus: float = 1.0
+    """That a task of Ray Data reserves."""
+
+
+def task_cpus() -> float:
+    """CPUs that a task of Ray Data reserves: 1; on several machines without GPUs 0.5, and so do workers there.
+
+    On them reservations of 0.6 would leave 0.4 of a CPU on each machine and no room for a task on any, and Ray Data
+    would wait for ever; as it would where a machine is lost, and workers of a whole CPU each take all that is left.
+    """
+    machines = sum(one["Alive"] for one in ray.nodes())
+    return 1.0 if machines == 1 or ray.cluster_resources().get("GPU", 0) else 0.5
 
 
 def read_sample(row: shards.Row, cells: bool = False) -> Sample:
@@ -200,7 +212,10 @@ def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[
     context.custom_execution_callback_classes = [_Unhurried]
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        cast(Any, _load_blocks), batch_size=None, fn_kwargs={"source": source, "share": share}
+        cast(Any, _load_blocks),
+        batch_size=None,
+        fn_kwargs={"source": source, "share": share},
+        num_cpus=source.task_cpus,
     )
     # Ray Data's own thread that prefetches would never end, nor let go of its blocks, where we stop early (2.60).
     yield from cast(Any, dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
@@ -221,6 +236,8 @@ class Samples:
     """Whether samples hold labels."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """`shards.provenance` of the dataset."""
+    task_cpus: float = 1.0
+    """`Source.task_cpus`."""
 
     def val_sample(self, number: int) -> Sample:
         """A whole validation image as `read_sample` gives it."""
@@ -237,7 +254,7 @@ def open_samples(data: str, cells: bool = False) -> Samples:
     train, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
     kept_train = keep(train, sample_bytes(data, "train", cells), cells)
     kept_val = keep(val, sample_bytes(data, "val", cells), cells)
-    return Samples(train, val, kept_train, kept_val, cells, shards.provenance(data))
+    return Samples(train, val, kept_train, kept_val, cells, shards.provenance(data), task_cpus())
 
 
 def sample_bytes(data: str, split: str, cells: bool) -> int:

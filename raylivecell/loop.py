@@ -158,15 +158,8 @@ def run(
         with _precision(config.precision, device):
             logits = forward(normalise(planes[:, :1]).contiguous(memory_format=_memory_format(config)))
         loss = segmentation_loss(logits, planes[:, 1:], loss_config)
-        training.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        if training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(training.model.parameters(), training.clip_norm)
         meter.add(step, torch.stack(loss).detach())
-        training.optimizer.step()
-        training.scheduler.step()
-        if training.average is not None:
-            training.average.update_parameters(training.model)
+        _update(training, loss.total)
         training.state.step = step + 1
         tick(step + 1, meter.images_per_s(step + 1))
         if _report_due(plan, step, config.report_steps):
@@ -181,6 +174,18 @@ def run(
         elif save_now(step + 1):
             meter.check(step)
             yield training
+
+
+def _update(training: Training, loss: Tensor) -> None:
+    """One step of the optimiser, the schedule and the average."""
+    training.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if training.clip_norm is not None:
+        nn.utils.clip_grad_norm_(training.model.parameters(), training.clip_norm)
+    training.optimizer.step()
+    training.scheduler.step()
+    if training.average is not None:
+        training.average.update_parameters(training.model)
 
 
 def _report_due(plan: Plan, step: int, every: int | None) -> bool:

@@ -5,7 +5,7 @@ import math
 import ray
 from ray.util.state import list_nodes
 
-from raylivecell import shards
+from raylivecell import ingest, shards
 from raylivecell.errors import UserError
 
 # A training process that may use less than this part of a CPU is not worth its memory.
@@ -13,10 +13,11 @@ LEAST_WORKER_CPU = 0.5
 
 
 def worker_cpus(workers: int, flag: str = "--workers") -> float:
-    """CPUs to reserve for each of `workers`, so that Ray Data keeps at least one: else the run would hang.
+    """CPUs to reserve for each of `workers`, so that Ray Data keeps some: else the run would hang.
 
     One each where there are enough; on a small machine the workers share what is left (training on a CPU uses every
-    core anyway, the reservation only says what Ray Data may not take).
+    core anyway, the reservation only says what Ray Data may not take). On several machines without GPUs as much as a
+    task of Ray Data, so that whatever workers leave, on whichever machine, has room for one.
 
     Args:
         workers: of one run, or of all trials at once.
@@ -25,10 +26,10 @@ def worker_cpus(workers: int, flag: str = "--workers") -> float:
     Raises:
         UserError: where a worker would get less than LEAST_WORKER_CPU.
     """
-    total = ray.cluster_resources().get("CPU", 0)
-    share = min(1.0, int(10 * (total - 1) / workers) / 10)
+    total, task = ray.cluster_resources().get("CPU", 0), ingest.task_cpus()
+    share = min(task, int(10 * (total - task) / workers) / 10)
     if share < LEAST_WORKER_CPU:
-        most = int((total - 1) / LEAST_WORKER_CPU)
+        most = int((total - task) / LEAST_WORKER_CPU)
         mend = f"use {flag} {most}" if most >= 1 else "give Ray at least 2 CPUs"
         raise UserError(f"{workers} workers would leave no CPU for Ray Data on {total:g} CPUs; {mend}")
     return share
