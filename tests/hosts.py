@@ -94,15 +94,19 @@ class Hosts:
         """What a process needs to speak with the cluster and S3."""
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-        return inherited | keys | {
-            "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{PROXY_PORT}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self.token,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PYTHONUNBUFFERED": "1",
-        }
+        return (
+            inherited
+            | keys
+            | {
+                "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{PROXY_PORT}",
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": self.token,
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "OMP_NUM_THREADS": "1",
+                "PATH": f"{BIN}:{os.environ['PATH']}",
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
 
     def start_host(self, name: str, number: int, cpus: int, disk_mib: int = 4096) -> Host:
         """A host with Ray on it, which joins the first one's cluster."""
@@ -163,10 +167,18 @@ class Hosts:
         sh("ip", "link", "del", BRIDGE, check=False)
 
 
+def _clear() -> None:
+    """What a killed run has left."""
+    for name in [line.split()[0] for line in sh("ip", "netns", "list").splitlines() if line.startswith("rlc")]:
+        Host(name, "", Path()).kill()
+        sh("ip", "netns", "del", name, check=False)
+    sh("ip", "link", "del", BRIDGE, check=False)
+
+
 @contextlib.contextmanager
 def running(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
     """Hosts of so many logical CPUs, the first of them the head; up when all have joined, gone afterwards."""
-    sh("ip", "netns", "del", "rlcprobe", check=False)
+    _clear()
     hosts = Hosts(root)
     try:
         sh("ip", "link", "add", BRIDGE, "type", "bridge")
