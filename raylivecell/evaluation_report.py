@@ -5,6 +5,7 @@ true cells' outlines, with the cells that were found, and the errors in colour: 
 one share half of their union (IoU 0.5), the threshold of SA50 and AP50.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,8 +69,8 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[i
         f'<div class="card">{_table(result)}</div>',
         "<h2>Each cell type's best, median and worst image</h2>",
         f'<p class="soft">{_LEGEND}</p>',
-        page.grid("wide-pictures", pictures),
-        f'<p class="soft">Licence of the images: {result["data"]["licence"]}</p>',
+        page.grid("pictures", pictures),
+        f'<p class="soft">Licence of the images: {html.escape(result["data"]["licence"])}</p>',
     ]
     title = f"{result['images']} images of {result['split']}"
     text = page.page(title, "Cells found, and how well", body)

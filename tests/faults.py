@@ -232,7 +232,7 @@ def revive(hosts: Hosts, host: Host, number: int, cpus: int) -> None:
     if host.ray:
         os.killpg(host.ray.pid, signal.SIGKILL) if host.ray.poll() is None else None
         host.ray.wait()
-    rooms.sh("ip", "netns", "del", host.name, check=False)
+    rooms.delete(host.name)
     del hosts.hosts[name]
     new = hosts.start_host(f"{name}x", len(list(hosts.root.iterdir())) + 20, cpus)
     until(f"Ray on {new.address}", lambda: new.address in hosts.alive())

@@ -160,7 +160,7 @@ class Hosts:
             host.kill()
             if host.ray:
                 host.ray.wait()
-            sh("ip", "netns", "del", host.name, check=False)
+            delete(host.name)
         for server in self.servers:
             server.kill()
             server.wait()
@@ -171,8 +171,14 @@ def _clear() -> None:
     """What a killed run has left."""
     for name in [line.split()[0] for line in sh("ip", "netns", "list").splitlines() if line.startswith("rlc")]:
         Host(name, "", Path()).kill()
-        sh("ip", "netns", "del", name, check=False)
+        delete(name)
     sh("ip", "link", "del", BRIDGE, check=False)
+
+
+def delete(name: str) -> None:
+    """A host's network; its cable by itself, which else goes some time after the rest."""
+    sh("ip", "link", "del", f"v{name}", check=False)
+    sh("ip", "netns", "del", name, check=False)
 
 
 @contextlib.contextmanager
