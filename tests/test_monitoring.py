@@ -293,7 +293,8 @@ def test_the_choice_of_runs_holds_the_run_and_the_sweep(prometheus: Prometheus, 
 
 
 def test_the_nodes_are_found_from_another_machine_too(prometheus: Prometheus, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(get_auth_headers_if_auth_enabled({}).get("Authorization", "none").split()[-1])
+    token = "".join(get_auth_headers_if_auth_enabled({}).values()).removeprefix("Bearer ")
+    (tmp_path / "token").write_text(token)
     config = quick(by_http(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
     prometheus.reload(config.replace("http://HEAD:8265", str(runtime.dashboard())))
     until("Prometheus scrapes what the dashboard lists", lambda: prometheus.up("__meta_url"))
