@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench faults clean help
 
 demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minutes on a CPU, into demo/
 	$(BIN)/raylivecell demo --out demo
@@ -23,6 +23,9 @@ lint: .venv/.installed  ## ruff (rules and format) and mypy
 
 bench: .venv/.installed  ## each figure beside its rival's, same run, into runs/bench/
 	for what in augment feed prepare; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
+
+faults: .venv/.installed  ## on four hosts made of network namespaces (root, Linux): each fault, and what it cost; 40 minutes
+	$(BIN)/python tests/faults.py
 
 clean:  ## delete what the targets above made, but not data/ and runs/
 	rm -rf .venv demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -172,6 +172,9 @@ def _clear() -> None:
     for name in [line.split()[0] for line in sh("ip", "netns", "list").splitlines() if line.startswith("rlc")]:
         Host(name, "", Path()).kill()
         delete(name)
+    for link in json.loads(sh("ip", "-json", "link")):
+        if link["ifname"].startswith("vrlc"):  # of a network whose name is gone, but not its last process
+            sh("ip", "link", "del", link["ifname"], check=False)
     sh("ip", "link", "del", BRIDGE, check=False)
 
 

@@ -43,6 +43,7 @@ RAY_ROOMS = {
     "probe",
     "check",
     "submit",
+    "gauges",
 }
 RAY_ROOMS |= {"bench_feed", "bench_train", "bench_prepare"}
 """R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `actors` of evaluate and predict,
