@@ -210,6 +210,7 @@ def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[
     )
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [_Unhurried]
+    context.raise_original_map_exception = True  # else a bad shard's name is lost in Ray Data's own error
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
         cast(Any, _load_blocks),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import ray
 import torch
 from conftest import kill_at, write_tiny_dataset
 
-from raylivecell import checkpoint, preflight
+from raylivecell import checkpoint, ingest, preflight
+from raylivecell import train as trains
 from raylivecell.errors import UserError
 from raylivecell.evaluate import evaluate
 from raylivecell.loop import LoopConfig
@@ -131,6 +133,25 @@ def test_a_bad_loss_names_its_images(tiny_dataset: str, ray_cluster: None, tmp_p
     recipe = RECIPE.model_copy(update={"optimizer": OptimizerConfig(lr=1e30)})
     with pytest.raises(UserError, match=r"NaN or infinite at step \d+, in the batch of A172_Phase_train_\d+.tif"):
         train(tiny_dataset, str(tmp_path / "bad"), recipe)
+
+
+def test_a_shard_cut_short_while_training_is_named(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the dataset was looked at and before its images were read; it is too large to be kept in memory."""
+    data, fit = write_tiny_dataset(tmp_path / "data"), trains.fit
+    (shard,) = (tmp_path / "data" / "train").glob("*.parquet")
+
+    def cut_then_fit(trainer: Any) -> Any:
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        return fit(trainer)
+
+    monkeypatch.setattr(ingest, "KEEP_SHARE", 0)
+    monkeypatch.setattr(trains, "fit", cut_then_fit)
+    with pytest.raises(
+        UserError, match=rf"cannot read shard {re.escape(str(shard))}: .*run `raylivecell prepare` again"
+    ):
+        train(data, str(tmp_path / "run"), RECIPE, workers=1, retries=0)
 
 
 @pytest.mark.parametrize(
