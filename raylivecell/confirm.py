@@ -63,7 +63,9 @@ def _is_done(shared: Shared, job: dict) -> bool:
 def _history(folder: str) -> list[dict]:
     if "metrics.jsonl" not in storage.list_names(folder):
         return []
-    return [json.loads(line) for line in storage.read_bytes(storage.join(folder, "metrics.jsonl")).splitlines()]
+    where = storage.join(folder, "metrics.jsonl")
+    with storage.unverified(where, "delete that run's folder, and it is trained again"):
+        return [json.loads(line) for line in storage.read_bytes(where).splitlines()]
 
 
 def scores(out: str, chosen: Mapping[str, space.Values]) -> Scores:

@@ -3,9 +3,11 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
+from ray._private import ray_constants
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +32,21 @@ def connect(cpus: int | None = None) -> None:
         return
     # address="local": plain init attaches to whatever cluster happens to run on the machine.
     # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
-    ray.init(address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
+    with _on_loopback():
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR
+        )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray started meanwhile listens on 127.0.0.1 alone, as on macOS; on Linux it would on all interfaces."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def dashboard() -> str | None:

@@ -138,6 +138,14 @@ def _open(shard: str) -> pq.ParquetFile:
     return file
 
 
+def _check_size(group: pq.RowGroupMetaData) -> None:
+    """ValueError for a row that would fill the memory: zstd makes gigabytes of kilobytes, a dictionary terabytes."""
+    if group.total_byte_size > MAX_ROW_BYTES:
+        raise ValueError(f"{group.total_byte_size} bytes, more than {MAX_ROW_BYTES}")
+    if any(group.column(i).has_dictionary_page for i in range(group.num_columns)):
+        raise ValueError("a column with a dictionary, which `prepare` does not write")
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -150,8 +158,7 @@ def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     wanted = list(dict.fromkeys(["height", "width", *columns]))
     file = _open(row.shard)
     try:
-        if (size := file.metadata.row_group(row.group).total_byte_size) > MAX_ROW_BYTES:
-            raise ValueError(f"{size} bytes, more than {MAX_ROW_BYTES}")
+        _check_size(file.metadata.row_group(row.group))
         values = file.read_row_group(row.group, columns=wanted).to_pydict()
         sample = {name: values[name][0] for name in wanted}
         shape = (sample["height"], sample["width"])

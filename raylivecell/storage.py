@@ -53,7 +53,10 @@ def exists(uri: str | Path) -> bool:
 def list_names(uri: str | Path) -> list[str]:
     """Names (last path parts) of what lies directly in the folder `uri`, sorted; [] where there is no such folder."""
     filesystem, path = open_uri(uri)
-    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    try:
+        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    except NotADirectoryError:
+        return []
     return sorted(info.base_name for info in found)
 
 

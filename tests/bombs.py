@@ -1,0 +1,225 @@
+"""Reads small files that would fill a memory, in a process that may take 256 MiB more than it has at its start."""
+
+import io
+import json
+import resource
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raylivecell import checkpoint, coco, coco_protocol, images, loop, outlines, recipe, shards
+from raylivecell.defects import DefectRules
+from raylivecell.errors import UserError
+from raylivecell.model import ModelConfig, build_model
+
+HERE = Path(sys.argv[1])
+MIB = 2**20
+DEEP, LONG = "[" * 100_000, "9" * 5_000
+SIZES = {1: (64, 64)}
+
+
+def zeros() -> bytes:
+    packer, block = zlib.compressobj(1), bytes(MIB)
+    return b"".join(packer.compress(block) for _ in range(1024)) + packer.flush()
+
+
+GIGA = zeros()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(side: int, *more: bytes) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IEND", b"")
+
+
+def tiff(width: int, height: int, tags: dict[int, Any], data: bytes) -> bytes:
+    entries = sorted({256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, **tags}.items())
+    place = 8 + 2 + 12 * len(entries) + 4
+    known = {"place": place, "length": len(data)}
+    words = [struct.pack("<HHII", tag, 4, 1, known.get(value, value)) for tag, value in entries]
+    return b"II*\0" + struct.pack("<IH", 8, len(words)) + b"".join(words) + bytes(4) + data
+
+
+def told(function: Callable[..., Any], *given: Any) -> str:
+    try:
+        function(*given)
+        return "read"
+    except (UserError, images.UnreadableImageError) as error:
+        return " ".join(str(error).split())
+
+
+def file(name: str, text: str | bytes) -> str:
+    (HERE / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(HERE / name)
+
+
+def pictures() -> Iterator[tuple[str, str]]:
+    side = 2**15
+    yield "png of 100,000 x 100,000", told(images.decode, png(100_000, chunk(b"IDAT", GIGA)))
+    yield "png with a gigabyte too much", told(images.decode, png(64, chunk(b"IDAT", GIGA)))
+    for kind in (b"zTXt", b"iTXt", b"iCCP"):
+        lead = b"a\0\1\0\0\0" if kind == b"iTXt" else b"a\0\0"
+        yield f"png with {kind.decode()}", told(images.decode, png(64, chunk(kind, lead + GIGA)))
+    strips = {278: 100_000, 273: "place", 279: "length"}
+    yield "tiff of 100,000 x 100,000", told(images.decode, tiff(100_000, 100_000, strips, GIGA))
+    tiles = {322: side, 323: side, 324: "place", 325: "length"}
+    yield "tiff with a tile of a gigabyte", told(images.decode, tiff(64, 64, tiles, GIGA))
+    yield (
+        "bmp of 100,000 x 100,000",
+        told(
+            images.decode,
+            b"BM"
+            + struct.pack("<IIIIiiHHIIIIII", 100, 0, 54, 40, 100_000, 100_000, 1, 8, 0, 0, 0, 0, 0, 0)
+            + bytes(46),
+        ),
+    )
+    ghost = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    yield "postscript", told(images.decode, ghost)
+
+
+def annotations() -> Iterator[tuple[str, str]]:
+    for name, text in (
+        ("a deep record", '{"annotations": [' + DEEP),
+        ("a deep start", DEEP),
+        ("deep info", '{"info": {"a": ' + DEEP),
+        ("a long number", '{"images": [{"id": ' + LONG + "}]}"),
+    ):
+        yield name, str(coco.read_annotations(io.BytesIO(text.encode()), "train.json").broken)
+    wide = 2**31 - 1
+    for name, shape in (
+        ("a wide mask", {"size": [wide, wide], "counts": [0, wide]}),
+        ("a long run", {"size": [64, 64], "counts": [10**30]}),
+        ("a run without end", {"size": [64, 64], "counts": "o" * 2**20}),
+        ("a far polygon", [[0, 0, 1e300, 0, 1e300, 1e300]]),
+        ("a large polygon", [[0, 0, 1e9, 0, 1e9, 1e9]]),
+    ):
+        record = {"id": 1, "image_id": 1, "segmentation": shape}
+        read = coco.read_annotations(io.BytesIO(json.dumps({"annotations": [record]}).encode()), "train.json")
+        cells = coco.decode_cells(read.payload(1))
+        kept, _, found = outlines.check_cells(cells, (64, 64), (1.0, 1.0), DefectRules())
+        yield name, f"{len(kept)} {read.bad} {list(found)}"
+
+
+def results() -> Iterator[tuple[str, str]]:
+    mask = '[{"image_id": 1, "score": 1, "segmentation": {"size": [64, 64], "counts": %s}}]'
+    wide = '[{"image_id": 1, "score": 1, "segmentation": {"size": [2147483647, 2147483647], "counts": [1]}}]'
+    for name, text in (
+        ("deep", DEEP),
+        ("a deep record", '[{"image_id": 1, "score": 1, "segmentation": [' + DEEP),
+        ("wide", wide),
+        ("a long number", LONG),
+        ("a long run", mask % f"[{'9' * 30}]"),
+        ("two halves", mask % "[9223372036854775807, 1]"),
+        ("a run without end", mask % ('"' + "o" * 2**20 + '"')),
+    ):
+        yield name, told(coco_protocol.read_results, file("results.json", text), SIZES)
+
+
+def recipes() -> Iterator[tuple[str, str]]:
+    layers = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    for name, text in (
+        ("laughs", "a0: &a0 [x, x]\n" + layers + "seed: *a11\n"),
+        ("merges", "a: &a {b: 1}\nc: {<<: *a}"),
+        ("deep", DEEP),
+        ("a long number", f"seed: {LONG}"),
+        ("many levels", f"model: {{features: {[4] * 10_000}}}"),
+    ):
+        yield name, told(recipe.load, file("r.yaml", text))
+
+
+def small_table() -> pa.Table:
+    """A shard's only row, its outlines 4 MiB of zeros."""
+    row: dict[str, Any] = {"height": 8, "width": 8, "cells": 1, "labels": bytes(128), "outlines": [bytes(MIB)] * 4}
+    row |= dict.fromkeys(("file_name", "cell_type", "source", "sha256", "annotation"), "x")
+    row |= dict.fromkeys(("image", "foreground", "border"), bytes(64))
+    return pa.Table.from_pylist([row], schema=shards.SCHEMA)
+
+
+def datasets() -> Iterator[tuple[str, str]]:
+    head = f'{{"format_version": {shards.FORMAT_VERSION}, "splits": '
+    row = '{"test": {"shards": []}, "val": {"shards": []}, "train": {"shards": [%s]}}}'
+    row = row.replace("%s", '{"file": "train/a.parquet", "rows": %s}')
+    for name, text in (
+        ("deep", DEEP),
+        ("a long number", LONG),
+        ("deep splits", head + DEEP),
+        ("endless rows", head + row % "1e12"),
+        ("many rows", head + row % 10**12),
+    ):
+        file("dataset.json", text)
+        yield name, told(shards.list_rows, str(HERE), "train")
+    table = small_table()
+    packed = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**6, np.int32)), pa.array([bytes(MIB)]))
+    many = pa.ListArray.from_arrays(pa.array([0, 10**6], pa.int32()), packed)
+    bomb = table.set_column(table.schema.get_field_index("outlines"), "outlines", many)
+    pq.write_table(bomb, HERE / "dictionary.parquet", store_schema=False)
+    yield (
+        "a terabyte of one outline",
+        told(shards.read_row, shards.Row(str(HERE / "dictionary.parquet"), 0), ["outlines"]),
+    )
+    shards.MAX_ROW_BYTES = 2**20
+    pq.write_table(table, HERE / "zstd.parquet", compression="zstd", use_dictionary=False)
+    yield "a row of zeros", told(shards.read_row, shards.Row(str(HERE / "zstd.parquet"), 0), ["outlines"])
+    pq.write_table(
+        table.set_column(2, "height", pa.array([2**31 - 1], pa.int32())), HERE / "h.parquet", use_dictionary=False
+    )
+    shards.MAX_ROW_BYTES = 2**31
+    yield "a high image", told(shards.read_row, shards.Row(str(HERE / "h.parquet"), 0), ["image"])
+
+
+def checkpoints() -> Iterator[tuple[str, str]]:
+    config = recipe.Recipe(model=ModelConfig(features=(4,)), crop=(16, 16))
+    network = build_model(config.model)
+    checkpoint.save(str(HERE), network, {}, loop.State(), config)
+    with (
+        zipfile.ZipFile(HERE / checkpoint.TRAINING, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+        packed.open("archive/data/0", "w", force_zip64=True) as stream,
+    ):
+        for _ in range(1024):
+            stream.write(bytes(MIB))
+    yield "a packed gigabyte", told(checkpoint.load_training, str(HERE))
+    for name, text in (("a deep state", DEEP), ("a long step", '{"step": ' + LONG + "}")):
+        file(checkpoint.STATE, text)
+        yield name, told(checkpoint.load_state, str(HERE))
+    file(checkpoint.RECIPE, f"model: {{features: [{10**6}, {10**6}]}}")
+    yield "a network of terabytes", told(checkpoint.load_model, str(HERE))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}).encode()
+    for name, data in (
+        ("a wide tensor", struct.pack("<Q", len(header)) + header + bytes(4)),
+        ("a long header", b"\xff" * 8),
+    ):
+        file(checkpoint.MODEL, data)
+        yield name, told(checkpoint.load_model, str(HERE))
+
+
+def unguarded() -> Iterator[tuple[str, str]]:
+    """That the limit holds: the tile, not refused, does not fit."""
+    images._tile_pixels = lambda image: 0
+    yield from (one for one in pictures() if "tile" in one[0])
+
+
+def main() -> None:
+    # What starts threads does so before the limit: their stacks count.
+    pq.write_table(small_table(), HERE / "small.parquet", use_dictionary=False)
+    pq.read_table(HERE / "small.parquet")
+    build_model(ModelConfig(features=(4,)))
+    most = psutil.Process().memory_info().vms + 256 * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    kinds = (pictures, annotations, results, recipes, datasets, checkpoints, unguarded)
+    print(json.dumps({kind.__name__: dict(kind()) for kind in kinds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Small files that would fill the memory, and names that lead elsewhere: refused, and nothing written beside --out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import S3, run_apart, write_tiny_dataset
+from hostile import refused
+from PIL import Image
+
+from raylivecell import shards, sources
+from raylivecell.errors import UserError
+
+REFUSED = {
+    "pictures": {
+        "png of 100,000 x 100,000": "more than",
+        "png with a gigabyte too much": "",
+        "png with zTXt": "",
+        "png with iTXt": "",
+        "png with iCCP": "",
+        "tiff of 100,000 x 100,000": "more than",
+        "tiff with a tile of a gigabyte": "more than",
+        "bmp of 100,000 x 100,000": "more than",
+        "postscript": "not a whole image file",
+    },
+    "annotations": {
+        "a deep record": "cannot be read",
+        "a deep start": "is no COCO file",
+        "deep info": "cannot be read",
+        "a long number": "cannot be read",
+        "a wide mask": "0 [] ['",
+        "a long run": "whole numbers",
+        "a run without end": "0 [] ['",
+        "a far polygon": "0 [] ['",
+        "a large polygon": "['",
+    },
+    "results": {
+        "deep": "is not JSON",
+        "a deep record": "is not JSON",
+        "wide": "its mask is",
+        "a long number": "is not JSON",
+        "a long run": "neither polygons",
+        "two halves": "does not fill",
+        "a run without end": "does not fill",
+    },
+    "recipes": {
+        "laughs": "alias *a0",
+        "merges": "alias *a",
+        "deep": "recursion",
+        "a long number": "digits",
+        "many levels": "at most 12",
+    },
+    "datasets": {
+        "deep": "is not JSON",
+        "a long number": "is not JSON",
+        "deep splits": "is not JSON",
+        "endless rows": "rows",
+        "many rows": "rows",
+        "a terabyte of one outline": "dictionary",
+        "a row of zeros": "more than",
+        "a high image": "cannot reshape",
+    },
+    "checkpoints": {
+        "a packed gigabyte": "is compressed",
+        "a deep state": "is not JSON",
+        "a long step": "is not JSON",
+        "a network of terabytes": "does not hold this recipe's weights",
+        "a wide tensor": "does not hold",
+        "a long header": "does not hold",
+    },
+    "unguarded": {"tiff with a tile of a gigabyte": "decoder error -9"},
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What was said of each bomb."""
+    script = Path(__file__).with_name("bombs.py")
+    done = run_apart(
+        f"import runpy, sys; runpy.run_path({str(script)!r}, run_name='__main__')",
+        str(tmp_path_factory.mktemp("bombs")),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_bombs_are_refused_in_bounded_memory(kind: str, told: dict[str, dict[str, str]]) -> None:
+    assert told[kind].keys() == REFUSED[kind].keys()
+    for name, part in REFUSED[kind].items():
+        assert part in told[kind][name], f"{name}: {told[kind][name]}"
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.png", "/etc/x.png", "a/../../x.png", "..", "\\x.png", "c:x.png", "~/x.png", "x\0.png"]
+)
+def test_names_that_leave_the_folder(name: str) -> None:
+    assert not sources.is_safe_name(name)
+
+
+@pytest.mark.parametrize("name", ["x.png", "a/b/x..y.png", "..x.png", "a~/x.png"])
+def test_names_that_stay(name: str) -> None:
+    assert sources.is_safe_name(name)
+
+
+LINKS = {
+    "to a file elsewhere": ("x.png", "../elsewhere/secret.png"),
+    "to a folder elsewhere": ("more", "../elsewhere"),
+    "in a circle": ("again", "."),
+    "to a device": ("x.png", "/dev/zero"),
+    "to nothing": ("x.png", "/nowhere/x.png"),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("command", ["predict --model m.onnx --images", "prepare --source"])
+def test_links(kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link, target = LINKS[kind]
+    for place in ("elsewhere/secret.png", "images/a.png"):
+        (tmp_path / place).parent.mkdir()
+        Image.new("L", (32, 32)).save(tmp_path / place)
+    (tmp_path / "m.onnx").write_bytes(b"")
+    (tmp_path / "images" / link).symlink_to(target)
+    told = refused(
+        capsys, command.replace("m.onnx", f"{tmp_path}/m.onnx"), tmp_path / "images", "--out", tmp_path / "o"
+    )
+    assert f"images/{link} is a link to" in told
+    assert not (tmp_path / "o").exists()
+
+
+def test_links_that_stay(tmp_path: Path) -> None:
+    """And a folder that is itself a link."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.new("L", (32, 32)).save(tmp_path / "images" / "a" / "x.png")
+    (tmp_path / "images" / "y.png").symlink_to("a/x.png")
+    (tmp_path / "link").symlink_to("images")
+    assert sources.list_files(str(tmp_path / "link")) == ["a/x.png", "y.png"]
+
+
+@pytest.mark.parametrize("key", ["in/../../out.png", "in/a/../../../out.png", "in/.."])
+def test_keys_of_an_object_store(key: str, s3: S3) -> None:
+    """There a name is any text: joined to --out on a disk it would lead out of it."""
+    s3.client.put_object(Bucket="cells", Key="in/a.png", Body=b"")
+    s3.client.put_object(Bucket="cells", Key=key, Body=b"")
+    told = run_apart("from raylivecell import sources; print(sources.list_files('s3://cells/in'))", env=s3.env)
+    assert "a name that leads out of it" in told.stderr, told.stdout
+
+
+@pytest.mark.parametrize(
+    "file", ["../x.parquet", "/etc/x.parquet", "train/../../x.parquet", "val/x.parquet", "train/x", 3]
+)
+def test_shards_elsewhere(file: str | int, tmp_path: Path) -> None:
+    data = Path(write_tiny_dataset(tmp_path, images=1))
+    told = json.loads((data / "dataset.json").read_text())
+    told["splits"]["train"]["shards"][0]["file"] = file
+    (data / "dataset.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"dataset\.json is not what"):
+        shards.list_rows(str(data), "train")
