@@ -143,6 +143,23 @@ def s3_down(scene: Scene) -> str:
     return "503 for 30 s"
 
 
+def data_tasks_killed(scene: Scene) -> str:
+    hit = sum(host.kill("ray::MapBatches", "ray::ReadRange") for host in scene.hosts.hosts.values())
+    return f"{hit} processes, as the out-of-memory killer does"
+
+
+def disk_full(scene: Scene) -> str:
+    """The disk on which the checkpoint is written before it goes to S3."""
+    host = scene.victim()
+    inside = ["nsenter", "-m", "-t", str(host.pids("raylet/raylet")[0])]
+    subprocess.run([*inside, "dd", "if=/dev/zero", "of=/tmp/full", "bs=1M"], capture_output=True)
+    left = subprocess.run([*inside, "df", "--output=avail", "-B1", "/tmp"], capture_output=True, text=True, check=True)
+    step = scene.steps()
+    until("a report meanwhile, or none", lambda: scene.steps() > step + REPORT, 30, strict=False)
+    subprocess.run([*inside, "rm", "/tmp/full"], check=True)
+    return f"{left.stdout.split()[-1]} bytes free on {host.address} until step {scene.steps()} (from {step})"
+
+
 FAULTS = {
     "worker": Fault("a training worker killed (SIGKILL)", worker_killed),
     "raylet": Fault("a node's raylet killed", raylet_killed),
@@ -151,6 +168,8 @@ FAULTS = {
     "cut20": Fault("the network of a node cut for 20 s", cut(20)),
     "driver": Fault("the driver killed, the job submitted again", driver_killed),
     "s3": Fault("S3 answers 503 for 30 s", s3_down),
+    "data": Fault("the processes of data tasks killed", data_tasks_killed),
+    "disk": Fault("the disk of a worker full for 30 s", disk_full),
     "cut300": Fault("the network of a node cut for 5 minutes", cut(300)),
 }
 
