@@ -50,11 +50,17 @@ def render(overlay: str) -> list[Doc]:
     return copy.deepcopy(_rendered(overlay))
 
 
-def broken(docs: list[Doc], kind: str, edits: Mapping[str, Any]) -> list[Doc]:
-    """`docs` with fields of the first document of `kind` set, each by its JSON pointer."""
-    docs = copy.deepcopy(docs)
+def broken(where: str, edits: Mapping[str, Any]) -> list[Doc]:
+    """An overlay with fields of a document set, each by its JSON pointer.
+
+    Args:
+        where: an overlay, whose Ray document is meant; or a kind of document of the overlay cpu.
+        edits: pointers and values.
+    """
+    kinds = {where} if where not in OVERLAYS else {"RayCluster", "RayJob", "RayCronJob"}
+    docs = render(where if where in OVERLAYS else "cpu")
     for pointer, value in edits.items():
-        place: Any = next(doc for doc in docs if doc["kind"] == kind)
+        place: Any = next(doc for doc in docs if doc["kind"] in kinds)
         *way, last = (part.replace("~1", "/") for part in pointer.removeprefix("/").split("/"))
         for part in way:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
@@ -153,5 +159,5 @@ def pods(docs: list[Doc]) -> Iterator[Pod]:
             given = {"ray.io/node-type": "head" if name == "head" else "worker", "ray.io/cluster": cluster.name}
             yield Pod(name, group["template"]["spec"], own | group.get("labels", {}) | given, True)
     for job in jobs(docs):
-        template = job.spec.get("submitterPodTemplate", {"spec": {"containers": []}})
+        template = job.spec.get("submitterPodTemplate", {"spec": {"containers": [], "volumes": []}})
         yield Pod("submitter", template["spec"], template.get("metadata", {}).get("labels", {}), False)

@@ -112,9 +112,14 @@ def versions(docs: list[Doc]) -> Iterator[str]:
 @functools.cache
 def _variables_of_ray() -> frozenset[str]:
     folder = Path(ray.__file__).parent
-    files = [folder / "_common" / "usage" / "usage_constants.py", folder / "_private" / "ray_constants.py"]
-    files += (folder / "train" / "v2").rglob("constants.py")
-    return frozenset(re.findall(r"\bRAY_[A-Z0-9_]+\b", "\n".join(file.read_text() for file in files)))
+    files = (
+        "_common/usage/usage_constants",
+        "_private/ray_constants",
+        "train/constants",
+        "train/v2/_internal/constants",
+    )
+    text = "\n".join((folder / f"{file}.py").read_text() for file in files)
+    return frozenset(re.findall(r"\bRAY_[A-Z0-9_]+\b", text))
 
 
 def variables(docs: list[Doc]) -> Iterator[str]:

@@ -17,6 +17,8 @@ LOCKED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "ca
 USER = {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
 SPOT = {"karpenter.sh/capacity-type", "eks.amazonaws.com/capacityType", "cloud.google.com/gke-spot"}
 SPOT |= {"kubernetes.azure.com/scalesetpriority"}
+# Between the end of draining and the kill.
+MARGIN_S = 10
 UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -111,8 +113,8 @@ def pools(docs: list[Doc]) -> Iterator[str]:
             drain = env.get(
                 "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
             )
-            if spec.get("terminationGracePeriodSeconds", 30) < float(drain) + 10:
-                yield f"{name}: killed within {drain:g} s of draining"
+            if spec.get("terminationGracePeriodSeconds", 30) < float(drain) + MARGIN_S:
+                yield f"{name}: killed within {float(drain):g} s of draining"
             if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
                 yield f"{name}: {group['replicas']} replicas"
             gpus = spec["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
