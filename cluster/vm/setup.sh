@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a node of `ray up` needs: ~/venv with this project in it, as constraints.txt pins it. Done before, it does nothing.
+# What a node of `ray up` needs: ~/venv with this project, as constraints.txt pins it. Done before, it does nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -9,6 +9,11 @@ if ! python3 -m venv --help >/dev/null 2>&1 || ! python3 -c 'import ensurepip' 2
     apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends python3-venv'
 fi
 [ -x ~/venv/bin/pip ] || python3 -m venv ~/venv
+
+# Ray's launcher calls plain `ray` through ssh: `ray down` and `ray exec` should find it, and the token's use too.
+# shellcheck disable=SC2016  # the shell that reads it says where its home is
+line='export PATH=$HOME/venv/bin:$PATH RAY_AUTH_MODE=token'
+grep -qxF "$line" ~/.bashrc 2>/dev/null || echo "$line" >>~/.bashrc
 
 # PyPI's torch brings CUDA along, gigabytes that a machine without a GPU does not need.
 index=()

@@ -25,8 +25,8 @@ ulimit -n "$(ulimit -Hn)"
 
 # This script runs on the first node of the job, which becomes the head.
 address=$(hostname -I | cut -d ' ' -f 1):6379
-# RAY_ADDRESS for the training alone, which would start a Ray of its own without it. A job that Slurm starts again, after
-# the loss of a node too, goes on from the run's last checkpoint.
+# RAY_ADDRESS for the training alone, which would start a Ray of its own without it. A job that Slurm starts again,
+# after the loss of a node too, goes on from the run's last checkpoint.
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --num-cpus="$SLURM_CPUS_ON_NODE" --dashboard-host=127.0.0.1 --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
   -- env RAY_ADDRESS="$address" python jobs/train.py --resume-or-start "$@"
