@@ -300,7 +300,7 @@ def test_the_nodes_are_found_from_another_machine_too(prometheus: Prometheus, tm
     until("Prometheus scrapes what the dashboard lists", lambda: prometheus.up("__meta_url"))
 
 
-def test_the_train_tab_shows_the_run(watched: Watched) -> None:
+def test_the_dashboard_tells_of_the_run(watched: Watched) -> None:
     request = urllib.request.Request(f"{runtime.dashboard()}/api/train/v2/runs/v1")
     for name, value in get_auth_headers_if_auth_enabled({}).items():
         request.add_header(name, value)
