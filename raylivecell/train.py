@@ -20,6 +20,7 @@ from ray.util.queue import Queue
 from raylivecell import checkpoint, ingest, preflight, report, run_folder, runtime, segment, shards, storage
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
+from raylivecell.gloo import GlooConfig
 from raylivecell.live import Live
 from raylivecell.progress import console
 from raylivecell.recipe import Recipe
@@ -121,7 +122,7 @@ def trainer(
     return TorchTrainer(
         work,  # type: ignore[arg-type]  # Ray's type leaves the return value out
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl", timeout_s=600) if gpus else GlooConfig(timeout_s=600),
         scaling_config=ScalingConfig(
             num_workers=cast(Any, workers),
             use_gpu=gpus > 0,

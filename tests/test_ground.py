@@ -44,6 +44,7 @@ RAY_ROOMS = {
     "check",
     "submit",
     "gauges",
+    "gloo",
 }
 RAY_ROOMS |= {"bench_feed", "bench_train", "bench_prepare"}
 """R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `actors` of evaluate and predict,

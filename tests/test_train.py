@@ -15,7 +15,7 @@ import ray
 import torch
 from conftest import kill_at, write_tiny_dataset
 
-from raylivecell import checkpoint, ingest, preflight
+from raylivecell import checkpoint, gloo, ingest, preflight
 from raylivecell import train as trains
 from raylivecell.errors import UserError
 from raylivecell.evaluate import evaluate
@@ -175,6 +175,18 @@ def test_workers_leave_a_cpu_for_data(ray_cluster: None) -> None:
     total = ray.cluster_resources()["CPU"]
     for workers in range(1, 2 * int(total - 1) + 1):
         assert preflight.worker_cpus(workers) * workers <= total - 1
+
+
+def test_processes_speak_over_the_interface_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gloo.interface("127.0.0.1") == "lo" or os.name != "posix"
+    assert gloo.interface("203.0.113.7") is None, "an address of documentation (RFC 5737): nobody's"
+    monkeypatch.setattr(gloo.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    for before, after in (("", gloo.interface("127.0.0.1")), ("ib0", "ib0")):
+        monkeypatch.setenv(gloo.VARIABLE, before)
+        if not before:
+            monkeypatch.delenv(gloo.VARIABLE)
+        gloo.choose()
+        assert os.environ[gloo.VARIABLE] == after
 
 
 def test_images_of_several_sizes_need_a_crop(tiny_dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
