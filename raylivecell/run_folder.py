@@ -4,10 +4,15 @@ recipe.yaml   the recipe; that it is there says that the folder is taken
 data.json     `shards.provenance` of the dataset
 """
 
+import re
+from typing import Any
+
 from raylivecell import shards, storage
 from raylivecell.errors import UserError
 
 RECIPE, DATA = "recipe.yaml", "data.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the run's checkpoints."""
 
 
 def holds_run(out: str) -> bool:
@@ -27,12 +32,26 @@ def goes_on(out: str, data: str, resume: bool) -> bool:
     if used and not resume:
         raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
     if used:
+        _check_snapshot(storage.join(out, SNAPSHOT))
         begun, now = storage.read_json(storage.join(out, DATA)), shards.provenance(data)
         with storage.unverified(storage.join(out, DATA), "choose another --out"):
             same, uri = begun["sha256"] == now["sha256"], begun["uri"]
         if not same:
             raise UserError(f"{out} was begun on the dataset of {uri}, which {data} is not; resume it on that")
     return used
+
+
+def _check_snapshot(where: str) -> None:
+    """UserError where Ray's list names a folder elsewhere: by these names it reads checkpoints and deletes old ones."""
+    left: list[Any] = [storage.read_json(where)] if storage.exists(where) else []
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            name = value.get("checkpoint_dir_name")
+            if name is not None and not re.fullmatch(r"checkpoint_[\w.-]+", str(name)):
+                raise UserError(f"{where} names a checkpoint {str(name)[:80]!r}, outside the run; choose another --out")
+            value = list(value.values())
+        left += value if isinstance(value, list) else []
 
 
 def claim(out: str, data: str, recipe: str) -> None:

@@ -1,6 +1,7 @@
 """Files that a stranger wrote run nothing, wherever we read one, and are refused in one line."""
 
 import io
+import json
 import pickle
 import sqlite3
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from conftest import run_apart, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
-from raylivecell import checkpoint, confirm, loop, parts, prepare, samples, shards, study
+from raylivecell import checkpoint, confirm, loop, parts, prepare, run_folder, samples, shards, study
 from raylivecell.errors import UserError
 from raylivecell.model import ModelConfig, build_model
 from raylivecell.recipe import Recipe
@@ -105,6 +106,21 @@ def test_a_recipe(text: str, command: str, tmp_path: Path, marker: Path, capsys:
     assert "r.yaml: not YAML: could not determine a constructor" in told
     assert not marker.exists()
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", ["../../precious", "/precious", "checkpoint_1/../../precious", "..", 3])
+def test_rays_list_of_checkpoints(name: str | int, data: Path, tmp_path: Path, marker: Path) -> None:
+    """Ray deletes what it names."""
+    run_folder.claim(out := str(tmp_path / "run"), str(data), "")
+    assert run_folder.goes_on(out, str(data), resume=True)
+    snapshot = tmp_path / "run" / run_folder.SNAPSHOT
+    snapshot.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-01-01_1.5"}]}))
+    assert run_folder.goes_on(out, str(data), resume=True)
+    for text in (json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]}).encode(), pickled(marker)):
+        snapshot.write_bytes(text)
+        with pytest.raises(UserError, match=run_folder.SNAPSHOT):
+            run_folder.goes_on(out, str(data), resume=True)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("hostile", [pickled, torch_saved])

@@ -1,0 +1,33 @@
+"""A sweep goes on in a folder in which Ray Tune's own pickles are a stranger's."""
+
+from pathlib import Path
+
+from hostile import pickled
+
+from raylivecell import sweep
+from raylivecell.loop import LoopConfig
+from raylivecell.model import ModelConfig
+from raylivecell.order import PhaseConfig
+from raylivecell.recipe import Recipe
+from raylivecell.space import Dimension, SweepConfig
+
+RECIPE = Recipe(
+    batch_size=4,
+    crop=(32, 32),
+    phases=(PhaseConfig(steps=4),),
+    model=ModelConfig(features=(4,), norm="group"),
+    loop=LoopConfig(report_steps=2),
+)
+CONFIG = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=1e-2, log=True)})
+
+
+def test_tunes_pickles_are_not_opened(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+    out, marker = tmp_path / "out", tmp_path / "ran"
+    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=1)
+    replaced = [path for path in (out / "tune").rglob("*") if path.is_file()]
+    assert {"tuner.pkl", "trainable.pkl", "params.pkl"} <= {path.name for path in replaced}
+    for path in replaced:
+        path.write_bytes(pickled(marker))
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=2, resume=True)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert not marker.exists()
