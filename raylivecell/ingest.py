@@ -218,6 +218,7 @@ def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[
         fn_kwargs={"source": source, "share": share},
         num_cpus=source.task_cpus,
     )
+    dataset.set_name(f"rank_{share.rank}")  # in the dashboard
     # Ray Data's own thread that prefetches would never end, nor let go of its blocks, where we stop early (2.60).
     yield from cast(Any, dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class Job:
 
     recipe: Recipe
     out: str
-    samples: ingest.Samples
+    samples: ingest.Samples = field(repr=False)  # Ray's dashboard keeps the job's repr
     stream_memory: int
     """Bytes of the object store for the streams of all workers together."""
     threads: int | None = None
