@@ -32,7 +32,7 @@ MEBIBYTE = 2**20
 LARGEST_MIB = 32
 
 JOB_ENV = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "PYTHONUNBUFFERED": "1"}
-"""What a job's processes find in their environment: the dashboard's Train tab filled, lines told as they come."""
+"""What a job's processes find in their environment: runs told to `/api/train/v2/runs/v1`, lines as they come."""
 
 # A job's own folder is a copy on the node it runs on, deleted afterwards.
 SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions", "--model")
