@@ -82,7 +82,9 @@ def work(config: dict[str, Job]) -> dict[str, Any] | None:
     job = config["job"]
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    shared = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    # What this process may use, not what the machine has: a container may be bound to some of its cores.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = max(1, cores // context.get_local_world_size())
     place = Place(context.get_world_rank(), context.get_world_size(), device, job.threads or shared)
     last = ray.train.get_checkpoint()
     journal: Journal | None = None

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import hosts as rooms
 from hosts import Host, Hosts, until
 
-STEPS, REPORT = 600, 50
+STEPS, REPORT = 400, 40
 # A fault must not cost the run more than this, seconds: what RAY.md calls a hang is half an hour.
 LIMIT_S = 420.0
 DICE_NOISE, LOSS_NOISE = 0.02, 0.05

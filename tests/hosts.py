@@ -122,7 +122,8 @@ class Hosts:
         place = ["--head", f"--port={HEAD_PORT}", f"--dashboard-host={host.address}", "--include-dashboard=true"]
         if self.hosts:
             place = [f"--address={NET}.10:{HEAD_PORT}"]
-        start = f"{BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus} {' '.join(place)}"
+        core = number % (os.cpu_count() or 1)
+        start = f"taskset -c {core} {BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus} {' '.join(place)}"
         start += " --object-store-memory=200000000 --disable-usage-stats"
         mounts = f"mount -t tmpfs -o size={disk_mib}m t /tmp && mount -t tmpfs -o size=600m t /dev/shm"
         with open(host.folder / "ray.log", "wb") as log:
