@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import grpc
 import psutil
 import pytest
 from conftest import run_apart, write_tiny_dataset
 from hosts import until
+from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
 
 pytestmark = pytest.mark.ray
 TOKEN = secrets.token_hex(32)
@@ -44,7 +46,8 @@ def free_ports(count: int) -> list[int]:
 def environment(home: Path | str, token: str | None) -> dict[str, str]:
     """Of a process whose home is `home`, in which no token lies."""
     env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-    return env | {"RAY_AUTH_TOKEN": token or ""}
+    # As on macOS: a cluster of 127.0.0.1, which its drivers do not take for the machine's other address.
+    return env | {"RAY_AUTH_TOKEN": token or "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def end(pid: int) -> None:
@@ -58,14 +61,13 @@ def end(pid: int) -> None:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    ports = free_ports(4)
-    names = ("port", "dashboard-port", "ray-client-server-port", "metrics-export-port")
+    names = ("port", "dashboard-port", "ray-client-server-port", "metrics-export-port", "dashboard-agent-listen-port")
+    ports = free_ports(len(names))
     flags = [f"--{name}={port}" for name, port in zip(names, ports)]
     words = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", *flags]
-    head = Head(*(f"127.0.0.1:{port}" for port in ports))
+    head = Head(*(f"127.0.0.1:{port}" for port in ports[:4]))
     with tempfile.TemporaryDirectory(prefix="rlc") as home, open(Path(home) / "log", "wb") as log:
-        # As on macOS, it is then a cluster of 127.0.0.1.
-        env = os.environ | environment(home, TOKEN) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        env = os.environ | environment(home, TOKEN)
         process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
         try:
             until("the dashboard", lambda: ask(head, "/api/version", TOKEN)[0] == 200)
@@ -139,16 +141,30 @@ print("at work:", ray.get(ray.remote(lambda: 6 * 7).remote()))
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "token"), [("gcs", None), ("gcs", TOKEN), ("client", secrets.token_hex(32)), ("client", TOKEN)]
-)
-def test_a_process_that_joins(kind: str, token: str | None, head: Head, tmp_path: Path) -> None:
-    address = head.gcs if kind == "gcs" else f"ray://{head.client}"
-    done = run_apart(JOINED, address, env=environment(tmp_path, token))
+@pytest.mark.parametrize("token", [None, secrets.token_hex(32), TOKEN])
+def test_a_process_that_joins(token: str | None, head: Head, tmp_path: Path) -> None:
+    done = run_apart(JOINED, head.gcs, env=environment(tmp_path, token))
     assert ("at work: 42" in done.stdout) == (token == TOKEN), done.stderr[-2000:]
     assert (done.returncode == 0) == (token == TOKEN)
     if token != TOKEN:
         assert "token" in done.stderr.lower()
+
+
+def test_the_port_of_clients(head: Head) -> None:
+    """Of `ray://`: the question that a client asks first."""
+    ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
+    with grpc.insecure_channel(head.client) as channel:
+        stub = ray_client_pb2_grpc.RayletDriverStub(channel)
+
+        def told(token: str | None) -> str:
+            metadata = [("client_id", "nobody"), *([("authorization", f"Bearer {token}")] if token else [])]
+            try:
+                stub.ClusterInfo(ping, metadata=metadata, wait_for_ready=True, timeout=60)
+                return "answered"
+            except grpc.RpcError as error:
+                return error.code().name
+
+        assert [told(token) for token in (*STRANGERS, TOKEN)] == ["UNAUTHENTICATED"] * len(STRANGERS) + ["answered"]
 
 
 def test_a_process_without_authentication(head: Head, tmp_path: Path) -> None:
