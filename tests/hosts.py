@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 BRIDGE, NET = "rlcbr", "10.77.0"
 GATEWAY = f"{NET}.1"
 HEAD_PORT, DASHBOARD_PORT, S3_PORT, PROXY_PORT = 6379, 8265, 5555, 5556
@@ -123,8 +125,8 @@ class Hosts:
         if self.hosts:
             place = [f"--address={NET}.10:{HEAD_PORT}"]
         core = number % (os.cpu_count() or 1)
-        start = f"taskset -c {core} {BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus} {' '.join(place)}"
-        start += " --object-store-memory=200000000 --disable-usage-stats"
+        start = f"taskset -c {core} {BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus}"
+        start += f" {' '.join(place)} --object-store-memory=200000000 --disable-usage-stats"
         mounts = f"mount -t tmpfs -o size={disk_mib}m t /tmp && mount -t tmpfs -o size=600m t /dev/shm"
         with open(host.folder / "ray.log", "wb") as log:
             host.ray = subprocess.Popen(
@@ -172,6 +174,9 @@ class Hosts:
 
 def _clear() -> None:
     """What a killed run has left."""
+    for one in psutil.process_iter(["cmdline"]):
+        if any(GATEWAY in word or "flaky_proxy" in word for word in one.info["cmdline"] or []):
+            one.kill()
     for name in [line.split()[0] for line in sh("ip", "netns", "list").splitlines() if line.startswith("rlc")]:
         Host(name, "", Path()).kill()
         delete(name)
