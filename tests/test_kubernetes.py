@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,3 +61,12 @@ def test_the_readme_names_what_is_there() -> None:
     assert set(re.findall(r"overlays/([a-z-]+)", text)) == set(OVERLAYS)
     for path in re.findall(r"cluster/kubernetes/[\w./-]+", text):
         assert (FOLDER.parents[1] / path).exists(), path
+
+
+def test_the_readmes_sed_leaves_no_placeholder(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "cluster" / "kubernetes")
+    (command,) = re.findall(r"(?s)```\n(grep .*?)```", (FOLDER / "README.md").read_text())
+    subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True)
+    for file in (tmp_path / "cluster").rglob("*.yaml"):
+        assert not re.search(r"BUCKET|registry\.example|0{12}", file.read_text()), file
+    assert "s3://my-cells/runs/paper" in (tmp_path / "cluster/kubernetes/overlays/train/rayjob.yaml").read_text()

@@ -1,0 +1,98 @@
+"""A Pod's container as far as a machine without Kubernetes has one: its user, its mounts and nothing else writable.
+
+Ray starts there, the job of overlays/train runs twice (a retry goes on), and SIGTERM drains the node.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kuberay import ROOT, jobs, pods, render
+
+# The root is a tmpfs with the system, the interpreter and the project bound into it, made read-only. $1: where; $2: the
+# dataset; $3: folders to bind; $4: those that the Pod may write to.
+CONTAINER = """
+set -e
+ip link set lo up
+mount -t tmpfs -o mode=755 tmpfs "$1"
+for path in /usr /bin /sbin /lib /lib64 /etc $3; do
+  mkdir -p "$1${path%/*}"
+  if [ -L "$path" ]; then cp -a "$path" "$1$path"; continue; fi
+  [ -d "$path" ] || continue
+  mkdir -p "$1$path"; mount --bind "$path" "$1$path"; mount -o remount,bind,ro "$1$path"
+done
+mkdir -p "$1/app/jobs" "$1/proc" "$1/sys" "$1/dev"
+mount --bind "$PWD/jobs" "$1/app/jobs"; mount -o remount,bind,ro "$1/app/jobs"
+mount -t proc proc "$1/proc"; mount --rbind /sys "$1/sys"; mount --rbind /dev "$1/dev"
+for path in $4; do mkdir -p "$1$path"; mount -t tmpfs -o mode=1777 tmpfs "$1$path"; done
+mkdir "$1/tmp/bucket"; cp -r "$2" "$1/tmp/bucket/shards"; chown -R 1000:1000 "$1/tmp/bucket"
+mount -o remount,ro "$1"
+exec chroot "$1" setpriv --reuid=1000 --regid=1000 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all \\
+  bash -c 'cd /app && eval "$NODE"'
+"""
+
+NODE = """
+touch /app/jobs/x /usr/x /x 2>&1
+start="ray start --head --block --num-cpus=3 --object-store-memory=200000000"
+bash -c -- "ulimit -n 65536; $start" >/tmp/node.log 2>&1 &
+node=$!
+until ray health-check --address 127.0.0.1:6379 >/dev/null 2>&1; do
+  kill -0 $node || { cat /tmp/node.log; exit 1; }
+done
+for run in first retry; do
+  until ray job submit --address http://127.0.0.1:8265 -- $ENTRYPOINT >/tmp/$run.log 2>&1; do
+    grep -q "try again later" /tmp/$run.log || { cat /tmp/$run.log; exit 1; }
+  done
+  cat /tmp/$run.log
+done
+RAY_AUTH_TOKEN=wrong ray job list --address http://127.0.0.1:8265 2>&1 | grep -qi authentication \\
+  && echo "unauthenticated calls refused: yes"
+grep -rlE "Read-only file system|Permission denied" /tmp/ray/session_latest/logs \\
+  | sed "s/^/log that met a closed door: /"
+kill -TERM $node; wait $node; cat /tmp/node.log; ls /tmp/bucket/runs/paper
+"""
+
+SMALL = "--crop 40 40 --model.features 4 8 --phases.0.epochs 1 --loop.precision float32"
+
+
+def _possible() -> bool:
+    if sys.platform != "linux" or os.geteuid() != 0 or not (shutil.which("unshare") and shutil.which("ip")):
+        return False
+    return subprocess.run(["unshare", "-m", "-n", "-p", "-f", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_and_a_job_need_no_more_than_the_pod_gives(tiny_dataset: str, tmp_path: Path) -> None:
+    if not _possible():
+        pytest.skip("needs Linux, util-linux, iproute2 and a root that may make namespaces")
+    overlay = render("train")
+    (job,) = jobs(overlay)
+    (head,) = [pod for pod in pods(overlay) if pod.name == "head"]
+    writable = [mount["mountPath"] for mount in head.spec["containers"][0]["volumeMounts"]]
+    env = {one["name"]: one["value"] for one in head.spec["containers"][0]["env"]} | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}/usr/bin:/usr/sbin:/bin:/sbin",
+        "HOME": "/home/ray",
+        "NODE": NODE,
+        "ENTRYPOINT": f"{job.spec['entrypoint'].replace('s3://BUCKET', '/tmp/bucket')} {SMALL}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
+    }
+    bound = " ".join(dict.fromkeys([sys.base_prefix, sys.prefix, str(ROOT)]))
+    command = ["unshare", "-m", "-n", "-p", "-f", "--propagation", "private", "bash", "-c", CONTAINER, "container"]
+    command += [str(tmp_path), tiny_dataset, bound, " ".join(writable)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=550)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert [told.count(f"touch: cannot touch '{path}'") for path in ("/app/jobs/x", "/usr/x", "/x")] == [1, 1, 1]
+    assert told.count("succeeded") == 2
+    assert "unauthenticated calls refused: yes" in told
+    assert "log that met a closed door" not in told, told
+    assert "received SIGTERM. Draining for up to 3.0 seconds" in told
+    assert "report.html" in told
