@@ -30,5 +30,5 @@ def test_tunes_pickles_are_not_opened(tiny_dataset: str, ray_cluster: None, tmp_
     for path in (*there, *missing):
         path.write_bytes(pickled(marker))
     study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=2, resume=True)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert [trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials] == [True, True]
     assert not marker.exists()
