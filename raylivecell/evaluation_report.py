@@ -41,9 +41,9 @@ def chosen(per_image: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     titles: dict[int, str] = {}
     for kind in sorted({row["cell_type"] for row in per_image}):
         rows = sorted((row for row in per_image if row["cell_type"] == kind), key=lambda row: row["msa"])
-        named = {"best": rows[-1], "median": rows[len(rows) // 2], "worst": rows[0]}
+        named = {"best": rows[-1], "median": rows[len(rows) // 2], "worst": rows[0]} if rows[1:] else {"only": rows[0]}
         for name, row in named.items():  # an image has one name: best before median before worst
-            scores = f"mSA {row['msa']:.3f}, Dice {row['dice']:.3f}, {row['cells']} of {row['true_cells']} cells"
+            scores = f"mSA {row['msa']:.3f}, Dice {row['dice']:.3f}, {row['cells']} found, {row['true_cells']} true"
             titles.setdefault(row["item"], f"{kind}, {name}: {row['file_name']}   {scores}")
     return titles
 
@@ -67,6 +67,7 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[i
         page.grid("tiles", [page.tile(label, _value(result[name])) for name, label in COLUMNS]),
         "<h2>Scores</h2>",
         f'<div class="card">{_table(result)}</div>',
+        f"<details><summary>What the scores mean</summary>{_MEANINGS}</details>",
         "<h2>Each cell type's best, median and worst image</h2>",
         f'<p class="soft">{_LEGEND}</p>',
         page.grid("pictures", pictures),
@@ -79,7 +80,19 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[i
 
 _LEGEND = (
     "From left to right: true cells; cells found; errors. Green edge: right, IoU 0.5 or more. Vermilion: found, but no "
-    "such cell. Blue: a cell that was missed."
+    "such cell. Blue: a cell that was missed. Where both lie over each other, brown."
+)
+_MEANINGS = "".join(
+    f"<p>{text}</p>"
+    for text in (
+        "Dice, IoU: of pixels. A network's are those of its foreground, a results file's those of its cells' union.",
+        "SA50: TP / (TP + FP + FN) of cells, right at an IoU of 0.5 or more; mSA: the mean over IoU 0.50 to 0.95. PQ: "
+        "panoptic quality, the mean IoU of right cells times their F1.",
+        "AP, AP50, AP75: LIVECell's COCO protocol, up to 2,000 cells an image, ranked by score. AFNR: the share of "
+        "true cells missed, the mean over IoU 0.50 to 0.95.",
+        "Count error: |found - true| / true, confluence error: |covered - truly covered| of the area; means of images.",
+        "In brackets: 95 % bootstrap intervals over images; of two or three images they are no more than their range.",
+    )
 )
 
 

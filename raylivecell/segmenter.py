@@ -44,8 +44,10 @@ class Segmenter:
 
         Up to `tiles.WHOLE_PIXELS` in one piece; larger images in overlapping windows, in bounded memory.
         """
-        if image.ndim != 2 or image.dtype != np.uint8:
-            raise ValueError(f"image is {image.dtype} {image.shape}; give a grey image, uint8 (H, W)")
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"image is {type(image).__name__}; give an array, uint8 (H, W)")
+        if image.ndim != 2 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"image is {image.dtype} {image.shape}; give a grey image, uint8 (H, W), scaled to 8 bits")
         if image.size > tiles.WHOLE_PIXELS:
             return Cells(*tiles.segment(self.network, image, self.targets, self.config))
         maps = self.network(image)
