@@ -71,6 +71,7 @@ def evaluate(
     folder, data = checkpoint.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
     rows = _rows_of(data, split)
     recipe = recipes.load(storage.join(folder, checkpoint.RECIPE))
+    _check_no_run(out)
     storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
     if calibrated:
         _calibrate(folder, data, tta)
@@ -94,6 +95,11 @@ def evaluate(
     return result
 
 
+def _check_no_run(out: str) -> None:
+    if "metrics.jsonl" in storage.list_names(out):
+        raise UserError(f"{out} holds a run, whose report this would replace; choose another --out")
+
+
 def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0) -> dict[str, Any]:
     """Score anybody's COCO results file as `evaluate` scores a checkpoint.
 
@@ -112,6 +118,7 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
     rows = _rows_of(data, split)
     names = [_names(shards.read_row(row, ["file_name", "annotation"])) for row in rows]
     sizes = _sizes(rows, names)
+    _check_no_run(out)
     predictions = coco_protocol.read_results(storage.absolute(predictions_uri), sizes)
     runtime.connect()
     none: tuple[list[Rle], np.ndarray] = ([], np.zeros(0))

@@ -150,3 +150,7 @@ def test_mistakes_are_told_before_anything_starts(saved: str, data: str, tmp_pat
     with pytest.raises(UserError, match="image"):
         evaluate.compare(str(file), data, "test", out)
     assert not Path(out).exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="holds a run, whose report this would replace"):
+        evaluate.evaluate(saved, data, "test", str(tmp_path / "run"))
