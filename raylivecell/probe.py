@@ -64,7 +64,7 @@ def _storage_error(folder: str, name: str) -> str:
 
 
 def nodes(out: str | None) -> list[Node]:
-    """Every living node; all write to a folder of this call's beside `out` and read what the driver wrote there.
+    """Every living node; all write to a folder of this call's in `out` and read what the driver wrote there.
 
     Raises:
         OSError: the driver cannot write there.
@@ -81,6 +81,7 @@ def nodes(out: str | None) -> list[Node]:
     finally:
         if folder:
             storage.delete(folder)
+            storage.delete_empty(str(out))
 
 
 def _start(node_id: str) -> Any:

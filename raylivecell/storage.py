@@ -145,6 +145,14 @@ def delete(uri: str | Path) -> None:
         filesystem.delete_file(path)
 
 
+def delete_empty(uri: str | Path) -> None:
+    """Delete the folder at `uri`, if there and without files."""
+    filesystem, path = open_uri(uri)
+    is_folder = filesystem.get_file_info(path).type == pafs.FileType.Directory
+    if is_folder and not filesystem.get_file_info(pafs.FileSelector(path)):
+        filesystem.delete_dir(path)
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[IO[bytes]]:
     target.parent.mkdir(parents=True, exist_ok=True)

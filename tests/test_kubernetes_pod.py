@@ -14,11 +14,12 @@ import pytest
 from kuberay import ROOT, jobs, pods, render
 
 # The root is a tmpfs with the system, the interpreter and the project bound into it, made read-only. $1: where; $2: the
-# dataset; $3: folders to bind; $4: those that the Pod may write to.
+# dataset; $3: folders to bind, over $4, those that the Pod may write to: the project may lie in /tmp.
 CONTAINER = """
 set -e
 ip link set lo up
 mount -t tmpfs -o mode=755 tmpfs "$1"
+for path in $4; do mkdir -p "$1$path"; mount -t tmpfs -o mode=1777 tmpfs "$1$path"; done
 for path in /usr /bin /sbin /lib /lib64 /etc $3; do
   mkdir -p "$1${path%/*}"
   if [ -L "$path" ]; then cp -a "$path" "$1$path"; continue; fi
@@ -28,7 +29,6 @@ done
 mkdir -p "$1/app/jobs" "$1/proc" "$1/sys" "$1/dev"
 mount --bind "$PWD/jobs" "$1/app/jobs"; mount -o remount,bind,ro "$1/app/jobs"
 mount -t proc proc "$1/proc"; mount --rbind /sys "$1/sys"; mount --rbind /dev "$1/dev"
-for path in $4; do mkdir -p "$1$path"; mount -t tmpfs -o mode=1777 tmpfs "$1$path"; done
 mkdir "$1/tmp/bucket"; cp -r "$2" "$1/tmp/bucket/shards"; chown -R 1000:1000 "$1/tmp/bucket"
 mount -o remount,ro "$1"
 exec chroot "$1" setpriv --reuid=1000 --regid=1000 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all \\

@@ -158,6 +158,7 @@ def test_the_cluster_is_shared_out(
 ) -> None:
     resources = {"CPU": float(cpus), "GPU": float(gpus)}
     monkeypatch.setattr(tuner.preflight.ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(tuner.preflight.ray, "nodes", lambda: [{"Alive": True}])
     config = SweepConfig(workers_per_trial=workers, gpus_per_worker=share)
     room = tuner.capacity(config, resources, at_once)
     assert (room.at_once, room.cpus, room.gpus, room.threads) == expected
