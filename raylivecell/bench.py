@@ -1,7 +1,6 @@
 """`raylivecell bench`: each figure beside its rival's in the same run, as a table and in bench.json."""
 
 import platform
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -10,53 +9,69 @@ import psutil
 from rich.table import Table
 
 from raylivecell import __version__, storage
+from raylivecell.bench_chart import chart
 from raylivecell.progress import console
 
-What = Literal["augment", "feed", "prepare"]
+What = Literal["augment", "feed", "train", "prepare", "predict", "startup", "scale"]
 
 
 def bench(what: What, out: Path, repeats: int, images: int) -> dict[str, Any]:
-    """Run one benchmark, print it and write OUT/bench.json; what was written.
+    """Run one benchmark, print it and write OUT/bench.json and bench.png; what was written.
 
     Args:
         what: which.
-        out: folder of bench.json.
+        out: folder of both.
         repeats: runs of each rival, in turn; medians are given.
-        images: size of the set (`feed`, `prepare`).
+        images: size of the set (`feed`, `train`, `prepare`, `scale`).
     """
-    figures = _RUNS[what](repeats, images)
+    figures = _run(what, repeats, images)
+    hardware = {"processor": _processor(), "cores": psutil.cpu_count(), "memory_gib": _memory_gib()}
     result = {
         "bench": what,
         "raylivecell": __version__,
         "date": date.today().isoformat(),
-        "hardware": {"processor": _processor(), "cores": psutil.cpu_count(), "memory_gib": _memory_gib()},
+        "hardware": hardware,
         "figures": figures,
     }
     storage.write_json(storage.join(out, "bench.json"), result)
+    drawn = chart(f"bench {what}, {hardware['processor']}, {hardware['cores']} cores", figures)
+    storage.write_bytes(storage.join(out, "bench.png"), drawn)
     console.print(_table(what, figures))
-    console.print(f"written: {out}/bench.json")
+    console.print(f"written: {out}/bench.json, bench.png")
     return result
 
 
-def _augment(repeats: int, images: int) -> dict[str, Any]:
-    from raylivecell.bench_augment import bench_augment
+def _run(what: What, repeats: int, images: int) -> dict[str, Any]:
+    """Each in a room of its own, imported when asked for: some start Ray."""
+    match what:
+        case "augment":
+            from raylivecell.bench_augment import bench_augment
 
-    return bench_augment(repeats=repeats)
+            return bench_augment(repeats=repeats)
+        case "feed":
+            from raylivecell.bench_feed import bench_feed
 
+            return bench_feed(images, repeats)
+        case "train":
+            from raylivecell.bench_train import bench_train
 
-def _feed(repeats: int, images: int) -> dict[str, Any]:
-    from raylivecell.bench_feed import bench_feed
+            return bench_train(images, repeats)
+        case "prepare":
+            from raylivecell.bench_prepare import bench_prepare
 
-    return bench_feed(images, repeats)
+            return bench_prepare(images)
+        case "predict":
+            from raylivecell.bench_predict import bench_predict
 
+            return bench_predict(repeats)
+        case "startup":
+            from raylivecell.bench_startup import bench_startup
 
-def _prepare(repeats: int, images: int) -> dict[str, Any]:
-    from raylivecell.bench_prepare import bench_prepare
+            return bench_startup(repeats)
+        case "scale":
+            from raylivecell.bench_scale import bench_scale
 
-    return bench_prepare(images)
-
-
-_RUNS: dict[str, Callable[[int, int], dict[str, Any]]] = {"augment": _augment, "feed": _feed, "prepare": _prepare}
+            return bench_scale(images, repeats)
 
 
 def _table(what: str, figures: dict[str, Any]) -> Table:

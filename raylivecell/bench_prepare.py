@@ -19,12 +19,15 @@ import cv2
 import numpy as np
 import psutil
 
+from raylivecell.bench_spread import spread
+
 HEIGHT, WIDTH = 520, 704
 PATTERNS = 32
 """Different frames of outlines; images repeat them with noise of their own, so that no two are the same."""
 ROWS, COLUMNS, CORNERS = 13, 25, 60
 SPLITS = {"train": 0.62, "val": 0.11, "test": 0.27}
 RIVAL_IMAGES = 2
+RIVAL = "pycocotools and scipy on whole frames, one process"
 SAMPLE_EVERY_S = 1.0
 
 
@@ -45,15 +48,17 @@ def bench_prepare(images: int = 500, folder: str | None = None) -> dict[str, Any
         cells = write_source(root / "source", images)
         size = sum(path.stat().st_size for path in root.glob("source/*.json"))
         measured = _measure(root)
-        rival = _rival(root)
+        rival, rival_speed = _rival(root)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+    speed = images / measured["seconds"]
     return {
         "images": images,
         "cells": cells,
         "json_bytes": size,
         **measured,
-        "images_per_s": round(images / measured["seconds"], 2),
+        "images_per_s": {"raylivecell": spread([speed]), RIVAL: spread([rival_speed])},
+        "ratio": {f"raylivecell / {RIVAL}": spread([speed / rival_speed])},
         "rival": rival,
     }
 
@@ -187,17 +192,19 @@ print(json.dumps({"load": load, "memory": memory, "draw": time.perf_counter() - 
 """
 
 
-def _rival(root: Path) -> dict[str, Any]:
-    """pycocotools, scipy: the whole of the smallest annotation file loaded, two images drawn, one process."""
+def _rival(root: Path) -> tuple[dict[str, Any], float]:
+    """pycocotools, scipy: the whole of the smallest annotation file loaded, two images drawn, one process.
+
+    What it took, and images/s drawn.
+    """
     path = min(root.glob("source/*.json"), key=lambda one: one.stat().st_size)
     command = [sys.executable, "-c", _RIVAL, str(path), str(root / "source" / "images"), str(RIVAL_IMAGES)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
     megabytes = path.stat().st_size / 1e6
-    return {
-        "what": "pycocotools and scipy on whole frames, one process",
+    found = {
         "json_bytes": path.stat().st_size,
         "json_mb_per_s": round(megabytes / told["load"], 1),
         "peak_mib": round(told["memory"], 1),
-        "images_per_s_drawn": round(RIVAL_IMAGES / told["draw"], 3),
     }
+    return found, RIVAL_IMAGES / told["draw"]

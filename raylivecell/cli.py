@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
         return COMMANDS[arguments[0]][1](arguments[1:]) or 0
+    except (NotADirectoryError, FileExistsError) as error:
+        print(f"raylivecell: a file lies where a folder is needed: {error.filename or error}", file=sys.stderr)
+        return 2
     except (UserError, OSError) as error:  # a path, a disk, a network: the error names it
         print(f"raylivecell: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

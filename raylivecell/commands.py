@@ -159,18 +159,20 @@ def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images
 
 
 def bench(
-    what: tyro.conf.Positional[Literal["augment", "feed", "prepare"]],
+    what: tyro.conf.Positional[Literal["augment", "feed", "train", "prepare", "predict", "startup", "scale"]],
     out: Path | None = None,
     repeats: int = 5,
-    images: int = 500,
+    images: int = 200,
 ) -> None:
-    """Measure one part beside its rivals, in one run; writes bench.json.
+    """Measure one part beside its rivals, in one run; writes bench.json and bench.png.
 
     Args:
-        what: `augment`: milliseconds an image. `feed`: images/s into the loop. `prepare`: images/s and peak memory.
-        out: folder of bench.json; default: runs/bench/WHAT.
+        what: `augment`: milliseconds an image. `feed`: images/s into the loop. `train`: images/s of loader, step, both.
+            `prepare`: images/s and peak memory. `predict`: milliseconds a stage. `startup`: seconds to the first step.
+            `scale`: images/s over 1, 2 and 3 simulated nodes.
+        out: folder of the results; default: runs/bench/WHAT.
         repeats: runs of each rival, in turn.
-        images: size of the set of `feed` and `prepare`.
+        images: size of the set of `feed`, `train`, `prepare` and `scale`.
     """
     from raylivecell import bench as room
 

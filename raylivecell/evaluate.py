@@ -9,6 +9,7 @@ Instead of a network, a COCO results file can be scored: any other tool's cells,
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -251,6 +252,7 @@ def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, abou
         **about,
         "data": shards.provenance(data),
         "raylivecell": __version__,
+        "date": date.today().isoformat(),
         "per_image": per_image,
     }
 

@@ -71,11 +71,21 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[i
         "<h2>Each cell type's best, median and worst image</h2>",
         f'<p class="soft">{_LEGEND}</p>',
         page.grid("pictures", pictures),
+        f'<p class="soft">{html.escape(_origin(result))}</p>',
         f'<p class="soft">Licence of the images: {html.escape(result["data"]["licence"])}</p>',
     ]
     title = f"{result['images']} images of {result['split']}"
     text = page.page(title, "Cells found, and how well", body)
     storage.write_bytes(storage.join(out, "report.html"), text.encode())
+
+
+def _origin(result: Result) -> str:
+    """What was scored, how and when, in a line."""
+    scored = result.get("checkpoint") or result["predictions"]
+    settings = [f"{name} {value}" for name, value in result.get("thresholds", {}).items()]
+    settings += ["averaged over flips"] if result.get("tta") else []
+    parts = [f"Scored: {scored['uri']} (sha256 {scored['sha256'][:12]})", *settings]
+    return f"{', '.join(parts)}; raylivecell {result['raylivecell']}, {result['date']}"
 
 
 _LEGEND = (

@@ -65,6 +65,7 @@ def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict
     head |= description.legal(*plan.statements(read)) | {"source": head["source"] | plan.provenance(read, jobs, head)}
     if old is not None and old["source"] == head["source"] and _is_whole(out, old):
         _clean(out, jobs)
+        progress.console.print(f"nothing to do: {out} is this dataset already", markup=False, soft_wrap=True)
         return old
     if old is not None and old["source"] != head["source"] and not config.overwrite:
         raise UserError(f"{out} holds a dataset of another state of {source}; set --overwrite to replace it")

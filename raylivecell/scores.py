@@ -60,8 +60,12 @@ def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> 
         `confluence_error`: see `instance_metrics`.
 
     Raises:
+        TypeError: not arrays.
         ValueError: where their shapes differ.
     """
+    if not isinstance(labels, np.ndarray) or not isinstance(truth, np.ndarray):
+        wrong = type(truth if isinstance(labels, np.ndarray) else labels).__name__
+        raise TypeError(f"a {wrong} is no label image; give two arrays of integers (H, W), the labels found and true")
     counts = metrics.mask_counts(labels, truth)
     pixels = [counts[name] for name in metrics.COUNTS]
     return {

@@ -34,6 +34,8 @@ JOBS = Path(__file__).parents[1] / "jobs"
         ("synth --out s3://bucket/cells", "writes to a local folder"),
         ("demo --out {tmp}/o --images 2 --recipe {jobs}/demo.yaml", "the demo needs 8"),
         ("sweep --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
+        ("synth --out {tmp}/binary", "a file lies where a folder is needed: {tmp}/binary"),
+        ("demo --out {tmp}/binary", "a file lies where a folder is needed: {tmp}/binary"),
     ],
 )
 def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

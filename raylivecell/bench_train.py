@@ -1,0 +1,185 @@
+"""`bench train`: images/s of training beside a plain PyTorch loop with a DataLoader: loader, step, and both together.
+
+All train the same network on the same decoded frames from memory, with the same transformations, loss, optimiser and
+batches, on this machine's CPUs or its first GPU. They run in turn, so that a machine's drift hits all.
+"""
+
+import contextlib
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor, nn
+
+from raylivecell import bench_frames, ingest, loop, runtime, segment, train, worker
+from raylivecell.bench_feed import images_per_s
+from raylivecell.bench_spread import spread
+from raylivecell.losses import segmentation_loss
+from raylivecell.model import ModelConfig, build_model, count_parameters, normalise
+from raylivecell.optimizer import OptimizerConfig, build_optimizer
+from raylivecell.order import PhaseConfig
+from raylivecell.recipe import Recipe
+
+CROP = (256, 256)
+# Steps between two looks at the clock, of a step alone and of a whole run; the first such part is warm-up.
+STEP_PART, RUN_PART, PARTS = 4, 20, 3
+OURS, PLAIN, MONAI = "raylivecell", "plain PyTorch", "MONAI BasicUNet"
+
+
+def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
+    """Images/s of each way with median and spread, and ratios turn by turn.
+
+    Args:
+        images: frames of 520x704 in memory.
+        repeats: how often each is measured, in turn.
+
+    Returns:
+        `images_per_s`: way -> spread; `ratio`: "A / B" -> spread; `data_wait_share` of our runs; `device`,
+        `parameters`, `batch`, `crop`.
+    """
+    runtime.connect()
+    bench = _Bench(images)
+    ways = bench.ways()
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            speeds[name].append(way())
+    pairs = [
+        (f"both: {OURS}", f"both: {PLAIN}, DataLoader"),
+        (f"both: {OURS}", f"both: {OURS}, no Ray Train"),
+        (f"step: {OURS}", f"step: {PLAIN}"),
+        (f"step: {OURS}", f"step: {MONAI}"),
+    ]
+    return {
+        "device": str(bench.device),
+        "parameters": count_parameters(build_model(bench.recipe.model)),
+        "batch": bench.recipe.batch_size,
+        "crop": list(CROP),
+        "images_per_s": {name: spread(values) for name, values in speeds.items()},
+        "data_wait_share": spread(bench.waits),
+        "ratio": {f"{a} / {b}": spread([x / y for x, y in zip(speeds[a], speeds[b])]) for a, b in pairs},
+    }
+
+
+class _Bench:
+    """What all ways share: frames, recipe, and one batch for steps alone."""
+
+    def __init__(self, images: int) -> None:
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.recipe = Recipe(
+            batch_size=16 if gpu else 4,
+            crop=CROP,
+            phases=(PhaseConfig(steps=PARTS * RUN_PART, plain=False, transformed=1),),
+            model=ModelConfig(features=(64, 128, 256, 512) if gpu else (8, 16, 32, 64)),
+            optimizer=OptimizerConfig(lr=1e-4),
+            loop=loop.LoopConfig(report_steps=RUN_PART),
+        )
+        self.frames = bench_frames.frames(images)
+        self.samples = bench_frames.samples(self.frames)
+        self.job = worker.Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
+        recipe, plan = self.recipe, self.job.plan()
+        self.source = ingest.Source(self.samples.train, plan, recipe.augment, CROP, self.samples.kept_train)
+        self.planes = torch.from_numpy(ingest.load(plan.rows(0), self.source))
+        self.waits: list[float] = []
+
+    def ways(self) -> dict[str, Callable[[], float]]:
+        """What is measured: name -> images/s."""
+        batch = self.recipe.batch_size
+        return {
+            f"loader: {OURS}": lambda: images_per_s(self._stream(), batch, RUN_PART),
+            "loader: DataLoader": lambda: images_per_s(iter(self._loader()), batch, RUN_PART),
+            f"step: {OURS}": lambda: self._loop(self._step_recipe(), self._repeated()),
+            f"step: {OURS}, channels first": lambda: self._loop(
+                self._step_recipe(channels_last=False), self._repeated()
+            ),
+            f"step: {PLAIN}": lambda: self._plain(self._network(), itertools.repeat(self.planes), STEP_PART),
+            f"step: {MONAI}": lambda: self._plain(self._monai(), itertools.repeat(self.planes), STEP_PART),
+            f"both: {OURS}": self._run,
+            f"both: {OURS}, no Ray Train": self._run_here,
+            f"both: {PLAIN}, DataLoader": lambda: self._plain(self._network(), self._loader(), RUN_PART),
+        }
+
+    def _stream(self) -> ingest.Stream:
+        return ingest.Stream(self.source, 0, 0, 1, self.job.stream_memory)
+
+    def _loader(self) -> Iterable[Tensor]:
+        return bench_frames.loader(bench_frames.Planned(self.frames, self.source))
+
+    def _repeated(self) -> Iterator[dict[str, Tensor]]:
+        return itertools.repeat({"planes": self.planes})
+
+    def _step_recipe(self, channels_last: bool = True) -> Recipe:
+        phases = (self.recipe.phases[0].model_copy(update={"steps": PARTS * STEP_PART}),)
+        how = loop.LoopConfig(report_steps=STEP_PART, channels_last=channels_last)
+        return self.recipe.model_copy(update={"phases": phases, "loop": how})
+
+    def _run(self) -> float:
+        """As `raylivecell train` does it, reports and all."""
+        with tempfile.TemporaryDirectory() as folder:
+            job = worker.Job(self.recipe, f"{folder}/run", self.samples, self.job.stream_memory)
+            gpus = float(self.device.type == "cuda")
+            train.fit(train.trainer(job, 1, 1.0, gpus, retries=0))
+            rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+        self.waits.append(sum(row["data_wait_share"] for row in rows[1:]) / len(rows[1:]))
+        return _speed(rows, self.recipe.batch_size)
+
+    def _run_here(self) -> float:
+        """The same in this process."""
+        with contextlib.closing(self._stream()) as stream:
+            return self._loop(self.recipe, stream)
+
+    def _loop(self, recipe: Recipe, batches: Iterator[dict[str, Tensor]]) -> float:
+        """Our loop in this process."""
+        torch.manual_seed(0)
+        plan = worker.Job(recipe, "", self.samples, 0).plan()
+        training = loop.start(segment.build(recipe, self.device), recipe.optimizer, plan.steps)
+        for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, lambda network: {}):
+            pass
+        return _speed(training.state.history, recipe.batch_size)
+
+    def _network(self) -> nn.Module:
+        return build_model(self.recipe.model).to(self.device)
+
+    def _monai(self) -> nn.Module:
+        """MONAI's network with the same channels at each level."""
+        from monai.networks.nets import BasicUNet
+
+        features = self.recipe.model.features
+        return BasicUNet(2, 1, 1, (*features, 2 * features[-1], features[0])).to(self.device)
+
+    def _plain(self, network: nn.Module, batches: Iterable[Tensor], part: int) -> float:
+        """The loop that one writes by hand."""
+        torch.manual_seed(0)
+        optimizer, scheduler = build_optimizer(network, self.recipe.optimizer, PARTS * part)
+        network.train()
+        gpu = self.device.type == "cuda"
+        begin = 0.0
+        for step, planes in enumerate(itertools.islice(batches, PARTS * part)):
+            if step == part:
+                begin = self._now()
+            planes = planes.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=gpu):
+                logits = network(normalise(planes[:, :1]))
+            loss = segmentation_loss(logits, planes[:, 1:], self.recipe.loss).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        return (PARTS - 1) * part * self.recipe.batch_size / (self._now() - begin)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _speed(rows: Sequence[dict[str, Any]], batch: int) -> float:
+    """Images/s of a history, its first row left out."""
+    return (rows[-1]["step"] - rows[0]["step"]) * batch / sum(row["seconds"] for row in rows[1:])

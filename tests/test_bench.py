@@ -1,0 +1,76 @@
+"""`bench`: each figure beside its rival's, from the same run."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from raylivecell import bench, bench_chart, bench_predict, bench_scale, bench_startup, storage
+from raylivecell.errors import UserError
+
+
+def test_written_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {
+        "images_per_s": {
+            name: {"median": m, "min": m / 2, "max": 2 * m} for name, m in (("ours", 30.0), ("other", 9.0))
+        },
+        "ratio": {"ours / other": {"median": 3.3, "min": 3.0, "max": 4.0}},
+    }
+    monkeypatch.setattr(bench, "_run", lambda what, repeats, images: figures)
+    with bench.console.capture() as shown:
+        result = bench.bench("feed", tmp_path, 1, 1)
+    assert storage.read_json(tmp_path / "bench.json") == result
+    assert result["figures"] == figures
+    assert result["hardware"]["cores"] > 0
+    text = " ".join(shown.get().split())
+    assert "ours / other" in text
+    assert "3.3 (3 to 4)" in text
+    drawn = cv2.imread(str(tmp_path / "bench.png"))
+    assert drawn.shape[1] > 600
+
+
+def test_a_chart_s_bars_are_as_long_as_their_medians() -> None:
+    bars = {name: {"median": m, "min": m, "max": m} for name, m in (("a", 10.0), ("b", 5.0))}
+    drawn = cv2.imdecode(np.frombuffer(bench_chart.chart("x", {"seconds": bars}), np.uint8), cv2.IMREAD_COLOR)
+    blue = (np.abs(drawn.astype(int) - (0xAA, 0x77, 0x44)) < 8).all(axis=2)
+    lengths = blue.sum(axis=1)
+    upper, lower = (part[part > 0] for part in np.split(lengths, [len(lengths) // 2]))
+    assert np.median(upper) == pytest.approx(2 * np.median(lower), rel=0.03)
+
+
+def test_stages_of_predict_beside_the_libraries() -> None:
+    figures = bench_predict.bench_predict(repeats=1)
+    assert figures["cells"] > 50
+    assert sum(figures["share"].values()) == pytest.approx(1, abs=0.01)
+    assert {"network", "watershed", "scores", "cells.csv", "coco.json", "labels", "masks", "overlays"} < set(
+        figures["share"]
+    )
+    assert len(figures["ratio"]) == 5
+
+
+def test_start_is_read_from_what_train_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "x\nfirst step after 9.3 s: imports 2.0, Ray 4.1, first batch and step 3.2\nstep 3/3  epoch 1  loss 1.2\n"
+    monkeypatch.setattr(bench_startup, "_timed", lambda *words: (12.0, told))
+    seconds, parts = bench_startup._train(Path("x"), 0)
+    assert seconds == 9.3
+    assert parts == {"imports": 2.0, "Ray": 4.1, "first batch and step": 3.2}
+
+
+def test_scale_takes_no_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UserError, match="unset RAY_ADDRESS"):
+        bench_scale.bench_scale()
+
+
+def test_training_with_and_without_ray(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raylivecell import bench_train
+
+    monkeypatch.setattr(bench_train, "RUN_PART", 2)
+    monkeypatch.setattr(bench_train, "STEP_PART", 1)
+    figures: dict[str, Any] = bench_train.bench_train(images=4, repeats=1)
+    assert len(figures["images_per_s"]) == 9
+    assert all(one["median"] > 0 for one in figures["images_per_s"].values())
+    assert 0 <= figures["data_wait_share"]["median"] <= 1
+    assert len(figures["ratio"]) == 4
