@@ -8,12 +8,22 @@ BIN := .venv/bin
 demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minutes on a CPU, into demo/
 	$(BIN)/raylivecell demo --out demo
 
-# Two processes: tests of Ray wait for processes to start, the rest computes. pytest-xdist 3.8 could not keep the tests of
-# Ray together (its --dist loadgroup does nothing under pytest 9.2), and two clusters on one host disturb each other.
-test: lint  ## lint, then all tests: those of Ray, and beside them the rest, told last
-	@trap 'kill $$rest 2>/dev/null' EXIT; \
-	$(BIN)/python -m pytest -m "not ray" --durations=5 >.pytest-rest.log 2>&1 & rest=$$!; \
-	$(BIN)/python -m pytest -m ray --durations=15; code=$$?; \
+# Tests of Ray mostly wait for its processes, the rest computes: they run beside each other, told one after another. Two
+# clusters on one host disturb each other, so Ray's tests are of two halves only where the system can keep them apart.
+# (pytest-xdist 3.8 could not keep them together: its --dist loadgroup does nothing under pytest 9.2.)
+HALF := tests/test_s3.py tests/test_sweep.py tests/test_train.py
+PYTEST := $(BIN)/python -m pytest
+
+test: lint  ## lint, then all tests: those of Ray, and beside them the rest
+	@trap 'kill $$rest $$half 2>/dev/null' EXIT; \
+	$(PYTEST) -m "not ray" --durations=5 >.pytest-rest.log 2>&1 & rest=$$!; \
+	if tests/apart.sh true 2>/dev/null; then \
+		tests/apart.sh $(PYTEST) -m ray --durations=10 $(HALF) >.pytest-half.log 2>&1 & half=$$!; \
+		$(PYTEST) -m ray --durations=10 $(HALF:%=--ignore=%); code=$$?; \
+		wait $$half || code=1; cat .pytest-half.log; \
+	else \
+		$(PYTEST) -m ray --durations=20; code=$$?; \
+	fi; \
 	wait $$rest || code=1; cat .pytest-rest.log; exit $$code
 
 lint: .venv/.installed  ## ruff (rules and format) and mypy

@@ -43,6 +43,9 @@ class AugmentConfig(StrictModel):
     """Differences from grey 128 are multiplied by exp(u), u uniform in [-log(1 + contrast), log(1 + contrast)]."""
     border: Literal["reflect", "constant"] = "reflect"
     """What lies outside the image: its mirror image (image and targets alike), or grey 128 and background."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where samples are transformed: by Ray Data's tasks, or by the training process on its GPU, for clusters with few
+    CPUs a GPU. The same transformations of the same samples, to within rounding; all images must be equally large."""
 
 
 class _Draws(NamedTuple):
@@ -82,8 +85,8 @@ def augment(
     draws = _Draws(*rng.random(len(_Draws._fields)).tolist())
     window = _window(image.shape[:2], size, draws.top, draws.left)
     maps = _maps(image.shape[:2], window, draws, rng, config)
-    flips = (draws.flip_x < config.flip, draws.flip_y < config.flip)
     if maps is None:
+        flips = _flips(draws, config)
         image, targets = _cut(_flipped(image, flips), window), _cut(_flipped(targets, flips), window)
     else:
         image = _remap(image, maps, cv2.INTER_LINEAR, config.border, BACKGROUND)
@@ -127,6 +130,29 @@ def plain_planes(
     return out
 
 
+class Move(NamedTuple):
+    """What `augment` or `plain` would do to a sample, as another device can do it."""
+
+    maps: NDArray[np.float32]
+    """x and y in the source, (2, rows, columns), on the nodes of the crop that are `elastic.node_step` apart."""
+    table: NDArray[np.uint8]
+    """What each grey level becomes, (256,)."""
+
+
+def move(shape: Size, rng: np.random.Generator, config: AugmentConfig, size: Size | None, transformed: bool) -> Move:
+    """The move of a frame of `shape`, no smaller than the crop, by the same numbers as `augment`, or else `plain`."""
+    step = elastic.node_step(config.elastic.sigma)
+    if not transformed:
+        window = _window(shape, size, *rng.random(2).tolist())
+        still = _affine_on_nodes(shape, window, 0.0, (False, False), step)
+        return Move(np.stack(still), np.arange(256, dtype=np.uint8))
+    draws = _Draws(*rng.random(len(_Draws._fields)).tolist())
+    window = _window(shape, size, draws.top, draws.left)
+    affine = _affine_on_nodes(shape, window, _angle(draws, config), _flips(draws, config), step)
+    maps = elastic.deform_nodes(affine, rng, shape, window, config.elastic) if _deformed(draws, config) else affine
+    return Move(np.stack(maps), _recolouring(draws, config))
+
+
 def centre_crop(image: np.ndarray, targets: np.ndarray, size: Size | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The central crop, for evaluation: shapes and rules as in `augment`; odd remainders leave more at the end."""
     image, targets = _widen(image, size), _widen(targets, size)
@@ -149,12 +175,11 @@ def augment_direct(
         image = _remap(image, maps, cv2.INTER_LINEAR, config.border, BACKGROUND)
         targets = _remap(targets, maps, cv2.INTER_NEAREST, config.border, 0)
     if draws.rotation < config.rotation.p:
-        angle = (2 * draws.angle - 1) * config.rotation.degrees
-        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
+        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), _angle(draws, config), 1)
         border = cv2.BORDER_REFLECT_101
         image = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=border)
         targets = cv2.warpAffine(targets, matrix, (width, height), flags=cv2.INTER_NEAREST, borderMode=border)
-    flips = (draws.flip_x < config.flip, draws.flip_y < config.flip)
+    flips = _flips(draws, config)
     image, targets = _flipped(image, flips), _flipped(targets, flips)
     return _recolour(np.ascontiguousarray(image), draws, config), np.ascontiguousarray(targets)
 
@@ -192,14 +217,32 @@ def _maps(shape: Size, window: Window, draws: _Draws, rng: np.random.Generator, 
     stays along the source's axes.
     """
     strength = config.elastic
-    deformed = draws.elastic < strength.p and max(strength.alpha_x, strength.alpha_y) > 0
-    angle = (2 * draws.angle - 1) * config.rotation.degrees if draws.rotation < config.rotation.p else 0.0
+    deformed, angle = _deformed(draws, config), _angle(draws, config)
     if not deformed and angle == 0:
         return None
-    step = elastic.node_step(strength.sigma) if deformed else 1.0
-    y, x = (elastic.nodes(first, length, step) for first, length in zip(window[:2], window[2:]))
-    affine = _affine_maps(x, y, shape, angle, (draws.flip_x < config.flip, draws.flip_y < config.flip))
+    affine = _affine_on_nodes(
+        shape, window, angle, _flips(draws, config), elastic.node_step(strength.sigma) if deformed else 1.0
+    )
     return elastic.deform(affine, rng, shape, window, strength) if deformed else affine
+
+
+def _deformed(draws: _Draws, config: AugmentConfig) -> bool:
+    return draws.elastic < config.elastic.p and max(config.elastic.alpha_x, config.elastic.alpha_y) > 0
+
+
+def _angle(draws: _Draws, config: AugmentConfig) -> float:
+    """Degrees."""
+    return (2 * draws.angle - 1) * config.rotation.degrees if draws.rotation < config.rotation.p else 0.0
+
+
+def _flips(draws: _Draws, config: AugmentConfig) -> tuple[bool, bool]:
+    """Along x, along y."""
+    return draws.flip_x < config.flip, draws.flip_y < config.flip
+
+
+def _affine_on_nodes(shape: Size, window: Window, angle: float, flips: tuple[bool, bool], step: float) -> Maps:
+    y, x = (elastic.nodes(first, length, step) for first, length in zip(window[:2], window[2:]))
+    return _affine_maps(x, y, shape, angle, flips)
 
 
 def _affine_maps(x: np.ndarray, y: np.ndarray, shape: Size, angle: float, flips: tuple[bool, bool]) -> Maps:
@@ -241,10 +284,14 @@ def _recolour(image: np.ndarray, draws: _Draws, config: AugmentConfig) -> np.nda
     """`image` with the drawn brightness and contrast."""
     if config.brightness == 0 and config.contrast == 0:
         return image
+    return cv2.LUT(image, _recolouring(draws, config), dst=image)
+
+
+def _recolouring(draws: _Draws, config: AugmentConfig) -> NDArray[np.uint8]:
+    """What each grey level becomes, (256,)."""
     factor = (1 + config.contrast) ** (2 * draws.contrast - 1)
     shift = (2 * draws.brightness - 1) * config.brightness
-    table = np.clip(np.rint((np.arange(256) - BACKGROUND) * factor + BACKGROUND + shift), 0, 255).astype(np.uint8)
-    return cv2.LUT(image, table, dst=image)
+    return np.clip(np.rint((np.arange(256) - BACKGROUND) * factor + BACKGROUND + shift), 0, 255).astype(np.uint8)
 
 
 def _to_planes(image: np.ndarray, targets: np.ndarray, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:

@@ -99,9 +99,14 @@ def findings(plan: Plan) -> Iterator[Finding]:
     yield _tried("CPUs for data", lambda: preflight.worker_cpus(plan.most), f"{plan.most} workers leave some")
     if description:
         yield object_store(description, plan)
-        yield _tried("samples", lambda: preflight.samples_fit(plan.data, plan.recipe.crop), "fit the recipe")
+        yield _tried("samples", lambda: _samples(plan), "fit the recipe")
         yield _tried("batch", lambda: preflight.batch_divides(plan.recipe.batch_size, plan.workers), "divides")
         yield trial_batch(plan)
+
+
+def _samples(plan: Plan) -> None:
+    preflight.samples_fit(plan.data, plan.recipe)
+    preflight.transforming_device(plan.recipe)
 
 
 def dataset(data: str, description: dict[str, Any]) -> Finding:

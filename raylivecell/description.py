@@ -65,9 +65,11 @@ def describe(
 
 def _split(accounts: Sequence[Mapping[str, Any]], split: str) -> dict[str, Any]:
     mine = [account for account in accounts if account["split"] == split and account["rows"]]
+    sizes = {tuple(image["size"]) for account in mine for image in account["images"]}
     return {
         "images": sum(account["rows"] for account in mine),
         "cells": sum(image["cells"] for account in mine for image in account["images"]),
+        "sizes": [list(size) for size in sorted(sizes)],
         "shards": [{key: account[key] for key in ("file", "rows", "bytes", "sha256")} for account in mine],
     }
 

@@ -58,7 +58,7 @@ def node_step(sigma: float) -> float:
     return sigma / NODES_PER_SIGMA
 
 
-def _margin(step: float) -> int:
+def margin(step: float) -> int:
     """Pixels by which the nodes' field is wider than the window on each side: no pixel lies beyond the last node."""
     return math.ceil(step / 2) if step > 1 else 0
 
@@ -70,10 +70,10 @@ def nodes(first: int, length: int, step: float) -> np.ndarray:
     """
     if step <= 1:
         return first + np.arange(length, dtype=np.float64)
-    margin = _margin(step)
-    full = length + 2 * margin
+    edge = margin(step)
+    full = length + 2 * edge
     count = math.ceil(full / step)
-    return first - margin - 0.5 + (np.arange(count) + 0.5) * (full / count)
+    return first - edge - 0.5 + (np.arange(count) + 0.5) * (full / count)
 
 
 def deform(
@@ -84,22 +84,30 @@ def deform(
     config: ElasticConfig,
 ) -> Maps:
     """`affine` maps on the window's nodes plus alpha_x and alpha_y times a random field: on its pixels, (h, w) each."""
+    on_nodes = deform_nodes(affine, rng, shape, window, config)
+    x, y = (_enlarge(values, window[2:], node_step(config.sigma), axis) for axis, values in zip("xy", on_nodes))
+    return x, y
+
+
+def deform_nodes(
+    affine: Maps, rng: np.random.Generator, shape: Size, window: Window, config: ElasticConfig
+) -> list[NDArray[np.float32]]:
+    """The maps of `deform` on the window's nodes, x and y."""
     (top, left, h, w), sigma, alphas = window, config.sigma, (config.alpha_x, config.alpha_y)
     if sigma < DIRECT_BELOW:
         noise = field_direct(rng, shape, sigma)[:, top : top + h, left : left + w]
-        return affine[0] + np.float32(alphas[0]) * noise[0], affine[1] + np.float32(alphas[1]) * noise[1]
+        return [start + np.float32(alpha) * one for start, alpha, one in zip(affine, alphas, noise)]
     step = node_step(sigma)
     along_y = _cosines(nodes(top, h, step), shape[0], sigma, step)
     along_x = _cosines(nodes(left, w, step), shape[1], sigma, step)
     amplitudes = rng.standard_normal((2, along_y.shape[1], along_x.shape[1]), np.float32)
-    deformed = []
-    for axis, start, alpha, amplitude in zip("xy", affine, alphas, amplitudes):
+    values: list[NDArray[np.float32]] = []
+    for start, alpha, amplitude in zip(affine, alphas, amplitudes):
         grid = np.broadcast_to(start, (len(along_y), len(along_x)))
         # uniform(-1, 1) has variance 1/3. cv2.gemm, for it keeps to one thread where numpy's BLAS takes all cores.
         half = cv2.gemm(along_y, amplitude, alpha / math.sqrt(3), np.empty(0), 0)
-        values = cv2.gemm(half, along_x, 1, grid, 1, flags=cv2.GEMM_2_T)
-        deformed.append(_enlarge(values, (h, w), step, axis))
-    return deformed[0], deformed[1]
+        values.append(np.asarray(cv2.gemm(half, along_x, 1, grid, 1, flags=cv2.GEMM_2_T), np.float32))
+    return values
 
 
 def _cosines(places: np.ndarray, length: int, sigma: float, step: float) -> NDArray[np.float32]:
@@ -122,7 +130,7 @@ def _enlarge(values: np.ndarray, size: Size, step: float, slot: str) -> np.ndarr
     """Values on `nodes` as values on the (h, w) pixels, by linear interpolation; the slot's next use overwrites it."""
     if step <= 1:
         return values
-    (h, w), m = size, _margin(step)
+    (h, w), m = size, margin(step)
     buffer = _buffer((h + 2 * m, w + 2 * m), slot)
     return cv2.resize(values, buffer.shape[::-1], dst=buffer, interpolation=cv2.INTER_LINEAR)[m : m + h, m : m + w]
 

@@ -221,7 +221,7 @@ def _calibrate(folder: str, data: str, tta: bool) -> None:
     console.print(f"thresholds on {len(cases)} validation images: {named}; mSA {msa:.4f} (defaults {before:.4f})")
 
 
-def _rows_of(data: str, split: str) -> list[shards.Row]:
+def _rows_of(data: str, split: str) -> shards.Rows:
     rows = shards.list_rows(data, split)
     if not rows:
         raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")

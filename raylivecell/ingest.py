@@ -51,7 +51,7 @@ Sample = np.ndarray | tuple[np.ndarray, np.ndarray]
 class Source:
     """Where samples come from and what is done to them; small, sent to every task."""
 
-    rows: tuple[shards.Row, ...]
+    rows: Sequence[shards.Row]
     plan: Plan
     config: augment.AugmentConfig
     crop: tuple[int, int] | None
@@ -93,12 +93,19 @@ def transform(
 ) -> np.ndarray:
     """A sample as it is trained on, `fields.planes` (h, w), in `out` where given: a pure function of it and the key.
 
+    Where `source.config.device` is a GPU, the whole frame as it is: `device_augment` does the rest.
+
     Args:
         sample: as `read_sample` gives it; never written.
         key: (seed, epoch, sample id, variant).
         source: what is done to it.
         out: C-contiguous uint8 (2 + C, h, w).
     """
+    if source.config.device == "cuda":  # by the process that trains
+        assert isinstance(sample, np.ndarray), "the recipe sees to that"
+        whole = np.empty_like(sample) if out is None else out
+        whole[...] = sample
+        return whole
     rng = np.random.default_rng(key)
     if isinstance(sample, tuple):
         moved = augment.augment(*sample, rng, source.config, source.crop) if key[3] else None
@@ -117,7 +124,8 @@ def load(rows: np.ndarray, source: Source) -> np.ndarray:
         number = int(row[SAMPLE])
         sample = _sample(source, number)
         if batch is None:
-            batch = np.empty((len(rows), planes, *(source.crop or sample[0].shape)), np.uint8)
+            crop = source.crop if source.config.device == "cpu" else None
+            batch = np.empty((len(rows), planes, *(crop or sample[0].shape)), np.uint8)
         transform(sample, (source.plan.seed, int(row[EPOCH]), number, int(row[VARIANT])), source, batch[place])
     assert batch is not None, "a block has rows"
     return batch
@@ -230,8 +238,8 @@ class Samples:
     Opened once by the driver, for all workers of a run and all trials of a sweep.
     """
 
-    train: tuple[shards.Row, ...]
-    val: tuple[shards.Row, ...]
+    train: Sequence[shards.Row]
+    val: Sequence[shards.Row]
     kept_train: Kept = None
     kept_val: Kept = None
     cells: bool = False
@@ -253,7 +261,7 @@ def _decode(row: shards.Row, cells: bool) -> Sample:
 
 def open_samples(data: str, cells: bool = False) -> Samples:
     """The samples of the dataset at `data`, with labels where `cells`; needs Ray."""
-    train, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
+    train, val = (shards.list_rows(data, split) for split in ("train", "val"))
     kept_train = keep(train, sample_bytes(data, "train", cells), cells)
     kept_val = keep(val, sample_bytes(data, "val", cells), cells)
     return Samples(train, val, kept_train, kept_val, cells, shards.provenance(data), task_cpus())

@@ -43,9 +43,40 @@ class PhaseConfig(StrictModel):
         return int(self.plain) + self.transformed
 
 
+# Up to so many items an epoch's order is a table (8 MiB); above it is computed where it is asked for: a table of ten
+# million images and their copies takes 160 MB and 2 s in each of a node's processes, every epoch.
+LARGEST_TABLE = 2**20
+ROUNDS = 8
+
+
+def permuted(places: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
+    """Which items, int64, stand at `places` (int64, 0 to size - 1) of the permutation drawn from (seed, epoch)."""
+    if size <= LARGEST_TABLE:
+        return _table(seed, epoch, size)[places]
+    keys = np.random.default_rng((seed, epoch)).integers(2**64, size=ROUNDS, dtype=np.uint64)
+    items = _mixed(places.astype(np.uint64), keys, size)
+    while (outside := items >= size).any():  # at most three of four: a walk along its cycle comes back inside
+        items[outside] = _mixed(items[outside], keys, size)
+    return items.astype(np.int64)
+
+
 @functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+def _table(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def _mixed(values: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """A permutation of the numbers of as many bits as `size` has, an even number: a Feistel network (Luby and Rackoff
+    1988), whose round function is the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        hashed = right + key
+        hashed = (hashed ^ (hashed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        hashed = (hashed ^ (hashed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((hashed ^ (hashed >> np.uint64(31))) & mask)
+    return (left << half) | right
 
 
 @dataclass(frozen=True)
@@ -83,22 +114,24 @@ class Plan:
 
     def rows(self, step: int) -> np.ndarray:
         """Batch number `step` as int64 (batch_size, 3): epoch, sample id, variant (0 plain, 1.. transformed)."""
-        first_step, first_epoch, phase = self._phase_at(step)
-        size = phase.copies() * self.samples
-        position = (step - first_step) * self.batch_size + np.arange(self.batch_size)
-        epoch, place = first_epoch + position // size, position % size
-        item = np.array([_permutation(self.seed, int(e), size)[p] for e, p in zip(epoch, place)])
-        variant = item // self.samples + (0 if phase.plain else 1)
-        return np.stack([epoch, item % self.samples, variant], axis=1)
+        return self.rank_rows(step, 0, 1)
 
     def rank_rows(self, step: int, rank: int, ranks: int) -> np.ndarray:
         """The part of `rows(step)` that `rank` of `ranks` computes; `batch_size` must be a multiple of `ranks`."""
-        share = self.batch_size // ranks
-        return self.rows(step)[rank * share : (rank + 1) * share]
+        first_step, first_epoch, phase = self._phase_at(step)
+        size, share = phase.copies() * self.samples, self.batch_size // ranks
+        position = (step - first_step) * self.batch_size + rank * share + np.arange(share)
+        epoch, place = first_epoch + position // size, position % size
+        item = np.empty_like(place)
+        for one in np.unique(epoch).tolist():
+            item[epoch == one] = permuted(place[epoch == one], self.seed, one, size)
+        variant = item // self.samples + (0 if phase.plain else 1)
+        return np.stack([epoch, item % self.samples, variant], axis=1)
 
     def epoch_ends(self, step: int) -> bool:
-        """Whether the last sample of an epoch is in batch number `step`, or the run ends with it."""
-        if step + 1 == self.steps:
+        """Whether the last sample of an epoch is in batch number `step`, or a phase ends with it."""
+        first_step, _, phase = self._phase_at(step)
+        if step + 1 in [start for start, _, _ in self._starts]:
             return True
-        here, there = self.rows(step)[:, EPOCH], self.rows(step + 1)[:, EPOCH]
-        return bool(there[0] > here[0])
+        size, position = phase.copies() * self.samples, (step - first_step) * self.batch_size
+        return (position + self.batch_size) // size > position // size

@@ -7,6 +7,7 @@ from ray.util.state import list_nodes
 
 from raylivecell import ingest, shards
 from raylivecell.errors import UserError
+from raylivecell.recipe import Recipe
 
 # A training process that may use less than this part of a CPU is not worth its memory.
 LEAST_WORKER_CPU = 0.5
@@ -58,10 +59,20 @@ def batch_divides(batch_size: int, workers: int | tuple[int, int]) -> None:
         )
 
 
-def samples_fit(data: str, crop: tuple[int, int] | None) -> None:
-    """UserError where there is nothing to train on, or images of several sizes and no crop to make them equal."""
+def samples_fit(data: str, recipe: Recipe) -> None:
+    """UserError where there is nothing to train on, or images of several sizes that would have to share a batch."""
     if not shards.list_rows(data, "train"):
         raise UserError(f"dataset at {data} has no training images; its train split is empty")
-    sizes = shards.image_sizes(data, "train")
-    if crop is None and len(sizes) > 1:
-        raise UserError(f"images of {len(sizes)} sizes in {data}/train cannot share a batch; set the recipe's crop")
+    sizes = len(shards.image_sizes(data, "train"))
+    if sizes > 1 and recipe.crop is None:
+        raise UserError(f"images of {sizes} sizes in {data}/train cannot share a batch; set the recipe's crop")
+    if sizes > 1 and recipe.augment.device == "cuda":
+        raise UserError(
+            f"images of {sizes} sizes in {data}/train cannot be sent to a GPU whole; set augment.device: cpu"
+        )
+
+
+def transforming_device(recipe: Recipe) -> None:
+    """UserError where the recipe transforms samples on GPUs and the cluster has none."""
+    if recipe.augment.device == "cuda" and not ray.cluster_resources().get("GPU", 0):
+        raise UserError("augment.device is cuda, and this cluster has no GPU; set augment.device: cpu")

@@ -58,6 +58,12 @@ class Recipe(StrictModel):
             raise ValueError(f"crop: {len(self.model.features)} levels need at least {least} x {least} pixels")
         return self
 
+    @model_validator(mode="after")
+    def _gpu_transforms_the_foreground_alone(self) -> "Recipe":
+        if self.augment.device == "cuda" and self.targets != "foreground":
+            raise ValueError("augment.device: fields of cells are drawn on CPUs; use cpu, or targets: foreground")
+        return self
+
     @property
     def outputs(self) -> int:
         """Channels of the network's output."""

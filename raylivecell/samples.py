@@ -83,6 +83,7 @@ def _rows(
                 "cells": row["cells"],
                 "foreground": int(row["foreground"].sum()),
                 "pixels": row["foreground"].size,
+                "size": list(row["foreground"].shape),
             }
         )
         yield row

@@ -5,12 +5,14 @@ zstd under 1. Every row is a row group of its own, so that any sample can be rea
 store: what an epoch's permutation of the index needs.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +22,13 @@ from raylivecell import storage
 from raylivecell.errors import UserError
 
 SPLITS = ("train", "val", "test")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_ROWS = 2**20
 """Of a shard; `prepare` writes 64."""
 MAX_ROW_BYTES = 2**31
 """Of an image with its targets and outlines, decompressed; 8192 x 8192 pixels take 0.4e9."""
+MAX_SIDE = 2**17
+"""Pixels along a side of an image."""
 AGAIN = "run `raylivecell prepare` again"
 
 SCHEMA = pa.schema(
@@ -53,6 +57,31 @@ class Row:
 
     shard: str
     group: int
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Every sample of a split in the dataset's fixed order: position = sample id. As small as the list of shards."""
+
+    shards: tuple[str, ...]
+    """URIs."""
+    ends: tuple[int, ...]
+    """Samples up to and with each shard."""
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @overload
+    def __getitem__(self, sample: int) -> Row: ...
+    @overload
+    def __getitem__(self, sample: slice) -> list[Row]: ...
+    def __getitem__(self, sample: int | slice) -> Row | list[Row]:
+        if isinstance(sample, slice):
+            return [self[i] for i in range(*sample.indices(len(self)))]
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        shard = bisect.bisect_right(self.ends, sample)
+        return Row(self.shards[shard], sample - (self.ends[shard - 1] if shard else 0))
 
 
 def write_shard(uri: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -98,13 +127,16 @@ def load_description(data: str) -> dict[str, Any]:
 
 
 def _check(splits: Any) -> None:
-    """ValueError unless dataset.json names shards inside the dataset, with as many rows as a shard may have."""
+    """ValueError unless dataset.json names shards inside the dataset, and rows and images of possible sizes."""
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             if not re.fullmatch(rf"{split}/[\w.-]+\.parquet", shard["file"]):
                 raise ValueError(f"shard {shard['file']!r} lies outside {split}/")
             if type(shard["rows"]) is not int or not 0 <= shard["rows"] <= MAX_ROWS:
                 raise ValueError(f"shard {shard['file']} of {shard['rows']!r} rows")
+        for size in splits[split]["sizes"]:
+            if len(size) != 2 or any(type(side) is not int or not 0 < side <= MAX_SIDE for side in size):
+                raise ValueError(f"images of size {size!r} in {split}")
 
 
 def provenance(data: str) -> dict[str, Any]:
@@ -115,11 +147,11 @@ def provenance(data: str) -> dict[str, Any]:
     return {"uri": data, **named, "sha256": sha256}
 
 
-def list_rows(data: str, split: str) -> list[Row]:
-    """Every sample of a split in the dataset's fixed order: position in this list = sample id."""
-    description = load_description(data)
-    shards = description["splits"][split]["shards"]  # checked: [{"file": "train/part-00000.parquet", "rows": 64}, ...]
-    return [Row(storage.join(data, shard["file"]), group) for shard in shards for group in range(shard["rows"])]
+def list_rows(data: str, split: str) -> Rows:
+    """Every sample of a split."""
+    shards = load_description(data)["splits"][split]["shards"]  # checked: [{"file": "train/...", "rows": 64}, ...]
+    ends = itertools.accumulate(shard["rows"] for shard in shards)
+    return Rows(tuple(storage.join(data, shard["file"]) for shard in shards), tuple(ends))
 
 
 @functools.lru_cache(maxsize=256)
@@ -170,7 +202,5 @@ def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def image_sizes(data: str, split: str) -> set[tuple[int, int]]:
-    """Every (height, width) that occurs in a split."""
-    files = dict.fromkeys(row.shard for row in list_rows(data, split))
-    tables = [_open(file).read(columns=["height", "width"]).to_pydict() for file in files]
-    return {size for table in tables for size in zip(table["height"], table["width"])}
+    """Every (height, width) that occurs in a split, as dataset.json says: no shard is opened."""
+    return {(height, width) for height, width in load_description(data)["splits"][split]["sizes"]}

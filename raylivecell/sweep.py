@@ -74,6 +74,7 @@ def sweep(
     _check(data, recipe, config)
     _check_unused(out, data, recipe, config, resume)
     runtime.connect()
+    preflight.transforming_device(recipe)
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
     room = tuner.capacity(config, ray.cluster_resources(), at_once)
@@ -102,7 +103,7 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
     """UserError for what would fail in every trial."""
     space.check(recipe, config)
     preflight.batch_divides(recipe.batch_size, config.workers_per_trial)
-    preflight.samples_fit(data, recipe.crop)
+    preflight.samples_fit(data, recipe)
     rows = len(ingest.shards.list_rows(data, "train"))
     if not ingest.shards.list_rows(data, "val"):
         raise UserError(f"dataset at {data} has no validation images, by which trials are compared; prepare some")

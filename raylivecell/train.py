@@ -61,11 +61,12 @@ def train(
     marks = [("", began or time.time()), ("imports", time.time())]
     data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
     preflight.batch_divides(recipe.batch_size, workers)
-    preflight.samples_fit(data, recipe.crop)
+    preflight.samples_fit(data, recipe)
     _check_unused(out, data, recipe, resume)
     marks.append(("dataset", time.time()))
     runtime.connect()
     marks.append(("Ray", time.time()))
+    preflight.transforming_device(recipe)
     most = workers if isinstance(workers, int) else workers[1]
     cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
     run_folder.claim(out, data, recipes.dump(recipe))

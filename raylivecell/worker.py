@@ -23,7 +23,7 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, gauges, ingest, instance_metrics, instances, loop, metrics, segment
+from raylivecell import checkpoint, device_augment, gauges, ingest, instance_metrics, instances, loop, metrics, segment
 from raylivecell.fields import Targets
 from raylivecell.journal import Journal
 from raylivecell.order import Plan
@@ -135,8 +135,11 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     source = ingest.Source(
         samples.train, plan, recipe.augment, recipe.crop, samples.kept_train, recipe.targets, samples.task_cpus
     )
-    batches = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
-    with contextlib.closing(batches):
+    stream = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
+    batches: Iterator[dict[str, Tensor]] = stream
+    if recipe.augment.device == "cuda":
+        batches = device_augment.batches(stream, plan, recipe.augment, recipe.crop, place.device)
+    with contextlib.closing(stream):
         torch.manual_seed(recipe.seed)
         training = loop.start(segment.build(recipe, place.device), recipe.optimizer, plan.steps)
         if values is not None:

@@ -149,7 +149,8 @@ def small_table() -> pa.Table:
 
 def datasets() -> Iterator[tuple[str, str]]:
     head = f'{{"format_version": {shards.FORMAT_VERSION}, "splits": '
-    row = '{"test": {"shards": []}, "val": {"shards": []}, "train": {"shards": [%s]}}}'
+    none = '{"sizes": [], "shards": []}'
+    row = f'{{"test": {none}, "val": {none}, "train": {{"sizes": [], "shards": [%s]}}}}}}'
     row = row.replace("%s", '{"file": "train/a.parquet", "rows": %s}')
     for name, text in (
         ("deep", DEEP),

@@ -175,7 +175,8 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
             rows.append({**row, "source": name, "sha256": "", "annotation": ""})
         file = f"{split}/part-00000.parquet"
         shards.write_shard(str(folder / file), rows)
-        splits[split] = {"images": count, "cells": count, "shards": [{"file": file, "rows": count}]}
+        splits[split] = {"images": count, "cells": count, "sizes": [[size, size]]}
+        splits[split]["shards"] = [{"file": file, "rows": count}]
     description = {"format_version": shards.FORMAT_VERSION, "name": "squares", "licence": "none", "splits": splits}
     storage.write_json(folder / "dataset.json", description)
     return str(folder)

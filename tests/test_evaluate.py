@@ -45,11 +45,11 @@ def sample(index: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("data"))
-    splits: dict[str, Any] = {"train": {"images": 0, "shards": []}}
+    splits: dict[str, Any] = {"train": {"images": 0, "sizes": [], "shards": []}}
     for split, count in SPLITS.items():
         file = f"{split}/part-0.parquet"
         shards.write_shard(f"{folder}/{file}", [sample(i) for i in range(count)])
-        splits[split] = {"images": count, "shards": [{"file": file, "rows": count}]}
+        splits[split] = {"images": count, "sizes": SIZES, "shards": [{"file": file, "rows": count}]}
     about = {"format_version": shards.FORMAT_VERSION, "name": "disks", "licence": "none"}
     storage.write_json(f"{folder}/dataset.json", {**about, "splits": splits})
     return folder

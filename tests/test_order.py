@@ -1,10 +1,14 @@
 """Every sample once an epoch, the same batches for any number of ranks, from any step on."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
+from raylivecell import order
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, PhaseConfig, Plan
 
 plans = st.builds(
@@ -66,13 +70,39 @@ def test_an_epoch_ends_at_the_step_of_its_last_sample(plan: Plan) -> None:
     assert found == expected
 
 
+@given(st.integers(1, 3000), st.integers(0, 3), st.integers(0, 3))
+def test_a_large_set_s_order_is_a_permutation_too(size: int, seed: int, epoch: int) -> None:
+    with mock.patch.object(order, "LARGEST_TABLE", 0):
+        items = order.permuted(np.arange(size), seed, epoch, size)
+    np.testing.assert_array_equal(np.sort(items), np.arange(size))
+
+
+def test_a_large_set_s_order_looks_drawn_at_random() -> None:
+    size, epochs = 10, 3000
+    with mock.patch.object(order, "LARGEST_TABLE", 0):
+        drawn = np.array([order.permuted(np.arange(size), 1, epoch, size) for epoch in range(epochs)])
+    for place in range(size):  # each item as often as any other, at each place and after each other item
+        assert stats.chisquare(np.bincount(drawn[:, place], minlength=size)).pvalue > 1e-5
+    after = np.bincount(size * drawn[:, 3] + drawn[:, 4], minlength=size**2).reshape(size, size)
+    assert stats.chisquare(after[~np.eye(size, dtype=bool)]).pvalue > 1e-5
+
+
+def test_a_place_among_twenty_million_costs_no_table() -> None:
+    before = order._table.cache_info().currsize
+    plan = Plan(0, 10**7, 64, (PhaseConfig(epochs=1, transformed=1),))
+    rows = np.concatenate([plan.rows(step) for step in (0, 100_000, plan.steps - 1)])
+    assert order._table.cache_info().currsize == before
+    assert len({tuple(row) for row in rows}) == len(rows)
+    assert abs(np.mean(rows[:, SAMPLE]) / 10**7 - 0.5) < 0.1
+
+
 def test_epochs_and_seeds_differ() -> None:
-    def order(seed: int, epochs: int) -> np.ndarray:
+    def samples(seed: int, epochs: int) -> np.ndarray:
         return all_rows(Plan(seed, 50, 10, (PhaseConfig(epochs=epochs),)))[:, SAMPLE]
 
-    assert (order(0, 1) != order(1, 1)).any()
-    assert (order(0, 2)[:50] != order(0, 2)[50:]).any()
-    np.testing.assert_array_equal(order(0, 2)[:50], order(0, 1))
+    assert (samples(0, 1) != samples(1, 1)).any()
+    assert (samples(0, 2)[:50] != samples(0, 2)[50:]).any()
+    np.testing.assert_array_equal(samples(0, 2)[:50], samples(0, 1))
 
 
 def test_steps_set_the_length_whatever_the_set() -> None:

@@ -190,8 +190,8 @@ def test_processes_speak_over_the_interface_that_ray_uses(monkeypatch: pytest.Mo
 
 
 def test_images_of_several_sizes_need_a_crop(tiny_dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    preflight.samples_fit(tiny_dataset, None)
+    preflight.samples_fit(tiny_dataset, Recipe(crop=None))
     monkeypatch.setattr(preflight.shards, "image_sizes", lambda data, split: {(48, 48), (48, 64)})
-    preflight.samples_fit(tiny_dataset, (32, 32))
+    preflight.samples_fit(tiny_dataset, Recipe(crop=(32, 32)))
     with pytest.raises(UserError, match="images of 2 sizes"):
-        preflight.samples_fit(tiny_dataset, None)
+        preflight.samples_fit(tiny_dataset, Recipe(crop=None))

@@ -1,0 +1,86 @@
+"""`augment` on a GPU (or any of torch's devices): the same moves of the same samples, a whole batch at a time.
+
+The host draws the numbers and the field on its nodes, some 20 kB a sample; the device enlarges it to a map of every
+pixel and resamples. Pixels differ from the CPU's by rounding: OpenCV knows 32 places between two pixels, a GPU all.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raylivecell import augment, elastic
+from raylivecell.augment import BACKGROUND, AugmentConfig, Move, Size
+from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
+
+
+def moved(frames: Tensor, moves: Sequence[Move], config: AugmentConfig, size: Size | None) -> Tensor:
+    """Transformed crops, uint8 (B, 3, h, w), of whole frames, uint8 (B, 3, H, W): image and two targets.
+
+    Args:
+        frames: on the device; no smaller than the crop.
+        moves: of each, as `augment.move`.
+        config: what they were drawn by.
+        size: (h, w) of the crop; None: the whole frame.
+    """
+    device, shape = frames.device, frames.shape[-2:]
+    nodes = _sent(np.stack([one.maps for one in moves]), device)
+    tables = _sent(np.stack([one.table for one in moves]), device)
+    maps = _enlarged(nodes, size or (shape[0], shape[1]), elastic.node_step(config.elastic.sigma))
+    # grid_sample counts from -1, the first pixel's centre, to 1, the last one's.
+    scale = torch.tensor([2 / max(shape[1] - 1, 1), 2 / max(shape[0] - 1, 1)], device=device)
+    grid = maps.permute(0, 2, 3, 1) * scale - 1
+    padding = "reflection" if config.border == "reflect" else "zeros"
+    image = F.grid_sample(frames[:, :1].float() - BACKGROUND, grid, "bilinear", padding, align_corners=True)
+    targets = F.grid_sample(frames[:, 1:].float(), grid, "nearest", padding, align_corners=True)
+    levels = (image + BACKGROUND).round().clamp(0, 255).long()
+    recoloured = tables.gather(1, levels.flatten(1)).view_as(levels)
+    return torch.cat([recoloured, targets.to(torch.uint8)], dim=1)
+
+
+def batches(
+    frames: Iterator[dict[str, Tensor]], plan: Plan, config: AugmentConfig, size: Size | None, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of whole frames with their rows of the order, as batches of transformed crops on the device."""
+    for batch in frames:
+        whole = batch["planes"].to(device, non_blocking=True)
+        yield {
+            "planes": moved(
+                _widened(whole, size), _moves(batch["rows"], plan, config, whole.shape[-2:], size), config, size
+            )
+        }
+
+
+def _moves(rows: Tensor, plan: Plan, config: AugmentConfig, shape: Sequence[int], size: Size | None) -> list[Move]:
+    wide = tuple(max(have, want) for have, want in zip(shape, size)) if size else tuple(shape)
+    found = []
+    for row in rows.tolist():
+        rng = np.random.default_rng((plan.seed, row[EPOCH], row[SAMPLE], row[VARIANT]))
+        found.append(augment.move((wide[0], wide[1]), rng, config, size, transformed=row[VARIANT] > 0))
+    return found
+
+
+def _widened(frames: Tensor, size: Size | None) -> Tensor:
+    """Frames reflected at their edges to at least `size`, as `augment` widens them."""
+    missing = [max(0, want - have) for want, have in zip(size or (0, 0), frames.shape[-2:])]
+    if not any(missing):
+        return frames
+    (top, left), (bottom, right) = [m // 2 for m in missing], [m - m // 2 for m in missing]
+    return F.pad(frames.float(), (left, right, top, bottom), mode="reflect").to(torch.uint8)
+
+
+def _enlarged(nodes: Tensor, size: Size, step: float) -> Tensor:
+    """Values (B, 2, rows, columns) on `elastic.nodes` as values on the (h, w) pixels, as `cv2.resize` enlarges."""
+    if step <= 1:
+        return nodes
+    edge, (h, w) = elastic.margin(step), size
+    whole = F.interpolate(nodes, (h + 2 * edge, w + 2 * edge), mode="bilinear", align_corners=False)
+    return whole[..., edge : edge + h, edge : edge + w]
+
+
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device; of pinned memory, so that the copy does not wait for what the GPU does."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

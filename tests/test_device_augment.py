@@ -1,0 +1,106 @@
+"""Transformations on torch's devices: the same moves of the same samples as on the CPU, to within rounding."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylivecell import augment, device_augment, ingest, shards
+from raylivecell.augment import AugmentConfig
+from raylivecell.order import PhaseConfig, Plan
+from raylivecell.recipe import Recipe
+
+CPU = torch.device("cpu")
+configs = st.builds(
+    AugmentConfig.model_validate,
+    st.fixed_dictionaries(
+        {
+            "elastic": st.fixed_dictionaries(
+                {
+                    "p": st.sampled_from([0.0, 0.5, 1.0]),
+                    "alpha_x": st.floats(0, 200),
+                    "alpha_y": st.floats(0, 200),
+                    "sigma": st.floats(1, 15),
+                }
+            ),
+            "rotation": st.fixed_dictionaries({"p": st.sampled_from([0.0, 0.5, 1.0])}),
+            "border": st.sampled_from(["reflect", "constant"]),
+        }
+    ),
+)
+
+
+def frame(seed: int, height: int, width: int) -> np.ndarray:
+    """A smooth image, and two targets of blobs."""
+    rng = np.random.default_rng(seed)
+    smooth = [cv2.GaussianBlur(rng.random((height, width), np.float32), (0, 0), 4) for _ in range(3)]
+    image, *targets = [(one - one.min()) / np.ptp(one) for one in smooth]
+    return np.stack([255 * image, targets[0] > 0.5, 255 * targets[1]]).astype(np.uint8)
+
+
+def both(
+    planes: np.ndarray, key: tuple[int, ...], config: AugmentConfig, size: tuple[int, int] | None
+) -> list[np.ndarray]:
+    """One crop by each way."""
+    expected = augment.augment_planes(planes, np.random.default_rng(key), config, size)
+    move = augment.move(planes.shape[1:], np.random.default_rng(key), config, size, transformed=True)
+    found = device_augment.moved(torch.from_numpy(planes)[None], [move], config, size)
+    return [expected, found[0].numpy()]
+
+
+@settings(max_examples=60)
+@given(configs, st.integers(0, 9), st.sampled_from([None, (40, 64), (61, 77)]))
+def test_the_same_pixels_to_within_rounding(config: AugmentConfig, seed: int, size: tuple[int, int] | None) -> None:
+    planes = frame(seed, 61, 77)
+    expected, found = both(planes, (seed, 1), config, size)
+    assert found.shape == expected.shape
+    off = np.abs(found[0].astype(int) - expected[0])
+    assert np.quantile(off, 0.98) <= 2  # a place between two pixels is rounded to 1/32 there, not here
+    assert off.mean() < 0.5
+    assert (found[1] != expected[1]).mean() < 0.03  # the nearest pixel, where two are equally near
+    assert set(np.unique(found[1])) <= {0, 1}
+
+
+def test_flips_and_quarter_turns_are_exact() -> None:
+    planes = frame(0, 64, 64)
+    config = AugmentConfig.model_validate({"elastic": {"p": 0}, "rotation": {"p": 0}, "flip": 1})
+    expected, found = both(planes, (3,), config, None)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_batches_hold_the_order_s_samples_plain_and_transformed() -> None:
+    frames = [frame(i, 50, 60) for i in range(5)]
+    plan = Plan(7, 5, 4, (PhaseConfig(epochs=2, transformed=1),))
+    config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames: they are widened
+    source = ingest.Source([shards.Row("memory", i) for i in range(5)], plan, config, size)
+    rows = [plan.rows(step) for step in range(plan.steps)]
+    whole = (
+        {"planes": torch.from_numpy(np.stack([frames[i] for i in r[:, 1]])), "rows": torch.from_numpy(r)} for r in rows
+    )
+    made = list(device_augment.batches(whole, plan, config, size, CPU))
+    assert len(made) == plan.steps
+    on_cpu = source.config.model_copy(update={"device": "cpu"})
+    for batch, row in zip(made, rows):
+        for found, (epoch, sample, variant) in zip(batch["planes"].numpy(), row.tolist()):
+            rng = np.random.default_rng((7, epoch, sample, variant))
+            if variant:
+                expected = augment.augment_planes(frames[sample], rng, on_cpu, size)
+                assert np.abs(found[0].astype(int) - expected[0]).mean() < 0.5
+            else:
+                np.testing.assert_array_equal(found, augment.plain_planes(frames[sample], rng, size))
+
+
+def test_data_tasks_leave_frames_whole_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [frame(i, 50, 60) for i in range(3)]
+    monkeypatch.setattr(ingest, "read_sample", lambda row, cells: frames[row.group])
+    plan = Plan(0, 3, 3, (PhaseConfig(epochs=1),))
+    source = ingest.Source([shards.Row("", i) for i in range(3)], plan, AugmentConfig(device="cuda"), (20, 20))
+    rows = plan.rows(0)
+    np.testing.assert_array_equal(ingest.load(rows, source), np.stack([frames[i] for i in rows[:, 1]]))
+
+
+def test_fields_of_cells_are_not_drawn_on_a_gpu() -> None:
+    with pytest.raises(ValueError, match=r"augment\.device"):
+        Recipe(targets="distance", augment=AugmentConfig(device="cuda"))

@@ -1,0 +1,42 @@
+"""Rows of a split by their number, and what dataset.json may say of them."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from conftest import write_tiny_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raylivecell import shards
+from raylivecell.errors import UserError
+
+
+@given(st.lists(st.integers(0, 5), max_size=8))
+def test_rows_are_the_shards_rows_in_their_order(counts: list[int]) -> None:
+    ends = tuple(sum(counts[: i + 1]) for i in range(len(counts)))
+    rows = shards.Rows(tuple(f"s{i}" for i in range(len(counts))), ends)
+    expected = [shards.Row(f"s{shard}", group) for shard, count in enumerate(counts) for group in range(count)]
+    assert list(rows) == expected
+    assert len(rows) == len(expected)
+    assert rows[1:3] == expected[1:3]
+    for outside in (len(rows), -1):
+        with pytest.raises(IndexError, match=f"sample {outside} of {len(rows)}"):
+            rows[outside]
+
+
+def test_rows_of_ten_million_samples_are_sent_as_their_shards() -> None:
+    count = 10**7 // 64
+    rows = shards.Rows(tuple(f"s3://bucket/data/train/part-{i:05d}.parquet" for i in range(count)), tuple(range(count)))
+    assert len(pickle.dumps(rows)) < 10 * 2**20
+
+
+@pytest.mark.parametrize("sizes", [[[0, 5]], [["a", 1]], [[1]], [[1, 2**18]], [3], None, [[1.5, 2]]])
+def test_sizes_that_no_image_has(sizes: object, tmp_path: Path) -> None:
+    data = Path(write_tiny_dataset(tmp_path, images=1))
+    told = json.loads((data / "dataset.json").read_text())
+    told["splits"]["train"]["sizes"] = sizes
+    (data / "dataset.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"dataset\.json is not what"):
+        shards.image_sizes(str(data), "train")
