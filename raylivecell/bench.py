@@ -12,7 +12,7 @@ from raylivecell import __version__, storage
 from raylivecell.bench_chart import chart
 from raylivecell.progress import console
 
-What = Literal["augment", "feed", "train", "prepare", "predict", "startup", "scale"]
+What = Literal["augment", "feed", "train", "prepare", "predict", "evaluate", "startup", "scale"]
 
 
 def bench(what: What, out: Path, repeats: int, images: int) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def bench(what: What, out: Path, repeats: int, images: int) -> dict[str, Any]:
         what: which.
         out: folder of both.
         repeats: runs of each rival, in turn; medians are given.
-        images: size of the set (`feed`, `train`, `prepare`, `scale`).
+        images: size of the set (`feed`, `train`, `prepare`, `evaluate`, `scale`).
     """
     figures = _run(what, repeats, images)
     hardware = {"processor": _processor(), "cores": psutil.cpu_count(), "memory_gib": _memory_gib()}
@@ -64,6 +64,10 @@ def _run(what: What, repeats: int, images: int) -> dict[str, Any]:
             from raylivecell.bench_predict import bench_predict
 
             return bench_predict(repeats)
+        case "evaluate":
+            from raylivecell.bench_evaluate import bench_evaluate
+
+            return bench_evaluate(images, repeats)
         case "startup":
             from raylivecell.bench_startup import bench_startup
 

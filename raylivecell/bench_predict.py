@@ -47,7 +47,7 @@ def bench_predict(repeats: int = 5) -> dict[str, Any]:
         `cells`; `milliseconds`: way -> spread; `ratio`: rival / ours -> spread; `share`: stage -> part of the sum.
     """
     cv2.setNumThreads(1)
-    image, labels = _frame()
+    image, labels = max((synthetic.draw_labels(0, index) for index in range(8)), key=lambda drawn: drawn[1].max())
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
         ours, rivals = _ours(image, labels, folder), _rivals(image, labels)
         spent: dict[str, list[float]] = {name: [] for name in (*ours, *rivals)}
@@ -65,15 +65,6 @@ def bench_predict(repeats: int = 5) -> dict[str, Any]:
         "ratio": {f"{a} / ours": spread([x / y for x, y in zip(spent[a][1:], spent[b][1:])]) for a, b in pairs},
         "share": {name: round(figures[name]["median"] / whole, 4) for name in ours},
     }
-
-
-def _frame() -> tuple[np.ndarray, np.ndarray]:
-    """A drawn frame and its labels, the densest of eight."""
-    image, masks = max((synthetic.draw_frame(0, index) for index in range(8)), key=lambda drawn: len(drawn[1]))
-    labels = np.zeros(image.shape, np.uint16)
-    for number, mask in enumerate(masks, 1):
-        labels[mask.window][mask.pixels > 0] = number
-    return image, labels
 
 
 def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -3,12 +3,14 @@
 A documented simulation, for machines with fewer cores than nodes: each node is a Ray node of its own (raylet, object
 store, processes) with one CPU, and a sample's transformation is a wait of WAIT_S instead of work, so that nodes do not
 take each other's cores. Real are the order, the tasks, the scheduling, the objects, their way from node to node and
-into batches: what could keep throughput from growing.
+into batches: what could keep throughput from growing. The pieces of `cost.py` are measured too, and what it says of
+these clusters is shown beside the runs.
 """
 
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from raylivecell import augment, bench_frames, ingest
+from raylivecell import augment, bench_frames, cost, ingest, rle, shards, synthetic
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.errors import UserError
@@ -28,18 +30,19 @@ WAIT_S = 0.010
 BATCH, CROP = 8, (333, 434)
 WARM_UP_BATCHES, MEASURED_BATCHES = 32, 96
 STORE = 512 * 2**20
+PIECE_IMAGES, PIECE_REPEATS = 8, 5
 
 
 def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
-    """Images/s over nodes, in turn, and the share of linear growth.
+    """Images/s over nodes, in turn, the share of linear growth, and `cost.Pieces` with what they foretell.
 
     Args:
         images: frames of 520x704 in the object store.
         repeats: how often each number of nodes is measured.
 
     Returns:
-        `images_per_s`: nodes -> spread; `ideal_images_per_s`: what one node's waits allow; `share_of_linear`: nodes ->
-        spread of the ratios to one node in the same turn, by their number.
+        `images_per_s`: nodes -> spread; `foretold_images_per_s`: nodes -> cost.py's; `share_of_linear`: nodes -> spread
+        of the ratios to one node in the same turn, by their number; `pieces`: of this machine.
 
     Raises:
         UserError: Ray is already running in this process, or a cluster is meant.
@@ -47,54 +50,111 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
     if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         raise UserError("bench scale starts a cluster of its own; unset RAY_ADDRESS")
     speeds: dict[int, list[float]] = {nodes: [] for nodes in NODES}
+    takes, tasks = [], []
     for _ in range(repeats):
+        with _cluster(1, 0.0):
+            tasks.append(ingest.BLOCK_SAMPLES / _feed(images, 4)[0])
         for nodes in NODES:
-            with _cluster(nodes):
-                speeds[nodes].append(_feed(images, nodes))
+            with _cluster(nodes, WAIT_S):
+                speed, take = _feed(images, nodes)
+                speeds[nodes].append(speed)
+                takes.append(take)
+    pieces = _pieces(float(np.median(tasks)), float(np.median(takes)))
     one = speeds[1]
     return {
         "simulated_ms_an_image": 1000 * WAIT_S,
         "crop": list(CROP),
-        "ideal_images_per_s": 1 / WAIT_S,
         "images_per_s": {f"{nodes} nodes": spread(values) for nodes, values in speeds.items()},
+        "foretold_images_per_s": {f"{nodes} nodes": _foretold(pieces, nodes) for nodes in NODES},
         "share_of_linear": {
             f"{nodes} nodes": spread([a / b / nodes for a, b in zip(speeds[nodes], one)]) for nodes in NODES[1:]
         },
+        "pieces": pieces._asdict(),
     }
 
 
 @contextmanager
-def _cluster(nodes: int) -> Iterator[None]:
+def _cluster(nodes: int, wait_s: float) -> Iterator[None]:
     """A head without CPUs, where the samples are read, and so many nodes of one CPU."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
     try:
         for _ in range(nodes):
             cluster.add_node(num_cpus=1, object_store_memory=STORE)
         cluster.wait_for_nodes()
-        ray.init(cluster.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": _wait_for_work})
+        ray.init(cluster.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": _waiting(wait_s)})
         yield
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def _wait_for_work() -> None:
-    """Run in each process of Ray's: a transformation is a wait, and a sample cut to size."""
+def _waiting(wait_s: float) -> Callable[[], None]:
+    """Run in each process of Ray's: a transformation becomes a wait, and a sample cut to size."""
 
-    def transform(
-        sample: np.ndarray, key: tuple[int, int, int, int], source: ingest.Source, out: np.ndarray
-    ) -> np.ndarray:
-        time.sleep(WAIT_S)
-        out[...] = sample[:, : CROP[0], : CROP[1]]
-        return out
+    def hook() -> None:
+        def transform(sample: np.ndarray, key: Any, source: ingest.Source, out: np.ndarray) -> np.ndarray:
+            time.sleep(wait_s)
+            out[...] = sample[:, : CROP[0], : CROP[1]]
+            return out
 
-    ingest.transform = transform  # type: ignore[assignment]
+        ingest.transform = transform  # type: ignore[assignment]
+
+    return hook
 
 
-def _feed(images: int, nodes: int) -> float:
+def _feed(images: int, length: int) -> tuple[float, float]:
+    """Images/s, and the seconds of this process's time that an image takes."""
     samples = bench_frames.samples(bench_frames.frames(images))
-    steps = nodes * (WARM_UP_BATCHES + MEASURED_BATCHES)
+    steps = length * (WARM_UP_BATCHES + MEASURED_BATCHES)
     plan = Plan(0, images, BATCH, (PhaseConfig(steps=steps, plain=False, transformed=1),))
     source = ingest.Source(samples.train, plan, augment.AugmentConfig(), CROP, samples.kept_train)
     with closing(ingest.Stream(source, 0, 0, 1)) as batches:
-        return images_per_s(batches, BATCH, nodes * WARM_UP_BATCHES)
+        begin = time.process_time()
+        speed = images_per_s(batches, BATCH, length * WARM_UP_BATCHES)
+        return speed, (time.process_time() - begin) / (steps * BATCH)
+
+
+def _foretold(pieces: cost.Pieces, nodes: int) -> float:
+    """Images/s of nodes of one core whose transformation is a wait, and whose samples are read by none."""
+    waiting = pieces._replace(read=0.0, transform=WAIT_S)
+    cluster = cost.Cluster(gpus=1, gpu_images_per_s=np.inf, nodes=nodes, cores=nodes, network=np.inf)
+    return 1 / cost.busiest(cost.epoch(waiting, cluster, images=1, batch=BATCH, parameters=0))[1]
+
+
+def _pieces(task: float, take: float) -> cost.Pieces:
+    """Measured on one core of this machine, on drawn frames in a shard on its disk."""
+    with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
+        shard = f"{folder}/part-00000.parquet"
+        shards.write_shard(shard, (_row(index) for index in range(PIECE_IMAGES)))
+        group = shards._open(shard).metadata.row_group(0)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        stored = sum(column.total_compressed_size for column in columns if column.path_in_schema in ingest.PLANES)
+        rows = [shards.Row(shard, index) for index in range(PIECE_IMAGES)]
+        read = _seconds(lambda number: ingest.read_sample(rows[number]))
+        decoded = [np.asarray(ingest.read_sample(row)) for row in rows]
+    out = np.empty((3, *CROP), np.uint8)
+    config = augment.AugmentConfig()
+    transform = _seconds(
+        lambda number: augment.augment_planes(decoded[number], np.random.default_rng(number), config, CROP, out)
+    )
+    return cost.Pieces(read, transform, task, take, stored, out.nbytes, ingest.BLOCK_SAMPLES)
+
+
+def _row(index: int) -> dict[str, Any]:
+    """A drawn frame as a row of a shard."""
+    image, labels = synthetic.draw_labels(0, index)
+    outlines = [one["counts"] for one in rle.encode(labels)]
+    row = {"file_name": f"{index}.tif", "cell_type": "drawn", "height": image.shape[0], "width": image.shape[1]}
+    row |= {"image": image, "labels": labels, "foreground": labels > 0, "border": np.zeros_like(image)}
+    return {**row, "cells": len(outlines), "outlines": outlines, "source": "", "sha256": "", "annotation": ""}
+
+
+def _seconds(work: Callable[[int], Any]) -> float:
+    """Median seconds of this thread's time."""
+    spent = []
+    for _ in range(PIECE_REPEATS):
+        for number in range(PIECE_IMAGES):
+            begin = time.thread_time()
+            work(number)
+            spent.append(time.thread_time() - begin)
+    return float(np.median(spent))

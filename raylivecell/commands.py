@@ -159,7 +159,9 @@ def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images
 
 
 def bench(
-    what: tyro.conf.Positional[Literal["augment", "feed", "train", "prepare", "predict", "startup", "scale"]],
+    what: tyro.conf.Positional[
+        Literal["augment", "feed", "train", "prepare", "predict", "evaluate", "startup", "scale"]
+    ],
     out: Path | None = None,
     repeats: int = 5,
     images: int = 200,
@@ -168,11 +170,11 @@ def bench(
 
     Args:
         what: `augment`: milliseconds an image. `feed`: images/s into the loop. `train`: images/s of loader, step, both.
-            `prepare`: images/s and peak memory. `predict`: milliseconds a stage. `startup`: seconds to the first step.
-            `scale`: images/s over 1, 2 and 3 simulated nodes.
+            `prepare`: images/s and peak memory. `predict`: milliseconds a stage. `evaluate`: milliseconds an image.
+            `startup`: seconds to the first step. `scale`: images/s over 1, 2 and 3 simulated nodes.
         out: folder of the results; default: runs/bench/WHAT.
         repeats: runs of each rival, in turn.
-        images: size of the set of `feed`, `train`, `prepare` and `scale`.
+        images: size of the set of `feed`, `train`, `prepare`, `evaluate` and `scale`.
     """
     from raylivecell import bench as room
 

@@ -4,11 +4,10 @@ The model behind docs/scaling.md. Parts overlap: data tasks, network and GPUs wo
 long as the busiest of them. `bench scale` measures the pieces and shows the model beside runs of 1, 2 and 3 nodes.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """Measured; seconds and bytes of one image unless said."""
 
     read: float
@@ -27,8 +26,7 @@ class Pieces:
     """Images in a block."""
 
 
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(NamedTuple):
     """GPUs, and cores that prepare samples, behind one network."""
 
     gpus: int

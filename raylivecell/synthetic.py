@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from raylivecell import storage, synthetic_defects
 from raylivecell.errors import UserError
@@ -49,6 +50,15 @@ def draw_frame(seed: int, index: int) -> tuple[Bytes, list[Mask]]:
     kind = KINDS[Frame("", seed, index).kind]
     masks = grow_frame(kind, rng)
     return render(kind, masks, rng), masks
+
+
+def draw_labels(seed: int, index: int) -> tuple[Bytes, NDArray[np.uint16]]:
+    """The pixels of frame `index` and its cells' labels, uint16 (520, 704); a later cell lies on top."""
+    image, masks = draw_frame(seed, index)
+    labels = np.zeros(image.shape, np.uint16)
+    for number, mask in enumerate(masks, 1):
+        labels[mask.window][mask.pixels > 0] = number
+    return image, labels
 
 
 def write_frame(frame: Frame) -> list[dict[str, Any]]:
