@@ -107,13 +107,13 @@ def drained(scene: Scene) -> str:
     node = scene.hosts.alive()[host.address]
     words = f"ray drain-node --address {rooms.NET}.10:{rooms.HEAD_PORT} --node-id {node}".split()
     words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    words += ["--deadline-remaining-seconds", "30"]
+    words += ["--deadline-remaining-seconds", "15"]
     head = scene.hosts.hosts["head"].name
     subprocess.run(["ip", "netns", "exec", head, *words], env=scene.hosts.env(), check=True, capture_output=True)
     before = scene.steps()
-    threading.Event().wait(32)
+    threading.Event().wait(17)
     host.kill()
-    return f"{host.address} told at step {before}, gone 32 s later at step {scene.steps()}"
+    return f"{host.address} told at step {before}, gone 17 s later at step {scene.steps()}"
 
 
 def cut(seconds: float) -> Callable[[Scene], str]:

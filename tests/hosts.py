@@ -60,6 +60,7 @@ class Host:
     name: str
     address: str
     folder: Path
+    core: int = 0
     ray: subprocess.Popen[bytes] | None = None
 
     def pids(self, *words: str) -> list[int]:
@@ -124,8 +125,9 @@ class Hosts:
         place = ["--head", f"--port={HEAD_PORT}", f"--dashboard-host={host.address}", "--include-dashboard=true"]
         if self.hosts:
             place = [f"--address={NET}.10:{HEAD_PORT}"]
-        core = number % (os.cpu_count() or 1)
-        start = f"taskset -c {core} {BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus}"
+        busy = [one.core for one in self.hosts.values() if one.pids()]
+        host.core = min(range(os.cpu_count() or 1), key=busy.count)
+        start = f"taskset -c {host.core} {BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus}"
         start += f" {' '.join(place)} --object-store-memory=200000000 --disable-usage-stats"
         mounts = f"mount -t tmpfs -o size={disk_mib}m t /tmp && mount -t tmpfs -o size=600m t /dev/shm"
         with open(host.folder / "ray.log", "wb") as log:

@@ -46,7 +46,7 @@ RAY_ROOMS = {
     "gauges",
     "gloo",
 }
-RAY_ROOMS |= {"bench_feed", "bench_frames", "bench_train", "bench_prepare", "bench_scale"}
+RAY_ROOMS |= {"bench_feed", "bench_frames", "bench_train", "bench_prepare", "bench_scale", "bench_startup"}
 """R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `actors` of evaluate and predict,
 `trial` and `search` of sweep."""
 TOP_ROOMS = {"cli", "commands", "__main__", "demo", "bench"}
