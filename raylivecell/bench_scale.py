@@ -29,6 +29,7 @@ NODES = (1, 2, 3)
 WAIT_S = 0.010
 BATCH, CROP = 8, (333, 434)
 WARM_UP_BATCHES, MEASURED_BATCHES = 32, 96
+REQUESTS = 4
 STORE = 512 * 2**20
 PIECE_IMAGES, PIECE_REPEATS = 8, 5
 
@@ -117,7 +118,9 @@ def _feed(images: int, length: int) -> tuple[float, float]:
 def _foretold(pieces: cost.Pieces, nodes: int) -> float:
     """Images/s of nodes of one core whose transformation is a wait, and whose samples are read by none."""
     waiting = pieces._replace(read=0.0, transform=WAIT_S)
-    cluster = cost.Cluster(gpus=1, gpu_images_per_s=np.inf, nodes=nodes, cores=nodes, network=np.inf)
+    cluster = cost.Cluster(
+        gpus=1, gpu_images_per_s=np.inf, nodes=nodes, cores=nodes, network=np.inf, store_requests_per_s=np.inf
+    )
     return 1 / cost.busiest(cost.epoch(waiting, cluster, images=1, batch=BATCH, parameters=0))[1]
 
 
@@ -137,7 +140,7 @@ def _pieces(task: float, take: float) -> cost.Pieces:
     transform = _seconds(
         lambda number: augment.augment_planes(decoded[number], np.random.default_rng(number), config, CROP, out)
     )
-    return cost.Pieces(read, transform, task, take, stored, out.nbytes, ingest.BLOCK_SAMPLES)
+    return cost.Pieces(read, transform, task, take, stored, REQUESTS, out.nbytes, ingest.BLOCK_SAMPLES)
 
 
 def _row(index: int) -> dict[str, Any]:

@@ -92,6 +92,9 @@ class _Bench:
     def ways(self) -> dict[str, Callable[[], float]]:
         """What is measured: name -> images/s."""
         batch = self.recipe.batch_size
+        moved = self.recipe.augment.model_copy(update={"device": "cuda"})
+        on_gpu = self.recipe.model_copy(update={"augment": moved})
+        gpu_alone = {f"both: {OURS}, augment.device: cuda": lambda: self._run(on_gpu)}
         return {
             f"loader: {OURS}": lambda: images_per_s(self._stream(), batch, RUN_PART),
             "loader: DataLoader": lambda: images_per_s(iter(self._loader()), batch, RUN_PART),
@@ -101,9 +104,10 @@ class _Bench:
             ),
             f"step: {PLAIN}": lambda: self._plain(self._network(), itertools.repeat(self.planes), STEP_PART),
             f"step: {MONAI}": lambda: self._plain(self._monai(), itertools.repeat(self.planes), STEP_PART),
-            f"both: {OURS}": self._run,
+            f"both: {OURS}": lambda: self._run(self.recipe),
             f"both: {OURS}, no Ray Train": self._run_here,
             f"both: {PLAIN}, DataLoader": lambda: self._plain(self._network(), self._loader(), RUN_PART),
+            **(gpu_alone if self.device.type == "cuda" else {}),
         }
 
     def _stream(self) -> ingest.Stream:
@@ -120,10 +124,10 @@ class _Bench:
         how = loop.LoopConfig(report_steps=STEP_PART, channels_last=channels_last)
         return self.recipe.model_copy(update={"phases": phases, "loop": how})
 
-    def _run(self) -> float:
+    def _run(self, recipe: Recipe) -> float:
         """As `raylivecell train` does it, reports and all."""
         with tempfile.TemporaryDirectory() as folder:
-            job = worker.Job(self.recipe, f"{folder}/run", self.samples, self.job.stream_memory)
+            job = worker.Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
             train.fit(train.trainer(job, 1, 1.0, gpus, retries=0))
             rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]

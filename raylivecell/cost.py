@@ -20,6 +20,8 @@ class Pieces(NamedTuple):
     """The training process's seconds to take it out of the object store, in a thread beside training."""
     stored: float
     """Bytes in its shard that training reads."""
+    requests: float
+    """To the store, for them: two reads, and opening the shard (its length, its footer) where there are many."""
     sample: float
     """Bytes as it is trained on."""
     block: int
@@ -37,6 +39,8 @@ class Cluster(NamedTuple):
     """Of all nodes together, for data tasks."""
     network: float
     """Bytes/s into and out of a node."""
+    store_requests_per_s: float
+    """That the store of the shards answers."""
 
 
 def epoch(pieces: Pieces, cluster: Cluster, images: int, batch: int, parameters: int) -> dict[str, float]:
@@ -57,6 +61,7 @@ def epoch(pieces: Pieces, cluster: Cluster, images: int, batch: int, parameters:
         "GPUs": images / (cluster.gpus * cluster.gpu_images_per_s),
         "cores for data": images * core / cluster.cores,
         "training processes, taking samples": images * pieces.take / cluster.gpus,
+        "store, requests": images * pieces.requests / cluster.store_requests_per_s,
         "network, shards": images * pieces.stored / (cluster.nodes * cluster.network),
         "network, samples between nodes": images * pieces.sample * elsewhere / (cluster.nodes * cluster.network),
         "network, gradients": steps * ring * 4 * parameters / cluster.network,
