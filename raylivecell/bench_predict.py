@@ -56,7 +56,8 @@ def bench_predict(repeats: int = 5) -> dict[str, Any]:
                 begin = time.perf_counter()
                 way()
                 spent[name].append(1000 * (time.perf_counter() - begin))
-    figures = {name: spread(values[1:]) for name, values in spent.items()}
+    beside = sorted(spent, key=lambda name: list(ours).index(name.split(":")[0]))  # each rival after its stage
+    figures = {name: spread(spent[name][1:]) for name in beside}
     whole = sum(figures[name]["median"] for name in ours)
     pairs = [(rival, rival.split(":")[0]) for rival in rivals]
     return {

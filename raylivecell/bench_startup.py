@@ -11,12 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raylivecell import bench_prepare
+from raylivecell import bench_prepare, recipe
 from raylivecell.bench_spread import spread
+from raylivecell.loop import LoopConfig
+from raylivecell.model import ModelConfig
+from raylivecell.order import PhaseConfig
+from raylivecell.recipe import Recipe
 
 IMAGES = 32
 OURS, PLAIN = "raylivecell train", "plain PyTorch script"
-TRAIN = ["--crop", "256", "256", "--phases.0.steps", "3", "--phases.0.epochs", "None", "--loop.report-steps", "3"]
+RECIPE = Recipe(
+    crop=(256, 256),
+    phases=(PhaseConfig(steps=3, plain=False, transformed=1),),
+    model=ModelConfig(features=(8, 16, 32, 64)),
+    loop=LoopConfig(report_steps=3),
+)
 TOLD = re.compile(r"first step after ([\d.]+) s: (.*)")
 # What one writes by hand: the same network, frames decoded with OpenCV, a DataLoader of two processes, one step.
 SCRIPT = """
@@ -52,7 +61,8 @@ def bench_startup(repeats: int = 5) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
         root = Path(folder)
         bench_prepare.write_source(root / "source", IMAGES)
-        _timed("prepare", str(root / "source"), "--out", str(root / "data"))
+        _timed("prepare", "--source", str(root / "source"), "--out", str(root / "data"))
+        (root / "recipe.yaml").write_text(recipe.dump(RECIPE))
         for repeat in range(repeats):
             first_step, named = _train(root, repeat)
             for name, value in named.items():
@@ -80,15 +90,23 @@ def _timed(*words: str) -> tuple[float, str]:
 
 def _process(words: list[str]) -> tuple[float, str]:
     begin = time.perf_counter()
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words[:4])} ended with {done.returncode}: {done.stderr[-500:]}")
+        raise RuntimeError(f"{' '.join(words[:4])} ended with {done.returncode}: {done.stdout[-500:]}")
     return time.perf_counter() - begin, done.stdout
 
 
 def _train(root: Path, number: int) -> tuple[float, dict[str, float]]:
     """Seconds to the first step, from the start of the process, and their parts in order (those of 0.05 s and more)."""
-    _, told = _timed("train", "--data", str(root / "data"), "--out", str(root / f"run-{number}"), *TRAIN)
+    _, told = _timed(
+        "train",
+        "--data",
+        str(root / "data"),
+        "--out",
+        str(root / f"run-{number}"),
+        "--recipe",
+        str(root / "recipe.yaml"),
+    )
     found = TOLD.search(told)
     if not found:
         raise RuntimeError(f"train told no first step: {told[-500:]}")
