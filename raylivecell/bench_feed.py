@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from raylivecell import augment, bench_frames, ingest, runtime
+from raylivecell import augment, bench_frames, blocks, ingest, runtime
 from raylivecell.bench_spread import spread
 from raylivecell.order import PhaseConfig, Plan
 
@@ -49,12 +49,12 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
     }
 
 
-def whole_frames(frames: list[np.ndarray]) -> ingest.Source:
+def whole_frames(frames: list[np.ndarray]) -> blocks.Source:
     """The frames as a source of whole images, each deformed and turned."""
     samples = bench_frames.samples(frames)
     steps = WARM_UP_BATCHES + MEASURED_BATCHES
     plan = Plan(0, len(frames), BATCH, (PhaseConfig(steps=steps, plain=False, transformed=1),))
-    return ingest.Source(samples.train, plan, augment.AugmentConfig(), None, samples.kept_train)
+    return blocks.Source(samples.train, plan, augment.AugmentConfig(), None, samples.kept_train)
 
 
 def images_per_s(batches: Iterator[Any], batch: int, warm_up: int) -> float:

@@ -8,7 +8,7 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from raylivecell import ingest, shards
+from raylivecell import blocks, ingest, shards
 from raylivecell.order import EPOCH, SAMPLE, VARIANT
 
 SIZE = (520, 704)
@@ -32,7 +32,7 @@ def samples(made: Sequence[np.ndarray]) -> ingest.Samples:
 class Planned(Dataset):
     """The plan's rows as samples, made in a DataLoader's process."""
 
-    def __init__(self, made: Sequence[np.ndarray], source: ingest.Source) -> None:
+    def __init__(self, made: Sequence[np.ndarray], source: blocks.Source) -> None:
         self.made, self.source = made, source
         plan = source.plan
         self.rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
@@ -49,7 +49,7 @@ class Planned(Dataset):
 
     def made_of(self, planes: np.ndarray, key: tuple[int, int, int, int]) -> np.ndarray:
         """A sample transformed."""
-        return ingest.transform(planes, key, self.source)
+        return blocks.transform(planes, key, self.source)
 
 
 def loader(planned: Planned) -> DataLoader:

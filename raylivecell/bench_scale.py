@@ -7,6 +7,7 @@ into batches: what could keep throughput from growing. The pieces of `cost.py` a
 these clusters is shown beside the runs.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from raylivecell import augment, bench_frames, cost, ingest, rle, shards, synthetic
+from raylivecell import augment, bench_frames, blocks, cost, ingest, rle, shards, synthetic
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.errors import UserError
@@ -77,12 +78,14 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
 @contextmanager
 def _cluster(nodes: int, wait_s: float) -> Iterator[None]:
     """A head without CPUs, where the samples are read, and so many nodes of one CPU."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
     try:
         for _ in range(nodes):
             cluster.add_node(num_cpus=1, object_store_memory=STORE)
         cluster.wait_for_nodes()
-        ray.init(cluster.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": _waiting(wait_s)})
+        hook = {"worker_process_setup_hook": _waiting(wait_s)}
+        ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=hook)
         yield
     finally:
         ray.shutdown()
@@ -93,12 +96,12 @@ def _waiting(wait_s: float) -> Callable[[], None]:
     """Run in each process of Ray's: a transformation becomes a wait, and a sample cut to size."""
 
     def hook() -> None:
-        def transform(sample: np.ndarray, key: Any, source: ingest.Source, out: np.ndarray) -> np.ndarray:
+        def transform(sample: np.ndarray, key: Any, source: blocks.Source, out: np.ndarray) -> np.ndarray:
             time.sleep(wait_s)
             out[...] = sample[:, : CROP[0], : CROP[1]]
             return out
 
-        ingest.transform = transform  # type: ignore[assignment]
+        blocks.transform = transform  # type: ignore[assignment]
 
     return hook
 
@@ -108,7 +111,7 @@ def _feed(images: int, length: int) -> tuple[float, float]:
     samples = bench_frames.samples(bench_frames.frames(images))
     steps = length * (WARM_UP_BATCHES + MEASURED_BATCHES)
     plan = Plan(0, images, BATCH, (PhaseConfig(steps=steps, plain=False, transformed=1),))
-    source = ingest.Source(samples.train, plan, augment.AugmentConfig(), CROP, samples.kept_train)
+    source = blocks.Source(samples.train, plan, augment.AugmentConfig(), CROP, samples.kept_train)
     with closing(ingest.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
         speed = images_per_s(batches, BATCH, length * WARM_UP_BATCHES)
@@ -131,10 +134,10 @@ def _pieces(task: float, take: float) -> cost.Pieces:
         shards.write_shard(shard, (_row(index) for index in range(PIECE_IMAGES)))
         group = shards._open(shard).metadata.row_group(0)
         columns = [group.column(i) for i in range(group.num_columns)]
-        stored = sum(column.total_compressed_size for column in columns if column.path_in_schema in ingest.PLANES)
+        stored = sum(column.total_compressed_size for column in columns if column.path_in_schema in blocks.PLANES)
         rows = [shards.Row(shard, index) for index in range(PIECE_IMAGES)]
-        read = _seconds(lambda number: ingest.read_sample(rows[number]))
-        decoded = [np.asarray(ingest.read_sample(row)) for row in rows]
+        read = _seconds(lambda number: blocks.read_sample(rows[number]))
+        decoded = [np.asarray(blocks.read_sample(row)) for row in rows]
     out = np.empty((3, *CROP), np.uint8)
     config = augment.AugmentConfig()
     transform = _seconds(

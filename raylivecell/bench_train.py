@@ -17,7 +17,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, ingest, loop, runtime, segment, train, worker
+from raylivecell import bench_frames, blocks, ingest, loop, runtime, segment, train, worker
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.losses import segmentation_loss
@@ -85,8 +85,8 @@ class _Bench:
         self.samples = bench_frames.samples(self.frames)
         self.job = worker.Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
         recipe, plan = self.recipe, self.job.plan()
-        self.source = ingest.Source(self.samples.train, plan, recipe.augment, CROP, self.samples.kept_train)
-        self.planes = torch.from_numpy(ingest.load(plan.rows(0), self.source))
+        self.source = blocks.Source(self.samples.train, plan, recipe.augment, CROP, self.samples.kept_train)
+        self.planes = torch.from_numpy(blocks.load(plan.rows(0), self.source))
         self.waits: list[float] = []
 
     def ways(self) -> dict[str, Callable[[], float]]:

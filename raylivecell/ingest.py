@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import cv2
 import numpy as np
 import ray
 import ray.data
@@ -26,39 +25,18 @@ from ray.data import ExecutionOptions, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from torch import Tensor
 
-from raylivecell import augment, fields, shards
-from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
+from raylivecell import shards
+from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, load_blocks, read_sample
 
 # Batches are views of the object store, which is read-only; the loop only reads them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 # Per-task costs of Ray Data (some 10 ms) are spread over so many samples: 8-row blocks halve the speed.
 BLOCK_SAMPLES = 32
-PLANES = ("image", "foreground", "border")
 # Shortest time between two rounds of Ray Data's scheduler, seconds; see _Unhurried.
 ROUND_S = 0.05
 # Decoded samples are kept in the object store while they take no more than this part of it.
 KEEP_SHARE = 0.3
-
-
-Kept = tuple["ray.ObjectRef", ...] | None
-"""Decoded samples in the object store, or none: read from the shards every time."""
-Sample = np.ndarray | tuple[np.ndarray, np.ndarray]
-"""A decoded sample: uint8 (3, H, W) as PLANES; or, where cells are told apart, the image and `fields.pack`'s."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where samples come from and what is done to them; small, sent to every task."""
-
-    rows: Sequence[shards.Row]
-    plan: Plan
-    config: augment.AugmentConfig
-    crop: tuple[int, int] | None
-    kept: Kept = None
-    targets: fields.Targets = "foreground"
-    task_cpus: float = 1.0
-    """That a task of Ray Data reserves."""
 
 
 def task_cpus() -> float:
@@ -69,83 +47,6 @@ def task_cpus() -> float:
     """
     machines = sum(one["Alive"] for one in ray.nodes())
     return 1.0 if machines == 1 or ray.cluster_resources().get("GPU", 0) else 0.5
-
-
-def read_sample(row: shards.Row, cells: bool = False) -> Sample:
-    """A sample decoded; `cells`: with its labels."""
-    if not cells:
-        sample = shards.read_row(row, PLANES)
-        return np.stack([sample[name] for name in PLANES])
-    sample = shards.read_row(row, ("image", "labels", "border"))
-    return sample["image"], fields.pack(sample["labels"], sample["border"])
-
-
-def _sample(source: Source, sample: int) -> Sample:
-    return ray.get(source.kept[sample]) if source.kept else read_sample(source.rows[sample], _tells_cells(source))
-
-
-def _tells_cells(source: Source) -> bool:
-    return source.targets != "foreground"
-
-
-def transform(
-    sample: Sample, key: tuple[int, int, int, int], source: Source, out: np.ndarray | None = None
-) -> np.ndarray:
-    """A sample as it is trained on, `fields.planes` (h, w), in `out` where given: a pure function of it and the key.
-
-    Where `source.config.device` is a GPU, the whole frame as it is: `device_augment` does the rest.
-
-    Args:
-        sample: as `read_sample` gives it; never written.
-        key: (seed, epoch, sample id, variant).
-        source: what is done to it.
-        out: C-contiguous uint8 (2 + C, h, w).
-    """
-    if source.config.device == "cuda":  # by the process that trains
-        assert isinstance(sample, np.ndarray), "the recipe sees to that"
-        whole = np.empty_like(sample) if out is None else out
-        whole[...] = sample
-        return whole
-    rng = np.random.default_rng(key)
-    if isinstance(sample, tuple):
-        moved = augment.augment(*sample, rng, source.config, source.crop) if key[3] else None
-        return fields.planes(*(moved or augment.plain(*sample, rng, source.crop)), source.targets, out)
-    if key[3]:
-        return augment.augment_planes(sample, rng, source.config, source.crop, out)
-    return augment.plain_planes(sample, rng, source.crop, out)
-
-
-def load(rows: np.ndarray, source: Source) -> np.ndarray:
-    """Rows of the order (n, 3) as planes, uint8 (n, 2 + C, h, w)."""
-    cv2.setNumThreads(1)  # a task has one CPU
-    planes = 2 + len(fields.CHANNELS[source.targets])
-    batch: np.ndarray | None = None
-    for place, row in enumerate(rows):
-        number = int(row[SAMPLE])
-        sample = _sample(source, number)
-        if batch is None:
-            crop = source.crop if source.config.device == "cpu" else None
-            batch = np.empty((len(rows), planes, *(crop or sample[0].shape)), np.uint8)
-        transform(sample, (source.plan.seed, int(row[EPOCH]), number, int(row[VARIANT])), source, batch[place])
-    assert batch is not None, "a block has rows"
-    return batch
-
-
-@dataclass(frozen=True)
-class Share:
-    """A rank's part of the run, from a step on."""
-
-    start: int
-    rank: int
-    ranks: int
-    block_steps: int
-    """Steps in a block."""
-
-    def block_rows(self, block: int, plan: Plan) -> np.ndarray:
-        """Rows of the order in a block, step after step."""
-        first = self.start + block * self.block_steps
-        steps = range(first, min(first + self.block_steps, plan.steps))
-        return np.concatenate([plan.rank_rows(step, self.rank, self.ranks) for step in steps])
 
 
 class _Unhurried(ExecutionCallback):
@@ -162,11 +63,6 @@ class _Unhurried(ExecutionCallback):
         """Sleep for what is left of the round."""
         time.sleep(max(0.0, self.last + ROUND_S - time.monotonic()))
         self.last = time.monotonic()
-
-
-def _load_blocks(blocks: dict[str, np.ndarray], source: Source, share: Share) -> dict[str, Any]:
-    rows = np.concatenate([share.block_rows(int(block), source.plan) for block in blocks["id"]])
-    return {"planes": load(rows, source), "rows": rows}
 
 
 class Stream(Iterator[dict[str, Tensor]]):
@@ -221,7 +117,7 @@ def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[
     context.raise_original_map_exception = True  # else a bad shard's name is lost in Ray Data's own error
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        cast(Any, _load_blocks),
+        cast(Any, load_blocks),
         batch_size=None,
         fn_kwargs={"source": source, "share": share},
         num_cpus=source.task_cpus,
@@ -254,11 +150,6 @@ class Samples:
         return ray.get(self.kept_val[number]) if self.kept_val else read_sample(self.val[number], self.cells)
 
 
-@ray.remote
-def _decode(row: shards.Row, cells: bool) -> Sample:
-    return read_sample(row, cells)
-
-
 def open_samples(data: str, cells: bool = False) -> Samples:
     """The samples of the dataset at `data`, with labels where `cells`; needs Ray."""
     train, val = (shards.list_rows(data, split) for split in ("train", "val"))
@@ -278,7 +169,7 @@ def keep(rows: Sequence[shards.Row], largest: int, cells: bool = False) -> Kept:
 
     `largest`: bytes of the largest.
     """
-    return tuple(_decode.remote(row, cells) for row in rows) if largest * len(rows) <= room() else None
+    return tuple(decode.remote(row, cells) for row in rows) if largest * len(rows) <= room() else None
 
 
 def room() -> float:

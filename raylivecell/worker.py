@@ -23,7 +23,18 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, device_augment, gauges, ingest, instance_metrics, instances, loop, metrics, segment
+from raylivecell import (
+    blocks,
+    checkpoint,
+    device_augment,
+    gauges,
+    ingest,
+    instance_metrics,
+    instances,
+    loop,
+    metrics,
+    segment,
+)
 from raylivecell.fields import Targets
 from raylivecell.journal import Journal
 from raylivecell.order import Plan
@@ -132,7 +143,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     values, state = checkpoint.load_training(last) if last else (None, loop.State())
     recipe, plan = job.recipe, job.plan()
     samples = job.samples
-    source = ingest.Source(
+    source = blocks.Source(
         samples.train, plan, recipe.augment, recipe.crop, samples.kept_train, recipe.targets, samples.task_cpus
     )
     stream = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)

@@ -28,6 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY_ROOMS = {
     "runtime",
     "ingest",
+    "blocks",
     "prepare",
     "train",
     "worker",

@@ -3,6 +3,8 @@
 import gc
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +17,7 @@ import torch
 from conftest import run_apart, write_tiny_dataset
 from ray._private.internal_api import memory_summary
 
-from raylivecell import fields, ingest, shards
+from raylivecell import blocks, fields, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
@@ -25,54 +27,54 @@ PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, transformed=1))
 
 
 @pytest.fixture(scope="module")
-def source(tiny_dataset: str, ray_cluster: None) -> ingest.Source:
+def source(tiny_dataset: str, ray_cluster: None) -> blocks.Source:
     rows = tuple(shards.list_rows(tiny_dataset, "train"))
-    return ingest.Source(rows, Plan(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40))
+    return blocks.Source(rows, Plan(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40))
 
 
-def collect(source: ingest.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Planes (steps, b, 3, h, w) and rows (steps, b, 3) of a whole stream."""
     batches = list(ingest.Stream(source, start, rank, ranks))
     return tuple(torch.stack([batch[name] for batch in batches]).numpy() for name in ("planes", "rows"))  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
-def whole(source: ingest.Source) -> tuple[np.ndarray, np.ndarray]:
+def whole(source: blocks.Source) -> tuple[np.ndarray, np.ndarray]:
     return collect(source)
 
 
-def test_the_stream_is_the_plan(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+def test_the_stream_is_the_plan(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
     planes, rows = whole
     assert planes.dtype == np.uint8
     assert planes.shape == (source.plan.steps, 4, 3, 32, 40)
     np.testing.assert_array_equal(rows, [source.plan.rows(step) for step in range(source.plan.steps)])
 
 
-def test_two_ranks_see_together_what_one_sees(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+def test_two_ranks_see_together_what_one_sees(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
     parts = [collect(source, rank=rank, ranks=2) for rank in range(2)]
     for place in range(2):
         np.testing.assert_array_equal(np.concatenate([part[place] for part in parts], axis=1), whole[place])
 
 
-def test_a_resumed_stream_goes_on_where_it_stopped(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+def test_a_resumed_stream_goes_on_where_it_stopped(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
     for place, values in enumerate(collect(source, start=11)):
         np.testing.assert_array_equal(values, whole[place][11:])
     assert list(ingest.Stream(source, source.plan.steps, 0, 1)) == []
 
 
-def test_samples_kept_decoded_are_the_same(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+def test_samples_kept_decoded_are_the_same(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
     kept = ingest.keep(source.rows, 3 * 48 * 48)
     assert kept is not None
     np.testing.assert_array_equal(collect(replace(source, kept=kept))[0], whole[0])
 
 
-def test_what_does_not_fit_is_not_kept(source: ingest.Source) -> None:
+def test_what_does_not_fit_is_not_kept(source: blocks.Source) -> None:
     store = ray.cluster_resources()["object_store_memory"]
     assert ingest.keep(source.rows, int(store)) is None
 
 
 def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
-    source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]
+    source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]
 ) -> None:
     planes, rows = whole[0].reshape(-1, 3, 32, 40), whole[1].reshape(-1, 3)
     seen: dict[int, list[np.ndarray]] = {}
@@ -80,14 +82,14 @@ def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
         if variant:
             seen.setdefault(int(sample), []).append(plane)
         else:
-            pixels = ingest.read_sample(source.rows[sample])
+            pixels = blocks.read_sample(source.rows[sample])
             windows = np.lib.stride_tricks.sliding_window_view(pixels, (32, 40), axis=(1, 2))
             assert (windows == plane[:, None, None]).all(axis=(0, 3, 4)).any()
     for copies in seen.values():
         assert all((a != b).any() for i, a in enumerate(copies) for b in copies[:i])
 
 
-def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: ingest.Source) -> None:
+def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: blocks.Source) -> None:
     long = replace(source, plan=replace(source.plan, phases=(PhaseConfig(epochs=300, plain=False, transformed=1),)))
 
     def objects() -> int:
@@ -108,7 +110,7 @@ def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: ingest.Sour
         time.sleep(0.05)
 
 
-def test_fields_are_drawn_from_the_warped_labels(source: ingest.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
     planes, rows = collect(replace(source, targets="distance"))
     np.testing.assert_array_equal(rows, whole[1])
     np.testing.assert_array_equal(planes[:, :, :3], whole[0], "the same pixels are trained on")
@@ -119,7 +121,12 @@ def test_fields_are_drawn_from_the_warped_labels(source: ingest.Source, whole: t
         np.testing.assert_array_equal(image[3:], drawn[3:])
 
 
-def test_an_error_is_raised_by_the_first_batch(source: ingest.Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_tasks_need_no_torch() -> None:
+    code = "import sys, raylivecell.blocks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_error_is_raised_by_the_first_batch(source: blocks.Source, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> Iterator[None]:
         raise UserError("no shard")
         yield
@@ -147,7 +154,7 @@ STREAM_LARGE = """
 import json, sys
 import numpy as np, psutil, ray
 from ray._private.internal_api import memory_summary
-from raylivecell import ingest, shards
+from raylivecell import blocks, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.order import PhaseConfig, Plan
 
@@ -155,7 +162,7 @@ data, limit = sys.argv[1], int(sys.argv[2])
 ray.init(address="local", num_cpus=2, object_store_memory=limit, include_dashboard=False, log_to_driver=False)
 rows = tuple(shards.list_rows(data, "train"))
 kept = ingest.keep(rows, 3 * 600 * 600)
-source = ingest.Source(rows, Plan(0, len(rows), 4, (PhaseConfig(epochs=1),)), AugmentConfig(), (256, 256), kept)
+source = blocks.Source(rows, Plan(0, len(rows), 4, (PhaseConfig(epochs=1),)), AugmentConfig(), (256, 256), kept)
 seen, peak = [], 0
 for batch in ingest.Stream(source, 0, 0, 1, memory=limit // 4):
     seen += batch["rows"][:, 1].tolist()
