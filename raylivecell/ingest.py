@@ -1,6 +1,6 @@
 """From the index of samples to augmented, ordered uint8 batches, streamed by Ray Data.
 
-1. Each rank's share of the run's order (order.py) is cut into blocks of about 32 samples: a block is a number.
+1. Each rank's share of the run's order (order.py) is cut into blocks of about 64 samples: a block is a number.
 2. Ray Data tasks turn a block's number into its samples: read, transform, stack. One execution serves the whole
    run, so that no epoch waits for the last one (a dataset an epoch: a third of the speed).
 3. The rank's process takes the blocks in order and slices its batches from them without a copy.
@@ -31,8 +31,9 @@ from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, load
 # Batches are views of the object store, which is read-only; the loop only reads them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-# Per-task costs of Ray Data (some 10 ms) are spread over so many samples: 8-row blocks halve the speed.
-BLOCK_SAMPLES = 32
+# Ray Data's costs of a task (30 to 100 ms) are spread over so many samples: three nodes of a CPU each do 2.8 times the work
+# of one, with 32 samples 2.4 times (`bench scale`); 8 halve the speed.
+BLOCK_SAMPLES = 64
 # Shortest time between two rounds of Ray Data's scheduler, seconds; see _Unhurried.
 ROUND_S = 0.05
 # Decoded samples are kept in the object store while they take no more than this part of it.
