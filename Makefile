@@ -19,7 +19,7 @@ test: lint  ## lint, then all tests: those of Ray, and beside them the rest
 	$(PYTEST) -m "not ray" --durations=5 >.pytest-rest.log 2>&1 & rest=$$!; \
 	if tests/apart.sh true 2>/dev/null; then \
 		tests/apart.sh $(PYTEST) -m ray --durations=10 $(HALF) >.pytest-half.log 2>&1 & half=$$!; \
-		$(PYTEST) -m ray --durations=10 $(HALF:%=--ignore=%); code=$$?; \
+		tests/apart.sh $(PYTEST) -m ray --durations=10 $(HALF:%=--ignore=%); code=$$?; \
 		wait $$half || code=1; cat .pytest-half.log; \
 	else \
 		$(PYTEST) -m ray --durations=20; code=$$?; \
