@@ -9,6 +9,9 @@ UNITS = {
     "images_per_s": "images/s (longer is better)",
 }
 
+WIDE = 30
+"""A chart of a loader and a training step shows nothing of the step, but on a logarithmic scale."""
+
 
 def chart(title: str, figures: dict[str, Any]) -> bytes:
     """A PNG of the first of UNITS in `figures`: name -> {median, min, max}."""
@@ -26,6 +29,9 @@ def chart(title: str, figures: dict[str, Any]) -> bytes:
     axes.invert_yaxis()
     axes.set_xlim(right=1.12 * max(most))
     axes.set_xlabel(UNITS[unit])
+    if max(medians) > WIDE * min(medians):
+        axes.set_xscale("log")
+        axes.set_xlim(0.7 * min(least), 2 * max(most))
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
