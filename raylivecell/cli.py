@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -49,6 +50,15 @@ def _field_error(error: ValueError) -> str | None:
     return f"{'--' + flag + ': ' if flag else ''}{message} (got {first['input']!r})"[:300]
 
 
+def _line(error: Exception) -> str:
+    """An error in one line; where a folder was to be and a file is, that file."""
+    if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
+        path = Path(error.filename)
+        if file := next((one for one in (path, *path.parents) if one.is_file()), None):
+            return f"a file lies where a folder is needed: {file}"
+    return " ".join(str(error).split())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0 done, 2 a mistake that the user can mend, a submitted job's own."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -62,11 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
         return COMMANDS[arguments[0]][1](arguments[1:]) or 0
-    except (NotADirectoryError, FileExistsError) as error:
-        print(f"raylivecell: a file lies where a folder is needed: {error.filename or error}", file=sys.stderr)
-        return 2
     except (UserError, OSError) as error:  # a path, a disk, a network: the error names it
-        print(f"raylivecell: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"raylivecell: {_line(error)}", file=sys.stderr)
         return 2
     except ValueError as error:
         told = _field_error(error)

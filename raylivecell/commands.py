@@ -3,9 +3,9 @@
 What a command needs is imported when it runs, so that `--help` does not wait for torch and Ray.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -26,14 +26,12 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
     from raylivecell.progress import console, track
 
     local(out)
-    runtime.connect()
-    told = synthetic.write_dataset(
-        out,
-        images,
-        seed,
-        defects,
-        mapper=lambda draw, frames: track(runtime.ordered_map(draw, frames), "drawing", len(frames)),
-    )
+
+    def on_ray(draw: Callable[[Any], Any], frames: Sequence[Any]) -> Iterable[Any]:
+        runtime.connect()  # not before the request is known to be one that can be met
+        return track(runtime.ordered_map(draw, frames), "drawing", len(frames))
+
+    told = synthetic.write_dataset(out, images, seed, defects, mapper=on_ray)
     console.print(f"written: {out}, {sum(split['images'] for split in told['splits'].values())} images", markup=False)
 
 

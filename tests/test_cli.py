@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import ray
 
 from raylivecell import arguments as words
 from raylivecell import cli
@@ -45,7 +46,9 @@ def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsy
         (tmp_path / name / "dataset.json").write_text(text)
     before = sorted(tmp_path.rglob("*"))
     arguments = command.format(tmp=tmp_path, jobs=JOBS).split()
+    ran = ray.is_initialized()
     assert cli.main(arguments) == 2
+    assert ray.is_initialized() == ran, "told before Ray is started"
     said = capsys.readouterr().err.strip()
     assert told.format(tmp=tmp_path) in said
     assert said.startswith("raylivecell: ")
