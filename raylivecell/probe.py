@@ -70,6 +70,7 @@ def nodes(out: str | None) -> list[Node]:
         OSError: the driver cannot write there.
     """
     folder, name = (storage.join(out, f".check-{uuid.uuid4().hex}") if out else None), "driver"
+    was_there = out is None or storage.exists(out)
     if folder:
         storage.write_bytes(storage.join(folder, name), b"driver")
     try:
@@ -81,7 +82,8 @@ def nodes(out: str | None) -> list[Node]:
     finally:
         if folder:
             storage.delete(folder)
-            storage.delete_empty(str(out))
+        if out and not was_there:
+            storage.delete_empty(out)
 
 
 def _start(node_id: str) -> Any:

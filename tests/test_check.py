@@ -128,6 +128,10 @@ def test_everything_on_a_real_cluster(
     for number, what in enumerate(EVERYTHING, 1):
         assert f"{number:>2} pass  {what}: " in told
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+    out.mkdir()
+    assert cli.main(words) == 0
+    assert list(tmp_path.iterdir()) == [out], "nor is what was there taken away"
+    capsys.readouterr()
     bad = ["check", "--data", tiny_dataset, "--recipe", "jobs/small.yaml", "--out", "/proc/none", "--workers", "40"]
     assert cli.main([*bad, "--batch-size", "4"]) == 1
     told = capsys.readouterr().out
