@@ -88,8 +88,6 @@ def _scored(pairs: Sequence[Pair]) -> list[Any]:
 
 def _evaluated(pairs: Sequence[Pair]) -> None:
     from pycocotools import mask as coco_mask
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
     truth: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
     results = []
@@ -99,7 +97,21 @@ def _evaluated(pairs: Sequence[Pair]) -> None:
             one = {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
             truth["annotations"].append({**one, "segmentation": mask, "area": int(coco_mask.area(mask))})
         masks = rle.encode(found)
-        results += coco_protocol.results(number, masks, np.linspace(1, 0.5, len(masks)))
+        said = coco_protocol.results(number, masks, np.linspace(1, 0.5, len(masks)))
+        results += [{key: value for key, value in one.items() if key != "bbox"} for one in said]
+    livecell_evaluation(truth, results)
+
+
+def livecell_evaluation(truth: dict[str, Any], results: list[dict[str, Any]]) -> Any:
+    """pycocotools' COCOeval after `accumulate`, set up as LIVECell's script sets up its own.
+
+    Args:
+        truth: what a COCO annotation file holds.
+        results: {"image_id", "category_id", "segmentation", "score"}; without "bbox", whose area COCO would take.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truth
@@ -111,3 +123,4 @@ def _evaluated(pairs: Sequence[Pair]) -> None:
         evaluation.params.areaRngLbl = ["all", "small", "medium", "large"]
         evaluation.evaluate()
         evaluation.accumulate()
+    return evaluation

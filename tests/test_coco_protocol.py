@@ -1,7 +1,5 @@
 """Average precision as pycocotools gives it, with LIVECell's changes; results files of anybody."""
 
-import contextlib
-import io
 import json
 import tempfile
 from pathlib import Path
@@ -12,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from raylivecell import coco_protocol as protocol
+from raylivecell.bench_evaluate import livecell_evaluation
 from raylivecell.errors import UserError
 from raylivecell.rle import Rle
 
@@ -52,19 +49,9 @@ def reference(images: list[Image]) -> dict[str, float]:
             about = {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
             truth["annotations"].append({**about, "segmentation": one, "area": int(coco_mask.area(one))})
         results += protocol.results(number, found, scores)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = truth
-        coco.createIndex()
-        for record in results:
-            del record["bbox"]  # LIVECell's script: with it, COCO takes the box's area
-        evaluation = COCOeval(coco, coco.loadRes(results), "segm")
-        evaluation.params.catIds, evaluation.params.useCats = [1], 0
-        evaluation.params.maxDets = [100, 500, 2000]
-        evaluation.params.areaRng = [list(area) for area in protocol.AREAS]
-        evaluation.params.areaRngLbl = ["all", "small", "medium", "large"]
-        evaluation.evaluate()
-        evaluation.accumulate()
+    for record in results:
+        del record["bbox"]  # LIVECell's script: with it, COCO takes the box's area
+    evaluation = livecell_evaluation(truth, results)
     precision, recall = evaluation.eval["precision"][:, :, 0, :, 2], evaluation.eval["recall"][:, 0, 0, :]
     told = {f"ap{letter}": precision[:, :, area].mean() for area, letter in enumerate(["", "s", "m", "l"])}
     told |= {"ap50": precision[0, :, 0].mean(), "ap75": precision[5, :, 0].mean()}
