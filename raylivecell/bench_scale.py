@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
@@ -30,9 +31,12 @@ NODES = (1, 2, 3)
 WAIT_S = 0.010
 BATCH, CROP = 8, (333, 434)
 WARM_UP_BATCHES, MEASURED_BATCHES = 32, 96
+# To a store for a sample of many shards: two for its columns; its shard's length and footer.
 REQUESTS = 4
 STORE = 512 * 2**20
 PIECE_IMAGES, PIECE_REPEATS = 8, 5
+# Of docs/scaling.md: (GPUs, nodes), the paper's network (31 million parameters), S3's requests under one prefix.
+GROWN = {"8 GPUs, 1 node": (8, 1), "64 GPUs, 8 nodes": (64, 8), "512 GPUs, 64 nodes": (512, 64)}
 
 
 def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
 
     Returns:
         `images_per_s`: nodes -> spread; `foretold_images_per_s`: nodes -> cost.py's; `share_of_linear`: nodes -> spread
-        of the ratios to one node in the same turn, by their number; `pieces`: of this machine.
+        of the ratios to one node in the same turn, by their number; `pieces`: of this machine;
+        `seconds_of_ten_million_images`: the table of docs/scaling.md.
 
     Raises:
         UserError: Ray is already running in this process, or a cluster is meant.
@@ -72,6 +77,7 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
             f"{nodes} nodes": spread([a / b / nodes for a, b in zip(speeds[nodes], one)]) for nodes in NODES[1:]
         },
         "pieces": pieces._asdict(),
+        "seconds_of_ten_million_images": {name: _grown(pieces, *size) for name, size in GROWN.items()},
     }
 
 
@@ -127,12 +133,18 @@ def _foretold(pieces: cost.Pieces, nodes: int) -> float:
     return 1 / cost.busiest(cost.epoch(waiting, cluster, images=1, batch=BATCH, parameters=0))[1]
 
 
+def _grown(pieces: cost.Pieces, gpus: int, nodes: int) -> dict[str, float]:
+    """Seconds of each part in an epoch of ten million images read from S3, 16 images a GPU and step."""
+    cluster = cost.Cluster(gpus, 400, nodes, cores=96 * nodes, network=25e9, store_requests_per_s=5500)
+    return cost.epoch(pieces, cluster, images=10**7, batch=16 * gpus, parameters=31 * 10**6)
+
+
 def _pieces(task: float, take: float) -> cost.Pieces:
     """Measured on one core of this machine, on drawn frames in a shard on its disk."""
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
         shard = f"{folder}/part-00000.parquet"
         shards.write_shard(shard, (_row(index) for index in range(PIECE_IMAGES)))
-        group = shards._open(shard).metadata.row_group(0)
+        group = pq.ParquetFile(shard).metadata.row_group(0)
         columns = [group.column(i) for i in range(group.num_columns)]
         stored = sum(column.total_compressed_size for column in columns if column.path_in_schema in blocks.PLANES)
         rows = [shards.Row(shard, index) for index in range(PIECE_IMAGES)]

@@ -31,8 +31,8 @@ from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, load
 # Batches are views of the object store, which is read-only; the loop only reads them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-# Ray Data's costs of a task (30 to 100 ms) are spread over so many samples: three nodes of a CPU each do 2.75 times the
-# work of one, with 32 samples 2.4 times (`bench scale`); 8 halve the speed.
+# Ray Data's costs of a task (30 to 100 ms) are spread over so many samples: three nodes of a CPU each do 2.5 to 2.75
+# times the work of one, with 32 samples 2.3 to 2.4 times (`bench scale`); 8 halve the speed.
 BLOCK_SAMPLES = 64
 # Shortest time between two rounds of Ray Data's scheduler, seconds; see _Unhurried.
 ROUND_S = 0.05

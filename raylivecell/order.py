@@ -44,7 +44,7 @@ class PhaseConfig(StrictModel):
 
 
 # Up to so many items an epoch's order is a table (8 MiB); above it is computed where it is asked for: a table of ten
-# million images and their copies takes 160 MB and 2 s in each of a node's processes, every epoch.
+# million images and their copies takes 160 MB and 1 s in each of a node's processes, every epoch.
 LARGEST_TABLE = 2**20
 ROUNDS = 8
 
