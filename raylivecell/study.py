@@ -41,12 +41,29 @@ class StudyFile:
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         if self.copy and storage.exists(self.copy):
             storage.write_bytes(self.path, storage.read_bytes(self.copy))
+        _make_whole(Path(self.path))
         self.url = f"sqlite:///{self.path}"
 
     def publish(self) -> None:
         """Renew the copy, if there is one."""
         if self.copy:
             storage.write_bytes(self.copy, storage.read_bytes(self.path))
+
+
+def _make_whole(path: Path) -> None:
+    """Let the file appear with its tables in it, where there is none.
+
+    Whoever opens a file without tables makes them: a dashboard opened in the very second in which a sweep begins would
+    make one end with "table ... already exists".
+    """
+    if path.exists():
+        return
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    made = optuna.storages.RDBStorage(f"sqlite:///{new}")
+    made.remove_session()
+    made.engine.dispose()
+    new.rename(path)
 
 
 def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume: bool) -> optuna.Study:

@@ -1,5 +1,8 @@
 """The study is told of every trial as what it is, and nothing of it is lost: without Ray's processes."""
 
+import sqlite3
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,30 @@ def test_no_pickle_holds_the_storage(tmp_path: Path) -> None:
     import cloudpickle
 
     assert b"study.db" not in cloudpickle.dumps(searching(tmp_path))
+
+
+@pytest.mark.parametrize("killed_before", [False, True])
+def test_a_study_file_is_never_seen_without_its_tables(tmp_path: Path, killed_before: bool) -> None:
+    """Whoever opens it in that moment, a dashboard for one, would make them too, and end it or us."""
+    file, seen, done = tmp_path / "study.db", [], threading.Event()
+    if killed_before:
+        (tmp_path / "study.db.new").write_bytes(b"half")
+
+    def open_as_it_appears() -> None:
+        while not file.exists() and not done.is_set():
+            pass
+        with closing(sqlite3.connect(file)) as database:
+            seen.extend(name for (name,) in database.execute("select name from sqlite_master where type = 'table'"))
+
+    reader = threading.Thread(target=open_as_it_appears)
+    reader.start()
+    url = study.StudyFile(str(tmp_path), None).url
+    done.set()
+    reader.join()
+    assert {"studies", "trials", "version_info", "alembic_version"} <= set(seen)
+    study.open_study(url, "one", Recipe(), CONFIG, False)
+    assert study.StudyFile(str(tmp_path), None).url == url
+    assert [one.study_name for one in optuna.get_all_study_summaries(url)] == ["one"], "a file in use stays"
 
 
 def test_a_study_in_use_or_out_of_reach_is_refused(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def _counts(out: Path) -> tuple[int, int]:
         return 0, 0
     try:
         trials = study_of(out).trials
-    except Exception:  # its tables are just being made
+    except ValueError:  # no study in it yet
         return 0, 0
     begun = [trial for trial in trials if trial.state is not TrialState.WAITING]
     return sum(trial.state.is_finished() for trial in trials), len(begun)
