@@ -40,7 +40,7 @@ touch /app/jobs/x /usr/x /x 2>&1
 start="ray start --head --block --num-cpus=3 --object-store-memory=200000000"
 bash -c -- "ulimit -n 65536; $start" >/tmp/node.log 2>&1 &
 node=$!
-until ray health-check --address 127.0.0.1:6379 >/dev/null 2>&1; do
+until ray health-check --address 127.0.0.1:6379 >/dev/null 2>&1 && (: </dev/tcp/127.0.0.1/8265) 2>/dev/null; do
   kill -0 $node || { cat /tmp/node.log; exit 1; }
 done
 for run in first retry; do
