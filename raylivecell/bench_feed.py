@@ -4,12 +4,17 @@ Both read decoded images from memory, transform whole 520x704 frames with the sa
 Ray has CPUs, and hand over batches of 8. They run in turn, in one process, so that a machine's drift hits both.
 """
 
+import re
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
+from ray._private.internal_api import memory_summary
 
 from raylivecell import augment, bench_frames, blocks, ingest, runtime
 from raylivecell.bench_spread import spread
@@ -18,6 +23,8 @@ from raylivecell.order import PhaseConfig, Plan
 BATCH = 8
 WARM_UP_BATCHES = 20
 MEASURED_BATCHES = 150
+# After so many epochs of one stream the memory is looked at, and what the stream may hold of the object store.
+EPOCHS, STREAM_MEMORY = (1, 5, 10, 20), 512 * 2**20
 OURS, SAME, DIRECT = "raylivecell", "DataLoader, same kernel", "DataLoader, direct elastic form"
 
 
@@ -27,6 +34,10 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
     Args:
         images: frames in memory.
         repeats: how often the three are measured, in turn.
+
+    Returns:
+        `processes`: that prepare samples; `images_per_s` and `ratio`: name -> spread; `mib_after_epochs`: of the
+        process that reads, of those that prepare, of the object store: epochs -> MiB.
     """
     runtime.connect()
     frames = bench_frames.frames(images)
@@ -46,7 +57,39 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
         "ratio": {
             f"{OURS} / {name}": spread([a / b for a, b in zip(speeds[OURS], speeds[name])]) for name in (SAME, DIRECT)
         },
+        "mib_after_epochs": memory_after_epochs(source),
     }
+
+
+def memory_after_epochs(source: blocks.Source) -> dict[str, dict[str, float]]:
+    """MiB that one stream holds as epochs go by: who holds it -> "N epochs" -> MiB."""
+    phase = PhaseConfig(epochs=max(EPOCHS), plain=False, transformed=1)
+    plan = replace(source.plan, phases=(phase,))
+    held: dict[str, dict[str, float]] = {"reading process": {}, "data tasks": {}, "object store": {}}
+    epochs = 0
+    with closing(ingest.Stream(replace(source, plan=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
+        for step, _ in enumerate(batches):
+            epochs += plan.epoch_ends(step)
+            if plan.epoch_ends(step) and epochs in EPOCHS:
+                for name, value in zip(held, _held()):
+                    held[name][f"{epochs} epochs"] = round(value / 2**20)
+    return held
+
+
+def _held() -> tuple[float, float, float]:
+    """Bytes of this process, of those of data tasks, and in the object store."""
+    titles = ((process, " ".join(process.info["cmdline"] or ())) for process in psutil.process_iter(["cmdline"]))
+    tasks = [process for process, title in titles if title.startswith(("ray::IDLE", "ray::Read_Samples"))]
+    told = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+    found = re.search(r"Plasma memory usage (\d+) MiB", told)
+    assert found, told
+    return _private(psutil.Process()), sum(map(_private, tasks)), float(found[1]) * 2**20
+
+
+def _private(process: psutil.Process) -> float:
+    """Bytes of a process without the object store's, where the system tells them apart (Linux)."""
+    info = process.memory_info()
+    return float(info.rss - getattr(info, "shared", 0))
 
 
 def whole_frames(frames: list[np.ndarray]) -> blocks.Source:
@@ -54,7 +97,7 @@ def whole_frames(frames: list[np.ndarray]) -> blocks.Source:
     samples = bench_frames.samples(frames)
     steps = WARM_UP_BATCHES + MEASURED_BATCHES
     plan = Plan(0, len(frames), BATCH, (PhaseConfig(steps=steps, plain=False, transformed=1),))
-    return blocks.Source(samples.train, plan, augment.AugmentConfig(), None, samples.kept_train)
+    return blocks.Source(samples.train, plan, augment.AugmentConfig(), None, samples.frame, samples.kept_train)
 
 
 def images_per_s(batches: Iterator[Any], batch: int, warm_up: int) -> float:

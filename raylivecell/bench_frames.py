@@ -26,7 +26,7 @@ def frames(count: int) -> list[np.ndarray]:
 def samples(made: Sequence[np.ndarray]) -> ingest.Samples:
     """The frames as a dataset that is kept in the object store, without validation images."""
     rows = tuple(shards.Row("memory", number) for number in range(len(made)))
-    return ingest.Samples(rows, (), tuple(ray.put(frame) for frame in made))
+    return ingest.Samples(rows, (), SIZE, tuple(ray.put(frame) for frame in made))
 
 
 class Planned(Dataset):

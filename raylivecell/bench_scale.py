@@ -31,6 +31,7 @@ NODES = (1, 2, 3)
 WAIT_S = 0.010
 BATCH, CROP = 8, (333, 434)
 WARM_UP_BATCHES, MEASURED_BATCHES = 32, 96
+BLOCK = ingest.BLOCK_BYTES // (3 * CROP[0] * CROP[1])
 # To a store for a sample of many shards: two for its columns; its shard's length and footer.
 REQUESTS = 4
 STORE = 512 * 2**20
@@ -60,12 +61,12 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
     takes, tasks = [], []
     for _ in range(repeats):
         with _cluster(1, 0.0):
-            tasks.append(ingest.BLOCK_SAMPLES / _feed(images, 4)[0])
+            speed, take = _feed(images, 4)
+            tasks.append(BLOCK / speed)
+            takes.append(take)
         for nodes in NODES:
             with _cluster(nodes, WAIT_S):
-                speed, take = _feed(images, nodes)
-                speeds[nodes].append(speed)
-                takes.append(take)
+                speeds[nodes].append(_feed(images, nodes)[0])
     pieces = _pieces(float(np.median(tasks)), float(np.median(takes)))
     one = speeds[1]
     return {
@@ -117,7 +118,7 @@ def _feed(images: int, length: int) -> tuple[float, float]:
     samples = bench_frames.samples(bench_frames.frames(images))
     steps = length * (WARM_UP_BATCHES + MEASURED_BATCHES)
     plan = Plan(0, images, BATCH, (PhaseConfig(steps=steps, plain=False, transformed=1),))
-    source = blocks.Source(samples.train, plan, augment.AugmentConfig(), CROP, samples.kept_train)
+    source = blocks.Source(samples.train, plan, augment.AugmentConfig(), CROP, samples.frame, samples.kept_train)
     with closing(ingest.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
         speed = images_per_s(batches, BATCH, length * WARM_UP_BATCHES)
@@ -155,7 +156,7 @@ def _pieces(task: float, take: float) -> cost.Pieces:
     transform = _seconds(
         lambda number: augment.augment_planes(decoded[number], np.random.default_rng(number), config, CROP, out)
     )
-    return cost.Pieces(read, transform, task, take, stored, REQUESTS, out.nbytes, ingest.BLOCK_SAMPLES)
+    return cost.Pieces(read, transform, task, take, stored, REQUESTS, out.nbytes, BLOCK)
 
 
 def _row(index: int) -> dict[str, Any]:

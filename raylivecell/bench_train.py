@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
+from ray.train import UserCallback
 from torch import Tensor, nn
 
 from raylivecell import bench_frames, blocks, ingest, loop, runtime, segment, train, worker
@@ -23,12 +25,23 @@ from raylivecell.bench_spread import spread
 from raylivecell.losses import segmentation_loss
 from raylivecell.model import ModelConfig, build_model, count_parameters, normalise
 from raylivecell.optimizer import OptimizerConfig, build_optimizer
-from raylivecell.order import PhaseConfig
+from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 
 CROP = (256, 256)
 # Steps between two looks at the clock, of a step alone and of a whole run; the first such part is warm-up.
 STEP_PART, RUN_PART, PARTS = 4, 20, 3
+# Batches of the loader alone: some 25 blocks, after those for which the object store takes fresh pages of memory.
+LOADER_WARM_UP, LOADER_BATCHES = 400, 1600
+# Ray Train's own processes, which share the machine with a run.
+RAY_TRAIN = (
+    "TrainController",
+    "TrainStateActor",
+    "SynchronizationActor",
+    "PreemptionWatcher",
+    "DatasetManager",
+    "PlacementGroupCleaner",
+)
 OURS, PLAIN, MONAI = "raylivecell", "plain PyTorch", "MONAI BasicUNet"
 
 
@@ -40,8 +53,8 @@ def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
         repeats: how often each is measured, in turn.
 
     Returns:
-        `images_per_s`: way -> spread; `ratio`: "A / B" -> spread; `data_wait_share` of our runs; `device`,
-        `parameters`, `batch`, `crop`.
+        `images_per_s`: way -> spread; `ratio`: "A / B" -> spread; `data_wait_share` of our runs; `ray_train_cpu_share`:
+        of all cores, in Ray Train's own processes; `device`, `parameters`, `batch`, `crop`.
     """
     runtime.connect()
     bench = _Bench(images)
@@ -51,6 +64,7 @@ def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
         for name, way in ways.items():
             speeds[name].append(way())
     pairs = [
+        (f"loader: {OURS}", "loader: DataLoader"),
         (f"both: {OURS}", f"both: {PLAIN}, DataLoader"),
         (f"both: {OURS}", f"both: {OURS}, no Ray Train"),
         (f"step: {OURS}", f"step: {PLAIN}"),
@@ -63,6 +77,7 @@ def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
         "crop": list(CROP),
         "images_per_s": {name: spread(values) for name, values in speeds.items()},
         "data_wait_share": spread(bench.waits),
+        "ray_train_cpu_share": spread(bench.ray_train),
         "ratio": {f"{a} / {b}": spread([x / y for x, y in zip(speeds[a], speeds[b])]) for a, b in pairs},
     }
 
@@ -84,10 +99,10 @@ class _Bench:
         self.frames = bench_frames.frames(images)
         self.samples = bench_frames.samples(self.frames)
         self.job = worker.Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
-        recipe, plan = self.recipe, self.job.plan()
-        self.source = blocks.Source(self.samples.train, plan, recipe.augment, CROP, self.samples.kept_train)
-        self.planes = torch.from_numpy(blocks.load(plan.rows(0), self.source))
+        self.source = self._source(PARTS * RUN_PART)
+        self.planes = torch.from_numpy(blocks.load(self.source.plan.rows(0), self.source))
         self.waits: list[float] = []
+        self.ray_train: list[float] = []
 
     def ways(self) -> dict[str, Callable[[], float]]:
         """What is measured: name -> images/s."""
@@ -95,48 +110,64 @@ class _Bench:
         moved = self.recipe.augment.model_copy(update={"device": "cuda"})
         on_gpu = self.recipe.model_copy(update={"augment": moved})
         gpu_alone = {f"both: {OURS}, augment.device: cuda": lambda: self._run(on_gpu)}
+        cpu_alone = {f"step: {OURS}, one thread": lambda: self._step(threads=1)}
+        many = self._source(LOADER_WARM_UP + LOADER_BATCHES)
         return {
-            f"loader: {OURS}": lambda: images_per_s(self._stream(), batch, RUN_PART),
-            "loader: DataLoader": lambda: images_per_s(iter(self._loader()), batch, RUN_PART),
-            f"step: {OURS}": lambda: self._loop(self._step_recipe(), self._repeated()),
-            f"step: {OURS}, channels first": lambda: self._loop(
-                self._step_recipe(channels_last=False), self._repeated()
-            ),
+            f"loader: {OURS}": lambda: images_per_s(self._stream(many), batch, LOADER_WARM_UP),
+            "loader: DataLoader": lambda: images_per_s(iter(self._loader(many)), batch, LOADER_WARM_UP),
+            f"step: {OURS}": self._step,
+            f"step: {OURS}, channels first": lambda: self._step(channels_last=False),
+            f"step: {OURS}, compiled": lambda: self._step(compile=True),
+            **(cpu_alone if self.device.type == "cpu" else {}),
             f"step: {PLAIN}": lambda: self._plain(self._network(), itertools.repeat(self.planes), STEP_PART),
             f"step: {MONAI}": lambda: self._plain(self._monai(), itertools.repeat(self.planes), STEP_PART),
             f"both: {OURS}": lambda: self._run(self.recipe),
             f"both: {OURS}, no Ray Train": self._run_here,
-            f"both: {PLAIN}, DataLoader": lambda: self._plain(self._network(), self._loader(), RUN_PART),
+            f"both: {PLAIN}, DataLoader": lambda: self._plain(self._network(), self._loader(self.source), RUN_PART),
             **(gpu_alone if self.device.type == "cuda" else {}),
         }
 
-    def _stream(self) -> ingest.Stream:
-        return ingest.Stream(self.source, 0, 0, 1, self.job.stream_memory)
+    def _source(self, steps: int) -> blocks.Source:
+        phases = (PhaseConfig(steps=steps, plain=False, transformed=1),)
+        plan = Plan(0, len(self.frames), self.recipe.batch_size, phases)
+        held = self.samples
+        return blocks.Source(held.train, plan, self.recipe.augment, CROP, held.frame, held.kept_train)
 
-    def _loader(self) -> Iterable[Tensor]:
-        return bench_frames.loader(bench_frames.Planned(self.frames, self.source))
+    def _stream(self, source: blocks.Source) -> ingest.Stream:
+        return ingest.Stream(source, 0, 0, 1, self.job.stream_memory)
 
-    def _repeated(self) -> Iterator[dict[str, Tensor]]:
-        return itertools.repeat({"planes": self.planes})
+    def _loader(self, source: blocks.Source) -> Iterable[Tensor]:
+        return bench_frames.loader(bench_frames.Planned(self.frames, source))
 
-    def _step_recipe(self, channels_last: bool = True) -> Recipe:
+    def _step(self, channels_last: bool = True, compile: bool = False, threads: int | None = None) -> float:
+        """Our loop on one batch again and again."""
         phases = (self.recipe.phases[0].model_copy(update={"steps": PARTS * STEP_PART}),)
-        how = loop.LoopConfig(report_steps=STEP_PART, channels_last=channels_last)
-        return self.recipe.model_copy(update={"phases": phases, "loop": how})
+        how = loop.LoopConfig(report_steps=STEP_PART, channels_last=channels_last, compile=compile)
+        recipe = self.recipe.model_copy(update={"phases": phases, "loop": how})
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            return self._loop(recipe, itertools.repeat({"planes": self.planes}))
+        finally:
+            torch.set_num_threads(before)
 
     def _run(self, recipe: Recipe) -> float:
         """As `raylivecell train` does it, reports and all."""
         with tempfile.TemporaryDirectory() as folder:
             job = worker.Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
-            train.fit(train.trainer(job, 1, 1.0, gpus, retries=0))
+            told = Path(folder, "processes.jsonl")
+            train.fit(train.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_Accounts(str(told))]))
+            first, *_, last = [json.loads(line) for line in told.read_text().splitlines()]
             rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+        seconds = last["time"] - first["time"]
+        self.ray_train.append((last["cpu_seconds"] - first["cpu_seconds"]) / seconds / psutil.cpu_count())
         self.waits.append(sum(row["data_wait_share"] for row in rows[1:]) / len(rows[1:]))
         return _speed(rows, self.recipe.batch_size)
 
     def _run_here(self) -> float:
         """The same in this process."""
-        with contextlib.closing(self._stream()) as stream:
+        with contextlib.closing(self._stream(self.source)) as stream:
             return self._loop(self.recipe, stream)
 
     def _loop(self, recipe: Recipe, batches: Iterator[dict[str, Tensor]]) -> float:
@@ -144,7 +175,8 @@ class _Bench:
         torch.manual_seed(0)
         plan = worker.Job(recipe, "", self.samples, 0).plan()
         training = loop.start(segment.build(recipe, self.device), recipe.optimizer, plan.steps)
-        for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, lambda network: {}):
+        forward = worker.wrap(training.model, recipe, 1, self.device)
+        for _ in loop.run(training, forward, batches, plan, recipe.loop, recipe.loss, lambda network: {}):
             pass
         return _speed(training.state.history, recipe.batch_size)
 
@@ -182,6 +214,23 @@ class _Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class _Accounts(UserCallback):
+    """Writes down after each report, where Ray Train's controller runs, what its processes have taken of the CPUs."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+        """A line: seconds since 1970, seconds of CPU."""
+        spent = 0.0
+        for process in psutil.process_iter(["cmdline", "cpu_times"]):
+            title = " ".join(process.info["cmdline"] or ())
+            if title.startswith("ray::") and any(name in title for name in RAY_TRAIN):
+                spent += process.info["cpu_times"].user + process.info["cpu_times"].system
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"time": time.time(), "cpu_seconds": spent}) + "\n")
 
 
 def _speed(rows: Sequence[dict[str, Any]], batch: int) -> float:

@@ -10,11 +10,13 @@ alone, no coordinator stands between, and no row is dropped to make the parts eq
 """
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -22,20 +24,26 @@ import ray
 import ray.data
 import torch
 from ray.data import ExecutionOptions, ExecutionResources
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
 from torch import Tensor
 
 from raylivecell import shards
-from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, load_blocks, read_sample
+from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, read_block, read_sample
 
 # Batches are views of the object store, which is read-only; the loop only reads them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-# Ray Data's costs of a task (30 to 100 ms) are spread over so many samples: three nodes of a CPU each do 2.5 to 2.75
-# times the work of one, with 32 samples 2.3 to 2.4 times (`bench scale`); 8 halve the speed.
-BLOCK_SAMPLES = 64
-# Shortest time between two rounds of Ray Data's scheduler, seconds; see _Unhurried.
-ROUND_S = 0.05
+# A task's samples: at most so many, of so many bytes together. After each task a core waits some 40 ms for the next:
+# two cores do 490 whole frames a second in blocks of 61, and 390 in blocks of 32; crops of 256x256 come at 990, 1,380
+# and 1,660 a second in blocks of 64, 128 and 256.
+BLOCK_SAMPLES, BLOCK_BYTES = 256, 64 * 2**20
+# Blocks that a stream's memory has room for at least: one that is read, one ahead, and those of some tasks.
+STREAM_BLOCKS = 8
+# Shortest time between two rounds of Ray Data's scheduler, seconds: while blocks lie ready, and while none does.
+ROUND_S, HURRY_S = 0.05, 0.02
 # Decoded samples are kept in the object store while they take no more than this part of it.
 KEEP_SHARE = 0.3
 
@@ -50,19 +58,43 @@ def task_cpus() -> float:
     return 1.0 if machines == 1 or ray.cluster_resources().get("GPU", 0) else 0.5
 
 
-class _Unhurried(ExecutionCallback):
-    """Lets Ray Data's scheduler rest between rounds.
+class _SamplesDatasource(ray.data.Datasource):
+    """A rank's share as Ray Data reads it: a task a block.
 
-    It runs in a thread of the process that reads, and while that process holds blocks enough it turns without a pause
-    and holds Python's lock: it had 84 % of it, and training on two cores ran at half its speed (Ray 2.60).
+    One operator, where numbers mapped to samples would be two: they are fused for tasks of a whole CPU alone.
+    """
+
+    def __init__(self, source: Source, share: Share, blocks: int) -> None:
+        self.work, self.blocks = ray.put((source, share)), blocks
+
+    def estimate_inmemory_data_size(self) -> None:
+        """Unknown; the number of blocks is given."""
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """One of a few hundred bytes for each block."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(partial(read_block, number, self.work), unknown) for number in range(self.blocks)]
+
+
+class _Paced(ExecutionCallback):
+    """Sets the pace of Ray Data's scheduler, which runs in a thread of the process that reads (Ray 2.60).
+
+    Without rests it turns without a pause once all its tasks have ended, and holds Python's lock for 84 % of the time:
+    training on two cores ran at half its speed. While tasks run, a round waits for all of them, by itself for up to
+    0.1 s, and two rounds pass before one that ended is replaced: where tasks take 0.2 s, cores idled half of the time.
     """
 
     def __init__(self) -> None:
         self.last = 0.0
 
+    def before_execution_starts(self, executor: Any) -> None:
+        """Shorten a round's wait."""
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = HURRY_S
+
     def on_execution_step(self, executor: Any) -> None:
         """Sleep for what is left of the round."""
-        time.sleep(max(0.0, self.last + ROUND_S - time.monotonic()))
+        pause = ROUND_S if executor._output_node[1].output_queue else HURRY_S
+        time.sleep(max(0.0, self.last + pause - time.monotonic()))
         self.last = time.monotonic()
 
 
@@ -82,7 +114,7 @@ class Stream(Iterator[dict[str, Tensor]]):
 
     def __init__(self, source: Source, start: int, rank: int, ranks: int, memory: int | None = None) -> None:
         batch = source.plan.batch_size // ranks
-        share = Share(start, rank, ranks, max(1, BLOCK_SAMPLES // batch))
+        share = Share(start, rank, ranks, block_steps(source, batch, memory))
         self._blocks = _blocks(source, share, memory)
         self._fetcher = ThreadPoolExecutor(1, "blocks")
         self._batches = self._slices(batch, self._fetcher.submit(next, self._blocks, None))
@@ -104,24 +136,28 @@ class Stream(Iterator[dict[str, Tensor]]):
         gc.collect()  # an execution is a cycle of objects with blocks in hand: 50 MiB after three trials
 
 
+def block_steps(source: Source, batch: int, memory: int | None) -> int:
+    """Steps of a block, of `batch` samples each, in a stream of `memory` bytes of the object store."""
+    room = BLOCK_BYTES if memory is None else min(BLOCK_BYTES, memory // STREAM_BLOCKS)
+    return max(1, min(BLOCK_SAMPLES, room // math.prod(source.shape())) // batch)
+
+
 def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[str, np.ndarray], None, None]:
     """The share's blocks in order, made by Ray Data tasks."""
-    blocks = -(-(source.plan.steps - share.start) // share.block_steps)
-    if blocks <= 0:
+    count = -(-(source.plan.steps - share.start) // share.block_steps)
+    if count <= 0:
         return
     context = ray.data.DataContext.get_current()
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=memory)
     )
     context.enable_progress_bars = False
-    context.custom_execution_callback_classes = [_Unhurried]
+    context.custom_execution_callback_classes = [_Paced]
     context.raise_original_map_exception = True  # else a bad shard's name is lost in Ray Data's own error
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
-    dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        cast(Any, load_blocks),
-        batch_size=None,
-        fn_kwargs={"source": source, "share": share},
-        num_cpus=source.task_cpus,
+    context.target_max_block_size = None  # else a large block is cut, and not between two batches
+    dataset = ray.data.read_datasource(
+        _SamplesDatasource(source, share, count), override_num_blocks=count, num_cpus=source.task_cpus
     )
     dataset.set_name(f"rank_{share.rank}")  # in the dashboard
     # Ray Data's own thread that prefetches would never end, nor let go of its blocks, where we stop early (2.60).
@@ -137,6 +173,8 @@ class Samples:
 
     train: Sequence[shards.Row]
     val: Sequence[shards.Row]
+    frame: tuple[int, int]
+    """Height and width of the training images; of the largest, where they differ."""
     kept_train: Kept = None
     kept_val: Kept = None
     cells: bool = False
@@ -156,7 +194,8 @@ def open_samples(data: str, cells: bool = False) -> Samples:
     train, val = (shards.list_rows(data, split) for split in ("train", "val"))
     kept_train = keep(train, sample_bytes(data, "train", cells), cells)
     kept_val = keep(val, sample_bytes(data, "val", cells), cells)
-    return Samples(train, val, kept_train, kept_val, cells, shards.provenance(data), task_cpus())
+    frame = max(shards.image_sizes(data, "train"), key=math.prod, default=(0, 0))
+    return Samples(train, val, frame, kept_train, kept_val, cells, shards.provenance(data), task_cpus())
 
 
 def sample_bytes(data: str, split: str, cells: bool) -> int:

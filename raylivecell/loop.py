@@ -38,7 +38,7 @@ class LoopConfig(StrictModel):
     channels_last: bool = True
     """Keep activations with the channels innermost: faster on GPU and CPU alike."""
     compile: bool = False
-    """`torch.compile` the network: pays on a GPU after some minutes of training."""
+    """`torch.compile` the network: pays on a GPU after minutes of training, on CPUs hardly ever (`bench train`)."""
 
 
 class NonFiniteLoss(Exception):

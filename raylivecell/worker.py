@@ -144,7 +144,14 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     recipe, plan = job.recipe, job.plan()
     samples = job.samples
     source = blocks.Source(
-        samples.train, plan, recipe.augment, recipe.crop, samples.kept_train, recipe.targets, samples.task_cpus
+        samples.train,
+        plan,
+        recipe.augment,
+        recipe.crop,
+        samples.frame,
+        samples.kept_train,
+        recipe.targets,
+        samples.task_cpus,
     )
     stream = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
     batches: Iterator[dict[str, Tensor]] = stream
@@ -155,7 +162,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
         training = loop.start(segment.build(recipe, place.device), recipe.optimizer, plan.steps)
         if values is not None:
             training.load(values, state)
-        forward = _wrap(training.model, recipe, place.ranks, place.device)
+        forward = wrap(training.model, recipe, place.ranks, place.device)
         marks = (*job.marks, ("workers", entered), ("network", time.time())) if values is None else ()
         yield from loop.run(
             training,
@@ -194,7 +201,8 @@ def _uri(saved: Checkpoint) -> str:
     return saved.path if kind == "local" else f"{ {'gcs': 'gs'}.get(kind, kind) }://{saved.path}"
 
 
-def _wrap(model: nn.Module, recipe: Recipe, ranks: int, device: torch.device) -> nn.Module:
+def wrap(model: nn.Module, recipe: Recipe, ranks: int, device: torch.device) -> nn.Module:
+    """The network as the loop calls it: shared among ranks, compiled, or as it is."""
     forward: nn.Module = model
     if ranks > 1:
         forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

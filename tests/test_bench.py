@@ -69,8 +69,11 @@ def test_training_with_and_without_ray(ray_cluster: None, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(bench_train, "RUN_PART", 2)
     monkeypatch.setattr(bench_train, "STEP_PART", 1)
+    monkeypatch.setattr(bench_train, "LOADER_WARM_UP", 2)
+    monkeypatch.setattr(bench_train, "LOADER_BATCHES", 4)
     figures: dict[str, Any] = bench_train.bench_train(images=4, repeats=1)
-    assert len(figures["images_per_s"]) == 9
+    assert len(figures["images_per_s"]) == 11
     assert all(one["median"] > 0 for one in figures["images_per_s"].values())
     assert 0 <= figures["data_wait_share"]["median"] <= 1
-    assert len(figures["ratio"]) == 4
+    assert 0 <= figures["ray_train_cpu_share"]["median"] <= 1
+    assert len(figures["ratio"]) == 5

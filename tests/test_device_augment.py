@@ -74,7 +74,7 @@ def test_batches_hold_the_order_s_samples_plain_and_transformed() -> None:
     frames = [frame(i, 50, 60) for i in range(5)]
     plan = Plan(7, 5, 4, (PhaseConfig(epochs=2, transformed=1),))
     config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames: they are widened
-    source = blocks.Source([shards.Row("memory", i) for i in range(5)], plan, config, size)
+    source = blocks.Source([shards.Row("memory", i) for i in range(5)], plan, config, size, (50, 60))
     rows = [plan.rows(step) for step in range(plan.steps)]
     whole = (
         {"planes": torch.from_numpy(np.stack([frames[i] for i in r[:, 1]])), "rows": torch.from_numpy(r)} for r in rows
@@ -96,7 +96,9 @@ def test_data_tasks_leave_frames_whole_for_the_gpu(monkeypatch: pytest.MonkeyPat
     frames = [frame(i, 50, 60) for i in range(3)]
     monkeypatch.setattr(blocks, "read_sample", lambda row, cells: frames[row.group])
     plan = Plan(0, 3, 3, (PhaseConfig(epochs=1),))
-    source = blocks.Source([shards.Row("", i) for i in range(3)], plan, AugmentConfig(device="cuda"), (20, 20))
+    source = blocks.Source(
+        [shards.Row("", i) for i in range(3)], plan, AugmentConfig(device="cuda"), (20, 20), (50, 60)
+    )
     rows = plan.rows(0)
     np.testing.assert_array_equal(blocks.load(rows, source), np.stack([frames[i] for i in rows[:, 1]]))
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import ray
 import torch
 from conftest import run_apart, write_tiny_dataset
 from ray._private.internal_api import memory_summary
+from ray.data._internal.execution import streaming_executor_state
 
 from raylivecell import blocks, fields, ingest, shards
 from raylivecell.augment import AugmentConfig
@@ -27,9 +29,17 @@ PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, transformed=1))
 
 
 @pytest.fixture(scope="module")
-def source(tiny_dataset: str, ray_cluster: None) -> blocks.Source:
+def source(tiny_dataset: str, ray_cluster: None, small_blocks: None) -> blocks.Source:
     rows = tuple(shards.list_rows(tiny_dataset, "train"))
-    return blocks.Source(rows, Plan(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40))
+    return blocks.Source(rows, Plan(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40), (48, 64))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks() -> Iterator[None]:
+    """Several in a run, the last one smaller."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "BLOCK_SAMPLES", 16)
+        yield
 
 
 def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -138,15 +148,32 @@ def test_an_error_is_raised_by_the_first_batch(source: blocks.Source, monkeypatc
     batches.close()
 
 
-def test_the_scheduler_rests_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scheduler_rests_between_rounds_while_blocks_lie_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     now, rests = [100.0], []
     monkeypatch.setattr(ingest.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(ingest.time, "sleep", rests.append)
-    hurried = ingest._Unhurried()
-    for work in (0, 0.2 * ingest.ROUND_S, 3 * ingest.ROUND_S):
-        now[0] += work
-        hurried.on_execution_step(None)
-    assert rests == pytest.approx([0, 0.8 * ingest.ROUND_S, 0], abs=1e-6)
+    paced, ready = ingest._Paced(), SimpleNamespace(output_queue=["block"])
+    for work, queue in ((0, ready), (0.2, ready), (0.2, SimpleNamespace(output_queue=[])), (3, ready)):
+        now[0] += work * ingest.HURRY_S
+        paced.on_execution_step(SimpleNamespace(_output_node=(None, queue)))
+    hurried, rested = 0.8 * ingest.HURRY_S, ingest.ROUND_S - 0.2 * ingest.HURRY_S
+    assert rests == pytest.approx([0, rested, hurried, max(0, ingest.ROUND_S - 3 * ingest.HURRY_S)], abs=1e-6)
+
+
+def test_ray_data_waits_as_long_as_it_is_told(source: blocks.Source) -> None:
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S > 0, "the name that ingest sets is Ray's"
+    collect(source)
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == ingest.HURRY_S
+
+
+def test_blocks_are_bounded_in_samples_and_bytes(source: blocks.Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "BLOCK_SAMPLES", 256)
+    assert ingest.block_steps(source, 4, None) == 256 // 4
+    whole = replace(source, crop=None, frame=(2048, 2048), targets="distance")
+    for memory in (None, 2**30, 2**27):
+        steps = ingest.block_steps(whole, 2, memory)
+        room = min(ingest.BLOCK_BYTES, (memory or 2**40) // ingest.STREAM_BLOCKS)
+        assert steps == 1 or steps * 2 * 5 * 2048**2 <= room
 
 
 STORE = 80 * 2**20
@@ -154,6 +181,7 @@ STREAM_LARGE = """
 import json, sys
 import numpy as np, psutil, ray
 from ray._private.internal_api import memory_summary
+from ray.data._internal.execution import streaming_executor_state
 from raylivecell import blocks, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.order import PhaseConfig, Plan
@@ -162,7 +190,8 @@ data, limit = sys.argv[1], int(sys.argv[2])
 ray.init(address="local", num_cpus=2, object_store_memory=limit, include_dashboard=False, log_to_driver=False)
 rows = tuple(shards.list_rows(data, "train"))
 kept = ingest.keep(rows, 3 * 600 * 600)
-source = blocks.Source(rows, Plan(0, len(rows), 4, (PhaseConfig(epochs=1),)), AugmentConfig(), (256, 256), kept)
+plan = Plan(0, len(rows), 4, (PhaseConfig(epochs=1),))
+source = blocks.Source(rows, plan, AugmentConfig(), (256, 256), (600, 600), kept)
 seen, peak = [], 0
 for batch in ingest.Stream(source, 0, 0, 1, memory=limit // 4):
     seen += batch["rows"][:, 1].tolist()
