@@ -5,10 +5,8 @@ zstd under 1. Every row is a row group of its own, so that any sample can be rea
 store: what an epoch's permutation of the index needs.
 """
 
-import bisect
 import functools
 import hashlib
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from raylivecell import storage
 from raylivecell.errors import UserError
@@ -59,17 +58,27 @@ class Row:
     group: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """Every sample of a split in the dataset's fixed order: position = sample id. As small as the list of shards."""
+    """Every sample of a split in the dataset's fixed order: position = sample id. As small as the list of shards.
 
-    shards: tuple[str, ...]
-    """URIs."""
-    ends: tuple[int, ...]
+    Arrays, for each data task gets one from the object store: without a copy, where 156,250 strings took it 265 ms.
+    """
+
+    shards: NDArray[np.bytes_]
+    """URIs in UTF-8."""
+    ends: NDArray[np.int64]
     """Samples up to and with each shard."""
 
+    @classmethod
+    def of(cls, shards: Iterable[tuple[str, int]]) -> "Rows":
+        """From each shard's URI and its number of samples."""
+        listed = list(shards)
+        uris = np.array([uri.encode() for uri, _ in listed], np.bytes_)
+        return cls(uris, np.cumsum([count for _, count in listed], dtype=np.int64))
+
     def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
+        return int(self.ends[-1]) if self.ends.size else 0
 
     @overload
     def __getitem__(self, sample: int) -> Row: ...
@@ -80,8 +89,8 @@ class Rows(Sequence[Row]):
             return [self[i] for i in range(*sample.indices(len(self)))]
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
-        shard = bisect.bisect_right(self.ends, sample)
-        return Row(self.shards[shard], sample - (self.ends[shard - 1] if shard else 0))
+        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        return Row(self.shards[shard].decode(), int(sample - (self.ends[shard - 1] if shard else 0)))
 
 
 def write_shard(uri: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -150,8 +159,7 @@ def provenance(data: str) -> dict[str, Any]:
 def list_rows(data: str, split: str) -> Rows:
     """Every sample of a split."""
     shards = load_description(data)["splits"][split]["shards"]  # checked: [{"file": "train/...", "rows": 64}, ...]
-    ends = itertools.accumulate(shard["rows"] for shard in shards)
-    return Rows(tuple(storage.join(data, shard["file"]) for shard in shards), tuple(ends))
+    return Rows.of((storage.join(data, shard["file"]), shard["rows"]) for shard in shards)
 
 
 @functools.lru_cache(maxsize=128)  # with each file stay the bytes of the row that was read last
