@@ -127,7 +127,7 @@ def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> 
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         env=os.environ | (env or {}),
     )
 

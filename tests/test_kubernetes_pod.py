@@ -66,7 +66,7 @@ def _possible() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # it sees no other Ray, and none sees it: namespaces of its own
+@pytest.mark.timeout(1200)  # it sees no other Ray, and none sees it: namespaces of its own
 def test_ray_and_a_job_need_no_more_than_the_pod_gives(tiny_dataset: str, tmp_path: Path) -> None:
     if not _possible():
         pytest.skip("needs Linux, util-linux, iproute2 and a root that may make namespaces")
@@ -86,7 +86,7 @@ def test_ray_and_a_job_need_no_more_than_the_pod_gives(tiny_dataset: str, tmp_pa
     bound = " ".join(dict.fromkeys([sys.base_prefix, sys.prefix, str(ROOT)]))
     command = ["unshare", "-m", "-n", "-p", "-f", "--propagation", "private", "bash", "-c", CONTAINER, "container"]
     command += [str(tmp_path), tiny_dataset, bound, " ".join(writable)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1100)
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
     assert [told.count(f"touch: cannot touch '{path}'") for path in ("/app/jobs/x", "/usr/x", "/x")] == [1, 1, 1]
