@@ -21,8 +21,8 @@ from raylivecell.bench_spread import spread
 from raylivecell.order import PhaseConfig, Plan
 
 BATCH = 8
-WARM_UP_BATCHES = 20
-MEASURED_BATCHES = 150
+# A block of each process is a round. They end together: between rounds no batch lies ready that counts as made at once.
+WARM_UP_ROUNDS, MEASURED_ROUNDS = 3, 9
 # After so many epochs of one stream the memory is looked at, and what the stream may hold of the object store.
 EPOCHS, STREAM_MEMORY = (1, 5, 10, 20), 512 * 2**20
 OURS, SAME, DIRECT = "raylivecell", "DataLoader, same kernel", "DataLoader, direct elastic form"
@@ -40,8 +40,9 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
         process that reads, of those that prepare, of the object store: epochs -> MiB.
     """
     runtime.connect()
+    processes = int(ray.cluster_resources()["CPU"])
     frames = bench_frames.frames(images)
-    source = whole_frames(frames)
+    source, warm_up = in_rounds(frames, None, processes)
     ways = {
         OURS: lambda: ingest.Stream(source, 0, 0, 1),
         SAME: lambda: iter(bench_frames.loader(bench_frames.Planned(frames, source))),
@@ -50,9 +51,9 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, start in ways.items():
-            speeds[name].append(images_per_s(start(), BATCH, WARM_UP_BATCHES))
+            speeds[name].append(images_per_s(start(), BATCH, warm_up))
     return {
-        "processes": int(ray.cluster_resources()["CPU"]),
+        "processes": processes,
         "images_per_s": {name: spread(values) for name, values in speeds.items()},
         "ratio": {
             f"{OURS} / {name}": spread([a / b for a, b in zip(speeds[OURS], speeds[name])]) for name in (SAME, DIRECT)
@@ -92,12 +93,15 @@ def _private(process: psutil.Process) -> float:
     return float(info.rss - getattr(info, "shared", 0))
 
 
-def whole_frames(frames: list[np.ndarray]) -> blocks.Source:
-    """The frames as a source of whole images, each deformed and turned."""
+def in_rounds(frames: list[np.ndarray], crop: tuple[int, int] | None, processes: int) -> tuple[blocks.Source, int]:
+    """The frames as a source of images, each deformed and turned, for some rounds; batches of those for warm-up."""
     samples = bench_frames.samples(frames)
-    steps = WARM_UP_BATCHES + MEASURED_BATCHES
-    plan = Plan(0, len(frames), BATCH, (PhaseConfig(steps=steps, plain=False, transformed=1),))
-    return blocks.Source(samples.train, plan, augment.AugmentConfig(), None, samples.frame, samples.kept_train)
+    phase = PhaseConfig(steps=1, plain=False, transformed=1)
+    plan = Plan(0, len(frames), BATCH, (phase,))
+    source = blocks.Source(samples.train, plan, augment.AugmentConfig(), crop, samples.frame, samples.kept_train)
+    batches = processes * ingest.block_steps(source, BATCH, None)
+    phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})
+    return replace(source, plan=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
 
 
 def images_per_s(batches: Iterator[Any], batch: int, warm_up: int) -> float:

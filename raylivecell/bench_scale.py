@@ -21,17 +21,15 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raylivecell import augment, bench_frames, blocks, cost, ingest, rle, shards, synthetic
-from raylivecell.bench_feed import images_per_s
+from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
 from raylivecell.bench_spread import spread
 from raylivecell.errors import UserError
-from raylivecell.order import PhaseConfig, Plan
 
 NODES = (1, 2, 3)
 # What a sample takes on a core: `bench feed` has 6 ms for a whole frame where loop and system share the cores.
 WAIT_S = 0.010
-BATCH, CROP = 8, (333, 434)
-WARM_UP_BATCHES, MEASURED_BATCHES = 32, 96
-BLOCK = ingest.BLOCK_BYTES // (3 * CROP[0] * CROP[1])
+CROP = (333, 434)
+BLOCK = ingest.BLOCK_BYTES // (3 * CROP[0] * CROP[1]) // BATCH * BATCH
 # To a store for a sample of many shards: two for its columns; its shard's length and footer.
 REQUESTS = 4
 STORE = 512 * 2**20
@@ -114,15 +112,12 @@ def _waiting(wait_s: float) -> Callable[[], None]:
 
 
 def _feed(images: int, length: int) -> tuple[float, float]:
-    """Images/s, and the seconds of this process's time that an image takes."""
-    samples = bench_frames.samples(bench_frames.frames(images))
-    steps = length * (WARM_UP_BATCHES + MEASURED_BATCHES)
-    plan = Plan(0, images, BATCH, (PhaseConfig(steps=steps, plain=False, transformed=1),))
-    source = blocks.Source(samples.train, plan, augment.AugmentConfig(), CROP, samples.frame, samples.kept_train)
+    """Images/s, and the seconds of this process's time that an image takes; in rounds of `length` blocks."""
+    source, warm_up = in_rounds(bench_frames.frames(images), CROP, length)
     with closing(ingest.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
-        speed = images_per_s(batches, BATCH, length * WARM_UP_BATCHES)
-        return speed, (time.process_time() - begin) / (steps * BATCH)
+        speed = images_per_s(batches, BATCH, warm_up)
+        return speed, (time.process_time() - begin) / (source.plan.steps * BATCH)
 
 
 def _foretold(pieces: cost.Pieces, nodes: int) -> float:

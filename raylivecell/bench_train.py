@@ -31,8 +31,8 @@ from raylivecell.recipe import Recipe
 CROP = (256, 256)
 # Steps between two looks at the clock, of a step alone and of a whole run; the first such part is warm-up.
 STEP_PART, RUN_PART, PARTS = 4, 20, 3
-# Batches of the loader alone: some 25 blocks, after those for which the object store takes fresh pages of memory.
-LOADER_WARM_UP, LOADER_BATCHES = 400, 1600
+# Batches of the loader alone: 24 blocks of 64, after 6 for which the object store takes fresh pages of memory.
+LOADER_WARM_UP, LOADER_BATCHES = 384, 1536
 # Ray Train's own processes, which share the machine with a run.
 RAY_TRAIN = (
     "TrainController",

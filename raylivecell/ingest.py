@@ -11,12 +11,10 @@ alone, no coordinator stands between, and no row is dropped to make the parts eq
 
 import gc
 import math
-import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -24,14 +22,11 @@ import ray
 import ray.data
 import torch
 from ray.data import ExecutionOptions, ExecutionResources
-from ray.data._internal.execution import streaming_executor_state
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 from torch import Tensor
 
 from raylivecell import shards
-from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, read_block, read_sample
+from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, read_sample
+from raylivecell.execution import Paced, SamplesDatasource
 
 # Batches are views of the object store, which is read-only; the loop only reads them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -42,8 +37,6 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 BLOCK_SAMPLES, BLOCK_BYTES = 256, 64 * 2**20
 # Blocks that a stream's memory has room for at least: one that is read, one ahead, and those of some tasks.
 STREAM_BLOCKS = 8
-# Shortest time between two rounds of Ray Data's scheduler, seconds: while blocks lie ready, and while none does.
-ROUND_S, HURRY_S = 0.05, 0.02
 # Decoded samples are kept in the object store while they take no more than this part of it.
 KEEP_SHARE = 0.3
 
@@ -56,46 +49,6 @@ def task_cpus() -> float:
     """
     machines = sum(one["Alive"] for one in ray.nodes())
     return 1.0 if machines == 1 or ray.cluster_resources().get("GPU", 0) else 0.5
-
-
-class _SamplesDatasource(ray.data.Datasource):
-    """A rank's share as Ray Data reads it: a task a block.
-
-    One operator, where numbers mapped to samples would be two: they are fused for tasks of a whole CPU alone.
-    """
-
-    def __init__(self, source: Source, share: Share, blocks: int) -> None:
-        self.work, self.blocks = ray.put((source, share)), blocks
-
-    def estimate_inmemory_data_size(self) -> None:
-        """Unknown; the number of blocks is given."""
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """One of a few hundred bytes for each block."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(partial(read_block, number, self.work), unknown) for number in range(self.blocks)]
-
-
-class _Paced(ExecutionCallback):
-    """Sets the pace of Ray Data's scheduler, which runs in a thread of the process that reads (Ray 2.60).
-
-    Without rests it turns without a pause once all its tasks have ended, and holds Python's lock for 84 % of the time:
-    training on two cores ran at half its speed. While tasks run, a round waits for all of them, by itself for up to
-    0.1 s, and two rounds pass before one that ended is replaced: where tasks take 0.2 s, cores idled half of the time.
-    """
-
-    def __init__(self) -> None:
-        self.last = 0.0
-
-    def before_execution_starts(self, executor: Any) -> None:
-        """Shorten a round's wait."""
-        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = HURRY_S
-
-    def on_execution_step(self, executor: Any) -> None:
-        """Sleep for what is left of the round."""
-        pause = ROUND_S if executor._output_node[1].output_queue else HURRY_S
-        time.sleep(max(0.0, self.last + pause - time.monotonic()))
-        self.last = time.monotonic()
 
 
 class Stream(Iterator[dict[str, Tensor]]):
@@ -152,12 +105,12 @@ def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=memory)
     )
     context.enable_progress_bars = False
-    context.custom_execution_callback_classes = [_Paced]
+    context.custom_execution_callback_classes = [Paced]
     context.raise_original_map_exception = True  # else a bad shard's name is lost in Ray Data's own error
     context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     context.target_max_block_size = None  # else a large block is cut, and not between two batches
     dataset = ray.data.read_datasource(
-        _SamplesDatasource(source, share, count), override_num_blocks=count, num_cpus=source.task_cpus
+        SamplesDatasource(source, share, count), override_num_blocks=count, num_cpus=source.task_cpus
     )
     dataset.set_name(f"rank_{share.rank}")  # in the dashboard
     # Ray Data's own thread that prefetches would never end, nor let go of its blocks, where we stop early (2.60).

@@ -6,8 +6,11 @@
 4. best.yaml, its checkpoint, trials.csv and report.html are drawn from the study and the runs' folders alone.
 """
 
+from collections import Counter
+
 import optuna
 import ray
+from optuna.trial import TrialState
 
 from raylivecell import (
     checkpoint,
@@ -163,8 +166,9 @@ def _search(
 
     def changed() -> None:
         file.publish()
-        states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        gauges.show_sweep(shared.out.rpartition("/")[2], states, _best_so_far(study, config))
+        states = Counter(trial.state for trial in study.get_trials(deepcopy=False))
+        trials = {state.name.lower(): states[state] for state in TrialState}
+        gauges.show_sweep(shared.out.rpartition("/")[2], trials, _best_so_far(study, config))
 
     with Board(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
         tuner.run(

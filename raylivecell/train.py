@@ -15,16 +15,18 @@ import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.util.queue import Queue
 
-from raylivecell import checkpoint, ingest, preflight, report, run_folder, runtime, segment, shards, storage
+from raylivecell import checkpoint, ingest, preflight, run_folder, runtime, segment, shards, storage
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.gloo import GlooConfig
+from raylivecell.job import Job
 from raylivecell.live import Live
 from raylivecell.progress import console
 from raylivecell.recipe import Recipe
-from raylivecell.worker import RANK, Job, work
+from raylivecell.worker import RANK, work
 
 # How often the controller looks at its workers; at Ray's 2 s a two-worker run starts and ends 8 s later.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -110,6 +112,13 @@ def _gpus(workers: int | tuple[int, int]) -> float:
     return 1.0 if gpus else 0.0
 
 
+class _Trainer(TorchTrainer):
+    def _create_default_callbacks(self) -> list[Any]:
+        # Workers read for themselves: Ray's process that shares datasets out (2.60) costs a start 1.5 s of a core.
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray Train v2, not v1
+        return [one for one in callbacks if not isinstance(one, DatasetsCallback)]
+
+
 def trainer(
     job: Job,
     workers: int | tuple[int, int],
@@ -120,7 +129,7 @@ def trainer(
 ) -> TorchTrainer:
     """Ray Train over `workers`, each with so many CPUs and GPUs; the run's folder is the job's."""
     parent, name = job.out.rsplit("/", 1)
-    return TorchTrainer(
+    return _Trainer(
         work,  # type: ignore[arg-type]  # Ray's type leaves the return value out
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl", timeout_s=600) if gpus else GlooConfig(timeout_s=600),
@@ -157,6 +166,8 @@ def fit(trainer: TorchTrainer) -> dict[str, Any] | None:
 
 def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     """Write report.html from what the run left; the last row of metrics."""
+    from raylivecell import report  # its plotting library would cost every start 0.2 s
+
     history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
     network, _ = checkpoint.load_model(out)
     pictures = segment.overlays(network, data, "val", OVERLAYS)

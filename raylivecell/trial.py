@@ -20,9 +20,10 @@ from torch import nn
 
 from raylivecell import checkpoint, gauges, ingest, loop, segment, space, storage, train
 from raylivecell.errors import UserError
+from raylivecell.job import Job, Place
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe
-from raylivecell.worker import Job, Place, reports, save, told
+from raylivecell.worker import reports, save, told
 
 Result = dict[str, Any]
 # Runs of an image through the network before those that are measured, and those.

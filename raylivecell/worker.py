@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.train import Checkpoint
-from ray.util.queue import Queue
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +34,7 @@ from raylivecell import (
     segment,
 )
 from raylivecell.fields import Targets
+from raylivecell.job import Job, Place
 from raylivecell.journal import Journal
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
@@ -47,45 +46,6 @@ RANK = "rank"
 TICK_S = 0.5
 # Seconds between two questions whether a node is about to go away: it has 30 or more; and steps by which that is timed.
 ASK_S, PACE_STEPS = 2.0, 5
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker of a run is told."""
-
-    recipe: Recipe
-    out: str
-    samples: ingest.Samples = field(repr=False)  # Ray's dashboard keeps the job's repr
-    stream_memory: int
-    """Bytes of the object store for the streams of all workers together."""
-    threads: int | None = None
-    """torch's threads in each worker; none: the machine's cores shared among the workers on it."""
-    progress: Queue | None = None
-    watched: bool = False
-    """Whether the cluster is asked for nodes that are about to go away."""
-    marks: tuple[tuple[str, float], ...] = ()
-    """What the driver had done by when, seconds since 1970."""
-    sweep: str | None = None
-    """Folder of the sweep that the run is a trial of."""
-
-    def name(self) -> str:
-        """The name of the run's folder; of a trial, from the sweep's on."""
-        above = (self.sweep or self.out).rpartition("/")[0]
-        return self.out[len(above) :].lstrip("/")
-
-    def plan(self) -> Plan:
-        """The order of the run."""
-        return Plan(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A training process among the `ranks` that share each batch."""
-
-    rank: int
-    ranks: int
-    device: torch.device
-    threads: int
 
 
 def work(config: dict[str, Job]) -> dict[str, Any] | None:

@@ -28,9 +28,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY_ROOMS = {
     "runtime",
     "ingest",
+    "execution",
     "blocks",
     "prepare",
     "train",
+    "job",
     "worker",
     "evaluate",
     "predict",
@@ -48,8 +50,8 @@ RAY_ROOMS = {
     "gloo",
 }
 RAY_ROOMS |= {"bench_feed", "bench_frames", "bench_train", "bench_prepare", "bench_scale", "bench_startup"}
-"""R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `actors` of evaluate and predict,
-`trial` and `search` of sweep."""
+"""R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `job` what it is told, `execution` what
+ingest has Ray Data execute, `actors` a part of evaluate and predict, `trial` and `search` of sweep."""
 TOP_ROOMS = {"cli", "commands", "__main__", "demo", "bench"}
 """They call the others; nothing imports them."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -19,7 +19,7 @@ from conftest import run_apart, write_tiny_dataset
 from ray._private.internal_api import memory_summary
 from ray.data._internal.execution import streaming_executor_state
 
-from raylivecell import blocks, fields, ingest, shards
+from raylivecell import blocks, execution, fields, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
@@ -150,20 +150,36 @@ def test_an_error_is_raised_by_the_first_batch(source: blocks.Source, monkeypatc
 
 def test_the_scheduler_rests_between_rounds_while_blocks_lie_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     now, rests = [100.0], []
-    monkeypatch.setattr(ingest.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(ingest.time, "sleep", rests.append)
-    paced, ready = ingest._Paced(), SimpleNamespace(output_queue=["block"])
+    monkeypatch.setattr(execution.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(execution.time, "sleep", rests.append)
+    paced, ready = execution.Paced(), SimpleNamespace(output_queue=["block"])
     for work, queue in ((0, ready), (0.2, ready), (0.2, SimpleNamespace(output_queue=[])), (3, ready)):
-        now[0] += work * ingest.HURRY_S
+        now[0] += work * execution.HURRY_S
         paced.on_execution_step(SimpleNamespace(_output_node=(None, queue)))
-    hurried, rested = 0.8 * ingest.HURRY_S, ingest.ROUND_S - 0.2 * ingest.HURRY_S
-    assert rests == pytest.approx([0, rested, hurried, max(0, ingest.ROUND_S - 3 * ingest.HURRY_S)], abs=1e-6)
+    hurried, rested = 0.8 * execution.HURRY_S, execution.ROUND_S - 0.2 * execution.HURRY_S
+    assert rests == pytest.approx([0, rested, hurried, max(0, execution.ROUND_S - 3 * execution.HURRY_S)], abs=1e-6)
+
+
+def test_no_task_loads_torch(source: blocks.Source) -> None:
+    """A second to its start, and 200 MB, of each data process. Its own environment: no process of another test's."""
+
+    @ray.remote
+    def loaded() -> tuple[bool, bool]:
+        return "raylivecell.execution" in sys.modules, "torch" in sys.modules
+
+    @ray.remote(runtime_env={"env_vars": {"ALONE": "1"}})
+    def read() -> list[tuple[bool, bool]]:
+        for _ in ingest.Stream(source, 0, 0, 1):
+            pass
+        return ray.get([loaded.remote() for _ in range(8)])
+
+    assert {torch for execution, torch in ray.get(read.remote()) if execution} == {False}
 
 
 def test_ray_data_waits_as_long_as_it_is_told(source: blocks.Source) -> None:
-    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S > 0, "the name that ingest sets is Ray's"
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S > 0, "the name that execution.py sets is Ray's"
     collect(source)
-    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == ingest.HURRY_S
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == execution.HURRY_S
 
 
 def test_blocks_are_bounded_in_samples_and_bytes(source: blocks.Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+"""What every worker of a run is told, and which of them it is.
+
+Apart from worker.py: Ray Train's controller reads these classes, and starts sooner without what workers import.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from ray.util.queue import Queue
+
+from raylivecell.ingest import Samples
+from raylivecell.order import Plan
+from raylivecell.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run is told."""
+
+    recipe: Recipe
+    out: str
+    samples: Samples = field(repr=False)  # Ray's dashboard keeps the job's repr
+    stream_memory: int
+    """Bytes of the object store for the streams of all workers together."""
+    threads: int | None = None
+    """torch's threads in each worker; none: the machine's cores shared among the workers on it."""
+    progress: Queue | None = None
+    watched: bool = False
+    """Whether the cluster is asked for nodes that are about to go away."""
+    marks: tuple[tuple[str, float], ...] = ()
+    """What the driver had done by when, seconds since 1970."""
+    sweep: str | None = None
+    """Folder of the sweep that the run is a trial of."""
+
+    def name(self) -> str:
+        """The name of the run's folder; of a trial, from the sweep's on."""
+        above = (self.sweep or self.out).rpartition("/")[0]
+        return self.out[len(above) :].lstrip("/")
+
+    def plan(self) -> Plan:
+        """The order of the run."""
+        return Plan(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A training process among the `ranks` that share each batch."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    threads: int
