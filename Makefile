@@ -32,7 +32,7 @@ lint: .venv/.installed  ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 bench: .venv/.installed  ## each figure beside its rival's, same run, into runs/bench/
-	for what in augment feed train predict evaluate prepare startup scale; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
+	for what in augment feed step train predict evaluate prepare startup scale; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
 
 faults: .venv/.installed  ## on four hosts made of network namespaces (root, Linux): each fault, and what it cost; 40 minutes
 	$(BIN)/python tests/faults.py

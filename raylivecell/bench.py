@@ -12,7 +12,7 @@ from raylivecell import __version__, storage
 from raylivecell.bench_chart import chart
 from raylivecell.progress import console
 
-What = Literal["augment", "feed", "train", "prepare", "predict", "evaluate", "startup", "scale"]
+What = Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
 
 
 def bench(what: What, out: Path, repeats: int, images: int) -> dict[str, Any]:
@@ -52,6 +52,10 @@ def _run(what: What, repeats: int, images: int) -> dict[str, Any]:
             from raylivecell.bench_feed import bench_feed
 
             return bench_feed(images, repeats)
+        case "step":
+            from raylivecell.bench_step import bench_step
+
+            return bench_step(repeats)
         case "train":
             from raylivecell.bench_train import bench_train
 

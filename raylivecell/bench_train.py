@@ -9,7 +9,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,17 @@ import torch
 from ray.train import UserCallback
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, blocks, ingest, loop, runtime, segment, train, worker
+from raylivecell import bench_frames, bench_step, blocks, ingest, loop, runtime, train
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
-from raylivecell.losses import segmentation_loss
-from raylivecell.model import ModelConfig, build_model, count_parameters, normalise
-from raylivecell.optimizer import OptimizerConfig, build_optimizer
+from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
+from raylivecell.job import Job
+from raylivecell.model import build_model, count_parameters
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 
-CROP = (256, 256)
-# Steps between two looks at the clock, of a step alone and of a whole run; the first such part is warm-up.
-STEP_PART, RUN_PART, PARTS = 4, 20, 3
+# Steps of a whole run between two looks at the clock; the first such part is warm-up.
+RUN_PART = 20
 # Batches of the loader alone: 24 blocks of 64, after 6 for which the object store takes fresh pages of memory.
 LOADER_WARM_UP, LOADER_BATCHES = 384, 1536
 # Ray Train's own processes, which share the machine with a run.
@@ -42,7 +41,6 @@ RAY_TRAIN = (
     "DatasetManager",
     "PlacementGroupCleaner",
 )
-OURS, PLAIN, MONAI = "raylivecell", "plain PyTorch", "MONAI BasicUNet"
 
 
 def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
@@ -86,19 +84,13 @@ class _Bench:
     """What all ways share: frames, recipe, and one batch for steps alone."""
 
     def __init__(self, images: int) -> None:
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda" if gpu else "cpu")
-        self.recipe = Recipe(
-            batch_size=16 if gpu else 4,
-            crop=CROP,
-            phases=(PhaseConfig(steps=PARTS * RUN_PART, plain=False, transformed=1),),
-            model=ModelConfig(features=(64, 128, 256, 512) if gpu else (8, 16, 32, 64)),
-            optimizer=OptimizerConfig(lr=1e-4),
-            loop=loop.LoopConfig(report_steps=RUN_PART),
-        )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.step = bench_step.recipe(self.device)
+        phases = (PhaseConfig(steps=PARTS * RUN_PART, plain=False, transformed=1),)
+        self.recipe = self.step.model_copy(update={"phases": phases, "loop": loop.LoopConfig(report_steps=RUN_PART)})
         self.frames = bench_frames.frames(images)
         self.samples = bench_frames.samples(self.frames)
-        self.job = worker.Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
+        self.job = Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
         self.source = self._source(PARTS * RUN_PART)
         self.planes = torch.from_numpy(blocks.load(self.source.plan.rows(0), self.source))
         self.waits: list[float] = []
@@ -106,24 +98,22 @@ class _Bench:
 
     def ways(self) -> dict[str, Callable[[], float]]:
         """What is measured: name -> images/s."""
-        batch = self.recipe.batch_size
+        batch, many = self.recipe.batch_size, self._source(LOADER_WARM_UP + LOADER_BATCHES)
+        repeated = itertools.repeat(self.planes)
         moved = self.recipe.augment.model_copy(update={"device": "cuda"})
         on_gpu = self.recipe.model_copy(update={"augment": moved})
         gpu_alone = {f"both: {OURS}, augment.device: cuda": lambda: self._run(on_gpu)}
-        cpu_alone = {f"step: {OURS}, one thread": lambda: self._step(threads=1)}
-        many = self._source(LOADER_WARM_UP + LOADER_BATCHES)
         return {
             f"loader: {OURS}": lambda: images_per_s(self._stream(many), batch, LOADER_WARM_UP),
             "loader: DataLoader": lambda: images_per_s(iter(self._loader(many)), batch, LOADER_WARM_UP),
-            f"step: {OURS}": self._step,
-            f"step: {OURS}, channels first": lambda: self._step(channels_last=False),
-            f"step: {OURS}, compiled": lambda: self._step(compile=True),
-            **(cpu_alone if self.device.type == "cpu" else {}),
-            f"step: {PLAIN}": lambda: self._plain(self._network(), itertools.repeat(self.planes), STEP_PART),
-            f"step: {MONAI}": lambda: self._plain(self._monai(), itertools.repeat(self.planes), STEP_PART),
+            f"step: {OURS}": lambda: bench_step.ours(self.step, self.planes, self.device),
+            f"step: {PLAIN}": lambda: self._plain(build_model(self.recipe.model), repeated, bench_step.PART),
+            f"step: {MONAI}": lambda: self._plain(bench_step.monai(self.recipe), repeated, bench_step.PART),
             f"both: {OURS}": lambda: self._run(self.recipe),
             f"both: {OURS}, no Ray Train": self._run_here,
-            f"both: {PLAIN}, DataLoader": lambda: self._plain(self._network(), self._loader(self.source), RUN_PART),
+            f"both: {PLAIN}, DataLoader": lambda: self._plain(
+                build_model(self.recipe.model), self._loader(self.source), RUN_PART
+            ),
             **(gpu_alone if self.device.type == "cuda" else {}),
         }
 
@@ -139,22 +129,10 @@ class _Bench:
     def _loader(self, source: blocks.Source) -> Iterable[Tensor]:
         return bench_frames.loader(bench_frames.Planned(self.frames, source))
 
-    def _step(self, channels_last: bool = True, compile: bool = False, threads: int | None = None) -> float:
-        """Our loop on one batch again and again."""
-        phases = (self.recipe.phases[0].model_copy(update={"steps": PARTS * STEP_PART}),)
-        how = loop.LoopConfig(report_steps=STEP_PART, channels_last=channels_last, compile=compile)
-        recipe = self.recipe.model_copy(update={"phases": phases, "loop": how})
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads or before)
-        try:
-            return self._loop(recipe, itertools.repeat({"planes": self.planes}))
-        finally:
-            torch.set_num_threads(before)
-
     def _run(self, recipe: Recipe) -> float:
         """As `raylivecell train` does it, reports and all."""
         with tempfile.TemporaryDirectory() as folder:
-            job = worker.Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
+            job = Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
             told = Path(folder, "processes.jsonl")
             train.fit(train.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_Accounts(str(told))]))
@@ -163,57 +141,15 @@ class _Bench:
         seconds = last["time"] - first["time"]
         self.ray_train.append((last["cpu_seconds"] - first["cpu_seconds"]) / seconds / psutil.cpu_count())
         self.waits.append(sum(row["data_wait_share"] for row in rows[1:]) / len(rows[1:]))
-        return _speed(rows, self.recipe.batch_size)
+        return bench_step.speed(rows, self.recipe.batch_size)
 
     def _run_here(self) -> float:
         """The same in this process."""
         with contextlib.closing(self._stream(self.source)) as stream:
-            return self._loop(self.recipe, stream)
-
-    def _loop(self, recipe: Recipe, batches: Iterator[dict[str, Tensor]]) -> float:
-        """Our loop in this process."""
-        torch.manual_seed(0)
-        plan = worker.Job(recipe, "", self.samples, 0).plan()
-        training = loop.start(segment.build(recipe, self.device), recipe.optimizer, plan.steps)
-        forward = worker.wrap(training.model, recipe, 1, self.device)
-        for _ in loop.run(training, forward, batches, plan, recipe.loop, recipe.loss, lambda network: {}):
-            pass
-        return _speed(training.state.history, recipe.batch_size)
-
-    def _network(self) -> nn.Module:
-        return build_model(self.recipe.model).to(self.device)
-
-    def _monai(self) -> nn.Module:
-        """MONAI's network with the same channels at each level."""
-        from monai.networks.nets import BasicUNet
-
-        features = self.recipe.model.features
-        return BasicUNet(2, 1, 1, (*features, 2 * features[-1], features[0])).to(self.device)
+            return bench_step.speed(bench_step.train(self.recipe, stream, self.device), self.recipe.batch_size)
 
     def _plain(self, network: nn.Module, batches: Iterable[Tensor], part: int) -> float:
-        """The loop that one writes by hand."""
-        torch.manual_seed(0)
-        optimizer, scheduler = build_optimizer(network, self.recipe.optimizer, PARTS * part)
-        network.train()
-        gpu = self.device.type == "cuda"
-        begin = 0.0
-        for step, planes in enumerate(itertools.islice(batches, PARTS * part)):
-            if step == part:
-                begin = self._now()
-            planes = planes.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=gpu):
-                logits = network(normalise(planes[:, :1]))
-            loss = segmentation_loss(logits, planes[:, 1:], self.recipe.loss).total
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        return (PARTS - 1) * part * self.recipe.batch_size / (self._now() - begin)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return bench_step.plain(network.to(self.device), batches, self.recipe, self.device, part)
 
 
 class _Accounts(UserCallback):
@@ -231,8 +167,3 @@ class _Accounts(UserCallback):
                 spent += process.info["cpu_times"].user + process.info["cpu_times"].system
         with open(self.path, "a") as file:
             file.write(json.dumps({"time": time.time(), "cpu_seconds": spent}) + "\n")
-
-
-def _speed(rows: Sequence[dict[str, Any]], batch: int) -> float:
-    """Images/s of a history, its first row left out."""
-    return (rows[-1]["step"] - rows[0]["step"]) * batch / sum(row["seconds"] for row in rows[1:])

@@ -158,7 +158,7 @@ def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images
 
 def bench(
     what: tyro.conf.Positional[
-        Literal["augment", "feed", "train", "prepare", "predict", "evaluate", "startup", "scale"]
+        Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
     ],
     out: Path | None = None,
     repeats: int = 5,
@@ -167,9 +167,10 @@ def bench(
     """Measure one part beside its rivals, in one run; writes bench.json and bench.png.
 
     Args:
-        what: `augment`: milliseconds an image. `feed`: images/s into the loop. `train`: images/s of loader, step, both.
-            `prepare`: images/s and peak memory. `predict`: milliseconds a stage. `evaluate`: milliseconds an image.
-            `startup`: seconds to the first step. `scale`: images/s over 1, 2 and 3 simulated nodes.
+        what: `augment`: milliseconds an image. `feed`: images/s into the loop. `step`: images/s of a training step by
+            setting and batch size, and of what the processor can. `train`: images/s of loader, step, both. `prepare`:
+            images/s and peak memory. `predict`: milliseconds a stage. `evaluate`: milliseconds an image. `startup`:
+            seconds to the first step. `scale`: images/s over 1, 2 and 3 simulated nodes.
         out: folder of the results; default: runs/bench/WHAT.
         repeats: runs of each rival, in turn.
         images: size of the set of `feed`, `train`, `prepare`, `evaluate` and `scale`.

@@ -13,25 +13,25 @@ from torch import Tensor
 
 from raylivecell import augment, elastic
 from raylivecell.augment import BACKGROUND, AugmentConfig, Move, Size
+from raylivecell.device import Sender
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
 
 
-def moved(frames: Tensor, moves: Sequence[Move], config: AugmentConfig, size: Size | None) -> Tensor:
+def moved(frames: Tensor, nodes: Tensor, tables: Tensor, config: AugmentConfig, size: Size | None) -> Tensor:
     """Transformed crops, uint8 (B, 3, h, w), of whole frames, uint8 (B, 3, H, W): image and two targets.
 
     Args:
-        frames: on the device; no smaller than the crop.
-        moves: of each, as `augment.move`.
-        config: what they were drawn by.
+        frames: no smaller than the crop; all tensors on one device.
+        nodes: where each crop's nodes lie in its frame, float32 (B, 2, rows, columns): `augment.Move.maps`.
+        tables: the new grey level of each, uint8 (B, 256): `augment.Move.table`.
+        config: what both were drawn by.
         size: (h, w) of the crop; None: the whole frame.
     """
-    device, shape = frames.device, frames.shape[-2:]
-    nodes = _sent(np.stack([one.maps for one in moves]), device)
-    tables = _sent(np.stack([one.table for one in moves]), device)
-    maps = _enlarged(nodes, size or (shape[0], shape[1]), elastic.node_step(config.elastic.sigma))
+    height, width = frames.shape[-2:]
+    maps = _enlarged(nodes, size or (height, width), elastic.node_step(config.elastic.sigma))
     # grid_sample counts from -1, the first pixel's centre, to 1, the last one's.
-    scale = torch.tensor([2 / max(shape[1] - 1, 1), 2 / max(shape[0] - 1, 1)], device=device)
-    grid = maps.permute(0, 2, 3, 1) * scale - 1
+    x, y = (maps[:, axis] * (2 / max(length - 1, 1)) - 1 for axis, length in enumerate((width, height)))
+    grid = torch.stack([x, y], dim=-1)
     padding = "reflection" if config.border == "reflect" else "zeros"
     image = F.grid_sample(frames[:, :1].float() - BACKGROUND, grid, "bilinear", padding, align_corners=True)
     targets = F.grid_sample(frames[:, 1:].float(), grid, "nearest", padding, align_corners=True)
@@ -44,13 +44,18 @@ def batches(
     frames: Iterator[dict[str, Tensor]], plan: Plan, config: AugmentConfig, size: Size | None, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of whole frames with their rows of the order, as batches of transformed crops on the device."""
+    send = Sender(device)
     for batch in frames:
-        whole = batch["planes"].to(device, non_blocking=True)
-        yield {
-            "planes": moved(
-                _widened(whole, size), _moves(batch["rows"], plan, config, whole.shape[-2:], size), config, size
-            )
-        }
+        whole = _widened(send(batch["planes"]), size)
+        nodes, tables = drawn(_moves(batch["rows"], plan, config, batch["planes"].shape[-2:], size))
+        yield {"planes": moved(whole, send(nodes), send(tables), config, size)}
+
+
+def drawn(moves: Sequence[Move]) -> tuple[Tensor, Tensor]:
+    """`nodes` and `tables` of `moved`, in this process's memory."""
+    return torch.from_numpy(np.stack([one.maps for one in moves])), torch.from_numpy(
+        np.stack([one.table for one in moves])
+    )
 
 
 def _moves(rows: Tensor, plan: Plan, config: AugmentConfig, shape: Sequence[int], size: Size | None) -> list[Move]:
@@ -78,9 +83,3 @@ def _enlarged(nodes: Tensor, size: Size, step: float) -> Tensor:
     edge, (h, w) = elastic.margin(step), size
     whole = F.interpolate(nodes, (h + 2 * edge, w + 2 * edge), mode="bilinear", align_corners=False)
     return whole[..., edge : edge + h, edge : edge + w]
-
-
-def _sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """On the device; of pinned memory, so that the copy does not wait for what the GPU does."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from raylivecell.device import Sender
 from raylivecell.losses import LossConfig, segmentation_loss
 from raylivecell.model import normalise
 from raylivecell.optimizer import OptimizerConfig, build_optimizer
@@ -149,11 +150,12 @@ def run(
         NonFiniteLoss: on every rank at the same step, naming the global batch's samples.
     """
     device = next(training.model.parameters()).device
+    send = Sender(device)
     meter = _Meter(plan, sum_over_ranks, device)
     forward.train()
     for step in range(training.state.step, plan.steps):
         begin = time.perf_counter()
-        planes = next(batches)["planes"].to(device, non_blocking=True)
+        planes = send(next(batches)["planes"])
         meter.waited += time.perf_counter() - begin
         with _precision(config.precision, device):
             logits = forward(normalise(planes[:, :1]).contiguous(memory_format=_memory_format(config)))

@@ -68,11 +68,8 @@ def segmentation_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Lo
     """
     logits = logits.float()
     target = targets[:, :1].float()
-    weight = torch.lerp(
-        torch.tensor(config.background_weight, device=target.device),
-        torch.tensor(config.cell_weight, device=target.device),
-        target,
-    )
+    # Of numbers, not of tensors: to make one on a GPU is to wait for all that it was told before.
+    weight = config.background_weight + (config.cell_weight - config.background_weight) * target
     if config.border_weight:
         weight = weight + targets[:, 1:2].float() * (config.border_weight / 255.0)
     bce = F.binary_cross_entropy_with_logits(logits[:, :1], target, weight=weight)

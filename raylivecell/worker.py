@@ -100,6 +100,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     entered = time.time()
     # A GPU's process needs one thread, for its launches.
     torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
+    torch.backends.cudnn.benchmark = True  # crops are all of one size: the fastest of cuDNN's ways for it is looked for
     values, state = checkpoint.load_training(last) if last else (None, loop.State())
     recipe, plan = job.recipe, job.plan()
     samples = job.samples

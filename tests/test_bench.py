@@ -6,6 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from raylivecell import bench, bench_chart, bench_predict, bench_scale, bench_startup, storage
 from raylivecell.errors import UserError
@@ -64,15 +65,46 @@ def test_scale_takes_no_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> No
         bench_scale.bench_scale()
 
 
+def test_steps_by_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raylivecell import bench_step
+
+    monkeypatch.setattr(bench_step, "PART", 1)
+    monkeypatch.setattr(bench_step, "CROP", (32, 32))
+    monkeypatch.setattr(bench_step, "SIDES", {"cpu": 64})
+    monkeypatch.setattr(bench_step, "CPU_BATCHES", (2,))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: None)  # compiling takes 15 s
+    figures = bench_step.bench_step(repeats=1)
+    speeds, shares = figures["images_per_s"], figures["share_of_peak"]
+    assert set(speeds) == set(shares)
+    assert len(speeds) == 8
+    ours, peak = speeds["raylivecell"]["median"], 1000 * figures["peak_tflops"]["float32"]
+    assert shares["raylivecell"]["median"] == pytest.approx(ours * figures["gflop_an_image"] / peak)
+    assert 0 < figures["loss_off"] < 0.05
+
+
+def test_operations_of_the_paper_s_network() -> None:
+    from raylivecell import bench_step
+    from raylivecell.model import ModelConfig
+    from raylivecell.recipe import Recipe
+
+    tiny = Recipe(model=ModelConfig(features=(4,)))
+    h, w = bench_step.CROP
+    # Each convolution once forward and twice backward, but not for the gradient of the image.
+    inside = [(1, 4, 9, 1), (4, 4, 9, 1), (4, 8, 9, 4), (8, 8, 9, 4), (8, 4, 4, 4), (8, 4, 9, 1), (4, 4, 9, 1)]
+    forward = [2 * a * b * taps * h * w / part for a, b, taps, part in [*inside, (4, 1, 1, 1)]]
+    counted = bench_step.flop_an_image(tiny, torch.device("cpu"))
+    assert counted == pytest.approx(3 * sum(forward) - forward[0], rel=1e-6)
+
+
 def test_training_with_and_without_ray(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raylivecell import bench_train
+    from raylivecell import bench_step, bench_train
 
     monkeypatch.setattr(bench_train, "RUN_PART", 2)
-    monkeypatch.setattr(bench_train, "STEP_PART", 1)
+    monkeypatch.setattr(bench_step, "PART", 1)
     monkeypatch.setattr(bench_train, "LOADER_WARM_UP", 2)
     monkeypatch.setattr(bench_train, "LOADER_BATCHES", 4)
     figures: dict[str, Any] = bench_train.bench_train(images=4, repeats=1)
-    assert len(figures["images_per_s"]) == 11
+    assert len(figures["images_per_s"]) == 8
     assert all(one["median"] > 0 for one in figures["images_per_s"].values())
     assert 0 <= figures["data_wait_share"]["median"] <= 1
     assert 0 <= figures["ray_train_cpu_share"]["median"] <= 1

@@ -46,7 +46,7 @@ def both(
     """One crop by each way."""
     expected = augment.augment_planes(planes, np.random.default_rng(key), config, size)
     move = augment.move(planes.shape[1:], np.random.default_rng(key), config, size, transformed=True)
-    found = device_augment.moved(torch.from_numpy(planes)[None], [move], config, size)
+    found = device_augment.moved(torch.from_numpy(planes)[None], *device_augment.drawn([move]), config, size)
     return [expected, found[0].numpy()]
 
 

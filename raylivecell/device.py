@@ -1,0 +1,27 @@
+"""Tensors of this process's memory on the device that computes."""
+
+import torch
+from torch import Tensor
+
+
+class Sender:
+    """Sends tensors to `device`.
+
+    To a GPU from pinned memory, in a stream of its own: the copy goes on while the last step computes, and this process
+    does not wait for either. Out of ordinary memory a copy waits until the GPU has done all that it was told before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; itself where it lies there."""
+        if self.stream is None or tensor.is_cuda:
+            return tensor.to(self.device)
+        with torch.cuda.stream(self.stream):
+            sent = tensor.pin_memory().to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.stream)
+        sent.record_stream(computing)  # else its memory is given to a later copy before the step that reads it ran
+        return sent
