@@ -43,6 +43,7 @@ WORKDIR /app
 COPY jobs/ jobs/
 # Threads are Ray's to set: each worker gets OMP_NUM_THREADS after the CPUs that it holds.
 ENV HOME=/home/ray \
+    GOMP_SPINCOUNT=10000 \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0
 USER 1000:1000

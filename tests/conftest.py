@@ -15,6 +15,8 @@ import pytest
 
 # Ray's sockets want a short path; its own temporary folder keeps a test run apart from any other Ray.
 os.environ.pop("RAY_ADDRESS", None)
+# Several trainings share two cores: threads that wait give theirs away (runtime.py says how much that matters).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("RAY_TMPDIR", tempfile.mkdtemp(prefix="rlc"))
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
