@@ -19,7 +19,7 @@ import torch
 from ray.train import UserCallback
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, bench_step, blocks, ingest, loop, runtime, train
+from raylivecell import bench_frames, bench_step, blocks, ingest, loop, runtime, trainer
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
@@ -135,7 +135,7 @@ class _Bench:
             job = Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
             told = Path(folder, "processes.jsonl")
-            train.fit(train.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_Accounts(str(told))]))
+            trainer.fit(trainer.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_Accounts(str(told))]))
             first, *_, last = [json.loads(line) for line in told.read_text().splitlines()]
             rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         seconds = last["time"] - first["time"]

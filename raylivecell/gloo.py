@@ -1,19 +1,23 @@
-"""How training processes on several machines without GPUs find each other.
+"""How training processes without GPUs find each other.
 
 Gloo asks the machine for the address of its own name. Where /etc/hosts has that as 127.0.0.1 (Debian's installer writes
 it so), processes on two machines look for each other on their own loopback: "Gloo connectFullMesh failed, Connection
 refused". Ray knows the address at which the other nodes reach this one.
+
+Ray Train's own set-up would load torch in the controller too, before there are any workers: 1.7 s of each start.
 """
 
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import psutil
+import ray.train
 import ray.util
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
 
@@ -34,19 +38,49 @@ def choose() -> None:
         os.environ.setdefault(VARIABLE, name)
 
 
-class _Backend(_TorchBackend):
+def join(address: str, port: int, timeout_s: int) -> None:
+    """Make this training process one of torch's group, which meets at rank 0's address; one alone needs none."""
+    context = ray.train.get_context()
+    if context.get_world_size() == 1:
+        return
+    from torch import distributed
+
+    choose()
+    host = f"[{address}]" if ":" in address else address
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://{host}:{port}",
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def leave() -> None:
+    """The reverse of `join`."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class _Backend(Backend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(choose)
-        super().on_start(worker_group, backend_config)
+        worker_group.execute(join, *worker_group.execute_single(0, get_address_and_port), backend_config.timeout_s)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(leave)
 
 
 @dataclass
-class GlooConfig(TorchConfig):
-    """Ray Train's set-up of torch.distributed over the interface that Ray uses."""
+class GlooConfig(BackendConfig):
+    """Of Ray Train: torch.distributed by gloo over the interface that Ray uses."""
 
-    backend: str | None = "gloo"
+    backend: str = "gloo"
+    timeout_s: int = 600
+    """After which an operation of the group fails."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Backend]:
         """What sets it up."""
         return _Backend

@@ -22,9 +22,11 @@ import ray
 import ray.data
 import torch
 from ray.data import ExecutionOptions, ExecutionResources
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.data._internal.stats import get_or_create_stats_actor
 from torch import Tensor
 
-from raylivecell import shards
+from raylivecell import runtime, shards
 from raylivecell.blocks import PLANES, Kept, Sample, Share, Source, decode, read_sample
 from raylivecell.execution import Paced, SamplesDatasource
 
@@ -39,16 +41,6 @@ BLOCK_SAMPLES, BLOCK_BYTES = 256, 64 * 2**20
 STREAM_BLOCKS = 8
 # Decoded samples are kept in the object store while they take no more than this part of it.
 KEEP_SHARE = 0.3
-
-
-def task_cpus() -> float:
-    """CPUs that a task of Ray Data reserves: 1; on several machines without GPUs 0.5, and so do workers there.
-
-    On them reservations of 0.6 would leave 0.4 of a CPU on each machine and no room for a task on any, and Ray Data
-    would wait for ever; as it would where a machine is lost, and workers of a whole CPU each take all that is left.
-    """
-    machines = sum(one["Alive"] for one in ray.nodes())
-    return 1.0 if machines == 1 or ray.cluster_resources().get("GPU", 0) else 0.5
 
 
 class Stream(Iterator[dict[str, Tensor]]):
@@ -144,11 +136,14 @@ class Samples:
 
 def open_samples(data: str, cells: bool = False) -> Samples:
     """The samples of the dataset at `data`, with labels where `cells`; needs Ray."""
+    # A cluster has one of each, which Ray Train's controller and the first stream would make and wait for: 1.5 s each.
+    get_or_create_autoscaling_coordinator()
+    get_or_create_stats_actor()
     train, val = (shards.list_rows(data, split) for split in ("train", "val"))
     kept_train = keep(train, sample_bytes(data, "train", cells), cells)
     kept_val = keep(val, sample_bytes(data, "val", cells), cells)
     frame = max(shards.image_sizes(data, "train"), key=math.prod, default=(0, 0))
-    return Samples(train, val, frame, kept_train, kept_val, cells, shards.provenance(data), task_cpus())
+    return Samples(train, val, frame, kept_train, kept_val, cells, shards.provenance(data), runtime.task_cpus())
 
 
 def sample_bytes(data: str, split: str, cells: bool) -> int:

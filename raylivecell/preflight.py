@@ -3,9 +3,8 @@
 import math
 
 import ray
-from ray.util.state import list_nodes
 
-from raylivecell import ingest, shards
+from raylivecell import runtime, shards
 from raylivecell.errors import UserError
 from raylivecell.recipe import Recipe
 
@@ -27,7 +26,7 @@ def worker_cpus(workers: int, flag: str = "--workers") -> float:
     Raises:
         UserError: where a worker would get less than LEAST_WORKER_CPU.
     """
-    total, task = ray.cluster_resources().get("CPU", 0), ingest.task_cpus()
+    total, task = ray.cluster_resources().get("CPU", 0), runtime.task_cpus()
     share = min(task, int(10 * (total - task) / workers) / 10)
     if share < LEAST_WORKER_CPU:
         most = int((total - task) / LEAST_WORKER_CPU)
@@ -38,6 +37,8 @@ def worker_cpus(workers: int, flag: str = "--workers") -> float:
 
 def state_api() -> None:
     """UserError where Ray's State API gives no answer: Ray Train asks it before it frees a stopped run's workers."""
+    from ray.util.state import list_nodes  # 0.2 s of the start of every run that asks nothing
+
     try:
         list_nodes(limit=1, timeout=20)
     except Exception as error:  # of its own, of the network, of two clusters on one machine

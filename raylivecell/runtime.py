@@ -1,8 +1,10 @@
 """Ray itself: join the cluster that is there or start one here, and run a function over many items on it, in order."""
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,28 +20,48 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # else wants a core, a step waits for threads that wait. Three trainings at once on two cores: 5 images/s each instead
 # of 1.5; one alone is as fast as before (15.3).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Runs, their workers and errors at /api/train/v2/runs/v1 of the dashboard's address.
-os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 
 
-def connect(cpus: int | None = None) -> None:
+def connect(cpus: int | None = None, importing: str | None = None) -> None:
     """Join the cluster named by RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine; idempotent.
 
     Args:
         cpus: logical CPUs of a Ray started here; default: the machine's.
+        importing: a module to import meanwhile.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
+    with ThreadPoolExecutor(1) as beside:
+        if importing:
+            beside.submit(importlib.import_module, importing)
+        if os.environ.get("RAY_ADDRESS"):
+            _join()
+        else:
+            _start(cpus)
+
+
+def _join() -> None:
+    # Runs, their workers and errors at /api/train/v2/runs/v1 of the dashboard's address.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _start(cpus: int | None) -> None:
+    # No other machine's leave to wait for: the process that does costs the start of a run 1.5 s of a core.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # address="local": plain init attaches to whatever cluster happens to run on the machine.
     # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
     with _on_loopback():
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR
         )
+
+
+def started_here() -> bool:
+    """Whether this process started the Ray that it has joined, which ends with it."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
 
 
 @contextmanager
@@ -51,6 +73,16 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def task_cpus() -> float:
+    """CPUs that a task of Ray Data reserves: 1; on several machines without GPUs 0.5, and so do workers there.
+
+    On them reservations of 0.6 would leave 0.4 of a CPU on each machine and no room for a task on any, and Ray Data
+    would wait for ever; as it would where a machine is lost, and workers of a whole CPU each take all that is left.
+    """
+    machines = sum(one["Alive"] for one in ray.nodes())
+    return 1.0 if machines == 1 or ray.cluster_resources().get("GPU", 0) else 0.5
 
 
 def dashboard() -> str | None:

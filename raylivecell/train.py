@@ -1,35 +1,26 @@
-"""Ray Train around the loop: workers, checkpoints, failures, resuming.
+"""A training run from its driver: checks, Ray, decoded samples, Ray Train around the loop, the report.
 
-1. The driver checks what would fail or hang, keeps decoded samples in the object store where they fit, and starts a
-   TorchTrainer whose run folder is --out.
+1. The driver checks what would fail or hang, keeps decoded samples in the object store where they fit, and starts Ray
+   Train (trainer.py), whose run folder is --out.
 2. Each worker (worker.py) streams its batches, takes up the last checkpoint and runs the loop.
 3. The driver shows progress meanwhile and ends with report.html.
+
+What needs Ray Data, Ray Train or a plotting library is imported where it is used: while Ray starts, or at the end.
 """
 
 import json
-import os
 import time
-from typing import Any, cast
+from typing import Any
 
 import ray
-import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.util.queue import Queue
 
-from raylivecell import checkpoint, ingest, preflight, run_folder, runtime, segment, shards, storage
+from raylivecell import preflight, run_folder, runtime, shards, storage
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
-from raylivecell.gloo import GlooConfig
-from raylivecell.job import Job
 from raylivecell.live import Live
 from raylivecell.progress import console
 from raylivecell.recipe import Recipe
-from raylivecell.worker import RANK, work
-
-# How often the controller looks at its workers; at Ray's 2 s a two-worker run starts and ends 8 s later.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 # Part of the object store that the streams of all workers together may fill.
 STREAM_SHARE = 0.25
@@ -66,8 +57,11 @@ def train(
     preflight.samples_fit(data, recipe)
     _check_unused(out, data, recipe, resume)
     marks.append(("dataset", time.time()))
-    runtime.connect()
+    runtime.connect(importing="raylivecell.trainer")
     marks.append(("Ray", time.time()))
+    from raylivecell import ingest, trainer
+    from raylivecell.job import Job
+
     preflight.transforming_device(recipe)
     most = workers if isinstance(workers, int) else workers[1]
     cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
@@ -76,9 +70,10 @@ def train(
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
     queue = Queue(actor_options={"num_cpus": 0})
     marks.append(("samples sent", time.time()))
-    job = Job(recipe, out, samples, store, progress=queue, watched=True, marks=tuple(marks))
+    watched = not runtime.started_here()
+    job = Job(recipe, out, samples, store, progress=queue, watched=watched, marks=tuple(marks))
     with Live(job.plan().steps, lambda: queue.get_nowait_batch(queue.size())):
-        failed = fit(trainer(job, workers, cpus, gpus, retries))
+        failed = trainer.fit(trainer.trainer(job, workers, cpus, gpus, retries))
     if failed:
         names = sorted({shards.read_row(samples.train[i], ["file_name"])["file_name"] for i in failed["samples"]})
         raise UserError(
@@ -112,61 +107,9 @@ def _gpus(workers: int | tuple[int, int]) -> float:
     return 1.0 if gpus else 0.0
 
 
-class _Trainer(TorchTrainer):
-    def _create_default_callbacks(self) -> list[Any]:
-        # Workers read for themselves: Ray's process that shares datasets out (2.60) costs a start 1.5 s of a core.
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray Train v2, not v1
-        return [one for one in callbacks if not isinstance(one, DatasetsCallback)]
-
-
-def trainer(
-    job: Job,
-    workers: int | tuple[int, int],
-    cpus: float,
-    gpus: float,
-    retries: int,
-    callbacks: list[UserCallback] | None = None,
-) -> TorchTrainer:
-    """Ray Train over `workers`, each with so many CPUs and GPUs; the run's folder is the job's."""
-    parent, name = job.out.rsplit("/", 1)
-    return _Trainer(
-        work,  # type: ignore[arg-type]  # Ray's type leaves the return value out
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl", timeout_s=600) if gpus else GlooConfig(timeout_s=600),
-        scaling_config=ScalingConfig(
-            num_workers=cast(Any, workers),
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
-            # On CPUs a process uses all cores of its machine; GPUs speak fastest with those beside them.
-            placement_strategy="PACK" if gpus else "SPREAD",
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=parent,
-            failure_config=FailureConfig(max_failures=retries),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=RANK),
-            callbacks=cast(Any, callbacks),
-        ),
-    )
-
-
-def fit(trainer: TorchTrainer) -> dict[str, Any] | None:
-    """Run to the end; what rank 0 returned. A user's mistake found in a worker is raised as itself."""
-    try:
-        return cast(Any, trainer.fit()).return_value
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause: BaseException | None = failure
-            while cause is not None:
-                if isinstance(cause, UserError):
-                    raise cause from None
-                cause = getattr(cause, "cause", None) or cause.__cause__
-        raise
-
-
 def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     """Write report.html from what the run left; the last row of metrics."""
-    from raylivecell import report  # its plotting library would cost every start 0.2 s
+    from raylivecell import checkpoint, report, segment
 
     history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
     network, _ = checkpoint.load_model(out)

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, gauges, ingest, loop, segment, space, storage, train
+from raylivecell import checkpoint, gauges, ingest, loop, segment, space, storage, trainer
 from raylivecell.errors import UserError
 from raylivecell.job import Job, Place
 from raylivecell.journal import Journal
@@ -131,8 +131,8 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
     except UserError as error:
         tune.report(_failed(str(error)))
         return
-    trainer = train.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=[TuneReportCallback()])
-    failed = train.fit(trainer)
+    report = [TuneReportCallback()]
+    failed = trainer.fit(trainer.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=report))
     if failed:
         tune.report(_failed(f"loss not finite at step {failed['step']}"))
         return

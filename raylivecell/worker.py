@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.collective
 import ray.train.torch
@@ -48,9 +49,9 @@ TICK_S = 0.5
 ASK_S, PACE_STEPS = 2.0, 5
 
 
-def work(config: dict[str, Job]) -> dict[str, Any] | None:
+def work(config: dict[str, "ray.ObjectRef[Job]"]) -> dict[str, Any] | None:
     """The training function of Ray Train; {"step", "samples"} where the loss was not finite, else none."""
-    job = config["job"]
+    job = ray.get(config["job"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     # What this process may use, not what the machine has: a container may be bound to some of its cores.

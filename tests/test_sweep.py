@@ -271,7 +271,7 @@ def test_stopping_workers_needs_the_state_api(
     def silent(**_: object) -> None:
         raise ConnectionError("no dashboard")
 
-    monkeypatch.setattr(preflight, "list_nodes", silent)
+    monkeypatch.setattr("ray.util.state.list_nodes", silent)
     config = CONFIG.model_copy(update={"workers_per_trial": 2})
     with pytest.raises(UserError, match=r"State API gives no answer \(no dashboard\)"):
         sweep.sweep(tiny_dataset, str(tmp_path / "out"), RECIPE, config, trials=3)
