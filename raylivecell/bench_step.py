@@ -107,6 +107,7 @@ def _settings(base: Recipe, device: torch.device, usual: Precision) -> dict[str,
     }
     if device.type == "cpu":
         ways[f"{OURS}, one thread"] = (usual, lambda: _one_thread(lambda: ours(base, planes, device)))
+        ways[f"{OURS}, {other}, compiled"] = (other, lambda: ours(base, planes, device, precision=other, compile=True))
     return ways
 
 

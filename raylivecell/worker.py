@@ -44,7 +44,7 @@ RANK = "rank"
 """Column of what a worker reports, by which Ray Train keeps the best checkpoint: `loop.rank` of the row."""
 
 # Seconds between two live progress messages: a remote call each.
-TICK_S = 0.5
+TICK_S = 1.0
 # Seconds between two questions whether a node is about to go away: it has 30 or more; and steps by which that is timed.
 ASK_S, PACE_STEPS = 2.0, 5
 

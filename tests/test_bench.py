@@ -76,7 +76,7 @@ def test_steps_by_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = bench_step.bench_step(repeats=1)
     speeds, shares = figures["images_per_s"], figures["share_of_peak"]
     assert set(speeds) == set(shares)
-    assert len(speeds) == 8
+    assert len(speeds) == 9
     ours, peak = speeds["raylivecell"]["median"], 1000 * figures["peak_tflops"]["float32"]
     assert shares["raylivecell"]["median"] == pytest.approx(ours * figures["gflop_an_image"] / peak)
     assert 0 < figures["loss_off"] < 0.05
