@@ -12,7 +12,6 @@ from rich.table import Table
 
 from raylivecell.progress import PLAIN_EVERY_S, console
 
-
 # Seconds between two looks for messages: two remote calls, which with those that send them took 4 % of a core at 0.5.
 LOOK_S = 1.0
 

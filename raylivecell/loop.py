@@ -35,8 +35,8 @@ class LoopConfig(StrictModel):
     report_steps: int | None = Field(None, ge=1)
     """Steps between reports (validation, metrics, checkpoint); none: a report at the end of every epoch."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass; `auto`: bfloat16 where the GPU has it, float32 elsewhere. Weights stay float32. On a CPU with
-    AMX bfloat16 trains 1.3 times as fast, compiled 2.5 times (`bench step`)."""
+    """Of the forward pass; `auto`: bfloat16 where the GPU has it, float32 elsewhere. Weights stay float32. A CPU with
+    AMX trains 1.3 times as fast in bfloat16, compiled 2.5 times (`bench step`)."""
     channels_last: bool = True
     """Keep activations with the channels innermost: faster on GPU and CPU alike."""
     compile: bool = False

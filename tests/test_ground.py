@@ -32,6 +32,7 @@ RAY_ROOMS = {
     "blocks",
     "prepare",
     "train",
+    "trainer",
     "job",
     "worker",
     "evaluate",
@@ -50,8 +51,9 @@ RAY_ROOMS = {
     "gloo",
 }
 RAY_ROOMS |= {"bench_feed", "bench_frames", "bench_train", "bench_prepare", "bench_scale", "bench_startup"}
-"""R in DESIGN.md; `worker` is that part of train which runs in Ray's processes, `job` what it is told, `execution` what
-ingest has Ray Data execute, `actors` a part of evaluate and predict, `trial` and `search` of sweep."""
+"""R in DESIGN.md; `trainer`, `job` and `worker` are parts of train (Ray Train, what it is told, what runs in its
+processes), `execution` what ingest has Ray Data execute, `actors` a part of evaluate and predict, `trial` and `search`
+of sweep."""
 TOP_ROOMS = {"cli", "commands", "__main__", "demo", "bench"}
 """They call the others; nothing imports them."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -255,7 +255,9 @@ class Watched(NamedTuple):
 def watched(prometheus: Prometheus, tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """The run `watched` and the sweep `searched`: no other test on this cluster has these names."""
     folder, since = tmp_path_factory.mktemp("watched"), time.time()
-    last = train(tiny_dataset, str(folder / RUN), RECIPE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # as in every job of a cluster
+        last = train(tiny_dataset, str(folder / RUN), RECIPE)
     study = sweep(tiny_dataset, str(folder / SWEEP), RECIPE, SPACE, trials=2)
     return Watched(since, last, study.best_value)
 

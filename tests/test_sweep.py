@@ -21,7 +21,7 @@ import ray
 from conftest import kill_at
 from optuna.trial import TrialState
 
-from raylivecell import checkpoint, preflight, space, sweep
+from raylivecell import checkpoint, space, sweep
 from raylivecell import recipe as recipes
 from raylivecell.augment import AugmentConfig
 from raylivecell.elastic import ElasticConfig

@@ -15,8 +15,7 @@ import ray
 import torch
 from conftest import kill_at, write_tiny_dataset
 
-from raylivecell import checkpoint, gloo, ingest, preflight
-from raylivecell import train as trains
+from raylivecell import checkpoint, gloo, ingest, preflight, trainer
 from raylivecell.errors import UserError
 from raylivecell.evaluate import evaluate
 from raylivecell.loop import LoopConfig
@@ -139,15 +138,15 @@ def test_a_shard_cut_short_while_training_is_named(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the dataset was looked at and before its images were read; it is too large to be kept in memory."""
-    data, fit = write_tiny_dataset(tmp_path / "data"), trains.fit
+    data, fit = write_tiny_dataset(tmp_path / "data"), trainer.fit
     (shard,) = (tmp_path / "data" / "train").glob("*.parquet")
 
-    def cut_then_fit(trainer: Any) -> Any:
+    def cut_then_fit(run: Any) -> Any:
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-        return fit(trainer)
+        return fit(run)
 
     monkeypatch.setattr(ingest, "KEEP_SHARE", 0)
-    monkeypatch.setattr(trains, "fit", cut_then_fit)
+    monkeypatch.setattr(trainer, "fit", cut_then_fit)
     with pytest.raises(
         UserError, match=rf"cannot read shard {re.escape(str(shard))}: .*run `raylivecell prepare` again"
     ):
