@@ -39,7 +39,10 @@ def choose() -> None:
 
 
 def join(address: str, port: int, timeout_s: int) -> None:
-    """Make this training process one of torch's group, which meets at rank 0's address; one alone needs none."""
+    """Make this training process one of torch's group, which meets at rank 0's address; one alone needs none.
+
+    It stays in it to its end, which is that of the run or of one of the ranks: to leave would be to wait for dead ones.
+    """
     context = ray.train.get_context()
     if context.get_world_size() == 1:
         return
@@ -56,20 +59,9 @@ def join(address: str, port: int, timeout_s: int) -> None:
     )
 
 
-def leave() -> None:
-    """The reverse of `join`."""
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 class _Backend(Backend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(join, *worker_group.execute_single(0, get_address_and_port), backend_config.timeout_s)
-
-    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(leave)
 
 
 @dataclass
