@@ -42,10 +42,12 @@ bash -c -- "ulimit -n 65536; $start" >/tmp/node.log 2>&1 &
 node=$!
 until ray health-check --address 127.0.0.1:6379 >/dev/null 2>&1 && (: </dev/tcp/127.0.0.1/8265) 2>/dev/null; do
   kill -0 $node || { cat /tmp/node.log; exit 1; }
+  sleep 1
 done
 for run in first retry; do
   until ray job submit --address http://127.0.0.1:8265 -- $ENTRYPOINT >/tmp/$run.log 2>&1; do
     grep -q "try again later" /tmp/$run.log || { cat /tmp/$run.log; exit 1; }
+    sleep 1
   done
   cat /tmp/$run.log
 done
