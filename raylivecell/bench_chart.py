@@ -17,7 +17,7 @@ def chart(title: str, figures: dict[str, Any]) -> bytes:
     """A PNG of the first of UNITS in `figures`: name -> {median, min, max}."""
     from matplotlib.figure import Figure  # 0.3 s that only this needs
 
-    unit = next(name for name in UNITS if name in figures)
+    unit = next(name for name in UNITS if isinstance(figures.get(name), dict))  # `seconds` may be those of a whole run
     bars = figures[unit]
     least, medians, most = ([bar[name] for bar in bars.values()] for name in ("min", "median", "max"))
     errors = [[m - low for m, low in zip(medians, least)], [high - m for m, high in zip(medians, most)]]

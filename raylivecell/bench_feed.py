@@ -80,7 +80,7 @@ def memory_after_epochs(source: blocks.Source) -> dict[str, dict[str, float]]:
 def _held() -> tuple[float, float, float]:
     """Bytes of this process, of those of data tasks, and in the object store."""
     titles = ((process, " ".join(process.info["cmdline"] or ())) for process in psutil.process_iter(["cmdline"]))
-    tasks = [process for process, title in titles if title.startswith(("ray::IDLE", "ray::Read_Samples"))]
+    tasks = [process for process, title in titles if title.startswith(("ray::IDLE", "ray::ReadSamples"))]
     told = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
     found = re.search(r"Plasma memory usage (\d+) MiB", told)
     assert found, told

@@ -34,7 +34,8 @@ def test_written_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_chart_s_bars_are_as_long_as_their_medians() -> None:
     bars = {name: {"median": m, "min": m, "max": m} for name, m in (("a", 10.0), ("b", 5.0))}
-    drawn = cv2.imdecode(np.frombuffer(bench_chart.chart("x", {"seconds": bars}), np.uint8), cv2.IMREAD_COLOR)
+    figures = {"seconds": 29.2, "images_per_s": bars}
+    drawn = cv2.imdecode(np.frombuffer(bench_chart.chart("x", figures), np.uint8), cv2.IMREAD_COLOR)
     blue = (np.abs(drawn.astype(int) - (0xAA, 0x77, 0x44)) < 8).all(axis=2)
     lengths = blue.sum(axis=1)
     upper, lower = (part[part > 0] for part in np.split(lengths, [len(lengths) // 2]))
