@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
+
+# What both ray.init and Ray Train import: before two threads do, so that neither may find the other's half done.
+import ray._common.usage.usage_lib
+import ray.autoscaler._private.cli_logger
 from ray._private import ray_constants
 
 Item = TypeVar("Item")
