@@ -53,9 +53,8 @@ def batches(
 
 def drawn(moves: Sequence[Move]) -> tuple[Tensor, Tensor]:
     """`nodes` and `tables` of `moved`, in this process's memory."""
-    return torch.from_numpy(np.stack([one.maps for one in moves])), torch.from_numpy(
-        np.stack([one.table for one in moves])
-    )
+    nodes, tables = (np.stack(column) for column in zip(*moves))  # the fields of Move
+    return torch.from_numpy(nodes), torch.from_numpy(tables)
 
 
 def _moves(rows: Tensor, plan: Plan, config: AugmentConfig, shape: Sequence[int], size: Size | None) -> list[Move]:

@@ -1,6 +1,6 @@
 """What every worker of a run is told, and which of them it is.
 
-Apart from worker.py: Ray Train's controller reads these classes, and starts sooner without what workers import.
+Apart from worker.py: who makes a job, or is told of one, need not import what workers do.
 """
 
 from dataclasses import dataclass, field
