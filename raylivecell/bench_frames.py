@@ -8,7 +8,8 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from raylivecell import blocks, ingest, shards
+from raylivecell import blocks, shards
+from raylivecell.dataset import Samples
 from raylivecell.order import EPOCH, SAMPLE, VARIANT
 
 SIZE = (520, 704)
@@ -23,10 +24,10 @@ def frames(count: int) -> list[np.ndarray]:
     return made
 
 
-def samples(made: Sequence[np.ndarray]) -> ingest.Samples:
+def samples(made: Sequence[np.ndarray]) -> Samples:
     """The frames as a dataset that is kept in the object store, without validation images."""
     rows = tuple(shards.Row("memory", number) for number in range(len(made)))
-    return ingest.Samples(rows, (), SIZE, tuple(ray.put(frame) for frame in made))
+    return Samples(rows, (), SIZE, tuple(ray.put(frame) for frame in made))
 
 
 class Planned(Dataset):

@@ -27,11 +27,10 @@ from raylivecell import (
     synthetic,
 )
 from raylivecell.bench_spread import spread
-from raylivecell.loop import LoopConfig
-from raylivecell.model import ModelConfig
 from raylivecell.overlay import png
 from raylivecell.recipe import Recipe
 from raylivecell.segmenter import Cells
+from raylivecell.training_config import LoopConfig, ModelConfig
 
 RECIPE = Recipe(targets="distance", model=ModelConfig(features=(8, 16, 24, 40, 56), norm="group"))
 TABLE = ("area", "centroid", "bbox", "eccentricity", "mean_intensity")

@@ -13,10 +13,9 @@ from typing import Any
 
 from raylivecell import bench_prepare, recipe
 from raylivecell.bench_spread import spread
-from raylivecell.loop import LoopConfig
-from raylivecell.model import ModelConfig
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import LoopConfig, ModelConfig
 
 IMAGES = 32
 OURS, PLAIN = "raylivecell train", "plain PyTorch script"
@@ -31,7 +30,8 @@ TOLD = re.compile(r"first step after ([\d.]+) s: (.*)")
 SCRIPT = """
 import sys, glob, cv2, numpy as np, torch
 from torch.utils.data import DataLoader, Dataset
-from raylivecell.model import ModelConfig, build_model, normalise
+from raylivecell.model import build_model, normalise
+from raylivecell.training_config import ModelConfig
 class Frames(Dataset):
     files = sorted(glob.glob(sys.argv[1] + "/images/*.tif"))
     def __len__(self): return len(self.files)

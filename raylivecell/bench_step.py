@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from raylivecell import loop, segment
 from raylivecell.bench_spread import spread
 from raylivecell.losses import segmentation_loss
-from raylivecell.model import ModelConfig, build_model, count_parameters, normalise
-from raylivecell.optimizer import OptimizerConfig, build_optimizer
+from raylivecell.model import build_model, count_parameters, normalise
+from raylivecell.optimizer import build_optimizer
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 CROP = (256, 256)
 # Steps between two looks at the clock, and such parts; the first is warm-up.
@@ -88,7 +89,7 @@ def recipe(device: torch.device) -> Recipe:
         phases=(PhaseConfig(steps=PARTS * PART, plain=False, transformed=1),),
         model=ModelConfig(features=(64, 128, 256, 512) if gpu else (8, 16, 32, 64)),
         optimizer=OptimizerConfig(lr=1e-4),
-        loop=loop.LoopConfig(report_steps=PART),
+        loop=LoopConfig(report_steps=PART),
     )
 
 

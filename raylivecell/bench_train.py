@@ -19,7 +19,7 @@ import torch
 from ray.train import UserCallback
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, bench_step, blocks, ingest, loop, runtime, trainer
+from raylivecell import bench_frames, bench_step, blocks, ingest, runtime, trainer
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
@@ -27,6 +27,7 @@ from raylivecell.job import Job
 from raylivecell.model import build_model, count_parameters
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import LoopConfig
 
 # Steps of a whole run between two looks at the clock; the first such part is warm-up.
 RUN_PART = 20
@@ -87,7 +88,7 @@ class _Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step = bench_step.recipe(self.device)
         phases = (PhaseConfig(steps=PARTS * RUN_PART, plain=False, transformed=1),)
-        self.recipe = self.step.model_copy(update={"phases": phases, "loop": loop.LoopConfig(report_steps=RUN_PART)})
+        self.recipe = self.step.model_copy(update={"phases": phases, "loop": LoopConfig(report_steps=RUN_PART)})
         self.frames = bench_frames.frames(images)
         self.samples = bench_frames.samples(self.frames)
         self.job = Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))

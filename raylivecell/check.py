@@ -19,7 +19,8 @@ from ray.exceptions import RayError
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import ingest, loop, losses, preflight, probe, run_folder, runtime, segment, shards, storage
+from raylivecell import loop, losses, preflight, probe, run_folder, runtime, segment, shards, storage
+from raylivecell.dataset import room, sample_bytes
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS
 from raylivecell.model import normalise
@@ -231,10 +232,10 @@ def token(mode: str | None, status: int | None) -> Finding:
 
 def object_store(description: dict[str, Any], plan: Plan) -> Finding:
     """Whether decoded images fit into the object store, or are read again in every epoch."""
-    cells, room = plan.recipe.targets != "foreground", ingest.room()
-    needed = description["splits"]["train"]["images"] * ingest.sample_bytes(plan.data, "train", cells)
-    told = f"{needed / 2**30:.1f} GiB of decoded images, {room / 2**30:.1f} GiB for them"
-    if needed > room:
+    cells, free = plan.recipe.targets != "foreground", room()
+    needed = description["splits"]["train"]["images"] * sample_bytes(plan.data, "train", cells)
+    told = f"{needed / 2**30:.1f} GiB of decoded images, {free / 2**30:.1f} GiB for them"
+    if needed > free:
         return Finding("warn", "object store", told, "they are decoded anew in every epoch: more CPUs, or more memory")
     return Finding("pass", "object store", told)
 

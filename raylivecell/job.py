@@ -1,16 +1,15 @@
-"""What every worker of a run is told, and which of them it is.
-
-Apart from worker.py: who makes a job, or is told of one, need not import what workers do.
-"""
+"""What every worker of a run is told. Apart from worker.py: who makes a job need not import what workers do."""
 
 from dataclasses import dataclass, field
 
-import torch
 from ray.util.queue import Queue
 
-from raylivecell.ingest import Samples
+from raylivecell.dataset import Samples
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
+
+RANK = "rank"
+"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `loop.rank` of the row."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,3 @@ class Job:
     def plan(self) -> Plan:
         """The order of the run."""
         return Plan(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A training process among the `ranks` that share each batch."""
-
-    rank: int
-    ranks: int
-    device: torch.device
-    threads: int

@@ -9,39 +9,23 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raylivecell.device import Sender
-from raylivecell.losses import LossConfig, segmentation_loss
+from raylivecell.losses import segmentation_loss
 from raylivecell.model import normalise
-from raylivecell.optimizer import OptimizerConfig, build_optimizer
+from raylivecell.optimizer import build_optimizer
 from raylivecell.order import EPOCH, SAMPLE, Plan
-from raylivecell.recipe_base import StrictModel
+from raylivecell.training_config import LoopConfig, LossConfig, OptimizerConfig
 
 # Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.
 GPU_CHECK_STEPS = 20
 # Names of `losses.Loss`'s parts in the history.
 LOSSES = ("loss", "bce", "dice_loss", "field_loss")
-
-
-class LoopConfig(StrictModel):
-    """How the recipe is computed."""
-
-    report_steps: int | None = Field(None, ge=1)
-    """Steps between reports (validation, metrics, checkpoint); none: a report at the end of every epoch."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass; `auto`: bfloat16 where the GPU has it, float32 elsewhere. Weights stay float32. A CPU with
-    AMX trains 1.3 times as fast in bfloat16, compiled 2.5 times (`bench step`)."""
-    channels_last: bool = True
-    """Keep activations with the channels innermost: faster on GPU and CPU alike."""
-    compile: bool = False
-    """`torch.compile` the network, which takes 15 to 60 s and on a CPU a C++ compiler: pays after minutes of training
-    (1.3 times as fast on a CPU with AMX, on one with AVX-512 alone not at all: `bench step`)."""
 
 
 class NonFiniteLoss(Exception):

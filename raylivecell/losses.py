@@ -11,30 +11,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from raylivecell.recipe_base import StrictModel
+from raylivecell.training_config import LossConfig
 
 # Squared errors of distances are some 0.02, a tenth of the losses beside them.
 DISTANCE_SCALE = 10.0
 # Keeps the Dice of an image without cells finite.
 SMOOTH = 1e-5
-
-
-class LossConfig(StrictModel):
-    """The loss: bce_share * BCE + (1 - bce_share) * Dice."""
-
-    bce_share: float = Field(0.5, ge=0, le=1)
-    """Share of the cross-entropy; the rest is Dice."""
-    background_weight: float = Field(1.0, gt=0)
-    """BCE weight of a background pixel."""
-    cell_weight: float = Field(1.0, gt=0)
-    """BCE weight of a pixel in a cell."""
-    border_weight: float = Field(1.0, ge=0)
-    """w0: extra BCE weight where two cells touch (10 in the original U-Net)."""
-    field_weight: float = Field(1.0, ge=0)
-    """Of the loss of boundaries or distances, beside that of the foreground, which weighs 1."""
 
 
 class Loss(NamedTuple):

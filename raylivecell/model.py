@@ -5,25 +5,11 @@ Shape suffixes: B batch, C channels, H and W pixels.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from raylivecell.recipe_base import StrictModel
-
-Norm = Literal["batch", "sync_batch", "group"]
-
-
-class ModelConfig(StrictModel):
-    """The network."""
-
-    features: tuple[PositiveInt, ...] = Field((64, 128, 256, 512), min_length=1, max_length=12)
-    """Channels of each level of the contracting path; the bottleneck has twice the last."""
-    norm: Norm = "batch"
-    """`batch`: BatchNorm2d (the paper). `sync_batch`: its statistics over all workers' images (GPU only).
-    `group`: GroupNorm, whose result does not depend on how a batch is split over workers."""
+from raylivecell.training_config import ModelConfig, Norm
 
 
 def normalise(image: Tensor) -> Tensor:

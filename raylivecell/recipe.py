@@ -15,12 +15,9 @@ from raylivecell import storage
 from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS, Targets
-from raylivecell.loop import LoopConfig
-from raylivecell.losses import LossConfig
-from raylivecell.model import ModelConfig
-from raylivecell.optimizer import OptimizerConfig
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe_base import StrictModel
+from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig, OptimizerConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 

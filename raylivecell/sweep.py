@@ -16,10 +16,10 @@ from raylivecell import (
     checkpoint,
     confirm,
     gauges,
-    ingest,
     preflight,
     run_folder,
     runtime,
+    shards,
     space,
     storage,
     sweep_report,
@@ -27,6 +27,7 @@ from raylivecell import (
     train,
     tuner,
 )
+from raylivecell.dataset import open_samples
 from raylivecell.errors import UserError
 from raylivecell.live import Board
 from raylivecell.order import Plan
@@ -107,8 +108,8 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
     space.check(recipe, config)
     preflight.batch_divides(recipe.batch_size, config.workers_per_trial)
     preflight.samples_fit(data, recipe)
-    rows = len(ingest.shards.list_rows(data, "train"))
-    if not ingest.shards.list_rows(data, "val"):
+    rows = len(shards.list_rows(data, "train"))
+    if not shards.list_rows(data, "val"):
         raise UserError(f"dataset at {data} has no validation images, by which trials are compared; prepare some")
     steps = Plan(recipe.seed, rows, recipe.batch_size, recipe.phases).steps
     every = recipe.loop.report_steps
@@ -141,7 +142,7 @@ def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tune
     return Shared(
         recipe,
         out,
-        ingest.open_samples(data, recipe.targets != "foreground"),
+        open_samples(data, recipe.targets != "foreground"),
         int(store / room.at_once),
         room.threads,
         config.workers_per_trial,

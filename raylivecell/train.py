@@ -59,14 +59,15 @@ def train(
     marks.append(("dataset", time.time()))
     runtime.connect(importing="raylivecell.trainer")
     marks.append(("Ray", time.time()))
-    from raylivecell import ingest, trainer
+    from raylivecell import trainer
+    from raylivecell.dataset import open_samples
     from raylivecell.job import Job
 
     preflight.transforming_device(recipe)
     most = workers if isinstance(workers, int) else workers[1]
     cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
     run_folder.claim(out, data, recipes.dump(recipe))
-    samples = ingest.open_samples(data, recipe.targets != "foreground")
+    samples = open_samples(data, recipe.targets != "foreground")
     store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
     queue = Queue(actor_options={"num_cpus": 0})
     marks.append(("samples sent", time.time()))

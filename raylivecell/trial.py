@@ -18,12 +18,13 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, gauges, ingest, loop, segment, space, storage, trainer
+from raylivecell import checkpoint, gauges, loop, segment, space, storage, trainer
+from raylivecell.dataset import Samples
 from raylivecell.errors import UserError
-from raylivecell.job import Job, Place
+from raylivecell.job import Job
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe
-from raylivecell.worker import reports, save, told
+from raylivecell.worker import Place, reports, save, told
 
 Result = dict[str, Any]
 # Runs of an image through the network before those that are measured, and those.
@@ -36,7 +37,7 @@ class Shared:
 
     recipe: Recipe
     out: str
-    samples: ingest.Samples
+    samples: Samples
     stream_memory: int
     """Bytes of the object store for the streams of one trial."""
     threads: int
@@ -145,7 +146,7 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
     tune.report(row)
 
 
-def ms_per_image(network: nn.Module, samples: ingest.Samples) -> float:
+def ms_per_image(network: nn.Module, samples: Samples) -> float:
     """Median milliseconds of a whole validation image through the network, where it lies, one at a time."""
     network.eval()
     device = next(network.parameters()).device

@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,19 +35,27 @@ from raylivecell import (
     metrics,
     segment,
 )
+from raylivecell.dataset import Samples
 from raylivecell.fields import Targets
-from raylivecell.job import Job, Place
+from raylivecell.job import RANK, Job
 from raylivecell.journal import Journal
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
-
-RANK = "rank"
-"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `loop.rank` of the row."""
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 1.0
 # Seconds between two questions whether a node is about to go away: it has 30 or more; and steps by which that is timed.
 ASK_S, PACE_STEPS = 2.0, 5
+
+
+@dataclass(frozen=True)
+class Place:
+    """A training process among the `ranks` that share each batch."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    threads: int
 
 
 def work(config: dict[str, "ray.ObjectRef[Job]"]) -> dict[str, Any] | None:
@@ -214,7 +223,7 @@ class _Farewell:
 class _Validation:
     """This rank's share of the validation images, whole; sums go over all ranks: none is lost or counted twice."""
 
-    def __init__(self, samples: ingest.Samples, place: Place, targets: Targets) -> None:
+    def __init__(self, samples: Samples, place: Place, targets: Targets) -> None:
         self.samples, self.device, self.targets = samples, place.device, targets
         self.share = range(place.rank, len(samples.val), place.ranks)
 

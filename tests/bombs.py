@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from raylivecell import checkpoint, coco, coco_protocol, images, loop, outlines, recipe, shards
 from raylivecell.defects import DefectRules
 from raylivecell.errors import UserError
-from raylivecell.model import ModelConfig, build_model
+from raylivecell.model import build_model
+from raylivecell.training_config import ModelConfig
 
 HERE = Path(sys.argv[1])
 MIB = 2**20

@@ -10,6 +10,7 @@ import torch
 
 from raylivecell import bench, bench_chart, bench_predict, bench_scale, bench_startup, storage
 from raylivecell.errors import UserError
+from raylivecell.training_config import ModelConfig
 
 
 def test_written_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +86,6 @@ def test_steps_by_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operations_of_the_paper_s_network() -> None:
     from raylivecell import bench_step
-    from raylivecell.model import ModelConfig
     from raylivecell.recipe import Recipe
 
     tiny = Recipe(model=ModelConfig(features=(4,)))

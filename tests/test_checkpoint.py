@@ -8,8 +8,9 @@ import torch
 
 from raylivecell import checkpoint, loop, storage
 from raylivecell.errors import UserError
-from raylivecell.model import ModelConfig, build_model
+from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(4, 8)))
 

@@ -14,8 +14,9 @@ from raylivecell import checkpoint, coco_protocol, evaluate, metrics, rle, score
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.loop import State
-from raylivecell.model import ModelConfig, build_model
+from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import ModelConfig
 
 SIZES = [(48, 64), (48, 64), (33, 57), (64, 48)]
 SPLITS = {"test": 10, "val": 3}

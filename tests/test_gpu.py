@@ -9,10 +9,9 @@ import torch
 
 from raylivecell import augment, bench_step, device_augment, loop, segment
 from raylivecell.device import Sender
-from raylivecell.losses import LossConfig
-from raylivecell.model import ModelConfig
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 STEPS = 12
@@ -49,7 +48,7 @@ def test_no_step_waits_for_it(gpu: torch.device) -> None:
             training.model,
             batches,
             plan,
-            loop.LoopConfig(report_steps=STEPS),
+            LoopConfig(report_steps=STEPS),
             LossConfig(),
             lambda network: {},
             tick,

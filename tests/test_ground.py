@@ -28,6 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY_ROOMS = {
     "runtime",
     "ingest",
+    "dataset",
     "execution",
     "blocks",
     "prepare",
@@ -52,8 +53,8 @@ RAY_ROOMS = {
 }
 RAY_ROOMS |= {"bench_feed", "bench_frames", "bench_train", "bench_prepare", "bench_scale", "bench_startup"}
 """R in DESIGN.md; `trainer`, `job` and `worker` are parts of train (Ray Train, what it is told, what runs in its
-processes), `execution` what ingest has Ray Data execute, `actors` a part of evaluate and predict, `trial` and `search`
-of sweep."""
+processes), `execution` what ingest has Ray Data execute, `dataset` what a driver opens for it, `actors` a part of
+evaluate and predict, `trial` and `search` of sweep."""
 TOP_ROOMS = {"cli", "commands", "__main__", "demo", "bench"}
 """They call the others; nothing imports them."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

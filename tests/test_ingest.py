@@ -19,7 +19,7 @@ from conftest import run_apart, write_tiny_dataset
 from ray._private.internal_api import memory_summary
 from ray.data._internal.execution import streaming_executor_state
 
-from raylivecell import blocks, execution, fields, ingest, shards
+from raylivecell import blocks, dataset, execution, fields, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
@@ -73,14 +73,14 @@ def test_a_resumed_stream_goes_on_where_it_stopped(source: blocks.Source, whole:
 
 
 def test_samples_kept_decoded_are_the_same(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
-    kept = ingest.keep(source.rows, 3 * 48 * 48)
+    kept = dataset.keep(source.rows, 3 * 48 * 48)
     assert kept is not None
     np.testing.assert_array_equal(collect(replace(source, kept=kept))[0], whole[0])
 
 
 def test_what_does_not_fit_is_not_kept(source: blocks.Source) -> None:
     store = ray.cluster_resources()["object_store_memory"]
-    assert ingest.keep(source.rows, int(store)) is None
+    assert dataset.keep(source.rows, int(store)) is None
 
 
 def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
@@ -198,14 +198,14 @@ import json, sys
 import numpy as np, psutil, ray
 from ray._private.internal_api import memory_summary
 from ray.data._internal.execution import streaming_executor_state
-from raylivecell import blocks, ingest, shards
+from raylivecell import blocks, dataset, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.order import PhaseConfig, Plan
 
 data, limit = sys.argv[1], int(sys.argv[2])
 ray.init(address="local", num_cpus=2, object_store_memory=limit, include_dashboard=False, log_to_driver=False)
 rows = tuple(shards.list_rows(data, "train"))
-kept = ingest.keep(rows, 3 * 600 * 600)
+kept = dataset.keep(rows, 3 * 600 * 600)
 plan = Plan(0, len(rows), 4, (PhaseConfig(epochs=1),))
 source = blocks.Source(rows, plan, AugmentConfig(), (256, 256), (600, 600), kept)
 seen, peak = [], 0

@@ -67,6 +67,7 @@ def _possible() -> bool:
     return subprocess.run(["unshare", "-m", "-n", "-p", "-f", "true"], capture_output=True).returncode == 0
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # it sees no other Ray, and none sees it: namespaces of its own
 def test_ray_and_a_job_need_no_more_than_the_pod_gives(tiny_dataset: str, tmp_path: Path) -> None:

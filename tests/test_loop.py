@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_apart
 
 from raylivecell import loop
-from raylivecell.losses import LossConfig
-from raylivecell.model import ModelConfig, build_model
-from raylivecell.optimizer import OptimizerConfig
+from raylivecell.model import build_model
+from raylivecell.optimizer import build_optimizer
 from raylivecell.order import PhaseConfig, Plan
+from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig, OptimizerConfig
 
 PLAN = Plan(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
 
@@ -41,7 +43,7 @@ def run(training: loop.Training, batches_: Iterator[dict[str, torch.Tensor]], **
         training.model,
         batches_,
         PLAN,
-        loop.LoopConfig(),
+        LoopConfig(),
         LossConfig(),
         validate=lambda network: {"val_mean_image_dice": 0.5},
         **options,  # type: ignore[arg-type]
@@ -67,6 +69,37 @@ def test_a_resumed_run_ends_with_the_same_weights(ema: float) -> None:
     run(resumed, batches(resumed.state.step))
     for a, b in zip(whole.network().state_dict().values(), resumed.network().state_dict().values()):
         assert torch.equal(a, b)
+
+
+UNCOMPILED = """
+import sys
+from test_loop import batches, begin, run
+training = begin(0.9)
+run(training, batches())
+training.load(training.state_dict(), training.state)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_run_that_compiles_nothing_loads_no_compiler() -> None:
+    """It would take 1.5 s of every training process's start."""
+    done = run_apart(UNCOMPILED, env={"PYTHONPATH": str(Path(__file__).parent)})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_its_optimizer_steps_as_torchs(amsgrad: bool) -> None:
+    ours, theirs = (build_model(ModelConfig(features=(4, 8))) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    config = OptimizerConfig(lr=1e-2, betas=(0.8, 0.95), amsgrad=amsgrad)
+    mine, _ = build_optimizer(ours, config, PLAN.steps)
+    adam = torch.optim.AdamW(theirs.parameters(), 1e-2, (0.8, 0.95), weight_decay=0, amsgrad=amsgrad, fused=True)
+    for batch in batches():
+        for network, optimizer in ((ours, mine), (theirs, adam)):
+            optimizer.zero_grad()
+            network(batch["planes"][:, :1].float()).square().mean().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell.losses import LossConfig, dice_loss, segmentation_loss
-from raylivecell.model import ModelConfig, build_model, count_parameters, normalise
-from raylivecell.optimizer import OptimizerConfig, schedule
+from raylivecell.losses import dice_loss, segmentation_loss
+from raylivecell.model import build_model, count_parameters, normalise
+from raylivecell.optimizer import schedule
+from raylivecell.training_config import LossConfig, ModelConfig, OptimizerConfig
 
 
 @settings(deadline=None, max_examples=30)

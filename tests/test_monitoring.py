@@ -20,13 +20,12 @@ from ray._private.authentication.http_token_authentication import get_auth_heade
 
 from raylivecell import gauges, runtime
 from raylivecell.job import Job
-from raylivecell.loop import LoopConfig
-from raylivecell.model import ModelConfig
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.space import Dimension, SweepConfig
 from raylivecell.sweep import sweep
 from raylivecell.train import train
+from raylivecell.training_config import LoopConfig, ModelConfig
 
 FOLDER = Path(__file__).parents[1] / "cluster" / "monitoring"
 CONFIG = (FOLDER / "prometheus.yml").read_text()

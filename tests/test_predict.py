@@ -25,8 +25,9 @@ from raylivecell import actors, checkpoint, cli, predict, predictor, runtime, se
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.loop import State
-from raylivecell.model import ModelConfig, build_model
+from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import ModelConfig
 
 TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}
 

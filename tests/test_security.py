@@ -18,9 +18,10 @@ from PIL import Image
 
 from raylivecell import checkpoint, confirm, loop, parts, prepare, run_folder, samples, shards, study
 from raylivecell.errors import UserError
-from raylivecell.model import ModelConfig, build_model
+from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.space import Dimension, SweepConfig
+from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(4,)), crop=(16, 16))
 SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=1e-2, log=True)})

@@ -5,11 +5,10 @@ from pathlib import Path
 from hostile import pickled
 
 from raylivecell import sweep
-from raylivecell.loop import LoopConfig
-from raylivecell.model import ModelConfig
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.space import Dimension, SweepConfig
+from raylivecell.training_config import LoopConfig, ModelConfig
 
 RECIPE = Recipe(
     batch_size=4,

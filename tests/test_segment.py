@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from raylivecell import actors, checkpoint, segment, segmenter
 from raylivecell.loop import State
-from raylivecell.model import ModelConfig, build_model
+from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.training_config import ModelConfig
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,10 @@ from raylivecell import recipe as recipes
 from raylivecell.augment import AugmentConfig
 from raylivecell.elastic import ElasticConfig
 from raylivecell.errors import UserError
-from raylivecell.loop import LoopConfig
-from raylivecell.model import ModelConfig
-from raylivecell.optimizer import OptimizerConfig
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.space import Condition, Dimension, SweepConfig
+from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 RECIPE = Recipe(
