@@ -29,7 +29,13 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 
 class _Workers(WorkerGroup):
-    """Of a controller that is no actor (Ray 2.60): only training functions that ask for past checkpoints call it."""
+    """Of a controller that is no actor (Ray 2.60)."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        """No environment but the command's, which they have anyway: so they, and their data tasks, take over processes
+        that have decoded samples, instead of new ones, which take 1 s each."""
+        return custom_runtime_env
 
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: dict[str, Any]) -> None:
         told = {
@@ -37,7 +43,7 @@ class _Workers(WorkerGroup):
             "synchronization_actor": sync_actor,
             "storage_context": self._storage_context,
             "worker_callbacks": self._worker_callbacks_to_propagate,
-            "controller_actor": None,
+            "controller_actor": None,  # asked for past checkpoints alone
         }
         ray.get(
             [
@@ -58,8 +64,9 @@ class _Controller(TrainController):
 
 class _Trainer(DataParallelTrainer):
     def _initialize_and_run_controller(self, **told: Any) -> Any:
-        """In this process, unless others' Ray outlives it, or (a notebook's) it has an event loop already."""
-        if not runtime.started_here() or asyncio._get_running_loop():
+        """In this process, unless Ray outlives it, wants an actor to show, or this (a notebook's) has an event loop."""
+        tracked = os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "0") != "0"
+        if not runtime.started_here() or tracked or asyncio._get_running_loop():
             return super()._initialize_and_run_controller(**told)
         os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # it would write to the terminal
         controller = _Controller(**told)
