@@ -1,5 +1,6 @@
 """What tests share: where real data lies, and one Ray for the whole run."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -132,6 +133,20 @@ def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> 
         timeout=500,
         env=os.environ | (env or {}),
     )
+
+
+def joined(env: dict[str, str] | None = None) -> dict[str, str]:
+    """Variables that make a process a job of the session's cluster (two on one machine disturb each other).
+
+    Ray's processes for that job have those of `env` too.
+    """
+    import ray
+
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    if not env:
+        return address
+    # What `ray job submit` sets for a job whose runtime environment names these variables.
+    return address | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": env}})}
 
 
 def kill_at(run: Path, reports: int, *names: str) -> tuple[threading.Thread, list[int]]:

@@ -36,17 +36,16 @@ exec chroot "$1" setpriv --reuid=1000 --regid=1000 --clear-groups --no-new-privs
 """
 
 NODE = """
+fail() { cat "$@" /tmp/node.log; tail -n 40 /tmp/ray/session_latest/logs/dashboard*.log; exit 1; }
 touch /app/jobs/x /usr/x /x 2>&1
 start="ray start --head --block --num-cpus=3 --object-store-memory=200000000"
 bash -c -- "ulimit -n 65536; $start" >/tmp/node.log 2>&1 &
 node=$!
-until ray health-check --address 127.0.0.1:6379 >/dev/null 2>&1 && (: </dev/tcp/127.0.0.1/8265) 2>/dev/null; do
-  kill -0 $node || { cat /tmp/node.log; exit 1; }
-  sleep 1
-done
+until (: </dev/tcp/127.0.0.1/8265) 2>/dev/null; do kill -0 $node || fail; sleep 1; done
+ray health-check --address 127.0.0.1:6379 || fail
 for run in first retry; do
   until ray job submit --address http://127.0.0.1:8265 -- $ENTRYPOINT >/tmp/$run.log 2>&1; do
-    grep -q "try again later" /tmp/$run.log || { cat /tmp/$run.log; exit 1; }
+    grep -q "try again later" /tmp/$run.log || fail /tmp/$run.log
     sleep 1
   done
   cat /tmp/$run.log

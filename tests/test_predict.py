@@ -13,10 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import ray
 import tifffile
 import torch
-from conftest import run_apart
+from conftest import joined, run_apart
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -273,8 +272,7 @@ def test_killed_it_goes_on(ray_cluster: None, saved: str, tmp_path: Path) -> Non
     images, out, fresh = tmp_path / "images", tmp_path / "out", tmp_path / "fresh"
     write_frames(images, range(80))  # more than the actor has at hand when it loses its driver
     arguments = ["predict", "--model", saved, "--images", str(images), "--out", str(out)]
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | address)
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | joined())
     while not list((out / ".parts").glob("*.json")):
         assert process.poll() is None
         time.sleep(0.01)

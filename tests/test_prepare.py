@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import S3, run_apart
+from conftest import S3, joined, run_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -632,7 +632,7 @@ def test_killed_while_drawing_keeps_whole_shards(folder: Folder, ray_cluster: No
         folder.image("train", f"BV2_Phase_{number}.png")
     source, out = folder.write(), tmp_path / "out"
     prepare(source, str(tmp_path / "undisturbed"), PrepareConfig(shard_images=2))
-    done = run_apart(KILLED_WHILE_DRAWING, source, str(out))
+    done = run_apart(KILLED_WHILE_DRAWING, source, str(out), env=joined())
     assert done.returncode == -9, done.stderr
     assert not (out / "dataset.json").exists()
     accounts = [json.loads(path.read_text()) for path in out.glob(".prepare-*/*.json")]
@@ -659,7 +659,7 @@ print(shards.read_row(shards.list_rows(sys.argv[2], "test")[0], ["labels"])["lab
 def test_from_s3_to_s3(folder: Folder, ray_cluster: None, s3: S3, tmp_path: Path) -> None:
     source = folder.write()
     s3.upload(source, "source")
-    done = run_apart(ON_S3, "s3://cells/source", "s3://cells/made/here", env=s3.env)
+    done = run_apart(ON_S3, "s3://cells/source", "s3://cells/made/here", env=s3.env | joined(s3.env))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == str(N)
     written = ["dataset.json", *(f"{split}/part-00000.parquet" for split in sorted(shards.SPLITS))]

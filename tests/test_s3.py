@@ -9,8 +9,7 @@ import cv2
 import numpy as np
 import optuna
 import pytest
-import ray
-from conftest import S3, run_apart
+from conftest import S3, joined, run_apart
 
 JOB = """
 from raylivecell import cli
@@ -41,10 +40,7 @@ SMALL = "batch_size: 4\ncrop: [32, 40]\nmodel: {features: [4, 8]}\nloop: {report
 
 def run_job(code: str, recipe: Path, s3: S3) -> subprocess.CompletedProcess[str]:
     """`code` as a job on the session's cluster."""
-    # What `ray job submit` sets for a job whose runtime environment names these variables.
-    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": s3.env}})}
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    done = run_apart(code.replace("RECIPE", repr(str(recipe))), env=s3.env | job | address)
+    done = run_apart(code.replace("RECIPE", repr(str(recipe))), env=s3.env | joined(s3.env))
     assert done.returncode == 0, done.stderr
     return done
 

@@ -53,10 +53,11 @@ def environment(home: Path | str, token: str | None) -> dict[str, str]:
 def end(pid: int) -> None:
     """The process and all that it has started."""
     process = psutil.Process(pid)
-    for one in [*process.children(recursive=True), process]:
+    started = [*process.children(recursive=True), process]
+    for one in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-            one.wait()
+    psutil.wait_procs(started, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_metrics_are_open(head: Head) -> None:
 
 
 LISTENERS = """
-import json, os, sys, threading
+import contextlib, json, os, sys, threading
 import psutil
 from raylivecell import runtime
 
@@ -188,15 +189,14 @@ found, done = set(), threading.Event()
 
 def look():
     me = psutil.Process()
-    for one in [me, *me.children(recursive=True)]:
-        try:
-            name, sockets = one.name(), one.net_connections("inet")
-        except psutil.Error:
-            continue
-        found.update((name, s.laddr.ip.removeprefix("::ffff:")) for s in sockets if s.status == psutil.CONN_LISTEN)
+    ours = {one.pid: one for one in [me, *me.children(recursive=True)]}
+    for socket in psutil.net_connections("inet"):
+        if socket.status == psutil.CONN_LISTEN and socket.pid in ours:
+            with contextlib.suppress(psutil.Error):
+                found.add((ours[socket.pid].name(), socket.laddr.ip.removeprefix("::ffff:")))
 
 def watch():
-    while not done.wait(0.1):
+    while not done.wait(0.5):
         look()
 
 runtime.connect(cpus=4)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import kill_at, run_apart, write_tiny_dataset
+from conftest import joined, kill_at, run_apart, write_tiny_dataset
 from ray.train import UserCallback
 
 from raylivecell import checkpoint, dataset, gloo, preflight, runtime, trainer
@@ -110,9 +110,7 @@ train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=1)
 def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
     command = [sys.executable, "-c", DRIVER, tiny_dataset, str(run), str(one_worker / "recipe.yaml")]
-    # On the session's cluster: two on one machine disturb each other.
-    address = ray.get_runtime_context().gcs_address
-    driver = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address})
+    driver = subprocess.Popen(command, env=os.environ | joined())
     while not (run / "metrics.jsonl").exists() or len(history(run)) < 7:
         assert driver.poll() is None, "the run ended by itself"
         time.sleep(0.01)
