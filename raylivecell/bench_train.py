@@ -7,6 +7,7 @@ batches, on this machine's CPUs or its first GPU. They run in turn, so that a ma
 import contextlib
 import itertools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -154,7 +155,8 @@ class _Bench:
 
 
 class _Accounts(UserCallback):
-    """Writes down after each report, where Ray Train's controller runs, what its processes have taken of the CPUs."""
+    """Writes down after each report what the processes of Ray Train have taken of the CPUs: its controller's, which is
+    this one or an actor's, and its helpers'."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -164,7 +166,8 @@ class _Accounts(UserCallback):
         spent = 0.0
         for process in psutil.process_iter(["cmdline", "cpu_times"]):
             title = " ".join(process.info["cmdline"] or ())
-            if title.startswith("ray::") and any(name in title for name in RAY_TRAIN):
+            helper = title.startswith("ray::") and any(name in title for name in RAY_TRAIN)
+            if helper or process.pid == os.getpid():
                 spent += process.info["cpu_times"].user + process.info["cpu_times"].system
         with open(self.path, "a") as file:
             file.write(json.dumps({"time": time.time(), "cpu_seconds": spent}) + "\n")

@@ -29,6 +29,9 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "bench": ("measure a part beside its rivals", _typed(commands.bench)),
     "demo": ("the whole way on cells drawn here, in minutes", _typed(commands.demo)),
 }
+# After Ctrl-C.
+GOES_ON = dict.fromkeys(("train", "sweep"), "; go on with --resume")
+GOES_ON |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; the same command goes on")
 
 
 def usage() -> str:
@@ -82,4 +85,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"raylivecell: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(f"raylivecell: interrupted{GOES_ON.get(arguments[0], '')}", file=sys.stderr)
         return 130

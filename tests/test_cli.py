@@ -56,6 +56,19 @@ def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert cli.GOES_ON.keys() <= cli.COMMANDS.keys()
+    for name, (what, _) in list(cli.COMMANDS.items()):
+        monkeypatch.setitem(cli.COMMANDS, name, (what, interrupted))
+        assert cli.main([name]) == 130
+        told = capsys.readouterr().err
+        assert told.startswith("raylivecell: interrupted")
+        assert ("--resume" in told) == (name in ("train", "sweep"))
+
+
 def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
