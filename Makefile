@@ -12,7 +12,7 @@ demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minute
 # rest where Ray leaves it something (Ray gives its processes niceness 15; beside one of 0 they would starve). Two
 # clusters on one host disturb each other, so Ray's tests are of two halves only where the system can keep them apart.
 # (pytest-xdist 3.8 could not keep them together: its --dist loadgroup does nothing under pytest 9.2.)
-HALF := tests/test_s3.py tests/test_sweep.py tests/test_train.py
+HALF := $(addprefix tests/test_,monitoring.py s3.py sweep.py train.py)
 PYTEST := $(BIN)/python -m pytest
 
 test: lint  ## lint, then all tests: those of Ray, and beside them the rest

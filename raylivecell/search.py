@@ -3,6 +3,7 @@ and with its own parameters; a stopped trial is told as pruned, a bad one as fai
 """
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,6 +15,9 @@ from raylivecell import space
 from raylivecell.recipe import Recipe
 from raylivecell.space import OBJECTIVES, SweepConfig
 from raylivecell.study import end_of, folder_of
+
+# Where the machine is busy, a question to the study takes over a second, of which Ray would warn the user.
+warnings.filterwarnings("ignore", message="Define-by-run function")
 
 
 class Search(OptunaSearch):
