@@ -9,15 +9,15 @@ demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minute
 	$(BIN)/raylivecell demo --out demo
 
 # Tests of Ray mostly wait for its processes, the rest computes: they run beside each other, told one after another, the
-# rest where Ray leaves it something (Ray gives its processes niceness 15; beside one of 0 they would starve). Two
-# clusters on one host disturb each other, so Ray's tests are of two halves only where the system can keep them apart.
+# rest with the niceness 15 that Ray gives its processes (beside one of 0 they would starve). Two clusters on one host
+# disturb each other, so Ray's tests are of two halves only where the system can keep them apart.
 # (pytest-xdist 3.8 could not keep them together: its --dist loadgroup does nothing under pytest 9.2.)
 HALF := $(addprefix tests/test_,monitoring.py s3.py sweep.py train.py)
 PYTEST := $(BIN)/python -m pytest
 
 test: lint  ## lint, then all tests: those of Ray, and beside them the rest
 	@trap 'kill $$rest $$half 2>/dev/null' EXIT; \
-	nice -n 19 $(PYTEST) -m "not ray" --durations=5 >.pytest-rest.log 2>&1 & rest=$$!; \
+	nice -n 15 $(PYTEST) -m "not ray" --durations=5 >.pytest-rest.log 2>&1 & rest=$$!; \
 	if tests/apart.sh true 2>/dev/null; then \
 		tests/apart.sh $(PYTEST) -m ray --durations=10 $(HALF) >.pytest-half.log 2>&1 & half=$$!; \
 		tests/apart.sh $(PYTEST) -m ray --durations=10 $(HALF:%=--ignore=%); code=$$?; \

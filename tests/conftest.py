@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# A busy machine's delays are no failures.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 # Ray's sockets want a short path; its own temporary folder keeps a test run apart from any other Ray.
 os.environ.pop("RAY_ADDRESS", None)
 # Several trainings share two cores: threads that wait give theirs away (runtime.py says how much that matters).

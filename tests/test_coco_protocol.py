@@ -68,7 +68,7 @@ def compare(images: list[Image]) -> None:
 
 
 @given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_figures_are_those_of_pycocotools(seed: int, sizes: list[tuple[int, int]]) -> None:
     rng = np.random.default_rng(seed)
     compare([image(rng, cells, detections) for cells, detections in sizes])
@@ -118,7 +118,7 @@ def test_intervals_hold_the_figure_and_can_be_repeated() -> None:
 
 
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 4), min_size=5, max_size=5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_resampled_set_is_the_set_with_images_repeated(seed: int, times: list[int]) -> None:
     """To the last digit where no two detections share a score: COCO takes equals one by one, weights all at once."""
     rng = np.random.default_rng(seed)
@@ -183,7 +183,7 @@ SEGMENTATIONS = st.one_of(
 
 
 @given(SEGMENTATIONS, NUMBERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_a_file_says_it_is_refused_or_can_be_scored(segmentation: Any, score: Any) -> None:
     """pycocotools alone never ends, or ends the process, on some of these."""
     with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ def largest(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
     return ndimage.maximum(values, labels, np.arange(labels.max(initial=0) + 1))[labels]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHAPES, SEEDS)
 def test_distances_are_their_definition(shape: tuple[int, int], seed: int) -> None:
     """The transform of all cells at once is up to 0.42 pixels off that of each alone."""
@@ -79,7 +79,7 @@ def test_distances_are_their_definition(shape: tuple[int, int], seed: int) -> No
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shape=SHAPES, seed=SEEDS)
 def test_fields_move_with_the_labels(
     move: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], seed: int
@@ -114,7 +114,7 @@ def test_cells_that_touch_are_outside_of_each_other() -> None:
     np.testing.assert_array_equal(np.flatnonzero(fields.boundary(labels)[2]), [4, 5, 9, 10])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SHAPES, SEEDS)
 def test_boundaries_are_where_neighbours_differ(shape: tuple[int, int], seed: int) -> None:
     labels = cells(np.random.default_rng(seed), shape)
@@ -123,7 +123,7 @@ def test_boundaries_are_where_neighbours_differ(shape: tuple[int, int], seed: in
 
 
 @pytest.mark.parametrize("targets", fields.CHANNELS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shape=SHAPES, seed=SEEDS)
 def test_planes_hold_what_was_packed(targets: fields.Targets, shape: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)

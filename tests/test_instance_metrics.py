@@ -49,7 +49,7 @@ def reference(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, fl
     return np.array(accuracies), float(iou[iou > 0.5].sum() / (0.5 * (len(said) + len(true))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 25))
 def test_as_the_slow_reference(seed: int, cells: int) -> None:
     rng = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def test_as_the_slow_reference(seed: int, cells: int) -> None:
         assert im.panoptic_quality(pairs) == pytest.approx(pq)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6))
 def test_names_and_sides_do_not_matter(seed: int) -> None:
     rng = np.random.default_rng(seed)

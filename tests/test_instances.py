@@ -47,7 +47,7 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], targets: Targets) ->
 
 
 @pytest.mark.parametrize("targets", ["boundary", "distance"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=SHAPES, seed=SEEDS)
 def test_ideal_maps_give_the_labels_back(targets: Targets, shape: tuple[int, int], seed: int) -> None:
     labels = ellipses(np.random.default_rng(seed), shape, distance=16)
@@ -59,7 +59,7 @@ def test_ideal_maps_give_the_labels_back(targets: Targets, shape: tuple[int, int
     assert pairs.cells == pairs.true_cells == instance_metrics.true_positives(pairs, 0.7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.tuples(st.integers(24, 80), st.integers(24, 80)), SEEDS)
 def test_a_foreground_of_separate_ellipses_gives_one_label_each(shape: tuple[int, int], seed: int) -> None:
     """No cell fills the image: of one that leaves only two corners free, each of the others would be a peak."""
@@ -80,7 +80,7 @@ def test_a_foreground_of_two_discs_that_touch_is_cut_at_its_waist() -> None:
 
 
 @pytest.mark.parametrize("targets", fields.CHANNELS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=SHAPES,
     seed=SEEDS,
@@ -111,7 +111,7 @@ def test_what_holds_for_any_maps(targets: Targets, shape: tuple[int, int], seed:
 
 
 @pytest.mark.parametrize("targets", fields.CHANNELS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shape=SHAPES, seed=SEEDS, smoothing=st.floats(0, 3))
 def test_prominence_1_joins_what_is_connected(
     targets: Targets, shape: tuple[int, int], seed: int, smoothing: float

@@ -13,7 +13,7 @@ from raylivecell.optimizer import schedule
 from raylivecell.training_config import LossConfig, ModelConfig, OptimizerConfig
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(16, 70), st.integers(16, 70), st.sampled_from([(4,), (4, 8), (4, 8, 8, 8)]))
 def test_output_has_the_size_of_the_input(height: int, width: int, features: tuple[int, ...]) -> None:
     model = build_model(ModelConfig(features=features)).eval()

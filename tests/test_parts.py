@@ -134,7 +134,7 @@ class Cut:
         return call
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.sets(st.sampled_from(FILES), min_size=1), st.integers(0, 25)), min_size=1, max_size=5))
 def test_stopped_anywhere_it_ends_the_same(ground: Path, runs: list[tuple[set[str], int]]) -> None:
     """Runs over these images or those, each stopped after so many changes of files, then one over all."""

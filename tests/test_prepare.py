@@ -287,7 +287,7 @@ CORNERS = st.lists(st.tuples(st.integers(-40, 300), st.integers(-40, 230)), min_
 
 
 @given(st.lists(st.tuples(CORNERS, st.booleans()), min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_outlines_are_whole_cells_as_pycocotools_draws_them_one_by_one(cells: list[Any]) -> None:
     """In the order of the labels; overlapping cells both keep what they share, of which the labels tell one."""
     records, masks = zip(*(record(i, np.array(corners) / 4, as_rle) for i, (corners, as_rle) in enumerate(cells)))

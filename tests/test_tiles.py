@@ -61,7 +61,7 @@ def grey(image: np.ndarray) -> np.ndarray:
     return np.stack([image, 255 - image]).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIZES, st.integers(1, 80), SEEDS)
 def test_bands_are_the_maps_of_the_whole_row_by_row(shape: tuple[int, int], window: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
@@ -88,7 +88,7 @@ def test_what_fits_in_a_window_is_not_touched() -> None:
     np.testing.assert_array_equal(np.concatenate(found, axis=1), maps)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.tuples(st.integers(3, 200), st.integers(3, 200)))
 def test_what_a_window_says_at_its_edges_hardly_counts_inside_the_image(shape: tuple[int, int]) -> None:
     """Each window errs by 1 in its outermost pixels; the others that see them know better."""
@@ -120,7 +120,7 @@ def assert_same(found: np.ndarray, whole: np.ndarray, but: int = 0) -> None:
 
 @pytest.mark.parametrize("targets", fields.CHANNELS)
 @pytest.mark.parametrize("looks_around", [False, True])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=SIZES, seed=SEEDS)
 def test_strips_give_the_cells_of_the_whole(
     targets: Targets, looks_around: bool, shape: tuple[int, int], seed: int
@@ -149,7 +149,7 @@ def test_a_strip_takes_no_cell_whose_neighbours_it_cuts() -> None:
 
 
 @pytest.mark.parametrize("targets", fields.CHANNELS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(3, 300)), max_size=6), st.integers(12, 40))
 def test_cells_of_any_height_are_whole(targets: Targets, bars: list[tuple[int, int]], halo: int) -> None:
     """Bars of up to 300 rows, of which a strip shows 2 * 40 + 36 at the most."""
