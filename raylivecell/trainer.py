@@ -1,7 +1,7 @@
 """Ray Train as a run is given to it: how many workers with what, where to, which of its own helpers. Loads no torch.
 
 Its controller is a process of its own in a cluster. Where the command itself has started Ray, and both end together, it
-runs in the command's process, which has loaded Ray Train already: a run of one worker starts 2 s earlier.
+runs in the command's process, which has loaded Ray Train already: workers start 1.2 s earlier.
 """
 
 import asyncio
