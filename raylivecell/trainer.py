@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import ray
 import ray.train
+from ray._private.ray_constants import env_bool
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.backend import BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -65,7 +66,7 @@ class _Controller(TrainController):
 class _Trainer(DataParallelTrainer):
     def _initialize_and_run_controller(self, **told: Any) -> Any:
         """In this process, unless Ray outlives it, wants an actor to show, or this (a notebook's) has an event loop."""
-        tracked = os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "0") != "0"
+        tracked = env_bool("RAY_TRAIN_ENABLE_STATE_TRACKING", False)
         if not runtime.started_here() or tracked or asyncio._get_running_loop():
             return super()._initialize_and_run_controller(**told)
         os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # it would write to the terminal
@@ -94,7 +95,7 @@ def trainer(
     parent, name = job.out.rsplit("/", 1)
     return _Trainer(
         _work,
-        train_loop_config={"job": ray.put(job)},  # not itself: the controller would load torch to read it
+        train_loop_config={"job": job},
         backend_config=_nccl() if gpus else GlooConfig(),
         scaling_config=ScalingConfig(
             num_workers=cast(Any, workers),
@@ -113,11 +114,11 @@ def trainer(
     )
 
 
-def _work(config: dict[str, Any]) -> Any:
+def _work(config: dict[str, Job]) -> Any:
     """The training function, which a worker loads, with torch; the driver does not."""
     from raylivecell.worker import work
 
-    return work(config)
+    return work(config["job"])
 
 
 def _nccl() -> BackendConfig:

@@ -58,9 +58,8 @@ class Place:
     threads: int
 
 
-def work(config: dict[str, "ray.ObjectRef[Job]"]) -> dict[str, Any] | None:
+def work(job: Job) -> dict[str, Any] | None:
     """The training function of Ray Train; {"step", "samples"} where the loss was not finite, else none."""
-    job = ray.get(config["job"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     # What this process may use, not what the machine has: a container may be bound to some of its cores.
