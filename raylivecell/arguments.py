@@ -1,9 +1,40 @@
 """Words of a command line before a parser has seen them, and what some flags' texts mean."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_origin
+
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from raylivecell.errors import UserError
+
+FLAGS = ConstructorRegistry()
+"""How a command line's words become values of types that tyro does not know."""
+
+
+@FLAGS.primitive_rule
+def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+    """A mapping with text keys (`model.options`) as one word of JSON; None for any other type."""
+    if get_origin(info.type) is not dict:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: _json_mapping(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )
+
+
+def _json_mapping(word: str) -> dict[str, Any]:
+    try:
+        value = json.loads(word)
+    except ValueError as error:
+        raise ValueError(f"{word!r} is not JSON ({error}); write for example '{{\"init_filters\": 16}}'") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{word!r} is not a mapping; write for example '{{\"init_filters\": 16}}'")
+    return value
 
 
 def recipe_file(arguments: Sequence[str]) -> str | None:

@@ -185,10 +185,9 @@ def speed(rows: list[dict[str, Any]], batch: int) -> float:
 
 def monai(recipe: Recipe) -> nn.Module:
     """MONAI's network with the same channels at each level."""
-    from monai.networks.nets import BasicUNet
-
     features = recipe.model.features
-    return BasicUNet(2, 1, 1, (*features, 2 * features[-1], features[0]))
+    options = {"features": [*features, 2 * features[-1], features[0]]}
+    return build_model(ModelConfig(name="BasicUNet", options=options))
 
 
 def plain(network: nn.Module, batches: Iterable[Tensor], recipe: Recipe, device: torch.device, part: int) -> float:

@@ -100,6 +100,9 @@ def findings(plan: Plan) -> Iterator[Finding]:
     yield _tried("CPUs for data", lambda: preflight.worker_cpus(plan.most), f"{plan.most} workers leave some")
     if description:
         yield object_store(description, plan)
+        yield _tried(
+            "network", lambda: preflight.network(plan.recipe), f"{plan.recipe.model.name} takes the recipe's options"
+        )
         yield _tried("samples", lambda: _samples(plan), "fit the recipe")
         yield _tried("batch", lambda: preflight.batch_divides(plan.recipe.batch_size, plan.workers), "divides")
         yield trial_batch(plan)

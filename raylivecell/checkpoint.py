@@ -44,7 +44,8 @@ def save(
     data: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint into `folder` (a URI); `data`: `shards.provenance` of what it was trained on."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state_dict = model.state_dict()
+    weights = {name: state_dict[name].detach().cpu().contiguous() for name in _tensor_names(model)}
     storage.write_bytes(storage.join(folder, MODEL), safetensors.torch.save(weights))
     buffer = io.BytesIO()
     torch.save(training, buffer)
@@ -53,6 +54,13 @@ def save(
     if data:
         storage.write_json(storage.join(folder, DATA), dict(data))
     storage.write_bytes(storage.join(folder, RECIPE), recipes.dump(recipe).encode())
+
+
+def _tensor_names(model: nn.Module) -> list[str]:
+    """Names of the network's tensors in its state_dict, one for each: MONAI's DynUNet has two for the same module."""
+    state_dict = model.state_dict()
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # without duplicates
+    return [name for name in names if name in state_dict]  # without buffers that are not kept
 
 
 def name(step: int) -> str:
@@ -127,7 +135,10 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
         weights = safetensors.torch.load(_read(folder, MODEL))
         with torch.device("meta"):  # a stranger's recipe may ask for terabytes: the memory taken is the file's
             model = build_model(recipe.model, recipe.outputs)
-        model.load_state_dict(weights, assign=True)
+        if weights.keys() != set(names := _tensor_names(model)):
+            other = sorted(weights.keys() ^ set(names))
+            raise KeyError(f"{len(other)} tensors are missing or not the network's: {', '.join(other[:3])}")
+        model.load_state_dict(weights, assign=True, strict=False)  # second names of shared tensors are not in the file
     except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}"

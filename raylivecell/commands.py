@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from raylivecell.arguments import local, recipe_file, workers_in
+from raylivecell.arguments import FLAGS, local, recipe_file, workers_in
 from raylivecell.errors import UserError
 
 
@@ -223,7 +223,7 @@ def train(arguments: Sequence[str]) -> None:
             began=psutil.Process().create_time(),
         )
 
-    tyro.cli(command, prog="raylivecell train", args=arguments)
+    tyro.cli(command, prog="raylivecell train", args=arguments, registry=FLAGS)
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -283,7 +283,7 @@ def sweep(arguments: Sequence[str]) -> None:
             mlflow,
         )
 
-    tyro.cli(command, prog="raylivecell sweep", args=arguments)
+    tyro.cli(command, prog="raylivecell sweep", args=arguments, registry=FLAGS)
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -337,7 +337,7 @@ def check(arguments: Sequence[str]) -> int:
         """
         return room.check(room.Plan(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers)))
 
-    return tyro.cli(command, prog="raylivecell check", args=arguments)
+    return tyro.cli(command, prog="raylivecell check", args=arguments, registry=FLAGS)
 
 
 def submit(arguments: Sequence[str]) -> int:

@@ -78,8 +78,21 @@ def _cropped(x: Tensor, height: int, width: int) -> Tensor:
     return x[..., :height, :width]
 
 
-def build_model(config: ModelConfig, outputs: int = 1) -> UNet:
-    """A U-Net with fresh weights from torch's current random state, the head's bias at zero foreground preference."""
+def build_model(config: ModelConfig, outputs: int = 1) -> nn.Module:
+    """The recipe's network: float (B, 1, H, W) -> logits (B, outputs, H, W); fresh weights from torch's random state.
+
+    Raises:
+        UserError: options that the network does not take.
+    """
+    if config.name != "unet":
+        from raylivecell import monai_networks
+
+        return monai_networks.build(config.name, config.options, outputs)
+    return _build_unet(config, outputs)
+
+
+def _build_unet(config: ModelConfig, outputs: int) -> nn.Module:
+    """A U-Net whose biases are zero, the head's too: it prefers neither foreground nor background."""
     model = UNet(config.features, config.norm, outputs)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

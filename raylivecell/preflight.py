@@ -77,3 +77,15 @@ def transforming_device(recipe: Recipe) -> None:
     """UserError where the recipe transforms samples on GPUs and the cluster has none."""
     if recipe.augment.device == "cuda" and not ray.cluster_resources().get("GPU", 0):
         raise UserError("augment.device is cuda, and this cluster has no GPU; set augment.device: cpu")
+
+
+def network(recipe: Recipe) -> str | None:
+    """A line about a network of MONAI, None for our U-Net; UserError where it does not take the recipe's options.
+
+    In the driver, before anything is written: MONAI and torch take 5 s to import, our U-Net needs neither here.
+    """
+    if recipe.model.name == "unet":
+        return None
+    from raylivecell import monai_networks
+
+    return monai_networks.describe(recipe.model.name, recipe.model.options, recipe.outputs)

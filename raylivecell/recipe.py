@@ -51,7 +51,7 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _crop_fits_network(self) -> "Recipe":
         least = 2 ** len(self.model.features)
-        if self.crop is not None and min(self.crop) < least:
+        if self.model.name == "unet" and self.crop is not None and min(self.crop) < least:
             raise ValueError(f"crop: {len(self.model.features)} levels need at least {least} x {least} pixels")
         return self
 

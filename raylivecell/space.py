@@ -105,6 +105,8 @@ OBJECTIVES = {
 }
 SCORES = {"foreground": "Dice", "boundary": "mSA", "distance": "mSA"}
 """What trials are judged by, by the recipe's targets."""
+DIGITS = 12
+"""Decimals of a share: 0.5 comes back as 0.5, not as 0.4999999999999999."""
 ELASTIC = "augment.elastic.p"
 _DEFORMED = {ELASTIC: Condition(above=0)}
 DEFAULT_SPACE = {
@@ -328,9 +330,9 @@ def _ask_shares(trial: "BaseTrial", shares: Shares, recipe: Recipe) -> Values:
     for place, path in enumerate(shares.fields[:-1]):
         u = trial.suggest_float(_share_name(path), 0.0, 1.0, step=None, log=False)
         part = left * (1 - (1 - u) ** (1 / (len(shares.fields) - 1 - place)))
-        values[path] = shares.least + part
+        values[path] = round(shares.least + part, DIGITS)
         left -= part
-    values[shares.fields[-1]] = shares.least + max(0.0, min(left, free))
+    values[shares.fields[-1]] = round(shares.least + max(0.0, min(left, free)), DIGITS)
     return values
 
 

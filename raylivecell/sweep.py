@@ -108,6 +108,7 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
     space.check(recipe, config)
     preflight.batch_divides(recipe.batch_size, config.workers_per_trial)
     preflight.samples_fit(data, recipe)
+    preflight.network(recipe)
     rows = len(shards.list_rows(data, "train"))
     if not shards.list_rows(data, "val"):
         raise UserError(f"dataset at {data} has no validation images, by which trials are compared; prepare some")

@@ -55,6 +55,8 @@ def train(
     data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
     preflight.batch_divides(recipe.batch_size, workers)
     preflight.samples_fit(data, recipe)
+    if line := preflight.network(recipe):
+        console.print(line, markup=False, soft_wrap=True)
     _check_unused(out, data, recipe, resume)
     marks.append(("dataset", time.time()))
     runtime.connect(importing="raylivecell.trainer")

@@ -3,23 +3,66 @@
 Apart from the code that they configure, which loads torch: who only reads a recipe starts 1 s earlier without it.
 """
 
+import json
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, JsonValue, PositiveInt, ValidationInfo, field_validator
 
 from raylivecell.recipe_base import StrictModel
 
 Norm = Literal["batch", "sync_batch", "group"]
+Network = Literal[
+    "unet",
+    "AttentionUnet",
+    "BasicUNet",
+    "DynUNet",
+    "HighResNet",
+    "MedNeXt",
+    "SegResNet",
+    "SegResNetDS",
+    "UNet",
+    "VNet",
+]
+"""`unet`: this project's; the others are classes of monai.networks.nets, by their names there."""
+MAX_OPTIONS_BYTES, MAX_OPTION = 2000, 4096
+"""Limits of `ModelConfig.options`, as JSON and of each number: a checkpoint's recipe is untrusted, and a network of a
+billion blocks would fill the memory before its weights are looked at."""
 
 
 class ModelConfig(StrictModel):
     """The network."""
 
+    name: Network = "unet"
+    """`unet`: the paper's U-Net, with `features` and `norm`. The others are MONAI's 2-D networks, with `options`."""
     features: tuple[PositiveInt, ...] = Field((64, 128, 256, 512), min_length=1, max_length=12)
-    """Channels of each level of the contracting path; the bottleneck has twice the last."""
+    """Of `unet`: channels of each level of the contracting path; the bottleneck has twice the last."""
     norm: Norm = "batch"
-    """`batch`: BatchNorm2d (the paper). `sync_batch`: its statistics over all workers' images (GPU only).
+    """Of `unet`. `batch`: BatchNorm2d (the paper). `sync_batch`: its statistics over all workers' images (GPU only).
     `group`: GroupNorm, whose result does not depend on how a batch is split over workers."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Of a network of MONAI: arguments of its class, as JSON, such as {"init_filters": 16}; what is not given keeps
+    MONAI's default."""
+
+    @field_validator("options")
+    @classmethod
+    def _for_monai(cls, options: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        if options and info.data.get("name", "unet") == "unet":
+            raise ValueError("unet takes features and norm; options are for MONAI's networks (model.name)")
+        if len(json.dumps(options)) > MAX_OPTIONS_BYTES or any(abs(one) > MAX_OPTION for one in _numbers(options)):
+            raise ValueError(f"at most {MAX_OPTIONS_BYTES} bytes of JSON and numbers up to {MAX_OPTION}")
+        return options
+
+
+def _numbers(value: JsonValue) -> Iterator[float]:
+    """Every number in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, int | float):
+        yield value
 
 
 class LossConfig(StrictModel):

@@ -92,6 +92,8 @@ class OneWorker(tune.Trainable):
             training = next(self.reports, None)
         except loop.NonFiniteLoss as error:
             return _failed(f"loss not finite at step {error.step}")
+        except UserError as error:  # a network that does not take the trial's options
+            return _failed(str(error))
         if training is not None:
             self._save(training)
         row = self._result(training)
@@ -127,13 +129,14 @@ class OneWorker(tune.Trainable):
 
 def several_workers(config: dict[str, Any], shared: Shared) -> None:
     """A trial of several workers: Ray Train in the folder of the trial."""
+    report = [TuneReportCallback()]
     try:
         job = shared.job(config)
+        run = trainer.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=report)
+        failed = trainer.fit(run)
     except UserError as error:
         tune.report(_failed(str(error)))
         return
-    report = [TuneReportCallback()]
-    failed = trainer.fit(trainer.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=report))
     if failed:
         tune.report(_failed(f"loss not finite at step {failed['step']}"))
         return

@@ -39,6 +39,8 @@ def save(folder: Path, **fields: Any) -> str:
         (".pt2", "distance", {"features": [4, 8, 8], "norm": "group"}),
         (".onnx", "boundary", {"features": [4, 8], "norm": "batch"}),
         (".pt2", "foreground", {"features": [4, 8], "norm": "sync_batch"}),
+        (".onnx", "distance", {"name": "SegResNet", "options": {"blocks_down": [1, 1], "blocks_up": [1]}}),
+        (".pt2", "boundary", {"name": "BasicUNet", "options": {"features": [4, 4, 4, 8, 8, 4]}}),
     ],
 )
 def test_a_file_gives_the_networks_maps_at_any_size(

@@ -25,6 +25,7 @@ def test_the_paper_and_the_small_recipe_are_what_they_say() -> None:
     assert paper.model.features == (64, 128, 256, 512)
     assert (paper.crop, paper.batch_size, paper.optimizer.amsgrad) == ((333, 434), 2, True)
     assert [(phase.plain, phase.transformed) for phase in paper.phases] == [(True, 0), (True, 1)]
+    assert paper.loss.background_weight > paper.loss.cell_weight
     assert count_parameters(build_model(small.model)) <= 500_000
 
 

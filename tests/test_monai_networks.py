@@ -1,0 +1,99 @@
+"""MONAI's networks as the recipe's: any image size, every target, clear refusals; the Dice loss is MONAI's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from raylivecell import checkpoint, losses, preflight, recipe, segment, space
+from raylivecell.errors import UserError
+from raylivecell.loop import State
+from raylivecell.model import build_model
+from raylivecell.space import Condition, Dimension, SweepConfig
+from raylivecell.training_config import ModelConfig, Network
+
+SMALL: dict[str, dict[str, Any]] = {
+    "AttentionUnet": {"channels": [4, 8, 8], "strides": [2, 2]},
+    "BasicUNet": {"features": [4, 4, 4, 8, 8, 4]},
+    "DynUNet": {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 8, 8]},
+    "SegResNet": {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]},
+    "SegResNetDS": {"init_filters": 8, "blocks_down": [1, 1]},
+    "UNet": {"channels": [4, 8, 8], "strides": [2, 2]},
+    "VNet": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(Network) if name != "unet"])
+def test_any_image_size_and_every_weight_is_trained(name: str) -> None:
+    network = build_model(ModelConfig(name=name, options=SMALL.get(name, {})), outputs=3)
+    for size in ((1, 1), (57, 90), (64, 32)):
+        logits = network(torch.randn(2, 1, *size))
+        assert logits.shape == (2, 3, *size)
+    logits.square().mean().backward()
+    assert [key for key, weight in network.named_parameters() if weight.grad is None] == [], "DDP would wait for these"
+
+
+def test_padding_changes_no_pixel_of_a_size_that_fits() -> None:
+    network = build_model(ModelConfig(name="SegResNet", options=SMALL["SegResNet"]), outputs=2).eval()
+    image = torch.randn(1, 1, 48, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(image), network.network(image))
+        assert network.multiple == 2
+        cut = network(image[..., :43, :61])
+        padded = torch.nn.functional.pad(image[..., :43, :61], (0, 1, 0, 1), mode="replicate")
+        torch.testing.assert_close(cut, network.network(padded)[..., :43, :61])
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"name": "SegResNet", "options": {"filters": 8}}, "SegResNet has no option filters; it takes init_filters"),
+        ({"name": "SegResNet", "options": {"out_channels": 8}}, "has no option out_channels"),
+        ({"name": "BasicUNet", "options": {"features": [4, 4]}}, "BasicUNet refuses"),
+        ({"name": "DynUNet", "options": {"deep_supervision": True}}, None),
+        ({"name": "UNet", "options": {"channels": [4, 8], "strides": [3, 7]}}, "UNet"),
+        ({"name": "unet", "options": {"channels": [4]}}, "options are for MONAI's networks"),
+        ({"name": "SegResNet", "options": {"blocks_down": [1, 10**9]}}, "numbers up to 4096"),
+        ({"name": "Unet"}, "model.name"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_training(model: dict[str, Any], reason: str | None) -> None:
+    if reason is None:  # heads for deep supervision are no map for each target
+        reason = "cannot be used with these options"
+    with pytest.raises(UserError, match=reason):
+        preflight.network(recipe.parse({"model": model}, "test"))
+
+
+def test_a_checkpoint_gives_the_same_maps_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = recipe.parse({"targets": "distance", "model": {"name": "DynUNet", "options": SMALL["DynUNet"]}}, "test")
+    network = build_model(whole.model, whole.outputs).eval()
+    checkpoint.save(str(tmp_path), network, {}, State(), whole)
+    again, loaded = checkpoint.load_model(str(tmp_path))
+    assert loaded == whole
+    image = np.random.default_rng(0).integers(0, 255, (45, 70)).astype(np.uint8)
+    np.testing.assert_array_equal(segment.maps(again, image), segment.maps(network, image))
+
+
+def test_a_sweep_searches_networks_and_their_options() -> None:
+    filters = Dimension(choices=({}, {"init_filters": 16}), when={"model.name": Condition(among=("SegResNet",))})
+    names = Dimension(choices=("unet", "SegResNet"))
+    config = SweepConfig(space={"model.name": names, "model.options": filters}, shares=())
+    base = recipe.parse({"model": {"features": [4, 8]}}, "test")
+    space.check(base, config)
+    trial = space.apply(base, {"model.name": "SegResNet", "model.options": {"init_filters": 16}})
+    assert trial.model == ModelConfig(name="SegResNet", features=(4, 8), options={"init_filters": 16})
+
+
+def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
+    from monai.losses import DiceLoss
+
+    found = losses.dice_loss()
+    assert type(found) is DiceLoss
+    assert (found.sigmoid, found.squared_pred, found.reduction) == (True, True, "mean")
+    code = "import sys, raylivecell.segmenter, raylivecell.checkpoint, raylivecell.train, raylivecell.blocks\n"
+    subprocess.run([sys.executable, "-c", code + "sys.exit('monai' in sys.modules)"], check=True)
