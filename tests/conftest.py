@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,10 +29,17 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test that starts the shared Ray is marked so: `make test` runs them beside the rest, in one process."""
+    """Mark every test that uses the shared Ray: streams.sh runs those in one process, in parallel with the rest."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+
+
+def missing(what: str) -> NoReturn:
+    """Skip a test for want of `what`, which can be installed; in CI, which installs all of it, fail."""
+    if os.environ.get("RAYLIVECELL_NO_SKIPS"):
+        pytest.fail(what)
+    pytest.skip(what)
 
 
 SHARED = Path(os.environ.get("RAYLIVECELL_SHARED", Path(__file__).parents[2] / "shared"))
@@ -91,7 +98,9 @@ class S3(NamedTuple):
 @pytest.fixture
 def s3() -> Iterator[S3]:
     """A server of its own for each test."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     import boto3
 
@@ -117,7 +126,7 @@ def browser() -> Iterator[Any]:
 
     chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if not (chromium and driver):
-        pytest.skip("no Chromium with its driver: install Debian's packages chromium and chromium-driver")
+        missing("no Chromium with its driver: install Debian's packages chromium and chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):

@@ -227,7 +227,7 @@ def begin(hosts: Hosts) -> Any:
 def main(names: list[str]) -> int:
     """Play the faults; how many went wrong."""
     if reason := rooms.possible():
-        sys.exit(f"no hosts here: {reason}")
+        sys.exit(f"no hosts can run here: {reason}")
     bad = 0
     root = Path(tempfile.mkdtemp(prefix="faults"))
     with rooms.running(root, {"head": 1, "one": 1, "two": 1, "three": 1}) as hosts:

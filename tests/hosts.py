@@ -25,13 +25,21 @@ BRIDGE, NET = "rlcbr", "10.77.0"
 GATEWAY = f"{NET}.1"
 HEAD_PORT, DASHBOARD_PORT, S3_PORT, PROXY_PORT = 6379, 8265, 5555, 5556
 BIN = Path(sys.executable).parent
+OWN_MOUNTS = ("/tmp", "/dev/shm")
+"""What each host mounts for itself."""
 
 
 def possible() -> str:
-    """Why there can be no hosts here; empty where there can."""
+    """Why there can be no hosts here, in one line; empty where there can."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
-        return "needs Linux, root and iproute2"
-    return "" if subprocess.run(["ip", "netns", "add", "rlcprobe"], capture_output=True).returncode == 0 else "no netns"
+        return "they need Linux, root and iproute2"
+    for path in (Path(__file__).resolve().parents[1], Path(sys.prefix), Path(sys.base_prefix)):
+        for own in OWN_MOUNTS:
+            if path.resolve().is_relative_to(own):
+                return f"each host mounts a {own} of its own and would not see {path}; use a checkout elsewhere"
+    tried = subprocess.run(["ip", "netns", "add", "rlcprobe"], capture_output=True, text=True)
+    sh("ip", "netns", "del", "rlcprobe", check=False)
+    return "" if tried.returncode == 0 else f"this system lets no network namespace be made ({tried.stderr.strip()})"
 
 
 def sh(*words: str, check: bool = True) -> str:
@@ -129,7 +137,8 @@ class Hosts:
         host.core = min(range(os.cpu_count() or 1), key=busy.count)
         start = f"taskset -c {host.core} {BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus}"
         start += f" {' '.join(place)} --object-store-memory=200000000 --disable-usage-stats"
-        mounts = f"mount -t tmpfs -o size={disk_mib}m t /tmp && mount -t tmpfs -o size=600m t /dev/shm"
+        sizes = zip(OWN_MOUNTS, (disk_mib, 600))
+        mounts = " && ".join(f"mount -t tmpfs -o size={mib}m t {folder}" for folder, mib in sizes)
         with open(host.folder / "ray.log", "wb") as log:
             host.ray = subprocess.Popen(
                 ["ip", "netns", "exec", host.name, "unshare", "-m", "sh", "-c", f"{mounts} && exec {start}"],

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import yaml
+from conftest import missing
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "cluster" / "kubernetes"
@@ -30,10 +30,10 @@ REMOVE = object()
 @functools.cache
 def kubectl() -> str:
     """A kubectl whose kustomize is of version 5, the test skipped where there is none."""
-    found = shutil.which("kubectl", path=f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}")
+    found = shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     told = found and subprocess.run([found, "version", "--client", "-o", "json"], capture_output=True, text=True).stdout
     if not (found and told and json.loads(told).get("kustomizeVersion", "").startswith("v5")):
-        pytest.skip("no kubectl of 1.27 or later: `.venv/bin/python .ci/kubectl.py .venv/bin` fetches one")
+        missing("no kubectl of 1.27 or later: `.venv/bin/python .ci/kubectl.py .venv/bin` fetches one")
     return found
 
 

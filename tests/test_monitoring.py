@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import ray
+from conftest import missing
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
 from raylivecell import gauges, runtime
@@ -122,7 +123,7 @@ def test_a_broken_dashboard_is_found(old: str, new: str, told: str) -> None:
 def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
     tool = shutil.which("promtool")
     if not tool:
-        pytest.skip("no promtool: install Debian's package prometheus")
+        missing("no promtool: install Debian's package prometheus")
     return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=60)
 
 
@@ -224,7 +225,7 @@ def quick(config: str) -> str:
 def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     program = shutil.which("prometheus")
     if not program:
-        pytest.skip("no Prometheus: install Debian's package prometheus")
+        missing("no Prometheus: install Debian's package prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     nodes = Path(ray._private.worker._global_node.get_session_dir_path()).parent / "prom_metrics_service_discovery.json"
     (config := folder / "prometheus.yml").write_text(quick(CONFIG).replace(f"/tmp/ray/{nodes.name}", str(nodes)))

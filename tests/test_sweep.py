@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import joined, kill_at
+from conftest import joined, kill_at, missing
 from optuna.trial import TrialState
 
 from raylivecell import checkpoint, space, sweep
@@ -293,7 +293,7 @@ def postgres() -> Iterator[str]:
         Path(found) for found in [shutil.which("pg_ctl")] if found
     ]
     if not programs:
-        pytest.skip("no PostgreSQL server: install Debian's package postgresql")
+        missing("no PostgreSQL server: install Debian's package postgresql")
     # It refuses to run as root.
     user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     with socket.socket() as free:

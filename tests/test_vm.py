@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from conftest import missing
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
@@ -236,7 +237,7 @@ def run_script(name: str, tmp_path: Path, *arguments: str, **env: str) -> subpro
 def test_scripts_are_sound(name: str) -> None:
     subprocess.run(["bash", "-n", FOLDER / name], check=True)
     if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck: install Debian's package of that name")
+        missing("no shellcheck: install Debian's package of that name")
     done = subprocess.run(["shellcheck", FOLDER / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -1,0 +1,80 @@
+"""Check the text of files: `python tests/lint_text.py [FILE ...]`, without files all that git knows.
+
+Each line of output is PATH:LINE: what is wrong; exit 1 if there is any. Standard library only: a second at most.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+"""Of the package's files."""
+OWN = {str(ROOT), str(ROOT.parent), str(Path.home())} - {"/", "/tmp", "/home"}
+# This checkout's folder, or somebody's home; the home folder in Ray's images is /home/ray.
+FOLDERS = [rf"(?<![\w.}}]){re.escape(path)}/" for path in sorted(OWN)]
+MACHINE = re.compile("|".join([*FOLDERS, r"/home/(?!ray\b)\w+/", r"/Users/\w+/", r"[A-Z]:\\\\?Users"]))
+CONFLICT = re.compile(r"^(<{7} |>{7} |\|{7} )")
+
+
+def line_faults(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """Faults of single lines: (line, what is wrong)."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if other := re.search(r"[^\x00-\x7f]", line):
+            yield number, f"not ASCII: {other[0]!a}"
+        if CONFLICT.match(line):
+            yield number, "a merge conflict"
+        if path != Path(__file__).resolve() and (place := MACHINE.search(line)):
+            yield number, f"a path of one machine: {place[0]}"
+
+
+def size_faults(text: str) -> Iterator[tuple[int, str]]:
+    """Files and functions of the package that are too long: (line, what is wrong)."""
+    if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+        yield lines, f"{lines} lines, more than {MAX_FILE_LINES}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield node.lineno, f"{node.name} has {length} lines, more than {MAX_FUNCTION_LINES}"
+
+
+def faults(path: Path) -> Iterator[str]:
+    """Everything wrong with one file; nothing for binary files."""
+    data = path.read_bytes()
+    if b"\0" in data or path.suffix in {".png", ".tif"}:
+        return
+    text = data.decode("utf-8", errors="surrogateescape")
+    found = [*line_faults(path, text)]
+    if path.suffix == ".py" and path.is_relative_to(ROOT / "raylivecell"):
+        found += size_faults(text)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    yield from (f"{shown}:{line}: {what}" for line, what in found)
+
+
+def project_files() -> list[Path]:
+    """Files that are committed or will be; without git, all but those of hidden folders and outputs."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, check=True, capture_output=True).stdout.decode("utf-8", "surrogateescape")
+        found = [ROOT / name for name in listed.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        outputs = {"runs", "data", "demo", "bench", "__pycache__"}
+        names = [path.relative_to(ROOT).parts for path in ROOT.rglob("*")]
+        found = [ROOT.joinpath(*parts) for parts in names if not (parts[0].startswith(".") or outputs & {*parts})]
+    return [path for path in found if path.is_file() and not path.is_symlink()]
+
+
+def main(names: list[str]) -> int:
+    """Print all faults; 1 if there is any."""
+    paths = [Path(name).resolve() for name in names] or project_files()
+    found = [fault for path in paths for fault in faults(path)]
+    print("\n".join(found) or f"{len(paths)} files: text in order")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
