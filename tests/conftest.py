@@ -7,8 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -71,6 +70,24 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of actors (evaluate, predict) in this process, without Ray."""
+    import numpy as np
+
+    from raylivecell import actors, runtime
+
+    def run(
+        actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str, use_gpus: bool = True
+    ) -> list[dict[str, Any]]:
+        columns = actor(**arguments)({"item": np.array(items)})
+        return [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
+
+    monkeypatch.setattr(actors, "run", run)
+    monkeypatch.setattr(actors, "use_threads", lambda with_torch=True: None)
+    monkeypatch.setattr(runtime, "connect", lambda *_, **__: None)
 
 
 class S3(NamedTuple):
@@ -162,22 +179,22 @@ def joined(env: dict[str, str] | None = None) -> dict[str, str]:
     return address | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": env}})}
 
 
-def kill_at(run: Path, reports: int, *names: str) -> tuple[threading.Thread, list[int]]:
-    """SIGKILL processes of these names once `run` has so many reports; the thread that waits, and who was hit."""
+def kill_at(run: Path, reports: int, *names: str, most: int = 99) -> tuple[threading.Thread, list[int]]:
+    """SIGKILL processes of these names, `most` at most, once `run` has `reports` rows; the waiting thread, the pids."""
     import psutil
+    from hosts import until
 
     killed: list[int] = []
+    metrics = run / "metrics.jsonl"
 
-    def wait() -> None:
-        metrics = run / "metrics.jsonl"
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < reports:
-            time.sleep(0.01)
+    def kill() -> None:
+        until("reports", lambda: len(metrics.read_text().splitlines()) >= reports, 300, pause=0.01)
         for one in psutil.process_iter(["cmdline"]):
-            if any(name in " ".join(one.info["cmdline"] or []) for name in names):
+            if len(killed) < most and any(name in " ".join(one.info["cmdline"] or []) for name in names):
                 one.kill()
                 killed.append(one.pid)
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=kill)
     thread.start()
     return thread, killed
 

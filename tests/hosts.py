@@ -48,14 +48,19 @@ def sh(*words: str, check: bool = True) -> str:
     return done.stdout
 
 
-def until(what: str, ready: Callable[[], bool], limit_s: float = 120.0, strict: bool = True) -> float:
-    """Wait for `ready`, which may raise while it is not; the seconds it took. Not `strict`: or for `limit_s`."""
+def until(
+    what: str, ready: Callable[[], bool], limit_s: float = 120.0, strict: bool = True, pause: float = 0.2
+) -> float:
+    """Ask `ready`, which may raise, each `pause` seconds until it is so; the seconds it took.
+
+    Not `strict`: or until `limit_s` are over.
+    """
     begin = time.monotonic()
     while time.monotonic() - begin < limit_s:
         with contextlib.suppress(OSError, ValueError, LookupError):
             if ready():
                 return time.monotonic() - begin
-        threading.Event().wait(0.2)
+        threading.Event().wait(pause)
     if strict:
         raise TimeoutError(f"{what}: not within {limit_s:g} s")
     return limit_s

@@ -67,11 +67,11 @@ def saved(tmp_path: Path) -> str:
     return folder
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("tta", [False, True])
+@pytest.mark.parametrize("tta", [pytest.param(True, id="tta"), pytest.param(False, id="ray", marks=pytest.mark.ray)])
 def test_a_network_and_a_file_of_its_cells_score_the_same(
-    ray_cluster: None, saved: str, data: str, tmp_path: Path, tta: bool
+    request: pytest.FixtureRequest, saved: str, data: str, tmp_path: Path, tta: bool
 ) -> None:
+    request.getfixturevalue("one_process" if tta else "ray_cluster")
     result = evaluate.evaluate(saved, data, "test", str(tmp_path / "scores"), tta=tta)
     model = segmenter.load(saved, tta)
     records = []
@@ -92,8 +92,7 @@ def test_a_network_and_a_file_of_its_cells_score_the_same(
     assert {p.name for p in (tmp_path / "compared").iterdir()} == {"metrics.json", "report.html", "overlays"}
 
 
-@pytest.mark.ray
-def test_what_an_evaluation_leaves(ray_cluster: None, saved: str, data: str, tmp_path: Path) -> None:
+def test_what_an_evaluation_leaves(one_process: None, saved: str, data: str, tmp_path: Path) -> None:
     out = tmp_path / "scores"
     before = checkpoint.load_instances(saved, "distance")
     result = evaluate.evaluate(saved, data, "test", str(out), calibrated=True)
@@ -115,8 +114,7 @@ def test_what_an_evaluation_leaves(ray_cluster: None, saved: str, data: str, tmp
     assert low <= result["msa"] <= high
 
 
-@pytest.mark.ray
-def test_the_truth_itself_is_perfect_though_cells_overlap(ray_cluster: None, data: str, tmp_path: Path) -> None:
+def test_the_truth_itself_is_perfect_though_cells_overlap(one_process: None, data: str, tmp_path: Path) -> None:
     records = []
     for index in range(SPLITS["test"]):
         row = sample(index)

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import ray
 import torch
 from conftest import run_apart, write_tiny_dataset
+from hosts import until
 from ray._private.internal_api import memory_summary
 from ray.data._internal.execution import streaming_executor_state
 
@@ -24,12 +24,15 @@ from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
 
-pytestmark = pytest.mark.ray
+# Read before any test: the name that execution.py sets is Ray's.
+RAYS_WAIT_S = streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
 PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, transformed=1))
+Batches = tuple[np.ndarray, np.ndarray]
+"""Planes (steps, b, C, h, w) and rows (steps, b, 3) of a whole stream."""
 
 
 @pytest.fixture(scope="module")
-def source(tiny_dataset: str, ray_cluster: None, small_blocks: None) -> blocks.Source:
+def source(tiny_dataset: str) -> blocks.Source:
     rows = tuple(shards.list_rows(tiny_dataset, "train"))
     return blocks.Source(rows, Plan(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40), (48, 64))
 
@@ -42,50 +45,65 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
-def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Planes (steps, b, 3, h, w) and rows (steps, b, 3) of a whole stream."""
+def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> Batches:
+    """The stream of a rank, by Ray Data."""
     batches = list(ingest.Stream(source, start, rank, ranks))
     return tuple(torch.stack([batch[name] for batch in batches]).numpy() for name in ("planes", "rows"))  # type: ignore[return-value]
 
 
+def direct(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> Batches:
+    """The stream of a rank, block after block as Ray Data's tasks make them, in this process."""
+    batch = source.plan.batch_size // ranks
+    share = blocks.Share(start, rank, ranks, ingest.block_steps(source, batch, None))
+    rows = [
+        share.block_rows(block, source.plan) for block in range(-(-(source.plan.steps - start) // share.block_steps))
+    ]
+    planes = np.concatenate([blocks.load(one, source) for one in rows])
+    return planes.reshape(-1, batch, *planes.shape[1:]), np.concatenate(rows).reshape(-1, batch, 3)
+
+
 @pytest.fixture(scope="module")
-def whole(source: blocks.Source) -> tuple[np.ndarray, np.ndarray]:
-    return collect(source)
+def whole(source: blocks.Source) -> Batches:
+    return direct(source)
 
 
-def test_the_stream_is_the_plan(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
+def test_the_blocks_are_the_plan(source: blocks.Source, whole: Batches) -> None:
     planes, rows = whole
     assert planes.dtype == np.uint8
     assert planes.shape == (source.plan.steps, 4, 3, 32, 40)
     np.testing.assert_array_equal(rows, [source.plan.rows(step) for step in range(source.plan.steps)])
 
 
-def test_two_ranks_see_together_what_one_sees(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
-    parts = [collect(source, rank=rank, ranks=2) for rank in range(2)]
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("start", [0, 11])
+def test_ranks_together_see_what_one_sees_from_any_step_on(
+    source: blocks.Source, whole: Batches, ranks: int, start: int
+) -> None:
+    parts = [direct(source, start, rank, ranks) for rank in range(ranks)]
     for place in range(2):
-        np.testing.assert_array_equal(np.concatenate([part[place] for part in parts], axis=1), whole[place])
+        np.testing.assert_array_equal(np.concatenate([part[place] for part in parts], axis=1), whole[place][start:])
 
 
-def test_a_resumed_stream_goes_on_where_it_stopped(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
-    for place, values in enumerate(collect(source, start=11)):
-        np.testing.assert_array_equal(values, whole[place][11:])
-    assert list(ingest.Stream(source, source.plan.steps, 0, 1)) == []
-
-
-def test_samples_kept_decoded_are_the_same(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
-    kept = dataset.keep(source.rows, 3 * 48 * 48)
+@pytest.mark.parametrize("targets", ["foreground", "distance"])
+def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source, targets: fields.Targets) -> None:
+    """A rank of two from a step on, read from the shards and from samples kept decoded; nothing after the last step."""
+    source = replace(source, targets=targets)
+    expected = direct(source, 5, 1, 2)
+    kept = dataset.keep(source.rows, 5 * 48 * 48, targets != "foreground")
     assert kept is not None
-    np.testing.assert_array_equal(collect(replace(source, kept=kept))[0], whole[0])
+    for given in (source, replace(source, kept=kept)):
+        for values, right in zip(collect(given, 5, 1, 2), expected):
+            np.testing.assert_array_equal(values, right)
+    assert list(ingest.Stream(source, source.plan.steps, 0, 1)) == []
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == execution.HURRY_S != RAYS_WAIT_S
 
 
-def test_what_does_not_fit_is_not_kept(source: blocks.Source) -> None:
+def test_what_does_not_fit_is_not_kept(ray_cluster: None, source: blocks.Source) -> None:
     store = ray.cluster_resources()["object_store_memory"]
     assert dataset.keep(source.rows, int(store)) is None
 
 
-def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
-    source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(source: blocks.Source, whole: Batches) -> None:
     planes, rows = whole[0].reshape(-1, 3, 32, 40), whole[1].reshape(-1, 3)
     seen: dict[int, list[np.ndarray]] = {}
     for plane, (_, sample, variant) in zip(planes, rows):
@@ -99,7 +117,7 @@ def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(
         assert all((a != b).any() for i, a in enumerate(copies) for b in copies[:i])
 
 
-def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: blocks.Source) -> None:
+def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(ray_cluster: None, source: blocks.Source) -> None:
     long = replace(source, plan=replace(source.plan, phases=(PhaseConfig(epochs=300, plain=False, transformed=1),)))
 
     def objects() -> int:
@@ -107,21 +125,22 @@ def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(source: blocks.Sour
         return int(re.search(r"(\d+) objects", told)[1])  # type: ignore[index]
 
     whole, before = ray.cluster_resources()["CPU"], objects()
-    for _ in range(3):
+    for _ in range(2):
         batches = ingest.Stream(long, 0, 0, 1)
         for _ in range(20):
             next(batches)
         batches.close()
     del batches
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != whole or objects() > before:
-        assert time.monotonic() < deadline, (ray.available_resources(), objects(), before)
+
+    def free() -> bool:
         gc.collect()  # the last stream's thread may have been ending while `close` collected
-        time.sleep(0.05)
+        return ray.available_resources().get("CPU") == whole and objects() <= before
+
+    until("CPUs and blocks are free", free, 60)
 
 
-def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: tuple[np.ndarray, np.ndarray]) -> None:
-    planes, rows = collect(replace(source, targets="distance"))
+def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: Batches) -> None:
+    planes, rows = direct(replace(source, targets="distance"))
     np.testing.assert_array_equal(rows, whole[1])
     np.testing.assert_array_equal(planes[:, :, :3], whole[0], "the same pixels are trained on")
     nothing = np.zeros(planes.shape[3:], np.uint8)
@@ -132,7 +151,7 @@ def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: t
 
 
 def test_data_tasks_need_no_torch() -> None:
-    code = "import sys, raylivecell.blocks; sys.exit('torch' in sys.modules)"
+    code = "import sys, raylivecell.execution; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -160,7 +179,8 @@ def test_the_scheduler_rests_between_rounds_while_blocks_lie_ready(monkeypatch: 
     assert rests == pytest.approx([0, rested, hurried, max(0, execution.ROUND_S - 3 * execution.HURRY_S)], abs=1e-6)
 
 
-def test_no_task_loads_torch(source: blocks.Source) -> None:
+@pytest.mark.slow
+def test_no_task_loads_torch(ray_cluster: None, source: blocks.Source) -> None:
     """A second to its start, and 200 MB, of each data process. Its own environment: no process of another test's."""
 
     @ray.remote
@@ -174,12 +194,6 @@ def test_no_task_loads_torch(source: blocks.Source) -> None:
         return ray.get([loaded.remote() for _ in range(8)])
 
     assert {torch for execution, torch in ray.get(read.remote()) if execution} == {False}
-
-
-def test_ray_data_waits_as_long_as_it_is_told(source: blocks.Source) -> None:
-    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S > 0, "the name that execution.py sets is Ray's"
-    collect(source)
-    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == execution.HURRY_S
 
 
 def test_blocks_are_bounded_in_samples_and_bytes(source: blocks.Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +232,7 @@ print(json.dumps({"kept": kept is not None, "seen": seen, "peak": peak, "store":
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_set_five_times_the_object_store_streams(tmp_path: Path) -> None:
     images = 5 * STORE // (3 * 600 * 600)
     data = write_tiny_dataset(tmp_path, images, 600)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import pytest
 import tifffile
 import torch
 from conftest import joined, run_apart
+from hosts import until
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import actors, checkpoint, cli, predict, predictor, runtime, segmenter
+from raylivecell import checkpoint, cli, predict, predictor, segmenter
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.loop import State
@@ -50,18 +50,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, State(), recipe)
     checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
     return folder
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The actor's work without Ray."""
-
-    def run(actor: type, arguments: dict[str, Any], items: list[str], what: str, use_gpus: bool) -> None:
-        actor(**arguments)({"item": np.array(items)})
-
-    monkeypatch.setattr(actors, "run", run)
-    monkeypatch.setattr(actors, "use_threads", lambda with_torch: None)
-    monkeypatch.setattr(runtime, "connect", lambda: None)
 
 
 @given(st.lists(st.text("abAB./", min_size=1, max_size=6), max_size=8, unique=True))
@@ -267,15 +255,15 @@ def test_settings_and_new_images(one_process: None, saved: str, tmp_path: Path) 
 COMMAND = "import sys; from raylivecell import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_killed_it_goes_on(ray_cluster: None, saved: str, tmp_path: Path) -> None:
     images, out, fresh = tmp_path / "images", tmp_path / "out", tmp_path / "fresh"
     write_frames(images, range(80))  # more than the actor has at hand when it loses its driver
     arguments = ["predict", "--model", saved, "--images", str(images), "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | joined())
-    while not list((out / ".parts").glob("*.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    until("a result", lambda: process.poll() is not None or bool(list((out / ".parts").glob("*.json"))), pause=0.01)
+    assert process.poll() is None
     process.kill()
     process.wait()
     rows = [json.loads(path.read_bytes())[0] for path in (out / ".parts").glob("*.json")]
