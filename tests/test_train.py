@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import pytest
 import ray
 import torch
 from conftest import joined, kill_at, run_apart, write_tiny_dataset
+from hosts import until
 from ray.train import UserCallback
 
-from raylivecell import checkpoint, dataset, gloo, preflight, runtime, trainer
+from raylivecell import blocks, checkpoint, dataset, gloo, loop, preflight, runtime, segment, shards, trainer, worker
 from raylivecell.errors import UserError
 from raylivecell.evaluate import evaluate
 from raylivecell.job import Job
@@ -27,7 +27,6 @@ from raylivecell.recipe import Recipe
 from raylivecell.train import train
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
-pytestmark = pytest.mark.ray
 RECIPE = Recipe(
     batch_size=4,
     crop=(32, 40),
@@ -56,30 +55,64 @@ def one_worker(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.Te
     return run
 
 
-def test_a_run_leaves_what_it_promises(one_worker: Path) -> None:
-    rows = history(one_worker)
+def plain_loop(data: str, recipe: Recipe) -> loop.Training:
+    """The recipe trained in this process by the loop alone, on samples read as Ray Data's tasks read them."""
+    rows, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
+    cells = recipe.targets != "foreground"
+    job = Job(recipe, "", dataset.Samples(rows, val, (48, 48), cells=cells), stream_memory=0)
+    plan, cpu = job.plan(), torch.device("cpu")
+    source = blocks.Source(rows, plan, recipe.augment, recipe.crop, (48, 48), targets=recipe.targets)
+    batches = ({"planes": torch.from_numpy(blocks.load(plan.rows(step), source))} for step in range(plan.steps))
+    scores = worker._Validation(job.samples, worker.Place(0, 1, cpu, 1), recipe.targets).scores
+    torch.manual_seed(recipe.seed)
+    training = loop.start(segment.build(recipe, cpu), recipe.optimizer, plan.steps)
+    for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, validate=scores):
+        pass
+    return training
+
+
+def check_folder(run: Path) -> None:
+    """What a run promises to leave."""
+    rows = history(run)
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert rows[-1]["val_dice"] > rows[0]["val_dice"]
-    assert (one_worker / "report.html").stat().st_size > 10_000
-    assert list((one_worker / "tensorboard").iterdir())
-    assert (one_worker / "recipe.yaml").exists()
-    kept = [path for path in one_worker.glob("checkpoint_*") if path.is_dir()]
-    assert 1 <= len(kept) <= 2, "the best and the last"
-    best = max(row["val_mean_image_dice"] for row in rows)
-    _, state = checkpoint.load_training(checkpoint.find(str(one_worker)))
-    assert state.score() == best
+    assert (run / "report.html").stat().st_size > 10_000
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "recipe.yaml").exists()
+    kept = [path for path in run.glob("checkpoint_*") if path.is_dir()]
+    assert 1 <= len(kept) <= 3, "the best, the last, and one whose report the kill cut off"
+    _, state = checkpoint.load_training(checkpoint.find(str(run)))
+    assert state.score() == max(row["val_msa"] for row in rows)
 
 
-def test_two_workers_agree_with_one(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
-    train(tiny_dataset, str(tmp_path / "two"), RECIPE, workers=2)
-    for one, two in zip(history(one_worker), history(tmp_path / "two"), strict=True):
-        for name in ("loss", "bce", "dice_loss", "val_dice", "val_iou", "val_mean_image_dice"):
-            assert two[name] == pytest.approx(one[name], abs=1e-4), (one["step"], name)
+def test_two_workers_one_of_them_killed_train_as_the_plain_loop(
+    tiny_dataset: str, ray_cluster: None, tmp_path: Path
+) -> None:
+    """Cells told apart, weights averaged: the same history and the same weights; nothing is done twice or left out."""
+    recipe, run = RECIPE.model_copy(update={"targets": "distance"}), tmp_path / "two"
+    thread, killed = kill_at(run, 4, "RayTrainWorker", most=1)
+    train(tiny_dataset, str(run), recipe, workers=2)
+    thread.join()
+    assert killed
+    plain = plain_loop(tiny_dataset, recipe)
+    for mine, row in zip(history(run), plain.state.history, strict=True):
+        for name in ("loss", "bce", "dice_loss", "field_loss", "val_dice", "val_iou", "val_mean_image_dice"):
+            assert mine[name] == pytest.approx(row[name], abs=1e-4), (row["step"], name)
+        # A pixel on a threshold may move one of an image's ten accuracies.
+        assert mine["val_msa"] == pytest.approx(row["val_msa"], abs=0.04), row["step"]
+    assert plain.state.history[-1]["loss"] < plain.state.history[0]["loss"]
+    assert plain.average is not None
+    expected = {**plain.model.state_dict(), **{f"average {k}": v for k, v in plain.average.state_dict().items()}}
+    for name, value in weights(run).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-4)
+    check_folder(run)
 
 
-def test_evaluate_finds_what_two_workers_with_batchnorm_reported(tiny_dataset: str, one_worker: Path) -> None:
+@pytest.mark.slow
+def test_evaluate_finds_what_two_workers_with_batchnorm_reported(
+    tiny_dataset: str, ray_cluster: None, tmp_path: Path
+) -> None:
     """Each rank's BatchNorm has seen other images: all must validate the network that is saved."""
-    run = one_worker.parent / "batchnorm"
+    run = tmp_path / "batchnorm"
     fields = {"model": ModelConfig(features=(4, 8)), "phases": (PhaseConfig(steps=6),), "loop": LoopConfig()}
     fields["targets"] = "distance"
     last = train(tiny_dataset, str(run), RECIPE.model_copy(update=fields), workers=2)
@@ -88,6 +121,7 @@ def test_evaluate_finds_what_two_workers_with_batchnorm_reported(tiny_dataset: s
         assert found[name] == pytest.approx(last[f"val_{name}"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_changes(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
     run = tmp_path / "hit"
     thread, killed = kill_at(run, 4, "RayTrainWorker")
@@ -111,9 +145,8 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_
     run = tmp_path / "stopped"
     command = [sys.executable, "-c", DRIVER, tiny_dataset, str(run), str(one_worker / "recipe.yaml")]
     driver = subprocess.Popen(command, env=os.environ | joined())
-    while not (run / "metrics.jsonl").exists() or len(history(run)) < 7:
-        assert driver.poll() is None, "the run ended by itself"
-        time.sleep(0.01)
+    until("reports", lambda: driver.poll() is not None or len(history(run)) >= 7, 300, pause=0.01)
+    assert driver.poll() is None, "the run ended by itself"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     with pytest.raises(UserError, match="holds a run already"):
@@ -186,6 +219,7 @@ def told(file: Path) -> UserCallback:
     return Told()
 
 
+@pytest.mark.slow
 def test_ray_trains_controller_is_this_process_or_loads_no_torch(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
