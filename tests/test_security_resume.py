@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from hostile import pickled
+from quick_trial import quick_trial
 
-from raylivecell import sweep
+from raylivecell import sweep, tuner
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.space import Dimension, SweepConfig
@@ -20,7 +22,10 @@ RECIPE = Recipe(
 CONFIG = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=1e-2, log=True)})
 
 
-def test_tunes_pickles_are_not_opened(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+def test_tunes_pickles_are_not_opened(
+    tiny_dataset: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "OneWorker", quick_trial())
     out, marker = tmp_path / "out", tmp_path / "ran"
     sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=1)
     there = [path for path in (out / "tune").rglob("*") if path.is_file()]

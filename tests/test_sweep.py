@@ -9,18 +9,19 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from conftest import joined, kill_at, missing
+from hosts import until
 from optuna.trial import TrialState
+from quick_trial import quick_trial
 
-from raylivecell import checkpoint, space, sweep
+from raylivecell import checkpoint, space, sweep, tuner
 from raylivecell import recipe as recipes
 from raylivecell.augment import AugmentConfig
 from raylivecell.elastic import ElasticConfig
@@ -30,7 +31,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.space import Condition, Dimension, SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 RECIPE = Recipe(
     batch_size=4,
     crop=(32, 32),
@@ -63,11 +64,19 @@ def study_of(out: Path) -> optuna.Study:
     return optuna.load_study(study_name=None, storage=f"sqlite:///{out}/study.db")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials in milliseconds."""
+    monkeypatch.setattr(tuner, "OneWorker", quick_trial())
+
+
 @pytest.fixture(scope="module")
 def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of ten trials, then confirmed with two seeds."""
+    """A sweep of ten quick trials, then confirmed with two seeds."""
     out = tmp_path_factory.mktemp("sweep") / "one"
-    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "OneWorker", quick_trial())
+        sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2)
     return out
 
 
@@ -116,6 +125,7 @@ def test_the_table_holds_what_was_tried(swept: Path) -> None:
     assert float(rows[study.best_trial.number]["dice"]) == study.best_value
 
 
+@pytest.mark.slow
 def test_the_report_stands_alone_in_a_browser(swept: Path, browser: Any) -> None:
     address = (swept / "report.html").as_uri()
     browser.get(address)
@@ -131,6 +141,7 @@ def test_the_report_stands_alone_in_a_browser(swept: Path, browser: Any) -> None
     assert min(sizes) > 0, "every picture is drawn"
 
 
+@pytest.mark.slow
 def test_optuna_dashboard_opens_the_study(swept: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,16 +158,19 @@ def test_optuna_dashboard_opens_the_study(swept: Path) -> None:
 
 def _fetch(url: str, server: subprocess.Popen) -> bytes:
     """What is at `url`, once the server answers."""
-    while server.poll() is None:
-        try:
-            with urllib.request.urlopen(url) as answer:
-                return answer.read()
-        except OSError:
-            time.sleep(0.05)
-    raise AssertionError("the server ended")
+    found: list[bytes] = []
+
+    def answered() -> bool:
+        assert server.poll() is None, "the server ended"
+        with urllib.request.urlopen(url) as answer:
+            found.append(answer.read())
+        return True
+
+    until("an answer", answered)
+    return found[0]
 
 
-def test_a_sweep_in_use_is_refused_and_more_trials_go_on(swept: Path, tiny_dataset: str) -> None:
+def test_a_sweep_in_use_is_refused_and_more_trials_go_on(swept: Path, tiny_dataset: str, quick: None) -> None:
     with pytest.raises(UserError, match="holds a run already"):
         sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=10)
     other = RECIPE.model_copy(update={"seed": 5})
@@ -181,6 +195,7 @@ sweep.sweep(data, out, recipe, config, int(trials), resume=resume, at_once=2)
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     """Killed in the middle of its first trials, and stopped by Ctrl-C."""
     out, asked = tmp_path / "killed", 6
@@ -193,9 +208,12 @@ def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_clu
     ]
     for how, moment in moments:
         driver = subprocess.Popen([sys.executable, "-c", DRIVER, tiny_dataset, str(out), str(asked)], env=env)
-        while not moment(*_counts(out)):
+
+        def due(driver: subprocess.Popen = driver, moment: Callable[[int, int], bool] = moment) -> bool:
             assert driver.poll() is None, "the sweep ended by itself"
-            time.sleep(0.2)  # each look at the study takes 20 ms of a core
+            return moment(*_counts(out))
+
+        until("its moment", due, 300)  # each look at the study takes 20 ms of a core
         driver.send_signal(how)
         driver.wait()
         for trial in study_of(out).trials:
@@ -225,6 +243,7 @@ def _counts(out: Path) -> tuple[int, int]:
     return sum(trial.state.is_finished() for trial in trials), len(begun)
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_and_a_hopeless_one_is_told_as_failed(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -248,6 +267,7 @@ def test_a_killed_trial_goes_on_and_a_hopeless_one_is_told_as_failed(
     assert len(reasons) > 2, "there were bad trials"
 
 
+@pytest.mark.slow
 def test_several_workers_a_trial_stop_early_without_a_hang(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -275,7 +295,7 @@ def test_stopping_workers_needs_the_state_api(
     assert not (tmp_path / "out").exists()
 
 
-def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, quick: None, tmp_path: Path) -> None:
     out = tmp_path / "front"
     features = Dimension(choices=([4, 8], [2, 4], [32, 64]))
     config = SweepConfig(space={"model.features": features}, shares=(), objectives=("dice", "ms_per_image"))
@@ -314,7 +334,10 @@ def postgres() -> Iterator[str]:
         subprocess.run([*user, tools / "pg_ctl", "-D", data, "-w", "-m", "fast", "stop"], **run)  # type: ignore[call-overload]
 
 
-def test_postgresql_and_mlflow(tiny_dataset: str, ray_cluster: None, tmp_path: Path, postgres: str) -> None:
+@pytest.mark.slow
+def test_postgresql_and_mlflow(
+    tiny_dataset: str, ray_cluster: None, quick: None, tmp_path: Path, postgres: str
+) -> None:
     import mlflow
 
     out, tracking = tmp_path / "stored", f"sqlite:///{tmp_path}/mlflow.db"

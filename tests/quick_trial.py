@@ -1,0 +1,47 @@
+"""Trials of a sweep in milliseconds: all of `trial.OneWorker` but the training, whose history is a formula."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from raylivecell import checkpoint, loop, segment, trial
+from raylivecell.job import Job
+
+BEST_LR = 3e-3
+
+
+def quick_trial() -> type[trial.OneWorker]:
+    """The class to set as `tuner.OneWorker`; it is made here, so that Ray sends it by value: workers have no tests."""
+
+    def row(job: Job, step: int) -> dict[str, float]:
+        """A score that rises with the steps and is best at BEST_LR; the seed changes it a little."""
+        recipe, plan = job.recipe, job.plan()
+        score = 0.9 - 0.1 * abs(math.log10(recipe.optimizer.lr / BEST_LR)) - 0.2 * (1 - step / plan.steps)
+        score += 1e-3 * math.sin(recipe.seed + recipe.loss.bce_share)
+        scores = dict.fromkeys(("val_dice", "val_iou", "val_mean_image_dice"), score)
+        losses = dict.fromkeys(("loss", "bce", "dice_loss"), 1 - score)
+        about = {"epoch": 1, "step": step, "samples": step * recipe.batch_size, "lr": recipe.optimizer.lr}
+        return {**about, **losses, **scores, "images_per_s": 1.0, "data_wait_share": 0.0} | dict.fromkeys(
+            ("seconds", "validation_seconds"), 0.1
+        )
+
+    def reports(job: Job, place: object, last: str | None) -> Iterator[loop.Training]:
+        """Take the place of `worker.reports`."""
+        torch.set_num_threads(1)
+        values, state = checkpoint.load_training(last) if last else (None, loop.State())
+        plan, every = job.plan(), job.recipe.loop.report_steps or 1
+        training = loop.start(segment.build(job.recipe, torch.device("cpu")), job.recipe.optimizer, plan.steps)
+        if values is not None:
+            training.load(values, state)
+        for step in range(state.step + every, plan.steps + 1, every):
+            training.state.step = step
+            training.state.history.append(row(job, step))
+            yield training
+
+    class QuickTrial(trial.OneWorker):
+        def _begin(self, config: dict) -> None:
+            trial.reports = reports  # type: ignore[assignment]  # of this process: an actor for such trials alone
+            super()._begin(config)
+
+    return QuickTrial
