@@ -43,6 +43,7 @@ def test_a_chart_s_bars_are_as_long_as_their_medians() -> None:
     assert np.median(upper) == pytest.approx(2 * np.median(lower), rel=0.03)
 
 
+@pytest.mark.slow
 def test_stages_of_predict_beside_the_libraries() -> None:
     figures = bench_predict.bench_predict(repeats=1)
     assert figures["cells"] > 50
@@ -67,6 +68,7 @@ def test_scale_takes_no_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> No
         bench_scale.bench_scale()
 
 
+@pytest.mark.slow
 def test_steps_by_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     from raylivecell import bench_step
 
@@ -97,6 +99,7 @@ def test_operations_of_the_paper_s_network() -> None:
     assert counted == pytest.approx(3 * sum(forward) - forward[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_training_with_and_without_ray(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from raylivecell import bench_step, bench_train
 

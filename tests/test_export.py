@@ -36,8 +36,8 @@ def save(folder: Path, **fields: Any) -> str:
     ("suffix", "targets", "model"),
     [
         (".onnx", "distance", {"features": [4, 8, 8], "norm": "group"}),
-        (".pt2", "distance", {"features": [4, 8, 8], "norm": "group"}),
-        (".onnx", "boundary", {"features": [4, 8], "norm": "batch"}),
+        pytest.param(".pt2", "distance", {"features": [4, 8, 8], "norm": "group"}, marks=pytest.mark.slow),
+        pytest.param(".onnx", "boundary", {"features": [4, 8], "norm": "batch"}, marks=pytest.mark.slow),
         (".pt2", "foreground", {"features": [4, 8], "norm": "sync_batch"}),
         (".onnx", "distance", {"name": "SegResNet", "options": {"blocks_down": [1, 1], "blocks_up": [1]}}),
         (".pt2", "boundary", {"name": "BasicUNet", "options": {"features": [4, 4, 4, 8, 8, 4]}}),

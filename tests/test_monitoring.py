@@ -262,6 +262,7 @@ def watched(prometheus: Prometheus, tiny_dataset: str, tmp_path_factory: pytest.
     return Watched(since, last, study.best_value)
 
 
+@pytest.mark.slow
 def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus, watched: Watched) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
     for title, expression in expressions(BOARD).items():
@@ -271,6 +272,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus,
     assert not prometheus.series(f"ray_{gauges.PREFIX}accuracy", watched.since)
 
 
+@pytest.mark.slow
 def test_what_it_scraped_is_what_the_run_reported(prometheus: Prometheus, watched: Watched) -> None:
     def last(name: str, *labels: str) -> float:
         (series,) = prometheus.series(f"max by (run) (ray_{gauges.PREFIX}{name}{{{','.join(labels)}}})", watched.since)
@@ -283,6 +285,7 @@ def test_what_it_scraped_is_what_the_run_reported(prometheus: Prometheus, watche
     until("trials", lambda: last(gauges.SWEEP_TRIALS, f'run="{SWEEP}"', 'state="complete"') == 2)
 
 
+@pytest.mark.slow
 def test_the_choice_of_runs_holds_the_run_and_the_sweep(prometheus: Prometheus, watched: Watched) -> None:
     (variable,) = (one for one in BOARD["templating"]["list"] if one["name"] == "run")
     selector, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]
@@ -293,6 +296,7 @@ def test_the_choice_of_runs_holds_the_run_and_the_sweep(prometheus: Prometheus, 
     assert not any("/" in one for one in shown)
 
 
+@pytest.mark.slow
 def test_the_nodes_are_found_from_another_machine_too(prometheus: Prometheus, tmp_path: Path) -> None:
     token = "".join(get_auth_headers_if_auth_enabled({}).values()).removeprefix("Bearer ")
     (tmp_path / "token").write_text(token)
@@ -301,6 +305,7 @@ def test_the_nodes_are_found_from_another_machine_too(prometheus: Prometheus, tm
     until("Prometheus scrapes what the dashboard lists", lambda: prometheus.up("__meta_url"))
 
 
+@pytest.mark.slow
 def test_the_dashboard_tells_of_the_run(watched: Watched) -> None:
     request = urllib.request.Request(f"{runtime.dashboard()}/api/train/v2/runs/v1")
     for name, value in get_auth_headers_if_auth_enabled({}).items():

@@ -21,7 +21,7 @@ from conftest import run_apart, write_tiny_dataset
 from hosts import until
 from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 TOKEN = secrets.token_hex(32)
 
 
