@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 import pytest
 from conftest import joined, kill_at, missing
+from hostile import pickled
 from hosts import until
 from optuna.trial import TrialState
 from quick_trial import quick_trial
@@ -76,7 +77,7 @@ def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("sweep") / "one"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuner, "OneWorker", quick_trial())
-        sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2)
+        sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2, at_once=1)
     return out
 
 
@@ -170,7 +171,9 @@ def _fetch(url: str, server: subprocess.Popen) -> bytes:
     return found[0]
 
 
-def test_a_sweep_in_use_is_refused_and_more_trials_go_on(swept: Path, tiny_dataset: str, quick: None) -> None:
+def test_a_sweep_in_use_is_refused_and_more_trials_go_on(
+    swept: Path, tiny_dataset: str, quick: None, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="holds a run already"):
         sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=10)
     other = RECIPE.model_copy(update={"seed": 5})
@@ -178,11 +181,17 @@ def test_a_sweep_in_use_is_refused_and_more_trials_go_on(swept: Path, tiny_datas
         sweep.sweep(tiny_dataset, str(swept), other, CONFIG, trials=12, resume=True)
     with pytest.raises(UserError, match="nothing to resume"):
         sweep.sweep(tiny_dataset, str(swept) + "-none", RECIPE, CONFIG, trials=2, resume=True)
+    there = [path for path in (swept / "tune").rglob("*") if path.is_file()]
+    assert {"tuner", "searcher-state"} <= {path.stem.partition("-2")[0] for path in there}
+    for path in (*there, swept / "tune" / "trainable.pkl", *(path.parent / "params.pkl" for path in there)):
+        path.write_bytes(pickled(tmp_path / "ran"))  # Ray Tune's own pickles are somebody else's: they are not opened
     before = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
-    sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=12, resume=True)
+    sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=12, resume=True, at_once=1)
     after = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
     assert after[:10] == before, "none is repeated"
     assert len(after) == 12
+    assert {trial.state for trial in study_of(swept).trials} <= set(ENDS)
+    assert not (tmp_path / "ran").exists()
 
 
 DRIVER = """
@@ -299,7 +308,7 @@ def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, 
     out = tmp_path / "front"
     features = Dimension(choices=([4, 8], [2, 4], [32, 64]))
     config = SweepConfig(space={"model.features": features}, shares=(), objectives=("dice", "ms_per_image"))
-    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=4)
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=4, at_once=1)
     assert all(trial.values[1] > 0 for trial in study.trials)
     assert "Pareto front" in (out / "report.html").read_text()
     rows = list(csv.DictReader((out / "trials.csv").open()))
@@ -341,8 +350,10 @@ def test_postgresql_and_mlflow(
     import mlflow
 
     out, tracking = tmp_path / "stored", f"sqlite:///{tmp_path}/mlflow.db"
-    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=2, study_url=postgres, mlflow=tracking)
-    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=3, resume=True, study_url=postgres, mlflow=tracking)
+    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=2, study_url=postgres, mlflow=tracking, at_once=1)
+    sweep.sweep(
+        tiny_dataset, str(out), RECIPE, CONFIG, trials=3, resume=True, study_url=postgres, mlflow=tracking, at_once=1
+    )
     study = optuna.load_study(study_name=str(out), storage=postgres)
     assert [trial.state.is_finished() for trial in study.trials] == [True] * 3
     assert not (out / "study.db").exists()
