@@ -9,7 +9,7 @@ demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minute
 	$(BIN)/raylivecell demo --out demo
 
 # Files of the second group of slow Ray tests: about half of their time.
-SECOND := $(addprefix tests/test_,monitoring.py s3.py sweep.py)
+SECOND := $(addprefix tests/test_,kubernetes_pod.py monitoring.py readme.py s3.py sweep.py)
 
 test: lint  ## lint and all tests that are not slow; 8 minutes on two cores at most
 	tests/streams.sh "not slow"

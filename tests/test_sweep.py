@@ -22,7 +22,7 @@ from hosts import until
 from optuna.trial import TrialState
 from quick_trial import quick_trial
 
-from raylivecell import checkpoint, space, sweep, tuner
+from raylivecell import checkpoint, space, sweep, sweep_stats, tuner
 from raylivecell import recipe as recipes
 from raylivecell.augment import AugmentConfig
 from raylivecell.elastic import ElasticConfig
@@ -65,10 +65,15 @@ def study_of(out: Path) -> optuna.Study:
     return optuna.load_study(study_name=None, storage=f"sqlite:///{out}/study.db")
 
 
+def make_quick(patch: pytest.MonkeyPatch) -> None:
+    """Trials in milliseconds, and reports that draw fewer samples of each importance (50 take 2 s of a core)."""
+    patch.setattr(tuner, "OneWorker", quick_trial())
+    patch.setattr(sweep_stats, "RESAMPLES", 5)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials in milliseconds."""
-    monkeypatch.setattr(tuner, "OneWorker", quick_trial())
+    make_quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPat
     """A sweep of ten quick trials, then confirmed with two seeds."""
     out = tmp_path_factory.mktemp("sweep") / "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuner, "OneWorker", quick_trial())
+        make_quick(patch)
         sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2, at_once=1)
     return out
 
