@@ -1,17 +1,32 @@
-"""Image files to gray pixels: TIFF, PNG, JPEG or BMP; 8 or 16 bit; gray or colour; refused where that would guess.
+"""Image files to gray pixels: TIFF, PNG, JPEG or BMP; 8 or 16 bit; refused where a reading would be a guess.
 
-Decoded by Pillow, not OpenCV: as fast on LIVECell's LZW TIFF (2 ms), reads a file's size before its pixels, and fails
-on a cut-off file where OpenCV may return half a picture.
+TIFF is read by `tiff`, from its tags; the rest by Pillow, which knows a file's size before its pixels and fails on a
+file that is cut off. The rules that hold for every format:
+
+- Pixels are those of the stored raster. A file with an orientation tag (TIFF, EXIF, XMP) other than 1 is refused:
+  programs differ in whether they turn it (Fiji does not, browsers do), so labels drawn on it may be turned or not.
+- One file is one picture. Several pages, planes, frames or channels are refused with their number; thumbnails, pyramid
+  levels, masks and alpha are left out.
+- Colour is its luma; one hue is its brightest channel (`channels.gray_of_rgb`); a palette is the gray it shows, or its
+  indices where it is a ramp (`channels.gray_of_palette`).
 """
 
 import io
+import lzma
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
+
+from raylivecell import file_kinds, jpeg, tiff
+from raylivecell.channels import gray_of_palette, gray_of_rgb
+from raylivecell.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 """Names of image files end so, in any case."""
@@ -19,14 +34,10 @@ SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 MAX_PIXELS = 2**26
 """Larger pictures (8192 x 8192) are refused before they are decoded: a few kB of file can claim gigabytes."""
 
-_FORMATS = ("TIFF", "PNG", "JPEG", "BMP")  # Pillow knows fifty more; for PostScript it runs Ghostscript
-_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_FORMATS = ("PNG", "JPEG", "BMP")  # Pillow knows fifty more; for PostScript it runs Ghostscript
+_SUPPORTED = {"TIFF image", "PNG image", "JPEG image", "BMP image"}
 _GRAY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
-_COLOUR = {"RGB", "RGBA", "RGBX", "LA", "La", "RGBa", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}
-
-
-class UnreadableImageError(ValueError):
-    """An image file that holds no picture this project can use; the message says why, without the file's name."""
+_COLOUR = {"RGB", "RGBA", "RGBX", "LA", "La", "RGBa", "P", "PA", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Picture:
     """One decoded image file."""
 
     pixels: np.ndarray
-    """uint8 or uint16 (H, W), as stored; of a colour file its luma."""
+    """uint8 or uint16 (H, W), of the stored raster, black 0."""
     colour: bool
     """Whether the file holds colour, alpha or palette channels."""
 
@@ -50,22 +61,46 @@ def is_image_name(name: str) -> bool:
 
 
 def decode(data: bytes, most: int = MAX_PIXELS) -> Picture:
-    """The picture in the bytes of an image file; `UnreadableImageError` where there is none, or more than one.
+    """Decode the one picture in the bytes of an image file.
 
-    `most`: of pixels; at most 2^27, as Pillow itself refuses pictures not much larger.
+    Args:
+        data: the file.
+        most: pixels; at most 2^27, as Pillow itself refuses pictures not much larger.
+
+    Raises:
+        UnsupportedImageError: a sound file of a kind that is not read; the message starts with "unsupported: ".
+        DamagedImageError: a file that is cut off or contradicts itself; the message starts with "damaged: ".
     """
+    kind = file_kinds.kind_of(data)
+    if kind not in _SUPPORTED:
+        raise _no_image(data, kind)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that MAX_PIXELS refuses anyway
-            return _decode(data, most)
+            pixels, colour = tiff.decode(data, most) if kind == "TIFF image" else _decode(data, most)
+            return Picture(np.ascontiguousarray(pixels), colour)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"more than {most} pixels") from error
-    # Pillow's readers raise any of these on broken bytes.
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError) as error:
+        raise UnsupportedImageError(f"more than {most} pixels; cut it into tiles") from error
+    # Readers raise any of these on broken bytes.
+    except (
+        *(OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError),
+        *(struct.error, zlib.error, lzma.LZMAError, cv2.error),
+    ) as error:
+        if (frame := jpeg.frame_of(data)) and kind == "JPEG image":
+            jpeg.refuse_frame(frame)
         detail = "" if type(error).__name__ == "UnidentifiedImageError" else f" ({error})"
-        raise UnreadableImageError(f"not a whole image file{detail}") from error
+        raise DamagedImageError(f"incomplete or broken {kind}{detail}") from error
+
+
+def _no_image(data: bytes, kind: str | None) -> UnreadableImageError:
+    """Say what a file is that is none of the supported formats."""
+    if not data.strip(b"\0"):
+        return DamagedImageError("the file holds only zero bytes" if data else "the file is empty")
+    return UnsupportedImageError(
+        f"{kind or 'no known image format'}, whatever its name says; use TIFF, PNG, JPEG or BMP"
+    )
 
 
 def used_bits(pixels: np.ndarray) -> int:
@@ -84,35 +119,42 @@ def to_uint8(pixels: np.ndarray, bits: int) -> NDArray[np.uint8]:
     return np.minimum(pixels >> (bits - 8), 255).astype(np.uint8)
 
 
-def _decode(data: bytes, most: int) -> Picture:
+def _decode(data: bytes, most: int) -> tuple[NDArray[Any], bool]:
+    """Gray pixels (H, W) of a PNG, JPEG or BMP file, and whether it holds colour, alpha or a palette."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
-        if max(width * height, _tile_pixels(image)) > most:
-            raise UnreadableImageError(f"{width} x {height} is more than {most} pixels; cut it into tiles")
+        if width * height > most:
+            raise UnsupportedImageError(f"{width} x {height} is more than {most} pixels; cut it into tiles")
         if (pictures := getattr(image, "n_frames", 1)) != 1:
-            raise UnreadableImageError(f"holds {pictures} pictures; save each as a file of its own")
+            raise UnsupportedImageError(f"holds {pictures} images; save each as a file of its own")
+        if image.mode not in _COLOUR | _GRAY:
+            raise UnsupportedImageError(f"pixels of kind {image.mode}; save it as 8 or 16 bit gray")
+        deep = any(";16" in str(tile[3]) for tile in image.tile)
+        image.load()
+        if reason := tiff.orientation_refused(_orientation(image)):
+            raise UnsupportedImageError(reason)
         if image.mode in _COLOUR:
-            return Picture(_luma(image, data), True)
-        if image.mode not in _GRAY:
-            raise UnreadableImageError(f"pixels of kind {image.mode}; save it as 8 or 16 bit gray")
+            return _gray(image, deep, data), True
         pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
-    return Picture(pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16), False)
+    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16), False
 
 
-def _tile_pixels(image: ImageFile.ImageFile) -> int:
-    """Pixels of a TIFF's tile, 0 without tiles: a small picture may be a corner of a huge one, decoded whole."""
-    tags = getattr(image, "tag_v2", {})
-    return int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """The EXIF or XMP orientation; 1 without one, and where EXIF cannot be read: no viewer turns by it then."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, struct.error):
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
-def _luma(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
-    """uint8 or uint16 (H, W): 0.299 R + 0.587 G + 0.114 B; three equal channels give back their own value."""
-    deep = any(";16" in str(tile[3]) for tile in image.tile)
-    rgb = np.asarray(image.convert("RGB"))
+def _gray(image: ImageFile.ImageFile, deep: bool, data: bytes) -> NDArray[Any]:
+    if image.mode == "P" and (table := image.getpalette("RGB")):
+        return gray_of_palette(np.asarray(image), np.array(table, np.uint8).reshape(-1, 3))
     if not deep:
-        return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    # Pillow has no 16-bit colour and would silently keep 8 bits of it; it has proved the file whole all the same.
+        return np.asarray(gray_of_rgb(np.asarray(image.convert("RGB"))))
+    # Pillow keeps only 8 bits of 16-bit colour. It has decoded the file, which shows that the file is complete.
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
     if bgr is None or bgr.dtype != np.uint16:
-        raise UnreadableImageError("16-bit colour of a kind that cannot be read; save it as 16 bit gray")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
+        raise UnsupportedImageError("16-bit colour of a kind that cannot be read; save it as 16 bit gray")
+    return np.asarray(gray_of_rgb(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)))

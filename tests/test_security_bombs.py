@@ -21,7 +21,15 @@ REFUSED = {
         "tiff of 100,000 x 100,000": "more than",
         "tiff with a tile of a gigabyte": "more than",
         "bmp of 100,000 x 100,000": "more than",
-        "postscript": "not a whole image file",
+        "postscript": "PostScript file",
+        "tiff directories in a circle": "circle",
+        "tiff of 100,000 directories": "over 10000 images",
+        "tiff tag of four billion values": "values",
+        "tiff with 4000 tags": "holds 2 images",
+        "tiff with a long ome description": "read",
+        "tiff with a long imagej description": "read",
+        "tiff with a jpeg of 65,500 x 65,500": "JPEG strip or tile of 65500",
+        "tiff with an lzma dictionary of a gigabyte": "emory",
     },
     "annotations": {
         "a deep record": "cannot be read",
@@ -68,7 +76,7 @@ REFUSED = {
         "a wide tensor": "does not hold",
         "a long header": "does not hold",
     },
-    "unguarded": {"tiff with a tile of a gigabyte": "decoder error -9"},
+    "unguarded": {"tiff with a tile of a gigabyte": "MemoryError"},
 }
 
 
