@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from raylivecell.json_stream import BrokenJsonError, JsonText, OtherJsonError, Reader, kind_of_other, walk
 
-
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0)?")
 
 
@@ -130,7 +129,7 @@ class Annotations:
 def read_annotations(stream: Reader, name: str) -> Annotations:
     """Read the COCO file `name` from `stream`, in one pass and in any order of its sections and records.
 
-    A record that cannot be used is listed in `bad`; text that breaks off, or is no COCO file, ends the reading: `broken`.
+    A record that cannot be used is listed in `bad`; `broken` says where text breaks off or that it is no COCO file.
     """
     text = JsonText(stream, name)
     read = Annotations(name)

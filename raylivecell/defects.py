@@ -29,9 +29,9 @@ class DefectRules(StrictModel):
     """A record with missing or ill-typed fields, or a file name that leads out of the image folder."""
     duplicate_entry: Literal["keep_most_cells", "keep_first"] = "keep_most_cells"
     """One image file listed twice in a split under different ids: the entry that stays."""
-    ambiguous_file: Literal["take_first", "drop"] = "take_first"
-    """A file name that several files have, in folders of which not one alone is named after the split: take the first
-    (fewest folders, then by name), or none."""
+    ambiguous_file: Literal["drop", "take_first"] = "drop"
+    """A file name that several files have, in folders of which not one alone is named after the split: none of them, or
+    the first (fewest folders, then by name), which may be another image."""
     missing_file: Literal["drop", "refuse"] = "drop"
     """An image that is listed but not there."""
     unreadable_image: Literal["drop", "refuse"] = "drop"
@@ -42,38 +42,44 @@ class DefectRules(StrictModel):
     """A 16-bit file: divided by 2^(b - 8), b the bits that the largest value of all 16-bit files needs, or dropped."""
     wrong_size: Literal["drop", "keep", "scale"] = "drop"
     """A file whose size is not the one in the JSON: drop it, keep its outlines as they are, or scale them to it."""
-    no_annotations: Literal["drop", "keep"] = "drop"
-    """A listed image without one annotation; kept, it says that all of it is background."""
-    few_annotations: Literal["drop", "keep"] = "drop"
+    no_annotations: Literal["keep_in_test", "drop", "keep"] = "keep_in_test"
+    """A listed image without one annotation; kept, it says that all of it is background. `keep_in_test`: dropped from
+    train and val; test keeps its published images."""
+    few_annotations: Literal["keep_in_test", "drop", "keep"] = "keep_in_test"
     """Fewer annotations than 20 % of the median of the image's cell type, which also cover under 20 % of what looks
     like cells (local standard deviation over 4 gray levels). Kept, it teaches that cells are background."""
     leak: Literal["keep_test_first", "keep"] = "keep_test_first"
     """The same file or the same pixels in two splits: an image keeps its test place before val before train."""
-    identical_pixels: Literal["keep_most_cells", "keep"] = "keep_most_cells"
-    """Two files of one split with the same pixels: the one that stays."""
-    doubled_contour: Literal["keep_first", "keep"] = "keep_first"
-    """Two outlines of one image that share at least `doubled_iou` of their area: the later one goes."""
+    identical_pixels: Literal["keep_in_test", "keep_most_cells", "keep"] = "keep_in_test"
+    """Two files of one split with the same pixels: the one that stays (in test both)."""
+    doubled_contour: Literal["keep_in_test", "keep_first", "keep"] = "keep_in_test"
+    """Two outlines of one image that share at least `doubled_iou` of their area: the later one goes (not in test)."""
     doubled_iou: float = Field(default=0.8, gt=0.5, le=1)
     """Intersection over union from which two outlines are one cell drawn twice."""
     out_of_bounds: Literal["clip", "drop"] = "clip"
     """An outline that leaves the image by more than a pixel: cut at the edge, or dropped whole."""
-    crowd_region: Literal["drop", "keep"] = "drop"
-    """An annotation with iscrowd set, a region of many objects: dropped, or kept as one cell."""
+    crowd_region: Literal["auto", "drop", "keep"] = "auto"
+    """An annotation with iscrowd set, in COCO a region of many objects: dropped, or kept as one cell. `auto` drops
+    them, and stops where they are over a tenth of a file's annotations: CVAT sets iscrowd on each cell drawn by
+    brush."""
 
 
 FIXED_RULES = {
     "unlisted_file": "left out",  # an image file that no annotation file names
     "orphan_annotation": "drop",  # an annotation whose image is not listed
+    "inner_outline": "fill",  # a part of a cell inside another part: COCO unites the parts, so that it is no hole
     "degenerate_polygon": "drop",  # an outline with under 3 corners, no area, a value not finite, or a wrong RLE
     "hidden_cell": "drop",  # a cell without a pixel of its own: outside the image or wholly under smaller ones
 }
+_IN_TEST = {"hidden_cell": "keep for scoring"}  # its outline, where that lies in the image
+_IN_TRAINING = {"identical_pixels": "keep_most_cells", "doubled_contour": "keep_first"}
 """Rules without a choice: nothing else can be done."""
 
 ALL = (
     *("truncated_json", "bad_record", "orphan_annotation", "duplicate_entry", "ambiguous_file", "missing_file"),
     *("unlisted_file", "unreadable_image", "colour_image", "sixteen_bit_image", "wrong_size", "no_annotations"),
     *("few_annotations", "leak", "identical_pixels", "crowd_region", "degenerate_polygon", "out_of_bounds"),
-    *("doubled_contour", "hidden_cell"),
+    *("inner_outline", "doubled_contour", "hidden_cell"),
 )
 """Every defect's name, in the order of the table."""
 
@@ -105,6 +111,8 @@ class Entry:
     """The image file, relative to the source; None where there is none."""
     cells: int
     cell_type: str
+    note: str = ""
+    """Why there is no file."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +135,14 @@ class Facts:
 Judged = tuple[list[Entry], list[Found]]
 
 
-def rule_of(rules: DefectRules, defect: str) -> str:
-    """The rule that holds for `defect`."""
-    return FIXED_RULES[defect] if defect in FIXED_RULES else str(getattr(rules, defect))
+def rule_of(rules: DefectRules, defect: str, split: str | None = None) -> str:
+    """The rule that holds for `defect` in `split`: `keep_in_test` and `auto` resolved."""
+    if defect in FIXED_RULES:
+        return _IN_TEST.get(defect, FIXED_RULES[defect]) if split == "test" else FIXED_RULES[defect]
+    rule = str(getattr(rules, defect))
+    if rule == "keep_in_test":
+        return "keep" if split == "test" else _IN_TRAINING.get(defect, "drop")
+    return "drop" if rule == "auto" else rule
 
 
 def visible_pixels(image: np.ndarray) -> int:
@@ -158,7 +171,7 @@ def judge(
     """
     kept, found = _duplicates(entries, rules)
     checks: list[Callable[[list[Entry]], Judged]] = [
-        lambda some: _each(some, "missing_file", rules, lambda e: "" if e.path else e.image.file_name),
+        lambda some: _each(some, "missing_file", rules, lambda e: "" if e.path else e.note or e.image.file_name),
         lambda some: _each(some, "unreadable_image", rules, lambda e: _fact(facts, e).error),
         lambda some: _each(some, "colour_image", rules, lambda e: _if(_fact(facts, e).colour, e.path)),
         lambda some: _each(some, "sixteen_bit_image", rules, lambda e: _if(_fact(facts, e).deep, e.path)),
@@ -177,7 +190,7 @@ def judge(
 def found_in(entry: Entry, defect: str, rules: DefectRules, detail: str, ids: list[int | str] | None = None) -> Found:
     """A defect of the image `entry`."""
     name, mine = entry.image.file_name, [entry.image.id]
-    return Found(defect, rule_of(rules, defect), name, entry.split, mine if ids is None else ids, detail)
+    return Found(defect, rule_of(rules, defect, entry.split), name, entry.split, mine if ids is None else ids, detail)
 
 
 def _if(condition: bool, detail: str | None) -> str:
@@ -192,15 +205,16 @@ def _each(entries: list[Entry], defect: str, rules: DefectRules, detail: Callabl
     """A check that looks at one entry at a time: a non-empty `detail` is a defect."""
     details = [(entry, detail(entry)) for entry in entries]
     found = [found_in(entry, defect, rules, text) for entry, text in details if text]
-    drop = rule_of(rules, defect) in ("drop", "refuse")
-    return [entry for entry, text in details if not (text and drop)], found
+    gone = ("drop", "refuse")
+    return [e for e, text in details if not (text and rule_of(rules, defect, e.split) in gone)], found
 
 
 def _size_detail(entry: Entry, fact: Facts) -> str:
     told = (entry.image.width or fact.width, entry.image.height or fact.height)
     if told == (fact.width, fact.height):
         return ""
-    return f"the file is {fact.width} x {fact.height}, {entry.annotation} says {told[0]} x {told[1]}"
+    swapped = "; width and height swapped?" if told == (fact.height, fact.width) else ""
+    return f"the file is {fact.width} x {fact.height}, {entry.annotation} says {told[0]} x {told[1]}{swapped}"
 
 
 def _groups(entries: Iterable[Entry], key: Callable[[Entry], Any]) -> list[list[Entry]]:
@@ -270,7 +284,7 @@ def _identical(entries: list[Entry], facts: Mapping[str, Facts], rules: DefectRu
     for group in _groups(entries, lambda e: (e.split, _fact(facts, e).pixels_sha256)):
         stays = min(group, key=lambda e: (-e.cells, e.image.file_name))
         others = [entry for entry in group if entry is not stays]
-        if rules.identical_pixels == "keep_most_cells":
+        if rule_of(rules, "identical_pixels", stays.split) == "keep_most_cells":
             gone += others
         for entry in others:
             detail = f"same pixels as {stays.image.file_name}"

@@ -41,14 +41,18 @@ def cell_type_of(file_name: str, category: str) -> str:
 
 
 def describe(
-    accounts: Sequence[Mapping[str, Any]], head: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+    accounts: Sequence[Mapping[str, Any]],
+    head: Mapping[str, Any],
+    found: Sequence[Mapping[str, Any]],
+    listed: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
     """The whole of dataset.json, in a fixed order and without a time: the same for the same source.
 
     Args:
         accounts: of every part, in order; each with `split` added.
-        head: name, licence, citation, source, targets, rules.
+        head: name, licence, citation, source, targets, rules, categories.
         found: defects of images and files; those of cells are in the accounts.
+        listed: `images` and `cells` that the annotation files list, by split.
     """
     everything = [*found, *(one for account in accounts for one in account["found"])]
     counts = Counter(one["defect"] for one in everything)
@@ -56,7 +60,7 @@ def describe(
     return {
         "format_version": FORMAT_VERSION,
         **head,
-        "splits": {split: _split(accounts, split) for split in SPLITS},
+        "splits": {split: _split(accounts, split) | {"listed": dict(listed[split])} for split in SPLITS},
         "intensity": _intensity(accounts),
         "cell_types": _cell_types(accounts),
         "defects": {"counts": dict(sorted(counts.items())), "ids": dict(sorted(cells.items())), "found": everything},

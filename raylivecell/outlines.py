@@ -1,5 +1,6 @@
 """What is wrong with single cells of one image, and the cells that stay, ready for `targets.draw_labels`."""
 
+import itertools
 from collections.abc import Sequence
 
 import cv2
@@ -8,18 +9,24 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from raylivecell.coco import CellRecord, mask_of_runs
-from raylivecell.defects import DefectRules
+from raylivecell.defects import DefectRules, rule_of
 from raylivecell.targets import Cell, Patch
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
 """Defect -> (annotation id, detail) of each cell that has it."""
 
+MAX_PARTS = 100
+"""Of one cell, that are compared with each other."""
 TOLERANCE = 1.0
 """Pixels by which an outline may leave the image: LIVECell's touch 704.0 and 520.0, rounding may go past."""
 
 
 def check_cells(
-    records: Sequence[CellRecord], shape: tuple[int, int], scale: tuple[float, float], rules: DefectRules
+    records: Sequence[CellRecord],
+    shape: tuple[int, int],
+    scale: tuple[float, float],
+    rules: DefectRules,
+    split: str | None = None,
 ) -> tuple[list[Cell], list[int | str], CellDefects]:
     """The cells that stay, their annotation ids, and what was found.
 
@@ -28,6 +35,7 @@ def check_cells(
         shape: (H, W) of the image file.
         scale: factors on x and y of the outlines: (1, 1) but for an image of another size than its JSON says.
         rules: what to do.
+        split: of the image; test keeps doubled contours by default.
     """
     found: CellDefects = {}
     cells: list[Cell] = []
@@ -35,7 +43,7 @@ def check_cells(
     for record in records:
         if record.crowd:
             found.setdefault("crowd_region", []).append((record.id, ""))
-            if rules.crowd_region == "drop":
+            if rule_of(rules, "crowd_region") == "drop":
                 continue
         cell, defects = _usable(record, shape, scale, rules)
         for defect, detail in defects:
@@ -46,7 +54,7 @@ def check_cells(
     pairs = doubled(cells, shape, rules.doubled_iou)
     if pairs:
         found["doubled_contour"] = [(ids[later], f"again {ids[earlier]}") for later, earlier in pairs]
-    if rules.doubled_contour == "keep_first":
+    if rule_of(rules, "doubled_contour", split) == "keep_first":
         stay = sorted(set(range(len(cells))) - {later for later, _ in pairs})
         cells, ids = [cells[index] for index in stay], [ids[index] for index in stay]
     return cells, ids, found
@@ -65,9 +73,13 @@ def _usable(
             return None, [("degenerate_polygon", f"an RLE of {size[1]} x {size[0]} does not fill the image")]
         masks.append(mask if told == shape else _resized(mask, shape))
     polygons = [polygon.astype(np.float64) * scale for polygon in record.polygons]
-    drawable = [polygon for polygon in polygons if _area(polygon) > 0]
+    drawable = [polygon for polygon in polygons if _encloses(polygon)]
+    if drawable and not masks and max(float(polygon.max()) for polygon in drawable) <= 1 < min(shape):
+        return None, [("degenerate_polygon", "all coordinates are in 0 to 1: fractions of the image's size?")]
     if len(drawable) < len(polygons):
         defects.append(("degenerate_polygon", "under 3 corners, no area or not finite"))
+    if any(_within(inner, outer) for inner, outer in itertools.permutations(drawable[:MAX_PARTS], 2)):
+        defects.append(("inner_outline", "a part lies in another part of its cell"))
     if not drawable and not any(mask.any() for mask in masks):
         return None, defects or [("degenerate_polygon", "empty")]
     if drawable and _outside(drawable, shape):
@@ -92,6 +104,23 @@ def _patch(mask: NDArray[np.bool_]) -> Patch:
         return Patch(0, 0, np.zeros((0, 0), np.uint8))
     inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return Patch(int(rows[0]), int(columns[0]), inside.astype(np.uint8))
+
+
+def _encloses(polygon: NDArray[np.float64]) -> bool:
+    """Whether a polygon (V, 2) is finite and has corners off one line; one that crosses itself has no signed area."""
+    if len(polygon) < 3 or not np.isfinite(polygon).all():
+        return False
+    x, y = (polygon - polygon[0]).T
+    far = int(np.argmax(x * x + y * y))
+    return bool((x * y[far] != y * x[far]).any())
+
+
+def _within(inner: NDArray[np.float64], outer: NDArray[np.float64]) -> bool:
+    """Whether every corner of one polygon (V, 2) is inside another."""
+    if (inner.min(axis=0) < outer.min(axis=0)).any() or (inner.max(axis=0) > outer.max(axis=0)).any():
+        return False
+    ring = outer.astype(np.float32)
+    return all(cv2.pointPolygonTest(ring, corner, False) > 0 for corner in inner.tolist())
 
 
 def _area(polygon: NDArray[np.float64]) -> float:

@@ -8,18 +8,22 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import Field
 
-from raylivecell import __version__, coco, defects, description, outlines, progress, shards, storage
+from raylivecell import __version__, categories, coco, defects, description, outlines, progress, shards, storage
 from raylivecell.defects import DefectRules, Entry, Facts, Found
 from raylivecell.errors import UserError
+from raylivecell.image_names import ImageFolder, find_images, is_safe_name, settle
 from raylivecell.json_stream import CHUNK
-from raylivecell.sources import ImageFolder, find_annotations, find_images, is_safe_name, list_files
+from raylivecell.listing import list_folder, show
+from raylivecell.sources import find_annotations
 from raylivecell.targets import MAX_CELLS, TargetsConfig
 
+CROWD_SHARE = 0.1
+"""Of the annotations; COCO's own crowds are 1.2 % of its train2017."""
 SHARD_PIXELS = 2**27
 """A shard is compressed in memory: its pixels take 5 bytes each before, 670 MB at most."""
 
@@ -32,6 +36,11 @@ class PrepareConfig(DefectRules):
     empty: found by name."""
     images: str | None = None
     """Folder of the images inside the source; default: `images` where there is one, else the whole source."""
+    categories: tuple[str, ...] = ()
+    """Categories (names or ids) whose annotations are cells; default: all. Others count as background."""
+    follow_links: bool = False
+    """Follow links to files and folders outside the source. Without it only those to git-annex's, DVC's and Hugging
+    Face's stores, whose files are named by a checksum."""
     targets: TargetsConfig = TargetsConfig()
     """How targets are drawn."""
     shard_images: int = Field(default=64, ge=1)
@@ -50,17 +59,32 @@ class Source:
     """By (split, path)."""
     entries: list[Entry]
     found: list[Found]
+    left_out: dict[str, str]
+    """Files that cannot be read: reason by path."""
+    categories: list[dict[str, Any]] = field(default_factory=list)
+    """What `categories.choose` returned."""
+    candidates: set[str] = field(default_factory=set)
+    """Files that a listed name may mean."""
 
     def payload(self, entry: Entry) -> bytes:
         """The encoded cells of `entry`: input of `coco.decode_cells`."""
         return self.files[entry.split, entry.annotation].payload(entry.image.id)
+
+    def listed(self) -> dict[str, dict[str, int]]:
+        """Images and cells that the annotation files of each split list, unusable records too."""
+        counts = {split: {"images": 0, "cells": 0} for split in shards.SPLITS}
+        for (split, _), read in self.files.items():
+            bad = [section for section, _, _ in read.bad]
+            counts[split]["images"] += len(read.images) + bad.count("images")
+            counts[split]["cells"] += sum(read.counts().values()) + bad.count("annotations")
+        return counts
 
 
 def heading(source: str, config: PrepareConfig) -> dict[str, Any]:
     """The part of dataset.json that is known before the source is read: a record of what was asked for."""
     plain = re.sub(r"//[^/@]*@", "//", source)  # keys in a URI stay out of the record
     rules = config.model_dump(include=set(DefectRules.model_fields))
-    asked = config.model_dump(include={"annotations", "images", "shard_images"})
+    asked = config.model_dump(include={"annotations", "images", "categories", "shard_images"}, mode="json")
     return {
         "name": "",
         "licence": "",
@@ -73,18 +97,33 @@ def heading(source: str, config: PrepareConfig) -> dict[str, Any]:
 
 def read_source(uri: str, config: PrepareConfig) -> Source:
     """Read the annotation files and resolve their images' names."""
-    listing = list_files(uri)
-    chosen = find_annotations(listing, {str(split): path for split, path in config.annotations.items()}, uri)
-    read = Source(uri, find_images(listing, config.images), {}, [], [])
+    listing = list_folder(uri, config.follow_links)
+    show(listing, uri)
+    files = sorted(listing.infos)
+    chosen = find_annotations(files, {str(split): path for split, path in config.annotations.items()}, uri)
+    read = Source(uri, find_images(files, config.images), {}, [], [], listing.left_out)
     paths = [(split, path) for split, several in chosen.items() for path in several]
     for split, path in paths:
         filesystem, full = storage.open_uri(storage.join(uri, path))
         with filesystem.open_input_stream(full) as stream:
             size = filesystem.get_file_info(full).size or 0
-            annotations = coco.read_annotations(_Watched(stream, size, path), path)
-        read.files[split, path] = annotations
-        _add(read, split, annotations, config)
+            read.files[split, path] = coco.read_annotations(_Watched(stream, size, path), path)
+    read.categories.extend(categories.choose(read.files.values(), config.categories))
+    pending: list[tuple[str, coco.Annotations, coco.ImageEntry]] = []
+    for (split, _), annotations in read.files.items():
+        _check_crowds(annotations, config)
+        pending += ((split, annotations, image) for image in _usable(read, split, annotations, config))
+    _resolve(read, pending, config)
     return read
+
+
+def _check_crowds(annotations: coco.Annotations, config: PrepareConfig) -> None:
+    crowds, cells = annotations.crowds(), sum(annotations.counts().values())
+    if config.crowd_region == "auto" and crowds > CROWD_SHARE * cells:
+        raise UserError(
+            f"{crowds} of {cells} annotations of {annotations.name} have iscrowd set, in COCO a region of many objects "
+            "(CVAT sets it on each cell drawn by brush): choose --crowd-region keep (each is a cell) or drop"
+        )
 
 
 class _Watched:
@@ -99,35 +138,74 @@ class _Watched:
         return next(self.pieces, b"")
 
 
-def _add(read: Source, split: str, annotations: coco.Annotations, config: PrepareConfig) -> None:
-    """Add one annotation file's entries and what is wrong with its records."""
+def _usable(read: Source, split: str, annotations: coco.Annotations, config: PrepareConfig) -> list[coco.ImageEntry]:
+    """Images of one annotation file whose annotations are surely theirs; notes what is wrong with its records."""
 
     def note(defect: str, ids: list[int | str], detail: str, name: str = annotations.name) -> None:
-        read.found.append(Found(defect, defects.rule_of(config, defect), name, split, ids, detail))
+        read.found.append(Found(defect, defects.rule_of(config, defect, split), name, split, ids, detail))
 
     gone = _break(annotations, config)
     if annotations.broken is not None:
         note("truncated_json", gone, str(annotations.broken))
     for detail, ids in _bad_records(annotations).items():
         note("bad_record", ids, detail)
-    counts = annotations.counts()
-    known: set[int | str] = set()
+    by_id: dict[int | str, list[coco.ImageEntry]] = defaultdict(list)
     for image in annotations.images:
-        if image.id in known or not is_safe_name(image.file_name):
-            reason = (
-                "the id of another image" if image.id in known else "a file name that leads out of the image folder"
-            )
-            note("bad_record", [image.id], f"images: {reason}", image.file_name)
-        elif image.id not in gone:
-            paths = read.folder.find(image.file_name, split)
-            if len(paths) > 1:
-                note("ambiguous_file", [image.id], ", ".join(paths), image.file_name)
-            path = paths[0] if len(paths) == 1 or (paths and config.ambiguous_file == "take_first") else None
-            kind = description.cell_type_of(image.file_name, annotations.category(image.id))
-            read.entries.append(Entry(split, annotations.name, image, path, counts.get(image.id, 0), kind))
-        known.add(image.id)
-    if orphans := [identity for identity in counts if identity not in known]:
+        by_id[image.id].append(image)
+    for identity, images in by_id.items():
+        names = list(dict.fromkeys(image.file_name for image in images))
+        if len(names) > 1:
+            others = f"images: the id of {len(names)} images ({', '.join(names[:4])}): their cells cannot be separated"
+            note("bad_record", [identity], others, names[0])
+        elif len(images) > 1:
+            note("bad_record", [identity], "images: listed more than once, with one id", names[0])
+    counts = annotations.counts()
+    if orphans := [identity for identity in counts if identity not in by_id and counts[identity]]:
         note("orphan_annotation", orphans, f"{sum(counts[one] for one in orphans)} annotations of images not listed")
+    singles = (images[0] for images in by_id.values() if len({image.file_name for image in images}) == 1)
+    return [image for image in singles if image.id not in gone]
+
+
+def _resolve(read: Source, pending: list[tuple[str, coco.Annotations, coco.ImageEntry]], config: PrepareConfig) -> None:
+    """Add an entry for each image, with the file that its name means."""
+    matches = [read.folder.find(image.file_name, split, file.name) for split, file, image in pending]
+    settled = settle((image.file_name, split, match) for (split, _, image), match in zip(pending, matches))
+    named: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for (split, _, image), paths in zip(pending, settled):
+        named[split, image.file_name].update(paths)
+    cells = {key: file.counts() for key, file in read.files.items()}
+    for (split, file, image), match, paths in zip(pending, matches, settled):
+        name = image.file_name
+        read.candidates.update(match.paths)
+        if len(paths) > 1:
+            rule = defects.rule_of(config, "ambiguous_file")
+            read.found.append(Found("ambiguous_file", rule, name, split, [image.id], ", ".join(paths)))
+            paths = tuple(sorted(paths, key=lambda path: (path.count("/"), path)))[: rule == "take_first"]
+            if not paths:
+                continue
+        if not paths and not is_safe_name(name):
+            reason = "images: a file name that leads out of the image folder, where no file has its last part"
+            read.found.append(Found("bad_record", config.bad_record, name, split, [image.id], reason))
+            continue
+        path = paths[0] if paths else None
+        kind = description.cell_type_of(name, file.category(image.id))
+        if path and (not is_safe_name(name) or len(named[split, name]) > 1):  # results are written by this name
+            image = replace(image, file_name=read.folder.relative(path))
+        why = "" if path else _missing(read, name, match.paths)
+        count = cells[split, file.name].get(image.id, 0)
+        read.entries.append(Entry(split, file.name, image, path, count, kind, why))
+
+
+def _missing(read: Source, name: str, others: tuple[str, ...]) -> str:
+    """Why there is no file `name`."""
+    last = name.replace("\\", "/").rpartition("/")[2]
+    for path, reason in read.left_out.items():
+        if path.rpartition("/")[2] == last:
+            return reason
+    if others:
+        return f"no file of this name; {others[0]} is that of another image"
+    like = read.folder.like(name)
+    return f"no file of this name; {like} has another suffix" if like else "no file of this name"
 
 
 def _break(annotations: coco.Annotations, config: PrepareConfig) -> list[int | str]:
@@ -149,12 +227,11 @@ def _bad_records(annotations: coco.Annotations) -> dict[str, list[int | str]]:
 
 def unlisted(read: Source, config: PrepareConfig) -> list[Found]:
     """Image files that no annotation file may mean."""
-    listed = {path for entry in read.entries for path in read.folder.candidates(entry.image.file_name)}
     rule = defects.rule_of(config, "unlisted_file")
     return [
         Found("unlisted_file", rule, path.rsplit("/", 1)[-1], None, [], path)
         for path in read.folder.paths
-        if path not in listed
+        if path not in read.candidates
     ]
 
 

@@ -15,15 +15,26 @@ import functools
 import hashlib
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import ray.data
-from rich.table import Table
 
-from raylivecell import defects, description, plan, progress, runtime, samples, shards, storage
+from raylivecell import (
+    categories,
+    defect_table,
+    defects,
+    description,
+    plan,
+    progress,
+    runtime,
+    samples,
+    shards,
+    storage,
+)
 from raylivecell.defects import DefectRules, Facts, Found
 from raylivecell.errors import UserError
 from raylivecell.plan import PrepareConfig
@@ -58,10 +69,14 @@ def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict
     facts = _examine(read)
     kept, found = defects.judge(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
     found = [*read.found, *found, *plan.unlisted(read, config)]
-    _refuse(found, strict)
-    if not kept:
-        raise UserError(f"no image of {source} can be used: {_summary(found)}; see the table above")
+    if notice := categories.notice(read.categories, config.categories):
+        _say(notice)
+    with _listing(found):
+        _refuse(found, strict)
+        _require(read, Counter(entry.split for entry in kept), found)
+    _tell_empty_files(read)
     jobs = plan.plan_shards(read, kept, facts, out, config)
+    head |= {"categories": read.categories}
     head |= description.legal(*plan.statements(read)) | {"source": head["source"] | plan.provenance(read, jobs, head)}
     if old is not None and old["source"] == head["source"] and _is_whole(out, old):
         _clean(out, jobs)
@@ -141,14 +156,17 @@ def _write(
     pending = [job for job in jobs if job["file"] not in accounts]
     accounts |= _draw(read, pending, config)
     ordered = [accounts[job["file"]] | {"split": job["split"]} for job in jobs]
-    told = description.describe(ordered, head, [asdict(one) for one in found])
-    _show(told["defects"]["found"])
-    if strict and told["defects"]["found"]:
-        raise UserError(
-            f"{_summary([Found(**one) for one in told['defects']['found']])}; mend them or leave out --strict"
-        )
+    told = description.describe(ordered, head, [asdict(one) for one in found], read.listed())
+    everything = [Found(**one) for one in told["defects"]["found"]]
+    defect_table.show(everything, "Defects (all are named in dataset.json)")
+    if strict and everything:
+        raise UserError(f"{defect_table.summary(everything)}; fix them or leave out --strict")
+    _require(read, {split: counts["images"] for split, counts in told["splits"].items()}, everything)
+    _require_cells(told, read, everything)
     storage.write_json(storage.join(out, "dataset.json"), told)
     _clean(out, jobs)
+    for line in _remaining(told):
+        _say(line)
     counts = ", ".join(f"{name} {split['images']}" for name, split in told["splits"].items())
     progress.console.print(f"written: {out}/dataset.json and shards; images: {counts}", markup=False, soft_wrap=True)
     return told
@@ -242,44 +260,64 @@ def _clean(out: str, jobs: list[dict[str, Any]], keep: str = "") -> None:
 def _refuse(found: Sequence[Found], strict: bool) -> None:
     """UserError for defects whose rule says so, and for all where `strict`, after listing them."""
     refused = [one for one in found if one.rule == "refuse" or strict]
+    hint = "leave out --strict" if strict else "or change the rule"
     if refused:
-        _show([asdict(one) for one in found])
-        raise UserError(f"{_summary(refused)}; mend them, {'leave out --strict' if strict else 'or change the rule'}")
+        raise UserError(f"{defect_table.summary(refused)}; fix them, {hint}")
 
 
-def _summary(found: Sequence[Found]) -> str:
-    """`3 defects (leak 2: NAME, ...; missing_file 1: NAME)`."""
-    by_defect: dict[str, list[str]] = defaultdict(list)
-    for one in found:
-        by_defect[one.defect].append(one.file_name)
-    parts = [
-        f"{defect} {len(names)}: {names[0]}{', ...' if len(names) > 1 else ''}" for defect, names in by_defect.items()
-    ]
-    return f"{len(found)} defect{'s' * (len(found) != 1)} ({'; '.join(parts)})"
+@contextmanager
+def _listing(found: Sequence[Found]) -> Iterator[None]:
+    """Show the table of defects where the block raises UserError."""
+    try:
+        yield
+    except UserError:
+        defect_table.show(found, "Defects")
+        raise
 
 
-def _show(found: Sequence[dict[str, Any]]) -> None:
-    """Print the table of defects, if any."""
-    by_defect: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for one in found:
-        by_defect[one["defect"]].append(one)
-    if not by_defect:
-        return
-    rows = [
-        (
-            defect,
-            str(len(several)),
-            str(sum(len(one["ids"]) for one in several)),
-            several[0]["rule"],
-            several[0]["file_name"],
+def _require(read: plan.Source, images: Mapping[str, int], found: Sequence[Found]) -> None:
+    """UserError where a split lists images and none is left."""
+    listed = {split: counts["images"] for split, counts in read.listed().items()}
+    if not any(listed.values()):
+        files = ", ".join(path for _, path in read.files)
+        raise UserError(f"the annotation files of {read.uri} list no image: {files}; export the images' records too")
+    emptied = [split for split, count in listed.items() if count and not images[split]]
+    if emptied:
+        every = not any(images.values())
+        where = read.uri if every else " and ".join(emptied)
+        hint = "" if every else ", or choose other files with --annotations"
+        reason = defect_table.summary([one for one in found if one.split in (*emptied, None)])
+        raise UserError(f"no image of {where} can be used: {reason}; see the table above, and fix these{hint}")
+
+
+def _require_cells(told: Mapping[str, Any], read: plan.Source, found: Sequence[Found]) -> None:
+    """UserError where the set or its training images hold no cell; a line for other splits without one."""
+    cells = {split: counts["cells"] for split, counts in told["splits"].items() if counts["images"]}
+    if not any(cells.values()) or cells.get("train") == 0:
+        where = "train" if any(cells.values()) else read.uri
+        raise UserError(
+            f"no cell of {where} can be used: {defect_table.summary(found)}; see the table above, and fix these"
         )
-        for defect in defects.ALL
-        if (several := by_defect.get(defect))
-    ]
-    table = Table(title="Defects (all are named in dataset.json)", title_justify="left")
-    for column, title in enumerate(("defect", "images", "ids", "what was done")):
-        table.add_column(title, no_wrap=True, min_width=max(len(title), *(len(row[column]) for row in rows)))
-    table.add_column("first", no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        table.add_row(*row)
-    progress.console.print(table)
+    for split, count in cells.items():
+        if not count:
+            _say(f"warning: {split} holds no cell: its images are all background")
+
+
+def _remaining(told: Mapping[str, Any]) -> Iterator[str]:
+    """A line for test, and for each split that lost images or cells."""
+    for split, counts in told["splits"].items():
+        listed = counts["listed"]
+        lost = (counts["images"], counts["cells"]) != (listed["images"], listed["cells"])
+        if listed["images"] and (lost or split == "test"):
+            images, cells = (f"{counts[what]:,} of {listed[what]:,} {what}" for what in ("images", "cells"))
+            yield f"{split}: {images} and {cells} that are listed remain"
+
+
+def _tell_empty_files(read: plan.Source) -> None:
+    for (_, path), annotations in read.files.items():
+        if not annotations.images:
+            _say(f"warning: {path} lists no image")
+
+
+def _say(line: str) -> None:
+    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -75,7 +75,7 @@ def _rows(
             continue
         histogram += np.bincount(row["image"].ravel(), minlength=256)
         areas = Counter(account["areas"].get(image["cell_type"], {}))
-        areas.update(str(area) for area in np.bincount(row["labels"].ravel())[1:].tolist())
+        areas.update(str(area) for area in np.bincount(row["labels"].ravel())[1:].tolist() if area)
         account["areas"][image["cell_type"]] = dict(sorted(areas.items()))
         account["images"].append(
             {
@@ -118,20 +118,25 @@ def draw_sample(
         found: the defects found are added to it.
     """
     shape = (pixels.shape[0], pixels.shape[1])
-    cells, ids, defects = check_cells(records, shape, (image["scale"][0], image["scale"][1]), rules)
+    scale = (image["scale"][0], image["scale"][1])
+    cells, ids, defects = check_cells(records, shape, scale, rules, image["split"])
     patches = [rasterise(cell, shape) for cell in cells]
     labels = draw_labels(patches, shape)
     hidden = hidden_cells(labels, len(patches))
     if hidden:
         defects["hidden_cell"] = [(ids[index], "") for index in hidden]
+        scored = rule_of(rules, "hidden_cell", image["split"]) != "drop"
+        hidden = [index for index in hidden if not (scored and patches[index].mask.any())]
         labels = _renumbered(labels, hidden, len(patches))
         patches = [patch for index, patch in enumerate(patches) if index not in set(hidden)]
     for defect, members in defects.items():
         found.append(_found(defect, rules, image, [identity for identity, _ in members], _details(members)))
     count = len(patches)
     if records and not count:
-        found.append(_found("no_annotations", rules, image, [image["id"]], "no annotation left that can be drawn"))
-        if rules.no_annotations == "drop":
+        rule = rule_of(rules, "no_annotations", "train")  # in test too: its cells are no background
+        none = _found("no_annotations", rules, image, [image["id"]], "no annotation left that can be drawn")
+        found.append(none | {"rule": rule})
+        if rule == "drop":
             return None
     return {
         "file_name": image["file_name"],
@@ -157,7 +162,7 @@ def _details(members: list[tuple[int | str, str]]) -> str:
 def _renumbered(labels: np.ndarray, hidden: list[int], count: int) -> np.ndarray:
     """`labels` numbered 1.. without the cells (from 0) in `hidden`, in the same order."""
     table = np.zeros(count + 1, np.uint16)
-    shown = np.setdiff1d(np.arange(count), hidden)
+    shown = np.setdiff1d(np.arange(count), np.array(hidden, np.int64))
     table[shown + 1] = np.arange(1, len(shown) + 1)
     return table[labels]
 
@@ -165,7 +170,7 @@ def _renumbered(labels: np.ndarray, hidden: list[int], count: int) -> np.ndarray
 def _found(defect: str, rules: DefectRules, image: dict[str, Any], ids: list[int | str], detail: str) -> dict[str, Any]:
     return {
         "defect": defect,
-        "rule": rule_of(rules, defect),
+        "rule": rule_of(rules, defect, image["split"]),
         "file_name": image["file_name"],
         "split": image["split"],
         "ids": ids,
