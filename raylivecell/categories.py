@@ -19,7 +19,8 @@ def choose(files: Iterable[Annotations], wanted: Sequence[str]) -> list[dict[str
         wanted: names or ids of categories; without one all are cells.
 
     Returns:
-        By name: `name`, `ids`, `images`, `annotations`, and whether it is `chosen`. UserError for an unknown name.
+        By name: `name`, `ids`, `images`, `annotations`, whether it is `chosen`, and whether it is `listed` in the
+        section `categories`, where there is one. UserError for an unknown name.
     """
     listed = list(files)
     named = [{kind: name_of(read, kind) for kind in read.category_counts()} for read in listed]
@@ -31,7 +32,7 @@ def choose(files: Iterable[Annotations], wanted: Sequence[str]) -> list[dict[str
         for kind, (images, annotations) in read.category_counts().items():
             name = names[kind]
             blank = {"name": name, "ids": [], "images": 0, "annotations": 0, "chosen": name in chosen}
-            row = counted.setdefault(name, blank)
+            row = counted.setdefault(name, blank | {"listed": kind in read.categories or not read.categories})
             row["ids"] += [kind] if kind not in row["ids"] else []
             row["images"] += images
             row["annotations"] += annotations
@@ -46,9 +47,10 @@ def name_of(read: Annotations, kind: int | str) -> str:
 def notice(categories: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> str:
     """A line for sets of several categories, of which none was chosen; "" for others."""
     used = [one for one in categories if one["annotations"]]
-    if wanted or len(used) < 2:
+    if wanted or len([one for one in used if one["name"] != NO_NAME]) < 2:
         return ""
-    counts = ", ".join(f"{one['name']} {one['annotations']}" for one in used[:12])
+    notes = ["" if one["listed"] else " of an unlisted category" for one in used]
+    counts = ", ".join(f"{one['name']} ({one['annotations']:,}{note})" for one, note in zip(used[:12], notes))
     more = f" and {len(used) - 12} more" if len(used) > 12 else ""
     return (
         f"warning: annotations of {len(used)} categories are all taken as cells: {counts}{more}; where one is none "

@@ -34,12 +34,19 @@ def _reasons(members: Sequence[Found]) -> list[str]:
     """`a.png, b.png and 7 more: why`, for the first reasons of one defect."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for one in members:
-        by_reason["" if one.detail == one.file_name else one.detail].append(one.file_name)
+        is_path = " " not in one.detail and one.detail.endswith(one.file_name.rsplit("/", 1)[-1])
+        by_reason["" if is_path else one.detail].append(_named(one))
     lines = [
         f"{_first(names, NAMES)}{': ' if reason else ''}{reason[:300]}" for reason, names in list(by_reason.items())
     ]
     more = [f"and {len(lines) - REASONS} other reasons"] if len(lines) > REASONS + 1 else []
     return lines if not more else [*lines[:REASONS], *more]
+
+
+def _named(one: Found) -> str:
+    """The file; of an annotation file its records too."""
+    ids = _first([str(identity) for identity in one.ids], NAMES)
+    return f"{one.file_name} (ids {ids})" if ids and one.file_name.lower().endswith(".json") else one.file_name
 
 
 def summary(found: Sequence[Found]) -> str:

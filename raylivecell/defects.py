@@ -176,7 +176,7 @@ def judge(
         lambda some: _each(some, "colour_image", rules, lambda e: _if(_fact(facts, e).colour, e.path)),
         lambda some: _each(some, "sixteen_bit_image", rules, lambda e: _if(_fact(facts, e).deep, e.path)),
         lambda some: _each(some, "wrong_size", rules, lambda e: _size_detail(e, _fact(facts, e))),
-        lambda some: _each(some, "no_annotations", rules, lambda e: _if(e.cells == 0, e.annotation)),
+        lambda some: _each(some, "no_annotations", rules, lambda e: _if(e.cells == 0, f"no cell in {e.annotation}")),
         lambda some: _few(some, facts, area, rules),
         lambda some: _leaks(some, facts, rules),
         lambda some: _identical(some, facts, rules),

@@ -101,7 +101,7 @@ class ImageFolder:
 def find_images(files: Sequence[str], folder: str | None) -> ImageFolder:
     """Image files of a source's `files`: those under `folder`; by default `images` where there is one, else all."""
     if folder is None:
-        folder = "images" if any(path.startswith("images/") for path in files) else ""
+        folder = "images" if any(path.startswith("images/") and images.is_image_name(path) for path in files) else ""
     prefix = folder.strip("/") + "/" if folder.strip("/.") else ""
     paths = tuple(path for path in files if path.startswith(prefix) and images.is_image_name(path))
     if not paths:
@@ -139,8 +139,11 @@ def settle(claims: Iterable[tuple[str, str, Match]]) -> list[tuple[str, ...]]:
 
 
 def _beats(other: tuple[int, str, str], mine: tuple[int, str, str]) -> bool:
-    if mine[0] == EXACT or other[1:] == mine[1:]:
+    """Whether the (strength, split, name) of another image means a file more surely."""
+    if other[1:] == mine[1:]:
         return False
+    if mine[0] == EXACT:  # a.png is the end of a/a.png, which another image of the split has
+        return other[:2] == mine[:2] and other[2].endswith("/" + mine[2])
     return other[0] < mine[0] or (other[0] == mine[0] and other[2] != mine[2])
 
 

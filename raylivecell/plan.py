@@ -157,6 +157,7 @@ def _usable(read: Source, split: str, annotations: coco.Annotations, config: Pre
         if len(names) > 1:
             others = f"images: the id of {len(names)} images ({', '.join(names[:4])}): their cells cannot be separated"
             note("bad_record", [identity], others, names[0])
+            read.candidates.update(p for name in names for p in read.folder.find(name, split, annotations.name).paths)
         elif len(images) > 1:
             note("bad_record", [identity], "images: listed more than once, with one id", names[0])
     counts = annotations.counts()
@@ -172,7 +173,7 @@ def _resolve(read: Source, pending: list[tuple[str, coco.Annotations, coco.Image
     settled = settle((image.file_name, split, match) for (split, _, image), match in zip(pending, matches))
     named: dict[tuple[str, str], set[str]] = defaultdict(set)
     for (split, _, image), paths in zip(pending, settled):
-        named[split, image.file_name].update(paths)
+        named[split, image.file_name].update(paths if len(paths) == 1 else ())
     cells = {key: file.counts() for key, file in read.files.items()}
     for (split, file, image), match, paths in zip(pending, matches, settled):
         name = image.file_name

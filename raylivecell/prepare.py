@@ -158,11 +158,9 @@ def _write(
     ordered = [accounts[job["file"]] | {"split": job["split"]} for job in jobs]
     told = description.describe(ordered, head, [asdict(one) for one in found], read.listed())
     everything = [Found(**one) for one in told["defects"]["found"]]
+    with _listing(everything):
+        _check_end(told, read, everything, strict)
     defect_table.show(everything, "Defects (all are named in dataset.json)")
-    if strict and everything:
-        raise UserError(f"{defect_table.summary(everything)}; fix them or leave out --strict")
-    _require(read, {split: counts["images"] for split, counts in told["splits"].items()}, everything)
-    _require_cells(told, read, everything)
     storage.write_json(storage.join(out, "dataset.json"), told)
     _clean(out, jobs)
     for line in _remaining(told):
@@ -288,6 +286,14 @@ def _require(read: plan.Source, images: Mapping[str, int], found: Sequence[Found
         hint = "" if every else ", or choose other files with --annotations"
         reason = defect_table.summary([one for one in found if one.split in (*emptied, None)])
         raise UserError(f"no image of {where} can be used: {reason}; see the table above, and fix these{hint}")
+
+
+def _check_end(told: Mapping[str, Any], read: plan.Source, found: Sequence[Found], strict: bool) -> None:
+    """UserError for defects where `strict`, for splits that lost all images and for a set without a cell."""
+    if strict and found:
+        raise UserError(f"{defect_table.summary(found)}; fix them or leave out --strict")
+    _require(read, {split: counts["images"] for split, counts in told["splits"].items()}, found)
+    _require_cells(told, read, found)
 
 
 def _require_cells(told: Mapping[str, Any], read: plan.Source, found: Sequence[Found]) -> None:

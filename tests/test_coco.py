@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from raylivecell import coco, json_stream
+from raylivecell import categories, coco, json_stream
+from raylivecell.errors import UserError
 from raylivecell.json_stream import BrokenJsonError
 
 
@@ -262,3 +263,112 @@ def test_real_files(livecell_mini: Path) -> None:
             assert all(
                 np.array_equal(a.polygons[0].ravel(), np.float32(b["segmentation"][0])) for a, b in zip(got, expected)
             )
+
+
+def test_values_as_converters_write_them() -> None:
+    """Numbers as text or floats, points in pairs, a polygon without its list, Python's bytes: all are read."""
+    square = [1, 1, 5, 1, 5, 5]
+    odd: list[Any] = [
+        {"id": "1", "image_id": "7", "category_id": "1", "iscrowd": "0", "segmentation": [square]},
+        {
+            "id": 2.0,
+            "image_id": 7.0,
+            "category_id": 1.0,
+            "iscrowd": "False",
+            "segmentation": [[str(v) for v in square]],
+        },
+        {"id": 3, "image_id": "7.0", "category_id": None, "segmentation": square},
+        {"id": 4, "image_id": 7, "iscrowd": None, "segmentation": [[[1, 1], [5, 1], [5, 5]]]},
+    ]
+    rles: list[Any] = [{"size": ["2", 3.0], "counts": ["1", 2.0, 3]}, [{"size": [2, 3], "counts": "b'123'"}]]
+    odd += [{"id": 10 + i, "image_id": 7, "segmentation": rle, "iscrowd": "1"} for i, rle in enumerate(rles)]
+    sizes: list[Any] = [("50", 40.0), (0, None), ("", "0")]
+    pictures = [{"id": str(7 + i), "file_name": "x", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+    annotations = read({"images": pictures, "annotations": odd, "categories": [{"id": "1", "name": "cell"}]})
+    assert annotations.bad == []
+    assert [(image.id, image.width, image.height) for image in annotations.images] == [
+        (7, 50, 40),
+        (8, None, None),
+        (9, None, None),
+    ]
+    cells = cells_of(annotations, 7)
+    assert [cell.id for cell in cells] == [1, 2, 3, 4, 10, 11]
+    assert [cell.crowd for cell in cells] == [False] * 4 + [True] * 2
+    for cell in cells[:4]:
+        np.testing.assert_array_equal(cell.polygons[0].ravel(), square)
+    assert [cell.runs[0][1].tolist() for cell in cells[4:]] == [[1, 2, 3], [1, 2, 3]]
+    assert annotations.category_counts() == {1: (1, 2), "": (1, 4)}
+    assert annotations.crowds() == 2
+
+
+def test_values_that_cannot_be_meant_are_named() -> None:
+    wrong = {"iscrowd": "maybe", "category_id": 1.5, "image_id": True}
+    cells = [record(i, 1, [[1, 1, 5, 1, 5, 5]]) | {key: value} for i, (key, value) in enumerate(wrong.items())]
+    pictures = [{"id": 1, "file_name": "x", "width": -3, "height": 4}]
+    twice = [{"id": 1, "name": "cell"}, {"id": 1.0, "name": "debris"}]
+    annotations = read({"images": pictures, "annotations": cells, "categories": twice})
+    reasons = " ".join(reason for _, _, reason in annotations.bad)
+    assert annotations.counts() == {}
+    for text in ("'maybe'", "1.5", "True", "-3", "both 'cell' and 'debris'"):
+        assert text in reasons
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("chunk", [1, 5, 4096])
+def test_unicode_in_any_form(encoding: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    text = json.dumps(dataset(), ensure_ascii=False).encode(encoding)
+    annotations = read(text)
+    assert annotations.broken is None
+    assert annotations.size == len(text)
+    assert annotations.info["description"] == dataset()["info"]["description"]
+    assert annotations.counts() == read(dataset()).counts()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (json.dumps(dataset(), ensure_ascii=False).encode("latin-1"), "not UTF-8 text: byte 0xe9"),
+        (b'[{"image_id": 1, "segmentation": [], "score": 1}]', "a list of COCO results"),
+        (b'[{"data": {}, "annotations": []}]', "Label Studio"),
+        (b'{"shapes": [], "imagePath": "a.png", "imageData": null}', "a LabelMe file"),
+        (b'{"_via_img_metadata": {}, "_via_settings": {}}', "a project of VIA"),
+        (b'{"type": "FeatureCollection", "features": []}', "GeoJSON"),
+        (b'{"annotations": [], "b": 1}', "an object of annotations, b"),
+        (b"{}", "an empty object"),
+    ],
+)
+def test_json_that_is_no_coco_file_is_named(text: bytes, told: str) -> None:
+    broken = read(text).broken
+    assert told in str(broken)
+    assert "truncated" not in str(broken)
+
+
+def test_categories_are_chosen_by_name_or_id() -> None:
+    data = dataset()
+    data["annotations"] = [
+        record(i, 1, [[0, 0, 4, 0, 4, 4]]) | {"category_id": kind} for i, kind in enumerate([1, 2, 2, 3, 9])
+    ]
+    names = ["cell", "Debris", "scale_bar"]
+    data["categories"] = [{"id": i, "name": name} for i, name in enumerate([*names, "1"], 1)]
+    other = data | {"categories": [{"id": 2, "name": "cell"}]}
+
+    def counted(*wanted: str) -> tuple[list[int | str], list[int | str]]:
+        files = [read(data), read(other)]
+        rows = categories.choose(files, wanted)
+        assert sum(row["annotations"] for row in rows) == 10
+        chosen = {row["name"] for row in rows if row["chosen"]}
+        assert chosen == {row["name"] for row in rows} or wanted
+        return tuple([cell.id for cell in cells_of(file, 1)] for file in files)  # type: ignore[return-value]
+
+    assert counted() == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    assert counted("cell") == ([0], [1, 2])
+    assert counted("debris", "SCALE_BAR") == ([1, 2, 3], [])
+    assert counted("9") == ([4], [4])
+    for wanted, told in (("celll", "did you mean cell?"), ("nucleus", "The set has 1, 3, 9"), ("2", "Debris or cell")):
+        with pytest.raises(UserError, match=told):
+            counted(wanted)
+    line = categories.notice(categories.choose([read(data)], ()), ())
+    assert "9 (1 of an unlisted category)" in line
+    assert "Debris (2)" in line
+    assert categories.notice(categories.choose([read(dataset())], ()), ()) == ""

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from raylivecell import archive, sources, web
+from raylivecell import archive, image_names, sources, web
 from raylivecell import download as module
 from raylivecell import fetch as fetching
 from raylivecell.download import download
@@ -703,7 +703,7 @@ def test_images_and_annotations_as_prepare_takes_them(server: Server, tmp_path: 
     server.script = [cut(200)]
     download(tmp_path, base_url=server.url + "/", retry=waits.retry)
     files = sources.list_files(str(tmp_path))
-    assert sorted(IMAGES) == sorted(sources.find_images(files, None).paths)
+    assert sorted(IMAGES) == sorted(image_names.find_images(files, None).paths)
     found = sources.find_annotations(files, {}, str(tmp_path))
     assert found == {split: [TRAIN.replace("train", split)] for split in ("train", "val", "test")}
     assert all((tmp_path / name).read_bytes() == (name * 50).encode() for name in IMAGES)

@@ -382,11 +382,11 @@ def test_every_defect_is_found_and_handled_by_its_rule(folder: Folder, tmp_path:
     assert got == planted
     assert told["defects"]["counts"] == dict.fromkeys(sorted(planted), 1)
     train, val, test = (rows_of(tmp_path / "out", split) for split in shards.SPLITS)
-    assert len(train) == 2 + 4
+    assert len(train) == 2 + 3
     assert train["A172_Phase_train_1.png"]["cells"] == N
     np.testing.assert_array_equal(train["A172_Phase_colour_image.png"]["image"], pixels(60))
     np.testing.assert_array_equal(train["A172_Phase_sixteen_bit_image.png"]["image"], pixels(61))
-    assert train["A172_Phase_both.png"]["source"].endswith("/x/A172_Phase_both.png")
+    assert "A172_Phase_both.png" not in train
     # The squares, the one cut at the edge, and the one that lies on a larger one.
     labels = train["A172_Phase_cells.png"]["labels"]
     assert train["A172_Phase_cells.png"]["cells"] == N + 2
@@ -400,7 +400,7 @@ def test_the_other_rules(folder: Folder, tmp_path: Path) -> None:
     planted = with_every_defect(folder)
     config = PrepareConfig(
         duplicate_entry="keep_first",
-        ambiguous_file="drop",
+        ambiguous_file="take_first",
         colour_image="drop",
         sixteen_bit_image="drop",
         wrong_size="scale",
@@ -415,9 +415,10 @@ def test_the_other_rules(folder: Folder, tmp_path: Path) -> None:
     told = prepare(folder.write(), str(tmp_path / "out"), config)
     assert set(told["defects"]["counts"]) == set(planted)
     train, val, _ = (rows_of(tmp_path / "out", split) for split in shards.SPLITS)
-    names = {"train_1", "train_2", "none", "few", "again", "cells"}
+    names = {"train_1", "train_2", "none", "few", "again", "cells", "both"}
     assert set(train) == {f"A172_Phase_{name}.png" for name in names}
     assert not train["A172_Phase_none.png"]["foreground"].any()
+    assert train["A172_Phase_both.png"]["source"].endswith("/x/A172_Phase_both.png")
     # The second contour of one cell is kept, and has no pixel of its own.
     assert found_in(told, "hidden_cell")[0]["ids"] == planted["doubled_contour"][1]
     assert train["A172_Phase_cells.png"]["cells"] == N + 2

@@ -8,7 +8,7 @@ from conftest import S3, run_apart, write_tiny_dataset
 from hostile import refused
 from PIL import Image
 
-from raylivecell import shards, sources
+from raylivecell import image_names, shards, sources
 from raylivecell.errors import UserError
 
 REFUSED = {
@@ -103,12 +103,12 @@ def test_bombs_are_refused_in_bounded_memory(kind: str, told: dict[str, dict[str
     "name", ["../x.png", "/etc/x.png", "a/../../x.png", "..", "\\x.png", "c:x.png", "~/x.png", "x\0.png"]
 )
 def test_names_that_leave_the_folder(name: str) -> None:
-    assert not sources.is_safe_name(name)
+    assert not image_names.is_safe_name(name)
 
 
 @pytest.mark.parametrize("name", ["x.png", "a/b/x..y.png", "..x.png", "a~/x.png"])
 def test_names_that_stay(name: str) -> None:
-    assert sources.is_safe_name(name)
+    assert image_names.is_safe_name(name)
 
 
 LINKS = {
@@ -116,7 +116,7 @@ LINKS = {
     "to a folder elsewhere": ("more", "../elsewhere"),
     "in a circle": ("again", "."),
     "to a device": ("x.png", "/dev/zero"),
-    "to nothing": ("x.png", "/nowhere/x.png"),
+    "to a device, as JSON": ("train.json", "/dev/zero"),
 }
 
 

@@ -1,0 +1,92 @@
+"""Folders as tools leave them: hidden files, links of git-annex and DVC, names that are not UTF-8."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from raylivecell.errors import UserError
+from raylivecell.listing import list_folder, show
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "set"
+    made.mkdir()
+    for name in ("a.png", "train.json"):
+        (made / name).write_bytes(name.encode())
+    return made
+
+
+def store(root: Path, kind: str, data: bytes) -> Path:
+    """A file of `data` in a content store, named as git-annex, DVC or Hugging Face's cache names it."""
+    sha, md5 = hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()
+    key = f"SHA256E-s{len(data)}--{sha}.png"
+    names = {
+        "annex": f".git/annex/objects/Wx/9z/{key}/{key}",
+        "dvc": f"files/md5/{md5[:2]}/{md5[2:]}",
+        "hub": f"blobs/{sha}",
+    }
+    path = root / names[kind]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["annex", "dvc", "hub"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_links_to_content_stores_are_followed(
+    kind: str, inside: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = store(folder if inside and kind == "annex" else tmp_path / "cache", kind, b"pixels")
+    (folder / "b.png").symlink_to(os.path.relpath(target, folder))
+    (folder / "gone.png").symlink_to(target.with_name("e" * 40))
+    (folder / "notes.txt").symlink_to("/etc/hostname")  # never read
+    listing = list_folder(str(folder))
+    assert {path: info.size for path, info in listing.infos.items()} == {"a.png": 5, "b.png": 6, "train.json": 10}
+    assert list(listing.left_out) == ["gone.png"]
+    show(listing, str(folder))
+    told = capsys.readouterr().err.splitlines()
+    assert "gone.png (a link to" in told[0]
+    assert len(told) == 1 + len(listing.followed)
+
+
+def test_other_links_are_followed_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "x.png").write_bytes(b"")
+    (tmp_path / "elsewhere" / "again").symlink_to("..")
+    (folder / "more").symlink_to("../elsewhere")
+    (folder / "twice").symlink_to("../elsewhere/deep")
+    (folder / "circle").symlink_to(".")
+    (folder / "one.png").symlink_to("../elsewhere/deep/x.png")
+    with pytest.raises(UserError, match="--follow-links"):
+        list_folder(str(folder))
+    listing = list_folder(str(folder), follow_links=True)
+    deep = [path for path in listing.infos if path.endswith("x.png")]
+    assert sorted(set(listing.infos) - set(deep)) == ["a.png", "one.png", "train.json"]
+    assert len(deep) == 1
+    (folder / "zero.png").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="no file; delete it"):
+        list_folder(str(folder), follow_links=True)
+
+
+@pytest.mark.parametrize(
+    "hidden", ["._train.json", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "x/@eaDir/a.png", ".git/b.png"]
+)
+def test_hidden_files_are_passed_over(hidden: str, folder: Path) -> None:
+    (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+    (folder / hidden).write_bytes(b"")
+    assert sorted(list_folder(str(folder)).infos) == ["a.png", "train.json"]
+
+
+def test_names_that_are_not_utf8_are_named_and_the_rest_is_listed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (b"zelle_\xfc.png", b"notes_\xfc.txt"):
+        (Path(os.fsdecode(bytes(folder) + b"/" + name))).write_bytes(b"")
+    listing = list_folder(str(folder))
+    assert sorted(listing.infos) == ["a.png", "train.json"]
+    show(listing, str(folder))
+    assert "zelle_\\xfc.png (its name is not UTF-8" in capsys.readouterr().err
+    assert len(listing.left_out) == 1
