@@ -214,7 +214,10 @@ def _items(text: JsonText) -> Iterator[None]:
 def _kind_of_list(text: JsonText) -> str:
     """What the list that begins here holds, by the keys of its first record."""
     text.take("[")
-    record = {} if text.peek() in ("", "]") else text.value()
+    try:
+        record = {} if text.peek() in ("", "]") else text.value()
+    except BrokenJsonError:  # it is no COCO file in any case
+        return ""
     keys = set(record) if isinstance(record, dict) else set()
     if {"image_id", "segmentation"} <= keys:
         return " of COCO results, without images"

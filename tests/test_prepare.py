@@ -443,6 +443,153 @@ def test_strict_lists_defects_and_leaves_nothing(
     assert files_of(tmp_path / "out") == {}
 
 
+def as_brush(cell: Json) -> None:
+    """CVAT's form of a cell drawn by brush: an RLE of the whole image, iscrowd 1."""
+    (rle,) = coco_mask.frPyObjects([cell["segmentation"][0]], HEIGHT, WIDTH)
+    cell |= {"iscrowd": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}}
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_crowds_are_no_silent_guess(folder: Folder, tmp_path: Path) -> None:
+    cells = folder.splits["train"]["annotations"]
+    as_brush(cells[0])
+    told = prepare(folder.write(), str(tmp_path / "few"))
+    assert counts(told)["train"] == (2, 2 * N - 1)
+    assert found_in(told, "crowd_region")[0]["rule"] == "drop"
+    for cell in cells[1:3]:
+        as_brush(cell)
+    with pytest.raises(UserError, match=f"3 of {2 * N} annotations .*--crowd-region keep"):
+        prepare(folder.write(), str(tmp_path / "most"))
+    kept = prepare(folder.write(), str(tmp_path / "kept"), PrepareConfig(crowd_region="keep"))
+    dropped = prepare(folder.write(), str(tmp_path / "dropped"), PrepareConfig(crowd_region="drop"))
+    assert (counts(kept)["train"], counts(dropped)["train"]) == ((2, 2 * N), (2, 2 * N - 3))
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ({"image": {"file_name": "gone.png"}}, "missing_file 1: gone.png"),
+        ({"image": {"width": 5}}, "wrong_size 2"),
+        ({"cell": {"segmentation": None}}, "bad_record 1"),
+        ({"cell": {"segmentation": [[1, 1, 2, 2]]}}, "degenerate_polygon 2"),
+        ({"cell": {"iscrowd": 1}}, "crowd_region 2"),
+    ],
+)
+def test_a_split_that_ends_empty_is_an_error_with_the_reason(
+    split: str, broken: Json, told: str, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder.splits[split]
+    for image in data["images"]:
+        image |= broken.get("image", {})
+    for cell in data["annotations"]:
+        cell |= broken.get("cell", {})
+    with pytest.raises(UserError, match=f"no image of {split} can be used: .*{told}.* the table above"):
+        prepare(folder.write(), str(tmp_path / "out"), PrepareConfig(crowd_region="drop"))
+    table = capsys.readouterr().err
+    assert told.split()[0] in table.split("Defects")[1]
+    assert files_of(tmp_path / "out") == {}
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_set_without_a_cell_is_an_error(folder: Folder, tmp_path: Path) -> None:
+    folder.splits["test"]["annotations"] = []
+    assert counts(prepare(folder.write(), str(tmp_path / "out")))["test"] == (2, 0)
+    folder.splits["train"]["annotations"] = folder.splits["val"]["annotations"] = []
+    for config in (PrepareConfig(), PrepareConfig(no_annotations="keep")):
+        with pytest.raises(UserError, match=r"no_annotations \d: A172.* see the table above"):
+            prepare(folder.write(), str(tmp_path / "none"), config)
+    for data in folder.splits.values():
+        data["images"] = []
+    with pytest.raises(UserError, match="list no image"):
+        prepare(folder.write(), str(tmp_path / "none"))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_test_keeps_what_is_published(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What rules drop from train for their own sake stays in test, and is named."""
+    for split in ("train", "test"):
+        place = "livecell_test_images" if split == "test" else "livecell_train_val_images"
+        folder.image(split, f"A172_Phase_{split}_few.png", [square(5, 5, 3)])
+        folder.image(split, f"A172_Phase_{split}_none.png", [])
+        folder.image(split, f"A172_Phase_{split}_twice.png", [*SQUARES, [v + 0.2 for v in SQUARES[0]]])
+        inner = [square(4, 4, 12), square(4, 4, 6), square(10, 4, 6), square(4, 10, 6), square(10, 10, 6)]
+        folder.image(split, f"A172_Phase_{split}_hidden.png", [*inner, square(200, 200)])
+        folder.file(f"A172_Phase_{split}_copy.png", pixels(folder.number - 1), place)
+        folder.entry(split, f"A172_Phase_{split}_copy.png", inner)
+    told = prepare(folder.write(), str(tmp_path / "out"))
+    assert counts(told) == {"train": (4, 3 * N + 4), "val": (2, 2 * N), "test": (7, 3 * N + 1 + 1 + 5 + 5)}
+    assert told["splits"]["test"]["listed"] == {"images": 7, "cells": 3 * N + 1 + 1 + 6 + 5}
+    rules = {(one["defect"], one["split"]): one["rule"] for one in told["defects"]["found"]}
+    names = ("few_annotations", "no_annotations", "identical_pixels", "doubled_contour")
+    assert [rules[name, "test"] for name in names] == ["keep"] * 4
+    assert [rules[name, "train"] for name in names] == ["drop", "drop", "keep_most_cells", "keep_first"]
+    assert f"test: 7 of 7 images and {3 * N + 12} of {3 * N + 13} cells" in capsys.readouterr().err
+    row = rows_of(tmp_path / "out", "test")["A172_Phase_test_hidden.png"]
+    np.testing.assert_array_equal(masks_of(row).sum(axis=(1, 2)), [144, 36, 36, 36, 36])
+    for label in np.unique(row["labels"])[1:]:
+        assert masks_of(row)[label - 1][row["labels"] == label].all()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_chosen_categories_are_the_cells(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for data in folder.splits.values():
+        data["categories"] = [{"id": 1, "name": "cell"}, {"id": 2, "name": "scale bar"}]
+        data["annotations"][0]["category_id"] = 2
+    told = prepare(folder.write(), str(tmp_path / "all"))
+    assert counts(told)["train"] == (2, 2 * N)
+    assert f"2 categories are all taken as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
+    told = prepare(folder.write(), str(tmp_path / "cells"), PrepareConfig(categories=("cell",)))
+    assert counts(told)["train"] == (2, 2 * N - 1)
+    assert "warning" not in capsys.readouterr().err
+    chosen = [(one["name"], one["images"], one["annotations"], one["chosen"]) for one in told["categories"]]
+    assert chosen == [("cell", 6, 6 * N - 3, True), ("scale bar", 3, 3, False)]
+    assert told["source"]["categories"] == ["cell"]
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_names_of_another_computer_choose_among_the_files(folder: Folder, tmp_path: Path) -> None:
+    """And results are written by the file's name: a name in the JSON leads nowhere."""
+    names = ["..\\..\\upload\\A172_Phase_train_1.png", "https://host.org/b/A172_Phase_train_2.png?x=1"]
+    for image, name in zip(folder.splits["train"]["images"], names):
+        image["file_name"] = name
+    prepare(folder.write(), str(tmp_path / "out"))
+    rows = rows_of(tmp_path / "out", "train")
+    assert set(rows) == {f"livecell_train_val_images/A172_Phase_train_{number}.png" for number in (1, 2)}
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_cells_of_images_with_one_id_are_drawn_on_none(folder: Folder, tmp_path: Path) -> None:
+    first, second = folder.splits["train"]["images"]
+    second["id"] = first["id"]
+    folder.image("train", "A172_Phase_good.png")
+    told = prepare(folder.write(), str(tmp_path / "out"))
+    assert list(rows_of(tmp_path / "out", "train")) == ["A172_Phase_good.png"]
+    assert "the id of 2 images" in found_in(told, "bad_record")[0]["detail"]
+
+
+def test_outlines_that_are_odd_and_drawn_or_named() -> None:
+    shape, rules = (40, 40), defects.DefectRules()
+
+    def checked(*polygons: list[float]) -> tuple[int, dict[str, str]]:
+        arrays = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in polygons]
+        cells, _, found = outlines.check_cells([coco.CellRecord(1, False, arrays, [])], shape, (1.0, 1.0), rules)
+        drawn = sum(int(targets.rasterise(cell, shape).mask.sum()) for cell in cells)
+        return drawn, {defect: members[0][1] for defect, members in found.items()}
+
+    bow_tie = checked([1, 1, 30, 1, 1, 30, 30, 30])  # its signed area is 0
+    assert bow_tie[0] > 300
+    assert bow_tie[1] == {}
+    assert checked([0.1, 0.1, 0.9, 0.1, 0.9, 0.9]) == (
+        0,
+        {"degenerate_polygon": "all coordinates are in 0 to 1: fractions of the image's size?"},
+    )
+    assert checked(square(2, 2, 20), square(8, 8, 4))[1] == {"inner_outline": "a part lies in another part of its cell"}
+    assert checked(square(2, 2, 4), square(20, 20, 4)) == (32, {})
+    assert "degenerate_polygon" in checked([1, 1, 5, 5, 9, 9])[1]
+
+
 @pytest.mark.usefixtures("no_ray")
 def test_refuse_rules(folder: Folder, tmp_path: Path) -> None:
     folder.entry("train", "A172_Phase_gone.png")
