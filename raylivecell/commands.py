@@ -83,6 +83,7 @@ def predict(
     bits: int | None = None,
     threshold: float | None = None,
     overwrite: bool = False,
+    follow_links: bool = False,
 ) -> None:
     """Find the cells in a folder of images; killed and started again, it goes on. Writes images.csv, a row an image.
 
@@ -96,13 +97,14 @@ def predict(
         bits: used bits of 16-bit images, 8 to 16; without it each is scaled so that its median becomes 128.
         threshold: probability over which a pixel is foreground; default: the model's.
         overwrite: delete what an earlier predict wrote into --out.
+        follow_links: follow links that lead out of the folder to any file, not to git-annex's and DVC's stores alone.
     """
     from raylivecell import predict as room
 
     given = [uri for uri in (checkpoint, model) if uri is not None]
     if len(given) != 1:
         raise UserError("give either --checkpoint, or --model (a checkpoint too, or an .onnx file)")
-    room.predict(given[0], images, out, write, tta, bits, threshold, overwrite)
+    room.predict(given[0], images, out, write, tta, bits, threshold, overwrite, follow_links)
 
 
 def export(checkpoint: str, out: str) -> None:

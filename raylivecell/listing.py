@@ -57,7 +57,7 @@ def list_folder(uri: str, follow_links: bool = False) -> Listing:
 
 def show(listing: Listing, folder: str) -> None:
     """Print a line for links that were followed, and one a file that was left out."""
-    lines = [f"left out: {ascii_name(path)} ({reason})" for path, reason in listing.left_out.items()]
+    lines = [f"left out: {path} ({reason})" for path, reason in listing.left_out.items()]
     lines = lines if len(lines) <= 6 else [*lines[:5], f"and {len(lines) - 5} more are left out"]
     if listing.followed:
         where = os.path.commonpath([os.path.dirname(target) for target in listing.followed])
@@ -82,7 +82,7 @@ def _list_local(filesystem: pafs.FileSystem, root: str, follow_links: bool) -> L
     for path in sorted(_walk(root, follow_links, listing)):
         relative = path[len(root) :].lstrip("/")
         if not _is_utf8(relative):
-            listing.left_out |= {relative: "its name is not UTF-8; rename it"} if _may_be_read(path) else {}
+            listing.left_out |= {ascii_name(relative): "its name is not UTF-8; rename it"} if _may_be_read(path) else {}
         elif not os.path.islink(path) or _follow(path, root, follow_links, listing):
             paths.append(path)
     infos = filesystem.get_file_info(paths)

@@ -37,6 +37,7 @@ def predict(
     bits: int | None = None,
     threshold: float | None = None,
     overwrite: bool = False,
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """Segment images of any size; killed at any moment and called again, it goes on and ends with the same files.
 
@@ -64,6 +65,7 @@ def predict(
         bits: used bits of 16-bit images, for a network trained on such.
         threshold: a pixel is foreground where its probability is over it; default: the model's.
         overwrite: delete what an earlier run wrote into `out`.
+        follow_links: follow links that lead out of the folder to any file.
 
     Returns:
         {"images", "segmented", "cells", "confluence" (mean over images), "failed": [{"file", "error"}], "seconds",
@@ -79,7 +81,7 @@ def predict(
     began = time.monotonic()
     out, images_uri = (storage.absolute(uri).rstrip("/") for uri in (out, images_uri))
     model, weights = _model(storage.absolute(model_uri))
-    root, files = _image_files(images_uri, out)
+    root, files = _image_files(images_uri, out, follow_links)
     job = Job(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, bits, threshold)
     network = predictor.load(job, "cpu")
     _claim(out, _settings(job, images_uri, weights, network), overwrite)  # before the work: may we?
@@ -200,7 +202,7 @@ def _model(uri: str) -> tuple[str, str]:
     return folder, storage.join(folder, checkpoint.MODEL)
 
 
-def _image_files(uri: str, out: str) -> tuple[str, dict[str, pafs.FileInfo]]:
+def _image_files(uri: str, out: str, follow_links: bool = False) -> tuple[str, dict[str, pafs.FileInfo]]:
     """The folder of the images, and by its path in it each one, sorted; what lies in `out` is a result, no input."""
     filesystem, path = storage.open_uri(uri)
     info = filesystem.get_file_info(path)
@@ -210,7 +212,9 @@ def _image_files(uri: str, out: str) -> tuple[str, dict[str, pafs.FileInfo]]:
     if out == uri:
         raise UserError(f"--out {out} is the folder of the images; choose another --out")
     inside = out.removeprefix(uri + "/") + "/" if out.startswith(uri + "/") else None
-    found = {file: info for file, info in sorted(sources.list_infos(uri).items()) if images.is_image_name(file)}
+    found = {
+        file: info for file, info in sorted(sources.list_infos(uri, follow_links).items()) if images.is_image_name(file)
+    }
     files = {file: info for file, info in found.items() if inside is None or not file.startswith(inside)}
     if not files:
         raise UserError(f"no images at {uri}; give a folder of TIFF, PNG, JPEG or BMP files, or one such file")

@@ -24,10 +24,15 @@ def list_files(uri: str) -> list[str]:
 
 
 def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
-    """What `list_files` lists, with each file's size and time of change; prints what was left out or followed."""
+    """What `list_files` lists, with each file's size and time of change, and images that cannot be read.
+
+    Those are links to nothing and names that are not UTF-8: reading them fails, so that each has its line in a result.
+    Prints what was left out or followed.
+    """
     listing = list_folder(uri, follow_links)
     show(listing, uri)
-    return listing.infos
+    lost = (path for path in listing.left_out if is_image_name(path))
+    return {path: pafs.FileInfo(path, pafs.FileType.File, size=0, mtime_ns=0) for path in lost} | listing.infos
 
 
 def split_of(path: str) -> str | None:
