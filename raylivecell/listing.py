@@ -120,9 +120,7 @@ def _follow(link: str, root: str, follow_links: bool, listing: Listing) -> bool:
         return False
     target = os.path.realpath(link)
     if not os.path.exists(target):
-        listing.left_out[link[len(root) :].lstrip("/")] = (
-            f"a link to {ascii_name(target)}, which is not there (git annex get? dvc pull?)"
-        )
+        listing.left_out[link[len(root) :].lstrip("/")] = "a link to a file that is not there: git annex get, dvc pull?"
         return False
     if not os.path.isfile(target):
         raise _refused(link)

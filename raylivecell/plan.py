@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -174,6 +174,7 @@ def _resolve(read: Source, pending: list[tuple[str, coco.Annotations, coco.Image
     named: dict[tuple[str, str], set[str]] = defaultdict(set)
     for (split, _, image), paths in zip(pending, settled):
         named[split, image.file_name].update(paths if len(paths) == 1 else ())
+    lost = {path.rpartition("/")[2]: reason for path, reason in read.left_out.items()}
     cells = {key: file.counts() for key, file in read.files.items()}
     for (split, file, image), match, paths in zip(pending, matches, settled):
         name = image.file_name
@@ -192,17 +193,16 @@ def _resolve(read: Source, pending: list[tuple[str, coco.Annotations, coco.Image
         kind = description.cell_type_of(name, file.category(image.id))
         if path and (not is_safe_name(name) or len(named[split, name]) > 1):  # results are written by this name
             image = replace(image, file_name=read.folder.relative(path))
-        why = "" if path else _missing(read, name, match.paths)
+        why = "" if path else _missing(read, name, match.paths, lost)
         count = cells[split, file.name].get(image.id, 0)
         read.entries.append(Entry(split, file.name, image, path, count, kind, why))
 
 
-def _missing(read: Source, name: str, others: tuple[str, ...]) -> str:
-    """Why there is no file `name`."""
+def _missing(read: Source, name: str, others: tuple[str, ...], lost: Mapping[str, str]) -> str:
+    """Why there is no file `name`; `lost`: reasons by last part of files that are there and cannot be read."""
     last = name.replace("\\", "/").rpartition("/")[2]
-    for path, reason in read.left_out.items():
-        if path.rpartition("/")[2] == last:
-            return reason
+    if last in lost:
+        return lost[last]
     if others:
         return f"no file of this name; {others[0]} is that of another image"
     like = read.folder.like(name)

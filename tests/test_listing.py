@@ -48,7 +48,7 @@ def test_links_to_content_stores_are_followed(
     assert list(listing.left_out) == ["gone.png"]
     show(listing, str(folder))
     told = capsys.readouterr().err.splitlines()
-    assert "gone.png (a link to" in told[0]
+    assert "gone.png (a link to a file that is not there" in told[0]
     assert len(told) == 1 + len(listing.followed)
 
 
