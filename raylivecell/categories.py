@@ -70,7 +70,7 @@ def _resolve(named: Sequence[Mapping[int | str, str]], wanted: Sequence[str]) ->
             raise UserError(f"--categories {word} may mean {' or '.join(sorted(meant))}; give the name")
         if not meant:
             near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"no category {word!r}; {hint}The set has {', '.join(names) or 'none'}")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"no category {word!r}{hint}; the set has {', '.join(names) or 'none'}")
         chosen |= meant
     return chosen

@@ -86,7 +86,8 @@ def _siblings(paths: Sequence[str]) -> bool:
     """Whether `paths` are one file, or files of one name in folders side by side (one a cell type)."""
     names = {posixpath.basename(path) for path in paths}
     parents = {posixpath.dirname(posixpath.dirname(path)) for path in paths}
-    return len(paths) == 1 or (len(names) == 1 and len(parents) == 1)
+    depths = {path.count("/") for path in paths}
+    return len(paths) == 1 or len(names) == len(parents) == len(depths) == 1
 
 
 def _one_an_image(paths: Sequence[str], files: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from raylivecell.errors import UserError
 from raylivecell.listing import list_folder, show
+from raylivecell.sources import find_annotations
 
 
 @pytest.fixture
@@ -90,3 +91,16 @@ def test_names_that_are_not_utf8_are_named_and_the_rest_is_listed(
     show(listing, str(folder))
     assert "zelle_\\xfc.png (its name is not UTF-8" in capsys.readouterr().err
     assert len(listing.left_out) == 1
+
+
+def test_annotation_files_by_name_or_by_folder() -> None:
+    roboflow = [f"{split}/_annotations.coco.json" for split in ("test", "train", "valid")]
+    found = find_annotations([*roboflow, "train/a.png"], {}, "set")
+    assert found == {"train": roboflow[1:2], "val": roboflow[2:], "test": roboflow[:1]}
+    assert find_annotations(["A/test.json", "B/test.json"], {}, "set") == {"test": ["A/test.json", "B/test.json"]}
+    with pytest.raises(UserError, match="2 annotation files for test"):
+        find_annotations(["test.json", "A/test.json"], {}, "set")
+    with pytest.raises(UserError, match="one JSON an image, as LabelMe"):
+        find_annotations(["train/a.json", "train/b.json", "train/a.png", "train/b.png"], {}, "set")
+    with pytest.raises(UserError, match=r"found instances_default\.json; choose with"):
+        find_annotations(["instances_default.json", "im.png"], {}, "set")
