@@ -1,6 +1,6 @@
 """Annotated images -> Parquet shards and dataset.json, through Ray Data.
 
-1. `plan.read_source`  every annotation file, streamed (coco); names resolved to files (sources)
+1. `plan.read_source`  every annotation file, streamed (coco); names resolved to files (image_names)
 2. `_examine`          every listed file: checksums, size, depth, unreadable ones (Ray Data, samples.examine)
 3. `defects.judge`     the stated rule for each defect of an image
 4. `plan.plan_shards`  images sorted by name, 64 a shard; a shard's outlines wait in OUT/.prepare-FINGERPRINT/
