@@ -1,4 +1,4 @@
-"""What tests share: where real data lies, and one Ray for the whole run."""
+"""Fixtures and helpers of the tests: the real data, one Ray for a whole process, an S3 server, a browser."""
 
 import json
 import os
