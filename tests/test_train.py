@@ -121,18 +121,6 @@ def test_evaluate_finds_what_two_workers_with_batchnorm_reported(
         assert found[name] == pytest.approx(last[f"val_{name}"], abs=1e-6)
 
 
-@pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_nothing_changes(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
-    run = tmp_path / "hit"
-    thread, killed = kill_at(run, 4, "RayTrainWorker")
-    train(tiny_dataset, str(run), RECIPE, workers=1)
-    thread.join()
-    assert killed
-    assert len(history(run)) == 20
-    for name, value in weights(one_worker).items():
-        assert torch.equal(value, weights(run)[name]), name
-
-
 DRIVER = """
 import sys
 from raylivecell import recipe, train
