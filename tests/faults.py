@@ -62,7 +62,7 @@ class Scene:
         rows = self.rows()
         return int(rows[-1]["step"]) if rows else 0
 
-    def after(self, step: int, limit_s: float = 240) -> float:
+    def after(self, step: int, limit_s: float = LIMIT_S) -> float:
         """Wait until the run has reported `step`."""
         return until(f"step {step} of {self.name}", lambda: self.steps() >= step or self.ended(), limit_s)
 
@@ -233,7 +233,7 @@ def main(names: list[str]) -> int:
     with rooms.running(root, {"head": 1, "one": 1, "two": 1, "three": 1}) as hosts:
         s3, begun = begin(hosts), time.monotonic()
         calm = Scene(hosts, s3, "calm", "2")
-        until("the first step", lambda: "\nstep " in (root / "calm.log").read_text(), 180)
+        until("the first step", lambda: "\nstep " in (root / "calm.log").read_text(), LIMIT_S)
         first = time.monotonic() - begun
         calm.wait(LIMIT_S)
         row, took = verified(calm.rows()), time.monotonic() - begun
