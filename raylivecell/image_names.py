@@ -50,8 +50,10 @@ class ImageFolder:
         plain = _plain(file_name)
         foreign = not is_safe_name(file_name)
         for place in self._places(annotation):
-            if place + plain in self.known:
-                return self._of_split([place + plain], split, FOLDED if foreign else EXACT)
+            if (path := place + plain) in self.known:
+                strength = FOLDED if foreign else EXACT
+                # A name that holds its folder means that folder, whatever split it is named after.
+                return Match((path,), strength) if "/" in plain else self._of_split([path], split, strength)
         for name in dict.fromkeys((plain, unquote(plain))):
             candidates = self.by_name.get(_folded(posixpath.basename(name)), ())
             for strength, form in ((EXACT, str), (FOLDED, _folded)):
