@@ -11,7 +11,7 @@ import cv2
 import ray
 import ray.data
 
-from raylivecell import runtime
+from raylivecell.data_settings import data_settings, quiet_data
 from raylivecell.errors import UserError
 from raylivecell.progress import track
 
@@ -36,13 +36,10 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
     """
     resources = ray.cluster_resources()
     count, cpus, gpus = pool(len(items), resources if use_gpus else {**resources, "GPU": 0})
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    runtime.quiet_data()
-    context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
     # The index lies in the object store already: no read task competes with the actors for the CPUs.
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
-    dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
+    with data_settings():
+        dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
     results = dataset.map_batches(
         actor,
         batch_size=None,
@@ -51,7 +48,8 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    rows = list(track(_rows(results), what, len(items)))
+    with quiet_data():
+        rows = list(track(_rows(results), what, len(items)))
     place = {item: i for i, item in enumerate(items)}
     rows.sort(key=lambda row: place[row["item"]])
     if [row["item"] for row in rows] != list(items):

@@ -4,7 +4,6 @@ Both read decoded images from memory, transform whole 520x704 frames with the sa
 Ray has CPUs, and hand over batches of 8. They run in turn, in one process, so that a machine's drift hits both.
 """
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-from ray._private.internal_api import memory_summary
 
 from raylivecell import augment, bench_frames, blocks, ingest, runtime
 from raylivecell.bench_spread import spread
+from raylivecell.data_settings import quiet_data
+from raylivecell.dataset import free_bytes
 from raylivecell.order import PhaseConfig, Plan
 
 BATCH = 8
@@ -40,6 +40,11 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
         process that reads, of those that prepare, of the object store: epochs -> MiB.
     """
     runtime.connect()
+    with quiet_data():
+        return _measure(images, repeats)
+
+
+def _measure(images: int, repeats: int) -> dict[str, Any]:
     processes = int(ray.cluster_resources()["CPU"])
     frames = bench_frames.frames(images)
     source, warm_up = in_rounds(frames, None, processes)
@@ -81,10 +86,8 @@ def _held() -> tuple[float, float, float]:
     """Bytes of this process, of those of data tasks, and in the object store."""
     titles = ((process, " ".join(process.info["cmdline"] or ())) for process in psutil.process_iter(["cmdline"]))
     tasks = [process for process, title in titles if title.startswith(("ray::IDLE", "ray::ReadSamples"))]
-    told = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
-    found = re.search(r"Plasma memory usage (\d+) MiB", told)
-    assert found, told
-    return _private(psutil.Process()), sum(map(_private, tasks)), float(found[1]) * 2**20
+    store = ray.cluster_resources()["object_store_memory"] - free_bytes()
+    return _private(psutil.Process()), sum(map(_private, tasks)), store
 
 
 def _private(process: psutil.Process) -> float:

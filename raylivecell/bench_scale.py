@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster
 from raylivecell import augment, bench_frames, blocks, cost, ingest, rle, shards, synthetic
 from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
 from raylivecell.bench_spread import spread
+from raylivecell.data_settings import quiet_data
 from raylivecell.errors import UserError
 
 NODES = (1, 2, 3)
@@ -83,7 +84,6 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
 @contextmanager
 def _cluster(nodes: int, wait_s: float) -> Iterator[None]:
     """A head without CPUs, where the samples are read, and so many nodes of one CPU."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
     try:
         for _ in range(nodes):
@@ -91,7 +91,8 @@ def _cluster(nodes: int, wait_s: float) -> Iterator[None]:
         cluster.wait_for_nodes()
         hook = {"worker_process_setup_hook": _waiting(wait_s)}
         ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=hook)
-        yield
+        with quiet_data():
+            yield
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -24,6 +24,7 @@ from raylivecell import bench_frames, bench_step, blocks, ingest, runtime, train
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
+from raylivecell.data_settings import quiet_data
 from raylivecell.job import Job
 from raylivecell.model import build_model, count_parameters
 from raylivecell.order import PhaseConfig, Plan
@@ -60,9 +61,10 @@ def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
     bench = _Bench(images)
     ways = bench.ways()
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            speeds[name].append(way())
+    with quiet_data():
+        for _ in range(repeats):
+            for name, way in ways.items():
+                speeds[name].append(way())
     pairs = [
         (f"loader: {OURS}", "loader: DataLoader"),
         (f"both: {OURS}", f"both: {PLAIN}, DataLoader"),

@@ -4,11 +4,10 @@ No torch here: a data task's process starts 1 s sooner without it, and is 235 Mi
 """
 
 import math
-import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import ray
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from ray.data.block import Block, BlockAccessor
 
 from raylivecell import augment, fields, shards
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
+from raylivecell.process_settings import opencv_threads
 
 PLANES = ("image", "foreground", "border")
 
@@ -93,33 +93,37 @@ def transform(
 
 def load(rows: np.ndarray, source: Source) -> np.ndarray:
     """Rows of the order (n, 3) as planes, uint8 (n, 2 + C, h, w)."""
-    cv2.setNumThreads(1)  # a task has one CPU
     batch = empty((len(rows), *source.shape()))
     numbers = rows[:, SAMPLE].tolist()
-    for sample, number, row, out in zip(_samples(source, numbers), numbers, rows, batch):
-        transform(sample, (source.plan.seed, int(row[EPOCH]), number, int(row[VARIANT])), source, out)
+    with opencv_threads(1):  # a task has one CPU
+        for sample, number, row, out in zip(_samples(source, numbers), numbers, rows, batch):
+            transform(sample, (source.plan.seed, int(row[EPOCH]), number, int(row[VARIANT])), source, out)
     return batch
 
 
-class _Memory:
-    """A process's memory for blocks, taken up again by the next one once nothing refers to the last.
+class ReusedMemory:
+    """A process's memory for blocks, used again for the next one once nothing refers to the last.
 
     Fresh pages for each block of 70 MB cost 2.4 ms an image of the system's time, as much as its transformation.
     """
 
     def __init__(self) -> None:
-        self.bytes = np.empty(0, np.uint8)
+        self.memory = np.empty(0, np.uint8)
+        self.last: Callable[[], np.ndarray | None] = lambda: None
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """An array of any values."""
+        """An array of undefined values."""
         size = math.prod(shape)
-        # Two: ours and getrefcount's own. An array made of it, or Arrow's of that, holds another.
-        if self.bytes.size < size or sys.getrefcount(self.bytes) > 2:
-            self.bytes = np.empty(size, np.uint8)
-        return self.bytes[:size].reshape(shape)
+        if self.memory.size < size or self.last() is not None:
+            self.memory = np.empty(size, np.uint8)
+        # An array over a memoryview, not over an array, is what its slices, and Arrow's buffers, refer to: so it is
+        # alive as long as any of them.
+        owner = np.frombuffer(self.memory.data, np.uint8)
+        self.last = weakref.ref(owner)
+        return owner[:size].reshape(shape)
 
 
-empty = _Memory().empty
+empty = ReusedMemory().empty
 
 
 @dataclass(frozen=True)

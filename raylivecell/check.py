@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from raylivecell import loop, losses, preflight, probe, run_folder, runtime, segment, shards, storage
-from raylivecell.dataset import room, sample_bytes
+from raylivecell.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS
 from raylivecell.model import normalise
@@ -235,7 +235,7 @@ def token(mode: str | None, status: int | None) -> Finding:
 
 def object_store(description: dict[str, Any], plan: Plan) -> Finding:
     """Whether decoded images fit into the object store, or are read again in every epoch."""
-    cells, free = plan.recipe.targets != "foreground", room()
+    cells, free = plan.recipe.targets != "foreground", cache_budget_bytes()
     needed = description["splits"]["train"]["images"] * sample_bytes(plan.data, "train", cells)
     told = f"{needed / 2**30:.1f} GiB of decoded images, {free / 2**30:.1f} GiB for them"
     if needed > free:

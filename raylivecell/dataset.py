@@ -1,4 +1,4 @@
-"""A dataset as a run's driver opens it: where the samples lie, and they themselves, decoded, where memory has room."""
+"""A dataset as a run's driver opens it: where its samples are stored, and, where they fit into memory, the samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
-from ray.data._internal.stats import get_or_create_stats_actor
 
 from raylivecell import runtime, shards
 from raylivecell.blocks import PLANES, Kept, Sample, decode, read_sample
 
-# Decoded samples are kept in the object store while they take no more than this part of it.
-KEEP_SHARE = 0.3
+# One run's budget, in shares of the object store's bytes that are free when it starts: decoded training and validation
+# samples together; the streams of all its workers or trials. Free bytes, so that runs and sweeps at the same time never
+# exceed the store: a second one finds at least 45 % free, and fills at most 55 % of that.
+CACHE_SHARE, STREAM_SHARE = 0.3, 0.25
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,23 @@ class Samples:
 
 def open_samples(data: str, cells: bool = False) -> Samples:
     """The samples of the dataset at `data`, with labels where `cells`; needs Ray."""
-    # A cluster has one of each, which Ray Train's controller and the first stream would make and wait for: 1.5 s each.
-    get_or_create_autoscaling_coordinator()
-    get_or_create_stats_actor()
-    train, val = (shards.list_rows(data, split) for split in ("train", "val"))
-    kept_train = keep(train, sample_bytes(data, "train", cells), cells)
-    kept_val = keep(val, sample_bytes(data, "val", cells), cells)
+    budget, cached = cache_budget_bytes(), {}
+    rows = {split: shards.list_rows(data, split) for split in ("train", "val")}
+    for split in ("train", "val"):  # training samples first: they are read in every epoch
+        size = len(rows[split]) * sample_bytes(data, split, cells)
+        cached[split] = cache(rows[split], size, budget, cells)
+        budget -= size if cached[split] else 0
     frame = max(shards.image_sizes(data, "train"), key=math.prod, default=(0, 0))
-    return Samples(train, val, frame, kept_train, kept_val, cells, shards.provenance(data), runtime.task_cpus())
+    return Samples(
+        rows["train"],
+        rows["val"],
+        frame,
+        cached["train"],
+        cached["val"],
+        cells,
+        shards.provenance(data),
+        runtime.task_cpus(),
+    )
 
 
 def sample_bytes(data: str, split: str, cells: bool) -> int:
@@ -59,14 +68,21 @@ def sample_bytes(data: str, split: str, cells: bool) -> int:
     return pixels * (5 if cells else len(PLANES))
 
 
-def keep(rows: Sequence[shards.Row], largest: int, cells: bool = False) -> Kept:
-    """The decoded samples in the object store, one object each, where they fit into KEEP_SHARE of it; else none.
-
-    `largest`: bytes of the largest.
-    """
-    return tuple(decode.remote(row, cells) for row in rows) if largest * len(rows) <= room() else None
+def cache(rows: Sequence[shards.Row], size: float, budget: float, cells: bool = False) -> Kept:
+    """The decoded samples in the object store, one object each, if their `size` is within `budget`, both in bytes."""
+    return tuple(decode.remote(row, cells) for row in rows) if size <= budget else None
 
 
-def room() -> float:
-    """Bytes of the object store that decoded samples may take."""
-    return KEEP_SHARE * float(ray.cluster_resources().get("object_store_memory", 0))
+def cache_budget_bytes() -> float:
+    """Bytes of the object store for decoded samples, training and validation together."""
+    return CACHE_SHARE * free_bytes()
+
+
+def stream_budget_bytes() -> int:
+    """Bytes of the object store for the streams of all workers and trials together; ask before samples fill it."""
+    return int(STREAM_SHARE * free_bytes())
+
+
+def free_bytes() -> float:
+    """Bytes of the cluster's object store that no object takes."""
+    return float(ray.available_resources().get("object_store_memory", 0))

@@ -23,10 +23,9 @@ from ray.data import ExecutionOptions, ExecutionResources
 from torch import Tensor
 
 from raylivecell.blocks import Share, Source
-from raylivecell.execution import Paced, SamplesDatasource
-
-# Batches are views of the object store, which is read-only; the loop only reads them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+from raylivecell.data_settings import data_settings
+from raylivecell.execution import SamplesDatasource
+from raylivecell.ray_internals import scheduler_pace
 
 # A task's samples: at most so many, of so many bytes together. After each task a core waits some 40 ms for the next:
 # two cores do 490 whole frames a second in blocks of 61, and 390 in blocks of 32; crops of 256x256 come at 990, 1,380
@@ -51,6 +50,7 @@ class Stream(Iterator[dict[str, Tensor]]):
     """
 
     def __init__(self, source: Source, start: int, rank: int, ranks: int, memory: int | None = None) -> None:
+        _accept_read_only_arrays()
         batch = source.plan.batch_size // ranks
         share = Share(start, rank, ranks, block_steps(source, batch, memory))
         self._blocks = _blocks(source, share, memory)
@@ -85,18 +85,30 @@ def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[
     count = -(-(source.plan.steps - share.start) // share.block_steps)
     if count <= 0:
         return
-    context = ray.data.DataContext.get_current()
-    context.execution_options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=memory)
-    )
-    context.enable_progress_bars = False
-    context.custom_execution_callback_classes = [Paced]
-    context.raise_original_map_exception = True  # else a bad shard's name is lost in Ray Data's own error
-    context.execution_no_progress_timeout_s = 300  # starved of CPUs, it would hang for 30 minutes
-    context.target_max_block_size = None  # else a large block is cut, and not between two batches
-    dataset = ray.data.read_datasource(
-        SamplesDatasource(source, share, count), override_num_blocks=count, num_cpus=source.task_cpus
-    )
-    dataset.set_name(f"rank_{share.rank}")  # in the dashboard
-    # Ray Data's own thread that prefetches would never end, nor let go of its blocks, where we stop early (2.60).
-    yield from cast(Any, dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+    settings = {
+        "execution_options": ExecutionOptions(
+            preserve_order=True, resource_limits=ExecutionResources(object_store_memory=memory)
+        ),
+        "raise_original_map_exception": True,  # else a bad shard's name is lost in Ray Data's own error
+        "target_max_block_size": None,  # else a large block is cut, and not between two batches
+    }
+    with scheduler_pace() as callbacks:
+        with data_settings(**settings, custom_execution_callback_classes=callbacks):
+            dataset = ray.data.read_datasource(
+                SamplesDatasource(source, share, count), override_num_blocks=count, num_cpus=source.task_cpus
+            )
+        dataset.set_name(f"rank_{share.rank}")  # in the dashboard
+        # Ray Data's thread that prefetches would never end, nor release its blocks, where we stop early (2.60).
+        yield from cast(Any, dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+
+
+def _accept_read_only_arrays() -> None:
+    """Let torch give its warning about read-only arrays, once a process, unseen.
+
+    Batches are views of the object store, which is read-only, and the loop only reads them.
+    """
+    array = np.zeros(1)
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(array)

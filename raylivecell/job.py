@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ray.util.queue import Queue
+from ray.actor import ActorHandle
 
 from raylivecell.dataset import Samples
 from raylivecell.order import Plan
@@ -23,7 +23,8 @@ class Job:
     """Bytes of the object store for the streams of all workers together."""
     threads: int | None = None
     """torch's threads in each worker; none: the machine's cores shared among the workers on it."""
-    progress: Queue | None = None
+    progress: ActorHandle | None = None
+    """A `messages.Mailbox` that rank 0 sends its progress to."""
     watched: bool = False
     """Whether the cluster is asked for nodes that are about to go away."""
     marks: tuple[tuple[str, float], ...] = ()

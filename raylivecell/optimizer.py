@@ -1,6 +1,5 @@
 """Adam and the learning-rate schedules, as pure functions of the step."""
 
-import inspect
 import math
 from collections.abc import Callable
 
@@ -23,19 +22,6 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     return factor
 
 
-class _Adam(torch.optim.AdamW):
-    """AdamW without the guards that keep torch.compile out of its methods: we compile the network alone.
-
-    The first guard to be called imports torch._dynamo: 1.5 s of the start of every training process (torch 2.13).
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
 def build_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """Adam over `model` and its schedule over `steps`."""
     weights = [p for p in model.parameters() if p.ndim > 1]
@@ -45,5 +31,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tu
         {"params": others, "weight_decay": 0.0},
     ]
     # Fused: of 0.45 M parameters in 0.4 ms instead of 2.0 on one core, and one launch on a GPU.
-    optimizer = _Adam(groups, lr=config.lr, betas=config.betas, amsgrad=config.amsgrad, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, amsgrad=config.amsgrad, fused=True)
     return optimizer, LambdaLR(optimizer, schedule(config, steps))

@@ -35,6 +35,7 @@ from raylivecell import (
     shards,
     storage,
 )
+from raylivecell.data_settings import data_settings, quiet_data
 from raylivecell.defects import DefectRules, Facts, Found
 from raylivecell.errors import UserError
 from raylivecell.plan import PrepareConfig
@@ -228,17 +229,17 @@ def _on_ray(
     """`function` of each job, each in a Ray Data task of its own; results as they come."""
     if not jobs:
         return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    runtime.quiet_data()
     rows = [{"job": json.dumps(job)} for job in jobs]
     task = functools.partial(_run_job, function=function)
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(task, batch_size=1)
-    for row in dataset.iter_rows():
-        result = json.loads(row["result"])
-        if "user_error" in result:
-            raise UserError(result["user_error"])
-        yield result
+    with data_settings():
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    results = dataset.map_batches(task, batch_size=1)
+    with quiet_data():
+        for row in results.iter_rows():
+            result = json.loads(row["result"])
+            if "user_error" in result:
+                raise UserError(result["user_error"])
+            yield result
 
 
 def _clean(out: str, jobs: list[dict[str, Any]], keep: str = "") -> None:

@@ -15,15 +15,22 @@ import ray._common.usage.usage_lib
 import ray.autoscaler._private.cli_logger
 from ray._private import ray_constants
 
+from raylivecell.process_settings import environment
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Ray asks before it phones home, not this project's users.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# How often threads of OpenMP, torch's, look for one another before they sleep. By default 300,000 times: where anything
-# else wants a core, a step waits for threads that wait. Three trainings at once on two cores: 5 images/s each instead
-# of 1.5; one alone is as fast as before (15.3).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+# The environment of a Ray that starts here, and of all its processes.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # Ray asks before it reports its use; this project's users are not asked
+    # How often OpenMP's threads, torch's, look for one another before they sleep. By default 300,000 times: where
+    # anything else needs a core, a step waits for threads that wait. Three trainings at once on two cores: 5 images/s
+    # each instead of 1.5; one alone is as fast as before (15.3).
+    "GOMP_SPINCOUNT": "10000",
+    # No other machine can be preempted; the process that would watch for it costs the start of a run 1.5 s of a core.
+    PREEMPTION_WATCHER: "0",
+}
 
 
 def connect(cpus: int | None = None, importing: str | None = None) -> None:
@@ -33,7 +40,6 @@ def connect(cpus: int | None = None, importing: str | None = None) -> None:
         cpus: logical CPUs of a Ray started here; default: the machine's.
         importing: a module to import meanwhile.
     """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     with ThreadPoolExecutor(1) as beside:
@@ -46,17 +52,13 @@ def connect(cpus: int | None = None, importing: str | None = None) -> None:
 
 
 def _join() -> None:
-    # Runs, their workers and errors at /api/train/v2/runs/v1 of the dashboard's address.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _start(cpus: int | None) -> None:
-    # No other machine's leave to wait for: the process that does costs the start of a run 1.5 s of a core.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # address="local": plain init attaches to whatever cluster happens to run on the machine.
     # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
-    with _on_loopback():
+    with _on_loopback(), environment(**ENVIRONMENT):
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR
         )
@@ -93,12 +95,6 @@ def dashboard() -> str | None:
     """The address of the dashboard of the cluster that this process has joined, http://HOST:PORT; none without one."""
     url = ray._private.worker._global_node.webui_url  # type: ignore[attr-defined]
     return f"http://{url}" if url else None
-
-
-def quiet_data() -> None:
-    """Ray Data tells each execution's plan, and warns that its bars, of which we show our own, are off."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def ordered_map(

@@ -1,86 +1,93 @@
-"""Ray's OptunaSearch, but for this: a trial that a killed driver left running is taken up again under its own number
-and with its own parameters; a stopped trial is told as pruned, a bad one as failed.
+"""Ray Tune's search algorithm for a sweep: each Ray trial is a trial of the Optuna study, by `ask` and `tell`.
+
+Other than Ray's OptunaSearch, it resumes a trial that a killed driver left running, under its number and with its
+parameters, and reports a stopped trial as pruned and a bad one as failed.
 """
 
 import time
-import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import optuna
-from optuna.trial import TrialState
-from ray.tune.search.optuna import OptunaSearch
+from optuna.trial import Trial, TrialState
+from ray.tune.search import Searcher
 
 from raylivecell import space
 from raylivecell.recipe import Recipe
 from raylivecell.space import OBJECTIVES, SweepConfig
 from raylivecell.study import end_of, folder_of
 
-# Where the machine is busy, a question to the study takes over a second, of which Ray would warn the user.
-warnings.filterwarnings("ignore", message="Define-by-run function")
+# Of a trial's last result, what the study keeps as attributes of the trial.
+ATTRIBUTES = ("steps", "step", "training_seconds", "failed")
 
 
-class Search(OptunaSearch):
-    """Asks the study for trials and tells it of their ends. A trial's config: {"job": {"folder", "values"}}."""
+class Search(Searcher):
+    """Suggests the study's trials and reports their results to it. A trial's config: {"job": {"folder", "values"}}.
 
-    def __init__(self, study: optuna.Study, recipe: Recipe, config: SweepConfig) -> None:
-        columns = [OBJECTIVES[one].column for one in config.objectives]
-        modes: list[str] = [OBJECTIVES[one].mode for one in config.objectives]
-        super().__init__(
-            lambda trial: {"values": space.suggest(trial, recipe, config)},
-            metric=columns if len(columns) > 1 else columns[0],
-            mode=modes if len(modes) > 1 else modes[0],
-            sampler=study.sampler,
-            study_name=study.study_name,
-            storage=study._storage,
-        )
-        self.study = study
-        self.columns: Sequence[str] = columns
-        self.begun: dict[str, float] = {}
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        self.left_running = [trial._trial_id for trial in running]
+    Args:
+        study: asked and told.
+        recipe: what a trial's values change.
+        config: the space to search, and the objectives.
+        left_running: trials of a killed driver, which are suggested first.
+    """
+
+    def __init__(
+        self, study: optuna.Study, recipe: Recipe, config: SweepConfig, left_running: Sequence[Trial] = ()
+    ) -> None:
+        super().__init__()
+        self.study, self.recipe, self.config = study, recipe, config
+        self.columns = [OBJECTIVES[objective].column for objective in config.objectives]
+        self.left_running = list(left_running)
+        self.trials: dict[str, Trial] = {}
+        self.started: dict[str, float] = {}
+        self.reported: dict[str, set[int]] = {}
+        self.ended: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune would write a pickle of all this, the storage's password in it, that nobody reads."""
+        """Nothing: Tune would write a pickle, with the storage's password in it, that nobody reads."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the study is the state."""
+        """Write an empty file: the study is the state."""
         with open(checkpoint_path, "wb"):
             pass
 
-    def number(self, trial_id: str) -> int:
-        """The study's number of one of Ray's trials."""
-        return self._ot_trials[trial_id].number
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The next trial: one left running, if any, or a new one."""
-        self.begun[trial_id] = time.monotonic()
-        if self.left_running:
-            self._ot_trials[trial_id] = optuna.trial.Trial(cast(optuna.Study, self._ot_study), self.left_running.pop(0))
-        chosen = cast(dict[str, Any], super().suggest(trial_id))
-        return {"job": {"folder": folder_of(self.number(trial_id)), "values": chosen["values"]}}
+        """The config of the next trial: one left running, if any, or a new one."""
+        self.started[trial_id] = time.monotonic()
+        trial = self.left_running.pop(0) if self.left_running else self.study.ask()
+        self.trials[trial_id] = trial
+        values = space.suggest(trial, self.recipe, self.config)
+        return {"job": {"folder": folder_of(trial.number), "values": values}}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Note the score so far under its step."""
-        trial = self._ot_trials[trial_id]
-        told = self.study._storage.get_trial(trial._trial_id).intermediate_values
-        if len(self.columns) == 1 and "failed" not in result and result["step"] not in told:
-            trial.report(result["score"], result["step"])
+        """Report the score so far under its step, once; with several objectives Optuna takes final values only."""
+        if len(self.columns) > 1 or "failed" in result:
+            return
+        if trial_id not in self.reported:  # by the trial itself, before a kill
+            number = self.trials[trial_id].number
+            frozen = next(trial for trial in self.study.get_trials(deepcopy=False) if trial.number == number)
+            self.reported[trial_id] = set(frozen.intermediate_values)
+        if result["step"] not in self.reported[trial_id]:
+            self.reported[trial_id].add(result["step"])
+            self.trials[trial_id].report(result["score"], result["step"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study of the trial's end."""
-        if trial_id in self._completed_trials:
+        """Tell the study how the trial ended, once: complete, pruned or failed."""
+        if trial_id in self.ended:
             return
-        self._completed_trials.add(trial_id)
-        trial, state = self._ot_trials[trial_id], end_of(None if error else result)
+        self.ended.add(trial_id)
+        trial, state = self.trials[trial_id], end_of(None if error else result)
         if result and state is not TrialState.FAIL:
             self.on_trial_result(trial_id, result)  # Tune leaves out the last one
-        trial.set_user_attr("wall_seconds", round(time.monotonic() - self.begun[trial_id], 2))
-        for name in ("steps", "step", "training_seconds", "failed"):
-            if result and name in result:
-                trial.set_user_attr(name, result[name])
-        if state is TrialState.FAIL and not (result and "failed" in result):
-            trial.set_user_attr("failed", "crashed")
-        told = [result[one] for one in self.columns] if result and state is TrialState.COMPLETE else None
-        self.study.tell(trial, told, state=state)
+        attributes = {name: result[name] for name in ATTRIBUTES if result and name in result}
+        if state is TrialState.FAIL:
+            attributes.setdefault("failed", "crashed")
+        attributes["wall_seconds"] = round(time.monotonic() - self.started[trial_id], 2)
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        final = [result[column] for column in self.columns] if result and state is TrialState.COMPLETE else None
+        self.study.tell(trial, final, state=state)

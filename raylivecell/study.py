@@ -4,8 +4,10 @@ The study alone says what is done (Ray's own state is a pickle, and lags behind 
 no trial and repeats none.
 """
 
+import logging
 import tempfile
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,9 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from raylivecell import space, storage
 from raylivecell.errors import UserError
+from raylivecell.process_settings import log_levels
 from raylivecell.recipe import Recipe
 from raylivecell.space import OBJECTIVES, SweepConfig
-
-# Optuna tells of every study that is made, those in memory too.
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 FILE = "study.db"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -60,10 +60,16 @@ def _make_whole(path: Path) -> None:
         return
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
-    made = optuna.storages.RDBStorage(f"sqlite:///{new}")
+    with _quiet():
+        made = optuna.storages.RDBStorage(f"sqlite:///{new}")
     made.remove_session()
     made.engine.dispose()
     new.rename(path)
+
+
+def _quiet() -> AbstractContextManager[None]:
+    """Optuna logs each study that is created."""
+    return log_levels({"optuna": logging.WARNING})
 
 
 def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume: bool) -> optuna.Study:
@@ -73,7 +79,8 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
     if url.startswith("redis"):
         raise UserError("Optuna keeps pickles in Redis, which run when they are read; give --storage a database's URL")
     try:
-        study = optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
+        with _quiet():
+            study = optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
         trials = study.trials
     except Exception as error:  # of whatever driver the URL names
         told = str(error).splitlines()[0]
@@ -99,6 +106,18 @@ def sampler(config: SweepConfig, trials: int) -> optuna.samplers.BaseSampler:
         if config.sampler == "qmc":  # its sequence is continued by the study itself, for one seed
             return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+def left_running(study: optuna.Study, url: str) -> list[optuna.trial.Trial]:
+    """Trials that a killed driver left running in the study, whose storage is at `url`, by number."""
+    running = [trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
+    if not running:
+        return []
+    storage = optuna.storages.get_storage(url)
+    key = storage.get_study_id_from_name(study.study_name)
+    return [
+        optuna.trial.Trial(study, storage.get_trial_id_from_study_id_trial_number(key, number)) for number in running
+    ]
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:

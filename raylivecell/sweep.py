@@ -24,10 +24,9 @@ from raylivecell import (
     storage,
     sweep_report,
     sweep_stats,
-    train,
     tuner,
 )
-from raylivecell.dataset import open_samples
+from raylivecell.dataset import open_samples, stream_budget_bytes
 from raylivecell.errors import UserError
 from raylivecell.live import Board
 from raylivecell.order import Plan
@@ -35,7 +34,7 @@ from raylivecell.progress import console
 from raylivecell.recipe import Recipe
 from raylivecell.search import Search
 from raylivecell.space import SweepConfig
-from raylivecell.study import StudyFile, finished, folder_of, open_study
+from raylivecell.study import StudyFile, finished, folder_of, left_running, open_study
 from raylivecell.trial import Shared
 
 BEST = checkpoint.FOLDER + "best"
@@ -139,12 +138,12 @@ def _plan_of(config: SweepConfig, room: tuner.Capacity, left: int, trials: int) 
 
 
 def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tuner.Capacity) -> Shared:
-    store = train.STREAM_SHARE * ray.cluster_resources()["object_store_memory"]
+    store = stream_budget_bytes()
     return Shared(
         recipe,
         out,
         open_samples(data, recipe.targets != "foreground"),
-        int(store / room.at_once),
+        store // room.at_once,
         room.threads,
         config.workers_per_trial,
         room.cpus,
@@ -163,7 +162,7 @@ def _search(
     retries: int,
     mlflow: str | None,
 ) -> None:
-    search = Search(study, shared.recipe, config)
+    search = Search(study, shared.recipe, config, left_running(study, file.url))
     done = len(finished(study))
 
     def changed() -> None:

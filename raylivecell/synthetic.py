@@ -17,12 +17,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from raylivecell import storage, synthetic_defects
 from raylivecell.errors import UserError
+from raylivecell.process_settings import opencv_threads
 from raylivecell.synthetic_cells import KINDS, Bytes, Mask, grow_frame, polygon
 from raylivecell.synthetic_layout import SPLITS, Frame, encode_tiff, image_entry, json_path
 from raylivecell.synthetic_optics import render
@@ -45,11 +45,11 @@ Mapper = Callable[[Callable[["Frame"], list[dict[str, Any]]], Sequence["Frame"]]
 
 def draw_frame(seed: int, index: int) -> tuple[Bytes, list[Mask]]:
     """The pixels (520, 704) uint8 of frame `index` and the mask of each of its cells."""
-    cv2.setNumThreads(1)
     rng = np.random.default_rng((seed, 1, index))
     kind = KINDS[Frame("", seed, index).kind]
-    masks = grow_frame(kind, rng)
-    return render(kind, masks, rng), masks
+    with opencv_threads(1):
+        masks = grow_frame(kind, rng)
+        return render(kind, masks, rng), masks
 
 
 def draw_labels(seed: int, index: int) -> tuple[Bytes, NDArray[np.uint16]]:

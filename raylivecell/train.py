@@ -13,17 +13,14 @@ import time
 from typing import Any
 
 import ray
-from ray.util.queue import Queue
 
-from raylivecell import preflight, run_folder, runtime, shards, storage
+from raylivecell import messages, preflight, run_folder, runtime, shards, storage
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.live import Live
 from raylivecell.progress import console
 from raylivecell.recipe import Recipe
 
-# Part of the object store that the streams of all workers together may fill.
-STREAM_SHARE = 0.25
 # Validation images shown in the report.
 OVERLAYS = 6
 
@@ -62,20 +59,20 @@ def train(
     runtime.connect(importing="raylivecell.trainer")
     marks.append(("Ray", time.time()))
     from raylivecell import trainer
-    from raylivecell.dataset import open_samples
+    from raylivecell.dataset import open_samples, stream_budget_bytes
     from raylivecell.job import Job
 
     preflight.transforming_device(recipe)
     most = workers if isinstance(workers, int) else workers[1]
     cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
     run_folder.claim(out, data, recipes.dump(recipe))
+    store = stream_budget_bytes()
     samples = open_samples(data, recipe.targets != "foreground")
-    store = int(STREAM_SHARE * ray.cluster_resources()["object_store_memory"])
-    queue = Queue(actor_options={"num_cpus": 0})
+    mailbox = messages.open_mailbox()
     marks.append(("samples sent", time.time()))
     watched = not runtime.started_here()
-    job = Job(recipe, out, samples, store, progress=queue, watched=watched, marks=tuple(marks))
-    with Live(job.plan().steps, lambda: queue.get_nowait_batch(queue.size())):
+    job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks))
+    with Live(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
         failed = trainer.fit(trainer.trainer(job, workers, cpus, gpus, retries))
     if failed:
         names = sorted({shards.read_row(samples.train[i], ["file_name"])["file_name"] for i in failed["samples"]})

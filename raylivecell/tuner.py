@@ -1,7 +1,6 @@
 """Ray Tune's run of some trials: room for them, the scheduler that stops weak ones, and what is shown meanwhile."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from raylivecell import checkpoint, preflight, storage
 from raylivecell.errors import UserError
 from raylivecell.live import Board
+from raylivecell.process_settings import environment, log_levels
 from raylivecell.space import SearchConfig
 from raylivecell.study import end_of
 from raylivecell.trial import OneWorker, Shared, several_workers
@@ -54,16 +54,17 @@ def capacity(config: SearchConfig, resources: dict[str, float], at_once: int | N
 def run(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callback], **options: Any) -> None:
     """Run trials, until there are no more; what became of each is in its folder, and in the study."""
     # Tune would log every trial's traceback here; the reason is in the study, the traceback in Ray's own logs.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables at verbose=0 too
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # milliseconds an image come with the last row
+    settings = environment(
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        RAY_AIR_NEW_OUTPUT="0",  # the new one prints tables at verbose=0 too
+        TUNE_DISABLE_STRICT_METRIC_CHECKING="1",  # milliseconds an image come with the last row
+    )
     alone = shared.workers == 1
     trainable: Any = tune.with_parameters(OneWorker if alone else several_workers, shared=shared)
     # A trial of several workers waits for them: Ray Train reserves theirs.
     resources = {"cpu": shared.cpus, "gpu": shared.gpus} if alone else {"cpu": 0.01}
     config = options.pop("param_space", None)
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
         param_space=config,
         tune_config=tune.TuneConfig(
@@ -81,7 +82,9 @@ def run(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callb
             callbacks=callbacks,
             verbose=0,
         ),
-    ).fit()
+    )
+    with settings, log_levels({"ray.tune": logging.CRITICAL}):
+        tuner.fit()
 
 
 def scheduler(study: optuna.Study, config: SearchConfig) -> TrialScheduler:

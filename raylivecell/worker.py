@@ -28,6 +28,7 @@ from raylivecell import (
     checkpoint,
     device_augment,
     gauges,
+    gloo,
     ingest,
     instance_metrics,
     instances,
@@ -62,6 +63,8 @@ def work(job: Job) -> dict[str, Any] | None:
     """The training function of Ray Train; {"step", "samples"} where the loss was not finite, else none."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
+    if not torch.distributed.is_initialized():  # by Ray Train, over NCCL, for GPUs alone
+        gloo.join()
     # What this process may use, not what the machine has: a container may be bound to some of its cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = max(1, cores // context.get_local_world_size())
@@ -262,7 +265,7 @@ class _Validation:
 def _tell(job: Job, message: dict[str, Any]) -> None:
     """Send a message to the driver without waiting for it."""
     if job.progress is not None:
-        job.progress.actor.put_nowait.remote(message)  # type: ignore[attr-defined]
+        job.progress.send.remote(message)
 
 
 def _ticker(job: Job, rank: int, marks: Sequence[tuple[str, float]]) -> Callable[[int, float], None]:

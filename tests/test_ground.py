@@ -49,6 +49,9 @@ RAY_ROOMS = {
     "submit",
     "gauges",
     "gloo",
+    "messages",
+    "data_settings",
+    "ray_internals",
 }
 RAY_ROOMS |= {"bench_feed", "bench_frames", "bench_train", "bench_prepare", "bench_scale", "bench_startup"}
 """R in DESIGN.md; `trainer`, `job` and `worker` are parts of train (Ray Train, what it is told, what runs in its

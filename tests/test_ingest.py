@@ -2,7 +2,6 @@
 
 import gc
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,16 +15,13 @@ import ray
 import torch
 from conftest import run_apart, write_tiny_dataset
 from hosts import until
-from ray._private.internal_api import memory_summary
-from ray.data._internal.execution import streaming_executor_state
 
-from raylivecell import blocks, dataset, execution, fields, ingest, shards
+from raylivecell import blocks, dataset, fields, ingest, ray_internals, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
+from raylivecell.ray_internals import blocks_ready
 
-# Read before any test: the name that execution.py sets is Ray's.
-RAYS_WAIT_S = streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
 PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, transformed=1))
 Batches = tuple[np.ndarray, np.ndarray]
 """Planes (steps, b, C, h, w) and rows (steps, b, 3) of a whole stream."""
@@ -89,18 +85,31 @@ def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source,
     """A rank of two from a step on, read from the shards and from samples kept decoded; nothing after the last step."""
     source = replace(source, targets=targets)
     expected = direct(source, 5, 1, 2)
-    kept = dataset.keep(source.rows, 5 * 48 * 48, targets != "foreground")
+    kept = dataset.cache(source.rows, 1, budget=1, cells=targets != "foreground")
     assert kept is not None
     for given in (source, replace(source, kept=kept)):
         for values, right in zip(collect(given, 5, 1, 2), expected):
             np.testing.assert_array_equal(values, right)
     assert list(ingest.Stream(source, source.plan.steps, 0, 1)) == []
-    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == execution.HURRY_S != RAYS_WAIT_S
 
 
-def test_what_does_not_fit_is_not_kept(ray_cluster: None, source: blocks.Source) -> None:
-    store = ray.cluster_resources()["object_store_memory"]
-    assert dataset.keep(source.rows, int(store)) is None
+def test_runs_at_the_same_time_share_the_object_store(tiny_dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and validation samples have one budget, and each run only what is free when it starts."""
+    store = free = 10_000.0
+    monkeypatch.setattr(dataset.ray, "available_resources", lambda: {"object_store_memory": free})
+    monkeypatch.setattr(dataset.runtime, "task_cpus", lambda: 1.0)
+    monkeypatch.setattr(dataset, "decode", SimpleNamespace(remote=lambda row, cells: row))
+    for size in (100, 160, 240, 1000):  # bytes of a sample: 12 to train on, 3 to validate
+        monkeypatch.setattr(dataset, "sample_bytes", lambda *_, size=size: size)
+        samples = dataset.open_samples(tiny_dataset)
+        cached = size * (len(samples.kept_train or ()) + len(samples.kept_val or ()))
+        assert cached <= 0.3 * store
+        assert (samples.kept_train is not None) == (12 * size <= 0.3 * store)
+    taken = 0.0
+    for _ in range(4):
+        taken += dataset.stream_budget_bytes() + dataset.cache_budget_bytes()
+        free = store - taken
+    assert taken < store
 
 
 def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(source: blocks.Source, whole: Batches) -> None:
@@ -120,11 +129,10 @@ def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(source: b
 def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(ray_cluster: None, source: blocks.Source) -> None:
     long = replace(source, plan=replace(source.plan, phases=(PhaseConfig(epochs=300, plain=False, transformed=1),)))
 
-    def objects() -> int:
-        told = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
-        return int(re.search(r"(\d+) objects", told)[1])  # type: ignore[index]
+    def taken() -> float:
+        return ray.cluster_resources()["object_store_memory"] - dataset.free_bytes()
 
-    whole, before = ray.cluster_resources()["CPU"], objects()
+    whole, before = ray.cluster_resources()["CPU"], taken()
     for _ in range(2):
         batches = ingest.Stream(long, 0, 0, 1)
         for _ in range(20):
@@ -134,7 +142,7 @@ def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(ray_cluster: None, 
 
     def free() -> bool:
         gc.collect()  # the last stream's thread may have been ending while `close` collected
-        return ray.available_resources().get("CPU") == whole and objects() <= before
+        return ray.available_resources().get("CPU") == whole and taken() <= before
 
     until("CPUs and blocks are free", free, 60)
 
@@ -167,18 +175,6 @@ def test_an_error_is_raised_by_the_first_batch(source: blocks.Source, monkeypatc
     batches.close()
 
 
-def test_the_scheduler_rests_between_rounds_while_blocks_lie_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, rests = [100.0], []
-    monkeypatch.setattr(execution.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(execution.time, "sleep", rests.append)
-    paced, ready = execution.Paced(), SimpleNamespace(output_queue=["block"])
-    for work, queue in ((0, ready), (0.2, ready), (0.2, SimpleNamespace(output_queue=[])), (3, ready)):
-        now[0] += work * execution.HURRY_S
-        paced.on_execution_step(SimpleNamespace(_output_node=(None, queue)))
-    hurried, rested = 0.8 * execution.HURRY_S, execution.ROUND_S - 0.2 * execution.HURRY_S
-    assert rests == pytest.approx([0, rested, hurried, max(0, execution.ROUND_S - 3 * execution.HURRY_S)], abs=1e-6)
-
-
 @pytest.mark.slow
 def test_no_task_loads_torch(ray_cluster: None, source: blocks.Source) -> None:
     """A second to its start, and 200 MB, of each data process. Its own environment: no process of another test's."""
@@ -196,6 +192,27 @@ def test_no_task_loads_torch(ray_cluster: None, source: blocks.Source) -> None:
     assert {torch for execution, torch in ray.get(read.remote()) if execution} == {False}
 
 
+def test_the_pace_is_rays_own_again_after_a_stream(
+    ray_cluster: None, source: blocks.Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And Ray Data's settings are the process's own at any time; each round of the scheduler can be paced."""
+    context, fields_before = ray.data.DataContext.get_current(), vars(ray.data.DataContext.get_current().copy())
+    wait, name, ready = ray_internals._executor_state(), ray_internals._Wait.NAME, []
+    before = getattr(wait, name)
+    throttle = ray_internals._throttle()
+    monkeypatch.setattr(throttle, "on_execution_step", lambda self, executor: ready.append(blocks_ready(executor)))
+    stream = ingest.Stream(source, 0, 0, 1)
+    next(stream)
+    assert getattr(wait, name) == ray_internals.ROUND_WAITING_S
+    assert ray.data.DataContext.get_current() is context
+    for _ in stream:
+        pass
+    stream.close()
+    assert getattr(wait, name) == before
+    assert vars(ray.data.DataContext.get_current()) == fields_before
+    assert len(ready) > 1
+
+
 def test_blocks_are_bounded_in_samples_and_bytes(source: blocks.Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "BLOCK_SAMPLES", 256)
     assert ingest.block_steps(source, 4, None) == 256 // 4
@@ -208,26 +225,27 @@ def test_blocks_are_bounded_in_samples_and_bytes(source: blocks.Source, monkeypa
 
 STORE = 80 * 2**20
 STREAM_LARGE = """
-import json, sys
+import json, pathlib, sys
 import numpy as np, psutil, ray
-from ray._private.internal_api import memory_summary
-from ray.data._internal.execution import streaming_executor_state
 from raylivecell import blocks, dataset, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.order import PhaseConfig, Plan
 
 data, limit = sys.argv[1], int(sys.argv[2])
-ray.init(address="local", num_cpus=2, object_store_memory=limit, include_dashboard=False, log_to_driver=False)
+ray.init(
+    address="local", num_cpus=2, object_store_memory=limit, include_dashboard=False, log_to_driver=False,
+    object_spilling_directory=sys.argv[3],
+)
 rows = tuple(shards.list_rows(data, "train"))
-kept = dataset.keep(rows, 3 * 600 * 600)
+kept = dataset.cache(rows, len(rows) * 3 * 600 * 600, dataset.cache_budget_bytes())
 plan = Plan(0, len(rows), 4, (PhaseConfig(epochs=1),))
 source = blocks.Source(rows, plan, AugmentConfig(), (256, 256), (600, 600), kept)
 seen, peak = [], 0
 for batch in ingest.Stream(source, 0, 0, 1, memory=limit // 4):
     seen += batch["rows"][:, 1].tolist()
     peak = max(peak, psutil.Process().memory_full_info().uss)
-store = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
-print(json.dumps({"kept": kept is not None, "seen": seen, "peak": peak, "store": store}))
+spilled = [path.name for path in pathlib.Path(sys.argv[3]).rglob("*") if path.is_file()]
+print(json.dumps({"kept": kept is not None, "seen": seen, "peak": peak, "spilled": spilled}))
 """
 
 
@@ -236,10 +254,10 @@ print(json.dumps({"kept": kept is not None, "seen": seen, "peak": peak, "store":
 def test_a_set_five_times_the_object_store_streams(tmp_path: Path) -> None:
     images = 5 * STORE // (3 * 600 * 600)
     data = write_tiny_dataset(tmp_path, images, 600)
-    done = run_apart(STREAM_LARGE, data, str(STORE))
+    done = run_apart(STREAM_LARGE, data, str(STORE), str(tmp_path / "spilled"))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert not told["kept"]
     assert sorted(set(told["seen"])) == list(range(images))
-    assert "Spilled" not in told["store"], told["store"]
+    assert told["spilled"] == []
     assert told["peak"] < 5 * STORE, "the reading process holds batches, not the set"

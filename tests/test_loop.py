@@ -2,11 +2,9 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_apart
 
 from raylivecell import loop
 from raylivecell.model import build_model
@@ -69,22 +67,6 @@ def test_a_resumed_run_ends_with_the_same_weights(ema: float) -> None:
     run(resumed, batches(resumed.state.step))
     for a, b in zip(whole.network().state_dict().values(), resumed.network().state_dict().values()):
         assert torch.equal(a, b)
-
-
-UNCOMPILED = """
-import sys
-from test_loop import batches, begin, run
-training = begin(0.9)
-run(training, batches())
-training.load(training.state_dict(), training.state)
-sys.exit("torch._dynamo" in sys.modules)
-"""
-
-
-def test_a_run_that_compiles_nothing_loads_no_compiler() -> None:
-    """It would take 1.5 s of every training process's start."""
-    done = run_apart(UNCOMPILED, env={"PYTHONPATH": str(Path(__file__).parent)})
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

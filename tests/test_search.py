@@ -24,7 +24,8 @@ def opened(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> 
 
 
 def searching(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> Search:
-    return Search(opened(folder, resume, config), Recipe(), config)
+    one = opened(folder, resume, config)
+    return Search(one, Recipe(), config, study.left_running(one, f"sqlite:///{folder}/study.db"))
 
 
 def row(step: int, score: float, **more: Any) -> dict[str, Any]:
@@ -74,6 +75,21 @@ def test_what_a_killed_driver_left_running_is_taken_up_again(tmp_path: Path) -> 
     trials = opened(tmp_path, resume=True).trials
     assert [trial.state for trial in trials] == 4 * [TrialState.COMPLETE]
     assert trials[1].value == 0.5
+
+
+def test_a_trial_taken_up_again_reports_each_step_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    before = searching(tmp_path)
+    before.suggest("a")
+    before.on_trial_result("a", row(10, 0.2))
+    after = searching(tmp_path, resume=True)
+    after.suggest("x")
+    for step, score in ((10, 0.3), (20, 0.4)):
+        after.on_trial_result("x", row(step, score))
+    after.on_trial_complete("x", row(20, 0.4))
+    (trial,) = opened(tmp_path, resume=True).trials
+    assert trial.intermediate_values == {10: 0.2, 20: 0.4}
+    assert trial.state is TrialState.PRUNED
+    assert not list(recwarn), [str(one.message) for one in recwarn]
 
 
 def test_a_trial_cut_off_while_it_was_asked_for_gets_its_values(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Every use of a private name of Ray, each with its reason, its measured gain, and what happens without it.
+
+No other file may use one: not `ray._private`, `ray.*._internal`, `ray._common`, nor an attribute with a leading
+underscore. Private names change in any release of Ray. Where one is missing, the program works without it, only slower,
+and logs that once as a warning. tests/test_ray_internals.py has one test for each entry, which fails by the entry's
+name on such a release.
+
+| entry | reason | gain | without it |
+|---|---|---|---|
+| `scheduler_pace` | Ray Data's scheduler never rests | training on 2 cores twice as fast | half the speed |
+| `data_parallel_trainer` | the public trainer imports torch | 1.7 s of a run's start | TorchTrainer, the same results |
+| `PROGRESS_LOGGER` | a warning about progress bars | one line less | the warning is shown |
+"""
+
+import functools
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LOG = logging.getLogger(__name__)
+
+# Shortest time between two rounds of Ray Data's scheduler, seconds: while blocks are ready to be read; while none is.
+ROUND_READY_S, ROUND_WAITING_S = 0.05, 0.02
+
+PROGRESS_LOGGER = "ray.data._internal.progress"
+"""Ray Data's logger that warns, for each execution, that its progress bars are off; else one line more is shown."""
+
+
+@functools.cache
+def _warn_missing(entry: str, consequence: str) -> None:
+    """Log once that an entry does not fit this release of Ray."""
+    import ray
+
+    LOG.warning("raylivecell.ray_internals.%s does not fit Ray %s: %s", entry, ray.__version__, consequence)
+
+
+def _executor_state() -> Any:
+    """The module of Ray Data whose constant is the longest wait of a round of its scheduler."""
+    return importlib.import_module("ray.data._internal.execution.streaming_executor_state")
+
+
+def _callback_base() -> type:
+    """The base class of `DataContext.custom_execution_callback_classes`."""
+    module = importlib.import_module("ray.data._internal.execution.execution_callback")
+    base: type = module.ExecutionCallback
+    return base
+
+
+def blocks_ready(executor: Any) -> bool:
+    """Whether an execution has blocks that are ready to be read."""
+    return bool(executor._output_node[1].output_queue)
+
+
+class SchedulerThrottle:
+    """Makes the scheduler of one execution sleep between two rounds; called by Ray Data."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Sleep for what is left of the round."""
+        try:
+            pause = ROUND_READY_S if blocks_ready(executor) else ROUND_WAITING_S
+        except (AttributeError, IndexError, TypeError):
+            _warn_missing("scheduler_pace", "rounds have one length; data may come more slowly")
+            pause = ROUND_WAITING_S
+        time.sleep(max(0.0, self.last + pause - time.monotonic()))
+        self.last = time.monotonic()
+
+
+class _Wait:
+    """The scheduler's longest wait, shortened while at least one stream is open in this process."""
+
+    NAME = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
+
+    def __init__(self) -> None:
+        self.lock, self.open, self.before = threading.Lock(), 0, 0.0
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        state = _executor_state()
+        with self.lock:
+            if self.open == 0:
+                self.before = getattr(state, self.NAME)
+                setattr(state, self.NAME, ROUND_WAITING_S)
+            self.open += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.open -= 1
+                if self.open == 0:
+                    setattr(state, self.NAME, self.before)
+
+
+_wait = _Wait()
+
+
+@functools.cache
+def _throttle() -> type:
+    """SchedulerThrottle as a callback of Ray Data."""
+    return type("SchedulerThrottle", (SchedulerThrottle, _callback_base()), {})
+
+
+@contextmanager
+def scheduler_pace() -> Iterator[list[Any]]:
+    """Set the pace of Ray Data's scheduler, which runs in a thread of the process that reads, while a stream is open.
+
+    Gives the value for `DataContext.custom_execution_callback_classes`; restores Ray's own wait at the end.
+
+    Reason (Ray 2.60): once all its tasks have ended, the scheduler runs without a pause and holds Python's lock for
+    84 % of the time; training on two cores ran at half its speed. While tasks run, a round waits for all of them, for
+    up to 0.1 s, and two rounds pass before one that ended is replaced: with tasks of 0.2 s, half of the cores' time was
+    idle. Without it (an empty list): slower, the same batches.
+    """
+    try:
+        throttle, wait = _throttle(), _wait.shortened()
+        wait.__enter__()
+    except (ImportError, AttributeError):
+        _warn_missing("scheduler_pace", "training may run at half its speed")
+        yield []
+        return
+    try:
+        yield [throttle]
+    finally:
+        wait.__exit__(None, None, None)
+
+
+def data_parallel_trainer() -> Any:
+    """What makes a trainer of Ray Train: (training function, *, backend_config, scaling_config, ...) -> trainer.
+
+    Reason (Ray 2.60): `ray.train.torch.TorchTrainer`, which is public, imports torch into the driver and into Ray
+    Train's controller, before there is any worker: 1.7 s of each start. Its base class does not, but is at a path of
+    which Ray promises nothing (`ray.train.v2`; the class at `ray.train.data_parallel_trainer` is still version 1's).
+    Without it: TorchTrainer, with the same results.
+    """
+    try:
+        return importlib.import_module("ray.train.v2.api.data_parallel_trainer").DataParallelTrainer
+    except (ImportError, AttributeError):
+        _warn_missing("data_parallel_trainer", "a run starts about 2 s later")
+        return _torch_trainer
+
+
+def _torch_trainer(function: Any, *, backend_config: Any, **options: Any) -> Any:
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer(function, torch_config=backend_config, **options)
