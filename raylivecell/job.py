@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ray.actor import ActorHandle
 
+from raylivecell import addresses
 from raylivecell.dataset import Samples
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
@@ -34,8 +35,7 @@ class Job:
 
     def name(self) -> str:
         """The name of the run's folder; of a trial, from the sweep's on."""
-        above = (self.sweep or self.out).rpartition("/")[0]
-        return self.out[len(above) :].lstrip("/")
+        return addresses.relative(self.out, addresses.parent(self.sweep or self.out)) or addresses.name(self.out)
 
     def plan(self) -> Plan:
         """The order of the run."""

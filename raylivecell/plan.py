@@ -5,7 +5,6 @@ Knows no Ray. Everything here is a function of the source's names and annotation
 
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -82,14 +81,13 @@ class Source:
 
 def heading(source: str, config: PrepareConfig) -> dict[str, Any]:
     """The part of dataset.json that is known before the source is read: a record of what was asked for."""
-    plain = re.sub(r"//[^/@]*@", "//", source)  # keys in a URI stay out of the record
     rules = config.model_dump(include=set(DefectRules.model_fields))
     asked = config.model_dump(include={"annotations", "images", "categories", "shard_images"}, mode="json")
     return {
         "name": "",
         "licence": "",
         "citation": "",
-        "source": {"uri": plain, **asked},
+        "source": {"uri": source, **asked},
         "targets": config.targets.model_dump(),
         "rules": rules,
     }

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from raylivecell import __version__, actors, images, parts, predictor, runtime, segmenter, sources, storage
+from raylivecell import __version__, actors, addresses, images, parts, predictor, runtime, segmenter, sources, storage
 from raylivecell.errors import UserError
 from raylivecell.predictor import OUTPUTS, PICTURES, Job, Output
 from raylivecell.progress import console
@@ -79,7 +79,7 @@ def predict(
     if bits is not None and not 8 <= bits <= 16:
         raise UserError(f"--bits {bits}: give the used bits of 16-bit images, 8 to 16")
     began = time.monotonic()
-    out, images_uri = (storage.absolute(uri).rstrip("/") for uri in (out, images_uri))
+    out, images_uri = storage.absolute(out), storage.absolute(images_uri)
     model, weights = _model(storage.absolute(model_uri))
     root, files = _image_files(images_uri, out, follow_links)
     job = Job(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, bits, threshold)
@@ -207,15 +207,14 @@ def _image_files(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
     filesystem, path = storage.open_uri(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.File:
-        root, _, name = uri.rpartition("/")
-        return root or "/", {name: info}
-    if out == uri:
+        return addresses.parent(uri), {addresses.name(uri): info}
+    inside = addresses.relative(out, uri)
+    if inside == "":
         raise UserError(f"--out {out} is the folder of the images; choose another --out")
-    inside = out.removeprefix(uri + "/") + "/" if out.startswith(uri + "/") else None
     found = {
         file: info for file, info in sorted(sources.list_infos(uri, follow_links).items()) if images.is_image_name(file)
     }
-    files = {file: info for file, info in found.items() if inside is None or not file.startswith(inside)}
+    files = {file: info for file, info in found.items() if inside is None or not file.startswith(inside + "/")}
     if not files:
         raise UserError(f"no images at {uri}; give a folder of TIFF, PNG, JPEG or BMP files, or one such file")
     return uri, files

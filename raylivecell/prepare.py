@@ -246,13 +246,14 @@ def _clean(out: str, jobs: list[dict[str, Any]], keep: str = "") -> None:
     """Delete what is no part of the dataset of `jobs` and was left by other or broken runs: ours, by name."""
     for name in storage.list_names(out):
         path = storage.join(out, name)
-        if (name.startswith(".prepare-") and path != keep) or re.fullmatch(r"\.dataset\.json\..*\.partial", name):
+        partial = name.startswith(".dataset.json.") and storage.is_partial(name)
+        if (name.startswith(".prepare-") and path != keep) or partial:
             storage.delete(path)
     wanted = {job["file"] for job in jobs}
     for split in shards.SPLITS:
         for name in storage.list_names(storage.join(out, split)):
-            ours = re.fullmatch(r"part-\d{5}\.parquet|\.part-\d{5}\.parquet\..*\.partial", name)
-            if ours and f"{split}/{name}" not in wanted:
+            partial = name.startswith(".part-") and storage.is_partial(name)
+            if (partial or re.fullmatch(r"part-\d{5}\.parquet", name)) and f"{split}/{name}" not in wanted:
                 storage.delete(storage.join(out, split, name))
 
 

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from raylivecell import page, storage
+from raylivecell import addresses, page, storage
 from raylivecell.loop import rank
 from raylivecell.overlay import LEGEND, overlay
 
@@ -65,7 +65,7 @@ def write_run_report(
         overlays: pictures to show with their titles.
         dataset: the dataset's `dataset.json`, or none where it is not known.
     """
-    name = storage.absolute(out_uri).rstrip("/").rsplit("/", 1)[-1]
+    name = addresses.name(out_uri)
     figures = [page.figure(title, page.data_uri(svg, "svg+xml")) for title, svg in curves(history)]
     body = [
         page.grid("tiles", [page.tile(label, value) for label, value in headline(history)]),

@@ -7,7 +7,7 @@ data.json     `shards.provenance` of the dataset
 import re
 from typing import Any
 
-from raylivecell import shards, storage
+from raylivecell import addresses, shards, storage
 from raylivecell.errors import UserError
 
 RECIPE, DATA = "recipe.yaml", "data.json"
@@ -52,6 +52,15 @@ def _check_snapshot(where: str) -> None:
                 raise UserError(f"{where} names a checkpoint {str(name)[:80]!r}, outside the run; choose another --out")
             value = list(value.values())
         left += value if isinstance(value, list) else []
+
+
+def ray_storage(out: str) -> dict[str, Any]:
+    """The folder `out` as Ray's `RunConfig` takes it: an opened filesystem and plain paths.
+
+    Ray would parse a path as a URI: a name that is not ASCII ends that with a traceback.
+    """
+    filesystem, folder = storage.open_uri(addresses.parent(out))
+    return {"name": addresses.name(out), "storage_path": folder, "storage_filesystem": filesystem}
 
 
 def claim(out: str, data: str, recipe: str) -> None:

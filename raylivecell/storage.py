@@ -1,12 +1,14 @@
-"""Files at a URI: a local path or anything `pyarrow.fs` opens (s3://, gs://).
+"""Files at a URI: a local path or anything `pyarrow.fs` opens (s3://, gs://). How they are written: `addresses`.
 
-Every write is atomic: a reader sees the old file or the whole new one, never a part. Object stores give that for a
+Every write is atomic: a reader sees the old file or the complete new one, never a part. Object stores give that for a
 single PUT; on a local disk it is a temporary file, flushed, then renamed.
 """
 
 import csv
+import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -17,31 +19,55 @@ from typing import IO, Any
 
 from pyarrow import fs as pafs
 
+from raylivecell import addresses
 from raylivecell.errors import UserError
+
+_PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial", re.DOTALL)
+_NAME_BYTES = 200
+"""Of a file's name in the name of its temporary file, which may have 255."""
+_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
+"""Environment variables that an opened filesystem keeps."""
 
 
 def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of `uri` and the path in it (no trailing slash). A local path may be relative."""
-    text = str(uri)
-    if "://" not in text:
-        return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+    """The filesystem of `uri` and the plain path in it (no trailing slash). A local path may be relative.
+
+    Raises:
+        UserError: no such filesystem; a password or a key in the URI; a local path that is not UTF-8.
+    """
+    parts = addresses.split(str(uri))
+    if parts is None:
+        return pafs.LocalFileSystem(), addresses.local_path(str(uri))
+    filesystem, base = _open_root(parts.root(), tuple(os.environ.get(name) for name in _SETTINGS))
+    return filesystem, "/".join(part for part in (base, parts.path) if part)
+
+
+@functools.lru_cache(maxsize=32)
+def _open_root(root: str, settings: tuple[str | None, ...]) -> tuple[pafs.FileSystem, str]:
+    """The filesystem at the URI `root` and the path of its bucket; opened once a process: a client has threads."""
     try:
-        filesystem, path = pafs.FileSystem.from_uri(text)
+        filesystem, base = pafs.FileSystem.from_uri(root)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot open {text}: {error}; use a local path, s3://bucket/path or gs://bucket/path"
+            f"cannot open {root}: {reason}; use a local path, s3://bucket/path or gs://bucket/path"
         ) from error
-    return filesystem, path.rstrip("/")
+    return filesystem, base.rstrip("/")
 
 
 def join(uri: str | Path, *parts: str) -> str:
-    """`uri` with `parts` appended, for a local path and a URI alike."""
-    return "/".join([str(uri).rstrip("/") or "/", *parts]).replace("//", "/", 1 if str(uri) == "/" else 0)
+    """`uri` with plain names or paths appended: `open_uri` of it has the path of `uri`, a slash, and those."""
+    return addresses.join(str(uri), *parts)
 
 
 def absolute(uri: str | Path) -> str:
     """`uri` as it means the same in another process: local paths made absolute."""
-    return str(uri) if "://" in str(uri) else str(Path(str(uri)).expanduser().absolute())
+    return addresses.absolute(str(uri))
+
+
+def is_local(uri: str | Path) -> bool:
+    """Whether `uri` is on a disk of this machine."""
+    return addresses.split(str(uri)) is None
 
 
 def exists(uri: str | Path) -> bool:
@@ -54,8 +80,10 @@ def list_names(uri: str | Path) -> list[str]:
     """Names (last path parts) of what lies directly in the folder `uri`, sorted; [] where there is no such folder."""
     filesystem, path = open_uri(uri)
     try:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            return sorted(os.listdir(path))  # Arrow cannot list a name that is not UTF-8
         found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    except NotADirectoryError:
+    except (NotADirectoryError, FileNotFoundError):
         return []
     return sorted(info.base_name for info in found)
 
@@ -103,12 +131,18 @@ def move(uri: str | Path, target: str | Path) -> None:
     filesystem.move(path, place)
 
 
+def is_partial(name: str) -> bool:
+    """Whether a file of this name is what a killed writer of this module left."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
 def sweep(uri: str | Path) -> None:
-    """Delete what killed writers left under the folder `uri`, on a local disk."""
+    """Delete what killed writers of this module left under the folder `uri`, on a local disk."""
     filesystem, path = open_uri(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
-        for partial in Path(path).rglob(".*.partial"):
-            partial.unlink(missing_ok=True)
+        for folder, _, names in os.walk(path):
+            for name in filter(is_partial, names):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def read_json(uri: str | Path) -> Any:
@@ -148,15 +182,15 @@ def delete(uri: str | Path) -> None:
 def delete_empty(uri: str | Path) -> None:
     """Delete the folder at `uri`, if there and without files."""
     filesystem, path = open_uri(uri)
-    is_folder = filesystem.get_file_info(path).type == pafs.FileType.Directory
-    if is_folder and not filesystem.get_file_info(pafs.FileSelector(path)):
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory and not list_names(uri):
         filesystem.delete_dir(path)
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[IO[bytes]]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    name = target.name.encode()[:_NAME_BYTES].decode(errors="ignore")
+    partial = target.with_name(f".{name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as stream:
             yield stream

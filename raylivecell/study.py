@@ -15,7 +15,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from raylivecell import space, storage
+from raylivecell import addresses, space, storage
 from raylivecell.errors import UserError
 from raylivecell.process_settings import log_levels
 from raylivecell.recipe import Recipe
@@ -33,7 +33,7 @@ class StudyFile:
     """
 
     def __init__(self, out: str, url: str | None) -> None:
-        self.copy = storage.join(out, FILE) if url is None and "://" in out else None
+        self.copy = storage.join(out, FILE) if url is None and not storage.is_local(out) else None
         if url is not None:
             self.url = url
             return
@@ -83,7 +83,7 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
             study = optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
         trials = study.trials
     except Exception as error:  # of whatever driver the URL names
-        told = str(error).splitlines()[0]
+        told = addresses.redacted(str(error).splitlines()[0])
         raise UserError(f"cannot open Optuna's storage: {told}; give --storage a URL such as sqlite:///F.db") from error
     begun = [trial for trial in trials if trial.state is not TrialState.WAITING]
     if begun and not resume:

@@ -13,6 +13,7 @@ import ray
 from optuna.trial import TrialState
 
 from raylivecell import (
+    addresses,
     checkpoint,
     confirm,
     gauges,
@@ -71,7 +72,7 @@ def sweep(
     Raises:
         UserError: no such data, a space that does not fit the recipe, `out` in use, too few CPUs, no good trial.
     """
-    data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
+    data, out = storage.absolute(data), storage.absolute(out)
     if trials < 1:
         raise UserError(f"--trials {trials}: give at least 1")
     _check(data, recipe, config)
@@ -169,7 +170,7 @@ def _search(
         file.publish()
         states = Counter(trial.state for trial in study.get_trials(deepcopy=False))
         trials = {state.name.lower(): states[state] for state in TrialState}
-        gauges.show_sweep(shared.out.rpartition("/")[2], trials, _best_so_far(study, config))
+        gauges.show_sweep(addresses.name(shared.out), trials, _best_so_far(study, config))
 
     with Board(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
         tuner.run(

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from raylivecell import checkpoint, page, segment, space, storage, sweep_stats
+from raylivecell import addresses, checkpoint, page, segment, space, storage, sweep_stats
 from raylivecell.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
 from raylivecell.recipe import Recipe
 from raylivecell.space import OBJECTIVES, SweepConfig
@@ -46,7 +46,7 @@ def write(
         best: the trial handed over.
         confirmed: validation Dice of runs with fresh seeds, by contender.
     """
-    name = storage.absolute(out).rsplit("/", 1)[-1]
+    name = addresses.name(out)
     body = [
         page.grid("tiles", [page.tile(label, value) for label, value in headline(study, config, best)]),
         "<h2>The search</h2>",

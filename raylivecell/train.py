@@ -49,7 +49,7 @@ def train(
         UserError: no such data; `out` in use, or nothing there to resume; too few CPUs; a loss not finite.
     """
     marks = [("", began or time.time()), ("imports", time.time())]
-    data, out = storage.absolute(data), storage.absolute(out).rstrip("/")
+    data, out = storage.absolute(data), storage.absolute(out)
     preflight.batch_divides(recipe.batch_size, workers)
     preflight.samples_fit(data, recipe)
     if line := preflight.network(recipe):

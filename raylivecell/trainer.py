@@ -9,7 +9,7 @@ import ray
 import ray.train
 from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from raylivecell import ray_internals, runtime
+from raylivecell import ray_internals, run_folder, runtime
 from raylivecell.errors import UserError
 from raylivecell.job import RANK, Job
 from raylivecell.process_settings import environment
@@ -27,7 +27,6 @@ def trainer(
     callbacks: Sequence[UserCallback] = (),
 ) -> Any:
     """The trainer of Ray Train for `job`, whose folder is the run's, with `cpus` and `gpus` for each of `workers`."""
-    parent, name = job.out.rsplit("/", 1)
     return ray_internals.data_parallel_trainer()(
         _work,
         train_loop_config={"job": job},
@@ -40,8 +39,7 @@ def trainer(
             placement_strategy="PACK" if gpus else "SPREAD",
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=parent,
+            **run_folder.ray_storage(job.out),
             failure_config=FailureConfig(max_failures=retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=RANK),
             callbacks=cast(Any, list(callbacks)),

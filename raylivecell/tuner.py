@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raylivecell import checkpoint, preflight, storage
+from raylivecell import checkpoint, preflight, run_folder, storage
 from raylivecell.errors import UserError
 from raylivecell.live import Board
 from raylivecell.process_settings import environment, log_levels
@@ -75,8 +75,7 @@ def run(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callb
             **options,
         ),
         run_config=tune.RunConfig(
-            name="tune",
-            storage_path=shared.out,
+            **run_folder.ray_storage(storage.join(shared.out, "tune")),
             failure_config=tune.FailureConfig(max_failures=retries),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
             callbacks=callbacks,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylivecell import (
+    addresses,
     blocks,
     checkpoint,
     device_augment,
@@ -35,6 +36,7 @@ from raylivecell import (
     loop,
     metrics,
     segment,
+    storage,
 )
 from raylivecell.dataset import Samples
 from raylivecell.fields import Targets
@@ -72,7 +74,7 @@ def work(job: Job) -> dict[str, Any] | None:
     last = ray.train.get_checkpoint()
     journal: Journal | None = None
     try:
-        for training in reports(job, place, _uri(last) if last else None):
+        for training in reports(job, place, storage.join(job.out, addresses.name(last.path)) if last else None):
             row = told(training.state, job.plan()) if training.state.reported() else {RANK: -1.0}
             if place.rank != 0:
                 ray.train.report(row)
@@ -165,13 +167,6 @@ def told(state: loop.State, plan: Plan) -> dict[str, Any]:
         "progress": 100 * row["step"] / plan.steps,
         "training_seconds": round(seconds, 2),
     }
-
-
-def _uri(saved: Checkpoint) -> str:
-    """The address of a Ray checkpoint as this package's storage reads it."""
-    assert saved.filesystem is not None
-    kind = saved.filesystem.type_name
-    return saved.path if kind == "local" else f"{ {'gcs': 'gs'}.get(kind, kind) }://{saved.path}"
 
 
 def wrap(model: nn.Module, recipe: Recipe, ranks: int, device: torch.device) -> nn.Module:

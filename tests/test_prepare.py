@@ -786,7 +786,7 @@ def test_killed_while_drawing_keeps_whole_shards(folder: Folder, ray_cluster: No
     accounts = [json.loads(path.read_text()) for path in out.glob(".prepare-*/*.json")]
     assert len(accounts) >= 2
     ages = {account["file"]: (out / account["file"]).stat().st_mtime_ns for account in accounts}
-    (out / "train" / ".part-00000.parquet.ab12.partial").write_bytes(b"half")
+    (out / "train" / f".part-00000.parquet.{'ab' * 16}.partial").write_bytes(b"half")
     prepare(source, str(out), PrepareConfig(shard_images=2))
     assert files_of(out) == files_of(tmp_path / "undisturbed")
     assert {file: (out / file).stat().st_mtime_ns for file in ages} == ages
