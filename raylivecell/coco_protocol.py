@@ -11,17 +11,13 @@ COCOeval visits every pair of cells forty times in Python; here only pairs that 
 and most of those at once: an image of 300 cells takes some milliseconds.
 """
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from raylivecell import storage
-from raylivecell.coco import run_lengths
-from raylivecell.errors import UserError
 from raylivecell.rle import Rle
 
 # As COCOeval makes them: an IoU or a recall may equal one to the last bit.
@@ -235,87 +231,3 @@ def results(image_id: int | str, rles: Sequence[Rle], scores: NDArray[np.float64
         }
         for rle, score, box, area in zip(rles, scores.tolist(), boxes, areas)
     ]
-
-
-def read_results(
-    uri: str, sizes: Mapping[int | str, tuple[int, int]]
-) -> dict[int | str, tuple[list[Rle], NDArray[np.float64]]]:
-    """Masks and scores by image, of the COCO results file at `uri`.
-
-    Args:
-        uri: JSON: a list of {"image_id", "segmentation": polygons or RLE, "score"}; a "file_name" goes before the id,
-            anything else in them is not read.
-        sizes: height and width of each known image.
-
-    Raises:
-        UserError: no such file, no results, an unknown image, a mask of another size.
-    """
-    read: dict[int | str, tuple[list[Rle], list[float]]] = {}
-    unknown: list[Any] = []
-    for place, record in enumerate(_records(uri)):
-        image, score = _image_and_score(record, f"{uri}: record {place}")
-        if image not in sizes:
-            unknown.append(image)
-            continue
-        rles, scores = read.setdefault(image, ([], []))
-        rles.append(_mask(record["segmentation"], sizes[image], f"{uri}: record {place} of image {image!r}"))
-        scores.append(score)
-    if unknown:
-        raise UserError(
-            f"{uri}: image_id {unknown[0]!r} and {len(unknown) - 1} other records are of images that the split does "
-            "not hold; give the annotation file's image ids or file names, and the right --split"
-        )
-    return {image: (rles, np.array(scores, np.float64)) for image, (rles, scores) in read.items()}
-
-
-def _records(uri: str) -> list[Any]:
-    try:
-        records = storage.read_json(uri)
-    except FileNotFoundError as error:
-        raise UserError(f"no results at {uri}; name a COCO results file") from error
-    if not isinstance(records, list):
-        raise UserError(f"{uri} is no COCO results file: it holds a {type(records).__name__}, not a list of detections")
-    return records
-
-
-def _image_and_score(record: Any, where: str) -> tuple[int | str, float]:
-    needed = ("image_id", "segmentation", "score")
-    if not isinstance(record, dict) or any(name not in record for name in needed):
-        raise UserError(f"{where} lacks one of {', '.join(needed)}")
-    image, score = record.get("file_name", record["image_id"]), record["score"]
-    if isinstance(image, bool) or not isinstance(image, int | str):
-        raise UserError(f"{where}: image_id {image!r} is neither a whole number nor text")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
-        raise UserError(f"{where}: score {score!r} is not a finite number")
-    return image, float(score)
-
-
-def _mask(segmentation: Any, size: tuple[int, int], where: str) -> Rle:
-    """A segmentation as one compressed RLE that fills the image (H, W)."""
-    try:
-        if isinstance(segmentation, list):
-            return _of_polygons(segmentation, size)
-        told, counts = list(segmentation["size"]), segmentation["counts"]
-        runs = run_lengths(counts.encode("ascii")) if isinstance(counts, str) else np.array(counts)
-        if runs.ndim != 1 or runs.dtype.kind not in "iu":
-            raise TypeError("counts are neither text nor a list of whole numbers")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: its segmentation is neither polygons (finite, of 3 corners) nor RLE") from error
-    if told != list(size):
-        raise UserError(f"{where}: its mask is {told}, the image {list(size)} (height, width)")
-    # pycocotools does not look: its `iou` never ends on an RLE that is too short.
-    pixels = size[0] * size[1]
-    if not ((runs >= 0) & (runs <= pixels)).all() or runs.sum() != pixels:
-        raise UserError(f"{where}: its RLE does not fill the image {told} (height, width); encode the mask anew")
-    return coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)
-
-
-def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Rle:
-    """The union of polygons, each [x, y, x, y, ...]; those under three corners are left out. ValueError: none left."""
-    corners = [np.array(polygon, np.float64).reshape(-1, 2) for polygon in polygons]
-    corners = [polygon for polygon in corners if len(polygon) >= 3]
-    if not corners or not all(np.isfinite(polygon).all() for polygon in corners):
-        raise ValueError("no polygon of three corners, or one that is not finite")
-    far = np.array((size[1], size[0]))  # pycocotools' time and memory grow with an edge's length
-    flat = [np.clip(polygon, -far, 2 * far).ravel().tolist() for polygon in corners]
-    return coco_mask.merge(coco_mask.frPyObjects(flat, *size))

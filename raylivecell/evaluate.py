@@ -8,7 +8,7 @@ Instead of a network, a COCO results file can be scored: any other tool's cells,
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -22,7 +22,7 @@ from raylivecell import (
     actors,
     calibrate,
     checkpoint,
-    coco_protocol,
+    coco_results,
     evaluation_report,
     instances,
     runtime,
@@ -40,7 +40,7 @@ from raylivecell.scores import Found, Truth
 
 CALIBRATION_IMAGES = 32
 """At most; spread evenly over the validation images. Their maps are held in memory: 4.4 MB each."""
-SAMPLE = ("file_name", "cell_type", "image", "labels", "outlines", "annotation")
+SAMPLE = ("file_name", "cell_type", "image", "labels", "outlines", "source")
 
 
 def evaluate(
@@ -105,31 +105,30 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
     """Score anybody's COCO results file as `evaluate` scores a checkpoint.
 
     Args:
-        predictions_uri: JSON: a list of {"image_id", "segmentation", "score"}. An image is named by its id in the
-            annotation file, or by its file name; one that the file does not name has no cell.
+        predictions_uri: JSON: a list of {"image_id" or "file_name", "segmentation", "score"}; how they name an image:
+            `coco_results.read`. An image that the file does not name has no cell.
         data: URI of a prepared dataset.
         split: train, val or test.
         out: URI of a folder.
         seed: of the bootstrap intervals.
 
     Raises:
-        UserError: no such file, no results, or of images that the split does not hold.
+        UserError: no such file; no record that can be used; a name that may mean several images.
     """
-    data = storage.absolute(data)
+    data, predictions_uri = storage.absolute(data), storage.absolute(predictions_uri)
     rows = _rows_of(data, split)
-    names = [_names(shards.read_row(row, ["file_name", "annotation"])) for row in rows]
-    sizes = _sizes(rows, names)
     _check_no_run(out)
-    predictions = coco_protocol.read_results(storage.absolute(predictions_uri), sizes)
+    images = [_image(row) for row in rows]
+    results = coco_results.read(predictions_uri, images, lambda: _sources_but_of(split, data))
+    for line in results.lines():
+        console.print(line, soft_wrap=True, markup=False)
     runtime.connect()
-    none: tuple[list[Rle], np.ndarray] = ([], np.zeros(0))
-    mine = [next((predictions[name] for name in several if name in predictions), none) for several in names]
-    arguments = {"rows": tuple(rows), "predictions": tuple(mine)}
+    arguments = {"rows": tuple(rows), "predictions": tuple(results.cells)}
     scored = actors.run(_Comparer, arguments, list(range(len(rows))), "evaluate")
-    about = {"predictions": {"uri": predictions_uri, "sha256": _sha256(storage.absolute(predictions_uri))}}
+    about = {"predictions": {"uri": predictions_uri, "sha256": _sha256(predictions_uri), **results.summary()}}
     result = _result(scored, data, split, seed, about)
     drawn = evaluation_report.chosen(result["per_image"])
-    found = {item: painted(mine[item][0], mine[item][1], sizes[names[item][0]]) for item in drawn}
+    found = {item: painted(*results.cells[item], images[item].size) for item in drawn}
     _hand_over(out, result, rows, found)
     return result
 
@@ -194,7 +193,7 @@ def _scored(item: int, sample: dict[str, Any], found: Found) -> actors.Row:
     size = list(sample["labels"].shape)
     truth = Truth(sample["labels"], [{"size": size, "counts": counts} for counts in sample["outlines"]])
     row, matches = scores.of_image(found, truth)
-    about = {name: sample[name] for name in ("file_name", "cell_type", "height", "width")}
+    about = {name: sample[name] for name in ("file_name", "source", "cell_type", "height", "width")}
     return {"item": item, **about, **row, "matches": matches}
 
 
@@ -228,19 +227,18 @@ def _rows_of(data: str, split: str) -> shards.Rows:
     return rows
 
 
-def _names(sample: Mapping[str, Any]) -> tuple[int | str, ...]:
-    """What a results file may call an image: its id in the annotation file, as a number too, and its name."""
+def _image(row: shards.Row) -> coco_results.Image:
+    """What a results file may call the image of a row."""
+    sample = shards.read_row(row, ["source", "file_name", "annotation"])
     identity = sample["annotation"].rpartition("#")[2]
-    return (*([int(identity)] if identity.isdecimal() else []), identity, sample["file_name"])
+    return coco_results.Image(sample["source"], sample["file_name"], identity, (sample["height"], sample["width"]))
 
 
-def _sizes(rows: Sequence[shards.Row], names: Sequence[tuple[int | str, ...]]) -> dict[int | str, tuple[int, int]]:
-    """Height and width by each of an image's names."""
-    sizes: dict[int | str, tuple[int, int]] = {}
-    for row, several in zip(rows, names):
-        sample = shards.read_row(row, [])
-        sizes |= dict.fromkeys(several, (sample["height"], sample["width"]))
-    return sizes
+def _sources_but_of(split: str, data: str) -> Iterator[str]:
+    """Paths of the images of the dataset's other splits."""
+    for other in (one for one in shards.SPLITS if one != split):
+        for row in shards.list_rows(data, other):
+            yield shards.read_row(row, ["source"])["source"]
 
 
 def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,15 +36,20 @@ def show_run(run: str, row: Mapping[str, Any]) -> None:
     """Of the run or trial `run` its last report, as `worker.told` gives it."""
     for name in OF_RUN:
         if name in row:
-            _gauge(name).set(float(row[name]), {RUN: run})
+            _gauge(name).set(float(row[name]), {RUN: _label(run)})
 
 
 def show_sweep(run: str, trials: Mapping[str, int], best: float | None) -> None:
     """Of the sweep `run` how many trials each state has, zeros too, and the best score so far (none: not shown)."""
     for state, count in trials.items():
-        _gauge(SWEEP_TRIALS).set(count, {RUN: run, STATE: state})
+        _gauge(SWEEP_TRIALS).set(count, {RUN: _label(run), STATE: state})
     if best is not None:
-        _gauge(SWEEP_BEST).set(best, {RUN: run})
+        _gauge(SWEEP_BEST).set(best, {RUN: _label(run)})
+
+
+def _label(name: str) -> str:
+    r"""A name as Ray's metrics take it, in ASCII: `zelle_\xfc`."""
+    return name.encode("ascii", "backslashreplace").decode()
 
 
 @functools.cache

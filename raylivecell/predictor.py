@@ -1,7 +1,6 @@
 """One image file -> its cells, their pictures and what the tables hold of them: the work of `predict`, without Ray."""
 
 import io
-import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -64,6 +63,10 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
         pixels = images.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
     except images.UnreadableImageError as error:
         return Part({**told, "error": _line(error)}, "", [])
+    except FileNotFoundError:
+        return Part(
+            {"file": file, "error": "no file of this name: deleted, or the name is not UTF-8; rename it"}, "", []
+        )
     except OSError as error:  # perhaps it can be read another time: not this version's fault
         return Part({"file": file, "error": _line(error)}, "", [])
     image, gain = to_uint8(pixels, job.bits)
@@ -124,8 +127,8 @@ def _lines(job: Job, file: str, image: NDArray[np.uint8], cells: Cells) -> tuple
         table = cells_table.lines(file, cells_table.measure(cells.labels, image), cells.scores)
     if "coco" in job.write:
         results = coco_protocol.results(0, rle.encode(cells.labels), cells.scores)
-        # By its name `evaluate --predictions` knows the image, whose number in the annotation file is another.
-        records = [parts.record({**result, "file_name": posixpath.basename(file)}) for result in results]
+        # By its path `evaluate --predictions` knows the image, whose number in the annotation file is another.
+        records = [parts.record({**result, "file_name": file}) for result in results]
     return table, records
 
 

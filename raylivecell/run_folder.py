@@ -57,10 +57,12 @@ def _check_snapshot(where: str) -> None:
 def ray_storage(out: str) -> dict[str, Any]:
     """The folder `out` as Ray's `RunConfig` takes it: an opened filesystem and plain paths.
 
-    Ray would parse a path as a URI: a name that is not ASCII ends that with a traceback.
+    Ray would parse a path as a URI, which a name that is not ASCII ends with a traceback. The run's name is a label of
+    Ray's metrics, which are ASCII: a folder of another name is the path, and the name is ".", the same folder.
     """
-    filesystem, folder = storage.open_uri(addresses.parent(out))
-    return {"name": addresses.name(out), "storage_path": folder, "storage_filesystem": filesystem}
+    name = addresses.name(out)
+    filesystem, folder = storage.open_uri(addresses.parent(out) if name.isascii() else out)
+    return {"name": name if name.isascii() else ".", "storage_path": folder, "storage_filesystem": filesystem}
 
 
 def claim(out: str, data: str, recipe: str) -> None:
