@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 from raylivecell.errors import UserError
 
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?]*)(?P<rest>.*)", re.DOTALL)
-_FILE = re.compile(r"file:(?://(?:localhost)?)?(?P<path>/.*)", re.DOTALL | re.IGNORECASE)
+_FILE = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(?P<path>/.*)", re.DOTALL | re.IGNORECASE)
 _OPTIONS = re.compile(r"[A-Za-z][\w.-]*=[^&]*(?:&[A-Za-z][\w.-]*=[^&]*)*", re.DOTALL)
 _SAFE = "/!$&'()*+,;=:@~"
 """Characters that a URI's path may hold as they are."""

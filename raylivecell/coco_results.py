@@ -23,10 +23,11 @@ from raylivecell.rle import Rle
 
 Path = tuple[str, ...]
 Rank = tuple[int, int]
+"""How well a name fits an image: one of the ways below, and how many parts of the path are the same."""
 SHOWN = 3
 """Records of a reason that are named."""
 UNKNOWN = "of images that the split does not hold"
-_BY_PATH, _BY_STEM, _BY_BASE_NAME = 3, 2, 1
+_BY_WHOLE_PATH, _BY_PATH, _BY_STEM, _BY_BASE_NAME = 4, 3, 2, 1
 
 
 class Image(NamedTuple):
@@ -80,7 +81,10 @@ class Reference(NamedTuple):
 
     def agrees(self, other: "Reference") -> bool:
         """Whether both may name one image."""
-        return all(a is None or b is None or a == b for a, b in zip(self, other))
+        return all(None in pair or str(pair[0]) == str(pair[1]) for pair in zip(self, other))
+
+
+Ranks = dict[Reference, dict[int, Rank]]
 
 
 class BadRecord(ValueError):
@@ -185,7 +189,7 @@ def _join(
         UserError: an image that is named by nothing but what may mean another one too.
     """
     index = _Index(images, others)
-    found = {reference: index.find(reference) for reference in references}
+    found = _from_one_folder({reference: index.find(reference) for reference in references}, images)
     claims: dict[int, list[Reference]] = defaultdict(list)
     dropped: dict[Reference, str] = {}
     for reference, ranks in found.items():
@@ -208,6 +212,41 @@ def _join(
                 f"{uri}: {reference} {reason}; give each record its image's path in the prepared folder as file_name"
             )
     return joined, dropped
+
+
+def _from_one_folder(found: Ranks, images: Sequence[Image]) -> Ranks:
+    """`found`, where names with folders show from which folder all names were made, without what does not fit it.
+
+    `im.png` and `well0/im.png`, found in `images/`, are not both `images/well0/im.png`.
+    """
+    folders: dict[Reference, dict[int, tuple[int, Path]]] = {}
+    for reference, ranks in found.items():
+        name = _path(reference.name or "")
+        sources = {image: _path(images[image].source) for image, rank in ranks.items() if rank[0] >= _BY_PATH}
+        fits = {image: _above(name, source) for image, source in sources.items() if _are_one(name, source)}
+        folders |= {reference: fits} if fits and reference.name else {}
+    if not any(len(_path(reference.name or "")) > 1 for reference in folders):
+        return found  # the writer may have dropped the folders
+    common = set.intersection(*(set(fits.values()) for fits in folders.values()))
+    if len(common) != 1:
+        return found
+    fitting = {
+        reference: {image: rank for image, rank in found[reference].items() if fits.get(image) in common}
+        for reference, fits in folders.items()
+    }
+    return found | fitting
+
+
+def _above(name: Path, source: Path) -> tuple[int, Path]:
+    """What stands before the shorter of two paths in the longer, with its length; under 0 where `name` is longer."""
+    longer = source if len(source) >= len(name) else name
+    return len(source) - len(name), longer[: abs(len(source) - len(name))]
+
+
+def _are_one(name: Path, source: Path) -> bool:
+    """Whether one path is the end of the other."""
+    common = min(len(name), len(source))
+    return name[-common:] == source[-common:]
 
 
 def _ambiguous(images: Sequence[Image]) -> str:
@@ -249,8 +288,6 @@ class _Index:
 
     def _by_name(self, name: str) -> dict[int, Rank]:
         path = _path(name)
-        if not path:
-            return {}
         near = self.by_stem.get(path[-1], set()) | self.by_stem.get(_stem(path[-1]), set())
         ranks = {image: rank for image in near if (rank := _rank(path, *self.paths[image])) is not None}
         # A folder that the dataset does not know: the name alone decides, where the dataset has it once.
@@ -270,15 +307,16 @@ def _rank(name: Path, source: Path, file_name: Path) -> Rank | None:
 
     A path with folders is compared with `source`: `train/1.png` is not the `1.png` of test.json.
     """
+    if name == source:
+        return _BY_WHOLE_PATH, len(name)
     for kind, cut in ((_BY_PATH, False), (_BY_STEM, True)):
         ends = []
         for path, is_source in ((source, True), (file_name, False)):
             wanted = {name[-1], _stem(name[-1])} if cut else {name[-1]}
             same = (_stem(path[-1]) if cut else path[-1]) in wanted
-            common = min(len(name), len(path))
             within = is_source or len(name) <= len(path)
-            if same and within and name[-common:-1] == path[-common:-1]:
-                ends.append(common)
+            if same and within and _are_one((*name[:-1], ""), (*path[:-1], "")):
+                ends.append(min(len(name), len(path)))
         if ends:
             return kind, max(ends)
     return None
@@ -287,7 +325,7 @@ def _rank(name: Path, source: Path, file_name: Path) -> Rank | None:
 def _path(name: str) -> Path:
     """The parts of a path as any tool writes it."""
     parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
-    return tuple(part for part in parts if part not in ("", ".", ".."))
+    return tuple(part for part in parts if part not in ("", ".", "..")) or ("",)
 
 
 def _stem(base_name: str) -> str:

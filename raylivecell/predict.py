@@ -12,8 +12,9 @@ each image came. No picture is deleted: those of images that have gone stay.
 import hashlib
 import posixpath
 import time
-from collections import Counter
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -94,11 +95,16 @@ def predict(
 def output_names(files: Sequence[str]) -> list[str]:
     """What each of `files` is called in the outputs: its path without the suffix.
 
-    Where two files would then share a name (a.tif and a.png, or A.tif and a.tif on a disk that ignores case), all keep
-    their suffix, so that the names of one run follow one rule.
+    Where two files would then share a name (a.tif and a.png, or A.tif and a.tif on a disk that ignores case or how an
+    umlaut is encoded), or one the name of another's folder (a.png and a.tif/b.png), all keep their suffix, so that the
+    names of one run follow one rule.
     """
     short = [posixpath.splitext(file)[0] for file in files]
-    return list(files) if any(n > 1 for n in Counter(name.lower() for name in short).values()) else short
+    written = [unicodedata.normalize("NFC", name).casefold() for name in short]
+    folders = {part for name in written for part in accumulate(name.split("/")[:-1], posixpath.join)}
+    ends = {end for end, _ in PICTURES.values()}
+    shared = len(set(written)) < len(written) or any(name + end in folders for name in written for end in ends)
+    return list(files) if shared else short
 
 
 class _Predictor:

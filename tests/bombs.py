@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raylivecell import checkpoint, coco, coco_protocol, images, loop, outlines, recipe, shards, tiff_segments
+from raylivecell import checkpoint, coco, coco_results, images, loop, outlines, recipe, shards, tiff_segments
 from raylivecell.defects import DefectRules
 from raylivecell.errors import UserError
 from raylivecell.model import build_model
@@ -27,7 +27,7 @@ from raylivecell.training_config import ModelConfig
 HERE = Path(sys.argv[1])
 MIB = 2**20
 DEEP, LONG = "[" * 100_000, "9" * 5_000
-SIZES = {1: (64, 64)}
+IMAGES = [coco_results.Image("a.tif", "a.tif", "1", (64, 64))]
 
 
 def zeros() -> bytes:
@@ -173,7 +173,7 @@ def results() -> Iterator[tuple[str, str]]:
         ("two halves", mask % "[9223372036854775807, 1]"),
         ("a run without end", mask % ('"' + "o" * 2**20 + '"')),
     ):
-        yield name, told(coco_protocol.read_results, file("results.json", text), SIZES)
+        yield name, told(coco_results.read, file("results.json", text), IMAGES)
 
 
 def recipes() -> Iterator[tuple[str, str]]:

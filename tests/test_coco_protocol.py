@@ -1,8 +1,5 @@
 """Average precision as pycocotools gives it, with LIVECell's changes; results files of anybody."""
 
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,6 @@ from pycocotools import mask as coco_mask
 
 from raylivecell import coco_protocol as protocol
 from raylivecell.bench_evaluate import livecell_evaluation
-from raylivecell.errors import UserError
 from raylivecell.rle import Rle
 
 SIZE = (60, 60)
@@ -132,100 +128,3 @@ def test_a_resampled_set_is_the_set_with_images_repeated(seed: int, times: list[
         assert (None if precision is None else precision.mean()) == pytest.approx(expected[name])
     recall = table.recall(2000, weights)
     assert (None if recall is None else 1 - recall.mean()) == pytest.approx(expected["afnr"])
-
-
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    found, scores, _ = image(np.random.default_rng(3), 4, 7)
-    records = protocol.results(5, found, scores)
-    polygon = [[2.0, 3.0, 20.0, 3.0, 20.0, 30.0, 2.0, 30.0]]
-    plain = {"size": list(SIZE), "counts": [100, 20, SIZE[0] * SIZE[1] - 120]}
-    records += [{"image_id": "a.tif", "segmentation": one, "score": 0.5} for one in (polygon, plain)]
-    file = tmp_path / "cells.json"
-    file.write_text(json.dumps(records))
-    read = protocol.read_results(str(file), {5: SIZE, "a.tif": SIZE})
-    assert read[5][0] == found
-    np.testing.assert_allclose(read[5][1], scores)
-    masks = [coco_mask.decode(one) for one in read["a.tif"][0]]
-    assert masks[0][3:30, 2:20].all()
-    assert masks[0].sum() == 27 * 18
-    assert masks[1].T.ravel()[100:120].all()
-    assert masks[1].sum() == 20
-
-
-def test_polygons_are_drawn_as_pycocotools_draws_them(tmp_path: Path) -> None:
-    corners = np.random.default_rng(4).uniform(-9, 70, (30, 5, 2))
-    shapes = [
-        [one.ravel().tolist(), square, [5.0, 5.0, 9.0, 9.0]] for one in corners for square in [[1, 1, 9, 1, 9, 9]]
-    ]
-    file = tmp_path / "cells.json"
-    file.write_text(json.dumps([{"image_id": 1, "segmentation": shape, "score": 1} for shape in shapes]))
-    masks = [coco_mask.merge(coco_mask.frPyObjects(shape[:2], *SIZE)) for shape in shapes]
-    assert protocol.read_results(str(file), {1: SIZE})[1][0] == masks
-    file.write_text(json.dumps([{"image_id": 1, "segmentation": [[-1e12, 5, 1e12, 5, 1e12, 1e12]], "score": 1}]))
-    assert protocol.read_results(str(file), {1: SIZE})[1][0][0]["size"] == list(SIZE)
-
-
-WHOLE = {"size": list(SIZE), "counts": [SIZE[0] * SIZE[1]]}
-GOOD = {"image_id": 1, "segmentation": WHOLE, "score": 0.5}
-RUNS = st.one_of(
-    st.text(st.characters(min_codepoint=40, max_codepoint=130), max_size=12),
-    st.lists(st.one_of(st.integers(-(2**70), 2**70), st.integers(0, 3600), st.floats(), st.none()), max_size=5),
-    st.builds(lambda run: [run, 3600 - run], st.integers(-5, 3600)),
-    st.none(),
-    st.integers(),
-)
-NUMBERS = st.one_of(st.floats(), st.floats(-100, 100), st.integers(-(2**70), 2**70), st.text(max_size=2))
-SEGMENTATIONS = st.one_of(
-    st.fixed_dictionaries({"size": st.sampled_from([[60, 60], [60.0, 60], [60], "60", None]), "counts": RUNS}),
-    st.lists(st.one_of(st.lists(NUMBERS, max_size=8), st.lists(st.floats(-100, 100), min_size=6, max_size=6))),
-    st.sampled_from([{}, None, 7, "cell", [[]], [{}], [[[1, 2, 3, 4, 5, 6]]]]),
-)
-
-
-@given(SEGMENTATIONS, NUMBERS)
-@settings(max_examples=300)
-def test_whatever_a_file_says_it_is_refused_or_can_be_scored(segmentation: Any, score: Any) -> None:
-    """pycocotools alone never ends, or ends the process, on some of these."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "cells.json")
-        file.write_text(json.dumps([{"image_id": 1, "segmentation": segmentation, "score": score}]))
-        try:
-            rles, scores = protocol.read_results(str(file), {1: SIZE})[1]
-        except UserError:
-            return
-    assert coco_mask.decode(rles[0]).shape == SIZE
-    assert protocol.match(rles, scores, [rectangle(0, 0, *SIZE)]).truths[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("nothing", "is not JSON"),
-        ('{"annotations": []}', "not a list of detections"),
-        ([{"image_id": 1, "score": 1}], "record 0 lacks one of image_id, segmentation, score"),
-        ([GOOD | {"score": "high"}], "score 'high' is not a finite number"),
-        ([GOOD | {"score": float("nan")}], "not a finite number"),
-        ([GOOD | {"image_id": 1.5}], "image_id 1.5 is neither"),
-        ([GOOD | {"image_id": 9}] * 3, "image_id 9 and 2 other records are of images that the split does not hold"),
-        ([GOOD | {"score": 10**400}], "not a finite number"),
-        ([GOOD | {"segmentation": WHOLE | {"size": [9, 9]}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": "0"}}], r"its RLE does not fill the image \[60, 60\]"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [5, 3594]}}], "its RLE does not fill the image"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [-5, 5, 3600]}}], "its RLE does not fill the image"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [2**62] * 4 + [3600]}}], "its RLE does not fill the image"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [0.5, 3599.5]}}], "neither polygons .* nor RLE"),
-        ([GOOD | {"segmentation": "cell"}], "neither polygons .* nor RLE"),
-        ([GOOD | {"segmentation": [[1, 2, 3, 4]]}], "neither polygons .* nor RLE"),
-        ([GOOD | {"segmentation": [[1, 2, float("inf"), 4, 5, 6]]}], "neither polygons .* nor RLE"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: Any, message: str) -> None:
-    file = tmp_path / "cells.json"
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(UserError, match=message):
-        protocol.read_results(str(file), {1: SIZE})
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no results at"):
-        protocol.read_results(str(tmp_path / "none.json"), {})

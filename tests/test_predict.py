@@ -65,6 +65,8 @@ def test_output_names_keep_suffixes_only_where_they_must() -> None:
     assert predict.output_names(["a.tif", "x/a.tif"]) == ["a", "x/a"]
     assert predict.output_names(["a.tif", "a.png", "b.tif"]) == ["a.tif", "a.png", "b.tif"]
     assert predict.output_names(["a.tif", "A.tif"]) == ["a.tif", "A.tif"]
+    assert predict.output_names(["a.png", "a.tif/x/b.png"]) == ["a.png", "a.tif/x/b.png"]
+    assert predict.output_names(["\u00fc.tif", "u\u0308.png"]) == ["\u00fc.tif", "u\u0308.png"]
 
 
 def test_deep_images_are_brought_to_the_background_of_livecell() -> None:

@@ -1,5 +1,6 @@
 """Rows of a split by their number, and what dataset.json may say of them."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -40,3 +41,17 @@ def test_sizes_that_no_image_has(sizes: object, tmp_path: Path) -> None:
     (data / "dataset.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match=r"dataset\.json is not what"):
         shards.image_sizes(str(data), "train")
+
+
+def test_a_shard_that_was_overwritten_is_read_again(tmp_path: Path) -> None:
+    """In one process, as in a notebook: `prepare --overwrite`, then training."""
+    images = []
+    for size in (48, 40):
+        data = write_tiny_dataset(tmp_path, images=1, size=size)
+        described = json.loads((tmp_path / "dataset.json").read_text())
+        for split in described["splits"].values():
+            for shard in split["shards"]:
+                shard["sha256"] = hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest()
+        (tmp_path / "dataset.json").write_text(json.dumps(described))
+        images.append(shards.read_row(shards.list_rows(data, "train")[0], ["image"])["image"])
+    assert [image.shape for image in images] == [(48, 48), (40, 40)]
