@@ -6,6 +6,7 @@ Only the job API (HTTP) is spoken: the machine that submits needs no Ray running
 import asyncio
 import json
 import logging
+import re
 import shlex
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from raylivecell import addresses
 from raylivecell.arguments import value_of
 from raylivecell.errors import UserError
 from raylivecell.progress import console
@@ -84,9 +86,11 @@ def request(
     Raises:
         UserError: a path that the cluster would not find; a secret that the dashboard would show.
     """
+    addresses.check_arguments([*arguments, *env])
     _check_paths(arguments, folder)
-    out = value_of("--out", arguments) or stage
-    name = name or f"{stage}-{out.rstrip('/').rsplit('/', 1)[-1]}-{uuid.uuid4().hex[:6]}"
+    # Ray puts the name into addresses as it is.
+    out = re.sub(r"[^\w.-]", "-", addresses.name(value_of("--out", arguments) or stage), flags=re.ASCII)
+    name = name or f"{stage}-{out}-{uuid.uuid4().hex[:6]}"
     return Request(
         stage, tuple(arguments), name, _pairs(env, "--env"), cpus, _pairs([label] if label else [], "--label")
     )
