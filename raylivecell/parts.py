@@ -41,6 +41,8 @@ COLUMNS = (
 )
 """Of images.csv. `version` tells whether a file is still the one that was segmented."""
 NEEDED = ("file", "image_id", "cells", "confluence", "error", "version")
+FORMAT = 2
+"""Of what a part holds: the parts and tables of another one are not used."""
 AHEAD = 16
 """Parts read at once: an object store answers in some 20 ms, whatever is asked."""
 Item = TypeVar("Item")
@@ -60,7 +62,7 @@ class Part(NamedTuple):
 
 def version(file: str, name: str, size: int, changed: Any) -> str:
     """What tells an image file, as it now is, and the name of its outputs from any other: 16 characters."""
-    return hashlib.sha256(json.dumps([file, name, size, changed]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([FORMAT, file, name, size, changed]).encode()).hexdigest()[:16]
 
 
 def write(out: str, key: str, part: Part) -> None:

@@ -28,12 +28,14 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 class StudyFile:
     """Where the study lies: at the URL given, else in study.db in the sweep's folder.
 
-    SQLite wants a local disk: where the folder is in an object store, study.db there is a copy, renewed by `publish`.
-    What it lacks after a kill, the trials' own folders still hold.
+    SQLite wants a local disk, and a URL's path ends at a `?`: where the folder is in an object store or has a `?` in
+    its path, study.db there is a copy, renewed by `publish`. What it lacks after a kill, the trials' own folders still
+    hold.
     """
 
     def __init__(self, out: str, url: str | None) -> None:
-        self.copy = storage.join(out, FILE) if url is None and not storage.is_local(out) else None
+        staged = url is None and (not storage.is_local(out) or "?" in storage.absolute(out))
+        self.copy = storage.join(out, FILE) if staged else None
         if url is not None:
             self.url = url
             return
