@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
@@ -28,14 +29,12 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 class StudyFile:
     """Where the study lies: at the URL given, else in study.db in the sweep's folder.
 
-    SQLite wants a local disk, and a URL's path ends at a `?`: where the folder is in an object store or has a `?` in
-    its path, study.db there is a copy, renewed by `publish`. What it lacks after a kill, the trials' own folders still
-    hold.
+    SQLite wants a local disk: where the folder is in an object store, study.db there is a copy, renewed by `publish`.
+    What it lacks after a kill, the trials' own folders still hold.
     """
 
     def __init__(self, out: str, url: str | None) -> None:
-        staged = url is None and (not storage.is_local(out) or "?" in storage.absolute(out))
-        self.copy = storage.join(out, FILE) if staged else None
+        self.copy = storage.join(out, FILE) if url is None and not storage.is_local(out) else None
         if url is not None:
             self.url = url
             return
@@ -44,12 +43,17 @@ class StudyFile:
         if self.copy and storage.exists(self.copy):
             storage.write_bytes(self.path, storage.read_bytes(self.copy))
         _make_whole(Path(self.path))
-        self.url = f"sqlite:///{self.path}"
+        self.url = _sqlite(self.path)
 
     def publish(self) -> None:
         """Renew the copy, if there is one."""
         if self.copy:
             storage.write_bytes(self.copy, storage.read_bytes(self.path))
+
+
+def _sqlite(path: str) -> str:
+    """The URL of a database file of any name."""
+    return sqlalchemy.URL.create("sqlite", database=path).render_as_string()
 
 
 def _make_whole(path: Path) -> None:
@@ -63,7 +67,7 @@ def _make_whole(path: Path) -> None:
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
     with _quiet():
-        made = optuna.storages.RDBStorage(f"sqlite:///{new}")
+        made = optuna.storages.RDBStorage(_sqlite(str(new)))
     made.remove_session()
     made.engine.dispose()
     new.rename(path)
