@@ -128,7 +128,7 @@ def check_no_secrets(address: str, what: str = "a URI") -> None:
         raise UserError(
             f"{what} holds a password or an access key, which files, logs and the dashboard would show; leave it out "
             "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or "
-            "AZURE_STORAGE_KEY for each process"
+            "AZURE_CLIENT_SECRET in the environment"
         )
 
 

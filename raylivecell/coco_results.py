@@ -133,10 +133,9 @@ def read(uri: str, images: Sequence[Image], others: Callable[[], Iterable[str]] 
 
 def _refusal(uri: str, left_out: dict[str, list[str]]) -> str:
     reasons = "; ".join(f"{_several(which)}: {reason}" for reason, which in left_out.items())
-    return (
-        f"{uri}: no record can be used: {reasons[:500]}; give the annotation file's image ids or the images' paths as "
-        "file_name, and the right --split"
-    )
+    names = "give the annotation file's image ids or the images' paths as file_name, and the right --split"
+    fields = "give each an image_id or file_name, a segmentation and a score"
+    return f"{uri}: no record can be used: {reasons[:500]}; {names if UNKNOWN in left_out else fields}"
 
 
 def _several(which: Sequence[str]) -> str:

@@ -147,7 +147,7 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
     for row in parts.rows(out):
         if row["error"]:
             failed.append({"file": row["file"], "error": row["error"]})
-            console.print(f"not segmented: {row['file']}: {row['error']}", markup=False)
+            console.print(f"not segmented: {row['file']}: {row['error']}", markup=False, soft_wrap=True)
             continue
         with storage.unverified(storage.join(out, parts.IMAGES), "start anew with --overwrite"):
             shares.append(float(row["confluence"]))
