@@ -189,6 +189,8 @@ def _join(
     """
     index = _Index(images, others)
     found = _from_one_folder({reference: index.find(reference) for reference in references}, images)
+    if not any(found.values()):  # folders that the dataset does not know: the names alone decide
+        found = {reference: index.find_by_base_name(reference) for reference in references}
     claims: dict[int, list[Reference]] = defaultdict(list)
     dropped: dict[Reference, str] = {}
     for reference, ranks in found.items():
@@ -287,11 +289,19 @@ class _Index:
 
     def _by_name(self, name: str) -> dict[int, Rank]:
         path = _path(name)
-        near = self.by_stem.get(path[-1], set()) | self.by_stem.get(_stem(path[-1]), set())
-        ranks = {image: rank for image in near if (rank := _rank(path, *self.paths[image])) is not None}
-        # A folder that the dataset does not know: the name alone decides, where the dataset has it once.
-        alone = [image for image in near if self._count(self.paths[image][0][-1]) == 1] if near and not ranks else []
-        return ranks or dict.fromkeys(alone, (_BY_BASE_NAME, 0))
+        near = self._near(path)
+        return {image: rank for image in near if (rank := _rank(path, *self.paths[image])) is not None}
+
+    def find_by_base_name(self, reference: Reference) -> dict[int, Rank]:
+        """The images of the reference's name in whatever folder, that no other image of the dataset has."""
+        name = reference.id if reference.name is None else reference.name
+        near = self._near(_path(name)) if isinstance(name, str) else set()
+        alone = [image for image in near if self._count(self.paths[image][0][-1]) == 1]
+        return dict.fromkeys(alone, (_BY_BASE_NAME, 0))
+
+    def _near(self, path: Path) -> set[int]:
+        """Images of the same base name, whatever the suffix."""
+        return self.by_stem.get(path[-1], set()) | self.by_stem.get(_stem(path[-1]), set())
 
     def _count(self, base_name: str) -> int:
         """How many images of the dataset have this name, whatever the suffix."""

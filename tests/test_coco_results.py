@@ -211,6 +211,9 @@ def test_a_base_name_is_enough_where_the_dataset_has_it_once() -> None:
     assert places(read([record("copies/A172_1.png", 9, 5)], split, ("images/B.tif",))) == [[5]]
     with pytest.raises(UserError, match="does not hold"):
         read([record("copies/A172_1.png", 9, 5)], split, ("images/x/A172_1.tif",))
+    both = [*split, *images("images/livecell_test_images/B.tif", ids="5")]
+    results = read([record("livecell_test_images/B.tif", 8, 3), record("train/A172_1.tif", 9, 5)], both)
+    assert places(results) == [[], [3]], "a file that names folders of the dataset means its folders"
 
 
 def test_records_of_one_image_may_name_it_in_two_ways() -> None:
