@@ -79,7 +79,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of ten quick trials, then confirmed with two seeds."""
-    out = tmp_path_factory.mktemp("sweep") / "one"
+    out = tmp_path_factory.mktemp("sweep") / "one \u00fc"
     with pytest.MonkeyPatch.context() as patch:
         make_quick(patch)
         sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2, at_once=1)

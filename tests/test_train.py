@@ -87,7 +87,7 @@ def test_two_workers_one_of_them_killed_train_as_the_plain_loop(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
     """Cells told apart, weights averaged: the same history and the same weights; nothing is done twice or left out."""
-    recipe, run = RECIPE.model_copy(update={"targets": "distance"}), tmp_path / "two"
+    recipe, run = RECIPE.model_copy(update={"targets": "distance"}), tmp_path / "two \u00fc"
     thread, killed = kill_at(run, 4, "RayTrainWorker", most=1)
     train(tiny_dataset, str(run), recipe, workers=2)
     thread.join()
