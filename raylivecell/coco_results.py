@@ -21,7 +21,7 @@ from raylivecell.coco import run_lengths
 from raylivecell.errors import UserError
 from raylivecell.rle import Rle
 
-Path = tuple[str, ...]
+PathParts = tuple[str, ...]
 Rank = tuple[int, int]
 """How well a name fits an image: one of the ways below, and how many parts of the path are the same."""
 SHOWN = 3
@@ -220,7 +220,7 @@ def _from_one_folder(found: Ranks, images: Sequence[Image]) -> Ranks:
 
     `im.png` and `well0/im.png`, found in `images/`, are not both `images/well0/im.png`.
     """
-    folders: dict[Reference, dict[int, tuple[int, Path]]] = {}
+    folders: dict[Reference, dict[int, tuple[int, PathParts]]] = {}
     for reference, ranks in found.items():
         name = _path(reference.name or "")
         sources = {image: _path(images[image].source) for image, rank in ranks.items() if rank[0] >= _BY_PATH}
@@ -238,13 +238,13 @@ def _from_one_folder(found: Ranks, images: Sequence[Image]) -> Ranks:
     return found | fitting
 
 
-def _above(name: Path, source: Path) -> tuple[int, Path]:
+def _above(name: PathParts, source: PathParts) -> tuple[int, PathParts]:
     """What stands before the shorter of two paths in the longer, with its length; under 0 where `name` is longer."""
     longer = source if len(source) >= len(name) else name
     return len(source) - len(name), longer[: abs(len(source) - len(name))]
 
 
-def _are_one(name: Path, source: Path) -> bool:
+def _are_one(name: PathParts, source: PathParts) -> bool:
     """Whether one path is the end of the other."""
     common = min(len(name), len(source))
     return name[-common:] == source[-common:]
@@ -299,7 +299,7 @@ class _Index:
         alone = [image for image in near if self._count(self.paths[image][0][-1]) == 1]
         return dict.fromkeys(alone, (_BY_BASE_NAME, 0))
 
-    def _near(self, path: Path) -> set[int]:
+    def _near(self, path: PathParts) -> set[int]:
         """Images of the same base name, whatever the suffix."""
         return self.by_stem.get(path[-1], set()) | self.by_stem.get(_stem(path[-1]), set())
 
@@ -311,7 +311,7 @@ class _Index:
         return self.counts[_stem(base_name)]
 
 
-def _rank(name: Path, source: Path, file_name: Path) -> Rank | None:
+def _rank(name: PathParts, source: PathParts, file_name: PathParts) -> Rank | None:
     """How well a path fits an image: one is the end of the other; None where they are different files.
 
     A path with folders is compared with `source`: `train/1.png` is not the `1.png` of test.json.
@@ -331,7 +331,7 @@ def _rank(name: Path, source: Path, file_name: Path) -> Rank | None:
     return None
 
 
-def _path(name: str) -> Path:
+def _path(name: str) -> PathParts:
     """The parts of a path as any tool writes it."""
     parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
     return tuple(part for part in parts if part not in ("", ".", "..")) or ("",)
@@ -346,18 +346,18 @@ def _mask(segmentation: Any, size: tuple[int, int]) -> Rle:
     try:
         if isinstance(segmentation, list):
             return _of_polygons(segmentation, size)
-        told, counts = list(segmentation["size"]), segmentation["counts"]
+        stated, counts = list(segmentation["size"]), segmentation["counts"]
         runs = run_lengths(counts.encode("ascii")) if isinstance(counts, str) else np.array(counts)
         if runs.ndim != 1 or runs.dtype.kind not in "iu":
             raise TypeError("counts are neither text nor a list of whole numbers")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise BadRecord("its segmentation is neither polygons (finite, of 3 corners) nor RLE") from error
-    if told != list(size):
-        raise BadRecord(f"its mask is {told}, the image {list(size)} (height, width)")
+    if stated != list(size):
+        raise BadRecord(f"its mask is {stated}, the image {list(size)} (height, width)")
     # pycocotools does not look: its `iou` never ends on an RLE that is too short.
     pixels = size[0] * size[1]
     if not ((runs >= 0) & (runs <= pixels)).all() or runs.sum() != pixels:
-        raise BadRecord(f"its RLE does not fill the image {told} (height, width)")
+        raise BadRecord(f"its RLE does not fill the image {stated} (height, width)")
     return coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)
 
 
