@@ -8,7 +8,7 @@ URI is a local path.
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -33,6 +33,18 @@ _SECRETS = (
         re.IGNORECASE | re.DOTALL,
     ),
 )
+
+
+CLOUD = (
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or AZURE_CLIENT_SECRET"
+)
+STORAGE = "RAYLIVECELL_STORAGE"
+"""Environment variable with the Optuna storage of a sweep, where its URL holds a password."""
+HINTS = {
+    "--storage": f"{STORAGE} to the URL, with its password,",
+    "--mlflow": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+}
+"""Where a secret goes instead, by flag."""
 
 
 class Parts(NamedTuple):
@@ -122,24 +134,22 @@ def relative(address: str, root: str) -> str | None:
     return path.removeprefix(folder + "/") if path.startswith(folder + "/") else None
 
 
-def check_no_secrets(address: str, what: str = "a URI") -> None:
+def check_no_secrets(address: str, what: str = "a URI", hint: str = CLOUD) -> None:
     """UserError, which does not show it, where a URI holds a password, an access key or a signature."""
     if any(secret.match(address) for secret in _SECRETS):
         raise UserError(
             f"{what} holds a password or an access key, which files, logs and the dashboard would show; leave it out "
-            "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or "
-            "AZURE_CLIENT_SECRET in the environment"
+            f"and set {hint} in the environment"
         )
 
 
-def check_arguments(words: Sequence[str], databases: Collection[str] = ()) -> None:
-    """UserError where a word of a command line holds a URI with a secret; but for the values of flags `databases`."""
+def check_arguments(words: Sequence[str]) -> None:
+    """UserError where a word of a command line, which Ray's dashboard shows, holds a URI with a secret."""
     flag = ""
     for word in words:
         flag = word.partition("=")[0] if word.startswith("--") else flag
-        found = re.search(_SCHEME + ":/", word)
-        if found and flag not in databases:
-            check_no_secrets(word[found.start() :], f"the URI of {flag}" if flag else "a URI")
+        if found := re.search(_SCHEME + ":/", word):
+            check_no_secrets(word[found.start() :], f"the URI of {flag}" if flag else "a URI", HINTS.get(flag, CLOUD))
 
 
 def redacted(text: str) -> str:

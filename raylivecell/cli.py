@@ -29,8 +29,6 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "bench": ("measure a part beside its rivals", _typed(commands.bench)),
     "demo": ("the whole way on cells drawn here, in minutes", _typed(commands.demo)),
 }
-DATABASES = {"sweep": ("--storage", "--mlflow")}
-"""Flags whose value may hold a password: it is neither stored nor shown."""
 # After Ctrl-C.
 GOES_ON = dict.fromkeys(("train", "sweep"), "; go on with --resume")
 GOES_ON |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; the same command goes on")
@@ -76,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
-        addresses.check_arguments(arguments[1:], DATABASES.get(arguments[0], ()))
+        addresses.check_arguments(arguments[1:])
         return COMMANDS[arguments[0]][1](arguments[1:]) or 0
     except (UserError, OSError) as error:  # a path, a disk, a network: the error names it
         print(f"raylivecell: {addresses.redacted(_line(error))}", file=sys.stderr)

@@ -3,6 +3,7 @@
 What a command needs is imported when it runs, so that `--help` does not wait for torch and Ray.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -230,8 +231,8 @@ def train(arguments: Sequence[str]) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Search for a better recipe with Ray Tune and Optuna."""
+    from raylivecell import addresses, run_folder, space
     from raylivecell import recipe as recipes
-    from raylivecell import run_folder, space
     from raylivecell.sweep import sweep as run
 
     file = recipe_file(arguments)
@@ -264,7 +265,7 @@ def sweep(arguments: Sequence[str]) -> None:
             trials: how many in all; those done before a --resume count.
             resume: go on with the sweep in --out; with more --trials, learn on from it.
             resume_or_start: the same where --out holds one, else begin: for a job that the cluster may start again.
-            storage: any Optuna storage URL, instead of study.db in --out.
+            storage: any Optuna storage URL, instead of study.db in --out; with a password: in RAYLIVECELL_STORAGE.
             at_once: trials at once; default: what the cluster has room for.
             retries: how often a trial goes on from its last checkpoint after a crash.
             confirm: fresh seeds with which start and best are trained anew, whole; the better one is handed over.
@@ -278,7 +279,7 @@ def sweep(arguments: Sequence[str]) -> None:
             whole,
             trials,
             resume or (resume_or_start and run_folder.holds_run(out)),
-            storage,
+            storage or os.environ.get(addresses.STORAGE),
             at_once,
             retries,
             confirm,

@@ -129,7 +129,7 @@ SECRETS = [
         "export --checkpoint {} --out m.onnx",
         "submit train --data {} --out s3://cells/runs",
         "submit --env STORE={} train --data s3://cells/data",
-        "submit sweep --data s3://cells/data --out s3://cells/runs --storage {}",
+        "submit sweep --data s3://cells/data --resume --out {}",
     ],
 )
 def test_a_secret_in_a_uri_is_refused_and_not_shown(
@@ -169,12 +169,14 @@ def test_a_uri_without_a_secret_is_taken(uri: str) -> None:
     addresses.check_no_secrets(uri)
 
 
-def test_a_databases_password_is_for_sweep_alone() -> None:
-    words = ["--storage", "postgresql://cells:SECRET@host/db"]
-    addresses.check_arguments(words, ("--storage",))
-    with pytest.raises(UserError, match="the URI of --storage"):
-        addresses.check_arguments(words)
-    assert addresses.redacted(f"cannot parse {words[1]}") == "cannot parse postgresql://***@host/db"
+def test_a_databases_password_goes_into_the_environment() -> None:
+    """Ray's dashboard shows the command line of every driver."""
+    with pytest.raises(UserError, match="set RAYLIVECELL_STORAGE"):
+        addresses.check_arguments(["--storage", "postgresql://cells:hidden@host/db"])
+    with pytest.raises(UserError, match="set MLFLOW_TRACKING_USERNAME"):
+        addresses.check_arguments(["--mlflow=http://me:hidden@host"])
+    addresses.check_arguments(["--storage", "postgresql+pg8000://cells@127.0.0.1:55/db", "--mlflow=http://host:5000"])
+    assert addresses.redacted("cannot parse postgresql://a:hid/den@host/db") == "cannot parse postgresql://***@host/db"
 
 
 def test_only_what_writers_of_this_project_left_is_swept(tmp_path: Path) -> None:
