@@ -80,8 +80,8 @@ class Reference(NamedTuple):
         return repr(self.id) if self.name is None else repr(self.name)
 
     def agrees(self, other: "Reference") -> bool:
-        """Whether both may name one image."""
-        return all(None in pair or str(pair[0]) == str(pair[1]) for pair in zip(self, other))
+        """Whether both may name one image: they do not give two names, two numbers, or two texts as ids."""
+        return all(type(one) is not type(another) or one == another for one, another in zip(self, other))
 
 
 Ranks = dict[Reference, dict[int, Rank]]
