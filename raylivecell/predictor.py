@@ -64,7 +64,9 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
     except images.UnreadableImageError as error:
         return Part({**told, "error": _line(error)}, "", [])
     except FileNotFoundError:
-        return Part({"file": file, "error": "no such file: deleted, or its name is not UTF-8; rename it"}, "", [])
+        return Part(
+            {"file": file, "error": "no such file: deleted, a broken link, or a name that is not UTF-8"}, "", []
+        )
     except OSError as error:  # perhaps it can be read another time: not this version's fault
         return Part({"file": file, "error": _line(error)}, "", [])
     image, gain = to_uint8(pixels, job.bits)
