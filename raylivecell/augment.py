@@ -18,7 +18,8 @@ from raylivecell import elastic
 from raylivecell.elastic import ElasticConfig, Maps, Size, Window, field_direct
 from raylivecell.recipe_base import StrictModel
 
-BACKGROUND = 128  # LIVECell's images are normalised to it
+BACKGROUND = 128
+"""Grey level of the background of LIVECell; of other sets `Intensity.background_level`, given as an argument."""
 
 
 class RotationConfig(StrictModel):
@@ -40,9 +41,10 @@ class AugmentConfig(StrictModel):
     brightness: float = Field(default=12.0, ge=0, le=255)
     """Grey levels (of 255) added: uniform in [-brightness, brightness]."""
     contrast: float = Field(default=0.2, ge=0)
-    """Differences from grey 128 are multiplied by exp(u), u uniform in [-log(1 + contrast), log(1 + contrast)]."""
+    """Differences from the set's background are multiplied by exp(u), u uniform in [-log(1 + contrast),
+    log(1 + contrast)]."""
     border: Literal["reflect", "constant"] = "reflect"
-    """What lies outside the image: its mirror image (image and targets alike), or grey 128 and background."""
+    """What lies outside the image: its mirror image (image and targets alike), or the set's background."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where samples are transformed: by Ray Data's tasks, or by the training process on its GPU, for clusters with few
     CPUs a GPU. The same transformations of the same samples, to within rounding; all images must be equally large."""
@@ -68,6 +70,7 @@ def augment(
     rng: np.random.Generator,
     config: AugmentConfig,
     size: Size | None = None,
+    background: int = BACKGROUND,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A deformed, rotated, flipped random crop with other brightness and contrast.
 
@@ -77,6 +80,7 @@ def augment(
         rng: gives nine uniform numbers, then, where the sample is deformed, the field's amplitudes.
         config: what is done.
         size: (h, w) of the crop; None: the whole frame. Where the image is smaller it is first widened by reflection.
+        background: grey level of the set's background, for contrast and a constant border.
 
     Returns:
         image uint8 (h, w) and targets (h, w, ...), C-contiguous, sharing no memory with the inputs.
@@ -89,9 +93,9 @@ def augment(
         flips = _flips(draws, config)
         image, targets = _cut(_flipped(image, flips), window), _cut(_flipped(targets, flips), window)
     else:
-        image = _remap(image, maps, cv2.INTER_LINEAR, config.border, BACKGROUND)
+        image = _remap(image, maps, cv2.INTER_LINEAR, config.border, background)
         targets = _remap_targets(targets, maps, config.border)
-    return _recolour(image, draws, config), targets
+    return _recolour(image, draws, config, background), targets
 
 
 def augment_planes(
@@ -100,12 +104,13 @@ def augment_planes(
     config: AugmentConfig,
     size: Size | None = None,
     out: NDArray[np.uint8] | None = None,
+    background: int = BACKGROUND,
 ) -> NDArray[np.uint8]:
     """`augment` of uint8 (3, H, W) = image and two target planes, as (3, h, w): the same pixels for the same rng.
 
     `out`, C-contiguous uint8 (3, h, w), is filled and returned, so that a batch is made without another copy.
     """
-    image, targets = augment(planes[0], planes[1:].transpose(1, 2, 0), rng, config, size)
+    image, targets = augment(planes[0], planes[1:].transpose(1, 2, 0), rng, config, size, background)
     return _to_planes(image, targets, out)
 
 
@@ -139,7 +144,14 @@ class Move(NamedTuple):
     """What each grey level becomes, (256,)."""
 
 
-def move(shape: Size, rng: np.random.Generator, config: AugmentConfig, size: Size | None, transformed: bool) -> Move:
+def move(
+    shape: Size,
+    rng: np.random.Generator,
+    config: AugmentConfig,
+    size: Size | None,
+    transformed: bool,
+    background: int = BACKGROUND,
+) -> Move:
     """The move of a frame of `shape`, no smaller than the crop, by the same numbers as `augment`, or else `plain`."""
     step = elastic.node_step(config.elastic.sigma)
     if not transformed:
@@ -150,7 +162,7 @@ def move(shape: Size, rng: np.random.Generator, config: AugmentConfig, size: Siz
     window = _window(shape, size, draws.top, draws.left)
     affine = _affine_on_nodes(shape, window, _angle(draws, config), _flips(draws, config), step)
     maps = elastic.deform_nodes(affine, rng, shape, window, config.elastic) if _deformed(draws, config) else affine
-    return Move(np.stack(maps), _recolouring(draws, config))
+    return Move(np.stack(maps), _recolouring(draws, config, background))
 
 
 def centre_crop(image: np.ndarray, targets: np.ndarray, size: Size | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +193,7 @@ def augment_direct(
         targets = cv2.warpAffine(targets, matrix, (width, height), flags=cv2.INTER_NEAREST, borderMode=border)
     flips = _flips(draws, config)
     image, targets = _flipped(image, flips), _flipped(targets, flips)
-    return _recolour(np.ascontiguousarray(image), draws, config), np.ascontiguousarray(targets)
+    return _recolour(np.ascontiguousarray(image), draws, config, BACKGROUND), np.ascontiguousarray(targets)
 
 
 def _widen(array: np.ndarray, size: Size | None) -> np.ndarray:
@@ -280,18 +292,18 @@ def _remap_targets(targets: np.ndarray, maps: Maps, border: str) -> np.ndarray:
     return moved.reshape(*moved.shape[:2], *shape[2:]).view(dtype)
 
 
-def _recolour(image: np.ndarray, draws: _Draws, config: AugmentConfig) -> np.ndarray:
+def _recolour(image: np.ndarray, draws: _Draws, config: AugmentConfig, background: int) -> np.ndarray:
     """`image` with the drawn brightness and contrast."""
     if config.brightness == 0 and config.contrast == 0:
         return image
-    return cv2.LUT(image, _recolouring(draws, config), dst=image)
+    return cv2.LUT(image, _recolouring(draws, config, background), dst=image)
 
 
-def _recolouring(draws: _Draws, config: AugmentConfig) -> NDArray[np.uint8]:
+def _recolouring(draws: _Draws, config: AugmentConfig, background: int) -> NDArray[np.uint8]:
     """What each grey level becomes, (256,)."""
     factor = (1 + config.contrast) ** (2 * draws.contrast - 1)
     shift = (2 * draws.brightness - 1) * config.brightness
-    return np.clip(np.rint((np.arange(256) - BACKGROUND) * factor + BACKGROUND + shift), 0, 255).astype(np.uint8)
+    return np.clip(np.rint((np.arange(256) - background) * factor + background + shift), 0, 255).astype(np.uint8)
 
 
 def _to_planes(image: np.ndarray, targets: np.ndarray, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ TOLD = re.compile(r"first step after ([\d.]+) s: (.*)")
 SCRIPT = """
 import sys, glob, cv2, numpy as np, torch
 from torch.utils.data import DataLoader, Dataset
-from raylivecell.model import build_model, normalise
+from raylivecell.model import build_model
 from raylivecell.training_config import ModelConfig
 class Frames(Dataset):
     files = sorted(glob.glob(sys.argv[1] + "/images/*.tif"))
@@ -41,7 +41,7 @@ class Frames(Dataset):
 model = build_model(ModelConfig(features=(8, 16, 32, 64)))
 optimizer = torch.optim.AdamW(model.parameters())
 planes = next(iter(DataLoader(Frames(), 2, shuffle=True, num_workers=2)))
-loss = torch.nn.functional.binary_cross_entropy_with_logits(model(normalise(planes[:, :1])), planes[:, 1:].float())
+loss = torch.nn.functional.binary_cross_entropy_with_logits(model(planes[:, :1]), planes[:, 1:].float())
 loss.backward()
 optimizer.step()
 """

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raylivecell import loop, segment
 from raylivecell.bench_spread import spread
 from raylivecell.losses import segmentation_loss
-from raylivecell.model import build_model, count_parameters, normalise
+from raylivecell.model import build_model, count_parameters
 from raylivecell.optimizer import build_optimizer
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
@@ -201,7 +201,7 @@ def plain(network: nn.Module, batches: Iterable[Tensor], recipe: Recipe, device:
             begin = _now(device)
         planes = planes.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = network(normalise(planes[:, :1]))
+            logits = network(planes[:, :1])
         loss = segmentation_loss(logits, planes[:, 1:], recipe.loss).total
         optimizer.zero_grad()
         loss.backward()

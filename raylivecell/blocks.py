@@ -39,6 +39,8 @@ class Source:
     targets: fields.Targets = "foreground"
     task_cpus: float = 1.0
     """That a task of Ray Data reserves."""
+    background: int = augment.BACKGROUND
+    """Grey level of the set's background."""
 
     def shape(self) -> tuple[int, int, int]:
         """Of a sample as it is sent: (2 + C, h, w)."""
@@ -84,10 +86,10 @@ def transform(
         return whole
     rng = np.random.default_rng(key)
     if isinstance(sample, tuple):
-        moved = augment.augment(*sample, rng, source.config, source.crop) if key[3] else None
+        moved = augment.augment(*sample, rng, source.config, source.crop, source.background) if key[3] else None
         return fields.planes(*(moved or augment.plain(*sample, rng, source.crop)), source.targets, out)
     if key[3]:
-        return augment.augment_planes(sample, rng, source.config, source.crop, out)
+        return augment.augment_planes(sample, rng, source.config, source.crop, out, source.background)
     return augment.plain_planes(sample, rng, source.crop, out)
 
 

@@ -23,7 +23,6 @@ from raylivecell import loop, losses, preflight, probe, run_folder, runtime, seg
 from raylivecell.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS
-from raylivecell.model import normalise
 from raylivecell.probe import Node
 from raylivecell.recipe import Recipe
 
@@ -264,7 +263,7 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = loop.start(segment.build(recipe, device), recipe.optimizer, 1)
     planes = torch.randint(0, 2, (images, 2 + len(CHANNELS[recipe.targets]), *crop), dtype=torch.uint8, device=device)
-    logits = training.model(normalise(planes[:, :1]))
+    logits = training.model(planes[:, :1])
     losses.segmentation_loss(logits, planes[:, 1:], recipe.loss).total.backward()
     training.optimizer.step()
     if device.type == "cuda":

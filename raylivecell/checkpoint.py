@@ -5,6 +5,7 @@
     state.json          steps done, best score so far, the history of metrics
     recipe.yaml         the recipe
     data.json           name, licence, citation and fingerprint of the data that it was trained on
+    intensity.json      how stored images become the grey levels that it was trained on
     instances.json      thresholds that make cells of its maps, where `evaluate --calibrate` has chosen them
 
 A run folder holds `checkpoint_*` folders; the best of them is the one whose state.json has the highest score.
@@ -27,12 +28,13 @@ from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig
+from raylivecell.intensity import LIVECELL, Intensity
 from raylivecell.loop import State
 from raylivecell.model import build_model
 
 FOLDER = "checkpoint_"
 MODEL, TRAINING, STATE, RECIPE = "model.safetensors", "training.pt", "state.json", "recipe.yaml"
-INSTANCES, DATA = "instances.json", "data.json"
+INSTANCES, DATA, INTENSITY = "instances.json", "data.json", "intensity.json"
 
 
 def save(
@@ -42,8 +44,19 @@ def save(
     state: State,
     recipe: recipes.Recipe,
     data: Mapping[str, Any] | None = None,
+    rule: Intensity | None = None,
 ) -> None:
-    """Write a checkpoint into `folder` (a URI); `data`: `shards.provenance` of what it was trained on."""
+    """Write a checkpoint into `folder` (a URI).
+
+    Args:
+        folder: URI.
+        model: the network to keep.
+        training: `loop.Training.state_dict`.
+        state: how far it has come.
+        recipe: of the run.
+        data: `shards.provenance` of the dataset.
+        rule: `shards.intensity` of the dataset; default: LIVECell's.
+    """
     state_dict = model.state_dict()
     weights = {name: state_dict[name].detach().cpu().contiguous() for name in _tensor_names(model)}
     storage.write_bytes(storage.join(folder, MODEL), safetensors.torch.save(weights))
@@ -53,6 +66,7 @@ def save(
     storage.write_json(storage.join(folder, STATE), asdict(state))
     if data:
         storage.write_json(storage.join(folder, DATA), dict(data))
+    storage.write_json(storage.join(folder, INTENSITY), (rule or LIVECELL).model_dump())
     storage.write_bytes(storage.join(folder, RECIPE), recipes.dump(recipe).encode())
 
 
@@ -89,7 +103,7 @@ def keep_best(run: str) -> None:
 def copy(folder: str, target: str) -> None:
     """Copy a checkpoint's files; the one that makes it whole comes last."""
     there = [file for file in (DATA, INSTANCES) if storage.exists(storage.join(folder, file))]
-    for file in (*there, MODEL, TRAINING, STATE, RECIPE):
+    for file in (*there, INTENSITY, MODEL, TRAINING, STATE, RECIPE):
         storage.write_bytes(storage.join(target, file), _read(folder, file))
 
 
@@ -130,11 +144,11 @@ def load_state(folder: str) -> State:
 def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
     """The network of the checkpoint or run at `uri`, in evaluation mode on the CPU, and its recipe."""
     folder = find(uri)
-    recipe = recipes.load(storage.join(folder, RECIPE))
+    recipe, rule = recipes.load(storage.join(folder, RECIPE)), load_intensity(folder)
     try:
         weights = safetensors.torch.load(_read(folder, MODEL))
         with torch.device("meta"):  # a stranger's recipe may ask for terabytes: the memory taken is the file's
-            model = build_model(recipe.model, recipe.outputs)
+            model = build_model(recipe.model, recipe.outputs, rule)
         if weights.keys() != set(names := _tensor_names(model)):
             other = sorted(weights.keys() ^ set(names))
             raise KeyError(f"{len(other)} tensors are missing or not the network's: {', '.join(other[:3])}")
@@ -160,6 +174,19 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
     with storage.unverified(storage.join(folder, INSTANCES), "delete it and choose thresholds anew with --calibrate"):
         thresholds = values["thresholds"]
     return recipes.validate(InstanceConfig, thresholds, storage.join(folder, INSTANCES))
+
+
+def load_intensity(folder: str) -> Intensity:
+    """What `save` was given as `rule`; UserError where the folder holds none."""
+    place = storage.join(folder, INTENSITY)
+    try:
+        values = storage.read_json(place)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"checkpoint {folder} has no {INTENSITY}: an older raylivecell wrote it; prepare the data and train again"
+        ) from error
+    with storage.unverified(place, "use another checkpoint"):
+        return Intensity.model_validate(values)
 
 
 def load_data(folder: str) -> dict[str, Any]:

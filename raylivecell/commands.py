@@ -81,7 +81,6 @@ def predict(
         "cells",
     ),
     tta: bool = False,
-    bits: int | None = None,
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
@@ -89,13 +88,12 @@ def predict(
     """Find the cells in a folder of images; killed and started again, it goes on. Writes images.csv, a row an image.
 
     Args:
-        images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits.
+        images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits, as stored.
         out: folder to write.
         checkpoint: a checkpoint's folder, or a run's (then its best).
         model: the same, or an .onnx file.
         write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (a row a cell).
         tta: average over the four flips.
-        bits: used bits of 16-bit images, 8 to 16; without it each is scaled so that its median becomes 128.
         threshold: probability over which a pixel is foreground; default: the model's.
         overwrite: delete what an earlier predict wrote into --out.
         follow_links: follow links that lead out of the folder to any file, not to git-annex's and DVC's stores alone.
@@ -105,7 +103,7 @@ def predict(
     given = [uri for uri in (checkpoint, model) if uri is not None]
     if len(given) != 1:
         raise UserError("give either --checkpoint, or --model (a checkpoint too, or an .onnx file)")
-    room.predict(given[0], images, out, write, tta, bits, threshold, overwrite, follow_links)
+    room.predict(given[0], images, out, write, tta, threshold, overwrite, follow_links)
 
 
 def export(checkpoint: str, out: str) -> None:

@@ -9,6 +9,7 @@ import ray
 
 from raylivecell import runtime, shards
 from raylivecell.blocks import PLANES, Kept, Sample, decode, read_sample
+from raylivecell.intensity import LIVECELL, Intensity
 
 # One run's budget, in shares of the object store's bytes that are free when it starts: decoded training and validation
 # samples together; the streams of all its workers or trials. Free bytes, so that runs and sweeps at the same time never
@@ -35,6 +36,8 @@ class Samples:
     """`shards.provenance` of the dataset."""
     task_cpus: float = 1.0
     """`Source.task_cpus`."""
+    intensity: Intensity = LIVECELL
+    """How the set's images became grey levels: the network normalises by its background."""
 
     def val_sample(self, number: int) -> Sample:
         """A whole validation image as `read_sample` gives it."""
@@ -59,6 +62,7 @@ def open_samples(data: str, cells: bool = False) -> Samples:
         cells,
         shards.provenance(data),
         runtime.task_cpus(),
+        shards.intensity(data),
     )
 
 

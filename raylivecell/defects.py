@@ -39,7 +39,7 @@ class DefectRules(StrictModel):
     colour_image: Literal["convert", "drop"] = "convert"
     """A colour file: converted to its luma (0.299 R + 0.587 G + 0.114 B), or dropped."""
     sixteen_bit_image: Literal["scale", "drop"] = "scale"
-    """A 16-bit file: divided by 2^(b - 8), b the bits that the largest value of all 16-bit files needs, or dropped."""
+    """A 16-bit file: brought to 8 bits by the set's one intensity rule (`intensity` in dataset.json), or dropped."""
     wrong_size: Literal["drop", "keep", "scale"] = "drop"
     """A file whose size is not the one in the JSON: drop it, keep its outlines as they are, or scale them to it."""
     no_annotations: Literal["keep_in_test", "drop", "keep"] = "keep_in_test"
@@ -69,6 +69,8 @@ FIXED_RULES = {
     "orphan_annotation": "drop",  # an annotation whose image is not listed
     "inner_outline": "fill",  # a part of a cell inside another part: COCO unites the parts, so that it is no hole
     "degenerate_polygon": "drop",  # an outline with under 3 corners, no area, a value not finite, or a wrong RLE
+    "no_picture": "drop",  # one value in every pixel, saturated, or far too dark for its set
+    "odd_intensity": "scale to the set",  # background or spread far from the training images'
     "hidden_cell": "drop",  # a cell without a pixel of its own: outside the image or wholly under smaller ones
 }
 _IN_TEST = {"hidden_cell": "keep for scoring"}  # its outline, where that lies in the image
@@ -78,8 +80,8 @@ _IN_TRAINING = {"identical_pixels": "keep_most_cells", "doubled_contour": "keep_
 ALL = (
     *("truncated_json", "bad_record", "orphan_annotation", "duplicate_entry", "ambiguous_file", "missing_file"),
     *("unlisted_file", "unreadable_image", "colour_image", "sixteen_bit_image", "wrong_size", "no_annotations"),
-    *("few_annotations", "leak", "identical_pixels", "crowd_region", "degenerate_polygon", "out_of_bounds"),
-    *("inner_outline", "doubled_contour", "hidden_cell"),
+    *("few_annotations", "leak", "identical_pixels", "no_picture", "odd_intensity", "crowd_region"),
+    *("degenerate_polygon", "out_of_bounds", "inner_outline", "doubled_contour", "hidden_cell"),
 )
 """Every defect's name, in the order of the table."""
 
@@ -125,8 +127,8 @@ class Facts:
     height: int = 0
     width: int = 0
     colour: bool = False
-    bits: int = 8
-    """Bits used by the largest value: over 8 means a 16-bit file."""
+    measures: Sequence[Any] = ()
+    """Fields of `grey_levels.Measures`; empty where the file holds no picture."""
     deep: bool = False
     visible: int = 0
     """Pixels that look like cells: see `visible_pixels`."""

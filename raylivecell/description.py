@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from raylivecell.intensity import trimmed_range
 from raylivecell.shards import FORMAT_VERSION, SPLITS
 
 LIVECELL_LICENCE = "CC BY-NC 4.0"
@@ -50,7 +51,7 @@ def describe(
 
     Args:
         accounts: of every part, in order; each with `split` added.
-        head: name, licence, citation, source, targets, rules, categories.
+        head: name, licence, citation, source, targets, rules, categories, intensity.
         found: defects of images and files; those of cells are in the accounts.
         listed: `images` and `cells` that the annotation files list, by split.
     """
@@ -61,7 +62,8 @@ def describe(
         "format_version": FORMAT_VERSION,
         **head,
         "splits": {split: _split(accounts, split) | {"listed": dict(listed[split])} for split in SPLITS},
-        "intensity": _intensity(accounts),
+        "intensity": _with_foreground(head["intensity"], accounts),
+        "grey_levels": _grey_levels(accounts),
         "cell_types": _cell_types(accounts),
         "defects": {"counts": dict(sorted(counts.items())), "ids": dict(sorted(cells.items())), "found": everything},
     }
@@ -78,9 +80,23 @@ def _split(accounts: Sequence[Mapping[str, Any]], split: str) -> dict[str, Any]:
     }
 
 
-def _intensity(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the pixels of train, or of all splits where train has no image; 0 to 255."""
-    split = next((s for s in SPLITS if _split(accounts, s)["images"]), "train")
+def _first_split(accounts: Sequence[Mapping[str, Any]]) -> str:
+    """Train, or the first split that has an image."""
+    return next((split for split in SPLITS if _split(accounts, split)["images"]), "train")
+
+
+def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The intensity rule with the range of the training images' foreground shares; one that has a range keeps it."""
+    split = _first_split(accounts)
+    images = [image for account in accounts if account["split"] == split for image in account["images"]]
+    shares = [round(image["foreground"] / max(1, image["pixels"]), 4) for image in images]
+    known = tuple(rule["foreground"]) != (0.0, 1.0) or not shares
+    return {**rule, "foreground": rule["foreground"] if known else list(trimmed_range(shares))}
+
+
+def _grey_levels(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Statistics of the levels of train, or of the first split that has an image; 0 to 255."""
+    split = _first_split(accounts)
     histogram = np.zeros(256, np.int64)
     for account in accounts:
         if account["split"] == split:

@@ -17,7 +17,14 @@ from raylivecell.device import Sender
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
 
 
-def moved(frames: Tensor, nodes: Tensor, tables: Tensor, config: AugmentConfig, size: Size | None) -> Tensor:
+def moved(
+    frames: Tensor,
+    nodes: Tensor,
+    tables: Tensor,
+    config: AugmentConfig,
+    size: Size | None,
+    background: int = BACKGROUND,
+) -> Tensor:
     """Transformed crops, uint8 (B, 3, h, w), of whole frames, uint8 (B, 3, H, W): image and two targets.
 
     Args:
@@ -26,6 +33,7 @@ def moved(frames: Tensor, nodes: Tensor, tables: Tensor, config: AugmentConfig, 
         tables: the new grey level of each, uint8 (B, 256): `augment.Move.table`.
         config: what both were drawn by.
         size: (h, w) of the crop; None: the whole frame.
+        background: grey level of the set's background, outside the frame where `config.border` is constant.
     """
     height, width = frames.shape[-2:]
     maps = _enlarged(nodes, size or (height, width), elastic.node_step(config.elastic.sigma))
@@ -33,22 +41,27 @@ def moved(frames: Tensor, nodes: Tensor, tables: Tensor, config: AugmentConfig, 
     x, y = (maps[:, axis] * (2 / max(length - 1, 1)) - 1 for axis, length in enumerate((width, height)))
     grid = torch.stack([x, y], dim=-1)
     padding = "reflection" if config.border == "reflect" else "zeros"
-    image = F.grid_sample(frames[:, :1].float() - BACKGROUND, grid, "bilinear", padding, align_corners=True)
+    image = F.grid_sample(frames[:, :1].float() - background, grid, "bilinear", padding, align_corners=True)
     targets = F.grid_sample(frames[:, 1:].float(), grid, "nearest", padding, align_corners=True)
-    levels = (image + BACKGROUND).round().clamp(0, 255).long()
+    levels = (image + background).round().clamp(0, 255).long()
     recoloured = tables.gather(1, levels.flatten(1)).view_as(levels)
     return torch.cat([recoloured, targets.to(torch.uint8)], dim=1)
 
 
 def batches(
-    frames: Iterator[dict[str, Tensor]], plan: Plan, config: AugmentConfig, size: Size | None, device: torch.device
+    frames: Iterator[dict[str, Tensor]],
+    plan: Plan,
+    config: AugmentConfig,
+    size: Size | None,
+    device: torch.device,
+    background: int = BACKGROUND,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of whole frames with their rows of the order, as batches of transformed crops on the device."""
     send = Sender(device)
     for batch in frames:
         whole = _widened(send(batch["planes"]), size)
-        nodes, tables = drawn(_moves(batch["rows"], plan, config, batch["planes"].shape[-2:], size))
-        yield {"planes": moved(whole, send(nodes), send(tables), config, size)}
+        nodes, tables = drawn(_moves(batch["rows"], plan, config, batch["planes"].shape[-2:], size, background))
+        yield {"planes": moved(whole, send(nodes), send(tables), config, size, background)}
 
 
 def drawn(moves: Sequence[Move]) -> tuple[Tensor, Tensor]:
@@ -57,12 +70,14 @@ def drawn(moves: Sequence[Move]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes), torch.from_numpy(tables)
 
 
-def _moves(rows: Tensor, plan: Plan, config: AugmentConfig, shape: Sequence[int], size: Size | None) -> list[Move]:
+def _moves(
+    rows: Tensor, plan: Plan, config: AugmentConfig, shape: Sequence[int], size: Size | None, background: int
+) -> list[Move]:
     wide = tuple(max(have, want) for have, want in zip(shape, size)) if size else tuple(shape)
     found = []
     for row in rows.tolist():
         rng = np.random.default_rng((plan.seed, row[EPOCH], row[SAMPLE], row[VARIANT]))
-        found.append(augment.move((wide[0], wide[1]), rng, config, size, transformed=row[VARIANT] > 0))
+        found.append(augment.move((wide[0], wide[1]), rng, config, size, row[VARIANT] > 0, background))
     return found
 
 

@@ -25,6 +25,7 @@ from raylivecell import (
     coco_results,
     evaluation_report,
     instances,
+    intensity,
     runtime,
     scores,
     segment,
@@ -34,13 +35,15 @@ from raylivecell import (
 )
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
-from raylivecell.progress import console, track
+from raylivecell.intensity import Frame, Intensity
+from raylivecell.progress import console, show_warnings, track
 from raylivecell.rle import Rle, decode, encode
 from raylivecell.scores import Found, Truth
 
 CALIBRATION_IMAGES = 32
 """At most; spread evenly over the validation images. Their maps are held in memory: 4.4 MB each."""
-SAMPLE = ("file_name", "cell_type", "image", "labels", "outlines", "source")
+SAMPLE = ("file_name", "cell_type", "image", "padding", "labels", "outlines", "source")
+PIXELS = ("image", "padding")
 
 
 def evaluate(
@@ -71,14 +74,15 @@ def evaluate(
     """
     folder, data = checkpoint.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
     rows = _rows_of(data, split)
+    rule = _rule_between(data, folder)
     recipe = recipes.load(storage.join(folder, checkpoint.RECIPE))
     _check_no_run(out)
     storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
     if calibrated:
-        _calibrate(folder, data, tta)
+        _calibrate(folder, data, tta, rule)
     runtime.connect()
     scored = actors.run(
-        _Scorer, {"folder": folder, "rows": tuple(rows), "tta": tta}, list(range(len(rows))), "evaluate"
+        _Scorer, {"folder": folder, "rows": tuple(rows), "tta": tta, "rule": rule}, list(range(len(rows))), "evaluate"
     )
     config = checkpoint.load_instances(folder, recipe.targets)
     about = {
@@ -90,10 +94,30 @@ def evaluate(
     result = _result(scored, data, split, seed, about)
     model = segmenter.load(folder, tta)
     drawn = evaluation_report.chosen(result["per_image"])
-    images = ((item, shards.read_row(rows[item], ["image"])["image"]) for item in track(drawn, "pictures", len(drawn)))
-    found = {item: _found(model, image) for item, image in images}
+    samples = ((item, shards.read_row(rows[item], PIXELS)) for item in track(drawn, "pictures", len(drawn)))
+    found = {item: _found(model, _frame(sample, rule))[0] for item, sample in samples}
+    show_warnings({row["file_name"]: row["warnings"] for row in scored}, f"{out}/metrics.json")
     _hand_over(out, result, rows, found)
     return result
+
+
+def _rule_between(data: str, folder: str) -> Intensity | None:
+    """What brings the dataset's images to the scale of the checkpoint; None: nothing. UserError where nothing can."""
+    try:
+        return intensity.between(shards.intensity(data), checkpoint.load_intensity(folder))
+    except ValueError as error:
+        raise UserError(
+            f"dataset at {data} does not fit the checkpoint {folder}: {error}; "
+            f"prepare it for this network: `raylivecell prepare --intensity-from {folder}`"
+        ) from error
+
+
+def _frame(sample: Mapping[str, Any], rule: Intensity | None) -> Frame:
+    """A prepared image on the network's scale."""
+    padding, size = None, sample["image"].shape
+    if sample["padding"]:
+        padding = decode({"size": list(size), "counts": sample["padding"]}) != 0
+    return intensity.to_uint8(sample["image"], rule, padding) if rule else Frame(sample["image"], padding)
 
 
 def _check_no_run(out: str) -> None:
@@ -158,16 +182,17 @@ def score_table(result: Mapping[str, Any]) -> Table:
 class _Scorer:
     """Sample ids -> a row each; an actor with a network."""
 
-    def __init__(self, folder: str, rows: tuple[shards.Row, ...], tta: bool) -> None:
+    def __init__(self, folder: str, rows: tuple[shards.Row, ...], tta: bool, rule: Intensity | None) -> None:
         actors.use_threads()
-        self.model, self.rows = segmenter.load(folder, tta), rows
+        self.model, self.rows, self.rule = segmenter.load(folder, tta), rows, rule
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         return actors.columns([self._score(int(item)) for item in batch["item"]])
 
     def _score(self, item: int) -> actors.Row:
         sample = shards.read_row(self.rows[item], SAMPLE)
-        return _scored(item, sample, _found(self.model, sample["image"]))
+        found, warnings = _found(self.model, _frame(sample, self.rule))
+        return {**_scored(item, sample, found), "warnings": warnings}
 
 
 class _Comparer:
@@ -184,9 +209,10 @@ class _Comparer:
         return _scored(item, sample, painted(*self.predictions[item], sample["labels"].shape))
 
 
-def _found(model: segmenter.Segmenter, image: np.ndarray) -> Found:
-    cells = model.segment(image)
-    return Found(cells.foreground, cells.labels, encode(cells.labels), cells.scores)
+def _found(model: segmenter.Segmenter, frame: Frame) -> tuple[Found, list[str]]:
+    """The cells of an image, and its warnings."""
+    cells = model.segment_frame(frame)
+    return Found(cells.foreground, cells.labels, encode(cells.labels), cells.scores), list(cells.warnings)
 
 
 def _scored(item: int, sample: dict[str, Any], found: Found) -> actors.Row:
@@ -197,15 +223,15 @@ def _scored(item: int, sample: dict[str, Any], found: Found) -> actors.Row:
     return {"item": item, **about, **row, "matches": matches}
 
 
-def _calibrate(folder: str, data: str, tta: bool) -> None:
+def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> None:
     """Choose the thresholds on validation images and keep them in the checkpoint `folder`."""
     rows = _rows_of(data, "val")
     chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CALIBRATION_IMAGES)).astype(int)]
     network, recipe = segment.load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cases = []
     for row in track(chosen, "maps", len(chosen)):
-        sample = shards.read_row(row, ["image", "labels"])
-        cases.append((segment.maps(network, sample["image"], tta), sample["labels"]))
+        sample = shards.read_row(row, [*PIXELS, "labels"])
+        cases.append((segment.maps(network, _frame(sample, rule).levels, tta), sample["labels"]))
     before = calibrate.mean_msa(cases, recipe.targets, instances.default(recipe.targets))
     config, msa = calibrate.calibrate(cases, recipe.targets)
     told = {

@@ -26,7 +26,6 @@ from raylivecell import __version__, checkpoint, onnx_model, storage
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS
-from raylivecell.model import normalise
 from raylivecell.progress import console
 
 ABOUT = (
@@ -35,14 +34,16 @@ ABOUT = (
     "targets",
     "channels",
     "normalisation",
+    "intensity",
     "instances",
     "licence",
     "citation",
     "data_name",
     "data_sha256",
 )
-"""Keys of the text in the file: version, recipe as YAML, outputs, thresholds as JSON, provenance of the data."""
-NORMALISATION = "in the graph: asinh((image - 128) / 5) of grey values 0 to 255, background about 128"
+"""Keys of the text in the file: version, recipe as YAML, outputs, the rule that makes grey levels of stored images and
+the thresholds (both JSON), provenance of the data."""
+NORMALISATION = "in the graph: asinh((image - {background}) / {scale}) of grey levels 0 to 255, see intensity"
 TOLERANCE = 1e-4
 # Of the check: one size that every level halves evenly, and one that none does.
 SIZES = ((256, 320), (333, 434))
@@ -58,7 +59,7 @@ class _Whole(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.sigmoid(self.network(normalise(image)))
+        return torch.sigmoid(self.network(image))
 
 
 def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
@@ -91,13 +92,14 @@ def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
 
 def _about(folder: str, recipe: recipes.Recipe) -> dict[str, str]:
     data = checkpoint.load_data(folder)
-    config = checkpoint.load_instances(folder, recipe.targets)
+    config, rule = checkpoint.load_instances(folder, recipe.targets), checkpoint.load_intensity(folder)
     values = (
         __version__,
         recipes.dump(recipe),
         recipe.targets,
         json.dumps(CHANNELS[recipe.targets]),
-        NORMALISATION,
+        NORMALISATION.format(background=rule.background_level, scale=rule.scale),
+        rule.model_dump_json(),
         json.dumps(config.model_dump()),
         *(data[name] for name in ("licence", "citation", "name", "sha256")),
     )

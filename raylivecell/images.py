@@ -103,22 +103,6 @@ def _no_image(data: bytes, kind: str | None) -> UnreadableImageError:
     )
 
 
-def used_bits(pixels: np.ndarray) -> int:
-    """How many bits the largest value of `pixels` needs, at least 8: 12 for what a 12-bit camera wrote as uint16."""
-    return max(8, int(pixels.max(initial=0)).bit_length())
-
-
-def to_uint8(pixels: np.ndarray, bits: int) -> NDArray[np.uint8]:
-    """`pixels`, uint8 or uint16 of `bits` used bits, as uint8: divided by 2^(bits - 8), rounded down.
-
-    One `bits` for all images of a set keeps their brightness comparable, and 8-bit data stored as 257 x comes back
-    exactly. uint8 comes back as it is.
-    """
-    if pixels.dtype == np.uint8:
-        return pixels
-    return np.minimum(pixels >> (bits - 8), 255).astype(np.uint8)
-
-
 def _decode(data: bytes, most: int) -> tuple[NDArray[Any], bool]:
     """Gray pixels (H, W) of a PNG, JPEG or BMP file, and whether it holds colour, alpha or a palette."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

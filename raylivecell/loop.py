@@ -1,7 +1,7 @@
 """The training loop. Knows no Ray, no cluster, no command line.
 
 1. Take a batch; its wait is counted as time lost to data.
-2. Normalise on the device, forward, loss, backward, clip, step, schedule, average.
+2. Forward on the device (the network normalises), loss, backward, clip, step, schedule, average.
 3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, hand over to the caller.
 """
 
@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raylivecell.device import Sender
 from raylivecell.losses import segmentation_loss
-from raylivecell.model import normalise
 from raylivecell.optimizer import build_optimizer
 from raylivecell.order import EPOCH, SAMPLE, Plan
 from raylivecell.training_config import LoopConfig, LossConfig, OptimizerConfig
@@ -144,7 +143,7 @@ def run(
         planes = send(next(batches)["planes"])
         meter.waited += time.perf_counter() - begin
         with _precision(config.precision, device):
-            logits = forward(normalise(planes[:, :1]).contiguous(memory_format=_memory_format(config)))
+            logits = forward(planes[:, :1].contiguous(memory_format=_memory_format(config)))
         loss = segmentation_loss(logits, planes[:, 1:], loss_config)
         meter.add(step, torch.stack(loss).detach())
         _update(training, loss.total)

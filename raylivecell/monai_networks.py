@@ -37,21 +37,22 @@ _TRIED = ((2, 2), (3, 5), (7, 3))
 
 
 class Padded(nn.Module):
-    """`network` for any image size: float (B, 1, H, W) -> logits (B, C, H, W).
+    """`network` for any image size: grey levels 0 to 255 (B, 1, H, W) -> logits (B, C, H, W).
 
     Args:
+        normalise: `model.Normalise`, the first layer.
         network: takes sizes divisible by `multiple`.
         multiple: of height and width; at least two of it are given, since instance normalisation needs several pixels.
     """
 
-    def __init__(self, network: nn.Module, multiple: int) -> None:
+    def __init__(self, normalise: nn.Module, network: nn.Module, multiple: int) -> None:
         super().__init__()
-        self.network, self.multiple = network, multiple
+        self.normalise, self.network, self.multiple = normalise, network, multiple
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits; the sigmoid is the caller's."""
         height, width = image.shape[-2:]
-        padded = _extended(_extended(image, 2, self.multiple), 3, self.multiple)
+        padded = _extended(_extended(self.normalise(image), 2, self.multiple), 3, self.multiple)
         return _first(_first(self.network(padded), 2, height), 3, width)
 
 
@@ -71,20 +72,21 @@ def _first(x: Tensor, axis: int, size: int) -> Tensor:
     return x.narrow(axis, 0, size)
 
 
-def build(name: str, options: Mapping[str, Any], outputs: int) -> nn.Module:
+def build(name: str, options: Mapping[str, Any], outputs: int, normalise: nn.Module) -> nn.Module:
     """The network `name` of monai.networks.nets with fresh weights from torch's random state.
 
     Args:
         name: one of `training_config.Network`, but for `unet`.
         options: arguments of its class, without RESERVED.
         outputs: channels of its logits.
+        normalise: `model.Normalise`, the first layer.
 
     Raises:
         UserError: an option that it does not take, or with which it does not work.
     """
     with torch.device("meta"):
         multiple = _multiple(_make(name, options, outputs), name, outputs)
-    return Padded(_make(name, options, outputs), multiple)
+    return Padded(normalise, _make(name, options, outputs), multiple)
 
 
 def describe(name: str, options: Mapping[str, Any], outputs: int) -> str:

@@ -10,6 +10,7 @@ from raylivecell import storage
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS, Targets
 from raylivecell.instances import InstanceConfig, Maps
+from raylivecell.intensity import Intensity
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"
@@ -23,10 +24,14 @@ class OnnxModel:
         self.session, self.about = session, about
         self.targets: Targets = next(name for name in CHANNELS if name == about["targets"])
         self.thresholds = InstanceConfig.model_validate_json(about["instances"]).model_dump()
+        self.intensity = Intensity.model_validate_json(about["intensity"])
         self.recipe_text = about["recipe"]
 
     def maps(self, image: NDArray[np.uint8]) -> Maps:
-        """What `fields.CHANNELS` names in each pixel of an image (H, W), float32 (C, H, W), 0 to 1."""
+        """What `fields.CHANNELS` names in each pixel, float32 (C, H, W), 0 to 1.
+
+        `image`: uint8 (H, W), on the network's scale.
+        """
         return self.session.run([OUTPUT], {INPUT: image[None, None].astype(np.float32)})[0][0]
 
 

@@ -36,6 +36,7 @@ COLUMNS = (
     "labels",
     "masks",
     "overlays",
+    "warning",
     "error",
     "version",
 )

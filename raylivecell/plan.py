@@ -16,6 +16,7 @@ from raylivecell import __version__, categories, coco, defects, description, out
 from raylivecell.defects import DefectRules, Entry, Facts, Found
 from raylivecell.errors import UserError
 from raylivecell.image_names import ImageFolder, find_images, is_safe_name, settle
+from raylivecell.intensity import Intensity
 from raylivecell.json_stream import CHUNK
 from raylivecell.listing import list_folder, show
 from raylivecell.sources import find_annotations
@@ -42,6 +43,9 @@ class PrepareConfig(DefectRules):
     Face's stores, whose files are named by a checksum."""
     targets: TargetsConfig = TargetsConfig()
     """How targets are drawn."""
+    intensity_from: str | None = None
+    """Dataset, checkpoint, run or .onnx file whose intensity rule to take: for images to score with that network.
+    Default: a rule chosen from the training images."""
     shard_images: int = Field(default=64, ge=1)
     """Images a shard at most; fewer where they are large (134 million pixels a shard)."""
     overwrite: bool = False
@@ -240,10 +244,9 @@ def covered_pixels(read: Source, entry: Entry) -> float:
 
 
 def plan_shards(
-    read: Source, kept: list[Entry], facts: dict[str, Facts], out: str, config: PrepareConfig
+    read: Source, kept: list[Entry], facts: dict[str, Facts], out: str, config: PrepareConfig, rule: Intensity
 ) -> list[dict[str, Any]]:
     """One job a shard, in the order of the dataset."""
-    bits = max((facts[entry.path or ""].bits for entry in kept), default=8)
     jobs = []
     for split in shards.SPLITS:
         images = [_image_job(entry, facts, config) for entry in kept if entry.split == split]
@@ -254,7 +257,7 @@ def plan_shards(
                     "out": out,
                     "split": split,
                     "file": f"{split}/part-{number:05d}.parquet",
-                    "bits": bits,
+                    "intensity": rule.model_dump(mode="json"),
                     "border_sigma": config.targets.border_sigma,
                     "images": some,
                 }

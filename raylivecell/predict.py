@@ -21,7 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from raylivecell import __version__, actors, addresses, images, parts, predictor, runtime, segmenter, sources, storage
+from raylivecell import (
+    __version__,
+    actors,
+    addresses,
+    images,
+    parts,
+    predictor,
+    progress,
+    runtime,
+    segmenter,
+    sources,
+    storage,
+)
 from raylivecell.errors import UserError
 from raylivecell.predictor import OUTPUTS, PICTURES, Job, Output
 from raylivecell.progress import console
@@ -35,7 +47,6 @@ def predict(
     out: str,
     write: Collection[Output] = OUTPUTS,
     tta: bool = False,
-    bits: int | None = None,
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
@@ -49,12 +60,14 @@ def predict(
         overlays/NAME.png   the image with each cell's outline
         cells.csv           a row a cell (`cells_table.Measured`)
         coco.json           the cells as COCO results; image_id as in images.csv
-        images.csv          a row an image: cells, confluence (share of pixels in cells, 0 to 1), or its error
+        images.csv          a row an image: cells, confluence (share of its own pixels, without padding, in cells,
+                            0 to 1), what is unusual about it (`warning`), or its error
         predict.json, recipe.yaml    the settings; the recipe of the network
 
-    8-bit images are taken as they are. 16-bit ones are scaled so that their median becomes 128, as LIVECell's
-    background is, or by 2^(8 - bits) where `bits` is given; the factor stands in images.csv as `gain`. Of colour
-    images the luma is used. An image that cannot be read is named in images.csv and does not stop the rest. An image
+    Stored grey values become the network's 8-bit scale by the rule of the set that it was trained on (`intensity`). An
+    image whose background is outside the training images' range is multiplied first (`gain` in images.csv) and has a
+    warning; a black, constant or saturated one has 0 cells and a warning. Of colour images the luma is used.
+    An image that cannot be read is named in images.csv and does not stop the rest. An image
     counts as done while its size and its time of change stay the same; the tables are of the images that are there.
 
     Args:
@@ -63,7 +76,6 @@ def predict(
         out: URI of a folder. Pictures lie in it as the images do in theirs.
         write: what to write beside images.csv.
         tta: average over the image and its three flips.
-        bits: used bits of 16-bit images, for a network trained on such.
         threshold: a pixel is foreground where its probability is over it; default: the model's.
         overwrite: delete what an earlier run wrote into `out`.
         follow_links: follow links that lead out of the folder to any file.
@@ -77,13 +89,11 @@ def predict(
     """
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: give a probability between 0 and 1, such as 0.5")
-    if bits is not None and not 8 <= bits <= 16:
-        raise UserError(f"--bits {bits}: give the used bits of 16-bit images, 8 to 16")
     began = time.monotonic()
     out, images_uri = storage.absolute(out), storage.absolute(images_uri)
     model, weights = _model(storage.absolute(model_uri))
     root, files = _image_files(images_uri, out, follow_links)
-    job = Job(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, bits, threshold)
+    job = Job(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold)
     network = predictor.load(job, "cpu")
     _claim(out, _settings(job, images_uri, weights, network), overwrite)  # before the work: may we?
     if not storage.exists(storage.join(out, RECIPE)):
@@ -144,7 +154,10 @@ def _segment(job: Job, files: Mapping[str, pafs.FileInfo]) -> None:
 def _summary(out: str, images_uri: str) -> dict[str, Any]:
     """What images.csv says in all, printed too; UserError where no image could be read."""
     shares, failed, cells = [], [], 0
+    warnings: dict[str, list[str]] = {}
     for row in parts.rows(out):
+        if row.get("warning"):
+            warnings[row["file"]] = row["warning"].split("; ")
         if row["error"]:
             failed.append({"file": row["file"], "error": row["error"]})
             console.print(f"not segmented: {row['file']}: {row['error']}", markup=False, soft_wrap=True)
@@ -157,6 +170,7 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
         raise UserError(
             f"none of the {count} images at {images_uri} can be read: {failed[0]['error']}; see {out}/{parts.IMAGES}"
         )
+    progress.show_warnings(warnings, f"{out}/{parts.IMAGES}")
     told = f"{len(shares)} of {count} images segmented, {cells:,} cells: {out}/{parts.IMAGES}"
     console.print(told, soft_wrap=True, markup=False)
     found = {"images": count, "segmented": len(shares), "cells": cells, "confluence": float(np.mean(shares))}
@@ -193,7 +207,7 @@ def _settings(job: Job, images_uri: str, weights: str, network: segmenter.Segmen
         "write": list(job.write),
         "thresholds": network.config.model_dump(),
         "tta": job.tta,
-        "bits": job.bits,
+        "intensity": network.intensity.model_dump(mode="json"),
         "raylivecell": __version__,
     }
 

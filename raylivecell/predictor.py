@@ -15,8 +15,6 @@ from raylivecell.segmenter import Cells, Segmenter
 
 Output = Literal["labels", "masks", "overlays", "coco", "cells"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
-BACKGROUND = 128
-"""Gray level of LIVECell's background; deeper images are scaled to have it."""
 MAX_PIXELS = 2**27
 """11,585 x 11,585."""
 
@@ -31,7 +29,6 @@ class Job:
     out: str
     write: tuple[Output, ...]
     tta: bool
-    bits: int | None
     threshold: float | None
 
     @property
@@ -69,8 +66,8 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
         )
     except OSError as error:  # perhaps it can be read another time: not this version's fault
         return Part({"file": file, "error": _line(error)}, "", [])
-    image, gain = to_uint8(pixels, job.bits)
-    cells = network.segment(image)
+    frame = network.frame(pixels)
+    image, cells = frame.levels, network.segment_frame(frame)
     places: dict[str, Any] = {kind: f"{kind}/{name}{end}" for kind, (end, _) in PICTURES.items() if kind in job.write}
     for kind, place in places.items():
         storage.write_bytes(storage.join(job.out, place), PICTURES[kind][1](image, cells))
@@ -78,24 +75,12 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
         "height": image.shape[0],
         "width": image.shape[1],
         "cells": len(cells.scores),
-        "gain": gain,
+        "gain": frame.gain,
+        "warning": "; ".join(cells.warnings),
     }
-    found["confluence"] = round(float((cells.labels != 0).mean()), 6)
+    found["confluence"] = round(float((cells.labels != 0).sum()) / max(1, frame.own_pixels), 6)
     found["foreground_pixels"] = int(cells.foreground.sum())
     return Part({**told, **found, **places}, *_lines(job, file, image, cells))
-
-
-def to_uint8(pixels: NDArray[Any], bits: int | None) -> tuple[NDArray[np.uint8], float]:
-    """A stored image as the network takes it, uint8 (H, W), and the factor it was scaled by; see `predict`."""
-    if pixels.dtype == np.uint8:
-        return pixels, 1.0
-    if bits is not None:
-        return images.to_uint8(pixels, bits), 2.0 ** (8 - bits)
-    # Of an image that is mostly black the median says nothing: its used range becomes 0 to 255.
-    median, top = float(np.median(pixels)), float(pixels.max())
-    gain = BACKGROUND / median if median else 255 / max(top, 1.0)
-    table = np.clip(np.rint(np.arange(2**16) * gain), 0, 255).astype(np.uint8)
-    return table[pixels], gain
 
 
 def label_tiff(labels: NDArray[np.int32]) -> bytes:

@@ -2,7 +2,7 @@
 
 1. `plan.read_source`  every annotation file, streamed (coco); names resolved to files (image_names)
 2. `_examine`          every listed file: checksums, size, depth, unreadable ones (Ray Data, samples.examine)
-3. `defects.judge`     the stated rule for each defect of an image
+3. `defects.judge`     the stated rule for each defect of an image; `set_intensity`: the set's one intensity rule
 4. `plan.plan_shards`  images sorted by name, 64 a shard; a shard's outlines wait in OUT/.prepare-FINGERPRINT/
 5. `_draw`             shards not yet whole are drawn and written (Ray Data, samples.write_part), each with its account
 6. dataset.json, the mark of a whole dataset, is written last; then the working folder goes
@@ -32,6 +32,7 @@ from raylivecell import (
     progress,
     runtime,
     samples,
+    set_intensity,
     shards,
     storage,
 )
@@ -69,15 +70,17 @@ def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict
     runtime.connect()
     facts = _examine(read)
     kept, found = defects.judge(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
-    found = [*read.found, *found, *plan.unlisted(read, config)]
+    rule = set_intensity.rule_of_set(kept, facts, config)
+    kept, unusual = set_intensity.judge_levels(kept, facts, rule, config)
+    found = [*read.found, *found, *unusual, *plan.unlisted(read, config)]
     if notice := categories.notice(read.categories, config.categories):
         _say(notice)
     with _listing(found):
         _refuse(found, strict)
         _require(read, Counter(entry.split for entry in kept), found)
     _tell_empty_files(read)
-    jobs = plan.plan_shards(read, kept, facts, out, config)
-    head |= {"categories": read.categories}
+    jobs = plan.plan_shards(read, kept, facts, out, config, rule)
+    head |= {"categories": read.categories, "intensity": rule.model_dump(mode="json")}
     head |= description.legal(*plan.statements(read)) | {"source": head["source"] | plan.provenance(read, jobs, head)}
     if old is not None and old["source"] == head["source"] and _is_whole(out, old):
         _clean(out, jobs)

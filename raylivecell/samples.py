@@ -11,12 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylivecell import images, shards, storage
+from raylivecell import grey_levels, images, intensity, shards, storage
 from raylivecell.coco import CellRecord, decode_cells
 from raylivecell.defects import DefectRules, Facts, rule_of, visible_pixels
 from raylivecell.errors import UserError
+from raylivecell.intensity import Intensity
 from raylivecell.outlines import check_cells
-from raylivecell.rle import encode_patch
+from raylivecell.rle import encode, encode_patch
 from raylivecell.targets import border_map, draw_labels, hidden_cells, rasterise
 
 
@@ -28,16 +29,16 @@ def examine(uri: str) -> Facts:
     except images.UnreadableImageError as error:
         return Facts(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(picture.pixels)
-    bits = images.used_bits(pixels)
+    measures = grey_levels.measure(pixels, grey_levels.padding_mask(pixels))
     return Facts(
         sha256=hashlib.sha256(data).hexdigest(),
         pixels_sha256=hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest(),
         height=pixels.shape[0],
         width=pixels.shape[1],
         colour=picture.colour,
-        bits=bits,
+        measures=tuple(measures),
         deep=picture.deep,
-        visible=visible_pixels(images.to_uint8(pixels, bits)),
+        visible=visible_pixels(intensity.apply(pixels, intensity.choose([measures]))),
     )
 
 
@@ -45,8 +46,8 @@ def write_part(job: dict[str, Any], rules: DefectRules) -> dict[str, Any]:
     """Draw and write one shard, then its account: the same bytes whenever and wherever it is run.
 
     Args:
-        job: `source`, `out`, `file` (of the shard, under `out`), `cells` and `account` (URIs), `split`, `bits` (used by
-            16-bit images), `border_sigma`, and `images`: a dict an image.
+        job: `source`, `out`, `file` (of the shard, under `out`), `cells` and `account` (URIs), `split`,
+            `intensity` (the set's rule), `border_sigma`, and `images`: a dict an image.
         rules: what to do with defective cells.
 
     Returns:
@@ -67,12 +68,15 @@ def _rows(
     """The rows of one shard; adds each image's statistics and defects to `account`."""
     histogram = np.zeros(256, np.int64)
     start = 0
+    rule = Intensity.model_validate(job["intensity"])
     for image in job["images"]:
         records = decode_cells(payloads[start : start + image["cells_bytes"]])
         start += image["cells_bytes"]
-        row = draw_sample(_pixels(job, image), image, records, rules, job["border_sigma"], account["found"])
+        frame = intensity.to_uint8(_pixels(job, image), rule)
+        row = draw_sample(frame.levels, image, records, rules, job["border_sigma"], account["found"])
         if row is None:
             continue
+        row["padding"] = b"" if frame.padding is None else encode(frame.padding.astype(np.uint16))[0]["counts"]
         histogram += np.bincount(row["image"].ravel(), minlength=256)
         areas = Counter(account["areas"].get(image["cell_type"], {}))
         areas.update(str(area) for area in np.bincount(row["labels"].ravel())[1:].tolist() if area)
@@ -82,7 +86,7 @@ def _rows(
                 "cell_type": image["cell_type"],
                 "cells": row["cells"],
                 "foreground": int(row["foreground"].sum()),
-                "pixels": row["foreground"].size,
+                "pixels": frame.own_pixels,
                 "size": list(row["foreground"].shape),
             }
         )
@@ -91,12 +95,12 @@ def _rows(
 
 
 def _pixels(job: dict[str, Any], image: dict[str, Any]) -> np.ndarray:
-    """The image's pixels as uint8 (H, W); UserError where the file is not the one that was examined."""
+    """The image's stored pixels, uint8 or uint16 (H, W); UserError where the file is not the one that was examined."""
     uri = storage.join(job["source"], image["path"])
     data = storage.read_bytes(uri)
     if hashlib.sha256(data).hexdigest() != image["sha256"]:
         raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
-    return images.to_uint8(images.decode(data).pixels, job["bits"])
+    return images.decode(data).pixels
 
 
 def draw_sample(

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylivecell import checkpoint, metrics, shards, tiles
-from raylivecell.model import build_model, normalise
+from raylivecell.intensity import Intensity
+from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 
 FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
 
 
-def build(recipe: Recipe, device: torch.device) -> nn.Module:
-    """A fresh network of `recipe` on `device`, in the recipe's memory format."""
-    return _placed(build_model(recipe.model, recipe.outputs), recipe, device)
+def build(recipe: Recipe, device: torch.device, rule: Intensity | None = None) -> nn.Module:
+    """A fresh network of `recipe` on `device`, in the recipe's memory format, for images on the scale of `rule`."""
+    return _placed(build_model(recipe.model, recipe.outputs, rule), recipe, device)
 
 
 def load(uri: str, device: torch.device) -> tuple[nn.Module, Recipe]:
@@ -78,7 +79,7 @@ def _placed(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
     if images[0].numel() <= tiles.WHOLE_PIXELS:
-        return network(normalise(images.unsqueeze(1))).float()
+        return network(images.unsqueeze(1)).float()
     return torch.stack([_in_windows(network, image) for image in images])
 
 
@@ -87,7 +88,7 @@ def _in_windows(network: nn.Module, image: Tensor) -> Tensor:
 
     def window(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         part = torch.from_numpy(np.ascontiguousarray(pixels)).to(image.device)
-        return network(normalise(part[None, None]))[0].float().cpu().numpy()
+        return network(part[None, None])[0].float().cpu().numpy()
 
     parts = [part for _, part in tiles.bands(window, image.cpu().numpy())]
     return torch.from_numpy(np.concatenate(parts, axis=1)).to(image.device)

@@ -1,21 +1,24 @@
 """A trained network on images in this process, without a cluster: what notebooks use, and the actors of `predict`.
 
     model = raylivecell.load("runs/cells")
-    cells = model.segment(image)          # uint8 (H, W)
+    cells = model.segment("well_A1.tif")  # or its pixels as stored, uint8 or uint16 (H, W)
     cells.labels, cells.scores
 
 From an ONNX file it runs without torch.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import instances, storage, tiles
+from raylivecell import images, instances, intensity, storage, tiles
+from raylivecell.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig, Maps
+from raylivecell.intensity import LIVECELL, Frame, Grey, Intensity
 
 ONNX = ".onnx"
 
@@ -28,31 +31,85 @@ class Cells(NamedTuple):
     scores: NDArray[np.float64]
     """(N,), 0 to 1: each cell's mean foreground probability."""
     foreground: NDArray[np.bool_]
-    """(H, W): where the foreground's probability is over `InstanceConfig.foreground`."""
+    """(H, W): where the foreground's probability is over `InstanceConfig.foreground`; never in padding."""
+    warnings: tuple[str, ...] = ()
+    """What is unusual about the image for this network: a kind, a colon, and the figures."""
 
 
 class Segmenter:
     """Made by `load`."""
 
     def __init__(
-        self, network: Callable[[NDArray[np.uint8]], Maps], targets: Targets, config: InstanceConfig, recipe: str
+        self,
+        network: Callable[[NDArray[np.uint8]], Maps],
+        targets: Targets,
+        config: InstanceConfig,
+        recipe: str,
+        rule: Intensity | None = None,
     ) -> None:
         self.network, self.targets, self.config, self.recipe = network, targets, config, recipe
+        self.intensity = rule or LIVECELL
 
-    def segment(self, image: NDArray[np.uint8]) -> Cells:
-        """The cells of a grey image, uint8 (H, W) of any size, background about 128; ValueError for anything else.
+    def segment(self, image: Grey | str | Path) -> Cells:
+        """The cells of a grey image of any size.
+
+        Args:
+            image: pixels as the file stores them, uint8 or uint16 (H, W), or the path or URI of an image file. The
+                network's intensity rule brings them to its scale: do not scale them first.
+
+        Raises:
+            TypeError, ValueError: anything else.
+            UserError: a file that holds no picture.
+        """
+        return self.segment_frame(self.frame(image))
+
+    def frame(self, image: Grey | str | Path) -> Frame:
+        """The image on the network's scale."""
+        if isinstance(image, str | Path):
+            image = _read(str(image))
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"image is {type(image).__name__}; give an array, uint8 or uint16 (H, W)")
+        if image.ndim != 2 or image.dtype.kind != "u" or image.dtype.itemsize > 2 or not image.size:
+            raise ValueError(f"image is {image.dtype} {image.shape}; give a grey image, uint8 or uint16 (H, W)")
+        return intensity.to_uint8(image.astype(image.dtype.newbyteorder("="), copy=False), self.intensity)
+
+    def segment_frame(self, frame: Frame) -> Cells:
+        """The cells of an image on the network's scale; none where it is not usable, and none in padding.
 
         Up to `tiles.WHOLE_PIXELS` in one piece; larger images in overlapping windows, in bounded memory.
         """
-        if not isinstance(image, np.ndarray):
-            raise TypeError(f"image is {type(image).__name__}; give an array, uint8 (H, W)")
-        if image.ndim != 2 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"image is {image.dtype} {image.shape}; give a grey image, uint8 (H, W), scaled to 8 bits")
+        image = frame.levels
+        if not frame.usable:
+            none = np.zeros(image.shape, np.int32)
+            return Cells(none, np.zeros(0), none.astype(np.bool_), frame.warnings)
         if image.size > tiles.WHOLE_PIXELS:
-            return Cells(*tiles.segment(self.network, image, self.targets, self.config))
-        maps = self.network(image)
-        labels = instances.segment(maps, self.targets, self.config)
-        return Cells(labels, instances.scores(labels, maps[0]), maps[0] > self.config.foreground)
+            cells = Cells(*tiles.segment(self.network, image, self.targets, self.config))
+        else:
+            maps = self.network(image)
+            labels = instances.segment(maps, self.targets, self.config)
+            cells = Cells(labels, instances.scores(labels, maps[0]), maps[0] > self.config.foreground)
+        if frame.padding is not None:
+            cells = _outside(cells, frame.padding, self.config.smallest)
+        share = float(cells.foreground.sum()) / frame.own_pixels
+        return cells._replace(warnings=(*frame.warnings, *intensity.share_warning(share, self.intensity)))
+
+
+def _outside(cells: Cells, padding: NDArray[np.bool_], smallest: int) -> Cells:
+    """`cells` without the pixels in padding; a cell of which fewer than `smallest` pixels are left is left out."""
+    labels = np.where(padding, 0, cells.labels)
+    kept = np.bincount(labels.ravel(), minlength=len(cells.scores) + 1) >= max(1, smallest)
+    kept[0] = False
+    numbers = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    return Cells(numbers[labels], cells.scores[kept[1:]], cells.foreground & ~padding)
+
+
+def _read(uri: str) -> Grey:
+    try:
+        return images.decode(storage.read_bytes(storage.absolute(uri))).pixels
+    except FileNotFoundError as error:
+        raise UserError(f"no image file at {uri}; give its path, or its pixels") from error
+    except images.UnreadableImageError as error:
+        raise UserError(f"{uri}: {error}") from error
 
 
 def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
@@ -71,7 +128,7 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
 
         file = load_onnx(str(uri))
         network = _flipped(file.maps) if flips else file.maps
-        return Segmenter(network, file.targets, InstanceConfig(**file.thresholds), file.recipe_text)
+        return Segmenter(network, file.targets, InstanceConfig(**file.thresholds), file.recipe_text, file.intensity)
     import torch
 
     from raylivecell import checkpoint, recipe, segment
@@ -83,6 +140,7 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
         settings.targets,
         checkpoint.load_instances(folder, settings.targets),
         recipe.dump(settings),
+        checkpoint.load_intensity(folder),
     )
 
 

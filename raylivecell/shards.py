@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from raylivecell import storage
 from raylivecell.errors import UserError
+from raylivecell.intensity import Intensity
 
 SPLITS = ("train", "val", "test")
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_ROWS = 2**20
 """Of a shard; `prepare` writes 64."""
 MAX_ROW_BYTES = 2**31
@@ -44,6 +45,7 @@ SCHEMA = pa.schema(
         ("outlines", pa.list_(pa.binary())),  # of each label, in their order: its whole mask, COCO's RLE counts
         ("source", pa.string()),  # provenance: the image's path under --source
         ("sha256", pa.string()),  # of the image file's bytes
+        ("padding", pa.binary()),  # where the frame is padding: COCO's RLE counts; empty: nowhere
         ("annotation", pa.string()),  # provenance: the JSON file that named it, and its image id there
     ]
 )
@@ -138,6 +140,7 @@ def load_description(data: str) -> dict[str, Any]:
         )
     with storage.unverified(storage.join(data, "dataset.json"), AGAIN):
         _check(description["splits"])
+        Intensity.model_validate(description["intensity"])
     return description
 
 
@@ -152,6 +155,11 @@ def _check(splits: Any) -> None:
         for size in splits[split]["sizes"]:
             if len(size) != 2 or any(type(side) is not int or not 0 < side <= MAX_SIDE for side in size):
                 raise ValueError(f"images of size {size!r} in {split}")
+
+
+def intensity(data: str) -> Intensity:
+    """How the images of the dataset at `data` became grey levels."""
+    return Intensity.model_validate(load_description(data)["intensity"])  # checked
 
 
 def provenance(data: str) -> dict[str, Any]:

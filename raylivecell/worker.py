@@ -94,8 +94,8 @@ def work(job: Job) -> dict[str, Any] | None:
 
 def save(folder: str, training: loop.Training, job: Job) -> None:
     """Write a checkpoint of the job's training into `folder`."""
-    data = job.samples.provenance
-    checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data)
+    data, rule = job.samples.provenance, job.samples.intensity
+    checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule)
 
 
 def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]:
@@ -127,14 +127,17 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
         samples.kept_train,
         recipe.targets,
         samples.task_cpus,
+        samples.intensity.background_level,
     )
     stream = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
     batches: Iterator[dict[str, Tensor]] = stream
     if recipe.augment.device == "cuda":
-        batches = device_augment.batches(stream, plan, recipe.augment, recipe.crop, place.device)
+        batches = device_augment.batches(
+            stream, plan, recipe.augment, recipe.crop, place.device, samples.intensity.background_level
+        )
     with contextlib.closing(stream):
         torch.manual_seed(recipe.seed)
-        training = loop.start(segment.build(recipe, place.device), recipe.optimizer, plan.steps)
+        training = loop.start(segment.build(recipe, place.device, samples.intensity), recipe.optimizer, plan.steps)
         if values is not None:
             training.load(values, state)
         forward = wrap(training.model, recipe, place.ranks, place.device)

@@ -203,7 +203,7 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
     """A prepared dataset of bright squares on a dark ground, `images` to train on, 3 to validate, 3 to test."""
     import numpy as np
 
-    from raylivecell import rle, shards, storage
+    from raylivecell import intensity, rle, shards, storage
 
     rng = np.random.default_rng(0)
     splits: dict[str, dict] = {}
@@ -219,12 +219,13 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
             row = {"file_name": name, "cell_type": "A172", "height": size, "width": size, "image": image}
             row |= {"labels": labels, "foreground": labels > 0, "border": border, "cells": 1}
             row["outlines"] = [one["counts"] for one in rle.encode(labels)]
-            rows.append({**row, "source": name, "sha256": "", "annotation": ""})
+            rows.append({**row, "source": name, "sha256": "", "padding": b"", "annotation": ""})
         file = f"{split}/part-00000.parquet"
         shards.write_shard(str(folder / file), rows)
         splits[split] = {"images": count, "cells": count, "sizes": [[size, size]]}
         splits[split]["shards"] = [{"file": file, "rows": count}]
     description = {"format_version": shards.FORMAT_VERSION, "name": "squares", "licence": "none", "splits": splits}
+    description["intensity"] = intensity.LIVECELL.model_dump()
     storage.write_json(folder / "dataset.json", description)
     return str(folder)
 
