@@ -23,7 +23,7 @@ Range = tuple[float, float]
 
 LIVECELL_SPREAD, LIVECELL_SCALE = 60.0, 5.0
 """Grey levels between LIVECell's 1st and 99th percentile, median over images; the scale at which it is learnt best."""
-MIN_LEVELS = 96
+MIN_LEVELS = 64
 """A 16-bit set keeps its bit depth's own scale if its pixels use so many of the 256 levels; else it is stretched."""
 MAX_GAIN = 4.0
 """An image that must be multiplied by more, or divided by more, holds no usable picture."""

@@ -79,7 +79,7 @@ def _placed(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
     if images[0].numel() <= tiles.WHOLE_PIXELS:
-        return network(images.unsqueeze(1)).float()
+        return network(images.unsqueeze(1).float()).float()
     return torch.stack([_in_windows(network, image) for image in images])
 
 
@@ -88,7 +88,7 @@ def _in_windows(network: nn.Module, image: Tensor) -> Tensor:
 
     def window(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         part = torch.from_numpy(np.ascontiguousarray(pixels)).to(image.device)
-        return network(part[None, None])[0].float().cpu().numpy()
+        return network(part[None, None].float())[0].float().cpu().numpy()
 
     parts = [part for _, part in tiles.bands(window, image.cpu().numpy())]
     return torch.from_numpy(np.concatenate(parts, axis=1)).to(image.device)

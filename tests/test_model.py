@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylivecell.losses import segmentation_loss
-from raylivecell.model import build_model, count_parameters, normalise
+from raylivecell.model import Normalise, build_model, count_parameters
 from raylivecell.optimizer import schedule
 from raylivecell.training_config import LossConfig, ModelConfig, OptimizerConfig
 
@@ -28,8 +28,9 @@ def test_the_papers_crop_and_size() -> None:
 
 
 def test_background_becomes_zero_and_grey_stays_ordered() -> None:
-    grey = normalise(torch.arange(256, dtype=torch.uint8))
+    grey = Normalise()(torch.arange(256, dtype=torch.uint8))
     assert grey[128] == 0
+    assert Normalise(90, 2.5)(torch.tensor([90.0])) == 0
     assert grey.dtype == torch.float32
     assert (grey.diff() > 0).all()
     torch.testing.assert_close(grey[129:], -grey[1:128].flip(0))

@@ -69,25 +69,6 @@ def test_output_names_keep_suffixes_only_where_they_must() -> None:
     assert predict.output_names(["\u00fc.tif", "u\u0308.png"]) == ["\u00fc.tif", "u\u0308.png"]
 
 
-def test_deep_images_are_brought_to_the_background_of_livecell() -> None:
-    image = np.random.default_rng(0).integers(100, 157, (31, 33)).astype(np.uint8)
-    image[15, 16] = np.median(image)
-    same, gain = predictor.to_uint8(image, None)
-    assert same is image
-    assert gain == 1
-    image = np.where(image == np.median(image), 128, image).astype(np.uint8)
-    image[:16] = 128
-    for factor in (257, 256, 16, 3):  # 16-bit copies of an 8-bit image give it back
-        back, _ = predictor.to_uint8(image.astype(np.uint16) * factor, None)
-        np.testing.assert_array_equal(back, image)
-    shifted, gain = predictor.to_uint8(image.astype(np.uint16) * 16, 12)
-    np.testing.assert_array_equal(shifted, image)
-    assert gain == 1 / 16
-    black, _ = predictor.to_uint8(np.eye(40, dtype=np.uint16) * 4000, None)
-    assert black.max() == 255
-    assert predictor.to_uint8(np.zeros((2, 2), np.uint16), None)[0].max() == 0
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 4), (2, 90)])
 @pytest.mark.parametrize("most", [0, 7, 65_535, 65_536])
 def test_labels_as_tiff(shape: tuple[int, int], most: int) -> None:
@@ -115,8 +96,6 @@ def test_mistakes_are_told_before_anything_starts(saved: str, tmp_path: Path) ->
     for threshold in (0, 1, 50):
         with pytest.raises(UserError, match="--threshold"):
             predict.predict(saved, images, out, threshold=threshold)
-    with pytest.raises(UserError, match="--bits"):
-        predict.predict(saved, images, out, bits=7)
     with pytest.raises(UserError, match="is the folder of the images"):
         predict.predict(saved, images, images)
     assert not Path(out).exists()
@@ -204,10 +183,9 @@ def test_a_folder_of_anything(ray_cluster: None, saved: str, tmp_path: Path) -> 
     network = segmenter.load(saved)
     for file, image in expected.items():
         row = rows[file]
-        gray = predictor.to_uint8(image.astype(np.uint16) * 257, None)[0] if file == "deep/a.tiff" else image
         mine = [cell for cell in cells if cell["file"] == file]
         told = [record for record in records if record["image_id"] == int(row["image_id"])]
-        check_image(out, row, mine, told, network.segment(gray))
+        check_image(out, row, mine, told, network.segment(image))
     assert len(cells) == len(records) == summary["cells"] > 50
     pictures = {row[kind] for row in rows.values() for kind in ("labels", "masks", "overlays")} - {""}
     assert contents(out).keys() == pictures | TABLES
@@ -238,7 +216,7 @@ def test_settings_and_new_images(one_process: None, saved: str, tmp_path: Path) 
     assert settings["write"] == ["labels", "cells"]
     assert len(settings["model"]["sha256"]) == 64
     assert {name.split("/")[0] for name in first} == {"labels", *TABLES} - {"coco.json"}
-    for other in ({"threshold": 0.5}, {"tta": True}, {"write": ("cells",)}, {"bits": 12}):
+    for other in ({"threshold": 0.5}, {"tta": True}, {"write": ("cells",)}):
         with pytest.raises(UserError, match=r"other settings \(\w+\).*--overwrite"):
             predict.predict(saved, str(images), str(out), **(options | other))
     assert files_in(out) == first
@@ -298,8 +276,8 @@ from raylivecell.instances import InstanceConfig
 from raylivecell.segmenter import Segmenter
 out = sys.argv[1]
 network = Segmenter(lambda image: image[None] / np.float32(255), "foreground", InstanceConfig(), "")
-cv2.imwrite(out + "/a.png", np.full((30, 40), 200, np.uint8))
-job = predictor.Job(out + "/m.onnx", out, out, predictor.OUTPUTS, False, None, None)
+cv2.imwrite(out + "/a.png", np.add.outer(np.arange(30), np.full(40, 200)).astype(np.uint8))
+job = predictor.Job(out + "/m.onnx", out, out, predictor.OUTPUTS, False, None)
 assert not job.with_torch
 part = predictor.part(job, network, "a.png", "a", "1")
 assert part.row["cells"] == len(part.records) == 1, part

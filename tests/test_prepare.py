@@ -139,8 +139,8 @@ def test_real_livecell(livecell_mini: Path, ray_cluster: None, tmp_path: Path) -
     assert told == shards.load_description(str(tmp_path / "out"))
     train = rows_of(tmp_path / "out", "train")
     values = np.concatenate([row["image"].ravel() for row in train.values()]).astype(float)
-    assert told["intensity"]["mean"] == pytest.approx(values.mean(), abs=1e-3)
-    assert told["intensity"]["std"] == pytest.approx(values.std(), abs=1e-3)
+    assert told["grey_levels"]["mean"] == pytest.approx(values.mean(), abs=1e-3)
+    assert told["grey_levels"]["std"] == pytest.approx(values.std(), abs=1e-3)
     for row in train.values():
         assert len(np.unique(row["labels"])) == row["cells"] + 1
         np.testing.assert_array_equal(row["foreground"], row["labels"] > 0)

@@ -48,8 +48,8 @@ def test_flips_make_the_answer_follow_the_image(saved: str) -> None:
         torch.testing.assert_close(turned, averaged, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.uint16), np.zeros((3, 4))])
-def test_only_grey_bytes_are_segmented(saved: str, wrong: np.ndarray) -> None:
+@pytest.mark.parametrize("wrong", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.int16), np.zeros((3, 4))])
+def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
     with pytest.raises(ValueError, match="give a grey image"):
         segmenter.load(saved).segment(wrong)
 

@@ -1,0 +1,310 @@
+"""One intensity rule: robust against odd pixels and images, exact on 8 bits, and the same on every path."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raylivecell import checkpoint, evaluate, export, intensity, predictor, samples, segmenter, set_intensity, shards
+from raylivecell.defects import DefectRules, Entry
+from raylivecell.grey_levels import Measures, measure, padding_mask
+from raylivecell.intensity import Intensity, choose, to_uint8
+from raylivecell.loop import State
+from raylivecell.model import build_model
+from raylivecell.progress import show_warnings
+from raylivecell.recipe import Recipe
+from raylivecell.training_config import ModelConfig
+
+
+def frame(seed: int, background: float = 128, cells: int = 9, shape: tuple[int, int] = (120, 160)) -> np.ndarray:
+    """A phase-contrast-like image, uint8: noise on the background, grey cells with bright rims."""
+    rng = np.random.default_rng(seed)
+    image = np.full(shape, background, np.float32)
+    for _ in range(cells):
+        centre = (int(rng.integers(shape[1])), int(rng.integers(shape[0])))
+        cv2.circle(image, centre, 11, background + 55, 3)
+        cv2.circle(image, centre, 9, background - 25, -1)
+    image = cv2.GaussianBlur(image, (0, 0), 1) + rng.normal(0, 1.5, shape)
+    return np.clip(np.rint(image), 1, 254).astype(np.uint8)
+
+
+def measured(image: np.ndarray) -> Measures:
+    return measure(image, padding_mask(image))
+
+
+FRAMES = [frame(seed) for seed in range(6)]
+RULE = choose([measured(image) for image in FRAMES])
+STORED: dict[str, Any] = {
+    "257": lambda image: image.astype(np.uint16) * 257,
+    "shifted": lambda image: image.astype(np.uint16) << 4,
+    "offset": lambda image: image.astype(np.uint16) * 20 + 1000,
+    "faint": lambda image: image.astype(np.uint16) * 3 + 30000,
+}
+
+
+def test_eight_bits_are_taken_as_they_are_and_livecell_keeps_its_zero() -> None:
+    assert (RULE.depth, RULE.background_level, RULE.scale) == (8, 128, 5)
+    for image in FRAMES:
+        result = to_uint8(image, RULE)
+        np.testing.assert_array_equal(result.levels, image)
+        assert (result.gain, result.usable, result.padding, result.warnings) == (1, True, None, ())
+
+
+def test_real_livecell_comes_through_bit_by_bit(livecell_mini: Path) -> None:
+    images = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(livecell_mini.rglob("*.tif"))]
+    rule = choose([measured(image) for image in images])
+    assert (rule.background_level, rule.scale) == (128, 5)
+    for image in images:
+        result = to_uint8(image, rule)
+        assert (result.gain, result.warnings) == (1, ())
+        np.testing.assert_array_equal(result.levels, image)
+
+
+@pytest.mark.parametrize("stored", ["257", "shifted"])
+def test_eight_bit_data_in_sixteen_bits_come_back_exactly(stored: str) -> None:
+    deep = [STORED[stored](image) for image in FRAMES]
+    rule = choose([measured(image) for image in deep])
+    assert (rule.depth, rule.background_level, rule.scale) == (16, 128, 5)
+    for rules in (rule, RULE):  # of a set of its own kind, and of an 8-bit set
+        for image, original in zip(deep, FRAMES):
+            result = to_uint8(image, rules)
+            assert result.warnings == ()
+            np.testing.assert_array_equal(result.levels, original)
+
+
+@pytest.mark.parametrize("stored", list(STORED))
+def test_one_hot_pixel_or_one_odd_image_moves_nothing(stored: str) -> None:
+    deep = [STORED[stored](image) for image in FRAMES]
+    rule = choose([measured(image) for image in deep])
+    levels = to_uint8(deep[0], rule).levels
+    assert len(np.unique(levels)) > 60, "the levels are used"
+    hot = deep[0].copy()
+    hot[5, 5] = 65535
+    assert (to_uint8(hot, rule).levels != levels).sum() <= 1
+    for odd in (hot, np.zeros_like(hot), np.full_like(hot, 65535), deep[0] // 4):
+        other = choose([measured(image) for image in [*deep, odd]])
+        assert (other.low, other.high) == (rule.low, rule.high)
+        assert other.background == pytest.approx(rule.background, rel=0.001)
+        assert (to_uint8(deep[1], other).levels == to_uint8(deep[1], rule).levels).all()
+
+
+@given(
+    st.lists(st.integers(0, 65535), min_size=2, max_size=200),
+    st.sampled_from([256.0, 4096.0, 65536.0]),
+    st.floats(0.1, 4),
+)
+def test_levels_rise_with_stored_values(values: list[int], high: float, gain: float) -> None:
+    pixels = np.array([sorted(values)], np.uint16)
+    levels = intensity.apply(pixels, Intensity(depth=16, low=high / 8, high=high), gain)
+    assert levels.dtype == np.uint8
+    assert (np.diff(levels.astype(int)) >= 0).all()
+
+
+@given(st.floats(0.4, 0.85))
+def test_a_darker_frame_is_brought_to_the_background_and_named(factor: float) -> None:
+    result = to_uint8(np.floor(FRAMES[0] * factor).astype(np.uint8), RULE)
+    assert result.gain == pytest.approx(1 / factor, rel=0.03)
+    assert result.warnings[0].startswith("scaled to the background of the training images: ")
+    assert abs(float(np.median(result.levels)) - 128) <= 3
+
+
+def test_a_sheet_of_cells_is_no_darker_frame() -> None:
+    """The median is the cells' own level; what is left of the background says that nothing is wrong."""
+    sheet = frame(1, 128, cells=0)
+    rng = np.random.default_rng(0)
+    sheet[:, :150] = np.clip(rng.normal(85, 9, (120, 150)), 1, 254)
+    assert abs(float(np.median(sheet)) - 128) > 30
+    result = to_uint8(sheet, RULE)
+    assert result.gain == 1
+    np.testing.assert_array_equal(result.levels, sheet)
+
+
+@pytest.mark.parametrize(
+    "failed",
+    [
+        np.zeros((60, 80), np.uint8),
+        np.full((60, 80), 128, np.uint8),
+        np.full((60, 80), 255, np.uint8),
+        np.where(np.arange(4800).reshape(60, 80) % 5, 255, 120).astype(np.uint8),
+        np.random.default_rng(0).integers(0, 4, (60, 80)).astype(np.uint8),
+        np.random.default_rng(0).integers(0, 4, (60, 80)).astype(np.uint16),
+        np.zeros((60, 80), np.uint16),
+        np.full((60, 80), 65535, np.uint16),
+        np.zeros((1, 1), np.uint8),
+    ],
+)
+def test_a_failed_frame_has_no_cell(failed: np.ndarray) -> None:
+    network = segmenter.Segmenter(lambda image: np.ones((1, *image.shape), np.float32), "foreground", CONFIG, "", RULE)
+    cells = network.segment(failed)
+    assert not cells.labels.any()
+    assert not cells.foreground.any()
+    assert len(cells.scores) == 0
+    assert cells.warnings[0].startswith("no usable picture: ")
+
+
+CONFIG = segmenter.InstanceConfig()
+
+
+def padded(image: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """A frame with padding, and where it is."""
+    mask = np.ones_like(image)
+    if kind == "stitched":
+        return np.pad(image, ((0, 90), (0, 140))), np.pad(mask, ((0, 90), (0, 140))) == 0
+    if kind == "white":
+        return np.pad(image, ((20, 0), (0, 0)), constant_values=255), np.pad(mask, ((20, 0), (0, 0))) == 0
+    matrix = cv2.getRotationMatrix2D((80, 60), 15, 0.9)
+    turned, inside = (cv2.warpAffine(plane, matrix, (160, 120), flags=cv2.INTER_NEAREST) for plane in (image, mask))
+    return turned, inside == 0
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ["stitched", "white", "rotated"])
+def test_padding_is_no_cell(kind: str, deep: bool) -> None:
+    image, padding = padded(FRAMES[0], kind)
+    stored = image.astype(np.uint16) * 257 if deep else image
+    network = segmenter.Segmenter(
+        lambda levels: np.ones((1, *levels.shape), np.float32), "foreground", CONFIG, "", RULE
+    )
+    result = network.frame(stored)
+    assert result.padding is not None
+    np.testing.assert_array_equal(result.padding, padding)
+    assert result.own_pixels == (~padding).sum()
+    assert set(np.unique(result.levels[padding])) <= {127, 128, 129}
+    np.testing.assert_array_equal(result.levels[~padding], image[~padding])
+    cells = network.segment(stored)
+    assert not cells.foreground[padding].any()
+    assert not cells.labels[padding].any()
+    assert cells.labels.max() == len(cells.scores) == 1
+
+
+def test_bright_cells_on_exact_zeros_are_no_padding() -> None:
+    image = np.zeros((120, 160), np.uint8)
+    for seed in range(12):
+        y, x = np.random.default_rng(seed).integers(10, 110, 2)
+        cv2.circle(image, (int(x) + 20, int(y)), 6, 180, -1)
+    image = np.maximum(image, cv2.GaussianBlur(image, (0, 0), 1))
+    assert padding_mask(image) is None
+    rule = choose([measured(image)])
+    assert (rule.background_level, rule.by_background) == (0, False)
+    np.testing.assert_array_equal(to_uint8(image // 2, rule).levels, image // 2)
+
+
+def test_a_set_of_both_depths_takes_that_of_most_and_the_others_follow() -> None:
+    mixed = [*FRAMES[:4], *(STORED["257"](image) for image in FRAMES[4:])]
+    rule = choose([measured(image) for image in mixed])
+    assert rule.as_stored
+    for image, original in zip(mixed, FRAMES):
+        np.testing.assert_array_equal(to_uint8(image, rule).levels, original)
+
+
+def test_prepare_names_what_is_no_picture_or_unusual() -> None:
+    entry = Entry("train", "a.json", None, "", 1, "A172")  # type: ignore[arg-type]
+    images = {"good": FRAMES[0], "dark": FRAMES[1] // 2, "black": FRAMES[2] * 0}
+    entries, facts = [], {}
+    for name, image in images.items():
+        listed = type("Image", (), {"file_name": name, "id": 1})()
+        entries.append(Entry(entry.split, entry.annotation, listed, name, 1, "A172"))
+        facts[name] = samples.Facts(measures=tuple(measured(image)))
+    kept, found = set_intensity.judge_levels(entries, facts, RULE, DefectRules())
+    assert [one.path for one in kept] == ["good", "dark"]
+    assert [(one.defect, one.file_name) for one in found] == [("odd_intensity", "dark"), ("no_picture", "black")]
+
+
+@pytest.fixture(scope="module")
+def network_of_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Checkpoint of a random network with the rule of a set, by the set's kind."""
+
+    def save(kind: str, rule: Intensity) -> str:
+        torch.manual_seed(3)
+        recipe = Recipe(model=ModelConfig(features=(4, 8), norm="group"), targets="distance")
+        folder = str(tmp_path_factory.mktemp(kind))
+        checkpoint.save(folder, build_model(recipe.model, recipe.outputs, rule), {}, State(), recipe, None, rule)
+        checkpoint.save_instances(folder, segmenter.InstanceConfig(prominence=0.01, smallest=4), {})
+        return folder
+
+    return save
+
+
+def prepared(folder: Path, images: dict[str, np.ndarray], rule: Intensity) -> list[shards.Row]:
+    """Rows of the images as `prepare` writes them."""
+    jobs = []
+    for name, image in images.items():
+        tifffile.imwrite(folder / name, image)
+        sha256 = samples.examine(str(folder / name)).sha256
+        one = {"path": name, "file_name": name, "sha256": sha256, "split": "test", "cell_type": "x", "scale": (1, 1)}
+        jobs.append(one | {"annotation": "a.json", "id": 1, "cells_bytes": 0})
+    job = {"source": str(folder), "out": str(folder), "file": "test/part-00000.parquet", "images": jobs}
+    job |= {"cells": str(folder / "cells"), "account": str(folder / "account"), "border_sigma": 5.0}
+    (folder / "cells").write_bytes(b"")
+    samples.write_part(job | {"intensity": json.loads(rule.model_dump_json())}, DefectRules(no_annotations="keep"))
+    return [shards.Row(str(folder / "test/part-00000.parquet"), number) for number in range(len(images))]
+
+
+@pytest.mark.parametrize("kind", ["stored", "shifted", "offset"])
+def test_every_path_gives_the_same_cells(kind: str, network_of_set: Any, tmp_path: Path) -> None:
+    """Evaluate on a prepared set, predict on the same files, an array, and ONNX."""
+    store = STORED.get(kind, lambda image: image)
+    rule = choose([measured(store(image)) for image in FRAMES])
+    images = {
+        "plain.tif": store(FRAMES[0]),
+        "padded.tif": padded(store(FRAMES[1]), "stitched")[0],
+        "dark.tif": (store(FRAMES[2]) * 0.7).astype(store(FRAMES[2]).dtype),
+        "hot.tif": store(FRAMES[3]),
+    }
+    images["hot.tif"][5, 5] = np.iinfo(images["hot.tif"].dtype).max
+    folder = network_of_set(kind, rule)
+    export.export(folder, str(tmp_path / "model.onnx"))
+    (tmp_path / "out").mkdir()
+    rows = prepared(tmp_path, images, rule)
+    model, onnx = segmenter.load(folder, device="cpu"), segmenter.load(str(tmp_path / "model.onnx"))
+    assert model.intensity == onnx.intensity == rule
+    job = predictor.Job(folder, str(tmp_path), str(tmp_path / "out"), ("labels",), False, None)
+    for row, (name, image) in zip(rows, images.items()):
+        found, _ = evaluate._found(model, evaluate._frame(shards.read_row(row, evaluate.SAMPLE), None))
+        part = predictor.part(job, model, name, name, "1")
+        labels = tifffile.imread(tmp_path / "out/labels" / f"{name}.tif")
+        assert part.row["cells"] == labels.max() == found.labels.max() > 0
+        np.testing.assert_array_equal(labels, found.labels)
+        np.testing.assert_array_equal(model.segment(image).labels, labels)
+        np.testing.assert_array_equal(model.segment(tmp_path / name).labels, labels)
+        assert (onnx.segment(image).labels != labels).mean() < 0.01
+        assert bool(part.row["warning"]) == (name in ("padded.tif", "dark.tif"))
+        other = choose([measured(store(image)) for image in FRAMES[:2]])  # another set of the same kind
+        if between := intensity.between(other, rule):
+            again = evaluate._frame(shards.read_row(row, evaluate.SAMPLE), between)
+            assert (again.levels != to_uint8(image, rule).levels).mean() < 0.01
+
+
+def test_sets_of_other_maps_are_not_mixed(network_of_set: Any, tmp_path: Path) -> None:
+    shifted, offset = (choose([measured(STORED[kind](image)) for image in FRAMES]) for kind in ("shifted", "offset"))
+    assert intensity.between(shifted, shifted) is None
+    assert intensity.between(RULE, shifted) == shifted, "8-bit images are there as stored"
+    with pytest.raises(ValueError, match="in another way"):
+        intensity.between(shifted, offset)
+    folder = network_of_set("other", offset)
+    assert set_intensity.read_rule(folder) == offset
+    (Path(folder) / checkpoint.INTENSITY).unlink()
+    with pytest.raises(set_intensity.UserError, match="older raylivecell wrote it"):
+        segmenter.load(folder)
+
+
+@pytest.mark.parametrize("broken", [{"low": 5, "high": 5}, {"background": float("nan")}, {"rule": "magic"}, {"x": 1}])
+def test_a_broken_rule_is_refused(broken: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        Intensity.model_validate(broken)
+
+
+def test_one_line_for_each_kind_of_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    show_warnings({f"{i}.tif": ["padding: 3 %", "spread far: 9"][: 1 + (i > 997)] for i in range(1000)}, "images.csv")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "warning: padding: 1000 images, first 0.tif (3 %); all in images.csv",
+        "warning: spread far: 2 images, first 998.tif (9); all in images.csv",
+    ]
