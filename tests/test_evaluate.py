@@ -10,7 +10,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, coco_protocol, evaluate, metrics, rle, scores, segmenter, shards, storage
+from raylivecell import checkpoint, coco_protocol, evaluate, intensity, metrics, rle, scores, segmenter, shards, storage
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.loop import State
@@ -52,6 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
         shards.write_shard(f"{folder}/{file}", [sample(i) for i in range(count)])
         splits[split] = {"images": count, "sizes": SIZES, "shards": [{"file": file, "rows": count}]}
     about = {"format_version": shards.FORMAT_VERSION, "name": "disks", "licence": "none"}
+    about["intensity"] = intensity.LIVECELL.model_dump()
     storage.write_json(f"{folder}/dataset.json", {**about, "splits": splits})
     return folder
 
