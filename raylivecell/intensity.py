@@ -269,7 +269,7 @@ def _remarks(image: Measures, gain: float, rule: Intensity) -> tuple[str, ...]:
     wanted, given = rule.backgrounds, f"background {image.background:g}"
     if gain != 1.0 and (image.depth == rule.depth or _power_of_two(gain) != gain):
         theirs = f"training images have {wanted[0]:g} to {wanted[1]:g} ({rule.depth} bit)"
-        remarks.append(f"scaled to the background of the training images: {given}, {theirs}; {_times(gain)}")
+        remarks.append(f"scaled to the background of the training images: {given}, {theirs}, {_times(gain)}")
     elif gain == 1.0 and not _inside(image, 1.0, rule):
         remarks.append(f"background far from the training images': {given}, theirs {wanted[0]:g} to {wanted[1]:g}")
     spread, (least, most) = image.spread * gain, rule.spreads

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import images, instances, intensity, storage, tiles
+from raylivecell import grey_levels, images, instances, intensity, storage, tiles
 from raylivecell.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig, Maps
@@ -78,20 +78,32 @@ class Segmenter:
 
         Up to `tiles.WHOLE_PIXELS` in one piece; larger images in overlapping windows, in bounded memory.
         """
-        image = frame.levels
         if not frame.usable:
-            none = np.zeros(image.shape, np.int32)
+            none = np.zeros(frame.levels.shape, np.int32)
             return Cells(none, np.zeros(0), none.astype(np.bool_), frame.warnings)
-        if image.size > tiles.WHOLE_PIXELS:
-            cells = Cells(*tiles.segment(self.network, image, self.targets, self.config))
+        if frame.padding is None:
+            cells = self._cells(frame.levels)
         else:
-            maps = self.network(image)
-            labels = instances.segment(maps, self.targets, self.config)
-            cells = Cells(labels, instances.scores(labels, maps[0]), maps[0] > self.config.foreground)
-        if frame.padding is not None:
-            cells = _outside(cells, frame.padding, self.config.smallest)
+            window, picture = grey_levels.without_padding(frame.levels, frame.padding)
+            cells = _outside(
+                _placed(self._cells(picture), window, frame.levels.shape), frame.padding, self.config.smallest
+            )
         share = float(cells.foreground.sum()) / frame.own_pixels
         return cells._replace(warnings=(*frame.warnings, *intensity.share_warning(share, self.intensity)))
+
+    def _cells(self, image: NDArray[np.uint8]) -> Cells:
+        if image.size > tiles.WHOLE_PIXELS:
+            return Cells(*tiles.segment(self.network, image, self.targets, self.config))
+        maps = self.network(image)
+        labels = instances.segment(maps, self.targets, self.config)
+        return Cells(labels, instances.scores(labels, maps[0]), maps[0] > self.config.foreground)
+
+
+def _placed(cells: Cells, window: tuple[slice, slice], shape: tuple[int, ...]) -> Cells:
+    """The cells of a window of an image as those of the image."""
+    labels, foreground = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
+    labels[window], foreground[window] = cells.labels, cells.foreground
+    return Cells(labels, cells.scores, foreground)
 
 
 def _outside(cells: Cells, padding: NDArray[np.bool_], smallest: int) -> Cells:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from raylivecell import checkpoint, evaluate, export, intensity, predictor, samples, segmenter, set_intensity, shards
 from raylivecell.defects import DefectRules, Entry
-from raylivecell.grey_levels import Measures, measure, padding_mask
+from raylivecell.grey_levels import Measures, measure, padding_mask, without_padding
 from raylivecell.intensity import Intensity, choose, to_uint8
 from raylivecell.loop import State
 from raylivecell.model import build_model
@@ -178,6 +178,10 @@ def test_padding_is_no_cell(kind: str, deep: bool) -> None:
     assert result.own_pixels == (~padding).sum()
     assert set(np.unique(result.levels[padding])) <= {127, 128, 129}
     np.testing.assert_array_equal(result.levels[~padding], image[~padding])
+    (rows, columns), picture = without_padding(result.levels, padding)
+    np.testing.assert_array_equal(picture[~padding[rows, columns]], image[~padding])
+    assert padding[rows, columns].mean() < (0.4 if kind == "rotated" else 1e-9)
+    assert abs(float(picture.std()) - float(image[~padding].std())) < 4, "mirrored, not flat"
     cells = network.segment(stored)
     assert not cells.foreground[padding].any()
     assert not cells.labels[padding].any()
