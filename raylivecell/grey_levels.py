@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 Grey = NDArray[np.unsignedinteger[Any]]
 """Stored pixels, uint8 or uint16 (H, W)."""
@@ -148,6 +147,8 @@ def without_padding(
 
     Not filled with one level: a network with GroupNorm took a frame of which 80 % was flat for one cell.
     """
+    from scipy import ndimage  # 0.2 s that a run's driver need not spend
+
     rows, columns = (np.flatnonzero((~padding).any(axis)) for axis in (1, 0))
     window = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
     picture, hidden = levels[window], padding[window]
