@@ -11,6 +11,7 @@ import cv2
 import ray
 import ray.data
 
+from raylivecell import placement, preflight, runtime
 from raylivecell.data_settings import data_settings, quiet_data
 from raylivecell.errors import UserError
 from raylivecell.progress import track
@@ -34,8 +35,7 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
         RuntimeError: if a result is lost or doubled.
         UserError: as raised in an actor.
     """
-    resources = ray.cluster_resources()
-    count, cpus, gpus = pool(len(items), resources if use_gpus else {**resources, "GPU": 0})
+    count, cpus, gpus = placement.actor_pool(len(items), BLOCK, runtime.machines(), use_gpus)
     # The index lies in the object store already: no read task competes with the actors for the CPUs.
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
     with data_settings():
@@ -57,26 +57,17 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
     return rows
 
 
-def pool(items: int, resources: dict[str, float]) -> tuple[int, int, int]:
-    """How many actors, and CPUs and GPUs of each, for so many images on a cluster of these resources.
-
-    An actor a GPU; without any, one to each four CPUs (a convolution gains little from more threads), one CPU spared
-    for Ray Data. An actor starts in 4 s, the time of some ten images: no more actors than blocks.
-    """
-    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    most = -(-items // BLOCK)
-    if gpus:
-        return min(gpus, most), 1, 1
-    share = max(1, cpus // 4)
-    return min(share, most), max(1, (cpus - 1) // share), 0
-
-
 def use_threads(with_torch: bool = True) -> None:
-    """In an actor: as many torch threads as it has CPUs, and one for the spared CPU; OpenCV without its own."""
+    """In an actor: as many torch threads as it has CPUs, and one for the spared CPU; OpenCV without its own.
+
+    UserError where Ray gives it a GPU that torch does not see: it would silently run on CPUs.
+    """
     cv2.setNumThreads(1)
     if with_torch:
         import torch
 
+        if ray.get_gpu_ids() and not torch.cuda.is_available():
+            raise UserError(preflight.blind_gpu(ray.util.get_node_ip_address()))
         cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
         torch.set_num_threads(min(cpus + 1, os.cpu_count() or 1))
 

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import loop, losses, preflight, probe, run_folder, runtime, segment, shards, storage
+from raylivecell import loop, order, placement, preflight, probe, run_folder, runtime, segment, shards, storage
 from raylivecell.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS
@@ -51,6 +51,11 @@ class Plan(NamedTuple):
     out: str | None
     recipe: Recipe
     workers: int | tuple[int, int]
+
+    @property
+    def least(self) -> int:
+        """The fewest workers at once."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most(self) -> int:
@@ -90,26 +95,22 @@ def findings(plan: Plan) -> Iterator[Finding]:
         yield versions(found)
         yield clocks(found)
         yield shared_memory(found)
-        yield gpus(found, plan.most)
+        yield gpus(found, plan.least)
         if plan.out:
             yield shared_storage(found, plan.out)
     yield from bad
     yield token(os.environ.get("RAY_AUTH_MODE"), _status_without_token())
     yield _tried("State API", preflight.state_api, "answers")
     yield _tried("CPUs for data", lambda: preflight.worker_cpus(plan.most), f"{plan.most} workers leave some")
+    yield _tried("hardware", lambda: preflight.hardware(plan.recipe), "computes the recipe")
     if description:
         yield object_store(description, plan)
         yield _tried(
             "network", lambda: preflight.network(plan.recipe), f"{plan.recipe.model.name} takes the recipe's options"
         )
-        yield _tried("samples", lambda: _samples(plan), "fit the recipe")
+        yield _tried("samples", lambda: preflight.samples_fit(plan.data, plan.recipe), "fit the recipe")
         yield _tried("batch", lambda: preflight.batch_divides(plan.recipe.batch_size, plan.workers), "divides")
         yield trial_batch(plan)
-
-
-def _samples(plan: Plan) -> None:
-    preflight.samples_fit(plan.data, plan.recipe)
-    preflight.transforming_device(plan.recipe)
 
 
 def dataset(data: str, description: dict[str, Any]) -> Finding:
@@ -142,6 +143,9 @@ def _shard_problem(uri: str, shard: dict[str, Any]) -> str:
 
 def run_name(out: str) -> Finding:
     """Whether the folder is free: Ray would go on with what is there."""
+    if failed := run_folder.failure(out):
+        state = f"{out} holds a run that failed ({failed.reason})"
+        return Finding("warn", "run name", state, "train starts again and keeps its files; --resume continues it")
     if run_folder.holds_run(out):
         return Finding("fail", "run name", f"{out} holds a run", "choose another --out, or train with --resume")
     return Finding("pass", "run name", f"{out} is free")
@@ -194,7 +198,7 @@ def shared_memory(nodes: Sequence[Node]) -> Finding:
 
 
 def gpus(nodes: Sequence[Node], workers: int) -> Finding:
-    """Whether torch sees the GPUs that Ray hands out, and there is one for each worker."""
+    """Whether torch sees the GPUs that Ray has, and there is one for each of `workers`, the fewest that would train."""
     blind = [
         f"{node.address}: Ray has {node.resources.get('GPU', 0):g}, torch sees {node.gpus}"
         for node in nodes
@@ -243,29 +247,41 @@ def object_store(description: dict[str, Any], plan: Plan) -> Finding:
 
 
 def trial_batch(plan: Plan) -> Finding:
-    """Whether one worker's share of a batch goes forwards and backwards on a worker of the cluster."""
-    gpu = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    share = max(1, plan.recipe.batch_size // plan.most)
+    """Whether the largest share of a batch that a worker may get takes a training step on a worker of the cluster."""
+    gpu = min(1, placement.gpu_slots(runtime.machines()))
+    share = max(1, plan.recipe.batch_size // plan.least)
     crop = plan.recipe.crop or max(shards.image_sizes(plan.data, "train"), default=(64, 64))
-    mend = "lower batch_size or crop, or use more --workers"
+    hint = "lower batch_size or crop, or use more --workers"
+    if plan.recipe.loop.compile:
+        hint += ", or set loop.compile: false"
     try:
         task = ray.remote(num_cpus=0.5, num_gpus=gpu, max_retries=0)(train_once)
         used = ray.get(task.remote(plan.recipe, share, crop), timeout=BATCH_PATIENCE_S)
     except Exception as error:  # out of memory, in torch or killed by Ray; no place to run
-        return Finding("fail", "trial batch", f"{share} of {crop[0]}x{crop[1]}: {_line(error)}", mend)
+        cause = getattr(error, "cause", None) or error  # of an error in the task: without its process and traceback
+        hint = "" if isinstance(cause, UserError) else hint
+        return Finding("fail", "trial batch", f"{share} of {crop[0]}x{crop[1]}: {_line(cause)}", hint)
     return Finding("pass", "trial batch", f"{share} of {crop[0]}x{crop[1]} take {used / 2**30:.2f} GiB")
 
 
 def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
-    """One step on random pixels; the most memory that it took, bytes (of the GPU, where there is one)."""
+    """One step of the training loop on random pixels, computed as the recipe asks; the most memory that it took, bytes.
+
+    Of the GPU, where there is one. UserError where Ray gives this process a GPU that torch does not see.
+    """
     import resource
 
+    from raylivecell.worker import wrap
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if ray.get_gpu_ids() and device.type == "cpu":
+        raise UserError(preflight.blind_gpu(ray.util.get_node_ip_address()))
     training = loop.start(segment.build(recipe, device), recipe.optimizer, 1)
-    planes = torch.randint(0, 2, (images, 2 + len(CHANNELS[recipe.targets]), *crop), dtype=torch.uint8, device=device)
-    logits = training.model(planes[:, :1])
-    losses.segmentation_loss(logits, planes[:, 1:], recipe.loss).total.backward()
-    training.optimizer.step()
+    forward = wrap(training.model, recipe, 1, device)
+    planes = torch.randint(0, 2, (images, 2 + len(CHANNELS[recipe.targets]), *crop), dtype=torch.uint8)
+    plan = order.Plan(0, images, images, (order.PhaseConfig(steps=1),))
+    for _ in loop.run(training, forward, iter([{"planes": planes}]), plan, recipe.loop, recipe.loss, lambda _: {}):
+        pass
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

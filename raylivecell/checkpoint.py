@@ -78,7 +78,7 @@ def _tensor_names(model: nn.Module) -> list[str]:
 
 
 def name(step: int) -> str:
-    """The folder of the checkpoint after so many steps, as Ray Train's are named: in order."""
+    """The folder of the checkpoint after `step` steps; their names sort as their steps do only below 1,000,000."""
     return f"{FOLDER}{step:06d}"
 
 
@@ -92,7 +92,7 @@ def keep(run: str, steps: Collection[int]) -> None:
 
 def keep_best(run: str) -> None:
     """Delete all checkpoints in the folder `run` but the best."""
-    if not _whole(run):
+    if not _complete(run):
         return
     best = find(run)
     for found in storage.list_names(run):
@@ -107,9 +107,9 @@ def copy(folder: str, target: str) -> None:
         storage.write_bytes(storage.join(target, file), _read(folder, file))
 
 
-def newest(run: str) -> str | None:
-    """The last whole checkpoint in the folder `run`; none where there is none."""
-    return max(_whole(run), default=None)
+def latest(run: str) -> str | None:
+    """The complete checkpoint in the folder `run` with the most steps; none where there is none."""
+    return max(_complete(run), key=lambda folder: (load_state(folder).step, folder), default=None)
 
 
 def load_training(folder: str) -> tuple[dict[str, Any], State]:
@@ -204,13 +204,19 @@ def find(uri: str) -> str:
     """`uri` itself where it is a checkpoint, else the best checkpoint of the run there; UserError where neither is."""
     if MODEL in storage.list_names(uri):
         return uri
-    whole = _whole(uri)
-    if not whole:
+    complete = _complete(uri)
+    if not complete:
         raise UserError(f"no checkpoint at {uri}: give a run's folder (the --out of `train`) or a checkpoint_* in it")
-    return max(whole, key=lambda folder: (load_state(folder).score(), folder))
+    return max(complete, key=_score_and_step)
 
 
-def _whole(run: str) -> list[str]:
+def _score_and_step(folder: str) -> tuple[float, int, str]:
+    """What the best checkpoint has the most of: the later of equals is the better trained."""
+    state = load_state(folder)
+    return state.score(), state.step, folder
+
+
+def _complete(run: str) -> list[str]:
     """Folders of the run's checkpoints that were written to their end: `save` writes the recipe last."""
     folders = [storage.join(run, found) for found in storage.list_names(run) if found.startswith(FOLDER)]
     return [folder for folder in folders if storage.exists(storage.join(folder, RECIPE))]

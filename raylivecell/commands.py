@@ -144,7 +144,7 @@ def download(arguments: Sequence[str]) -> None:
 
 
 def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images: int = 64, seed: int = 0) -> None:
-    """Draw cells, prepare, train on two workers, score, predict: some minutes on a CPU.
+    """Draw cells, prepare, train, score, predict: some minutes on a CPU.
 
     Args:
         out: folder to write; a former demo's is emptied.
@@ -343,12 +343,9 @@ def check(arguments: Sequence[str]) -> int:
 
 def submit(arguments: Sequence[str]) -> int:
     """Run a stage as a job of a Ray cluster."""
-    from raylivecell import submit as room
+    import inspect
 
-    place = next((i for i, word in enumerate(arguments) if word in room.STAGES), len(arguments))
-    own, stage, stage_flags = arguments[:place], arguments[place : place + 1], arguments[place + 1 :]
-    if not stage and not {"-h", "--help"} & set(own):
-        raise UserError(f"no stage among {' '.join(own) or 'no words'}; give one of {', '.join(room.STAGES)}")
+    from raylivecell import submit as room
 
     def command(
         address: str | None = None,
@@ -377,7 +374,12 @@ def submit(arguments: Sequence[str]) -> int:
             stop_on_interrupt: Ctrl-C stops the job.
             largest_mib: refuse to upload more.
         """
-        wanted = room.request(stage[0], stage_flags, working_dir, name, env, cpus, label)
+        wanted = room.request(stage or "", stage_flags, working_dir, name, env, cpus, label)
         return room.run(wanted, working_dir.absolute(), address, wait, stop_on_interrupt, largest_mib)
 
+    options = inspect.signature(command).parameters.values()
+    with_value = {f"--{one.name.replace('_', '-')}" for one in options if one.annotation is not bool}
+    own, stage, stage_flags = room.split(arguments, with_value)
+    if stage is None and not {"-h", "--help"} & set(own):
+        raise UserError(f"no stage among {' '.join(own) or 'no words'}; give one of {', '.join(room.STAGES)}")
     return tyro.cli(command, prog="raylivecell submit", args=own)

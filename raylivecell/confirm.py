@@ -1,98 +1,147 @@
-"""Start and best trained anew with fresh seeds: the score by which a trial was chosen flatters it.
+"""Start and best trained again with fresh seeds: the score by which a trial was chosen is too high.
 
-The contenders are the starting recipe, the best trial's, and that without elastic deformation (or, where it has none,
-with that of the best trial that has). Each run's folder is that of a trial: confirm/CONTENDER-seed1, ...
+The candidates are the starting recipe, the best trial's, and that without elastic deformation (or, where it has none,
+with that of the best trial that has). Each run's folder is that of a trial, with the run's recipe.yaml:
+confirm/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to their end.
 """
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 from ray import tune
 
-from raylivecell import space, storage, sweep_stats, tuner
+from raylivecell import recipe as recipes
+from raylivecell import run_folder, space, storage, sweep_stats, tuner
 from raylivecell.live import Board
 from raylivecell.loop import rank
+from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
-from raylivecell.space import ELASTIC, SweepConfig
+from raylivecell.space import ELASTIC, OBJECTIVES, SweepConfig
 from raylivecell.study import values
 from raylivecell.trial import Shared
 
 FOLDER = "confirm"
-Scores = dict[str, list[float]]
-"""Best validation Dice of each run, by contender, in the order of the seeds."""
+Scores = dict[str, dict[int, float]]
+"""Best validation score of each run that trained to its end, by candidate and seed (1, 2, ...)."""
 
 
-def contenders(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: FrozenTrial) -> dict[str, space.Values]:
-    """Recipes to train anew, as values of fields, by names that say which trial they are of."""
+def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: FrozenTrial) -> dict[str, space.Values]:
+    """Recipes to train again, as values of fields, by names that say which trial they are of.
+
+    A candidate whose recipe is that of an earlier one is left out: the best trial may be the starting recipe.
+    """
     name, chosen = f"trial-{best.number}", values(best, recipe, config)
-    found: dict[str, space.Values] = {"start": {}, name: chosen}
-    if ELASTIC not in config.space:
-        return found
-    if chosen[ELASTIC] > 0:
-        return {**found, f"{name}-elastic-off": {**chosen, ELASTIC: 0.0}}
-    having = [trial for trial in sweep_stats.complete(study) if trial.params.get(ELASTIC, 0) > 0]
-    if not having:
-        return found
-    other = max(having, key=lambda trial: (trial.values[0], -trial.number))
-    elastic = {path: value for path, value in values(other, recipe, config).items() if path.startswith(ELASTIC[:-1])}
-    return {**found, f"{name}-elastic-of-{other.number}": {**chosen, **elastic}}
+    listed: dict[str, space.Values] = {"start": {}, name: chosen}
+    if ELASTIC in space.searched_fields(config):
+        # A conditional field that the trial did not use has the value of the starting recipe.
+        if space.get(space.apply(recipe, chosen), ELASTIC) > 0:
+            listed[f"{name}-elastic-off"] = {**chosen, ELASTIC: 0.0}
+        elif other := _best_with_elastic(recipe, config, study):
+            deformed = space.apply(recipe, values(other, recipe, config))
+            fields = {path: space.get(deformed, path) for path in recipes.field_paths() if _is_elastic(path)}
+            listed[f"{name}-elastic-of-{other.number}"] = {**chosen, **fields}
+    trained: dict[str, Recipe] = {}
+    for one, fields in listed.items():
+        changed = space.apply(recipe, fields)
+        if changed not in trained.values():
+            trained[one] = changed
+    return {one: listed[one] for one in trained}
+
+
+def _is_elastic(path: str) -> bool:
+    return path.startswith(ELASTIC.removesuffix("p"))
+
+
+def _best_with_elastic(recipe: Recipe, config: SweepConfig, study: optuna.Study) -> FrozenTrial | None:
+    """The best finished trial by the first objective, the earliest of equals, whose recipe deforms."""
+    sign = 1 if OBJECTIVES[config.objectives[0]].mode == "max" else -1
+    deforming = [
+        trial
+        for trial in sweep_stats.complete(study)
+        if space.get(space.apply(recipe, values(trial, recipe, config)), ELASTIC) > 0
+    ]
+    return max(deforming, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
 
 def run(shared: Shared, chosen: Mapping[str, space.Values], seeds: int, room: tuner.Capacity, retries: int) -> None:
-    """Train each contender to its end with each of `seeds` fresh seeds, where that is not done yet."""
-    jobs = [
+    """Train each candidate to its end with each of `seeds` fresh seeds, where that is not done yet."""
+    jobs: list[dict[str, Any]] = [
         {"folder": f"{FOLDER}/{name}-seed{seed}", "values": {**fields, "seed": shared.recipe.seed + seed}}
         for seed in range(1, seeds + 1)
         for name, fields in chosen.items()
     ]
-    left = [job for job in jobs if not _is_done(shared, job)]
+    for job in jobs:
+        text = recipes.dump(space.apply(shared.recipe, job["values"]))
+        storage.write_bytes(storage.join(shared.out, job["folder"], run_folder.RECIPE), text.encode())
+    samples = len(shared.samples.train)
+    left = [job for job in jobs if _score(storage.join(shared.out, job["folder"]), samples) is None]
     if left:
         with Board(len(jobs), len(jobs) - len(left), None, space.SCORES[shared.recipe.targets], "confirming") as board:
             entries = {"job": tune.grid_search(left)}
             tuner.run(shared, room, retries, [tuner.Watch(board, shared.out)], param_space=entries)
 
 
-def _is_done(shared: Shared, job: dict) -> bool:
-    steps = _history(storage.join(shared.out, job["folder"]))
-    return bool(steps) and steps[-1]["step"] >= shared.job({"job": job}).plan().steps
+def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scores:
+    """Scores of the candidates `names` under `out`, over the seeds that all of them finished.
+
+    Args:
+        out: the sweep's folder.
+        names: of the candidates.
+        samples: training images of the dataset, which with the recipe decide a run's steps.
+
+    Returns:
+        A candidate that finished with no seed is left out. {} where a candidate was never begun, or no seed is left.
+    """
+    begun = {name: _seeds(out, name) for name in names}
+    if not all(begun.values()):
+        return {}
+    found: Scores = {}
+    for name, seeds in begun.items():
+        each = {seed: _score(folder_of(out, name, seed), samples) for seed in seeds}
+        found[name] = {seed: score for seed, score in each.items() if score is not None}
+    finished = {name: each for name, each in found.items() if each}
+    common = set.intersection(*(set(each) for each in finished.values())) if finished else set()
+    return {name: {seed: each[seed] for seed in sorted(common)} for name, each in finished.items()} if common else {}
 
 
-def _history(folder: str) -> list[dict]:
-    if "metrics.jsonl" not in storage.list_names(folder):
-        return []
+def _score(folder: str, samples: int) -> float | None:
+    """Best validation score of a run; none unless it trained to its end."""
+    if not {"metrics.jsonl", run_folder.RECIPE} <= set(storage.list_names(folder)):
+        return None
+    recipe = recipes.load(storage.join(folder, run_folder.RECIPE))
     where = storage.join(folder, "metrics.jsonl")
     with storage.unverified(where, "delete that run's folder, and it is trained again"):
-        return [json.loads(line) for line in storage.read_bytes(where).splitlines()]
+        history = [json.loads(line) for line in storage.read_bytes(where).splitlines()]
+        steps = Plan(recipe.seed, samples, recipe.batch_size, recipe.phases).steps
+        return max(rank(row) for row in history) if history and history[-1]["step"] >= steps else None
 
 
-def scores(out: str, chosen: Mapping[str, space.Values]) -> Scores:
-    """Of the contenders' whole runs under `out`; {} unless each has been run as often as the others."""
-    found: Scores = {}
-    for name in chosen:
-        histories = [_history(_folder(out, name, seed)) for seed in range(1, 1 + _seeds(out, name))]
-        ends = [history[-1]["step"] if history else 0 for history in histories]
-        whole = [history for history, end in zip(histories, ends) if end == max(ends)]
-        found[name] = [max(rank(row) for row in history) for history in whole if history]
-    counts = {len(one) for one in found.values()}
-    return found if len(counts) == 1 and counts != {0} else {}
+def winner(out: str, confirmed: Scores, unit: str) -> tuple[str, str]:
+    """The candidate with the highest mean: the folder of its best run, and why, in words.
+
+    Args:
+        out: the sweep's folder.
+        confirmed: what `scores` returned, not empty.
+        unit: what the scores are, such as validation Dice.
+    """
+    means = {name: float(np.mean(list(each.values()))) for name, each in confirmed.items()}
+    name = max(means, key=lambda one: means[one])
+    seed = max(confirmed[name], key=lambda one: confirmed[name][one])
+    listed = ", ".join(f"{one} {mean:.4f}" for one, mean in means.items())
+    seeds = ", ".join(str(one) for one in confirmed[name])
+    return folder_of(out, name, seed), f"{name}; mean {unit} with fresh seeds {seeds}: {listed}"
 
 
-def winner(out: str, confirmed: Scores) -> tuple[str, str]:
-    """The contender with the highest mean: the folder of its best run, and how it won, in words."""
-    name = max(confirmed, key=lambda one: float(np.mean(confirmed[one])))
-    means = ", ".join(f"{one} {np.mean(runs):.4f}" for one, runs in confirmed.items())
-    best = int(np.argmax(confirmed[name])) + 1
-    return _folder(out, name, best), f"{name}; mean validation Dice with {len(confirmed[name])} fresh seeds: {means}"
-
-
-def _folder(out: str, name: str, seed: int) -> str:
+def folder_of(out: str, name: str, seed: int) -> str:
+    """The folder of a candidate's run with a seed."""
     return storage.join(out, FOLDER, f"{name}-seed{seed}")
 
 
-def _seeds(out: str, name: str) -> int:
-    """How many runs there are of a contender."""
-    heads = [found.rpartition("-seed")[0] for found in storage.list_names(storage.join(out, FOLDER))]
-    return heads.count(name)
+def _seeds(out: str, name: str) -> list[int]:
+    """Seeds with which a candidate was begun."""
+    heads = [folder.rpartition("-seed") for folder in storage.list_names(storage.join(out, FOLDER))]
+    return sorted(int(seed) for head, _, seed in heads if head == name and seed.isdecimal())

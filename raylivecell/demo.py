@@ -7,13 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
-from raylivecell import evaluate, predict, prepare, recipe, runtime, synthetic, train
+from raylivecell import evaluate, predict, preflight, prepare, recipe, runtime, synthetic, train
 from raylivecell.errors import UserError
 from raylivecell.progress import console
 
 IMAGES = 64
 LEAST_IMAGES = 8
-WORKERS = 2
 # In a folder that the demo made; only such a folder is emptied.
 MARK = ".raylivecell-demo"
 
@@ -21,8 +20,10 @@ MARK = ".raylivecell-demo"
 def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
     """Write everything under `out` and end with the scores and the pictures to open; `metrics.json`'s content.
 
+    Training uses two workers where this machine has room for them, else one.
+
     Raises:
-        UserError: `out` holds something that no demo wrote.
+        UserError: `out` holds something that no demo wrote; the recipe cannot be trained here.
     """
     begin = time.monotonic()
     chosen = recipe.load(recipe_file)
@@ -30,12 +31,14 @@ def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> d
         raise UserError(
             f"--images {images}: the demo needs {LEAST_IMAGES}, to have some to train on, validate and test"
         )
-    _clear(out)
+    _check_free(out)
     runtime.connect()
+    workers = _workers(chosen)
+    _clear(out)
     cells, data, run, scores, found = (out / name for name in ("cells", "data", "run", "scores", "found"))
     _step("1/5  drawing cells", lambda: synthetic.write_dataset(cells, images, seed, mapper=runtime.ordered_map))
     _step("2/5  preparing the dataset", lambda: prepare.prepare(str(cells), str(data), prepare.PrepareConfig()))
-    _step(f"3/5  training on {WORKERS} workers", lambda: train.train(str(data), str(run), chosen, WORKERS))
+    _step("3/5  training", lambda: train.train(str(data), str(run), chosen, workers))
     result = _step("4/5  scoring the test images", lambda: evaluate.evaluate(str(run), str(data), "test", str(scores)))
     folder = cells / "images" / "livecell_test_images"
     _step("5/5  finding cells", lambda: predict.predict(str(run), str(folder), str(found)))
@@ -43,12 +46,25 @@ def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> d
     return result
 
 
+def _workers(chosen: recipe.Recipe) -> int:
+    """Workers that have room on this cluster; UserError where training would be refused after all the rest was done."""
+    workers = preflight.demo_workers(chosen.batch_size)
+    console.print(f"training will use {workers} worker{'s' if workers > 1 else ''}")
+    preflight.hardware(chosen)
+    preflight.worker_gpus(workers)
+    preflight.worker_cpus(workers)
+    preflight.gpus_work()
+    return workers
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise UserError(f"{out} holds files that no demo wrote; choose another --out")
+
+
 def _clear(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).exists():
-            raise UserError(f"{out} holds files that no demo wrote; choose another --out")
-        for name in ("cells", "data", "run", "scores", "found"):
-            prepare.storage.delete(out / name)
+    for name in ("cells", "data", "run", "scores", "found"):
+        prepare.storage.delete(out / name)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
 

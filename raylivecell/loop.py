@@ -187,7 +187,7 @@ def _memory_format(config: LoopConfig) -> torch.memory_format:
 
 def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     wanted = precision == "bfloat16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
 

@@ -1,38 +1,55 @@
 """What would fail or hang, told before anything is spent."""
 
 import math
+import os
+import shutil
+import sys
 
 import ray
 
-from raylivecell import runtime, shards
+from raylivecell import placement, runtime, shards
 from raylivecell.errors import UserError
 from raylivecell.recipe import Recipe
 
-# A training process that may use less than this part of a CPU is not worth its memory.
-LEAST_WORKER_CPU = 0.5
+# Seconds in which a process of the cluster must have started and looked for a compiler or a GPU.
+LOOK_S = 60.0
 
 
-def worker_cpus(workers: int, flag: str = "--workers") -> float:
-    """CPUs to reserve for each of `workers`, so that Ray Data keeps some: else the run would hang.
-
-    One each where there are enough; on a small machine the workers share what is left (training on a CPU uses every
-    core anyway, the reservation only says what Ray Data may not take). On several machines without GPUs as much as a
-    task of Ray Data, so that whatever workers leave, on whichever machine, has room for one.
+def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 1.0) -> float:
+    """CPUs to reserve for each of `workers`, so that Ray Data keeps some (placement.py): else the run would hang.
 
     Args:
         workers: of one run, or of all trials at once.
         flag: what the user sets them by.
+        gpus_per_worker: GPUs of each, on a cluster that has some.
 
     Raises:
-        UserError: where a worker would get less than LEAST_WORKER_CPU.
+        UserError: where they leave no CPU for Ray Data.
     """
-    total, task = ray.cluster_resources().get("CPU", 0), runtime.task_cpus()
-    share = min(task, int(10 * (total - task) / workers) / 10)
-    if share < LEAST_WORKER_CPU:
-        most = int((total - task) / LEAST_WORKER_CPU)
-        mend = f"use {flag} {most}" if most >= 1 else "give Ray at least 2 CPUs"
-        raise UserError(f"{workers} workers would leave no CPU for Ray Data on {total:g} CPUs; {mend}")
+    machines = runtime.machines()
+    share = placement.worker_cpus(workers, machines, gpus_per_worker)
+    if not share:
+        total, most = sum(machine.cpus for machine in machines), placement.most_workers(machines, gpus_per_worker)
+        hint = f"use {flag} {most}" if most >= 1 else "give Ray at least 1 CPU on each machine with a GPU, and 1 more"
+        raise UserError(f"{workers} workers would leave no CPU for Ray Data on {total:g} CPUs; {hint}")
     return share
+
+
+def worker_gpus(workers: int | tuple[int, int]) -> float:
+    """GPUs of each worker: one, where the cluster has any; UserError where it has too few for the least of workers."""
+    least = workers if isinstance(workers, int) else workers[0]
+    gpus = placement.gpu_slots(runtime.machines())
+    if 0 < gpus < least:
+        hint = f"use --workers {gpus}, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
+        raise UserError(f"{least} workers, but {gpus} GPUs; {hint}")
+    return 1.0 if gpus else 0.0
+
+
+def demo_workers(batch_size: int, at_most: int = 2) -> int:
+    """Workers for a small run on whatever cluster this is: as many as have room, that share the batch equally."""
+    machines = runtime.machines()
+    most = min(at_most, placement.gpu_slots(machines) or at_most, placement.most_workers(machines))
+    return next((count for count in range(most, 1, -1) if batch_size % count == 0), 1)
 
 
 def state_api() -> None:
@@ -49,14 +66,14 @@ def state_api() -> None:
         ) from error
 
 
-def batch_divides(batch_size: int, workers: int | tuple[int, int]) -> None:
-    """UserError unless every worker can take an equal share of each batch."""
+def batch_divides(batch_size: int, workers: int | tuple[int, int], flag: str = "--workers") -> None:
+    """UserError unless every worker can take an equal share of each batch; `flag`: what the user sets them by."""
     counts = [workers] if isinstance(workers, int) else range(workers[0], workers[1] + 1)
     wrong = [count for count in counts if batch_size % count]
     if wrong:
         raise UserError(
             f"a batch of {batch_size} cannot be shared equally by {wrong[0]} workers; "
-            f"set batch_size to a multiple of {math.lcm(*counts)}, or change --workers"
+            f"set batch_size to a multiple of {math.lcm(*counts)}, or change {flag}"
         )
 
 
@@ -73,12 +90,6 @@ def samples_fit(data: str, recipe: Recipe) -> None:
         )
 
 
-def transforming_device(recipe: Recipe) -> None:
-    """UserError where the recipe transforms samples on GPUs and the cluster has none."""
-    if recipe.augment.device == "cuda" and not ray.cluster_resources().get("GPU", 0):
-        raise UserError("augment.device is cuda, and this cluster has no GPU; set augment.device: cpu")
-
-
 def network(recipe: Recipe) -> str | None:
     """A line about a network of MONAI, None for our U-Net; UserError where it does not take the recipe's options.
 
@@ -89,3 +100,71 @@ def network(recipe: Recipe) -> str | None:
     from raylivecell import monai_networks
 
     return monai_networks.describe(recipe.model.name, recipe.model.options, recipe.outputs)
+
+
+def hardware(recipe: Recipe) -> None:
+    """UserError where the recipe needs a GPU or a compiler and the cluster has none."""
+    if not placement.gpu_slots(runtime.machines()):
+        if recipe.augment.device == "cuda":
+            raise UserError("augment.device is cuda, and this cluster has no GPU; set augment.device: cpu")
+        if recipe.model.norm == "sync_batch":
+            raise UserError(
+                "model.norm is sync_batch, which torch computes on GPUs only, and this cluster has none; set "
+                "model.norm: group, whose result does not depend on the number of workers, or batch"
+            )
+    if recipe.loop.compile:
+        _check_compiler()
+
+
+def _check_compiler() -> None:
+    """UserError where a process of the cluster does not find the compiler that torch.compile starts."""
+    gpu = bool(placement.gpu_slots(runtime.machines()))
+    task = ray.remote(num_cpus=0, num_gpus=0.01 if gpu else 0)(find_compiler)
+    try:
+        found = ray.get(task.remote(gpu), timeout=LOOK_S)
+    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run waits for them too
+        return
+    if not found:
+        names = "gcc" if gpu else "g++"
+        raise UserError(f"loop.compile needs a compiler on each machine; install {names}, or set loop.compile: false")
+
+
+def find_compiler(gpu: bool) -> str | None:
+    """The compiler on this machine that torch.compile would use: Triton's C compiler for GPUs, else torch's for C++."""
+    if gpu:
+        names = [os.environ.get("CC", ""), "clang", "gcc", "cc"]
+    else:
+        names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    return next((name for name in names if name and shutil.which(name.split()[0])), None)
+
+
+def gpus_work() -> None:
+    """UserError where Ray has GPUs and torch sees none in a process that is given one.
+
+    torch for CPUs on a machine with an NVIDIA driver is the usual case; workers would fail at their first kernel, after
+    the samples were decoded. One machine is asked; `check` asks them all.
+    """
+    if not placement.gpu_slots(runtime.machines()):
+        return
+    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(_blind)
+    try:
+        address = ray.get(task.remote(), timeout=LOOK_S)
+    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run waits for them too
+        return
+    if address:
+        raise UserError(blind_gpu(address))
+
+
+def _blind() -> str | None:
+    """The address of this machine where torch sees no GPU."""
+    import torch
+
+    return None if torch.cuda.is_available() else ray.util.get_node_ip_address()
+
+
+def blind_gpu(address: str) -> str:
+    """What is wrong with a machine whose GPU torch does not see, and the fix."""
+    return (
+        f"Ray has a GPU on {address}, and torch sees none; install torch for CUDA there and look at the driver, or set "
+        "CUDA_VISIBLE_DEVICES= (a cluster: start Ray with --num-gpus=0) to use CPUs"
+    )

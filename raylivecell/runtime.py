@@ -15,6 +15,8 @@ import ray._common.usage.usage_lib
 import ray.autoscaler._private.cli_logger
 from ray._private import ray_constants
 
+from raylivecell import placement
+from raylivecell.placement import Machine
 from raylivecell.process_settings import environment
 
 Item = TypeVar("Item")
@@ -81,14 +83,15 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def task_cpus() -> float:
-    """CPUs that a task of Ray Data reserves: 1; on several machines without GPUs 0.5, and so do workers there.
+def machines() -> list[Machine]:
+    """The living machines of the cluster that this process has joined."""
+    alive = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+    return [Machine(float(each.get("CPU", 0)), float(each.get("GPU", 0))) for each in alive]
 
-    On them reservations of 0.6 would leave 0.4 of a CPU on each machine and no room for a task on any, and Ray Data
-    would wait for ever; as it would where a machine is lost, and workers of a whole CPU each take all that is left.
-    """
-    machines = sum(one["Alive"] for one in ray.nodes())
-    return 1.0 if machines == 1 or ray.cluster_resources().get("GPU", 0) else 0.5
+
+def task_cpus() -> float:
+    """CPUs that a task of Ray Data reserves on this cluster."""
+    return placement.task_cpus(machines())
 
 
 def dashboard() -> str | None:

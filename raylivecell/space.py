@@ -9,14 +9,17 @@
     shares:
       - {fields: [loss.background_weight, loss.cell_weight], least: 0.1}
 
-1. `suggest` asks a trial (Optuna's, or anything with its suggest_* methods) for the values of all fields.
-2. `start` gives the trial parameters that stand for the starting recipe, so that it is the first trial.
-3. `apply` puts values into a recipe.
+1. `suggest` asks a trial (Optuna's, or anything with its suggest_* methods) for the values of all fields: first the
+   shares, then the fields in their order. A condition (`when`) is evaluated on the trial's own values.
+2. `start` returns the trial parameters of the starting recipe, which is the first trial.
+3. `apply` writes values into a recipe.
+
+space_check.py refuses a space that does not fit the recipe.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
@@ -49,8 +52,10 @@ class Condition(StrictModel):
         return self
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` is as it must be."""
-        return value > self.above if self.above is not None else value in (self.among or ())
+        """Whether `value` meets the condition; null is never above a number."""
+        if self.above is not None:
+            return is_number(value) and value > self.above
+        return _label(value) in [_label(one) for one in self.among or ()]
 
 
 class Dimension(StrictModel):
@@ -145,8 +150,8 @@ class SearchConfig(StrictModel):
 
     @property
     def stops_early(self) -> bool:
-        """Whether ASHA is on: it ranks by one number."""
-        return self.early_stopping and len(self.objectives) == 1
+        """Whether ASHA is on: it ranks by the validation score, so only where that is the one objective."""
+        return self.early_stopping and [OBJECTIVES[one].column for one in self.objectives] == ["score"]
 
 
 class SweepConfig(SearchConfig):
@@ -165,30 +170,8 @@ def load(uri: str) -> tuple[Recipe, SweepConfig]:
     return recipes.parse(values, uri), config
 
 
-def check(recipe: Recipe, config: SweepConfig) -> None:
-    """UserError unless every field named exists, is searched once, and holds in `recipe` a value within its range."""
-    seen: list[str] = []
-    for path in _fields(config):
-        get(recipe, path)
-        if path in seen:
-            raise UserError(f"sweep: {path} is searched twice; name it once")
-        seen.append(path)
-    order = list(config.space)
-    for path, dimension in config.space.items():
-        for other in dimension.when:
-            get(recipe, other)
-            if other in order[order.index(path) :]:
-                raise UserError(f"sweep.space: {path} hangs on {other}; put {other} before it")
-    if "targets" in seen:
-        raise UserError("sweep.space: targets decides what trials are judged by; sweep each of its values apart")
-    judged = SCORES[recipe.targets].lower()
-    other = "msa" if judged == "dice" else "dice"
-    if other in config.objectives:
-        raise UserError(f"sweep.objectives: a recipe of targets {recipe.targets} is judged by {judged}, not by {other}")
-    start(recipe, config)
-
-
-def _fields(config: SweepConfig) -> Iterator[str]:
+def searched_fields(config: SweepConfig) -> Iterator[str]:
+    """Paths of all searched fields."""
     for path, dimension in config.space.items():
         yield from (path, *dimension.also)
     for shares in config.shares:
@@ -196,46 +179,47 @@ def _fields(config: SweepConfig) -> Iterator[str]:
 
 
 def suggest(trial: "BaseTrial", recipe: Recipe, config: SweepConfig) -> Values:
-    """A value for each searched field; the fields whose conditions do not hold are left out."""
+    """A value for each searched field, by path; fields whose conditions do not hold are left out."""
     values: Values = {}
-    for path, dimension in config.space.items():
-        if _holds(dimension, values, recipe):
-            value = _ask(trial, path, dimension, get(recipe, path))
-            values |= dict.fromkeys((path, *dimension.also), value)
+    tree = recipe.model_dump(mode="json")
     for shares in config.shares:
-        values |= _ask_shares(trial, shares, recipe)
+        values |= _write(tree, _ask_shares(trial, shares, recipe))
+    for path, dimension in config.space.items():
+        if _holds(dimension, tree):
+            value = _ask(trial, path, dimension, get(recipe, path))
+            values |= _write(tree, dict.fromkeys((path, *dimension.also), value))
     return values
 
 
 def start(recipe: Recipe, config: SweepConfig) -> dict[str, Any]:
-    """The trial parameters for which `suggest` gives `recipe`'s own values; UserError where one is out of range."""
+    """The trial parameters for which `suggest` returns `recipe`'s own values; UserError where one is out of range."""
     parameters: dict[str, Any] = {}
-    values: Values = {}
-    for path, dimension in config.space.items():
-        values[path] = get(recipe, path)
-        if _holds(dimension, values, recipe):
-            _check_same(recipe, path, dimension)
-            parameters[path] = _start_of(path, dimension, values[path])
+    tree = recipe.model_dump(mode="json")
     for shares in config.shares:
         parameters |= _start_of_shares(shares, recipe)
+        # Broken up and put together again, a part may differ in its last bit; conditions must see what `suggest` sees.
+        _write(tree, _broken(shares, recipe, [parameters[_share_name(path)] for path in shares.fields[:-1]]))
+    for path, dimension in config.space.items():
+        if _holds(dimension, tree):
+            _check_same(recipe, path, dimension)
+            parameters[path] = _start_of(recipe, path, dimension)
     return parameters
 
 
-def apply(recipe: Recipe, values: Values) -> Recipe:
-    """`recipe` with `values` in their places; UserError where together they make no recipe."""
+def apply(recipe: Recipe, values: Values, source: str = "trial") -> Recipe:
+    """`recipe` with `values` in their places; UserError beginning with `source` where they are not a recipe."""
     tree = recipe.model_dump(mode="json")
-    for path, value in values.items():
-        *parents, last = path.split(".")
-        place = tree
-        for part in parents:
-            place = place[_key(place, part)]
-        place[_key(place, last)] = value
-    return recipes.parse(tree, "trial")
+    _write(tree, values)
+    return recipes.parse(tree, source)
 
 
 def get(recipe: Recipe, path: str) -> Any:
     """The value at a path such as `optimizer.lr`, `optimizer.betas.1` or `phases.0.steps`; UserError where none is."""
-    place: Any = recipe.model_dump(mode="json")
+    return _read(recipe.model_dump(mode="json"), path)
+
+
+def _read(tree: dict[str, Any], path: str) -> Any:
+    place: Any = tree
     for part in path.split("."):
         try:
             place = place[_key(place, part)]
@@ -244,15 +228,35 @@ def get(recipe: Recipe, path: str) -> Any:
     return place
 
 
+def _write(tree: dict[str, Any], values: Values) -> Values:
+    """Write `values` into a dumped recipe; `values`."""
+    for path, value in values.items():
+        parent, _, last = path.rpartition(".")
+        place = _read(tree, parent) if parent else tree
+        _read(tree, path)
+        place[_key(place, last)] = value
+    return values
+
+
 def _key(place: Any, part: str) -> Any:
     return int(part) if isinstance(place, list) else part
 
 
-def _holds(dimension: Dimension, values: Values, recipe: Recipe) -> bool:
-    return all(
-        condition.holds(values[path] if path in values else get(recipe, path))
-        for path, condition in dimension.when.items()
-    )
+def _holds(dimension: Dimension, tree: dict[str, Any]) -> bool:
+    """Whether the conditions of a field hold in a dumped recipe; a field that is not in it meets none."""
+    for path, condition in dimension.when.items():
+        try:
+            value = _read(tree, path)
+        except UserError:  # an element of a list that is shorter in this trial
+            return False
+        if not condition.holds(value):
+            return False
+    return True
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float; a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _label(value: Any) -> Any:
@@ -260,14 +264,10 @@ def _label(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
-def _is_whole(dimension: Dimension, start_value: Any) -> bool:
+def is_whole(dimension: Dimension, start_value: Any) -> bool:
     """Whether a field is searched over whole numbers: its value is one, and the range's ends and step are."""
     ends = (dimension.low, dimension.high, dimension.step or 1)
-    return (
-        isinstance(start_value, int)
-        and not isinstance(start_value, bool)
-        and all(float(end or 0).is_integer() for end in ends)
-    )
+    return isinstance(start_value, int) and is_number(start_value) and all(float(end or 0).is_integer() for end in ends)
 
 
 def _ask(trial: "BaseTrial", path: str, dimension: Dimension, start_value: Any) -> Any:
@@ -275,26 +275,38 @@ def _ask(trial: "BaseTrial", path: str, dimension: Dimension, start_value: Any) 
         labels = {_label(choice): choice for choice in dimension.choices}
         return labels[trial.suggest_categorical(path, list(labels))]
     low, high = float(dimension.low or 0), float(dimension.high or 0)
-    if _is_whole(dimension, start_value):
+    if is_whole(dimension, start_value):
         return trial.suggest_int(path, int(low), int(high), step=int(dimension.step or 1), log=dimension.log)
     return trial.suggest_float(path, low, high, step=dimension.step, log=dimension.log)
 
 
-def _start_of(path: str, dimension: Dimension, value: Any) -> Any:
+def _start_of(recipe: Recipe, path: str, dimension: Dimension) -> Any:
+    """The starting recipe's value as Optuna stores it; UserError where it is not among the choices, or out of range."""
+    value = get(recipe, path)
     if dimension.choices is not None:
-        # JSON has no tuples and a recipe's 64 may stand for 64.0: compare as the recipe would read it.
-        if value not in dimension.choices and _label(value) not in [_label(c) for c in dimension.choices]:
-            raise UserError(f"sweep.space: the recipe starts with {path} {value}, not among its choices; add it")
-        return _label(value)
+        for choice in dimension.choices:
+            if _is_same(recipe, path, choice):
+                return _label(choice)
+        raise UserError(f"sweep.space: the recipe starts with {path} {value}, not among its choices; add it")
     low, high = float(dimension.low or 0), float(dimension.high or 0)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise UserError(f"sweep.space: {path} is {value!r} in the recipe, not a number; give it choices")
+    if isinstance(value, int) and not is_whole(dimension, value):
+        raise UserError(f"sweep.space: {path} takes whole numbers; give it a whole low, high and step")
     if not low <= value <= high:
         raise UserError(f"sweep.space: the recipe starts with {path} {value:g}, outside {low:g} to {high:g}; widen it")
     steps = (value - low) / dimension.step if dimension.step else 0.0
     if not math.isclose(steps, round(steps), abs_tol=1e-6):
         raise UserError(f"sweep.space: the recipe starts with {path} {value:g}, between two steps of {dimension.step}")
     return value
+
+
+def _is_same(recipe: Recipe, path: str, choice: Any) -> bool:
+    """Whether a choice is the recipe's own value, as the recipe reads it: 64 is 64.0, [8, 16] is (8, 16)."""
+    try:
+        return apply(recipe, {path: choice}) == recipe
+    except UserError:
+        return False
 
 
 def _check_same(recipe: Recipe, path: str, dimension: Dimension) -> None:
@@ -306,9 +318,12 @@ def _check_same(recipe: Recipe, path: str, dimension: Dimension) -> None:
             )
 
 
-def _parts(shares: Shares, recipe: Recipe) -> tuple[list[float], float]:
+def parts_of(shares: Shares, recipe: Recipe) -> tuple[list[float], float]:
     """The starting recipe's values of the fields, and what is left to share above `least` each."""
     parts = [get(recipe, path) for path in shares.fields]
+    for path, part in zip(shares.fields, parts):
+        if not isinstance(part, float):
+            raise UserError(f"sweep.shares: {path} is {part!r} in the recipe; only fractions can share a sum")
     total = sum(parts) if shares.sum is None else shares.sum
     free = total - shares.least * len(parts)
     if free <= 0:
@@ -321,14 +336,18 @@ def _share_name(path: str) -> str:
 
 
 def _ask_shares(trial: "BaseTrial", shares: Shares, recipe: Recipe) -> Values:
-    """Break a stick: of n parts still to cut, the next is 1 - (1 - u)^(1 / (n - 1)) of what is left.
+    names = [_share_name(path) for path in shares.fields[:-1]]
+    return _broken(shares, recipe, [trial.suggest_float(name, 0.0, 1.0, step=None, log=False) for name in names])
+
+
+def _broken(shares: Shares, recipe: Recipe, cuts: Sequence[float]) -> Values:
+    """Break a stick: of n parts still to cut, the next is 1 - (1 - u)^(1 / (n - 1)) of what is left, u from `cuts`.
 
     With u uniform that spreads the shares evenly over the simplex (Devroye 1986, V.4: spacings of uniforms).
     """
-    left = free = _parts(shares, recipe)[1]
+    left = free = parts_of(shares, recipe)[1]
     values: Values = {}
-    for place, path in enumerate(shares.fields[:-1]):
-        u = trial.suggest_float(_share_name(path), 0.0, 1.0, step=None, log=False)
+    for place, (path, u) in enumerate(zip(shares.fields, cuts)):
         part = left * (1 - (1 - u) ** (1 / (len(shares.fields) - 1 - place)))
         values[path] = round(shares.least + part, DIGITS)
         left -= part
@@ -337,7 +356,7 @@ def _ask_shares(trial: "BaseTrial", shares: Shares, recipe: Recipe) -> Values:
 
 
 def _start_of_shares(shares: Shares, recipe: Recipe) -> dict[str, float]:
-    parts, left = _parts(shares, recipe)
+    parts, left = parts_of(shares, recipe)
     total = left + shares.least * len(parts)
     if not math.isclose(sum(parts), total, rel_tol=1e-6) or min(parts) < shares.least:
         given = ", ".join(f"{path} {part:g}" for path, part in zip(shares.fields, parts))

@@ -5,21 +5,18 @@ Only the job API (HTTP) is spoken: the machine that submits needs no Ray running
 
 import asyncio
 import json
-import logging
 import re
 import shlex
-import tempfile
 import time
 import uuid
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ray._private.runtime_env.packaging import create_package
+import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from raylivecell import addresses
+from raylivecell import addresses, upload
 from raylivecell.arguments import value_of
 from raylivecell.errors import UserError
 from raylivecell.progress import console
@@ -38,8 +35,12 @@ JOB_ENV = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "PYTHONUNBUFFERED": "1"}
 
 # A job's own folder is a copy on the node it runs on, deleted afterwards.
 SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions", "--model")
-# Seconds between two tries to read on in a log, or to hand a job to a head that is not ready; and how many of these.
+# Seconds between two tries to read on in a log, or to submit a job to a head that is not ready; and how many of these.
 RECONNECT_S, TRIES = 2.0, 15
+# Tries to reach a cluster that does not answer while a job is followed: a head that is restarted is back in minutes.
+OUTAGE_TRIES = 300
+# Answers that no later try changes: no such job, no access.
+FINAL = tuple(f"status code {code}" for code in (400, 401, 403, 404))
 SECRET_WORDS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL")
 
 
@@ -59,7 +60,7 @@ class Request(NamedTuple):
 
     def runtime_env(self) -> dict[str, Any]:
         """Without the folder."""
-        return {"env_vars": JOB_ENV | self.env}
+        return {"env_vars": JOB_ENV | self.env, "excludes": list(EXCLUDES)}
 
     def metadata(self) -> dict[str, str]:
         """What the dashboard shows of the job."""
@@ -69,9 +70,8 @@ class Request(NamedTuple):
 
     def command(self, address: str, folder: Path) -> str:
         """The same with Ray's own command line."""
-        runtime_env = self.runtime_env() | {"excludes": list(EXCLUDES)}
         words = ["ray", "job", "submit", "--address", address, "--submission-id", self.name]
-        words += ["--working-dir", str(folder), "--runtime-env-json", json.dumps(runtime_env)]
+        words += ["--working-dir", str(folder), "--runtime-env-json", json.dumps(self.runtime_env())]
         words += ["--metadata-json", json.dumps(self.metadata())]
         words += ["--entrypoint-num-cpus", f"{self.cpus:g}"] if self.cpus else []
         words += ["--entrypoint-label-selector", json.dumps(self.label)] if self.label else []
@@ -109,6 +109,21 @@ def _check_paths(arguments: Sequence[str], folder: Path) -> None:
         raise UserError(f"no recipe at {recipe} in {folder}, which is what the job takes along (--working-dir)")
 
 
+def split(words: Sequence[str], with_value: Collection[str]) -> tuple[list[str], str | None, list[str]]:
+    """The words before the stage, the stage (none where there is none), and those after it.
+
+    Args:
+        words: of the command line.
+        with_value: flags of `submit` that take a value, which may be the name of a stage: `--name train train ...`.
+    """
+    is_value = False
+    for place, word in enumerate(words):
+        if word in STAGES and not is_value:
+            return list(words[:place]), word, list(words[place + 1 :])
+        is_value = word.replace("_", "-") in with_value
+    return list(words), None, []
+
+
 def _pairs(given: Sequence[str], flag: str) -> dict[str, str]:
     pairs = {}
     for one in given:
@@ -121,26 +136,24 @@ def _pairs(given: Sequence[str], flag: str) -> dict[str, str]:
     return pairs
 
 
-def pack(folder: Path, target: Path, largest_mib: float = LARGEST_MIB) -> int:
-    """Pack what the job takes along of `folder` into the zip file `target`; its bytes.
+def measure(folder: Path, largest_mib: float = LARGEST_MIB) -> int:
+    """Bytes of the files in `folder` that the job takes along.
 
     Raises:
         UserError: no stages there; more than `largest_mib`, naming the largest files.
     """
     if not (folder / "jobs").is_dir():
         raise UserError(f"{folder} has no jobs/: run submit in the project's folder, or name it with --working-dir")
-    quiet = logging.getLogger(__name__)  # Ray's own tells each .gitignore
-    create_package(str(folder), target, include_gitignore=True, excludes=list(EXCLUDES), logger=quiet)
-    size = target.stat().st_size
-    if size > largest_mib * MEBIBYTE:
-        with zipfile.ZipFile(target) as package:
-            files = sorted(package.infolist(), key=lambda file: -file.compress_size)[:3]
-        told = ", ".join(f"{file.filename} ({file.compress_size / MEBIBYTE:.1f} MiB)" for file in files)
+    sizes = upload.sizes(folder, EXCLUDES)
+    total = sum(sizes.values())
+    if total > largest_mib * MEBIBYTE:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        listed = ", ".join(f"{name} ({sizes[name] / MEBIBYTE:.1f} MiB)" for name in largest)
         raise UserError(
-            f"{folder} would upload {size / MEBIBYTE:.1f} MiB, over {largest_mib:g}; name in .gitignore what the job "
-            f"does not need, or raise --largest-mib; the largest are {told}"
+            f"{folder} would upload {total / MEBIBYTE:.1f} MiB, over {largest_mib:g}; name in .gitignore what the job "
+            f"does not need, or raise --largest-mib; the largest are {listed}"
         )
-    return size
+    return total
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -155,36 +168,38 @@ def connect(address: str | None) -> JobSubmissionClient:
         ) from error
 
 
-def submit(client: JobSubmissionClient, wanted: Request, package: Path) -> None:
-    """Hand over the job; UserError where the cluster refuses it."""
+def submit(client: JobSubmissionClient, wanted: Request, folder: Path) -> None:
+    """Upload `folder` and submit the job; UserError where the cluster refuses it."""
     for left in reversed(range(TRIES)):
         try:
             client.submit_job(
                 entrypoint=wanted.entrypoint(),
                 submission_id=wanted.name,
-                runtime_env=wanted.runtime_env() | {"working_dir": str(package)},
+                runtime_env=wanted.runtime_env() | {"working_dir": str(folder)},
                 metadata=wanted.metadata(),
                 entrypoint_num_cpus=wanted.cpus or None,
                 entrypoint_label_selector=wanted.label or None,
             )
             return
+        except OSError as error:
+            raise UserError(
+                f"lost the connection while the job {wanted.name} was submitted ({_line(error)}); see whether it runs "
+                f"with `ray job status {wanted.name}` before it is submitted again"
+            ) from error
         except (RuntimeError, ValueError) as error:
-            told = " ".join(str(error).split())[:300]
             # A head that has just started has no agent yet that would run the job.
-            if not (left and "try again later" in told):
-                raise UserError(f"the cluster refused the job {wanted.name}: {told}") from error
+            if not (left and "try again later" in str(error)):
+                raise UserError(f"the cluster refused the job {wanted.name}: {_line(error)}") from error
             time.sleep(RECONNECT_S)
 
 
 def follow(client: JobSubmissionClient, name: str) -> int:
     """Print what the job prints until it ends; its exit code (1 where it never got so far as to have one)."""
-    asyncio.run(_print_logs(client, name))
-    info = client.get_job_info(name)
-    return ended(info)
+    return ended(asyncio.run(_print_logs(client, name)))
 
 
 def ended(info: JobDetails) -> int:
-    """The exit code of a job that has ended, which is told where it has failed."""
+    """The exit code of a job that has ended; why, where it has failed, is printed."""
     if info.status == JobStatus.SUCCEEDED:
         return 0
     reason = " ".join(str(info.message or "").split())[:500]
@@ -192,22 +207,67 @@ def ended(info: JobDetails) -> int:
     return info.driver_exit_code or 1
 
 
-async def _print_logs(client: JobSubmissionClient, name: str) -> None:
-    """Through broken connections, each line once: a new connection begins with the job's first line."""
-    printed = 0
-    while True:
+class _Log:
+    """A job's log, each character printed once: a new connection begins with the job's first line."""
+
+    def __init__(self, client: JobSubmissionClient, name: str) -> None:
+        self.client, self.name = client, name
+        self.printed = 0
+
+    async def print_fresh(self) -> None:
+        """Print what is new until the connection ends."""
         seen = 0
+        async for text in self.client.tail_job_logs(self.name):
+            fresh = text[max(0, self.printed - seen) :]
+            seen += len(text)
+            self.printed = max(self.printed, seen)
+            print(fresh, end="", flush=True)
+
+
+async def _print_logs(client: JobSubmissionClient, name: str) -> JobDetails:
+    """Print the log until the job has ended, through broken connections and outages of the cluster; how it ended.
+
+    Raises:
+        UserError: the cluster does not know the job, or has not answered for OUTAGE_TRIES tries.
+    """
+    log, lost = _Log(client, name), 0
+    while True:
+        broken: Exception | None = None
         try:
-            async for text in client.tail_job_logs(name):
-                fresh = text[max(0, printed - seen) :]
-                seen += len(text)
-                printed = max(printed, seen)
-                print(fresh, end="", flush=True)
+            await log.print_fresh()
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            broken = error
+        try:
+            info = client.get_job_info(name)
         except (RuntimeError, OSError) as error:
-            console.print(f"(connection lost, trying again: {' '.join(str(error).split())[:120]})", markup=False)
-        if client.get_job_status(name).is_terminal():
-            return
+            lost += 1
+            _check_outage(error, name, lost)
+        else:
+            lost = 0
+            if info.status.is_terminal():
+                return info
+            if broken is not None:
+                console.print(f"(connection lost, trying again: {_line(broken)[:120]})", markup=False)
         await asyncio.sleep(RECONNECT_S)
+
+
+def _check_outage(error: Exception, name: str, lost: int) -> None:
+    """Print a line at the first of `lost` failures in a row; UserError where no other try would help."""
+    line = _line(error)
+    if any(code in line for code in FINAL):
+        raise UserError(f"cannot follow the job {name}: {line[:200]}") from error
+    if lost == OUTAGE_TRIES:
+        minutes = OUTAGE_TRIES * RECONNECT_S / 60
+        raise UserError(
+            f"no answer for {minutes:.0f} minutes about the job {name}, which may still run ({line[:120]}); see "
+            f"`ray job status {name}`, and follow it with `ray job logs {name} --follow`"
+        ) from error
+    if lost == 1:
+        console.print(f"(the cluster does not answer, trying again: {line[:120]})", markup=False)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def run(
@@ -219,15 +279,11 @@ def run(
     largest_mib: float = LARGEST_MIB,
 ) -> int:
     """Submit and follow; the job's exit code. Ctrl-C leaves the job running, unless `stop_on_interrupt`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        package = Path(scratch) / "job.zip"
-        size = pack(folder, package, largest_mib)
-        client = connect(address)
-        console.print(
-            f"{size / MEBIBYTE:.1f} MiB of {folder} to {client.get_address()}; the same by hand:", markup=False
-        )
-        print(wanted.command(client.get_address(), folder), flush=True)
-        submit(client, wanted, package)
+    size = measure(folder, largest_mib)
+    client = connect(address)
+    console.print(f"{size / MEBIBYTE:.1f} MiB of {folder} to {client.get_address()}; the same by hand:", markup=False)
+    print(wanted.command(client.get_address(), folder), flush=True)
+    submit(client, wanted, folder)
     if not wait:
         return 0
     try:

@@ -2,14 +2,16 @@
 
 1. The driver opens the study (study.py), decodes the samples into the object store once, and shares the cluster out.
 2. Tune runs the trials (trial.py) that the study asks for; ASHA stops the weak ones.
-3. Start and best are trained anew with fresh seeds, on request (confirm.py).
+3. Start and best are trained again with fresh seeds, on request (confirm.py).
 4. best.yaml, its checkpoint, trials.csv and report.html are drawn from the study and the runs' folders alone.
+
+A sweep ends with a best.yaml of a run that finished, or with an error that says why there is none.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 
 import optuna
-import ray
 from optuna.trial import TrialState
 
 from raylivecell import (
@@ -22,6 +24,7 @@ from raylivecell import (
     runtime,
     shards,
     space,
+    space_check,
     storage,
     sweep_report,
     sweep_stats,
@@ -66,7 +69,7 @@ def sweep(
         study_url: Optuna storage to use instead of OUT/study.db.
         at_once: trials at once; default: what the cluster has room for.
         retries: how often a trial goes on from its last checkpoint after a crash.
-        seeds: fresh ones with which start and best are trained anew, whole (confirm.py).
+        seeds: fresh ones with which start and best are trained again, to their end (confirm.py).
         mlflow: tracking URI, where trials are logged to MLflow too.
 
     Raises:
@@ -77,11 +80,7 @@ def sweep(
         raise UserError(f"--trials {trials}: give at least 1")
     _check(data, recipe, config)
     _check_unused(out, data, recipe, config, resume)
-    runtime.connect()
-    preflight.transforming_device(recipe)
-    if config.workers_per_trial > 1 and config.stops_early:
-        preflight.state_api()
-    room = tuner.capacity(config, ray.cluster_resources(), at_once)
+    room = _room(recipe, config, at_once)
     file = StudyFile(out, study_url)
     study = open_study(file.url, out, recipe, config, resume)
     run_folder.claim(out, data, space.dump(recipe, config))
@@ -91,23 +90,36 @@ def sweep(
     if left > 0:
         _search(study, file, shared, config, room, left, retries, mlflow)
     _tidy(out, study)
-    whole = len(finished(study)) >= trials
-    if whole or sweep_stats.complete(study):
-        best = _best(study, config)
-        if seeds and whole:
-            confirm.run(shared, confirm.contenders(recipe, config, study, best), seeds, room, retries)
-        _hand_over(out, data, recipe, config, study, best)
     file.publish()
-    if not whole:
+    complete = len(finished(study)) >= trials
+    storage.write_bytes(storage.join(out, "trials.csv"), sweep_stats.trials_csv(study, recipe, config).encode())
+    if complete or sweep_stats.complete(study):
+        _finish(data, shared, config, study, room, retries, seeds if complete else 0)
+    if not complete:
         raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; go on with --resume")
     return study
 
 
+def _room(recipe: Recipe, config: SweepConfig, at_once: int | None) -> tuner.Capacity:
+    """Join the cluster, and how it is shared among trials; UserError for what it cannot compute."""
+    runtime.connect()
+    _check_variants(recipe, config, preflight.hardware)
+    if config.workers_per_trial > 1 and config.stops_early:
+        preflight.state_api()
+    room = tuner.capacity(config, runtime.machines(), at_once)
+    preflight.gpus_work()
+    return room
+
+
 def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
-    """UserError for what would fail in every trial."""
-    space.check(recipe, config)
-    preflight.batch_divides(recipe.batch_size, config.workers_per_trial)
+    """UserError for what would fail in every trial, or in each that takes one of the values to search."""
+    space_check.check(recipe, config)
+    _check_variants(recipe, config, lambda one: _check_batch(one, config))
+    shape = recipe.crop, recipe.augment.device
     preflight.samples_fit(data, recipe)
+    for _, variant in space_check.variants(recipe, config):
+        if (variant.crop, variant.augment.device) != shape:
+            preflight.samples_fit(data, variant)
     preflight.network(recipe)
     rows = len(shards.list_rows(data, "train"))
     if not shards.list_rows(data, "val"):
@@ -119,6 +131,20 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
             f"trials cannot be stopped early: {steps} steps with a report each {every}; lower loop.report_steps, "
             "or use --sweep.no-early-stopping"
         )
+
+
+def _check_batch(recipe: Recipe, config: SweepConfig) -> None:
+    preflight.batch_divides(recipe.batch_size, config.workers_per_trial, "--sweep.workers-per-trial")
+
+
+def _check_variants(recipe: Recipe, config: SweepConfig, check: Callable[[Recipe], None]) -> None:
+    """Run a check on the starting recipe, and on it with each of the values to search that may differ for the check."""
+    check(recipe)
+    for path, variant in space_check.variants(recipe, config):
+        try:
+            check(variant)
+        except UserError as error:
+            raise UserError(f"sweep.space: with {path} {space.get(variant, path)!r}, {error}") from error
 
 
 def _check_unused(out: str, data: str, recipe: Recipe, config: SweepConfig, resume: bool) -> None:
@@ -199,27 +225,70 @@ def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:
 def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
     """The trial with the best of the first objective (of several objectives: among those that none beats in all)."""
     if not sweep_stats.complete(study):
-        reasons = {str(trial.user_attrs.get("failed", "stopped")) for trial in finished(study)}
-        raise UserError(f"no trial came to its end ({'; '.join(sorted(reasons))}); mend that and go on with --resume")
+        reasons = {str(trial.user_attrs.get("failed", "stopped early")) for trial in finished(study)}
+        raise UserError(
+            f"no best.yaml: none of {len(finished(study))} trials trained to its end ({'; '.join(sorted(reasons))}); "
+            "fix that and sweep with another --out, or continue with --resume and more --trials"
+        )
     best = study.best_trials
     sign = 1 if space.OBJECTIVES[config.objectives[0]].mode == "max" else -1
     return max(best, key=lambda trial: (sign * trial.values[0], -trial.number))
 
 
-def _hand_over(
-    out: str, data: str, recipe: Recipe, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial
+def _warn_of_unfinished(names: Iterable[str], confirmed: confirm.Scores, seeds: int) -> None:
+    """Say in one line which candidates are not compared with all of the `seeds` that were asked for."""
+    short = [name for name in names if len(confirmed.get(name, {})) < seeds]
+    if short and confirmed:
+        used = len(next(iter(confirmed.values())))
+        left_out = [name for name in names if name not in confirmed]
+        dropped = f"; never to its end: {', '.join(left_out)}" if left_out else ""
+        console.print(
+            f"confirming runs failed: compared over {used} of {seeds} seeds{dropped}", soft_wrap=True, markup=False
+        )
+    elif short:
+        console.print(
+            "confirming runs failed: no seed with which all candidates trained to their end; best.yaml is the best "
+            "trial's, whose score was not confirmed",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def _finish(
+    data: str,
+    shared: Shared,
+    config: SweepConfig,
+    study: optuna.Study,
+    room: tuner.Capacity,
+    retries: int,
+    seeds: int,
 ) -> None:
-    """best.yaml and its checkpoint (those of the confirming runs, where there are), trials.csv, report.html."""
-    confirmed = confirm.scores(out, confirm.contenders(recipe, config, study, best))
-    named = ", ".join(f"{space.OBJECTIVES[one].unit} {value:.4g}" for one, value in zip(config.objectives, best.values))
-    folder, why = storage.join(out, folder_of(best.number)), f"trial {best.number} of {len(study.trials)}; {named}"
-    if confirmed and len(config.objectives) == 1:
-        folder, why = confirm.winner(out, confirmed)
-    found = checkpoint.find(folder)
-    text = storage.read_bytes(storage.join(found, checkpoint.RECIPE))
-    storage.write_bytes(storage.join(out, "best.yaml"), f"# {why}.\n".encode() + text)
-    checkpoint.copy(found, storage.join(out, BEST))
-    storage.write_bytes(storage.join(out, "trials.csv"), sweep_stats.trials_csv(study, recipe, config).encode())
-    sweep_report.write(out, data, recipe, config, study, best, confirmed)
+    """Confirm the best trial with `seeds` fresh seeds; write best.yaml, its checkpoint and report.html."""
+    out, recipe, best = shared.out, shared.recipe, _best(study, config)
+    names = confirm.candidates(recipe, config, study, best)
+    if seeds:
+        _write_best(out, config, study, best, {})  # stays where the confirming runs are interrupted
+        confirm.run(shared, names, seeds, room, retries)
+    confirmed = confirm.scores(out, names, len(shared.samples.train))
+    _warn_of_unfinished(names, confirmed, seeds)
+    why = _write_best(out, config, study, best, confirmed)
+    listed = {name: list(each.values()) for name, each in confirmed.items()}
+    sweep_report.write(out, data, recipe, config, study, best, listed)
     console.print(f"best: {why}", soft_wrap=True, markup=False)
     console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", soft_wrap=True, markup=False)
+
+
+def _write_best(
+    out: str, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial, confirmed: confirm.Scores
+) -> str:
+    """Write best.yaml and its checkpoint, of the confirming runs where there are some; why it is the best."""
+    named = ", ".join(f"{space.OBJECTIVES[one].unit} {value:.4g}" for one, value in zip(config.objectives, best.values))
+    folder, why = storage.join(out, folder_of(best.number)), f"trial {best.number} of {len(study.trials)}; {named}"
+    objectives = [space.OBJECTIVES[one] for one in config.objectives]
+    if confirmed and [one.column for one in objectives] == ["score"]:
+        folder, why = confirm.winner(out, confirmed, objectives[0].unit)
+    source = checkpoint.find(folder)
+    text = storage.read_bytes(storage.join(source, checkpoint.RECIPE))
+    storage.write_bytes(storage.join(out, "best.yaml"), f"# {why}.\n".encode() + text)
+    checkpoint.copy(source, storage.join(out, BEST))
+    return why

@@ -174,7 +174,8 @@ def _elastic(study: optuna.Study) -> list[str]:
         f"without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial had. "
         "The other fields differ too from trial to trial."
     )
-    strength = [trial for trial in finished(study) if trial.params.keys() >= STRENGTH]
+    comparable = sweep_stats.early_scores(study)[1]
+    strength = [t for t in finished(study) if t.params.keys() >= STRENGTH and t.number in comparable]
     drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
     if len(strength) > 2:
         drawn.append(("How strong", page.svg(_strength(strength, study))))

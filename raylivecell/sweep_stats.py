@@ -56,6 +56,8 @@ def score(trial: FrozenTrial) -> float | None:
     """The first objective, or where the trial was stopped its last report; none where it failed."""
     if trial.state is TrialState.COMPLETE:
         return trial.values[0]
+    if trial.state is TrialState.FAIL:
+        return None
     return trial.intermediate_values[max(trial.intermediate_values)] if trial.intermediate_values else None
 
 

@@ -62,9 +62,12 @@ def train(
     from raylivecell.dataset import open_samples, stream_budget_bytes
     from raylivecell.job import Job
 
-    preflight.transforming_device(recipe)
+    preflight.hardware(recipe)
     most = workers if isinstance(workers, int) else workers[1]
-    cpus, gpus = preflight.worker_cpus(most), _gpus(workers)
+    gpus, cpus = preflight.worker_gpus(workers), preflight.worker_cpus(most)
+    preflight.gpus_work()
+    if reopened := run_folder.reopen(out, resume):
+        console.print(reopened, soft_wrap=True, markup=False)
     run_folder.claim(out, data, recipes.dump(recipe))
     store = stream_budget_bytes()
     samples = open_samples(data, recipe.targets != "foreground")
@@ -73,14 +76,31 @@ def train(
     watched = not runtime.started_here()
     job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks))
     with Live(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
-        failed = trainer.fit(trainer.trainer(job, workers, cpus, gpus, retries))
+        try:
+            failed = trainer.fit(trainer.trainer(job, workers, cpus, gpus, retries))
+        except UserError as error:
+            raise _failure(out, str(error), "") from error
     if failed:
         names = sorted({shards.read_row(samples.train[i], ["file_name"])["file_name"] for i in failed["samples"]})
-        raise UserError(
-            f"the loss became NaN or infinite at step {failed['step']}, in the batch of {', '.join(names)}; "
-            "lower optimizer.lr or set optimizer.clip_norm, and look at those images"
+        hint = "; lower optimizer.lr or set optimizer.clip_norm, and look at those images"
+        raise _failure(
+            out, f"the loss became NaN or infinite at step {failed['step']}, in the batch of {', '.join(names)}", hint
         )
     return _finish(data, out, recipe)
+
+
+def _failure(out: str, reason: str, hint: str) -> UserError:
+    """Note in `out` that the run failed, which frees the folder; the error that says how to go on."""
+    from raylivecell import checkpoint
+
+    last = checkpoint.latest(out)
+    saved = checkpoint.load_state(last).step if last else 0
+    try:
+        run_folder.mark_failed(out, run_folder.Failure(reason, saved))
+    except OSError:  # a full disk, which may be the reason: it is what the user must read, the folder stays taken
+        return UserError(f"{reason}{hint}")
+    resumed = f", and --resume continues after step {saved}" if saved else ""
+    return UserError(f"{reason}{hint}; the same command then starts again and keeps the files of this run{resumed}")
 
 
 def _check_unused(out: str, data: str, recipe: Recipe, resume: bool) -> None:
@@ -89,22 +109,15 @@ def _check_unused(out: str, data: str, recipe: Recipe, resume: bool) -> None:
         return
     changed = _changed(recipes.load(storage.join(out, run_folder.RECIPE)), recipe)
     if changed:
-        raise UserError(f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml")
+        again = ", or start again without --resume" if run_folder.failure(out) else ""
+        raise UserError(
+            f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml{again}"
+        )
 
 
 def _changed(old: Recipe, new: Recipe) -> str:
     """Names of the parts in which two recipes differ."""
     return ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(new, name))
-
-
-def _gpus(workers: int | tuple[int, int]) -> float:
-    """GPUs of each worker: one, where the cluster has any; UserError where it has too few."""
-    least = workers if isinstance(workers, int) else workers[0]
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if 0 < gpus < least:
-        mend = f"use --workers {max(1, int(gpus))}, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
-        raise UserError(f"{least} workers, but {gpus:g} GPUs; {mend}")
-    return 1.0 if gpus else 0.0
 
 
 def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, gauges, loop, segment, space, storage, trainer
+from raylivecell import checkpoint, gauges, loop, preflight, segment, space, storage, trainer
 from raylivecell.dataset import Samples
 from raylivecell.errors import UserError
 from raylivecell.job import Job
@@ -51,9 +51,10 @@ class Shared:
     """Whether milliseconds an image are measured at the end."""
 
     def job(self, config: dict[str, Any]) -> Job:
-        """The run that a trial's config asks for; UserError where its values make no recipe."""
+        """The run that a trial's config asks for; UserError where its values are no recipe that can be trained."""
         asked = config["job"]
         recipe = space.apply(self.recipe, asked["values"])
+        preflight.batch_divides(recipe.batch_size, self.workers, "--sweep.workers-per-trial")
         folder = storage.join(self.out, asked["folder"])
         return Job(recipe, folder, self.samples, self.stream_memory, self.threads, sweep=self.out)
 
@@ -78,25 +79,27 @@ class OneWorker(tune.Trainable):
         self.failed: Result | None = None
         try:
             self.job = self.shared.job(config)
-            self.last = checkpoint.newest(self.job.out)
+            self.last = checkpoint.latest(self.job.out)
             device = torch.device("cuda" if self.shared.gpus else "cpu")
             self.reports = reports(self.job, Place(0, 1, device, self.shared.threads), self.last)
         except UserError as error:
             self.failed = _failed(str(error))
 
     def step(self) -> Result:
-        """Train up to the next report."""
+        """Train up to the next report; what no other try would change ends the trial as failed, with the reason."""
         if self.failed or self.reports is None:
             return self.failed or {}
         try:
             training = next(self.reports, None)
+            if training is not None:
+                self._save(training)
+            row = self._result(training)
         except loop.NonFiniteLoss as error:
             return _failed(f"loss not finite at step {error.step}")
-        except UserError as error:  # a network that does not take the trial's options
+        except torch.OutOfMemoryError as error:
+            return _failed(f"out of GPU memory: {str(error).splitlines()[0]}"[:200])
+        except UserError as error:
             return _failed(str(error))
-        if training is not None:
-            self._save(training)
-        row = self._result(training)
         gauges.show_run(self.job.name(), row)
         return row
 

@@ -1,7 +1,7 @@
 """Ray Tune's run of some trials: room for them, the scheduler that stops weak ones, and what is shown meanwhile."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +11,10 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raylivecell import checkpoint, preflight, run_folder, storage
+from raylivecell import checkpoint, placement, run_folder, storage
 from raylivecell.errors import UserError
 from raylivecell.live import Board
+from raylivecell.placement import Machine
 from raylivecell.process_settings import environment, log_levels
 from raylivecell.space import SearchConfig
 from raylivecell.study import end_of
@@ -36,19 +37,30 @@ class Capacity:
     """torch's in each worker."""
 
 
-def capacity(config: SearchConfig, resources: dict[str, float], at_once: int | None = None) -> Capacity:
-    """Trials that run at once on a cluster of these resources: as many as there are GPUs for, else CPUs."""
-    workers, cpus, gpus = config.workers_per_trial, resources.get("CPU", 1), resources.get("GPU", 0)
-    by_gpu = int(gpus / (config.gpus_per_worker * workers) + 1e-6)
+def capacity(config: SearchConfig, machines: Sequence[Machine], at_once: int | None = None) -> Capacity:
+    """Trials that run at once on these machines: as many as there are GPUs for, else CPUs, with some left for Ray Data.
+
+    Raises:
+        UserError: not even one trial has room, or not `at_once`.
+    """
+    workers, gpus_each = config.workers_per_trial, config.gpus_per_worker
+    cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus for machine in machines)
+    by_gpu = placement.gpu_slots(machines, gpus_each) // workers
     if gpus and not by_gpu:
-        mend = "lower --sweep.workers-per-trial or --sweep.gpus-per-worker, or set CUDA_VISIBLE_DEVICES= to use CPUs"
-        raise UserError(f"a trial of {workers} workers needs more than the cluster's {gpus:g} GPUs; {mend}")
-    most = at_once or by_gpu or max(1, int(TRAIN_SHARE * cpus) // workers)
+        hint = "lower --sweep.workers-per-trial or --sweep.gpus-per-worker, or set CUDA_VISIBLE_DEVICES= to use CPUs"
+        raise UserError(f"a trial of {workers} workers needs more than the cluster's {gpus:g} GPUs; {hint}")
+    room = placement.most_workers(machines, gpus_each) // workers
+    if not room:
+        hint = "lower --sweep.workers-per-trial" if workers > 1 else "give Ray 2 CPUs"
+        raise UserError(f"a trial of {workers} workers leaves no CPU for Ray Data on {cpus:g} CPUs; {hint}")
+    most = at_once or min(by_gpu or max(1, int(TRAIN_SHARE * cpus) // workers), room)
     if by_gpu and most > by_gpu:
-        raise UserError(f"--at-once {most} needs more than the cluster's {gpus:g} GPUs; use {by_gpu}")
-    share = preflight.worker_cpus(most * workers, "--at-once or --sweep.workers-per-trial so that workers are")
+        raise UserError(f"--at-once {most} needs more than the cluster's {gpus:g} GPUs; use {min(by_gpu, room)}")
+    if most > room:
+        raise UserError(f"--at-once {most} would leave no CPU for Ray Data on {cpus:g} CPUs; use {room}")
+    share = placement.worker_cpus(most * workers, machines, gpus_each)
     threads = max(1, int(cpus) // (most * workers))
-    return Capacity(most, share, config.gpus_per_worker if by_gpu else 0.0, threads)
+    return Capacity(most, share, gpus_each if by_gpu else 0.0, threads)
 
 
 def run(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callback], **options: Any) -> None:

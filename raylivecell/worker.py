@@ -19,7 +19,7 @@ import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed
-from ray.train import Checkpoint
+from ray.train import Checkpoint, PreemptionInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -152,7 +152,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
             validate=_Validation(job.samples, place, recipe.targets).scores,
             tick=_ticker(job, place.rank, marks),
             sum_over_ranks=_sum_over_ranks,
-            save_now=_Farewell(training.state.step) if job.watched else lambda step: False,
+            save_now=PreemptionCheckpoint(training.state.step) if job.watched else lambda step: False,
         )
 
 
@@ -196,28 +196,33 @@ def _take_buffers_of_rank_0(network: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-class _Farewell:
-    """Asks for a checkpoint once a node of the run is about to go away (spot instances, `ray drain-node`).
+class PreemptionCheckpoint:
+    """Asks for a checkpoint at each notice that a node of the run is about to go away (spot instances, drained nodes).
 
-    Every rank asks at the same steps, as Ray Train wants it: some milliseconds for each, so only every ASK_S.
+    A notice is a change of the nodes announced or of their deadline: the loss of a second node must not cost the steps
+    since the first was announced. Every rank asks at the same steps, as Ray Train requires; each question takes some
+    milliseconds, so they are ASK_S apart.
     """
 
     def __init__(self, start: int) -> None:
         self.start, self.begin = start, time.monotonic()
         self.every: int | None = None
-        self.saved = False
+        self.answered: PreemptionInfo | None = None
 
     def __call__(self, step: int) -> bool:
+        """Whether to save a checkpoint now, after `step` steps; the same on every rank."""
         done = step - self.start
         if self.every is None:
             if done < PACE_STEPS:
                 return False
             steps_a_second = done / (time.monotonic() - self.begin)
             self.every = ray.train.collective.broadcast_from_rank_zero(max(1, round(ASK_S * steps_a_second)))
-        if self.saved or done % self.every:
+        if done % self.every:
             return False
-        self.saved = ray.train.get_preemption_info() is not None
-        return self.saved
+        notice = ray.train.get_preemption_info()
+        is_new = notice is not None and notice != self.answered
+        self.answered = notice
+        return is_new
 
 
 class _Validation:

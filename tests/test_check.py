@@ -112,7 +112,7 @@ def test_a_folder_with_a_run_is_found(tmp_path: Path) -> None:
 
 
 EVERYTHING = ["dataset", "run name", "Ray", "versions", "clocks", "shared memory", "GPUs", "shared storage", "token"]
-EVERYTHING += ["State API", "CPUs for data", "object store", "samples", "batch", "trial batch"]
+EVERYTHING += ["State API", "CPUs for data", "hardware", "object store", "network", "samples", "batch", "trial batch"]
 SMALL = recipe.Recipe(batch_size=4, crop=(48, 48), model=recipe.Recipe().model.model_copy(update={"features": (4, 8)}))
 
 

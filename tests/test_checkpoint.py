@@ -92,3 +92,14 @@ def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
         storage.write_bytes(str(target), b"new")
     assert target.read_bytes() == b"old"
     assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_the_latest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
+    """Names are in order below a million steps only; of equal scores the later is the best."""
+    for steps in (999_999, 1_000_000, 200_000):
+        save(tmp_path / checkpoint.name(steps), 0.5, steps)
+    assert checkpoint.latest(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
+    assert checkpoint.find(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
+    (tmp_path / "checkpoint_1000000" / "recipe.yaml").unlink()
+    assert checkpoint.latest(str(tmp_path)) == str(tmp_path / "checkpoint_999999"), "one that is cut off is none"
+    assert checkpoint.latest(str(tmp_path / "none")) is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, losses, preflight, recipe, segment, space
+from raylivecell import checkpoint, losses, preflight, recipe, segment, space, space_check
 from raylivecell.errors import UserError
 from raylivecell.loop import State
 from raylivecell.model import build_model
@@ -84,7 +84,7 @@ def test_a_sweep_searches_networks_and_their_options() -> None:
     names = Dimension(choices=("unet", "SegResNet"))
     config = SweepConfig(space={"model.name": names, "model.options": filters}, shares=())
     base = recipe.parse({"model": {"features": [4, 8]}}, "test")
-    space.check(base, config)
+    space_check.check(base, config)
     trial = space.apply(base, {"model.name": "SegResNet", "model.options": {"init_filters": 16}})
     assert trial.model == ModelConfig(name="SegResNet", features=(4, 8), options={"init_filters": 16})
 

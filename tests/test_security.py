@@ -223,8 +223,9 @@ def test_a_sweeps_confirming_run(tmp_path: Path, marker: Path) -> None:
     folder = tmp_path / "confirm" / "start-seed1"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_bytes(pickled(marker))
+    (folder / "recipe.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl is not what raylivecell writes"):
-        confirm.scores(str(tmp_path), {"start": {}})
+        confirm.scores(str(tmp_path), ["start"], samples=8)
     assert not marker.exists()
 
 

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from raylivecell import actors, checkpoint, segment, segmenter
+from raylivecell import checkpoint, segment, segmenter
 from raylivecell.loop import State
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
@@ -52,15 +50,3 @@ def test_flips_make_the_answer_follow_the_image(saved: str) -> None:
 def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
     with pytest.raises(ValueError, match="give a grey image"):
         segmenter.load(saved).segment(wrong)
-
-
-@given(st.integers(1, 3000), st.integers(1, 300), st.integers(0, 16))
-def test_pool_fits_the_cluster(items: int, cpus: int, gpus: int) -> None:
-    count, each, gpus_each = actors.pool(items, {"CPU": cpus, "GPU": gpus})
-    assert count >= 1
-    assert (count - 1) * actors.BLOCK < items  # no actor without a block
-    if gpus:
-        assert gpus_each == 1
-        assert count <= gpus
-    else:
-        assert count * each <= max(1, cpus - 1)

@@ -2,11 +2,11 @@
 
 import os
 import sys
-import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
@@ -54,6 +54,11 @@ def test_every_stage_has_its_script_and_command(stage: str) -> None:
         ("--largest-mib 0.01 train --data /d --out /o", "MiB, over 0.01; name in .gitignore"),
         ("--working-dir {tmp} train --data /d --out /o", "{tmp} has no jobs/"),
         ("--address http://127.0.0.1:9 train --data /d --out /o", "no job API at http://127.0.0.1:9"),
+        ("train --data s3://K:S@b/d --out /o", "s3://b...: holds a password, and a job's command is shown"),
+        ("train --data=s3://b/d?secret_key=S --out /o", "s3://b...: holds secret_key"),
+        ("sweep --data /d --out /o --storage postgresql://me:pw@db/x", "postgresql://db...: holds a password"),
+        ("--env MLFLOW_TRACKING_URI=https://me:pw@host train --data /d --out /o", "https://host...: holds a password"),
+        ("--name train", "no stage among --name train"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_sent(
@@ -62,6 +67,34 @@ def test_a_mistake_is_told_before_anything_is_sent(
     monkeypatch.chdir(ROOT)
     assert cli.main(["submit", *arguments.format(tmp=tmp_path).split()]) == 2
     assert told.format(tmp=tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "stage", "rest"),
+    [
+        ("train --data /d", [], "train", ["--data", "/d"]),
+        ("--name train train --data predict", ["--name", "train"], "train", ["--data", "predict"]),
+        ("--name=train --no-wait sweep", ["--name=train", "--no-wait"], "sweep", []),
+        ("--no-wait train", ["--no-wait"], "train", []),
+        ("--working_dir predict predict", ["--working_dir", "predict"], "predict", []),
+        ("--env A=1 B=2 train", ["--env", "A=1", "B=2"], "train", []),
+        ("--name train", ["--name", "train"], None, []),
+    ],
+)
+def test_the_stage_is_no_flags_value(words: str, own: list[str], stage: str | None, rest: list[str]) -> None:
+    assert submit.split(words.split(), {"--name", "--working-dir", "--env"}) == (own, stage, rest)
+
+
+def test_a_stages_name_may_be_a_flags_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[submit.Request] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(submit, "run", lambda wanted, *_: seen.append(wanted) or 0)
+    assert (
+        cli.main(["submit", "--name", "train", "train", "--data", "/d", "--out", "/o", "--recipe", "jobs/small.yaml"])
+        == 0
+    )
+    assert (seen[0].name, seen[0].stage) == ("train", "train")
+    assert seen[0].entrypoint() == "python jobs/train.py --data /d --out /o --recipe jobs/small.yaml"
 
 
 def test_code_and_recipes_travel_and_nothing_else(tmp_path: Path) -> None:
@@ -74,50 +107,66 @@ def test_code_and_recipes_travel_and_nothing_else(tmp_path: Path) -> None:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_bytes(os.urandom(100_000))
     (project / ".gitignore").write_text("big/\n")
-    size = submit.pack(project, tmp_path / "job.zip")
-    with zipfile.ZipFile(tmp_path / "job.zip") as package:
-        names = {name for name in package.namelist() if not name.endswith("/")}
-    assert names == {"jobs/train.py", "jobs/my.yaml", "raylivecell/cli.py", "pyproject.toml", ".gitignore"}
-    assert size == (tmp_path / "job.zip").stat().st_size < 10_000
+    assert submit.measure(project) == 4 + len("big/\n")
 
 
 class Client:
-    """Of a job whose log breaks off twice: each connection begins with its first line."""
+    """Of a job whose log breaks off, on a cluster that does not always answer; each log begins with its first line."""
 
-    def __init__(self, *connections: list[str | Exception]) -> None:
-        self.connections = list(connections)
+    def __init__(self, logs: list[list[str | Exception]], answers: list[JobStatus | Exception]) -> None:
+        self.logs, self.answers = logs, answers
 
     async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
-        for text in self.connections.pop(0):
+        for text in self.logs.pop(0) if self.logs else []:
             if isinstance(text, Exception):
                 raise text
             yield text
 
-    def get_job_status(self, name: str) -> JobStatus:
-        return JobStatus.RUNNING if self.connections else JobStatus.FAILED
-
     def get_job_info(self, name: str) -> JobDetails:
-        return JobDetails(
-            type=JobType.SUBMISSION,
-            entrypoint="",
-            submission_id=name,
-            status=JobStatus.FAILED,
-            message="worn out",
-            driver_exit_code=3,
-        )
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        code = 3 if answer == JobStatus.FAILED else 0
+        details = {"submission_id": name, "status": answer, "message": "worn out", "driver_exit_code": code}
+        return JobDetails(type=JobType.SUBMISSION, entrypoint="", **details)
 
 
-def test_a_log_is_told_once_through_broken_connections(
+BROKEN, DOWN = RuntimeError("closed"), ConnectionError("refused")
+HANDSHAKE = aiohttp.WSServerHandshakeError(None, (), status=503)  # type: ignore[arg-type]  # what a proxy answers
+
+
+def test_a_log_is_told_once_through_broken_connections_and_outages(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "RECONNECT_S", 0)
-    broken = RuntimeError("closed")
-    client: Any = Client(["one\ntw", broken], ["one\n", broken], ["one\ntwo\nth", "ree\n"])
+    logs: list[list[str | Exception]] = [["one\ntw", BROKEN], [DOWN], [HANDSHAKE], ["one\n", BROKEN]]
+    logs.append(["one\ntwo\nth", "ree\n"])
+    down = [DOWN, RuntimeError("Request failed with status code 503: no upstream.")]
+    client: Any = Client(logs, [JobStatus.RUNNING, *down, JobStatus.RUNNING, JobStatus.FAILED])
     assert submit.follow(client, "job") == 3
     told = capsys.readouterr()
     assert told.out == "one\ntwo\nthree\n"
     assert told.err.count("connection lost") == 2
+    assert told.err.count("does not answer, trying again: refused") == 1, "once an outage"
     assert "job job failed: worn out" in told.err
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (DOWN, "no answer for 0 minutes about the job job, which may still run"),
+        (
+            RuntimeError("Request failed with status code 404: Job job does not exist."),
+            "cannot follow the job job: Req",
+        ),
+        (RuntimeError("Request failed with status code 401: token"), "cannot follow the job job: Request failed"),
+    ],
+)
+def test_following_ends_where_no_other_try_helps(answer: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "RECONNECT_S", 0)
+    client: Any = Client([["one\n"]], [answer])
+    with pytest.raises(UserError, match=line):
+        submit.follow(client, "job")
 
 
 @pytest.mark.slow
@@ -142,4 +191,4 @@ def test_a_real_job(
     assert cli.main([*own, *words]) == 2
     assert f"{out} holds a run already" in capfd.readouterr().out
     with pytest.raises(UserError, match="the cluster refused the job same"):
-        submit.submit(submit.connect(address), request(name="same"), Path("none.zip"))
+        submit.submit(submit.connect(address), request(name="same"), Path("none"))

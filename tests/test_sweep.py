@@ -104,12 +104,13 @@ def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> Non
 
 
 def test_the_best_is_handed_over(swept: Path) -> None:
-    """With fresh seeds the best is the contender with the highest mean, not the trial with the luckiest score."""
+    """With fresh seeds the best is the candidate with the highest mean, not the trial with the luckiest score."""
     study = study_of(swept)
     runs = {path.name: history(path) for path in (swept / "confirm").iterdir()}
-    best = f"trial-{study.best_trial.number}"
-    assert {"start-seed1", "start-seed2", f"{best}-seed1", f"{best}-seed2"} <= runs.keys()
-    assert len(runs) == 6, "and the best without or with elastic deformation"
+    best = study.best_trial.number
+    names = ["start", f"trial-{best}"] if best else ["start"]  # trial 0 is the start
+    assert {f"{name}-seed{seed}" for name in names for seed in (1, 2)} <= runs.keys()
+    assert len(runs) == 2 * len(names) + 2, "and the best without or with elastic deformation"
     assert {rows[-1]["step"] for rows in runs.values()} == {30}
     scores: dict[str, list[float]] = {}
     for name in sorted(runs):

@@ -1,0 +1,349 @@
+"""How a sweep ends, without Ray: with the recipe of a run that finished, or with the reason why there is none."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from raylivecell import checkpoint, confirm, loop, space, study, sweep
+from raylivecell import recipe as recipes
+from raylivecell.errors import UserError
+from raylivecell.model import build_model
+from raylivecell.order import PhaseConfig
+from raylivecell.placement import Machine
+from raylivecell.recipe import Recipe
+from raylivecell.space import ELASTIC, Condition, Dimension, SweepConfig
+from raylivecell.training_config import LoopConfig, ModelConfig
+from raylivecell.trial import OneWorker, Shared
+
+STEPS = 10
+RECIPE = Recipe(
+    crop=(32, 32),
+    phases=(PhaseConfig(steps=STEPS),),
+    model=ModelConfig(features=(2, 4)),
+    loop=LoopConfig(report_steps=5),
+)
+IN_GROUP = {"model.norm": Condition(among=("group",))}
+CONDITIONAL = SweepConfig(
+    space={
+        "model.norm": Dimension(choices=("batch", "group")),
+        ELASTIC: Dimension(low=0, high=1, step=0.5, when=IN_GROUP),
+        "augment.elastic.alpha_x": Dimension(low=50, high=1500, when={ELASTIC: Condition(above=0)}),
+    },
+    shares=(),
+)
+
+
+def write_run(folder: Path, recipe: Recipe, scores: list[float], steps: int = STEPS) -> None:
+    """A run that got to `steps`, with a report for each of `scores`, and its best checkpoint."""
+    rows = [
+        {"step": (place + 1) * steps // len(scores), "val_mean_image_dice": score} for place, score in enumerate(scores)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best = max(range(len(rows)), key=lambda place: scores[place])
+    state = loop.State(rows[best]["step"], rows[: best + 1])
+    checkpoint.save(str(folder / checkpoint.name(state.step)), build_model(recipe.model), {}, state, recipe)
+
+
+def write_confirming(out: Path, name: str, seed: int, scores: list[float] | None, steps: int = STEPS) -> None:
+    """A confirming run; `scores` none: begun, and crashed before its first report."""
+    folder, recipe = out / "confirm" / f"{name}-seed{seed}", RECIPE.model_copy(update={"seed": seed})
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipes.dump(recipe))
+    if scores is not None:
+        write_run(folder, recipe, scores, steps)
+
+
+def trial(config: SweepConfig, params: dict[str, Any], values: list[float], **more: Any) -> FrozenTrial:
+    fixed = optuna.trial.FixedTrial(params)
+    space.suggest(fixed, RECIPE, config)
+    return create_trial(params=params, distributions=fixed.distributions, values=values, **more)
+
+
+def study_of(config: SweepConfig, *trials: FrozenTrial) -> optuna.Study:
+    directions = [{"max": "maximize", "min": "minimize"}[space.OBJECTIVES[one].mode] for one in config.objectives]
+    made = optuna.create_study(directions=directions)
+    for one in trials:
+        made.add_trial(one)
+    return made
+
+
+def test_a_trial_without_the_deformation_field_has_the_starting_recipes(tmp_path: Path) -> None:
+    """`augment.elastic.p` with a condition is in no batch-norm trial: there it is the starting recipe's."""
+    start = RECIPE.augment.elastic.p
+    assert start > 0
+    params = {"model.norm": "batch", "augment.elastic.alpha_x": RECIPE.augment.elastic.alpha_x}
+    made = study_of(CONDITIONAL, trial(CONDITIONAL, params, [0.9]))
+    named = confirm.candidates(RECIPE, CONDITIONAL, made, made.trials[0])
+    assert list(named) == ["start", "trial-0-elastic-off"], "and trial 0 is the starting recipe itself"
+    assert space.apply(RECIPE, named["trial-0-elastic-off"]).augment.elastic.p == 0
+
+
+@pytest.mark.parametrize(("objectives", "expected"), [(("dice",), 2), (("ms_per_image",), 1)])
+def test_a_trial_without_deformation_is_compared_with_the_best_that_deforms(
+    objectives: tuple[Any, ...], expected: int
+) -> None:
+    config = CONDITIONAL.model_copy(update={"objectives": objectives})
+    deforming = [
+        trial(config, {"model.norm": "group", ELASTIC: 0.5, "augment.elastic.alpha_x": alpha}, [score])
+        for alpha, score in ((100.0, 0.5), (200.0, 0.8))
+    ]
+    made = study_of(config, trial(config, {"model.norm": "group", ELASTIC: 0.0}, [0.9]), *deforming)
+    named = confirm.candidates(RECIPE, config, made, made.trials[0])
+    name = f"trial-0-elastic-of-{expected}"
+    assert list(named) == ["start", "trial-0", name]
+    changed = space.apply(RECIPE, named[name]).augment.elastic
+    assert (changed.p, changed.alpha_x) == (0.5, 100.0 * expected)
+
+
+def test_candidates_are_compared_over_the_seeds_that_all_finished(tmp_path: Path) -> None:
+    for name, each in {
+        "start": [[0.5], [0.6], [0.1]],
+        "trial-3": [None, [0.7, 0.65], [0.9]],  # crashed before a report with seed 1
+        "trial-3-elastic-off": [[0.9], [0.8], [0.85]],
+    }.items():
+        for seed, scores in enumerate(each, 1):
+            # The last got half as far as the others.
+            write_confirming(tmp_path, name, seed, scores, 5 if (name, seed) == ("trial-3-elastic-off", 3) else STEPS)
+    names = ["start", "trial-3", "trial-3-elastic-off"]
+    found = confirm.scores(str(tmp_path), names, samples=8)
+    assert found == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-elastic-off": {2: 0.8}}
+    folder, why = confirm.winner(str(tmp_path), found, "validation Dice")
+    assert folder == str(tmp_path / "confirm" / "trial-3-elastic-off-seed2"), "a seed, not a place in a list"
+    assert checkpoint.find(folder)
+    assert "with fresh seeds 2" in why
+    assert confirm.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "one that was never begun"
+
+
+def test_a_candidate_that_never_finished_cannot_win(tmp_path: Path) -> None:
+    for seed, score in enumerate((0.4, 0.5), 1):
+        write_confirming(tmp_path, "start", seed, [score])
+        write_confirming(tmp_path, "trial-1", seed, [0.9], steps=5)
+    found = confirm.scores(str(tmp_path), ["start", "trial-1"], samples=8)
+    assert found == {"start": {1: 0.4, 2: 0.5}}
+    assert confirm.winner(str(tmp_path), found, "validation Dice")[0].endswith("start-seed2")
+    assert confirm.scores(str(tmp_path / "none"), ["start"], samples=8) == {}
+
+
+End = Callable[[Path, Recipe, int], dict[str, Any] | None]
+
+
+def good(score: float) -> End:
+    def end(folder: Path, recipe: Recipe, number: int) -> dict[str, Any]:
+        write_run(folder, recipe, [score / 2, score])
+        return {"step": STEPS, "steps": STEPS, "score": score, "ms_per_image": 5.0}
+
+    return end
+
+
+def stopped(folder: Path, recipe: Recipe, number: int) -> dict[str, Any]:
+    write_run(folder, recipe, [0.99], steps=5)
+    return {"step": 5, "steps": STEPS, "score": 0.99}
+
+
+def diverged(folder: Path, recipe: Recipe, number: int) -> dict[str, Any]:
+    return {"failed": "loss not finite at step 3", "score": -1.0, "step": 0, "steps": 1}
+
+
+def crashed(folder: Path, recipe: Recipe, number: int) -> None:
+    return None
+
+
+class Tune:
+    """Runs trials in this process, each to its given end."""
+
+    def __init__(self, trials: list[End], confirming: dict[str, End]) -> None:
+        self.trials, self.confirming = trials, confirming
+
+    def __call__(self, shared: Any, room: Any, retries: int, callbacks: Any, **options: Any) -> None:
+        if "param_space" in options:
+            for job in options["param_space"]["job"]["grid_search"]:
+                end = self.confirming.get(job["folder"].removeprefix("confirm/"), good(0.5))
+                end(Path(shared.out, job["folder"]), space.apply(shared.recipe, job["values"]), 0)
+            return
+        for number in range(options["num_samples"]):
+            job = options["search_alg"].suggest(str(number))["job"]
+            recipe = space.apply(shared.recipe, job["values"])
+            result = self.trials[number](Path(shared.out, job["folder"]), recipe, number)
+            options["search_alg"].on_trial_complete(str(number), result, error=result is None)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A sweep whose trials end as they are told to."""
+
+    def patch(trials: list[End], confirming: dict[str, End] | None = None) -> None:
+        monkeypatch.setattr(sweep.runtime, "connect", lambda: None)
+        monkeypatch.setattr(sweep.runtime, "machines", lambda: [Machine(4)])
+        monkeypatch.setattr(sweep.tuner, "run", Tune(trials, confirming or {}))
+        monkeypatch.setattr(sweep.gauges, "show_sweep", lambda *_: None)
+        monkeypatch.setattr(sweep.sweep_report, "write", lambda *_: None)
+        samples = SimpleNamespace(train=range(12))
+
+        def shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: Any) -> Any:
+            return SimpleNamespace(recipe=recipe, out=out, samples=samples)
+
+        monkeypatch.setattr(sweep, "_shared", shared)
+
+    return patch
+
+
+SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=3e-2, log=True)}, shares=(), sampler="random")
+
+
+@pytest.mark.parametrize(
+    ("trials", "confirming", "seeds", "objectives", "expected"),
+    [
+        ([good(0.6)], {}, 0, ("dice",), "trial 0 of 1; validation Dice 0.6"),
+        ([good(0.6)], {}, 2, ("dice",), "start; mean validation Dice with fresh seeds 1, 2"),
+        ([diverged, good(0.6), crashed], {}, 0, ("dice",), "trial 1 of 3"),
+        ([good(0.6), stopped], {}, 0, ("dice",), "trial 0 of 2"),
+        ([good(0.6), good(0.7)], {"trial-1-seed1": good(0.8)}, 2, ("dice",), "trial-1; mean validation Dice"),
+        (
+            [good(0.6), good(0.7)],
+            {"trial-1-seed1": crashed},
+            2,
+            ("dice",),
+            "start; mean validation Dice with fresh seeds 2",
+        ),
+        ([good(0.6), good(0.7)], {"trial-1-seed1": crashed, "trial-1-seed2": crashed}, 2, ("dice",), "start; mean"),
+        (
+            [good(0.6), good(0.7)],
+            {f"{name}-seed1": crashed for name in ("start", "trial-1")},
+            1,
+            ("dice",),
+            "trial 1 of 2; validation Dice 0.7",
+        ),
+        ([good(0.6), good(0.7)], {"start-seed1": good(0.9)}, 1, ("dice", "ms_per_image"), "trial 1 of 2"),
+        ([good(0.7), good(0.6)], {"trial-1-seed1": good(0.9)}, 1, ("ms_per_image",), "trial 0 of 2; ms an image 5"),
+    ],
+)
+def test_best_yaml_is_of_a_run_that_finished(
+    tiny_dataset: str,
+    tmp_path: Path,
+    without_ray: Callable[..., None],
+    trials: list[End],
+    confirming: dict[str, End],
+    seeds: int,
+    objectives: tuple[Any, ...],
+    expected: str,
+) -> None:
+    without_ray(trials, confirming)
+    config = SEARCH.model_copy(update={"objectives": objectives})
+    sweep.sweep(tiny_dataset, str(tmp_path / "out"), RECIPE, config, len(trials), seeds=seeds)
+    text = (tmp_path / "out" / "best.yaml").read_text()
+    assert text.startswith(f"# {expected}")
+    _, recipe = checkpoint.load_model(str(tmp_path / "out"))
+    assert recipe == recipes.load(tmp_path / "out" / "best.yaml")
+    rows = list(csv.DictReader((tmp_path / "out" / "trials.csv").open()))
+    assert len(rows) == len(trials)
+
+
+def test_a_sweep_without_a_good_trial_says_why_and_can_go_on(
+    tiny_dataset: str, tmp_path: Path, without_ray: Callable[..., None]
+) -> None:
+    out = tmp_path / "out"
+    without_ray([diverged, crashed])
+    line = r"no best\.yaml: none of 2 trials trained to its end \(crashed; loss not finite at step 3\); .*more --trials"
+    with pytest.raises(UserError, match=line):
+        sweep.sweep(tiny_dataset, str(out), RECIPE, SEARCH, 2)
+    assert [row["failed"] for row in csv.DictReader((out / "trials.csv").open())] == [
+        "loss not finite at step 3",
+        "crashed",
+    ]
+    without_ray([good(0.6)])
+    sweep.sweep(tiny_dataset, str(out), RECIPE, SEARCH, 3, resume=True, seeds=1)
+    assert (out / "best.yaml").exists()
+
+
+def test_a_resumed_sweep_is_not_confirmed_by_runs_of_another_best(
+    tiny_dataset: str, tmp_path: Path, without_ray: Callable[..., None]
+) -> None:
+    out = tmp_path / "out"
+    without_ray([good(0.6), good(0.7)])
+    sweep.sweep(tiny_dataset, str(out), RECIPE, SEARCH, 2, seeds=1)
+    assert "fresh seeds" in (out / "best.yaml").read_text().splitlines()[0]
+    without_ray([good(0.8)])
+    sweep.sweep(tiny_dataset, str(out), RECIPE, SEARCH, 3, resume=True)
+    assert (out / "best.yaml").read_text().startswith("# trial 2 of 3; validation Dice 0.8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "line"),
+    [
+        (
+            {},
+            {"space": {"model.norm": Dimension(choices=("batch", "sync_batch"))}},
+            "with model.norm 'sync_batch', model",
+        ),
+        (
+            {"batch_size": 4},
+            {"space": {"batch_size": Dimension(low=2, high=8)}, "workers_per_trial": 2},
+            "batch_size 3, a",
+        ),
+        (
+            {},
+            {"space": {"augment.device": Dimension(choices=("cpu", "cuda"))}},
+            "augment.device 'cuda', augment.device is",
+        ),
+        ({}, {"objectives": ("dice", "dice")}, "names one twice"),
+    ],
+)
+def test_values_that_no_trial_could_train_are_refused_before_the_first(
+    tiny_dataset: str,
+    tmp_path: Path,
+    without_ray: Callable[..., None],
+    changes: dict[str, Any],
+    config: dict[str, Any],
+    line: str,
+) -> None:
+    without_ray([])
+    recipe = RECIPE.model_copy(update=changes)
+    with pytest.raises(UserError, match=re.escape(line)):
+        sweep.sweep(tiny_dataset, str(tmp_path / "out"), recipe, SEARCH.model_copy(update=config), 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_trials_are_those_that_ended(tmp_path: Path) -> None:
+    made = optuna.create_study()
+    made.ask()
+    made.tell(made.ask(), state=TrialState.FAIL)
+    assert [one.number for one in study.finished(made)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (loop.NonFiniteLoss(7, [1]), "loss not finite at step 7"),
+        (UserError("checkpoint_000005/training.pt is not a checkpoint's"), "is not a checkpoint's"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of GPU memory: CUDA out of memory."),
+    ],
+)
+def test_what_no_other_try_would_change_ends_a_trial_with_its_reason(error: Exception, reason: str) -> None:
+    def reports() -> Iterator[loop.Training]:
+        raise error
+        yield
+
+    one = object.__new__(OneWorker)
+    one.failed, one.reports = None, reports()
+    result = one.step()
+    assert reason in result["failed"]
+    assert result["done"]
+
+
+def test_a_trials_batch_must_be_shared_equally(tmp_path: Path) -> None:
+    shared = Shared(RECIPE, str(tmp_path), SimpleNamespace(train=range(8)), 0, 1, 2, 1.0, 0.0, False)  # type: ignore[arg-type]
+    job = {"folder": "trials/0000", "values": {"batch_size": 4}}
+    assert shared.job({"job": job}).recipe.batch_size == 4
+    job["values"] = {"batch_size": 3}
+    with pytest.raises(UserError, match=r"a batch of 3 .* 2 workers; .*change --sweep\.workers-per-trial"):
+        shared.job({"job": job})

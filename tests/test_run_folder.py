@@ -1,0 +1,74 @@
+"""A run that failed by something to change frees its folder, and loses nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from raylivecell import check, checkpoint, run_folder, train
+from raylivecell import recipe as recipes
+from raylivecell.errors import UserError
+from raylivecell.loop import State
+from raylivecell.model import build_model
+from raylivecell.recipe import Recipe
+from raylivecell.run_folder import Failure
+from raylivecell.training_config import ModelConfig
+
+RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
+
+
+def begun(out: Path, data: str, steps: int) -> None:
+    """A run that saved a checkpoint after `steps` (0: none)."""
+    run_folder.claim(str(out), data, recipes.dump(RECIPE))
+    (out / run_folder.SNAPSHOT).write_text("{}")
+    (out / "notes.txt").write_text("the user's own")
+    if steps:
+        state = State(steps, [{"step": steps, "val_mean_image_dice": 0.5}])
+        checkpoint.save(str(out / checkpoint.name(steps)), build_model(RECIPE.model), {}, state, RECIPE)
+        (out / "tensorboard").mkdir()
+        (out / "tensorboard" / "events").write_text("x")
+
+
+@pytest.mark.parametrize("steps", [0, 40])
+def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_path: Path, steps: int) -> None:
+    out = tmp_path / "run"
+    begun(out, tiny_dataset, steps)
+    with pytest.raises(UserError, match="holds a run already"):
+        run_folder.goes_on(str(out), tiny_dataset, resume=False)
+    assert run_folder.reopen(str(out), resume=True) is None, "a run that was cut off is resumed without a word"
+    for number in (1, 2):
+        error = train._failure(str(out), "loss not finite at step 41", "; lower optimizer.lr")
+        assert "; lower optimizer.lr; the same command then starts again" in str(error)
+        assert ("--resume continues after step 40" in str(error)) == bool(steps)
+        assert run_folder.failure(str(out)) == Failure("loss not finite at step 41", steps)
+        assert check.run_name(str(out)).level == "warn"
+        assert run_folder.goes_on(str(out), tiny_dataset, resume=True)
+        assert not run_folder.goes_on(str(out), tiny_dataset, resume=False)
+        before = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+        line = run_folder.reopen(str(out), resume=False)
+        assert (
+            line
+            == f"the run at {out} failed (loss not finite at step 41); starting again, its files are kept in "
+            + (f"failed-{number}")
+        )
+        kept = {Path("notes.txt"), *(path for path in before if path.parts[0].startswith("failed-"))}
+        moved = {Path(f"failed-{number}") / path for path in before - kept}
+        assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == kept | moved
+        assert not run_folder.holds_run(str(out)), "nothing is left that Ray or a reader would take for the new run's"
+        begun(out, tiny_dataset, steps)
+    run_folder.mark_failed(str(out), Failure("disk full", steps))
+    line = run_folder.reopen(str(out), resume=True)
+    assert line is not None
+    assert ("after step 40" if steps else "from the start: it has no checkpoint") in line
+    assert run_folder.failure(str(out)) is None
+    assert run_folder.goes_on(str(out), tiny_dataset, resume=True)
+
+
+def test_a_failed_run_is_not_resumed_with_another_recipe(tiny_dataset: str, tmp_path: Path) -> None:
+    begun(tmp_path, tiny_dataset, 0)
+    other = RECIPE.model_copy(update={"seed": 5})
+    for failed, hint in ((False, f"{tmp_path}/recipe.yaml"), (True, "or start again without --resume")):
+        if failed:
+            run_folder.mark_failed(str(tmp_path), Failure("loss not finite at step 3", 0))
+        with pytest.raises(UserError, match=re.escape(hint) + "$"):
+            train._check_unused(str(tmp_path), tiny_dataset, other, resume=True)
