@@ -1,7 +1,22 @@
 """`python -m raylivecell` is the command `raylivecell`."""
 
+import os
 import sys
 
-from raylivecell.cli import main
 
-sys.exit(main())
+def _without_working_folder() -> list[str]:
+    """sys.path without the working folder, which `-m` puts first: downloaded files there must not be imported.
+
+    The folder stays where this package itself is in it, as in a checkout.
+    """
+    here = os.path.realpath(os.getcwd())
+    if here == os.path.dirname(os.path.dirname(os.path.realpath(__file__))):
+        return sys.path
+    return [path for path in sys.path if os.path.realpath(path or here) != here]
+
+
+if __name__ == "__main__":
+    sys.path[:] = _without_working_folder()
+    from raylivecell.cli import main
+
+    sys.exit(main())

@@ -15,10 +15,16 @@ from raylivecell import placement, preflight, runtime
 from raylivecell.data_settings import data_settings, quiet_data
 from raylivecell.errors import UserError
 from raylivecell.progress import track
+from raylivecell.ray_errors import as_user_errors
 
 Row = dict[str, Any]
 # Items in a block: enough to hide Ray Data's 10 ms a task, few enough to spread small sets and show progress.
 BLOCK = 8
+# Pools in a row that may lose an actor without a result.
+DEATHS = 3
+
+Pool = tuple[int, float, int]
+"""Actors; CPUs and GPUs of each."""
 
 
 def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str, use_gpus: bool = True) -> list[Row]:
@@ -35,8 +41,35 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
         RuntimeError: if a result is lost or doubled.
         UserError: as raised in an actor.
     """
-    count, cpus, gpus = placement.actor_pool(len(items), BLOCK, runtime.machines(), use_gpus)
-    # The index lies in the object store already: no read task competes with the actors for the CPUs.
+    resources = placement.actor_pool(len(items), BLOCK, runtime.machines(), use_gpus)
+    place = {item: i for i, item in enumerate(items)}
+    with as_user_errors(), quiet_data():
+        rows = list(track(_every_row(actor, arguments, items, resources), what, len(items)))
+    rows.sort(key=lambda row: place[row["item"]])
+    if [row["item"] for row in rows] != list(items):
+        raise RuntimeError(f"{what}: {len(rows)} results for {len(items)} images: some are lost or doubled")
+    return rows
+
+
+def _every_row(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> Iterator[Row]:
+    """A row for each of `items` as they come; where an actor dies, its items and those that wait go to a new pool."""
+    waiting, failures = dict.fromkeys(items), 0
+    while waiting:
+        try:
+            for row in _rows(actor, arguments, list(waiting), resources):
+                waiting.pop(row["item"], None)
+                failures = 0
+                yield row
+            return
+        except ray.exceptions.RayActorError:
+            failures += 1
+            if failures == DEATHS:
+                raise
+
+
+def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> Iterator[Row]:
+    count, cpus, gpus = resources
+    # The index is in the object store already: no read task competes with the actors for the CPUs.
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
     with data_settings():
         dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
@@ -47,14 +80,11 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
         fn_constructor_kwargs=arguments,
         num_cpus=cpus,
         num_gpus=gpus,
+        # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an "E" line in
+        # each run); `_every_row` starts a new pool instead.
+        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
     )
-    with quiet_data():
-        rows = list(track(_rows(results), what, len(items)))
-    place = {item: i for i, item in enumerate(items)}
-    rows.sort(key=lambda row: place[row["item"]])
-    if [row["item"] for row in rows] != list(items):
-        raise RuntimeError(f"{what}: {len(rows)} results for {len(items)} images: some are lost or doubled")
-    return rows
+    yield from results.iter_rows()
 
 
 def use_threads(with_torch: bool = True) -> None:
@@ -75,16 +105,3 @@ def use_threads(with_torch: bool = True) -> None:
 def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Rows of the same keys as what an actor gives back for a block."""
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _rows(results: ray.data.Dataset) -> Iterator[Row]:
-    """The rows as they come; a user's mistake found in an actor is raised as itself."""
-    try:
-        yield from results.iter_rows()
-    except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UserError) and not isinstance(cause, ray.exceptions.RayError):
-                raise cause from None
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from ray.exceptions import RayError
 from rich.console import Console
 from rich.text import Text
 
@@ -86,8 +85,8 @@ def findings(plan: Plan) -> Iterator[Finding]:
         yield run_name(plan.out)
     try:
         runtime.connect()
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        yield Finding("fail", "Ray", _line(error), "start it, set RAY_ADDRESS, and put its token into RAY_AUTH_TOKEN")
+    except UserError as error:
+        yield Finding("fail", "Ray", _line(error))
         return
     with _told("shared storage", "give --out as s3://..., gs://... or a disk that all nodes share") as bad:
         found = probe.nodes(plan.out)

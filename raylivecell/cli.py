@@ -1,6 +1,10 @@
-"""The command line: which commands there are, and how each one's mistakes are told."""
+"""The command line: its commands, and the one line and the exit code with which each of them ends."""
 
+import difflib
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +12,9 @@ from typing import Any
 import tyro
 
 from raylivecell import __version__, addresses, commands
-from raylivecell.errors import UserError
+from raylivecell.errors import UserError, os_error_line
+from raylivecell.process_settings import LOOPBACK_ONLY, environment
+from raylivecell.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Termination, sigterm_as_interrupt
 
 
 def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], int | None]:
@@ -29,20 +35,107 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "bench": ("measure a part beside its rivals", _typed(commands.bench)),
     "demo": ("the whole way on cells drawn here, in minutes", _typed(commands.demo)),
 }
-# After Ctrl-C.
-GOES_ON = dict.fromkeys(("train", "sweep"), "; go on with --resume")
-GOES_ON |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; the same command goes on")
+# How to continue after Ctrl-C or SIGTERM.
+TO_RESUME = dict.fromkeys(("train", "sweep"), "; resume with --resume")
+TO_RESUME |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; run the same command again to resume")
+EXIT_USER_ERROR = 2
+DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "RAYLIVECELL_DEBUG"
 
 
 def usage() -> str:
     """What `raylivecell --help` prints."""
     lines = [f"  {name:<10}{what}" for name, (what, _) in COMMANDS.items()]
     head = f"raylivecell {__version__}: segment living cells with a U-Net trained on Ray"
-    return "\n".join([head, "", "commands:", *lines, "", "`raylivecell COMMAND --help` documents a command."])
+    notes = [
+        "`raylivecell COMMAND --help` documents a command.",
+        f"`raylivecell {DEBUG_FLAG} COMMAND ...`, or {DEBUG_VARIABLE}=1, shows the traceback of an error.",
+    ]
+    return "\n".join([head, "", "commands:", *lines, "", *notes])
 
 
-def _field_error(error: ValueError) -> str | None:
-    """What a flag's value was refused for, in one line; none for any other error."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0 done; 2 an error the user can fix; 130 after Ctrl-C, 143 after SIGTERM; of `check`, whether a
+        finding is a fail; of `submit`, the job's own.
+    """
+    arguments, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
+    name = arguments[0] if arguments else ""
+    resume = TO_RESUME.get(name, "")
+    # Ray reads the variable when a command imports it; a Ray to be joined is not of this machine alone.
+    loopback = {LOOPBACK_ONLY: "0"} if os.environ.get("RAY_ADDRESS", "local") in ("", "local") else {}
+    with sigterm_as_interrupt(f"raylivecell: terminated{resume}") as termination, environment(**loopback):
+        try:
+            code = _run(name, arguments)
+        except BaseException as error:
+            line, code = _end(error, termination, resume)
+            if debug:
+                traceback.print_exception(error)
+            print(f"raylivecell: {addresses.redacted(line)}", file=sys.stderr, flush=True)
+            termination.announced = True
+        return EXIT_TERMINATED if termination.received else code
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, and whether it or its variable is given; the stage of `submit` keeps its own."""
+    debug = os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+    if arguments[:1] == [DEBUG_FLAG]:
+        arguments, debug = arguments[1:], True
+    if DEBUG_FLAG not in arguments or arguments[0] == "submit":
+        return arguments, debug
+    return [word for word in arguments if word != DEBUG_FLAG], True
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    """Run the command `name`; its exit code."""
+    if name in ("", "-h", "--help"):
+        print(usage())
+        return 0 if name else EXIT_USER_ERROR
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, 1)
+        fix = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+        raise UserError(f"no command {name!r}; {fix}")
+    addresses.check_arguments(arguments[1:])
+    return COMMANDS[name][1](arguments[1:]) or 0
+
+
+def _end(error: BaseException, termination: Termination, resume: str) -> tuple[str, int]:
+    """The line and the exit code with which `error` ends a command; it is raised again where only a bug explains it."""
+    if isinstance(error, SystemExit) and error.code != signal.SIGTERM:  # of the parser; Ray's handler exits with 15
+        raise error
+    if termination.received or isinstance(error, SystemExit):
+        return f"terminated{resume}", EXIT_TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted{resume}", EXIT_INTERRUPTED
+    if isinstance(error, Exception) and (line := _user_error(error)):
+        return line, EXIT_USER_ERROR
+    raise error
+
+
+def _user_error(error: Exception) -> str | None:
+    """Cause and fix of an error in one line; None for an error that only a bug explains."""
+    if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
+        path = Path(error.filename)
+        if file := next((one for one in (path, *path.parents) if one.is_file()), None):
+            return f"a file is where a folder is needed: {file}"
+    if "pydantic" in sys.modules and (line := _field_error(error)):
+        return line
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if "ray" not in sys.modules:
+        return os_error_line(error) if isinstance(error, OSError) else None
+    from raylivecell.ray_errors import explain
+
+    found = explain(error)
+    return " ".join(str(found).split()) if found else None
+
+
+def _field_error(error: Exception) -> str | None:
+    """Why the value of a flag was refused, in one line; None for any other error."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
@@ -51,40 +144,3 @@ def _field_error(error: ValueError) -> str | None:
     flag = ".".join(str(part) for part in first["loc"]).replace("_", "-")
     message = first["msg"].removeprefix("Value error, ")
     return f"{'--' + flag + ': ' if flag else ''}{message} (got {first['input']!r})"[:300]
-
-
-def _line(error: Exception) -> str:
-    """An error in one line; where a folder was to be and a file is, that file."""
-    if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
-        path = Path(error.filename)
-        if file := next((one for one in (path, *path.parents) if one.is_file()), None):
-            return f"a file lies where a folder is needed: {file}"
-    return " ".join(str(error).split())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0 done, 2 a mistake that the user can mend, a submitted job's own."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(__version__)
-        return 0
-    try:
-        if arguments[0] not in COMMANDS:
-            raise UserError(f"no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}")
-        addresses.check_arguments(arguments[1:])
-        return COMMANDS[arguments[0]][1](arguments[1:]) or 0
-    except (UserError, OSError) as error:  # a path, a disk, a network: the error names it
-        print(f"raylivecell: {addresses.redacted(_line(error))}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        told = _field_error(error)
-        if told is None:
-            raise
-        print(f"raylivecell: {told}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"raylivecell: interrupted{GOES_ON.get(arguments[0], '')}", file=sys.stderr)
-        return 130

@@ -1,8 +1,26 @@
-"""The one exception that means "the user can mend this": the command line prints it and exits with 2."""
+"""The exception for errors that the user can fix: the command line prints it in one line and exits with 2."""
+
+import errno
+
+AGAIN = "and run the command again"
+OS_FIXES = {
+    errno.ENOSPC: f"free space on that disk, or choose another folder, {AGAIN}",
+    errno.EDQUOT: f"free some of your quota, or choose another folder, {AGAIN}",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that you may read and write, or change its permissions",
+    errno.EPERM: "choose a folder that you may read and write, or change its permissions",
+    errno.ENAMETOOLONG: "use shorter names, or a folder with a shorter path",
+    errno.EMFILE: f"raise the limit on open files (ulimit -n 65536) {AGAIN}",
+    errno.ENFILE: f"raise the machine's limit on open files (fs.file-max) {AGAIN}",
+    errno.ENOMEM: f"free memory, or use fewer --workers, {AGAIN}",
+    errno.EIO: "look at that disk: it cannot be read or written",
+}
+LONGEST = 300
+"""Characters of another library's text that a line quotes."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: the thing that is wrong, then the mend."""
+    """An error the user can fix. The message is one line: what is wrong, then how to fix it."""
 
 
 class UnreadableImageError(ValueError):
@@ -21,3 +39,16 @@ class DamagedImageError(UnreadableImageError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"damaged: {reason}")
+
+
+def os_error_line(error: OSError, text: str = "") -> str:
+    """An OSError in one line: what is wrong (`text`, by default its own), and the fix where its number has one."""
+    text = shortened(text or str(error))
+    fix = OS_FIXES.get(error.errno or 0)
+    return f"{text}; {fix}" if fix and fix not in text else text
+
+
+def shortened(text: str) -> str:
+    """`text` in one line of at most LONGEST characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."

@@ -40,6 +40,7 @@ from raylivecell.data_settings import data_settings, quiet_data
 from raylivecell.defects import DefectRules, Facts, Found
 from raylivecell.errors import UserError
 from raylivecell.plan import PrepareConfig
+from raylivecell.ray_errors import as_user_errors, explain
 
 EXAMINE_TOGETHER = 64
 """Image files a task examines: about 0.5 s of work."""
@@ -57,10 +58,8 @@ def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: 
     Returns:
         What dataset.json holds.
     """
-    try:
+    with as_user_errors():
         return _prepare(storage.absolute(source), storage.absolute(out), config or PrepareConfig(), strict)
-    except OSError as error:
-        raise UserError(f"cannot read {source} or write {out}: {error}; mend that and start again") from error
 
 
 def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict[str, Any]:
@@ -220,10 +219,8 @@ def _run_job(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -
     """One Ray Data task. A UserError travels as a value: raised here, Ray would log it with its own stack traces."""
     try:
         return {"result": [json.dumps(function(json.loads(batch["job"][0])))]}
-    except UserError as error:
-        return {"result": [json.dumps({"user_error": str(error)})]}
-    except OSError as error:
-        return {"result": [json.dumps({"user_error": f"cannot read or write: {error}; mend that and start again"})]}
+    except (UserError, OSError, MemoryError) as error:
+        return {"result": [json.dumps({"user_error": str(explain(error))})]}
 
 
 def _on_ray(
@@ -237,7 +234,7 @@ def _on_ray(
     with data_settings():
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     results = dataset.map_batches(task, batch_size=1)
-    with quiet_data():
+    with as_user_errors(), quiet_data():
         for row in results.iter_rows():
             result = json.loads(row["result"])
             if "user_error" in result:

@@ -9,6 +9,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+# Ray's own variable that keeps a Ray started here on 127.0.0.1, if it is "0" when Ray is imported, as on macOS; on
+# Linux it would listen on all interfaces.
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
 
 @contextmanager
 def environment(**defaults: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""One way to show that long work moves: a live bar in a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long work on standard error: a live bar in a terminal, elsewhere a plain line every few seconds."""
 
 import sys
 import time
@@ -10,11 +10,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Item = TypeVar("Item")
 PLAIN_EVERY_S = 5.0
-console = Console(stderr=True, highlight=False)
+# Characters in a line where nothing limits them: in a file or a pipe a table or a path stays in one line.
+UNWRAPPED = 10_000
+
+
+def _console() -> Console:
+    console = Console(stderr=True, highlight=False)
+    return (
+        console if console.is_terminal or console.is_jupyter else Console(stderr=True, highlight=False, width=UNWRAPPED)
+    )
+
+
+console = _console()
 
 
 def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Pass `items` through, showing `what` and how many of `total` are done, on standard error."""
+    """Yield `items`, showing `what` and how many of `total` are done."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:

@@ -1,23 +1,23 @@
-"""Ray itself: join the cluster that is there or start one here, and run a function over many items on it, in order."""
+"""Ray: join the cluster that is there or start one here, and run a function over many items on it, in order."""
 
-import importlib
 import logging
 import os
+import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
-# What both ray.init and Ray Train import: before two threads do, so that neither may find the other's half done.
-import ray._common.usage.usage_lib
-import ray.autoscaler._private.cli_logger
-from ray._private import ray_constants
-
-from raylivecell import placement
+from raylivecell import cluster_address, placement
+from raylivecell.errors import UserError
 from raylivecell.placement import Machine
-from raylivecell.process_settings import environment
+from raylivecell.process_settings import LOOPBACK_ONLY, environment
+from raylivecell.progress import console
+from raylivecell.ray_errors import as_user_errors, explain, first_line
+from raylivecell.signals import keeping_sigterm_handler
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,54 +33,117 @@ ENVIRONMENT = {
     # No other machine can be preempted; the process that would watch for it costs the start of a run 1.5 s of a core.
     PREEMPTION_WATCHER: "0",
 }
+# A socket's path may have 107 bytes; Ray appends up to 72: /ray/session_DATE_TIME_MICROSECONDS_PID/sockets/NAME.
+LONGEST_TEMPORARY_FOLDER = 34
+SHORT_TEMPORARY_FOLDER = "/tmp"
+
+_session: Any = None
+"""What `ray.init` has returned for a Ray that `connect` started or joined."""
+_started_here = False
+_empty_folders: list["tempfile.TemporaryDirectory[str]"] = []
 
 
-def connect(cpus: int | None = None, importing: str | None = None) -> None:
+def connect(cpus: int | None = None) -> None:
     """Join the cluster named by RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine; idempotent.
 
     Args:
         cpus: logical CPUs of a Ray started here; default: the machine's.
-        importing: a module to import meanwhile.
+
+    Raises:
+        UserError: no Ray answers at RAY_ADDRESS, or none can start here.
     """
+    global _session, _started_here
     if ray.is_initialized():
         return
-    with ThreadPoolExecutor(1) as beside:
-        if importing:
-            beside.submit(importlib.import_module, importing)
-        if os.environ.get("RAY_ADDRESS"):
-            _join()
-        else:
-            _start(cpus)
+    address = os.environ.get("RAY_ADDRESS", "")
+    _started_here = address in ("", "local")
+    with keeping_sigterm_handler():
+        _session = _start(cpus) if _started_here else _join(address)
 
 
-def _join() -> None:
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+def _join(address: str) -> Any:
+    cluster_address.check(address)
+    fix = f"{cluster_address.FIX}; a cluster with a token needs it in RAY_AUTH_TOKEN"
+    with _one_line(f"cannot join the Ray at RAY_ADDRESS={address}", fix):
+        return ray.init(log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _start(cpus: int | None) -> None:
-    # address="local": plain init attaches to whatever cluster happens to run on the machine.
-    # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
-    with _on_loopback(), environment(**ENVIRONMENT):
-        ray.init(
+def _start(cpus: int | None) -> Any:
+    fix = "set RAY_TMPDIR to a folder with a short path that you may write, or RAY_ADDRESS to a running Ray"
+    with _one_line("cannot start Ray on this machine", fix), ExitStack() as stack:
+        stack.enter_context(environment(**ENVIRONMENT, **_usable_folders()))
+        stack.enter_context(_away_from_working_folder())
+        # address="local": plain init attaches to whatever cluster happens to run on the machine.
+        # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
+        session = ray.init(
             address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR
         )
+    if (ip := ray.util.get_node_ip_address()) != "127.0.0.1":  # Ray was imported before; a command sets the variable
+        console.print(f"Ray listens on {ip}; to keep it on this machine, set {LOOPBACK_ONLY}=0 before importing ray")
+    return session
+
+
+@contextmanager
+def _one_line(what: str, fix: str) -> Iterator[None]:
+    """Raise what goes wrong in `ray.init` as a UserError."""
+    try:
+        yield
+    except Exception as error:  # OSError, RuntimeError, ValueError, ConnectionError, ...: it has no error of its own
+        found = explain(error)
+        raise UserError(f"{what}: {found or first_line(error)}; {fix}") from error
+
+
+def _usable_folders() -> dict[str, str]:
+    """Environment variables for Ray where its usual folders do not serve: a long TMPDIR, a HOME that is read-only."""
+    settings = {}
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY_FOLDER:
+        settings["RAY_TMPDIR"] = SHORT_TEMPORARY_FOLDER
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ and not _home_is_writable():
+        settings["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one to ~/.ray/auth_token
+    return settings
+
+
+def _home_is_writable() -> bool:
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return False
+
+
+@contextmanager
+def _away_from_working_folder() -> Iterator[None]:
+    """An empty working folder for the processes that Ray starts inside the block, and no other on their import path.
+
+    They import from the folder in which they start, before all others: a downloaded `statistics.py` would be executed.
+    Where this package itself is in the working folder, as in a checkout, they start there.
+    """
+    here = os.path.realpath(".")
+    if here == os.path.dirname(os.path.dirname(os.path.realpath(__file__))):
+        yield
+        return
+    empty = tempfile.TemporaryDirectory(prefix="raylivecell-", ignore_cleanup_errors=True)
+    _empty_folders.append(empty)  # deleted when this process ends
+    search_path = os.environ.get("PYTHONPATH")
+    if search_path is not None:
+        folders = [os.path.abspath(folder) for folder in search_path.split(os.pathsep) if folder]
+        os.environ["PYTHONPATH"] = os.pathsep.join(one for one in folders if os.path.realpath(one) != here)
+    before = os.open(".", os.O_RDONLY)
+    os.chdir(empty.name)
+    try:
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
+        if search_path is not None:
+            os.environ["PYTHONPATH"] = search_path
 
 
 def started_here() -> bool:
     """Whether this process started the Ray that it has joined, which ends with it."""
-    node = ray._private.worker._global_node
-    return node is not None and node.is_head()
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A Ray started meanwhile listens on 127.0.0.1 alone, as on macOS; on Linux it would on all interfaces."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+    return _started_here and ray.is_initialized()
 
 
 def machines() -> list[Machine]:
@@ -95,8 +158,8 @@ def task_cpus() -> float:
 
 
 def dashboard() -> str | None:
-    """The address of the dashboard of the cluster that this process has joined, http://HOST:PORT; none without one."""
-    url = ray._private.worker._global_node.webui_url  # type: ignore[attr-defined]
+    """The address of the dashboard of the cluster that `connect` has joined, http://HOST:PORT; None without one."""
+    url = getattr(_session, "dashboard_url", None)
     return f"http://{url}" if url else None
 
 
@@ -106,7 +169,7 @@ def ordered_map(
     """`function` of each item, as Ray tasks of one CPU each, results in order; at most `at_once` in flight.
 
     Bounded: results wait in the object store, never more than `at_once` of them, so any number of items streams
-    through. An exception in a task is raised here as itself. Default `at_once`: twice the cluster's CPUs.
+    through. An exception in a task is raised here as one of its class. Default `at_once`: twice the cluster's CPUs.
     """
     task: Any = ray.remote(max_retries=3)(function)
     limit = at_once or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
@@ -121,7 +184,5 @@ def ordered_map(
 
 
 def _result(ref: "ray.ObjectRef") -> Any:
-    try:
+    with as_user_errors():
         return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None

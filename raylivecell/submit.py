@@ -5,6 +5,7 @@ Only the job API (HTTP) is spoken: the machine that submits needs no Ray running
 
 import asyncio
 import json
+import os
 import re
 import shlex
 import time
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from raylivecell import addresses, upload
+from raylivecell import addresses, cluster_address, upload
 from raylivecell.arguments import value_of
 from raylivecell.errors import UserError
 from raylivecell.progress import console
@@ -158,6 +159,11 @@ def measure(folder: Path, largest_mib: float = LARGEST_MIB) -> int:
 
 def connect(address: str | None) -> JobSubmissionClient:
     """The job API at `address` (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else a Ray on this machine)."""
+    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    if given.startswith(("http://", "https://")):
+        cluster_address.check_listening(given)
+    elif given:
+        cluster_address.check(given)
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # ConnectionError, of authentication, of versions: all say what is wrong

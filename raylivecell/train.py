@@ -56,7 +56,7 @@ def train(
         console.print(line, markup=False, soft_wrap=True)
     _check_unused(out, data, recipe, resume)
     marks.append(("dataset", time.time()))
-    runtime.connect(importing="raylivecell.trainer")
+    runtime.connect()
     marks.append(("Ray", time.time()))
     from raylivecell import trainer
     from raylivecell.dataset import open_samples, stream_budget_bytes

@@ -10,9 +10,9 @@ import ray.train
 from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from raylivecell import ray_internals, run_folder, runtime
-from raylivecell.errors import UserError
 from raylivecell.job import RANK, Job
 from raylivecell.process_settings import environment
+from raylivecell.ray_errors import as_user_errors
 
 # How often Ray Train's controller looks at its workers, seconds; at Ray's 2 s a two-worker run takes 8 s longer.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -61,18 +61,9 @@ def _nccl() -> BackendConfig:
 
 
 def fit(trainer: Any) -> dict[str, Any] | None:
-    """Run to the end; what rank 0 returned. A UserError raised in a worker is raised as itself."""
-    try:
-        with environment(**_ray_train_settings()):
-            return cast(Any, _without_signal_handler(trainer.fit)).return_value
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause: BaseException | None = failure
-            while cause is not None:
-                if isinstance(cause, UserError):
-                    raise cause from None
-                cause = getattr(cause, "cause", None) or cause.__cause__
-        raise
+    """Run to the end; what rank 0 returned. An error the user can fix, found in a worker, is raised as a UserError."""
+    with as_user_errors(), environment(**_ray_train_settings()):
+        return cast(Any, _without_signal_handler(trainer.fit)).return_value
 
 
 def _ray_train_settings() -> dict[str, str]:

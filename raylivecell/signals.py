@@ -1,0 +1,84 @@
+"""SIGTERM, by which Slurm, Kubernetes and systemd stop a process, ends a command as Ctrl-C does."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+# Slurm and Kubernetes kill a process 30 s after SIGTERM.
+GRACE_S = 20.0
+
+
+class Termination:
+    """State of a command's end: whether SIGTERM has come, and whether the user has been told."""
+
+    received = False
+    announced = False
+
+
+@contextmanager
+def sigterm_as_interrupt(last_words: str) -> Iterator[Termination]:
+    """Let SIGTERM do inside the block what Ctrl-C does there; a process that is alive GRACE_S later is ended.
+
+    Python runs a handler between two of its own instructions: code in C++ that waits, and code that drops a
+    KeyboardInterrupt, would delay the end for as long as they like. `last_words`: printed where the process is ended.
+    """
+    termination = Termination()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield termination
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        termination.received = True
+        on_interrupt = signal.getsignal(signal.SIGINT)  # Ray Tune has its own
+        if not callable(on_interrupt):  # ignored, as in a shell's background
+            raise KeyboardInterrupt
+        on_interrupt(signal.SIGINT, frame)
+
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    threading.Thread(target=_end_after_sigterm, args=(receiver, termination, last_words), daemon=True).start()
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield termination
+    finally:
+        if not termination.received:  # else Ray's end, which follows, is watched too
+            signal.signal(signal.SIGTERM, before)
+            signal.set_wakeup_fd(wakeup)
+            sender.close()
+
+
+def _end_after_sigterm(receiver: socket.socket, termination: Termination, last_words: str) -> None:
+    """Read the numbers of signals, which C writes at once; end the process GRACE_S after SIGTERM."""
+    while number := receiver.recv(1):
+        if number[0] == signal.SIGTERM:
+            threading.Event().wait(GRACE_S)
+            if not termination.announced:
+                print(last_words, file=sys.stderr, flush=True)
+            os._exit(EXIT_TERMINATED)  # Ray's processes end with the one that started them
+    receiver.close()
+
+
+@contextmanager
+def keeping_sigterm_handler() -> Iterator[None]:
+    """Restore the handler of SIGTERM after the block; `ray.init` replaces it by one that ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:  # Ray's handler: SIGTERM came meanwhile
+        if end.code != signal.SIGTERM or not callable(before):
+            raise
+        before(signal.SIGTERM, None)
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
