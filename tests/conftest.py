@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,18 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "run", run)
     monkeypatch.setattr(actors, "use_threads", lambda with_torch=True: None)
     monkeypatch.setattr(runtime, "connect", lambda *_, **__: None)
+
+
+@pytest.fixture
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SIGTERM may come to the tests' own process: it is not ended later, and has its handlers again."""
+    from raylivecell import signals
+
+    monkeypatch.setattr(signals, "_end_after_sigterm", lambda *_: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(-1)
 
 
 class S3(NamedTuple):

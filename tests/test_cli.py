@@ -1,5 +1,9 @@
-"""A mistake on the command line ends in one line that names it and the mend, with exit code 2, and leaves nothing."""
+"""A user's error ends a command in one line with cause and fix, with exit code 2, and leaves nothing; so do signals."""
 
+import errno
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,9 @@ JOBS = Path(__file__).parents[1] / "jobs"
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("trian", "no command 'trian'; the commands are synth,"),
+        ("trian", "no command 'trian'; did you mean train?"),
+        ("evalaute --data D", "did you mean evaluate?"),
+        ("x", "no command 'x'; the commands are synth,"),
         ("train --data D --out {tmp}/o --recipe {tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
         ("train --data D --out {tmp}/o --recipe={tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
         ("sweep --data D --out {tmp}/o --recipe={tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
@@ -35,8 +41,8 @@ JOBS = Path(__file__).parents[1] / "jobs"
         ("synth --out s3://bucket/cells", "writes to a local folder"),
         ("demo --out {tmp}/o --images 2 --recipe {jobs}/demo.yaml", "the demo needs 8"),
         ("sweep --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
-        ("synth --out {tmp}/binary", "a file lies where a folder is needed: {tmp}/binary"),
-        ("demo --out {tmp}/binary", "a file lies where a folder is needed: {tmp}/binary"),
+        ("synth --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
+        ("demo --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
     ],
 )
 def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,17 +62,73 @@ def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(arguments: list[str]) -> int:
-        raise KeyboardInterrupt
+@pytest.fixture
+def every_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Replace what each command does."""
 
-    assert cli.GOES_ON.keys() <= cli.COMMANDS.keys()
-    for name, (what, _) in list(cli.COMMANDS.items()):
-        monkeypatch.setitem(cli.COMMANDS, name, (what, interrupted))
-        assert cli.main([name]) == 130
-        told = capsys.readouterr().err
-        assert told.startswith("raylivecell: interrupted")
-        assert ("--resume" in told) == (name in ("train", "sweep"))
+    def replace(work: Callable[[], object]) -> None:
+        for name, (what, _) in list(cli.COMMANDS.items()):
+            monkeypatch.setitem(cli.COMMANDS, name, (what, lambda arguments: work() and 0))
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_ends_every_command_in_one_line(
+    number: signal.Signals,
+    code: int,
+    line: str,
+    every_command: Callable[[Callable[[], object]], None],
+    unwatched: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    every_command(lambda: os.kill(os.getpid(), number))
+    assert cli.TO_RESUME.keys() <= cli.COMMANDS.keys()
+    for name in cli.COMMANDS:
+        assert cli.main([name]) == code
+        said = capsys.readouterr().err
+        assert said == f"raylivecell: {line}{cli.TO_RESUME.get(name, '')}\n"
+        assert ("--resume" in said) == (name in ("train", "sweep"))
+
+
+def test_sigterm_is_what_it_was_after_a_command(every_command: Callable[[Callable[[], object]], None]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    inside: list[object] = []
+    every_command(lambda: inside.append(signal.getsignal(signal.SIGTERM)))
+    assert cli.main(["check"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert inside != [before]
+
+
+def test_debug_shows_the_traceback(
+    every_command: Callable[[Callable[[], object]], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+
+    every_command(full)
+    line = "raylivecell: [Errno 28] No space left on device: '/disk/file'; free space on that disk"
+    for arguments in (["train"], ["train", "--debug"], ["--debug", "train"], ["--debug", "submit"]):
+        assert cli.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith(line)
+        assert ("Traceback" in said) == ("--debug" in arguments)
+    monkeypatch.setenv("RAYLIVECELL_DEBUG", "1")
+    assert cli.main(["train"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], None]) -> None:
+    def bug() -> None:
+        {}["name"]
+
+    every_command(bug)
+    with pytest.raises(KeyError):
+        cli.main(["train"])
 
 
 def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 RAY_ROOMS = {
     "runtime",
+    "ray_errors",
     "ingest",
     "dataset",
     "execution",

@@ -683,7 +683,7 @@ def test_large_images_make_smaller_shards(folder: Folder, tmp_path: Path, monkey
 @pytest.mark.usefixtures("no_ray")
 def test_what_cannot_be_written_is_one_line(folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match="mend that and start again"):
+    with pytest.raises(UserError, match="Not a directory"):
         prepare(folder.write(), str(tmp_path / "file" / "out"))
 
 

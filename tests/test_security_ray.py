@@ -183,7 +183,7 @@ def test_metrics_are_open(head: Head) -> None:
 LISTENERS = """
 import contextlib, json, os, sys, threading
 import psutil
-from raylivecell import runtime
+from raylivecell import cli
 
 found, done = set(), threading.Event()
 
@@ -199,21 +199,27 @@ def watch():
     while not done.wait(0.5):
         look()
 
-runtime.connect(cpus=4)
-import ray
-ray.get(ray.remote(lambda: 1).remote())
-look()
-told = {"connected": sorted(found)}
-found.clear()
-watcher = threading.Thread(target=watch)
-watcher.start()
-from raylivecell import recipe, train
-row = train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=2)
-done.set()
-watcher.join()
-told |= {"training": sorted(found), "step": row["step"]}
-told["home"] = sorted(os.listdir(os.path.join(os.environ["HOME"], ".ray")))
-print(json.dumps(told))
+def command(arguments):
+    from raylivecell import runtime
+    runtime.connect(cpus=4)
+    import ray
+    ray.get(ray.remote(lambda: 1).remote())
+    look()
+    told = {"connected": sorted(found)}
+    found.clear()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    from raylivecell import recipe, train
+    row = train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=2)
+    done.set()
+    watcher.join()
+    told |= {"training": sorted(found), "step": row["step"]}
+    token = os.path.join(os.environ["HOME"], ".ray")
+    told["home"] = sorted(os.listdir(token))
+    print(json.dumps(told))
+
+cli.COMMANDS["train"] = ("", command)
+sys.exit(cli.main(["train"]))
 """
 
 

@@ -1,0 +1,97 @@
+"""What is wrong with RAY_ADDRESS is found within seconds, without Ray."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raylivecell import cluster_address
+from raylivecell.errors import UserError
+
+SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+
+
+@contextlib.contextmanager
+def server(answer: bytes | None) -> Iterator[int]:
+    """The port of a server that answers each connection so; None: that accepts it and stays silent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    connections.append(connection)
+                    if answer is not None:
+                        connection.sendall(answer)
+                        connection.close()
+
+        connections: list[socket.socket] = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        for connection in connections:
+            connection.close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_address, "TIMEOUT_S", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (SETTINGS, None),
+        (None, "no answer within 0.2 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "speaks HTTP"),
+        (b"SSH-2.0-x\r\n", "not one of Ray's"),
+        (b"", "not one of Ray's"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_servers(answer: bytes | None, problem: str | None, scheme: str) -> None:
+    with server(answer) as port:
+        address = f"{scheme}127.0.0.1:{port}"
+        if problem is None:
+            cluster_address.check(address)
+            return
+        with pytest.raises(UserError, match=f"RAY_ADDRESS={address}: .*{problem}.*; give RAY_ADDRESS=HOST:6379"):
+            cluster_address.check(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("http://head:8265", "is a dashboard"),
+        ("https://head:8265", "is a dashboard"),
+        ("redis://head:6379", "no address of a Ray"),
+        ("head", "names no host and port"),
+        ("head:", "names no host and port"),
+        (":6379", "names no host and port"),
+        ("head:65536", "names no host and port"),
+        ("head.invalid:6379", "no Ray answers"),
+        (f"{'h' * 70}:6379", "no Ray answers"),
+        ("127.0.0.1:1", "refused"),
+        ("ray://127.0.0.1:1", "refused"),
+        ("[::1]:1", "no Ray answers"),
+    ],
+)
+def test_addresses(address: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as raised:
+        cluster_address.check(address)
+    assert address in str(raised.value)
+
+
+def test_a_stale_record_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    cluster_address.check("auto")  # Ray looks for itself
+    record = tmp_path / "ray" / "ray_current_cluster"
+    record.parent.mkdir()
+    record.write_text("127.0.0.1:1\n")
+    with pytest.raises(UserError, match=f"127.0.0.1:1 in {record}"):
+        cluster_address.check("auto")
+    with server(SETTINGS) as port:
+        record.write_text(f"127.0.0.1:{port}")
+        cluster_address.check("auto")

@@ -1,0 +1,58 @@
+"""SIGTERM where the main thread does not react: the process ends all the same."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from raylivecell import signals
+
+DEAF = """
+import sys, time
+from raylivecell import signals
+
+signals.GRACE_S = 0.1
+with signals.sigterm_as_interrupt("terminated; resume"):
+    while True:
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+"""
+
+
+def test_a_process_that_drops_interrupts_ends() -> None:
+    process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "terminated; resume\n"
+    assert process.returncode == 143
+
+
+def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unwatched: None) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    try:
+        with signals.sigterm_as_interrupt("") as termination, pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert termination.received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_other_thread_sets_handlers() -> None:
+    seen: list[bool] = []
+
+    def run() -> None:
+        with signals.sigterm_as_interrupt("") as termination, signals.keeping_sigterm_handler():
+            seen.append(termination.received)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+    assert signal.getsignal(signal.SIGTERM) is before
