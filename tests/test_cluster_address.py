@@ -25,6 +25,7 @@ def server(answer: bytes | None) -> Iterator[int]:
                     connection, _ = listener.accept()
                     connections.append(connection)
                     if answer is not None:
+                        connection.recv(1000)
                         connection.sendall(answer)
                         connection.close()
 
