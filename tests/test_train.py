@@ -230,7 +230,9 @@ def test_a_driver_needs_no_torch_before_its_report() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_ray_is_known_to_be_ones_own(ray_cluster: None) -> None:
+def test_a_ray_is_known_to_be_ones_own(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not runtime.started_here(), "the tests did, not `connect`"
+    monkeypatch.setattr(runtime, "_started_here", True)
     assert runtime.started_here()
     assert not ray.get(ray.remote(runtime.started_here).remote()), "a process of its workers did not start it"
 
