@@ -23,7 +23,7 @@ PRIVATE = re.compile(
     r"ray\._private|ray\.[a-z.0-9]*_internal|ray\._common|ray\._raylet|ray\.autoscaler\._private|_global_node|\._ot_"
     r"|inspect\.unwrap|sys\.getrefcount|(study|trial|optuna|torch|ray|pa|pyarrow|np|executor|dataset)\._[a-z]"
 )
-ALLOWED = {"ray_internals.py", "runtime.py", "submit.py"}
+ALLOWED = {"ray_internals.py"}
 
 
 @pytest.fixture(autouse=True)
