@@ -38,7 +38,7 @@ LONGEST_TEMPORARY_FOLDER = 34
 SHORT_TEMPORARY_FOLDER = "/tmp"
 
 _session: Any = None
-"""What `ray.init` has returned for a Ray that `connect` started or joined."""
+"""What `ray.init` has returned for the Ray that `connect` started, joined or found."""
 _started_here = False
 _empty_folders: list["tempfile.TemporaryDirectory[str]"] = []
 
@@ -53,7 +53,8 @@ def connect(cpus: int | None = None) -> None:
         UserError: no Ray answers at RAY_ADDRESS, or none can start here.
     """
     global _session, _started_here
-    if ray.is_initialized():
+    if ray.is_initialized():  # by `connect`, or by a notebook, whose Ray a second ray.init only describes
+        _session = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
         return
     address = os.environ.get("RAY_ADDRESS", "")
     _started_here = address in ("", "local")

@@ -93,13 +93,18 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """SIGTERM may come to the tests' own process: it is not ended later, and has its handlers again."""
+    """SIGTERM and SIGINT may come to the tests' own process: it is not ended later, and has its handlers again.
+
+    A shell ignores SIGINT for what it runs in the background, as tests/streams.sh does: here it is as in a terminal.
+    """
     from raylivecell import signals
 
     monkeypatch.setattr(signals, "_end_after_sigterm", lambda *_: None)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
 
 

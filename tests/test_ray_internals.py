@@ -40,7 +40,7 @@ def other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError(f"no module {name}")
 
     ray_internals._throttle.cache_clear()
-    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setattr(ray_internals, "importlib", SimpleNamespace(import_module=missing))
 
 
 def code_of(file: Path) -> str:

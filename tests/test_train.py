@@ -94,9 +94,12 @@ def test_two_workers_one_of_them_killed_train_as_the_plain_loop(
     assert killed
     plain = plain_loop(tiny_dataset, recipe)
     for mine, row in zip(history(run), plain.state.history, strict=True):
-        for name in ("loss", "bce", "dice_loss", "field_loss", "val_dice", "val_iou", "val_mean_image_dice"):
+        for name in ("loss", "bce", "dice_loss", "field_loss"):
             assert mine[name] == pytest.approx(row[name], abs=1e-4), (row["step"], name)
-        # A pixel on a threshold may move one of an image's ten accuracies.
+        # A pixel on the threshold moves the Dice of three images with 1,200 pixels of cells by 4e-4, as was seen.
+        for name in ("val_dice", "val_iou", "val_mean_image_dice"):
+            assert mine[name] == pytest.approx(row[name], abs=2e-3), (row["step"], name)
+        # It may also move one of an image's ten accuracies.
         assert mine["val_msa"] == pytest.approx(row["val_msa"], abs=0.04), row["step"]
     assert plain.state.history[-1]["loss"] < plain.state.history[0]["loss"]
     assert plain.average is not None
