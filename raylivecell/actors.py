@@ -4,12 +4,14 @@ Every item comes back exactly once, or the run fails.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from raylivecell import placement, preflight, runtime
 from raylivecell.data_settings import data_settings, quiet_data
@@ -73,17 +75,20 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
     with data_settings():
         dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
-    results = dataset.map_batches(
-        actor,
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=count),
-        fn_constructor_kwargs=arguments,
-        num_cpus=cpus,
-        num_gpus=gpus,
-        # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an "E" line in
-        # each run); `_every_row` starts a new pool instead.
-        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way to pass max_restarts; this one goes in 2.64.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = dataset.map_batches(
+            actor,
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=count),
+            fn_constructor_kwargs=arguments,
+            num_cpus=cpus,
+            num_gpus=gpus,
+            # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an "E" line
+            # in each run); `_every_row` starts a new pool instead.
+            ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
+        )
     yield from results.iter_rows()
 
 
