@@ -85,8 +85,8 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
             fn_constructor_kwargs=arguments,
             num_cpus=cpus,
             num_gpus=gpus,
-            # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an "E" line
-            # in each run); `_every_row` starts a new pool instead.
+            # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an "E"
+            # line in each run); `_every_row` starts a new pool instead.
             ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
         )
     yield from results.iter_rows()
