@@ -4,6 +4,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Message = dict[str, Any]
 
@@ -25,7 +26,11 @@ class Mailbox:
 
 
 def open_mailbox() -> ActorHandle:
-    """A Mailbox as an actor that reserves no CPU; it ends with the driver."""
-    actor: Any = ray.remote(num_cpus=0)(Mailbox)
+    """A Mailbox as an actor that reserves no CPU; it ends with the driver.
+
+    On the driver's node: elsewhere it would be lost with a node that is drained or fails, while the run continues.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox)
     handle: ActorHandle = actor.remote()
     return handle
