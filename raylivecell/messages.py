@@ -31,6 +31,6 @@ def open_mailbox() -> ActorHandle:
     On the driver's node: elsewhere it would be lost with a node that is drained or fails, while the run continues.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox)
-    handle: ActorHandle = actor.remote()
+    remote: Any = ray.remote  # its annotations do not name this strategy
+    handle: ActorHandle = remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     return handle
