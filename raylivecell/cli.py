@@ -82,9 +82,14 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
     debug = os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     if arguments[:1] == [DEBUG_FLAG]:
         arguments, debug = arguments[1:], True
-    if DEBUG_FLAG not in arguments or arguments[0] == "submit":
+    if DEBUG_FLAG not in arguments:
         return arguments, debug
-    return [word for word in arguments if word != DEBUG_FLAG], True
+    own = len(arguments)
+    if arguments[0] == "submit":  # its own words end where the stage begins
+        own = next((i for i, word in enumerate(arguments) if i and word in COMMANDS), own)
+    if DEBUG_FLAG not in arguments[:own]:
+        return arguments, debug
+    return [word for word in arguments[:own] if word != DEBUG_FLAG] + arguments[own:], True
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:

@@ -23,6 +23,10 @@ class UserError(Exception):
     """An error the user can fix. The message is one line: what is wrong, then how to fix it."""
 
 
+class MachineError(UserError):
+    """A fault of a machine, a disk or a network: the same work may succeed when it is tried again."""
+
+
 class UnreadableImageError(ValueError):
     """An image file that cannot be used; the message gives the reason, without the file's name."""
 

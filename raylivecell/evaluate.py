@@ -116,7 +116,8 @@ def _frame(sample: Mapping[str, Any], rule: Intensity | None) -> Frame:
     """A prepared image on the network's scale."""
     padding, size = None, sample["image"].shape
     if sample["padding"]:
-        padding = decode({"size": list(size), "counts": sample["padding"]}) != 0
+        with storage.unverified("the dataset's padding", shards.AGAIN):
+            padding = decode({"size": list(size), "counts": sample["padding"]}) != 0
     return intensity.to_uint8(sample["image"], rule, padding) if rule else Frame(sample["image"], padding)
 
 

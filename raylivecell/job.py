@@ -30,6 +30,8 @@ class Job:
     """Whether the cluster is asked for nodes that are about to go away."""
     marks: tuple[tuple[str, float], ...] = ()
     """What the driver had done by when, seconds since 1970."""
+    resumed: bool = False
+    """Whether the run in `out` is continued."""
     sweep: str | None = None
     """Folder of the sweep that the run is a trial of."""
 

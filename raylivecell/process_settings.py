@@ -27,6 +27,21 @@ def environment(**defaults: str) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_environment(**values: str) -> Iterator[None]:
+    """Environment variables at these values inside the block, also those that the user has set."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def log_levels(levels: Mapping[str, int]) -> Iterator[None]:
     """Loggers at these levels, name -> level, inside the block."""
     before = {name: logging.getLogger(name).level for name in levels}

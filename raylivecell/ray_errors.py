@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import ray.exceptions
 
-from raylivecell.errors import AGAIN, UserError, os_error_line, shortened
+from raylivecell.errors import AGAIN, MachineError, UserError, os_error_line, shortened
 from raylivecell.process_settings import log_levels
 
 OUT_OF_MEMORY = f"lower batch_size or crop, use fewer --workers, or a machine with more memory, {AGAIN}"
@@ -63,7 +63,7 @@ def explain(error: BaseException) -> UserError | None:
             return cause
     for cause in reversed(chain):  # the innermost cause is the most exact
         if line := _line(cause):
-            return UserError(line)
+            return MachineError(line)
     return None
 
 
@@ -80,6 +80,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         carried = [
             *(workers.values() if isinstance(workers, dict) else ()),
             getattr(cause, "controller_failure", None),  # of ray.train.ControllerError
+            getattr(cause, "health_check_failure", None),  # of a training worker that was killed
             getattr(cause, "cause", None),  # of RayTaskError
             cause.__cause__,
         ]

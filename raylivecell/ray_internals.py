@@ -146,6 +146,8 @@ def data_parallel_trainer() -> Any:
 
 
 def _torch_trainer(function: Any, *, backend_config: Any, **options: Any) -> Any:
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    return TorchTrainer(function, torch_config=backend_config, **options)
+    # It forms the workers' process group itself: over gloo, unless the configuration names another way.
+    config = backend_config if isinstance(backend_config, TorchConfig) else TorchConfig(backend="gloo")
+    return TorchTrainer(function, torch_config=config, **options)

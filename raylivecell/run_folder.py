@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from raylivecell import addresses, shards, storage
 from raylivecell.errors import UserError
+from raylivecell.progress import console
 
 RECIPE, DATA, FAILED = "recipe.yaml", "data.json", "failed.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -49,8 +50,17 @@ def goes_on(out: str, data: str, resume: bool) -> bool:
 
 
 def _check_snapshot(where: str) -> None:
-    """UserError where Ray's list names a folder elsewhere: by these names it reads checkpoints and deletes old ones."""
-    left: list[Any] = [storage.read_json(where)] if storage.exists(where) else []
+    """UserError where Ray's list names a folder elsewhere: by these names it reads checkpoints and deletes old ones.
+
+    Ray writes the list in place: a kill may leave half of it. It is deleted then, and workers take the last complete
+    checkpoint of the folder.
+    """
+    try:
+        left: list[Any] = [storage.read_json(where)] if storage.exists(where) else []
+    except UserError:
+        storage.delete(where)
+        console.print(f"{where} was cut off by a kill; resuming from the last complete checkpoint", soft_wrap=True)
+        return
     while left:
         value = left.pop()
         if isinstance(value, dict):

@@ -14,7 +14,7 @@ import ray
 from raylivecell import cluster_address, placement
 from raylivecell.errors import UserError
 from raylivecell.placement import Machine
-from raylivecell.process_settings import LOOPBACK_ONLY, environment
+from raylivecell.process_settings import LOOPBACK_ONLY, environment, replaced_environment
 from raylivecell.progress import console
 from raylivecell.ray_errors import as_user_errors, explain, first_line
 from raylivecell.signals import keeping_sigterm_handler
@@ -72,7 +72,8 @@ def _join(address: str) -> Any:
 def _start(cpus: int | None) -> Any:
     fix = "set RAY_TMPDIR to a folder with a short path that you may write, or RAY_ADDRESS to a running Ray"
     with _one_line("cannot start Ray on this machine", fix), ExitStack() as stack:
-        stack.enter_context(environment(**ENVIRONMENT, **_usable_folders()))
+        stack.enter_context(environment(**ENVIRONMENT, **_token_without_home()))
+        stack.enter_context(replaced_environment(**_short_temporary_folder()))
         stack.enter_context(_away_from_working_folder())
         # address="local": plain init attaches to whatever cluster happens to run on the machine.
         # The dashboard stays on: without the State API, Tune leaks the workers of trials that it stops (ray #54305).
@@ -94,14 +95,18 @@ def _one_line(what: str, fix: str) -> Iterator[None]:
         raise UserError(f"{what}: {found or first_line(error)}; {fix}") from error
 
 
-def _usable_folders() -> dict[str, str]:
-    """Environment variables for Ray where its usual folders do not serve: a long TMPDIR, a HOME that is read-only."""
-    settings = {}
+def _short_temporary_folder() -> dict[str, str]:
+    """TMPDIR for Ray's processes where the user's is too long for their sockets, the dashboard's parts included."""
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY_FOLDER:
-        settings["RAY_TMPDIR"] = SHORT_TEMPORARY_FOLDER
+        return {"TMPDIR": SHORT_TEMPORARY_FOLDER}
+    return {}
+
+
+def _token_without_home() -> dict[str, str]:
+    """A token for a Ray that cannot write one to ~/.ray/auth_token."""
     if "RAY_AUTH_TOKEN_PATH" not in os.environ and not _home_is_writable():
-        settings["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one to ~/.ray/auth_token
-    return settings
+        return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {}
 
 
 def _home_is_writable() -> bool:

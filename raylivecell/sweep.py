@@ -149,6 +149,8 @@ def _check_variants(recipe: Recipe, config: SweepConfig, check: Callable[[Recipe
 
 def _check_unused(out: str, data: str, recipe: Recipe, config: SweepConfig, resume: bool) -> None:
     """UserError unless `out` is new, or a sweep of the same recipe and search is meant to go on."""
+    if run_folder.failure(out) is not None:
+        raise UserError(f"{out} holds a training run that failed; choose another --out, or delete it")
     if not run_folder.goes_on(out, data, resume):
         return
     if space.load(storage.join(out, run_folder.RECIPE)) != (recipe, config):

@@ -74,7 +74,7 @@ def train(
     mailbox = messages.open_mailbox()
     marks.append(("samples sent", time.time()))
     watched = not runtime.started_here()
-    job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks))
+    job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks), resumed=resume)
     with Live(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
         try:
             failed = trainer.fit(trainer.trainer(job, workers, cpus, gpus, retries))
@@ -93,11 +93,11 @@ def _failure(out: str, reason: str, hint: str) -> UserError:
     """Note in `out` that the run failed, which frees the folder; the error that says how to go on."""
     from raylivecell import checkpoint
 
-    last = checkpoint.latest(out)
-    saved = checkpoint.load_state(last).step if last else 0
     try:
+        last = checkpoint.latest(out)
+        saved = checkpoint.load_state(last).step if last else 0
         run_folder.mark_failed(out, run_folder.Failure(reason, saved))
-    except OSError:  # a full disk, which may be the reason: it is what the user must read, the folder stays taken
+    except (OSError, UserError):  # of the same disk or network, perhaps: the user must read the reason
         return UserError(f"{reason}{hint}")
     resumed = f", and --resume continues after step {saved}" if saved else ""
     return UserError(f"{reason}{hint}; the same command then starts again and keeps the files of this run{resumed}")

@@ -20,7 +20,7 @@ from torch import nn
 
 from raylivecell import checkpoint, gauges, loop, preflight, segment, space, storage, trainer
 from raylivecell.dataset import Samples
-from raylivecell.errors import UserError
+from raylivecell.errors import MachineError, UserError
 from raylivecell.job import Job
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe
@@ -137,6 +137,8 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
         job = shared.job(config)
         run = trainer.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=report)
         failed = trainer.fit(run)
+    except MachineError:
+        raise  # Tune tries the trial again
     except UserError as error:
         tune.report(_failed(str(error)))
         return

@@ -45,6 +45,11 @@ def capacity(config: SearchConfig, machines: Sequence[Machine], at_once: int | N
     """
     workers, gpus_each = config.workers_per_trial, config.gpus_per_worker
     cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus for machine in machines)
+    if gpus and workers > 1 and gpus_each < 1:
+        raise UserError(
+            f"--sweep.gpus-per-worker {gpus_each:g} with {workers} workers a trial: they cannot share a GPU (NCCL); "
+            "use --sweep.gpus-per-worker 1 or --sweep.workers-per-trial 1"
+        )
     by_gpu = placement.gpu_slots(machines, gpus_each) // workers
     if gpus and not by_gpu:
         hint = "lower --sweep.workers-per-trial or --sweep.gpus-per-worker, or set CUDA_VISIBLE_DEVICES= to use CPUs"

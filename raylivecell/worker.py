@@ -71,10 +71,9 @@ def work(job: Job) -> dict[str, Any] | None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = max(1, cores // context.get_local_world_size())
     place = Place(context.get_world_rank(), context.get_world_size(), device, job.threads or shared)
-    last = ray.train.get_checkpoint()
     journal: Journal | None = None
     try:
-        for training in reports(job, place, storage.join(job.out, addresses.name(last.path)) if last else None):
+        for training in reports(job, place, _last_checkpoint(job)):
             row = told(training.state, job.plan()) if training.state.reported() else {RANK: -1.0}
             if place.rank != 0:
                 ray.train.report(row)
@@ -90,6 +89,17 @@ def work(job: Job) -> dict[str, Any] | None:
     except loop.NonFiniteLoss as error:
         return {"step": error.step, "samples": error.samples}
     return None
+
+
+def _last_checkpoint(job: Job) -> str | None:
+    """URI of the checkpoint to resume from; none: from the start.
+
+    Of a resumed run of which Ray's list of checkpoints was lost (`run_folder`) the last complete one in its folder.
+    """
+    last = ray.train.get_checkpoint()
+    if last is not None:
+        return storage.join(job.out, addresses.name(last.path))
+    return checkpoint.latest(job.out) if job.resumed else None
 
 
 def save(folder: str, training: loop.Training, job: Job) -> None:

@@ -181,7 +181,7 @@ def test_no_task_loads_torch(ray_cluster: None, source: blocks.Source) -> None:
 
     @ray.remote
     def loaded() -> tuple[bool, bool]:
-        return "raylivecell.execution" in sys.modules, "torch" in sys.modules
+        return "raylivecell.blocks" in sys.modules, "torch" in sys.modules
 
     @ray.remote(runtime_env={"env_vars": {"ALONE": "1"}})
     def read() -> list[tuple[bool, bool]]:
@@ -189,7 +189,7 @@ def test_no_task_loads_torch(ray_cluster: None, source: blocks.Source) -> None:
             pass
         return ray.get([loaded.remote() for _ in range(8)])
 
-    assert {torch for execution, torch in ray.get(read.remote()) if execution} == {False}
+    assert {torch for decoding, torch in ray.get(read.remote()) if decoding} == {False}
 
 
 def test_the_pace_is_rays_own_again_after_a_stream(

@@ -40,12 +40,20 @@ def of_constructor(error: Exception) -> Exception:
     return ActorDiedError(RayTaskError("function", text, error, actor_id="1"))
 
 
+def killed(error: BaseException) -> Exception:
+    """As Ray Train reports a worker that does not answer: its own class carries the cause in an attribute."""
+    failure = RuntimeError("a worker is dead")
+    failure.health_check_failure = crossed(error)  # type: ignore[attr-defined]
+    return failure
+
+
 WAYS = {
     "here": lambda error: error,
     "task": crossed,
     "data": of_data,
     "worker": lambda error: WorkerGroupError("failed", {0: RuntimeError("other"), 1: crossed(error)}),
     "controller": lambda error: ControllerError(crossed(error)),
+    "killed worker": lambda error: WorkerGroupError("failed", {0: killed(error)}),
 }
 
 

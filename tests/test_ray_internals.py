@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import run_apart
+from ray.train import BackendConfig
 
 from raylivecell import ray_internals
 
@@ -116,7 +117,7 @@ def test_without_the_names_it_works_and_warns_once(other_ray: None, caplog: pyte
         for _ in range(2):
             with ray_internals.scheduler_pace() as callbacks:
                 assert callbacks == []
-            made = ray_internals.data_parallel_trainer()(lambda: None, backend_config=None)
+            made = ray_internals.data_parallel_trainer()(lambda: None, backend_config=BackendConfig())
             assert isinstance(made, TorchTrainer)
         for _ in range(2):
             ray_internals.SchedulerThrottle().on_execution_step(SimpleNamespace())
