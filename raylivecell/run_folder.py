@@ -58,6 +58,8 @@ def _check_snapshot(where: str) -> None:
     try:
         left: list[Any] = [storage.read_json(where)] if storage.exists(where) else []
     except UserError:
+        if storage.read_bytes(where)[:1] not in (b"", b"{"):  # nothing that Ray began to write
+            raise
         storage.delete(where)
         console.print(f"{where} was cut off by a kill; resuming from the last complete checkpoint", soft_wrap=True)
         return
