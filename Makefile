@@ -11,10 +11,10 @@ demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minute
 # Files of the second group of slow Ray tests: about half of their time.
 SECOND := $(addprefix tests/test_,kubernetes_pod.py monitoring.py readme.py s3.py sweep.py)
 
-test: lint  ## lint, unit tests and quick tests of Ray; 5 minutes on two cores
+test: lint  ## lint, unit tests and quick tests of Ray; 6 minutes on two cores
 	tests/streams.sh "not slow"
 
-test-slow: .venv/.installed  ## the slow tests alone: whole runs, kills, S3, a browser, databases, a fault; 15 minutes
+test-slow: .venv/.installed  ## the slow tests alone: whole runs, kills, S3, a browser, databases, a fault; 19 minutes
 	tests/streams.sh slow $(SECOND)
 
 test-all: test test-slow  ## both; what CI runs
