@@ -25,6 +25,7 @@ from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
 from raylivecell.data_settings import quiet_data
+from raylivecell.device import tensors
 from raylivecell.job import Job
 from raylivecell.model import build_model, count_parameters
 from raylivecell.order import PhaseConfig, Plan
@@ -150,7 +151,7 @@ class _Bench:
     def _run_here(self) -> float:
         """The same in this process."""
         with contextlib.closing(self._stream(self.source)) as stream:
-            return bench_step.speed(bench_step.train(self.recipe, stream, self.device), self.recipe.batch_size)
+            return bench_step.speed(bench_step.train(self.recipe, tensors(stream), self.device), self.recipe.batch_size)
 
     def _plain(self, network: nn.Module, batches: Iterable[Tensor], part: int) -> float:
         return bench_step.plain(network.to(self.device), batches, self.recipe, self.device, part)

@@ -153,6 +153,7 @@ def read_block(number: int, work: "ray.ObjectRef[tuple[Source, Share]]") -> list
 
 
 @ray.remote
-def decode(row: shards.Row, cells: bool) -> Sample:
-    """`read_sample` as a task of Ray's."""
-    return read_sample(row, cells)
+def decode(rows: Sequence[shards.Row], cells: bool) -> Iterator[Sample]:
+    """`read_sample` of each row as a task of Ray's, an object for each."""
+    for row in rows:
+        yield read_sample(row, cells)

@@ -84,7 +84,7 @@ def findings(plan: Plan) -> Iterator[Finding]:
     if plan.out:
         yield run_name(plan.out)
     try:
-        runtime.connect()
+        runtime.connect(dashboard=True)
     except UserError as error:
         yield Finding("fail", "Ray", _line(error))
         return

@@ -14,7 +14,7 @@ A run folder holds `checkpoint_*` folders; the best of them is the one whose sta
 import io
 import pickle
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -29,12 +29,10 @@ from raylivecell.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig
 from raylivecell.intensity import LIVECELL, Intensity
-from raylivecell.loop import State
 from raylivecell.model import build_model
+from raylivecell.run_state import MODEL, RECIPE, STATE, State, find, load_state, missing
 
-FOLDER = "checkpoint_"
-MODEL, TRAINING, STATE, RECIPE = "model.safetensors", "training.pt", "state.json", "recipe.yaml"
-INSTANCES, DATA, INTENSITY = "instances.json", "data.json", "intensity.json"
+TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"
 
 
 def save(
@@ -77,39 +75,11 @@ def _tensor_names(model: nn.Module) -> list[str]:
     return [name for name in names if name in state_dict]  # without buffers that are not kept
 
 
-def name(step: int) -> str:
-    """The folder of the checkpoint after `step` steps; their names sort as their steps do only below 1,000,000."""
-    return f"{FOLDER}{step:06d}"
-
-
-def keep(run: str, steps: Collection[int]) -> None:
-    """Delete all checkpoints in the folder `run` but those named for `steps`."""
-    kept = {name(step) for step in steps}
-    for found in storage.list_names(run):
-        if found.startswith(FOLDER) and found not in kept:
-            storage.delete(storage.join(run, found))
-
-
-def keep_best(run: str) -> None:
-    """Delete all checkpoints in the folder `run` but the best."""
-    if not _complete(run):
-        return
-    best = find(run)
-    for found in storage.list_names(run):
-        if found.startswith(FOLDER) and storage.join(run, found) != best:
-            storage.delete(storage.join(run, found))
-
-
 def copy(folder: str, target: str) -> None:
     """Copy a checkpoint's files; the one that makes it whole comes last."""
     there = [file for file in (DATA, INSTANCES) if storage.exists(storage.join(folder, file))]
     for file in (*there, INTENSITY, MODEL, TRAINING, STATE, RECIPE):
         storage.write_bytes(storage.join(target, file), _read(folder, file))
-
-
-def latest(run: str) -> str | None:
-    """The complete checkpoint in the folder `run` with the most steps; none where there is none."""
-    return max(_complete(run), key=lambda folder: (load_state(folder).step, folder), default=None)
 
 
 def load_training(folder: str) -> tuple[dict[str, Any], State]:
@@ -124,21 +94,6 @@ def load_training(folder: str) -> tuple[dict[str, Any], State]:
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{folder}/{TRAINING} is not a checkpoint's; resume from another one") from error
     return training, load_state(folder)
-
-
-def load_state(folder: str) -> State:
-    """What `save` was given as `state`."""
-    place = storage.join(folder, STATE)
-    try:
-        values = storage.read_json(place)
-    except FileNotFoundError as error:
-        raise _missing(folder, STATE) from error
-    with storage.unverified(place, "use another checkpoint"):
-        state = State(**values)
-        state.score()
-        if state.step < 0:
-            raise ValueError(f"{state.step} steps")
-    return state
 
 
 def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
@@ -200,34 +155,8 @@ def load_data(folder: str) -> dict[str, Any]:
     return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | stated
 
 
-def find(uri: str) -> str:
-    """`uri` itself where it is a checkpoint, else the best checkpoint of the run there; UserError where neither is."""
-    if MODEL in storage.list_names(uri):
-        return uri
-    complete = _complete(uri)
-    if not complete:
-        raise UserError(f"no checkpoint at {uri}: give a run's folder (the --out of `train`) or a checkpoint_* in it")
-    return max(complete, key=_score_and_step)
-
-
-def _score_and_step(folder: str) -> tuple[float, int, str]:
-    """What the best checkpoint has the most of: the later of equals is the better trained."""
-    state = load_state(folder)
-    return state.score(), state.step, folder
-
-
-def _complete(run: str) -> list[str]:
-    """Folders of the run's checkpoints that were written to their end: `save` writes the recipe last."""
-    folders = [storage.join(run, found) for found in storage.list_names(run) if found.startswith(FOLDER)]
-    return [folder for folder in folders if storage.exists(storage.join(folder, RECIPE))]
-
-
 def _read(folder: str, name: str) -> bytes:
     try:
         return storage.read_bytes(storage.join(folder, name))
     except FileNotFoundError as error:
-        raise _missing(folder, name) from error
-
-
-def _missing(folder: str, name: str) -> UserError:
-    return UserError(f"checkpoint {folder} is not whole: {name} is missing; use another checkpoint")
+        raise missing(folder, name) from error

@@ -17,9 +17,9 @@ from ray import tune
 from raylivecell import recipe as recipes
 from raylivecell import run_folder, space, storage, sweep_stats, tuner
 from raylivecell.live import Board
-from raylivecell.loop import rank
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
+from raylivecell.run_state import rank
 from raylivecell.space import ELASTIC, OBJECTIVES, SweepConfig
 from raylivecell.study import values
 from raylivecell.trial import Shared

@@ -1,7 +1,20 @@
-"""Tensors of this process's memory on the device that computes."""
+"""Arrays and tensors of this process's memory, and tensors on the device that computes."""
 
+import warnings
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def tensors(batches: Iterator[Mapping[str, np.ndarray]]) -> Iterator[dict[str, Tensor]]:
+    """The arrays of each batch as tensors that share their memory, which is not to be written."""
+    for batch in batches:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the loop only reads
+            converted = {name: torch.from_numpy(values) for name, values in batch.items()}
+        yield converted
 
 
 class Sender:

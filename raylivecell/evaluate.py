@@ -26,6 +26,7 @@ from raylivecell import (
     evaluation_report,
     instances,
     intensity,
+    run_state,
     runtime,
     scores,
     segment,
@@ -72,10 +73,10 @@ def evaluate(
     Raises:
         UserError: no checkpoint, no dataset, or no image in the split.
     """
-    folder, data = checkpoint.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
+    folder, data = run_state.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
     rows = _rows_of(data, split)
     rule = _rule_between(data, folder)
-    recipe = recipes.load(storage.join(folder, checkpoint.RECIPE))
+    recipe = recipes.load(storage.join(folder, run_state.RECIPE))
     _check_no_run(out)
     storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
     if calibrated:
@@ -87,7 +88,7 @@ def evaluate(
     config = checkpoint.load_instances(folder, recipe.targets)
     about = {
         "tta": tta,
-        "checkpoint": {"uri": folder, "sha256": _sha256(storage.join(folder, checkpoint.MODEL))},
+        "checkpoint": {"uri": folder, "sha256": _sha256(storage.join(folder, run_state.MODEL))},
         "targets": recipe.targets,
         "thresholds": config.model_dump(),
     }

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import __version__, checkpoint, onnx_model, storage
+from raylivecell import __version__, checkpoint, onnx_model, run_state, storage
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS
@@ -74,7 +74,7 @@ def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
     suffix = "." + str(out).rpartition(".")[2]
     if suffix not in WRITERS:
         raise UserError(f"--out {out}: the name says what to write: .onnx, or .pt2 (torch.export)")
-    folder = checkpoint.find(storage.absolute(checkpoint_uri))
+    folder = run_state.find(storage.absolute(checkpoint_uri))
     network, recipe = checkpoint.load_model(folder)
     whole = _Whole(network).eval()
     write, read = WRITERS[suffix]

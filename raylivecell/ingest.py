@@ -5,27 +5,28 @@
    run, so that no epoch waits for the last one (a dataset an epoch: a third of the speed).
 3. The rank's process takes the blocks in order and slices its batches from them without a copy.
 
+No torch here: a training process starts its stream before it imports torch, so that both happen at the same time.
+
 A rank has a stream of its own instead of a part of one split stream: what it sees then depends on (seed, step, rank)
 alone, no coordinator stands between, and no row is dropped to make the parts equal.
 """
 
 import gc
 import math
-import warnings
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
 import ray.data
-import torch
 from ray.data import ExecutionOptions, ExecutionResources
-from torch import Tensor
 
 from raylivecell.blocks import Share, Source
 from raylivecell.data_settings import data_settings
 from raylivecell.execution import SamplesDatasource
 from raylivecell.ray_internals import scheduler_pace
+
+Batch = dict[str, np.ndarray]
 
 # A task's samples: at most so many, of so many bytes together. After each task a core waits some 40 ms for the next:
 # two cores do 490 whole frames a second in blocks of 61, and 390 in blocks of 32; crops of 256x256 come at 990, 1,380
@@ -35,10 +36,11 @@ BLOCK_SAMPLES, BLOCK_BYTES = 256, 64 * 2**20
 STREAM_BLOCKS = 8
 
 
-class Stream(Iterator[dict[str, Tensor]]):
+class Stream(Iterator[Batch]):
     """Batches of `rank` from step `start` to the end of the plan; the next block is fetched while one is used.
 
-    Each is {"planes": uint8 (b, 2 + C, h, w), "rows": int64 (b, 3) of the order}, b = batch_size / ranks, read-only.
+    Each is {"planes": uint8 (b, 2 + C, h, w), "rows": int64 (b, 3) of the order}, b = batch_size / ranks, read-only:
+    views of the object store.
     It works from its making on; close it where it may not be read to its end.
 
     Args:
@@ -50,21 +52,20 @@ class Stream(Iterator[dict[str, Tensor]]):
     """
 
     def __init__(self, source: Source, start: int, rank: int, ranks: int, memory: int | None = None) -> None:
-        _accept_read_only_arrays()
         batch = source.plan.batch_size // ranks
         share = Share(start, rank, ranks, block_steps(source, batch, memory))
         self._blocks = _blocks(source, share, memory)
         self._fetcher = ThreadPoolExecutor(1, "blocks")
         self._batches = self._slices(batch, self._fetcher.submit(next, self._blocks, None))
 
-    def __next__(self) -> dict[str, Tensor]:
+    def __next__(self) -> Batch:
         return next(self._batches)
 
-    def _slices(self, batch: int, fetched: Future) -> Generator[dict[str, Tensor], None, None]:
+    def _slices(self, batch: int, fetched: Future) -> Generator[Batch, None, None]:
         while (block := fetched.result()) is not None:
             fetched = self._fetcher.submit(next, self._blocks, None)
             for first in range(0, len(block["rows"]), batch):
-                yield {name: torch.from_numpy(values[first : first + batch]) for name, values in block.items()}
+                yield {name: values[first : first + batch] for name, values in block.items()}
 
     def close(self) -> None:
         """Stop reading: its tasks end, its CPUs and the object store are free."""
@@ -80,7 +81,7 @@ def block_steps(source: Source, batch: int, memory: int | None) -> int:
     return max(1, min(BLOCK_SAMPLES, room // math.prod(source.shape())) // batch)
 
 
-def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[str, np.ndarray], None, None]:
+def _blocks(source: Source, share: Share, memory: int | None) -> Generator[Batch, None, None]:
     """The share's blocks in order, made by Ray Data tasks."""
     count = -(-(source.plan.steps - share.start) // share.block_steps)
     if count <= 0:
@@ -100,15 +101,3 @@ def _blocks(source: Source, share: Share, memory: int | None) -> Generator[dict[
         dataset.set_name(f"rank_{share.rank}")  # in the dashboard
         # Ray Data's thread that prefetches would never end, nor release its blocks, where we stop early (2.60).
         yield from cast(Any, dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
-
-
-def _accept_read_only_arrays() -> None:
-    """Let torch give its warning about read-only arrays, once a process, unseen.
-
-    Batches are views of the object store, which is read-only, and the loop only reads them.
-    """
-    array = np.zeros(1)
-    array.flags.writeable = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.from_numpy(array)

@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 
 from ray.actor import ActorHandle
 
-from raylivecell import addresses
+from raylivecell import addresses, ingest
+from raylivecell.blocks import Source
 from raylivecell.dataset import Samples
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
 
 RANK = "rank"
-"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `loop.rank` of the row."""
+"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `run_state.rank` of the row."""
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,19 @@ class Job:
     def plan(self) -> Plan:
         """The order of the run."""
         return Plan(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
+
+    def stream(self, step: int, rank: int = 0, ranks: int = 1) -> ingest.Stream:
+        """The batches of `rank` from `step` on: it starts its tasks at once."""
+        samples, recipe = self.samples, self.recipe
+        source = Source(
+            samples.train,
+            self.plan(),
+            recipe.augment,
+            recipe.crop,
+            samples.frame,
+            samples.kept_train,
+            recipe.targets,
+            samples.task_cpus,
+            samples.intensity.background_level,
+        )
+        return ingest.Stream(source, step, rank, ranks, self.stream_memory // ranks)

@@ -8,7 +8,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from raylivecell.device import Sender
 from raylivecell.losses import segmentation_loss
 from raylivecell.optimizer import build_optimizer
 from raylivecell.order import EPOCH, SAMPLE, Plan
+from raylivecell.run_state import State
 from raylivecell.training_config import LoopConfig, LossConfig, OptimizerConfig
 
 # Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.
@@ -33,29 +34,6 @@ class NonFiniteLoss(Exception):
     def __init__(self, step: int, samples: list[int]) -> None:
         super().__init__(f"loss is not finite at step {step}, samples {samples}")
         self.step, self.samples = step, samples
-
-
-@dataclass
-class State:
-    """Where a run stands."""
-
-    step: int = 0
-    """Optimiser steps done; times the batch size, the samples done: the place in the run's order."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """A row of metrics a report, oldest first."""
-
-    def score(self) -> float:
-        """`rank` of the report at this step, by which checkpoints are compared; -1 between two reports."""
-        return rank(self.history[-1]) if self.reported() else -1.0
-
-    def reported(self) -> bool:
-        """Whether the last row of the history is of this step."""
-        return bool(self.history) and self.history[-1]["step"] == self.step
-
-
-def rank(row: dict[str, Any]) -> float:
-    """What a row of the history is judged by, on validation images: mSA where cells are told apart, else mean Dice."""
-    return float(row.get("val_msa", row.get("val_mean_image_dice", -1.0)))
 
 
 @dataclass

@@ -29,6 +29,7 @@ from raylivecell import (
     parts,
     predictor,
     progress,
+    run_state,
     runtime,
     segmenter,
     sources,
@@ -216,10 +217,8 @@ def _model(uri: str) -> tuple[str, str]:
     """Where the model is that `uri` means, and the file of its weights."""
     if uri.endswith(segmenter.ONNX):
         return uri, uri
-    from raylivecell import checkpoint  # torch
-
-    folder = checkpoint.find(uri)
-    return folder, storage.join(folder, checkpoint.MODEL)
+    folder = run_state.find(uri)
+    return folder, storage.join(folder, run_state.MODEL)
 
 
 def _image_files(uri: str, out: str, follow_links: bool = False) -> tuple[str, dict[str, pafs.FileInfo]]:

@@ -18,8 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from raylivecell import addresses, page, storage
-from raylivecell.loop import rank
 from raylivecell.overlay import LEGEND, overlay
+from raylivecell.run_state import rank
 
 Row = dict[str, Any]
 Picture = tuple[str, bytes]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import grey_levels, images, instances, intensity, storage, tiles
+from raylivecell import grey_levels, images, instances, intensity, run_state, storage, tiles
 from raylivecell.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig, Maps
@@ -145,7 +145,7 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
 
     from raylivecell import checkpoint, recipe, segment
 
-    folder = checkpoint.find(storage.absolute(uri))
+    folder = run_state.find(storage.absolute(uri))
     model, settings = segment.load(folder, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     return Segmenter(
         lambda image: segment.maps(model, image, flips),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from raylivecell import intensity, shards, storage
+from raylivecell import intensity, run_state, shards, storage
 from raylivecell.defects import DefectRules, Entry, Facts, Found, found_in
 from raylivecell.errors import UserError
 from raylivecell.grey_levels import Measures
@@ -30,7 +30,7 @@ def read_rule(uri: str) -> Intensity:
     from raylivecell import checkpoint  # torch
 
     try:
-        return checkpoint.load_intensity(checkpoint.find(uri))
+        return checkpoint.load_intensity(run_state.find(uri))
     except UserError as error:
         raise UserError(f"--intensity-from {uri}: no dataset there, and {error}") from error
 

@@ -21,6 +21,7 @@ from raylivecell import (
     gauges,
     preflight,
     run_folder,
+    run_state,
     runtime,
     shards,
     space,
@@ -41,7 +42,7 @@ from raylivecell.space import SweepConfig
 from raylivecell.study import StudyFile, finished, folder_of, left_running, open_study
 from raylivecell.trial import Shared
 
-BEST = checkpoint.FOLDER + "best"
+BEST = run_state.FOLDER + "best"
 
 
 def sweep(
@@ -102,7 +103,7 @@ def sweep(
 
 def _room(recipe: Recipe, config: SweepConfig, at_once: int | None) -> tuner.Capacity:
     """Join the cluster, and how it is shared among trials; UserError for what it cannot compute."""
-    runtime.connect()
+    runtime.connect(dashboard=True)
     _check_variants(recipe, config, preflight.hardware)
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
@@ -216,7 +217,7 @@ def _search(
 def _tidy(out: str, study: optuna.Study) -> None:
     """A trial keeps its best checkpoint only: also one whose processes outlived its end by a moment."""
     for trial in finished(study):
-        checkpoint.keep_best(storage.join(out, folder_of(trial.number)))
+        run_state.keep_best(storage.join(out, folder_of(trial.number)))
 
 
 def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:
@@ -289,8 +290,8 @@ def _write_best(
     objectives = [space.OBJECTIVES[one] for one in config.objectives]
     if confirmed and [one.column for one in objectives] == ["score"]:
         folder, why = confirm.winner(out, confirmed, objectives[0].unit)
-    source = checkpoint.find(folder)
-    text = storage.read_bytes(storage.join(source, checkpoint.RECIPE))
+    source = run_state.find(folder)
+    text = storage.read_bytes(storage.join(source, run_state.RECIPE))
     storage.write_bytes(storage.join(out, "best.yaml"), f"# {why}.\n".encode() + text)
     checkpoint.copy(source, storage.join(out, BEST))
     return why

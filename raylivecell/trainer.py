@@ -9,7 +9,7 @@ import ray
 import ray.train
 from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from raylivecell import ray_internals, run_folder, runtime
+from raylivecell import addresses, ray_internals, run_folder, run_state, runtime, storage
 from raylivecell.job import RANK, Job
 from raylivecell.process_settings import environment
 from raylivecell.ray_errors import as_user_errors
@@ -48,10 +48,28 @@ def trainer(
 
 
 def _work(config: dict[str, Job]) -> Any:
-    """The training function, which a worker imports, with torch; the driver does not."""
+    """The training function: start the worker's stream, then import torch and train.
+
+    The stream needs no torch: its tasks' processes start while this one imports it (5 s with MONAI).
+    """
+    job, context = config["job"], ray.train.get_context()
+    last = _last_checkpoint(job)
+    step = run_state.load_state(last).step if last else 0
+    stream = job.stream(step, context.get_world_rank(), context.get_world_size())
     from raylivecell.worker import work
 
-    return work(config["job"])
+    return work(job, last, stream)
+
+
+def _last_checkpoint(job: Job) -> str | None:
+    """URI of the checkpoint to resume from; none: from the start.
+
+    Of a resumed run of which Ray's list of checkpoints was lost (`run_folder`), the latest complete one in its folder.
+    """
+    last = ray.train.get_checkpoint()
+    if last is not None:
+        return storage.join(job.out, addresses.name(last.path))
+    return run_state.latest(job.out) if job.resumed else None
 
 
 def _nccl() -> BackendConfig:

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, gauges, loop, preflight, segment, space, storage, trainer
+from raylivecell import checkpoint, gauges, loop, preflight, run_state, segment, space, storage, trainer
 from raylivecell.dataset import Samples
 from raylivecell.errors import MachineError, UserError
 from raylivecell.job import Job
@@ -79,7 +79,7 @@ class OneWorker(tune.Trainable):
         self.failed: Result | None = None
         try:
             self.job = self.shared.job(config)
-            self.last = checkpoint.latest(self.job.out)
+            self.last = run_state.latest(self.job.out)
             device = torch.device("cuda" if self.shared.gpus else "cpu")
             self.reports = reports(self.job, Place(0, 1, device, self.shared.threads), self.last)
         except UserError as error:
@@ -105,7 +105,7 @@ class OneWorker(tune.Trainable):
 
     def _result(self, training: loop.Training | None) -> Result:
         """Of the row just made; without one, the trial had ended before it was taken up again."""
-        state = training.state if training else checkpoint.load_state(self.last or "")
+        state = training.state if training else run_state.load_state(self.last or "")
         row = told(state, self.job.plan())
         row["done"] = row["step"] >= row["steps"]
         if row["done"] and self.shared.timed:
@@ -115,10 +115,10 @@ class OneWorker(tune.Trainable):
 
     def _save(self, training: loop.Training) -> None:
         state = training.state
-        folder = storage.join(self.job.out, checkpoint.name(state.step))
+        folder = storage.join(self.job.out, run_state.name(state.step))
         save(folder, training, self.job)
-        best = max(state.history, key=lambda row: (loop.rank(row), row["step"]))["step"]
-        checkpoint.keep(self.job.out, {best, state.step})
+        best = max(state.history, key=lambda row: (run_state.rank(row), row["step"]))["step"]
+        run_state.keep(self.job.out, {best, state.step})
         self.journal = self.journal or Journal(self.job.out, state.step)
         self.journal.write(state.history)
 
@@ -147,7 +147,7 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
         return
     # The whole history is in the metrics file, also that of a run which had ended before it was taken up again.
     lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
-    state = loop.State(len(lines), [json.loads(line) for line in lines])
+    state = run_state.State(len(lines), [json.loads(line) for line in lines])
     row = told(state, job.plan())
     if shared.timed:
         row["ms_per_image"] = ms_per_image(checkpoint.load_model(job.out)[0], shared.samples)

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raylivecell import checkpoint, placement, run_folder, storage
+from raylivecell import placement, run_folder, run_state, storage
 from raylivecell.errors import UserError
 from raylivecell.live import Board
 from raylivecell.placement import Machine
@@ -171,6 +171,6 @@ class Watch(tune.Callback):
         self._end(trial, None)
 
     def _end(self, trial: Any, result: dict[str, Any] | None) -> None:
-        checkpoint.keep_best(storage.join(self.out, trial.config["job"]["folder"]))
+        run_state.keep_best(storage.join(self.out, trial.config["job"]["folder"]))
         self.board.end(self._name(trial), end_of(result).name.lower(), (result or {}).get("failed"))
         self.changed()

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylivecell import (
-    addresses,
-    blocks,
     checkpoint,
     device_augment,
     gauges,
@@ -35,10 +33,11 @@ from raylivecell import (
     instances,
     loop,
     metrics,
+    run_state,
     segment,
-    storage,
 )
 from raylivecell.dataset import Samples
+from raylivecell.device import tensors
 from raylivecell.fields import Targets
 from raylivecell.job import RANK, Job
 from raylivecell.journal import Journal
@@ -61,8 +60,14 @@ class Place:
     threads: int
 
 
-def work(job: Job) -> dict[str, Any] | None:
-    """The training function of Ray Train; {"step", "samples"} where the loss was not finite, else none."""
+def work(job: Job, last: str | None, stream: ingest.Stream) -> dict[str, Any] | None:
+    """Train as one of Ray Train's workers; {"step", "samples"} where the loss was not finite, else none.
+
+    Args:
+        job: what to train.
+        last: URI of the checkpoint to go on from; none: from the start.
+        stream: this worker's batches from there on.
+    """
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if not torch.distributed.is_initialized():  # by Ray Train, over NCCL, for GPUs alone
@@ -73,7 +78,7 @@ def work(job: Job) -> dict[str, Any] | None:
     place = Place(context.get_world_rank(), context.get_world_size(), device, job.threads or shared)
     journal: Journal | None = None
     try:
-        for training in reports(job, place, _last_checkpoint(job)):
+        for training in reports(job, place, last, stream):
             row = told(training.state, job.plan()) if training.state.reported() else {RANK: -1.0}
             if place.rank != 0:
                 ray.train.report(row)
@@ -91,24 +96,13 @@ def work(job: Job) -> dict[str, Any] | None:
     return None
 
 
-def _last_checkpoint(job: Job) -> str | None:
-    """URI of the checkpoint to resume from; none: from the start.
-
-    Of a resumed run of which Ray's list of checkpoints was lost (`run_folder`) the last complete one in its folder.
-    """
-    last = ray.train.get_checkpoint()
-    if last is not None:
-        return storage.join(job.out, addresses.name(last.path))
-    return checkpoint.latest(job.out) if job.resumed else None
-
-
 def save(folder: str, training: loop.Training, job: Job) -> None:
     """Write a checkpoint of the job's training into `folder`."""
     data, rule = job.samples.provenance, job.samples.intensity
     checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule)
 
 
-def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]:
+def reports(job: Job, place: Place, last: str | None, stream: ingest.Stream | None = None) -> Iterator[loop.Training]:
     """Train as one of the job's workers; gives the training after each new row of its history.
 
     Closing it ends the stream of batches too.
@@ -117,6 +111,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
         job: what to train.
         place: which of the workers this is.
         last: URI of the checkpoint to go on from; none: from the start.
+        stream: this worker's batches from there on, closed at the end; default: started here.
 
     Raises:
         loop.NonFiniteLoss: as `loop.run`.
@@ -125,25 +120,14 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
     # A GPU's process needs one thread, for its launches.
     torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
     torch.backends.cudnn.benchmark = True  # crops are all of one size: the fastest of cuDNN's ways for it is looked for
-    values, state = checkpoint.load_training(last) if last else (None, loop.State())
+    values, state = checkpoint.load_training(last) if last else (None, run_state.State())
     recipe, plan = job.recipe, job.plan()
     samples = job.samples
-    source = blocks.Source(
-        samples.train,
-        plan,
-        recipe.augment,
-        recipe.crop,
-        samples.frame,
-        samples.kept_train,
-        recipe.targets,
-        samples.task_cpus,
-        samples.intensity.background_level,
-    )
-    stream = ingest.Stream(source, state.step, place.rank, place.ranks, job.stream_memory // place.ranks)
-    batches: Iterator[dict[str, Tensor]] = stream
+    stream = stream or job.stream(state.step, place.rank, place.ranks)
+    batches = tensors(stream)
     if recipe.augment.device == "cuda":
         batches = device_augment.batches(
-            stream, plan, recipe.augment, recipe.crop, place.device, samples.intensity.background_level
+            batches, plan, recipe.augment, recipe.crop, place.device, samples.intensity.background_level
         )
     with contextlib.closing(stream):
         torch.manual_seed(recipe.seed)
@@ -166,7 +150,7 @@ def reports(job: Job, place: Place, last: str | None) -> Iterator[loop.Training]
         )
 
 
-def told(state: loop.State, plan: Plan) -> dict[str, Any]:
+def told(state: run_state.State, plan: Plan) -> dict[str, Any]:
     """The last row of the history, and of the run so far `score` (the best), `steps` (of the whole), `progress`
     (percent) and `training_seconds` (with validation).
     """
@@ -174,8 +158,8 @@ def told(state: loop.State, plan: Plan) -> dict[str, Any]:
     seconds = sum(one["seconds"] + one["validation_seconds"] for one in state.history)
     return {
         **row,
-        RANK: loop.rank(row),
-        "score": max(loop.rank(one) for one in state.history),
+        RANK: run_state.rank(row),
+        "score": max(run_state.rank(one) for one in state.history),
         "steps": plan.steps,
         "progress": 100 * row["step"] / plan.steps,
         "training_seconds": round(seconds, 2),

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raylivecell import checkpoint, coco, coco_results, images, loop, outlines, recipe, shards, tiff_segments
+from raylivecell import checkpoint, coco, coco_results, images, outlines, recipe, run_state, shards, tiff_segments
 from raylivecell.defects import DefectRules
 from raylivecell.errors import UserError
 from raylivecell.model import build_model
@@ -232,7 +232,7 @@ def datasets() -> Iterator[tuple[str, str]]:
 def checkpoints() -> Iterator[tuple[str, str]]:
     config = recipe.Recipe(model=ModelConfig(features=(4,)), crop=(16, 16))
     network = build_model(config.model)
-    checkpoint.save(str(HERE), network, {}, loop.State(), config)
+    checkpoint.save(str(HERE), network, {}, run_state.State(), config)
     with (
         zipfile.ZipFile(HERE / checkpoint.TRAINING, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
         packed.open("archive/data/0", "w", force_zip64=True) as stream,
@@ -241,16 +241,16 @@ def checkpoints() -> Iterator[tuple[str, str]]:
             stream.write(bytes(MIB))
     yield "a packed gigabyte", told(checkpoint.load_training, str(HERE))
     for name, text in (("a deep state", DEEP), ("a long step", '{"step": ' + LONG + "}")):
-        file(checkpoint.STATE, text)
-        yield name, told(checkpoint.load_state, str(HERE))
-    file(checkpoint.RECIPE, f"model: {{features: [{10**6}, {10**6}]}}")
+        file(run_state.STATE, text)
+        yield name, told(run_state.load_state, str(HERE))
+    file(run_state.RECIPE, f"model: {{features: [{10**6}, {10**6}]}}")
     yield "a network of terabytes", told(checkpoint.load_model, str(HERE))
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}).encode()
     for name, data in (
         ("a wide tensor", struct.pack("<Q", len(header)) + header + bytes(4)),
         ("a long header", b"\xff" * 8),
     ):
-        file(checkpoint.MODEL, data)
+        file(run_state.MODEL, data)
         yield name, told(checkpoint.load_model, str(HERE))
 
 

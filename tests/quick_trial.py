@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from raylivecell import checkpoint, loop, segment, trial
+from raylivecell import checkpoint, loop, run_state, segment, trial
 from raylivecell.job import Job
 
 BEST_LR = 3e-3
@@ -29,7 +29,7 @@ def quick_trial() -> type[trial.OneWorker]:
     def reports(job: Job, place: object, last: str | None) -> Iterator[loop.Training]:
         """Take the place of `worker.reports`."""
         torch.set_num_threads(1)
-        values, state = checkpoint.load_training(last) if last else (None, loop.State())
+        values, state = checkpoint.load_training(last) if last else (None, run_state.State())
         plan, every = job.plan(), job.recipe.loop.report_steps or 1
         training = loop.start(segment.build(job.recipe, torch.device("cpu")), job.recipe.optimizer, plan.steps)
         if values is not None:

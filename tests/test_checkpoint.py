@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raylivecell import checkpoint, loop, storage
+from raylivecell import checkpoint, loop, run_state, storage
 from raylivecell.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
@@ -19,7 +19,7 @@ def save(folder: Path, score: float, steps: int = 3) -> loop.Training:
     training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
     training.model(torch.rand(1, 1, 16, 16)).mean().backward()
     training.optimizer.step()
-    state = loop.State(steps, [{"step": steps, "val_mean_image_dice": score}])
+    state = run_state.State(steps, [{"step": steps, "val_mean_image_dice": score}])
     checkpoint.save(str(folder), training.network(), training.state_dict(), state, RECIPE)
     return training
 
@@ -30,7 +30,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     values, state = checkpoint.load_training(str(tmp_path))
     assert recipe == RECIPE
     assert not model.training
-    assert state == loop.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
+    assert state == run_state.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
     for a, b in zip(model.parameters(), training.model.parameters()):
         assert torch.equal(a, b)
     again = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
@@ -44,7 +44,7 @@ def test_a_run_is_its_best_whole_checkpoint(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint_2", 0.7)
     save(tmp_path / "checkpoint_3", 0.95)
     (tmp_path / "checkpoint_3" / "recipe.yaml").unlink()
-    assert checkpoint.find(str(tmp_path)).endswith("checkpoint_1")
+    assert run_state.find(str(tmp_path)).endswith("checkpoint_1")
 
 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ class Hostile:
         return (Path.touch, (Path(self.marker),))
 
 
-@pytest.mark.parametrize("name", [checkpoint.TRAINING, checkpoint.MODEL])
+@pytest.mark.parametrize("name", [checkpoint.TRAINING, run_state.MODEL])
 def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str) -> None:
     save(tmp_path, 0.5)
     marker = tmp_path / "it ran"
@@ -97,9 +97,9 @@ def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_latest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
     """Names are in order below a million steps only; of equal scores the later is the best."""
     for steps in (999_999, 1_000_000, 200_000):
-        save(tmp_path / checkpoint.name(steps), 0.5, steps)
-    assert checkpoint.latest(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
-    assert checkpoint.find(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
+        save(tmp_path / run_state.name(steps), 0.5, steps)
+    assert run_state.latest(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
+    assert run_state.find(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
     (tmp_path / "checkpoint_1000000" / "recipe.yaml").unlink()
-    assert checkpoint.latest(str(tmp_path)) == str(tmp_path / "checkpoint_999999"), "one that is cut off is none"
-    assert checkpoint.latest(str(tmp_path / "none")) is None
+    assert run_state.latest(str(tmp_path)) == str(tmp_path / "checkpoint_999999"), "one that is cut off is none"
+    assert run_state.latest(str(tmp_path / "none")) is None

@@ -13,9 +13,9 @@ from pycocotools import mask as coco_mask
 from raylivecell import checkpoint, coco_protocol, evaluate, intensity, metrics, rle, scores, segmenter, shards, storage
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
-from raylivecell.loop import State
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig
 
 SIZES = [(48, 64), (48, 64), (33, 57), (64, 48)]

@@ -13,8 +13,8 @@ import torch
 from raylivecell import checkpoint, export, onnx_model, recipe, segment, segmenter
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
-from raylivecell.loop import State
 from raylivecell.model import build_model
+from raylivecell.run_state import State
 
 DATA = {"name": "disks", "licence": "CC0", "citation": "nobody", "sha256": "ab" * 32, "uri": "x"}
 

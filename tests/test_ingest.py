@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
-import torch
 from conftest import run_apart, write_tiny_dataset
 from hosts import until
 
@@ -44,7 +43,7 @@ def small_blocks() -> Iterator[None]:
 def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> Batches:
     """The stream of a rank, by Ray Data."""
     batches = list(ingest.Stream(source, start, rank, ranks))
-    return tuple(torch.stack([batch[name] for batch in batches]).numpy() for name in ("planes", "rows"))  # type: ignore[return-value]
+    return tuple(np.stack([batch[name] for batch in batches]) for name in ("planes", "rows"))  # type: ignore[return-value]
 
 
 def direct(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> Batches:
@@ -98,7 +97,9 @@ def test_runs_at_the_same_time_share_the_object_store(tiny_dataset: str, monkeyp
     store = free = 10_000.0
     monkeypatch.setattr(dataset.ray, "available_resources", lambda: {"object_store_memory": free})
     monkeypatch.setattr(dataset.runtime, "task_cpus", lambda: 1.0)
-    monkeypatch.setattr(dataset, "decode", SimpleNamespace(remote=lambda row, cells: row))
+    monkeypatch.setattr(
+        dataset, "decode", SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=lambda rows, cells: rows))
+    )
     for size in (100, 160, 240, 1000):  # bytes of a sample: 12 to train on, 3 to validate
         monkeypatch.setattr(dataset, "sample_bytes", lambda *_, size=size: size)
         samples = dataset.open_samples(tiny_dataset)
@@ -159,7 +160,9 @@ def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: B
 
 
 def test_data_tasks_need_no_torch() -> None:
-    code = "import sys, raylivecell.execution; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, raylivecell.execution, raylivecell.ingest, raylivecell.trainer; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -16,10 +16,10 @@ from raylivecell import checkpoint, evaluate, export, intensity, predictor, samp
 from raylivecell.defects import DefectRules, Entry
 from raylivecell.grey_levels import Measures, measure, padding_mask, without_padding
 from raylivecell.intensity import Intensity, choose, to_uint8
-from raylivecell.loop import State
 from raylivecell.model import build_model
 from raylivecell.progress import show_warnings
 from raylivecell.recipe import Recipe
+from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig
 
 

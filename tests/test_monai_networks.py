@@ -11,8 +11,8 @@ import torch
 
 from raylivecell import checkpoint, losses, preflight, recipe, segment, space, space_check
 from raylivecell.errors import UserError
-from raylivecell.loop import State
 from raylivecell.model import build_model
+from raylivecell.run_state import State
 from raylivecell.space import Condition, Dimension, SweepConfig
 from raylivecell.training_config import ModelConfig, Network
 

@@ -23,9 +23,9 @@ from pycocotools import mask as coco_mask
 from raylivecell import checkpoint, cli, predict, predictor, segmenter
 from raylivecell.errors import UserError
 from raylivecell.instances import InstanceConfig
-from raylivecell.loop import State
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig
 
 TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell import check, checkpoint, run_folder, train
+from raylivecell import check, checkpoint, run_folder, run_state, train
 from raylivecell import recipe as recipes
 from raylivecell.errors import UserError
-from raylivecell.loop import State
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_folder import Failure
+from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
@@ -24,7 +24,7 @@ def begun(out: Path, data: str, steps: int) -> None:
     (out / "notes.txt").write_text("the user's own")
     if steps:
         state = State(steps, [{"step": steps, "val_mean_image_dice": 0.5}])
-        checkpoint.save(str(out / checkpoint.name(steps)), build_model(RECIPE.model), {}, state, RECIPE)
+        checkpoint.save(str(out / run_state.name(steps)), build_model(RECIPE.model), {}, state, RECIPE)
         (out / "tensorboard").mkdir()
         (out / "tensorboard" / "events").write_text("x")
 

@@ -16,7 +16,7 @@ from conftest import run_apart, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
-from raylivecell import checkpoint, confirm, loop, parts, prepare, run_folder, samples, shards, study
+from raylivecell import checkpoint, confirm, loop, parts, prepare, run_folder, run_state, samples, shards, study
 from raylivecell.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
@@ -36,8 +36,8 @@ def marker(tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Path:
     """A run's folder with one checkpoint."""
     training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
-    state = loop.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
-    folder = tmp_path / "run" / checkpoint.name(3)
+    state = run_state.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
+    folder = tmp_path / "run" / run_state.name(3)
     checkpoint.save(str(folder), training.network(), training.state_dict(), state, RECIPE, {"name": "squares"})
     return folder
 
@@ -88,7 +88,7 @@ def test_thresholds_that_are_none(text: str, model: Path, capsys: pytest.Capture
 def test_a_state_that_is_none(text: str, model: Path) -> None:
     (model / "state.json").write_text(text)
     with pytest.raises(UserError, match=r"state\.json is not what"):
-        checkpoint.load_state(str(model))
+        run_state.load_state(str(model))
 
 
 @pytest.mark.parametrize(

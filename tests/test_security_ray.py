@@ -201,7 +201,7 @@ def watch():
 
 def command(arguments):
     from raylivecell import runtime
-    runtime.connect(cpus=4)
+    runtime.connect(cpus=4, dashboard=True)
     import ray
     ray.get(ray.remote(lambda: 1).remote())
     look()

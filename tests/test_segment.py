@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from raylivecell import checkpoint, segment, segmenter
-from raylivecell.loop import State
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig
 
 

@@ -25,6 +25,7 @@ from raylivecell import (
     loop,
     preflight,
     run_folder,
+    run_state,
     runtime,
     segment,
     shards,
@@ -92,7 +93,7 @@ def check_folder(run: Path) -> None:
     assert (run / "recipe.yaml").exists()
     kept = [path for path in run.glob("checkpoint_*") if path.is_dir()]
     assert 1 <= len(kept) <= 3, "the best, the last, and one whose report the kill cut off"
-    _, state = checkpoint.load_training(checkpoint.find(str(run)))
+    _, state = checkpoint.load_training(run_state.find(str(run)))
     assert state.score() == max(row["val_msa"] for row in rows)
 
 
