@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import ray
@@ -55,6 +56,27 @@ def read_sample(row: shards.Row, cells: bool = False) -> Sample:
         return np.stack([sample[name] for name in PLANES])
     sample = shards.read_row(row, ("image", "labels", "border"))
     return sample["image"], fields.pack(sample["labels"], sample["border"])
+
+
+class ValidationSample(NamedTuple):
+    """A whole image that a network is scored on."""
+
+    image: np.ndarray
+    """uint8 (H, W)."""
+    truth: np.ndarray
+    """(H, W): labels uint16 where cells are told apart, else the foreground, uint8 0 or 1."""
+    padding: np.ndarray | None
+    """bool (H, W), where the frame is padding; None: nowhere."""
+
+
+def read_validation_sample(row: shards.Row, cells: bool = False) -> ValidationSample:
+    """A validation sample decoded; `cells`: with its labels."""
+    truth = "labels" if cells else "foreground"
+    sample = shards.read_row(row, ("image", truth, "padding"))
+    return ValidationSample(sample["image"], sample[truth], sample["padding"])
+
+
+Reader = Callable[[shards.Row, bool], Sample | ValidationSample]
 
 
 def _samples(source: Source, numbers: Sequence[int]) -> Iterator[Sample]:
@@ -153,7 +175,7 @@ def read_block(number: int, work: "ray.ObjectRef[tuple[Source, Share]]") -> list
 
 
 @ray.remote
-def decode(rows: Sequence[shards.Row], cells: bool) -> Iterator[Sample]:
-    """`read_sample` of each row as a task of Ray's, an object for each."""
+def decode(read: Reader, rows: Sequence[shards.Row], cells: bool) -> Iterator[Sample | ValidationSample]:
+    """Each row as `read` gives it, as a task of Ray's: an object for each."""
     for row in rows:
-        yield read_sample(row, cells)
+        yield read(row, cells)

@@ -8,7 +8,15 @@ from typing import Any
 import ray
 
 from raylivecell import runtime, shards
-from raylivecell.blocks import PLANES, Kept, Sample, decode, read_sample
+from raylivecell.blocks import (
+    PLANES,
+    Kept,
+    Reader,
+    ValidationSample,
+    decode,
+    read_sample,
+    read_validation_sample,
+)
 from raylivecell.intensity import LIVECELL, Intensity
 
 # One run's budget, in shares of the object store's bytes that are free when it starts: decoded training and validation
@@ -41,18 +49,19 @@ class Samples:
     intensity: Intensity = LIVECELL
     """How the set's images became grey levels: the network normalises by its background."""
 
-    def val_sample(self, number: int) -> Sample:
-        """A whole validation image as `read_sample` gives it."""
-        return ray.get(self.kept_val[number]) if self.kept_val else read_sample(self.val[number], self.cells)
+    def val_sample(self, number: int) -> ValidationSample:
+        """A whole validation image."""
+        return ray.get(self.kept_val[number]) if self.kept_val else read_validation_sample(self.val[number], self.cells)
 
 
 def open_samples(data: str, cells: bool = False) -> Samples:
     """The samples of the dataset at `data`, with labels where `cells`; needs Ray."""
     budget, cached = cache_budget_bytes(), {}
     rows = {split: shards.list_rows(data, split) for split in ("train", "val")}
-    for split in ("train", "val"):  # training samples first: they are read in every epoch
+    # Training samples first: they are read in every epoch.
+    for split, read in (("train", read_sample), ("val", read_validation_sample)):
         size = len(rows[split]) * sample_bytes(data, split, cells)
-        cached[split] = cache(rows[split], size, budget, cells)
+        cached[split] = cache(rows[split], size, budget, cells, read)
         budget -= size if cached[split] else 0
     frame = max(shards.image_sizes(data, "train"), key=math.prod, default=(0, 0))
     return Samples(
@@ -74,16 +83,18 @@ def sample_bytes(data: str, split: str, cells: bool) -> int:
     return pixels * (5 if cells else len(PLANES))
 
 
-def cache(rows: Sequence[shards.Row], size: float, budget: float, cells: bool = False) -> Kept:
+def cache(
+    rows: Sequence[shards.Row], size: float, budget: float, cells: bool = False, read: Reader = read_sample
+) -> Kept:
     """The decoded samples in the object store, one object each, if their `size` is within `budget`, both in bytes."""
     if size > budget:
         return None
     parts = [rows[first : first + DECODED_AT_ONCE] for first in range(0, len(rows), DECODED_AT_ONCE)]
-    return tuple(ref for part in parts for ref in _decoded(part, cells))
+    return tuple(ref for part in parts for ref in _decoded(read, part, cells))
 
 
-def _decoded(rows: Sequence[shards.Row], cells: bool) -> Sequence["ray.ObjectRef"]:
-    found: Any = decode.options(num_returns=len(rows)).remote(rows, cells)
+def _decoded(read: Reader, rows: Sequence[shards.Row], cells: bool) -> Sequence["ray.ObjectRef"]:
+    found: Any = decode.options(num_returns=len(rows)).remote(read, rows, cells)
     return found if len(rows) > 1 else [found]
 
 

@@ -115,11 +115,8 @@ def _rule_between(data: str, folder: str) -> Intensity | None:
 
 def _frame(sample: Mapping[str, Any], rule: Intensity | None) -> Frame:
     """A prepared image on the network's scale."""
-    padding, size = None, sample["image"].shape
-    if sample["padding"]:
-        with storage.unverified("the dataset's padding", shards.AGAIN):
-            padding = decode({"size": list(size), "counts": sample["padding"]}) != 0
-    return intensity.to_uint8(sample["image"], rule, padding) if rule else Frame(sample["image"], padding)
+    image, padding = sample["image"], sample["padding"]
+    return intensity.to_uint8(image, rule, padding) if rule else Frame(image, padding)
 
 
 def _check_no_run(out: str) -> None:
@@ -233,7 +230,7 @@ def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> Non
     cases = []
     for row in track(chosen, "maps", len(chosen)):
         sample = shards.read_row(row, [*PIXELS, "labels"])
-        cases.append((segment.maps(network, _frame(sample, rule).levels, tta), sample["labels"]))
+        cases.append((segment.maps_of_frame(network, _frame(sample, rule), tta), sample["labels"]))
     before = calibrate.mean_msa(cases, recipe.targets, instances.default(recipe.targets))
     config, msa = calibrate.calibrate(cases, recipe.targets)
     told = {

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import checkpoint, metrics, shards, tiles
-from raylivecell.intensity import Intensity
+from raylivecell import checkpoint, grey_levels, metrics, shards, tiles
+from raylivecell.intensity import Frame, Intensity
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 
@@ -54,6 +54,33 @@ def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> N
     return torch.sigmoid(logits(network, pixels, flips))[0].cpu().numpy()
 
 
+def logits_of_picture(
+    network: nn.Module, image: NDArray[np.uint8], padding: NDArray[np.bool_] | None, flips: bool = False
+) -> Tensor:
+    """`logits` of one frame (C, H, W) of which the network sees all but the padding; there they are minus infinity.
+
+    Args:
+        network: in evaluation mode.
+        image: uint8 (H, W).
+        padding: bool (H, W), where the frame is padding; None: nowhere.
+        flips: as in `logits`.
+    """
+    if padding is None:
+        return logits(network, torch.from_numpy(np.array(image))[None], flips)[0]
+    (rows, columns), picture = grey_levels.without_padding(image, padding)
+    found = logits(network, torch.from_numpy(picture)[None], flips)[0]
+    whole = found.new_full((len(found), *image.shape), -torch.inf)
+    whole[:, rows, columns] = found
+    whole[:, torch.from_numpy(padding).to(whole.device)] = -torch.inf
+    return whole
+
+
+def maps_of_frame(network: nn.Module, frame: Frame, flips: bool = False) -> NDArray[np.float32]:
+    """`maps` of a frame, float32 (C, H, W): 0 in its padding, and everywhere where it holds no picture."""
+    found = torch.sigmoid(logits_of_picture(network, frame.levels, frame.padding, flips)).cpu().numpy()
+    return found if frame.usable else np.zeros_like(found)
+
+
 def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
     """Title and PNG of up to `count` images of a split, spread evenly over it: image beside truth and prediction."""
     rows = shards.list_rows(data, split)
@@ -65,8 +92,8 @@ def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[s
     """Title (file, Dice, IoU) and PNG of one sample: the image beside truth and prediction."""
     from raylivecell import report  # matplotlib: 0.3 s that no training process needs to spend
 
-    sample = shards.read_row(row, ["file_name", "image", "foreground"])
-    found = logits(network, torch.from_numpy(sample["image"].copy())[None], flips)[0, 0].cpu().numpy() > 0
+    sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
+    found = logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
     counts = metrics.as_counts([metrics.mask_counts(found, sample["foreground"])])
     title = f"{sample['file_name']}   Dice {metrics.dice(counts):.3f}   IoU {metrics.iou(counts):.3f}"
     return title, report.panel(sample["image"], sample["foreground"], found)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raylivecell import storage
+from raylivecell import rle, storage
 from raylivecell.errors import UserError
 from raylivecell.intensity import Intensity
 
@@ -209,7 +209,7 @@ def _line(error: Exception) -> str:
 def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     """One sample's `columns`; pixel columns as read-only arrays of shape (H, W), the rest as Python values.
 
-    Always holds `height` and `width` too.
+    `padding` is bool (H, W), or None where the frame has none. Always holds `height` and `width` too.
     """
     wanted = list(dict.fromkeys(["height", "width", *columns]))
     file = _open(row.shard, row.version)
@@ -220,6 +220,10 @@ def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
         shape = (sample["height"], sample["width"])
         for name in PIXEL_DTYPES.keys() & sample.keys():
             sample[name] = np.frombuffer(sample[name], PIXEL_DTYPES[name]).reshape(shape)
+        if counts := sample.get("padding"):
+            sample["padding"] = rle.decode({"size": list(shape), "counts": counts}) != 0
+        elif counts is not None:
+            sample["padding"] = None
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"cannot read row {row.group} of shard {row.shard}: {_line(error)}; {AGAIN}") from error
     return sample

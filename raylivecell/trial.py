@@ -158,7 +158,7 @@ def ms_per_image(network: nn.Module, samples: Samples) -> float:
     """Median milliseconds of a whole validation image through the network, where it lies, one at a time."""
     network.eval()
     device = next(network.parameters()).device
-    image = torch.from_numpy(samples.val_sample(0)[0].copy())[None].to(device)
+    image = torch.from_numpy(samples.val_sample(0).image.copy())[None].to(device)
     seconds = []
     for _ in range(WARM_UP + MEASURED):
         begin = time.perf_counter()

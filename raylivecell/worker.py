@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.collective
@@ -248,14 +247,14 @@ class _Validation:
     def _row(self, network: nn.Module, number: int) -> list[float]:
         """Of one image: the four counts of its pixels, Dice, mSA (0 where cells are not told apart), 1."""
         sample = self.samples.val_sample(number)
-        truth = sample[1].astype(np.uint16) if isinstance(sample, tuple) else sample[1]
-        logits = segment.logits(network, torch.from_numpy(sample[0].copy())[None].to(self.device))
-        counts = metrics.pixel_counts(logits, torch.from_numpy(truth != 0)[None].to(self.device))[0].tolist()
+        logits = segment.logits_of_picture(network, sample.image, sample.padding)
+        foreground = torch.from_numpy(sample.truth != 0).to(self.device)
+        counts = metrics.pixel_counts(logits[None], foreground[None])[0].tolist()
         msa = 0.0
         if self.targets != "foreground":
-            maps = torch.sigmoid(logits[0]).cpu().numpy()
+            maps = torch.sigmoid(logits).cpu().numpy()
             found = instances.segment(maps, self.targets, instances.default(self.targets))
-            msa = float(instance_metrics.segmentation_accuracy(instance_metrics.overlaps(found, truth)).mean())
+            msa = float(instance_metrics.segmentation_accuracy(instance_metrics.overlaps(found, sample.truth)).mean())
         return [*counts, metrics.dice(counts), msa, 1]
 
 

@@ -98,7 +98,9 @@ def test_runs_at_the_same_time_share_the_object_store(tiny_dataset: str, monkeyp
     monkeypatch.setattr(dataset.ray, "available_resources", lambda: {"object_store_memory": free})
     monkeypatch.setattr(dataset.runtime, "task_cpus", lambda: 1.0)
     monkeypatch.setattr(
-        dataset, "decode", SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=lambda rows, cells: rows))
+        dataset,
+        "decode",
+        SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=lambda read, rows, cells: rows)),
     )
     for size in (100, 160, 240, 1000):  # bytes of a sample: 12 to train on, 3 to validate
         monkeypatch.setattr(dataset, "sample_bytes", lambda *_, size=size: size)

@@ -1,10 +1,14 @@
 """Networks on images of any size, flipped and not; and how many actors do that."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, segment, segmenter
+from raylivecell import checkpoint, instance_metrics, segment, segmenter, worker
+from raylivecell.blocks import ValidationSample
+from raylivecell.intensity import Frame
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
@@ -50,3 +54,41 @@ def test_flips_make_the_answer_follow_the_image(saved: str) -> None:
 def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
     with pytest.raises(ValueError, match="give a grey image"):
         segmenter.load(saved).segment(wrong)
+
+
+@pytest.mark.parametrize("kind", ["none", "strip", "corner"])
+def test_padding_is_neither_shown_to_the_network_nor_scored(saved: str, kind: str) -> None:
+    """By validation, `--calibrate` and a run's report as by `evaluate` and `predict`."""
+    network, recipe = segment.load(saved, torch.device("cpu"))
+    rng = np.random.default_rng(1)
+    picture = rng.integers(90, 170, (40, 56), np.uint8)
+    image, labels = np.full((64, 56), 128, np.uint8), np.zeros((64, 56), np.uint16)
+    image[:40], labels[3:30, 5:45] = picture, 1
+    padding = np.zeros(image.shape, bool)
+    padding[40:] = True
+    if kind == "corner":
+        padding[:8, :8], labels[:8, :8] = True, 0
+    if kind == "none":
+        image, labels, padding = picture, labels[:40], padding[:40]
+    frame = Frame(image, padding if padding.any() else None)
+    maps = segment.maps_of_frame(network, frame)
+    assert not maps[:, padding].any()
+    if kind != "corner":
+        np.testing.assert_array_equal(maps[:, :40], segment.maps(network, picture))
+    assert not segment.maps_of_frame(network, frame._replace(usable=False)).any()
+    assert_scored_as_segmented(network, recipe, saved, frame, labels)
+
+
+def assert_scored_as_segmented(
+    network: torch.nn.Module, recipe: Recipe, saved: str, frame: Frame, labels: np.ndarray
+) -> None:
+    """A worker's validation scores the cells that `Segmenter` finds."""
+    sample = ValidationSample(frame.levels, labels, frame.padding)
+    samples = SimpleNamespace(val=[None], val_sample=lambda number: sample)
+    place = worker.Place(0, 1, torch.device("cpu"), 1)
+    scores = worker._Validation(samples, place, recipe.targets).scores(network)  # type: ignore[arg-type]
+    cells = segmenter.load(saved).segment_frame(frame)
+    found, truth = cells.foreground, labels != 0
+    assert scores["val_dice"] == pytest.approx(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+    msa = instance_metrics.segmentation_accuracy(instance_metrics.overlaps(cells.labels, labels)).mean()
+    assert scores["val_msa"] == pytest.approx(msa)
