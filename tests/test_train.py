@@ -101,27 +101,23 @@ def test_two_workers_one_of_them_killed_train_as_the_plain_loop(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
     """Cells told apart, weights averaged: the same history and the same weights; nothing is done twice or left out."""
-    recipe, run = RECIPE.model_copy(update={"targets": "distance"}), tmp_path / "two \u00fc"
+    # At the learning rate of the other tests rounding grows until the two differ by 3e-3 in single weights, in one
+    # process without Ray as here; at this one they differ by 1e-7. In float64 both are 4e-16.
+    slow = OptimizerConfig(lr=2e-3, ema_decay=0.9)
+    recipe, run = RECIPE.model_copy(update={"targets": "distance", "optimizer": slow}), tmp_path / "two \u00fc"
     thread, killed = kill_at(run, 4, "RayTrainWorker", most=1)
     train(tiny_dataset, str(run), recipe, workers=2)
     thread.join()
     assert killed
     plain = plain_loop(tiny_dataset, recipe)
     for mine, row in zip(history(run), plain.state.history, strict=True):
-        # Rounding grows with the steps: 1.5e-4 in the loss of distances, which is 10 times the others, after 18.
-        for name in ("loss", "bce", "dice_loss", "field_loss"):
-            assert mine[name] == pytest.approx(row[name], abs=1e-4 if row["step"] < 10 else 1e-3), (row["step"], name)
-        # A pixel on the threshold moves the Dice of three images with 1,200 pixels of cells by 4e-4, as was seen.
-        for name in ("val_dice", "val_iou", "val_mean_image_dice"):
-            assert mine[name] == pytest.approx(row[name], abs=2e-3), (row["step"], name)
-        # It may also move one of an image's ten accuracies.
-        assert mine["val_msa"] == pytest.approx(row["val_msa"], abs=0.04), row["step"]
+        for name in ("loss", "bce", "dice_loss", "field_loss", "val_dice", "val_iou", "val_mean_image_dice", "val_msa"):
+            assert mine[name] == pytest.approx(row[name], abs=1e-5), (row["step"], name)
     assert plain.state.history[-1]["loss"] < plain.state.history[0]["loss"]
     assert plain.average is not None
     expected = {**plain.model.state_dict(), **{f"average {k}": v for k, v in plain.average.state_dict().items()}}
     for name, value in weights(run).items():
-        # Adam divides by the gradient's size: single weights differ by 1e-3, a batch left out moves all of them.
-        assert (value - expected[name]).float().norm() <= 0.01 * expected[name].float().norm() + 1e-3, name
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5, msg=name)
     check_folder(run)
 
 
