@@ -165,15 +165,6 @@ def move(
     return Move(np.stack(maps), _recolouring(draws, config, background))
 
 
-def centre_crop(image: np.ndarray, targets: np.ndarray, size: Size | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The central crop, for evaluation: shapes and rules as in `augment`; odd remainders leave more at the end."""
-    image, targets = _widen(image, size), _widen(targets, size)
-    height, width = image.shape[:2]
-    h, w = size or (height, width)
-    window = ((height - h) // 2, (width - w) // 2, h, w)
-    return _cut(image, window), _cut(targets, window)
-
-
 def augment_direct(
     image: np.ndarray, targets: np.ndarray, rng: np.random.Generator, config: AugmentConfig
 ) -> tuple[np.ndarray, np.ndarray]:

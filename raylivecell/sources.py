@@ -18,16 +18,11 @@ from raylivecell.listing import list_folder, show
 from raylivecell.shards import SPLITS
 
 
-def list_files(uri: str) -> list[str]:
-    """Every file under the folder `uri`, as sorted relative paths; UserError where there is no such folder."""
-    return sorted(list_folder(uri).infos)
-
-
 def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
-    """What `list_files` lists, with each file's size and time of change, and images that cannot be read.
+    """Every file under the folder `uri`, relative path -> size and time of change; UserError where there is none.
 
-    Those are links to nothing and names that are not UTF-8: reading them fails, so that each has its line in a result.
-    Prints what was left out or followed.
+    With images that cannot be read: links to nothing and names that are not UTF-8. Reading them fails, so that each
+    has its line in a result. Prints what was left out or followed.
     """
     listing = list_folder(uri, follow_links)
     show(listing, uri)

@@ -121,7 +121,7 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
     for _, variant in space_check.variants(recipe, config):
         if (variant.crop, variant.augment.device) != shape:
             preflight.samples_fit(data, variant)
-    preflight.network(recipe)
+    _check_networks(recipe, config)
     rows = len(shards.list_rows(data, "train"))
     if not shards.list_rows(data, "val"):
         raise UserError(f"dataset at {data} has no validation images, by which trials are compared; prepare some")
@@ -134,11 +134,20 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
         )
 
 
+def _check_networks(recipe: Recipe, config: SweepConfig) -> None:
+    """UserError for a network of MONAI that does not take the options of the trials that would build it."""
+    preflight.network(recipe)
+    searched = set(space.searched_fields(config))
+    if {"model.name", "model.options"} <= searched:
+        return  # which options a network meets is decided trial by trial
+    _check_variants(recipe, config, lambda one: None if one.model == recipe.model else preflight.network(one))
+
+
 def _check_batch(recipe: Recipe, config: SweepConfig) -> None:
     preflight.batch_divides(recipe.batch_size, config.workers_per_trial, "--sweep.workers-per-trial")
 
 
-def _check_variants(recipe: Recipe, config: SweepConfig, check: Callable[[Recipe], None]) -> None:
+def _check_variants(recipe: Recipe, config: SweepConfig, check: Callable[[Recipe], object]) -> None:
     """Run a check on the starting recipe, and on it with each of the values to search that may differ for the check."""
     check(recipe)
     for path, variant in space_check.variants(recipe, config):

@@ -10,6 +10,7 @@ What needs Ray Data, Ray Train or a plotting library is imported where it is use
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -82,12 +83,14 @@ def train(
         except UserError as error:
             raise _failure(out, str(error), "") from error
     if failed:
-        names = sorted({shards.read_row(samples.train[i], ["file_name"])["file_name"] for i in failed["samples"]})
-        hint = "; lower optimizer.lr or set optimizer.clip_norm, and look at those images"
-        raise _failure(
-            out, f"the loss became NaN or infinite at step {failed['step']}, in the batch of {', '.join(names)}", hint
-        )
+        raise _loss_not_finite(out, failed["step"], [samples.train[number] for number in failed["samples"]])
     return _finish(data, out, recipe)
+
+
+def _loss_not_finite(out: str, step: int, batch: Sequence[shards.Row]) -> UserError:
+    names = sorted({shards.read_row(row, ["file_name"])["file_name"] for row in batch})
+    hint = "; lower optimizer.lr or set optimizer.clip_norm, and look at those images"
+    return _failure(out, f"the loss became NaN or infinite at step {step}, in the batch of {', '.join(names)}", hint)
 
 
 def _failure(out: str, reason: str, hint: str) -> UserError:

@@ -11,7 +11,6 @@ from raylivecell.augment import (
     augment,
     augment_direct,
     augment_planes,
-    centre_crop,
     plain,
     plain_planes,
 )
@@ -229,23 +228,16 @@ def test_a_crop_is_a_part_of_the_whole_frame(size: tuple[int, int]) -> None:
 def test_small_images_are_widened_by_reflection(shape: tuple[int, int]) -> None:
     image, labels = noise(shape), noise(shape, 1).astype(np.uint16)
     size = (64, 96)
-    for got in (plain(image, labels, rng(1), size), centre_crop(image, labels, size)):
-        for array, source in zip(got, (image, labels)):
-            assert array.shape == size
-            assert set(np.unique(array)) <= set(np.unique(source))
+    widened = plain(image, labels, rng(1), size)
+    for array, source in zip(widened, (image, labels)):
+        assert array.shape == size
+        assert set(np.unique(array)) <= set(np.unique(source))
     image_out, labels_out = augment(image, labels, rng(3), AugmentConfig(), size)
     assert image_out.shape == labels_out.shape == size
     assert set(np.unique(labels_out)) <= set(np.unique(labels))
     if shape == (20, 31):
-        centre = centre_crop(image, labels, size)[0]
-        np.testing.assert_array_equal(centre[22:42, 32:63], image)
-        np.testing.assert_array_equal(centre[21, 32:63], image[1])
-
-
-def test_centre_crop_is_central_and_whole_without_a_size() -> None:
-    image, labels = noise((50, 61)), cells((50, 61))
-    np.testing.assert_array_equal(centre_crop(image, labels)[0], image)
-    np.testing.assert_array_equal(centre_crop(image, labels, (20, 31))[1], labels[15:35, 15:46])
+        np.testing.assert_array_equal(widened[0][22:42, 32:63], image)
+        np.testing.assert_array_equal(widened[0][21, 32:63], image[1])
 
 
 @pytest.mark.parametrize("size", [None, (90, 101), (150, 400)])

@@ -702,7 +702,7 @@ def test_images_and_annotations_as_prepare_takes_them(server: Server, tmp_path: 
     server.files["images.zip"] = zipped([*IMAGES, *others])
     server.script = [cut(200)]
     download(tmp_path, base_url=server.url + "/", retry=waits.retry)
-    files = sources.list_files(str(tmp_path))
+    files = sorted(sources.list_infos(str(tmp_path)))
     assert sorted(IMAGES) == sorted(image_names.find_images(files, None).paths)
     found = sources.find_annotations(files, {}, str(tmp_path))
     assert found == {split: [TRAIN.replace("train", split)] for split in ("train", "val", "test")}

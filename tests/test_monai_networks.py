@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, losses, preflight, recipe, segment, space, space_check
+from raylivecell import checkpoint, losses, preflight, recipe, segment, space, space_check, sweep
 from raylivecell.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.run_state import State
@@ -87,6 +87,19 @@ def test_a_sweep_searches_networks_and_their_options() -> None:
     space_check.check(base, config)
     trial = space.apply(base, {"model.name": "SegResNet", "model.options": {"init_filters": 16}})
     assert trial.model == ModelConfig(name="SegResNet", features=(4, 8), options={"init_filters": 16})
+    sweep._check_networks(base, config)
+
+
+def test_a_sweep_over_options_that_a_network_refuses_is_refused() -> None:
+    """Before its first trial; where the network is searched too, only a trial tells which options it meets."""
+    base = recipe.parse({"model": {"name": "SegResNet", "options": {"init_filters": 8}}}, "test")
+    options = Dimension(choices=({"init_filters": 8}, {"filters": 16}))
+    with pytest.raises(UserError, match=r"with model.options \{'filters': 16\}, .*SegResNet has no option filters"):
+        sweep._check_networks(base, SweepConfig(space={"model.options": options}, shares=()))
+    names = Dimension(choices=("SegResNet", "BasicUNet"))
+    with pytest.raises(UserError, match=r"with model.name 'BasicUNet', .*BasicUNet has no option init_filters"):
+        sweep._check_networks(base, SweepConfig(space={"model.name": names}, shares=()))
+    sweep._check_networks(base, SweepConfig(space={"model.name": names, "model.options": options}, shares=()))
 
 
 def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
