@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import select
 import signal
 import sys
 import traceback
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
 TO_RESUME = dict.fromkeys(("train", "sweep"), "; resume with --resume")
 TO_RESUME |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; run the same command again to resume")
 EXIT_USER_ERROR = 2
+EXIT_READER_GONE = 128 + signal.SIGPIPE
 DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "RAYLIVECELL_DEBUG"
 
 
@@ -57,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 done; 2 an error the user can fix; 130 after Ctrl-C, 143 after SIGTERM; of `check`, whether a
-        finding is a fail; of `submit`, the job's own.
+        The exit code: 0 done; 2 an error the user can fix; 130 after Ctrl-C, 141 where nobody reads the output any
+        more, 143 after SIGTERM; of `check`, whether a finding is a fail; of `submit`, the job's own.
     """
     arguments, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
     name = arguments[0] if arguments else ""
@@ -69,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             code = _run(name, arguments)
         except BaseException as error:
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                return EXIT_READER_GONE
             line, code = _end(error, termination, resume)
             if debug:
                 traceback.print_exception(error)
@@ -106,6 +110,16 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         raise UserError(f"no command {name!r}; {fix}")
     addresses.check_arguments(arguments[1:])
     return COMMANDS[name][1](arguments[1:]) or 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more (`| head`); then nothing more is written there."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of what it could not write
+    return True
 
 
 def _end(error: BaseException, termination: Termination, resume: str) -> tuple[str, int]:

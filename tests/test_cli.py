@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +93,20 @@ def test_a_signal_ends_every_command_in_one_line(
         said = capsys.readouterr().err
         assert said == f"raylivecell: {line}{cli.TO_RESUME.get(name, '')}\n"
         assert ("--resume" in said) == (name in ("train", "sweep"))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_stops_reading_is_no_error(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "raylivecell", "train", "--help"]
+    reading = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "env": os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    }
+    with subprocess.Popen(command, **reading) as process:  # type: ignore[call-overload]
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == cli.EXIT_READER_GONE
 
 
 def test_sigterm_is_what_it_was_after_a_command(every_command: Callable[[Callable[[], object]], None]) -> None:
