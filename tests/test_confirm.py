@@ -182,7 +182,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A sweep whose trials end as they are told to."""
 
     def patch(trials: list[End], confirming: dict[str, End] | None = None) -> None:
-        monkeypatch.setattr(sweep.runtime, "connect", lambda: None)
+        monkeypatch.setattr(sweep.runtime, "connect", lambda dashboard: None)
         monkeypatch.setattr(sweep.runtime, "machines", lambda: [Machine(4)])
         monkeypatch.setattr(sweep.tuner, "run", Tune(trials, confirming or {}))
         monkeypatch.setattr(sweep.gauges, "show_sweep", lambda *_: None)
