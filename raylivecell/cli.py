@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
 TO_RESUME = dict.fromkeys(("train", "sweep"), "; resume with --resume")
 TO_RESUME |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; run the same command again to resume")
 EXIT_USER_ERROR = 2
-EXIT_READER_GONE = 128 + signal.SIGPIPE
+EXIT_READER_GONE = 141  # as SIGPIPE would end it
 DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "RAYLIVECELL_DEBUG"
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # Slurm and Kubernetes kill a process 30 s after SIGTERM.
 GRACE_S = 20.0
+AGAIN_S = 0.05
 
 
 class Termination:
@@ -46,12 +47,36 @@ def sigterm_as_interrupt(last_words: str) -> Iterator[Termination]:
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     before = signal.signal(signal.SIGTERM, handle)
     try:
-        yield termination
+        with _dropped_interrupts_raised_again(termination):
+            yield termination
     finally:
         if not termination.received:  # else Ray's end, which follows, is watched too
             signal.signal(signal.SIGTERM, before)
             signal.set_wakeup_fd(wakeup)
             sender.close()
+
+
+@contextmanager
+def _dropped_interrupts_raised_again(termination: Termination) -> Iterator[None]:
+    """Raise a KeyboardInterrupt again where Python drops it: the signal came in a destructor or a weakref's callback.
+
+    It would only be printed, and the command would go on. Seen in a sweep, which makes and frees many objects.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            number = signal.SIGTERM if termination.received else signal.SIGINT
+            # Not at once: the main thread is still in the destructor. A real signal also ends a wait of that thread.
+            threading.Timer(AGAIN_S, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _end_after_sigterm(receiver: socket.socket, termination: Termination, last_words: str) -> None:

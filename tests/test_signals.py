@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -41,6 +42,24 @@ def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unwatched: None) -> None:
         assert termination.received
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _free_and_wait(make: Callable[[], object]) -> None:
+    make()
+    threading.Event().wait(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_a_destructor_is_not_lost(number: signal.Signals, unwatched: None) -> None:
+    """Python drops what is raised there."""
+
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with signals.sigterm_as_interrupt("") as termination, pytest.raises(KeyboardInterrupt):
+        _free_and_wait(Freed)
+    assert termination.received == (number == signal.SIGTERM)
 
 
 def test_no_other_thread_sets_handlers() -> None:
