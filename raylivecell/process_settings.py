@@ -55,6 +55,20 @@ def log_levels(levels: Mapping[str, int]) -> Iterator[None]:
 
 
 @contextmanager
+def without_errors_of(logger: str) -> Iterator[None]:
+    """Records of this logger only below the level ERROR inside the block."""
+
+    def below_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    logging.getLogger(logger).addFilter(below_error)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(below_error)
+
+
+@contextmanager
 def opencv_threads(count: int) -> Iterator[None]:
     """OpenCV with `count` threads inside the block."""
     import cv2  # 0.2 s, which the command line needs not

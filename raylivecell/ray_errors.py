@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import ray.exceptions
 
+from raylivecell import ray_internals
 from raylivecell.errors import AGAIN, MachineError, UserError, os_error_line, shortened
-from raylivecell.process_settings import log_levels
+from raylivecell.process_settings import log_levels, without_errors_of
 
 OUT_OF_MEMORY = f"lower batch_size or crop, use fewer --workers, or a machine with more memory, {AGAIN}"
 RAY_FIXES: dict[type[Exception], str] = {
@@ -42,10 +43,13 @@ HANDLED = "During handling of the above exception, another exception occurred:"
 def as_user_errors() -> Iterator[None]:
     """Raise a UserError for each error inside the block that the user can fix; other errors stay as they are.
 
-    Ray Data logs no tracebacks meanwhile: the exception has them, and `--debug` shows them.
+    Ray Data logs none of them meanwhile: the exception holds all, and `--debug` shows it.
     """
     try:
-        with log_levels({"ray.data.exceptions": logging.CRITICAL}):
+        with (
+            log_levels({"ray.data.exceptions": logging.CRITICAL}),
+            without_errors_of(ray_internals.EXECUTION_LOGGER),
+        ):
             yield
     except Exception as error:
         found = explain(error)

@@ -10,6 +10,7 @@ name on such a release.
 | `scheduler_pace` | Ray Data's scheduler never rests | training on 2 cores twice as fast | half the speed |
 | `data_parallel_trainer` | the public trainer imports torch | 1.7 s of a run's start | TorchTrainer, the same results |
 | `PROGRESS_LOGGER` | a warning about progress bars | one line less | the warning is shown |
+| `EXECUTION_LOGGER` | an error that is raised too | one line less | the error is shown twice |
 """
 
 import functools
@@ -28,6 +29,9 @@ ROUND_READY_S, ROUND_WAITING_S = 0.05, 0.02
 
 PROGRESS_LOGGER = "ray.data._internal.progress"
 """Ray Data's logger that warns, for each execution, that its progress bars are off; else one line more is shown."""
+
+EXECUTION_LOGGER = "ray.data._internal.execution.streaming_executor_state"
+"""Ray Data's logger of the errors of tasks that end an execution, which raises them too."""
 
 
 @functools.cache

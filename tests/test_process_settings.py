@@ -72,6 +72,7 @@ def test_importing_every_module_changes_nothing(tmp_path: Path) -> None:
 
 def snapshot() -> dict[str, Any]:
     import cv2
+    import sympy  # noqa: F401  # torch imports it on use, and it adds a filter of warnings
     import torch
     from ray.data import DataContext
 

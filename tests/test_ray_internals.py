@@ -18,6 +18,7 @@ from conftest import run_apart
 from ray.train import BackendConfig
 
 from raylivecell import ray_internals
+from raylivecell.ray_errors import as_user_errors
 
 PACKAGE = Path(ray_internals.__file__).parent
 PRIVATE = re.compile(
@@ -84,6 +85,20 @@ def test_guard_progress_logger() -> None:
     package = importlib.import_module(ray_internals.PROGRESS_LOGGER)
     files = Path(package.__file__ or "").parent.glob("*.py")
     assert any("getLogger(__name__)" in file.read_text() for file in files)
+
+
+def test_guard_execution_logger(caplog: pytest.LogCaptureFixture) -> None:
+    source = inspect.getsource(importlib.import_module(ray_internals.EXECUTION_LOGGER))
+    assert "getLogger(__name__)" in source
+    logged, _, raised = source.partition("logger.error(error_message, exc_info=e)\n            raise e")
+    assert logged
+    assert raised, "what is logged is raised too"
+    logger = logging.getLogger(ray_internals.EXECUTION_LOGGER)
+    with as_user_errors():
+        logger.error("twice")
+        logger.warning("once")
+    logger.error("again")
+    assert [record.message for record in caplog.records] == ["once", "again"]
 
 
 def test_the_scheduler_rests_between_rounds_while_blocks_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
