@@ -14,7 +14,7 @@ import ray
 from raylivecell import cluster_address, placement
 from raylivecell.errors import UserError
 from raylivecell.placement import Machine
-from raylivecell.process_settings import LOOPBACK_ONLY, environment, replaced_environment
+from raylivecell.process_settings import LOOPBACK_ONLY, environment, log_levels, replaced_environment
 from raylivecell.progress import console
 from raylivecell.ray_errors import as_user_errors, explain, first_line
 from raylivecell.signals import keeping_sigterm_handler
@@ -56,7 +56,8 @@ def connect(cpus: int | None = None, dashboard: bool = False) -> None:
     """
     global _session, _started_here
     if ray.is_initialized():  # by `connect`, or by a notebook, whose Ray a second ray.init only describes
-        _session = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+        with log_levels({"ray": logging.ERROR}):  # which ray.init sets, and leaves so
+            _session = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
         return
     address = os.environ.get("RAY_ADDRESS", "")
     _started_here = address in ("", "local")
