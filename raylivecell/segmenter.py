@@ -84,17 +84,27 @@ class Segmenter:
         if frame.padding is None:
             cells = self._cells(frame.levels)
         else:
-            window, picture = grey_levels.without_padding(frame.levels, frame.padding)
-            cells = _outside(
-                _placed(self._cells(picture), window, frame.levels.shape), frame.padding, self.config.smallest
-            )
+            cells = self._cells_beside_padding(frame.levels, frame.padding)
         share = float(cells.foreground.sum()) / frame.own_pixels
         return cells._replace(warnings=(*frame.warnings, *intensity.share_warning(share, self.intensity)))
 
     def _cells(self, image: NDArray[np.uint8]) -> Cells:
         if image.size > tiles.WHOLE_PIXELS:
             return Cells(*tiles.segment(self.network, image, self.targets, self.config))
-        maps = self.network(image)
+        return self._cells_of_maps(self.network(image))
+
+    def _cells_beside_padding(self, image: NDArray[np.uint8], padding: NDArray[np.bool_]) -> Cells:
+        """The cells of an image of which the network sees all but the padding, as in `segment.logits_of_picture`."""
+        window, picture = grey_levels.without_padding(image, padding)
+        if picture.size > tiles.WHOLE_PIXELS:
+            return _outside(_placed(self._cells(picture), window, image.shape), padding, self.config.smallest)
+        found = self.network(picture)
+        maps = np.zeros((len(found), *image.shape), np.float32)
+        maps[(slice(None), *window)] = found
+        maps[:, padding] = 0
+        return self._cells_of_maps(maps)
+
+    def _cells_of_maps(self, maps: Maps) -> Cells:
         labels = instances.segment(maps, self.targets, self.config)
         return Cells(labels, instances.scores(labels, maps[0]), maps[0] > self.config.foreground)
 
