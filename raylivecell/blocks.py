@@ -64,7 +64,7 @@ class ValidationSample(NamedTuple):
     image: np.ndarray
     """uint8 (H, W)."""
     truth: np.ndarray
-    """(H, W): labels uint16 where cells are told apart, else the foreground, uint8 0 or 1."""
+    """(H, W): labels uint16 where the recipe segments single cells, else the foreground, uint8 0 or 1."""
     padding: np.ndarray | None
     """bool (H, W), where the frame is padding; None: nowhere."""
 

@@ -118,7 +118,7 @@ def _reader_is_gone() -> bool:
     watch.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in watch.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of what it could not write
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
     return True
 
 

@@ -30,7 +30,7 @@ class State:
 
 
 def rank(row: dict[str, Any]) -> float:
-    """The validation score of a row of the history: mSA where the network tells cells apart, else mean image Dice."""
+    """The validation score of a row of the history: mSA where the network segments single cells, else mean Dice."""
     return float(row.get("val_msa", row.get("val_mean_image_dice", -1.0)))
 
 

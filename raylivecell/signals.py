@@ -12,6 +12,7 @@ from types import FrameType
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # Slurm and Kubernetes kill a process 30 s after SIGTERM.
 GRACE_S = 20.0
+# Seconds until an interrupt that Python dropped is raised again.
 AGAIN_S = 0.05
 
 
@@ -58,9 +59,9 @@ def sigterm_as_interrupt(last_words: str) -> Iterator[Termination]:
 
 @contextmanager
 def _dropped_interrupts_raised_again(termination: Termination) -> Iterator[None]:
-    """Raise a KeyboardInterrupt again where Python drops it: the signal came in a destructor or a weakref's callback.
+    """Raise a KeyboardInterrupt again if it was raised in a destructor or a weakref callback, where Python drops it.
 
-    It would only be printed, and the command would go on. Seen in a sweep, which makes and frees many objects.
+    Python only prints it there, and the command continues. Seen in a sweep.
     """
     before = sys.unraisablehook
 

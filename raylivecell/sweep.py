@@ -137,9 +137,9 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
 def _check_networks(recipe: Recipe, config: SweepConfig) -> None:
     """UserError for a network of MONAI that does not take the options of the trials that would build it."""
     preflight.network(recipe)
-    searched = set(space.searched_fields(config))
-    if {"model.name", "model.options"} <= searched:
-        return  # which options a network meets is decided trial by trial
+    searched = list(space.searched_fields(config))
+    if "model.name" in searched and any(path.startswith("model.options") for path in searched):
+        return  # each trial combines a network with options of its own
     _check_variants(recipe, config, lambda one: None if one.model == recipe.model else preflight.network(one))
 
 

@@ -100,6 +100,8 @@ def test_a_sweep_over_options_that_a_network_refuses_is_refused() -> None:
     with pytest.raises(UserError, match=r"with model.name 'BasicUNet', .*BasicUNet has no option init_filters"):
         sweep._check_networks(base, SweepConfig(space={"model.name": names}, shares=()))
     sweep._check_networks(base, SweepConfig(space={"model.name": names, "model.options": options}, shares=()))
+    one_option = {"model.name": names, "model.options.init_filters": Dimension(choices=(8, 16))}
+    sweep._check_networks(base, SweepConfig(space=one_option, shares=()))
 
 
 def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
