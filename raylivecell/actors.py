@@ -14,9 +14,9 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from raylivecell import placement, preflight, runtime
+from raylivecell.core.console import track
+from raylivecell.core.errors import UserError
 from raylivecell.data_settings import data_settings, quiet_data
-from raylivecell.errors import UserError
-from raylivecell.progress import track
 from raylivecell.ray_errors import as_user_errors
 
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.fetch import Damaged, check_room, disk_errors
 
 IMAGE_FOLDERS = ("livecell_train_val_images", "livecell_test_images")

@@ -7,7 +7,7 @@ from typing import Any, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 FLAGS = ConstructorRegistry()
 """How a command line's words become values of types that tyro does not know."""
@@ -42,7 +42,7 @@ def recipe_file(arguments: Sequence[str]) -> str | None:
     named, out = value_of("--recipe", arguments), value_of("--out", arguments)
     if named is not None or out is None or "--resume" not in arguments:
         return named
-    from raylivecell import storage
+    from raylivecell.core import storage
 
     own = storage.join(out, "recipe.yaml")
     return own if storage.exists(own) else None

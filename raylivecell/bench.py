@@ -8,9 +8,10 @@ from typing import Any, Literal
 import psutil
 from rich.table import Table
 
-from raylivecell import __version__, storage
+from raylivecell import __version__
 from raylivecell.bench_chart import chart
-from raylivecell.progress import console
+from raylivecell.core import storage
+from raylivecell.core.console import console
 
 What = Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
 

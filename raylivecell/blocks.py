@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ray.data.block import Block, BlockAccessor
 
 from raylivecell import augment, fields, shards
+from raylivecell.core.process_settings import opencv_threads
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
-from raylivecell.process_settings import opencv_threads
 
 PLANES = ("image", "foreground", "border")
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from raylivecell import instance_metrics, instances
+from raylivecell.core.console import track
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig, Maps
-from raylivecell.progress import track
 
 GRID: dict[str, tuple[float, ...]] = {
     "prominence": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4),

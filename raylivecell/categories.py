@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raylivecell.coco import Annotations
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 NO_NAME = "(none)"
 """For annotations without a category."""

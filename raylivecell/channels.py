@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell.errors import UnsupportedImageError
+from raylivecell.core.errors import UnsupportedImageError
 
 _HUE_SHARE = 8
 _MIN_RAMP, _MAX_STEP, _DIP, _MIN_RISE = 64, 32, 2, 16

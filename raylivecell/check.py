@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import loop, order, placement, preflight, probe, run_folder, runtime, segment, shards, storage
+from raylivecell import loop, order, placement, preflight, probe, run_folder, runtime, segment, shards
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.dataset import cache_budget_bytes, sample_bytes
-from raylivecell.errors import UserError
 from raylivecell.fields import CHANNELS
 from raylivecell.probe import Node
 from raylivecell.recipe import Recipe

@@ -23,9 +23,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from raylivecell import instances, storage
+from raylivecell import instances
 from raylivecell import recipe as recipes
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig
 from raylivecell.intensity import LIVECELL, Intensity

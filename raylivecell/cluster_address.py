@@ -11,7 +11,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 TIMEOUT_S = 5.0
 CLIENT_PORT = 10001

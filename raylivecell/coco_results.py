@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from raylivecell import storage
 from raylivecell.coco import run_lengths
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.rle import Rle
 
 PathParts = tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from raylivecell.arguments import FLAGS, local, recipe_file, workers_in
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 
 def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> None:
@@ -24,7 +24,7 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
         defects: plant every defect that `prepare` must find, listed in planted.json.
     """
     from raylivecell import runtime, synthetic
-    from raylivecell.progress import console, track
+    from raylivecell.core.console import console, track
 
     local(out)
 
@@ -229,8 +229,9 @@ def train(arguments: Sequence[str]) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Search for a better recipe with Ray Tune and Optuna."""
-    from raylivecell import addresses, run_folder, space
     from raylivecell import recipe as recipes
+    from raylivecell import run_folder, space
+    from raylivecell.core import addresses
     from raylivecell.sweep import sweep as run
 
     file = recipe_file(arguments)
@@ -315,7 +316,7 @@ def check(arguments: Sequence[str]) -> int:
     """Find what would fail or hang, before anything is spent."""
     from raylivecell import check as room
     from raylivecell import recipe as recipes
-    from raylivecell import storage
+    from raylivecell.core import storage
 
     file = recipe_file(arguments)
     base = recipes.load(file) if file else recipes.Recipe()

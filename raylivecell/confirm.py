@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial
 from ray import tune
 
 from raylivecell import recipe as recipes
-from raylivecell import run_folder, space, storage, sweep_stats, tuner
+from raylivecell import run_folder, space, sweep_stats, tuner
+from raylivecell.core import storage
 from raylivecell.live import Board
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import Any
 from ray.data import DataContext
 
 from raylivecell import ray_internals
-from raylivecell.process_settings import log_levels
+from raylivecell.core.process_settings import log_levels
 
 # Without a free CPU, Ray Data would wait for 30 minutes before it fails.
 NO_PROGRESS_TIMEOUT_S = 300

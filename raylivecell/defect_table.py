@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from raylivecell import defects, progress
+from raylivecell import defects
+from raylivecell.core import console
 from raylivecell.defects import Found
 
 REASONS, NAMES = 4, 3
@@ -24,10 +25,10 @@ def show(found: Sequence[Found], title: str) -> None:
         table.add_column(column, no_wrap=True)
     for (defect, rule), members in rows.items():
         table.add_row(defect, str(len(members)), str(sum(len(one.ids) for one in members)), rule)
-    progress.console.print(table)
+    console.console.print(table)
     for (defect, _), members in rows.items():
         for line in _reasons(members):
-            progress.console.print(f"{defect}: {line}", markup=False, highlight=False, soft_wrap=True)
+            console.console.print(f"{defect}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _reasons(members: Sequence[Found]) -> list[str]:

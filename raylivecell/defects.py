@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from raylivecell.coco import ImageEntry
-from raylivecell.recipe_base import StrictModel
+from raylivecell.core.settings import StrictModel
 
 
 class DefectRules(StrictModel):

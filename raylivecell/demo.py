@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from raylivecell import evaluate, predict, preflight, prepare, recipe, runtime, synthetic, train
-from raylivecell.errors import UserError
-from raylivecell.progress import console
+from raylivecell.core.console import console
+from raylivecell.core.errors import UserError
 
 IMAGES = 64
 LEAST_IMAGES = 8

@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from raylivecell import archive, storage
+from raylivecell import archive
+from raylivecell.core import storage
+from raylivecell.core.console import PLAIN_EVERY_S, console
+from raylivecell.core.errors import UserError
 from raylivecell.description import LIVECELL_CITATION, LIVECELL_LICENCE
-from raylivecell.errors import UserError
 from raylivecell.fetch import PATIENT, Retry, Want, adopt, digests, disk_errors, fetch, publish
-from raylivecell.progress import PLAIN_EVERY_S, console
 
 BASE_URL = "https://livecell-dataset.s3.eu-central-1.amazonaws.com/LIVECell_dataset_2021/"
 """As the dataset's README gives it; annotation records have `url` fields that answer 401 and are never used."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from raylivecell.recipe_base import StrictModel
+from raylivecell.core.settings import StrictModel
 
 CUTOFF = 2.5  # highest frequency kept, in units of 1 / sigma
 NODES_PER_SIGMA = 3  # linear interpolation between such nodes changes no pixel's standard deviation by 1 %

@@ -32,12 +32,12 @@ from raylivecell import (
     segment,
     segmenter,
     shards,
-    storage,
 )
 from raylivecell import recipe as recipes
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.console import console, show_warnings, track
+from raylivecell.core.errors import UserError
 from raylivecell.intensity import Frame, Intensity
-from raylivecell.progress import console, show_warnings, track
 from raylivecell.rle import Rle, decode, encode
 from raylivecell.scores import Found, Truth
 

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import instance_metrics, page, shards, storage
+from raylivecell import instance_metrics, page, shards
+from raylivecell.core import storage
 from raylivecell.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
 from raylivecell.scores import Found
 

@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import __version__, checkpoint, onnx_model, run_state, storage
+from raylivecell import __version__, checkpoint, onnx_model, run_state
 from raylivecell import recipe as recipes
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.console import console
+from raylivecell.core.errors import UserError
 from raylivecell.fields import CHANNELS
-from raylivecell.progress import console
 
 ABOUT = (
     onnx_model.MARK,

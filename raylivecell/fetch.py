@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
-from raylivecell import storage
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.web import Interrupted, Note, note_from, read_block, request
 
 SPARE_BYTES = 64 << 20

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from raylivecell import images
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 EXACT, FOLDED, LAST_PARTS = range(3)

@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from raylivecell import file_kinds, jpeg, tiff
 from raylivecell.channels import gray_of_palette, gray_of_rgb
-from raylivecell.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
+from raylivecell.core.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 """Names of image files end so, in any case."""

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from raylivecell.core.settings import StrictModel
 from raylivecell.fields import SQUARE, Targets
-from raylivecell.recipe_base import StrictModel
 
 Labels = NDArray[np.int32]
 Maps = NDArray[np.float32]

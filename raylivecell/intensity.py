@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from raylivecell.core.settings import StrictModel
 from raylivecell.grey_levels import Grey, Measures, measure, padding_mask
-from raylivecell.recipe_base import StrictModel
 
 Range = tuple[float, float]
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from ray.actor import ActorHandle
 
-from raylivecell import addresses, ingest
+from raylivecell import ingest
 from raylivecell.blocks import Source
+from raylivecell.core import addresses
 from raylivecell.dataset import Samples
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe

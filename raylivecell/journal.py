@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from raylivecell import storage
+from raylivecell.core import storage
 
 
 class Journal:

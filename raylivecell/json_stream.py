@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 CHUNK = 4 * 2**20
 MAX_RECORD = 64 * 2**20

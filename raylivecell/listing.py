@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from pyarrow import fs as pafs
 
-from raylivecell import images, progress, storage
-from raylivecell.errors import UserError
+from raylivecell import images
+from raylivecell.core import console, storage
+from raylivecell.core.errors import UserError
 
 _NO_DATA = {"__MACOSX", "@eaDir"}
 """Folders of macOS's archives and of Synology's thumbnails, whose files have the names of the real ones."""
@@ -63,7 +64,7 @@ def show(listing: Listing, folder: str) -> None:
         where = os.path.commonpath([os.path.dirname(target) for target in listing.followed])
         lines.append(f"{len(listing.followed)} files of {folder} are links to files in {where}: followed")
     for line in lines:
-        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def is_hidden(path: str) -> bool:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from raylivecell.progress import PLAIN_EVERY_S, console
+from raylivecell.core.console import PLAIN_EVERY_S, console
 
 # Seconds between two looks for messages: two remote calls, which with those that send them took 4 % of a core at 0.5.
 LOOK_S = 1.0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 RESERVED = ("spatial_dims", "in_channels", "out_channels")
 """Arguments that the task decides, not the recipe."""

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import storage
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.fields import CHANNELS, Targets
 from raylivecell.instances import InstanceConfig, Maps
 from raylivecell.intensity import Intensity

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field, model_validator
 
-from raylivecell.recipe_base import StrictModel
+from raylivecell.core.settings import StrictModel
 
 EPOCH, SAMPLE, VARIANT = range(3)  # columns of `Plan.rows`
 

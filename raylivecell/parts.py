@@ -20,7 +20,8 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
-from raylivecell import cells_table, storage
+from raylivecell import cells_table
+from raylivecell.core import storage
 
 FOLDER, BEFORE = ".parts", ".parts/before"
 IMAGES, CELLS, COCO = "images.csv", "cells.csv", "coco.json"

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raylivecell import __version__, categories, coco, defects, description, outlines, progress, shards, storage
+from raylivecell import __version__, categories, coco, defects, description, outlines, shards
+from raylivecell.core import console, storage
+from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Entry, Facts, Found
-from raylivecell.errors import UserError
 from raylivecell.image_names import ImageFolder, find_images, is_safe_name, settle
 from raylivecell.intensity import Intensity
 from raylivecell.json_stream import CHUNK
@@ -133,7 +134,7 @@ class _Watched:
 
     def __init__(self, stream: Any, size: int, name: str) -> None:
         pieces = iter(lambda: stream.read(CHUNK), b"")
-        self.pieces = progress.track(pieces, f"reading {name} (4 MiB pieces)", -(-size // CHUNK))
+        self.pieces = console.track(pieces, f"reading {name} (4 MiB pieces)", -(-size // CHUNK))
 
     def read(self, size: int) -> bytes:
         """The next piece, of up to 4 MiB whatever the `size`; b"" at the end."""

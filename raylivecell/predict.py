@@ -21,23 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from raylivecell import (
-    __version__,
-    actors,
-    addresses,
-    images,
-    parts,
-    predictor,
-    progress,
-    run_state,
-    runtime,
-    segmenter,
-    sources,
-    storage,
-)
-from raylivecell.errors import UserError
+from raylivecell import __version__, actors, images, parts, predictor, run_state, runtime, segmenter, sources
+from raylivecell.core import addresses, storage
+from raylivecell.core import console as progress
+from raylivecell.core.console import console
+from raylivecell.core.errors import UserError
 from raylivecell.predictor import OUTPUTS, PICTURES, Job, Output
-from raylivecell.progress import console
 
 SETTINGS, RECIPE = "predict.json", "recipe.yaml"
 

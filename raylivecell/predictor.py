@@ -9,7 +9,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell import cells_table, coco_protocol, images, overlay, parts, rle, segmenter, storage
+from raylivecell import cells_table, coco_protocol, images, overlay, parts, rle, segmenter
+from raylivecell.core import storage
 from raylivecell.parts import Part
 from raylivecell.segmenter import Cells, Segmenter
 

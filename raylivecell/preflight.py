@@ -8,7 +8,7 @@ import sys
 import ray
 
 from raylivecell import placement, runtime, shards
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
 
 # Seconds in which a process of the cluster must have started and looked for a compiler or a GPU.

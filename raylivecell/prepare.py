@@ -23,22 +23,11 @@ from typing import Any
 
 import ray.data
 
-from raylivecell import (
-    categories,
-    defect_table,
-    defects,
-    description,
-    plan,
-    progress,
-    runtime,
-    samples,
-    set_intensity,
-    shards,
-    storage,
-)
+from raylivecell import categories, defect_table, defects, description, plan, runtime, samples, set_intensity, shards
+from raylivecell.core import console, storage
+from raylivecell.core.errors import UserError
 from raylivecell.data_settings import data_settings, quiet_data
 from raylivecell.defects import DefectRules, Facts, Found
-from raylivecell.errors import UserError
 from raylivecell.plan import PrepareConfig
 from raylivecell.ray_errors import as_user_errors, explain
 
@@ -83,7 +72,7 @@ def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict
     head |= description.legal(*plan.statements(read)) | {"source": head["source"] | plan.provenance(read, jobs, head)}
     if old is not None and old["source"] == head["source"] and _is_whole(out, old):
         _clean(out, jobs)
-        progress.console.print(f"nothing to do: {out} is this dataset already", markup=False, soft_wrap=True)
+        console.console.print(f"nothing to do: {out} is this dataset already", markup=False, soft_wrap=True)
         return old
     if old is not None and old["source"] != head["source"] and not config.overwrite:
         raise UserError(f"{out} holds a dataset of another state of {source}; set --overwrite to replace it")
@@ -132,7 +121,7 @@ def _examine(read: plan.Source) -> dict[str, Facts]:
     ]
     facts = {}
     done = (one for result in _on_ray(_examine_some, jobs) for one in result["facts"].items())
-    for path, fact in progress.track(done, "examining images", len(paths)):
+    for path, fact in console.track(done, "examining images", len(paths)):
         facts[path] = Facts(**fact)
     return facts
 
@@ -169,7 +158,7 @@ def _write(
     for line in _remaining(told):
         _say(line)
     counts = ", ".join(f"{name} {split['images']}" for name, split in told["splits"].items())
-    progress.console.print(f"written: {out}/dataset.json and shards; images: {counts}", markup=False, soft_wrap=True)
+    console.console.print(f"written: {out}/dataset.json and shards; images: {counts}", markup=False, soft_wrap=True)
     return told
 
 
@@ -189,7 +178,7 @@ def _finished(job: dict[str, Any]) -> dict[str, Any] | None:
 def _draw(read: plan.Source, jobs: list[dict[str, Any]], config: PrepareConfig) -> dict[str, dict[str, Any]]:
     """Write the shards of `jobs`; their accounts by file."""
     entries = {(entry.split, entry.annotation, entry.image.id): entry for entry in read.entries}
-    for job in progress.track(jobs, "sorting outlines", len(jobs)):
+    for job in console.track(jobs, "sorting outlines", len(jobs)):
         payloads = [read.payload(entries[job["split"], one["annotation"], one["id"]]) for one in job["images"]]
         job["images"] = [one | {"cells_bytes": len(data)} for one, data in zip(job["images"], payloads)]
         storage.write_bytes(job["cells"], b"".join(payloads))
@@ -202,7 +191,7 @@ def _draw(read: plan.Source, jobs: list[dict[str, Any]], config: PrepareConfig) 
             yield from [None] * sizes[account["file"]]
 
     sizes = {job["file"]: len(job["images"]) for job in jobs}
-    for _ in progress.track(images(), "drawing images", sum(sizes.values())):
+    for _ in console.track(images(), "drawing images", sum(sizes.values())):
         pass
     return accounts
 
@@ -328,4 +317,4 @@ def _tell_empty_files(read: plan.Source) -> None:
 
 
 def _say(line: str) -> None:
-    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylivecell import __version__, storage
+from raylivecell import __version__
+from raylivecell.core import storage
 
 # Seconds that a node has to start a process, import torch and answer.
 PATIENCE_S = 60.0

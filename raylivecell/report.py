@@ -17,7 +17,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from raylivecell import addresses, page, storage
+from raylivecell import page
+from raylivecell.core import addresses, storage
 from raylivecell.overlay import LEGEND, overlay
 from raylivecell.run_state import rank
 

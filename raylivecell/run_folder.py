@@ -10,9 +10,10 @@ import itertools
 import re
 from typing import Any, NamedTuple
 
-from raylivecell import addresses, shards, storage
-from raylivecell.errors import UserError
-from raylivecell.progress import console
+from raylivecell import shards
+from raylivecell.core import addresses, storage
+from raylivecell.core.console import console
+from raylivecell.core.errors import UserError
 
 RECIPE, DATA, FAILED = "recipe.yaml", "data.json", "failed.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"

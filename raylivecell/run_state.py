@@ -4,8 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from raylivecell import storage
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 
 FOLDER = "checkpoint_"
 MODEL, STATE, RECIPE = "model.safetensors", "state.json", "recipe.yaml"

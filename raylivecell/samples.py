@@ -11,10 +11,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylivecell import grey_levels, images, intensity, shards, storage
+from raylivecell import grey_levels, images, intensity, shards
 from raylivecell.coco import CellRecord, decode_cells
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Facts, rule_of, visible_pixels
-from raylivecell.errors import UserError
 from raylivecell.intensity import Intensity
 from raylivecell.outlines import check_cells
 from raylivecell.rle import encode, encode_patch

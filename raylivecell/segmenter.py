@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import grey_levels, images, instances, intensity, run_state, storage, tiles
-from raylivecell.errors import UserError
+from raylivecell import grey_levels, images, instances, intensity, run_state, tiles
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig, Maps
 from raylivecell.intensity import LIVECELL, Frame, Grey, Intensity

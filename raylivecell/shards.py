@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raylivecell import rle, storage
-from raylivecell.errors import UserError
+from raylivecell import rle
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.intensity import Intensity
 
 SPLITS = ("train", "val", "test")

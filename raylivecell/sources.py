@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from pyarrow import fs as pafs
 
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.image_names import SPLIT_WORDS, splits_of_folder
 from raylivecell.images import is_image_name
 from raylivecell.listing import list_folder, show

@@ -26,9 +26,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from raylivecell import recipe as recipes
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
+from raylivecell.core.settings import StrictModel
 from raylivecell.recipe import Recipe
-from raylivecell.recipe_base import StrictModel
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial

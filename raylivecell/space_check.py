@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raylivecell import space
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
 from raylivecell.space import Condition, Dimension, Shares, SweepConfig
 

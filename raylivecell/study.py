@@ -16,9 +16,10 @@ import sqlalchemy
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from raylivecell import addresses, space, storage
-from raylivecell.errors import UserError
-from raylivecell.process_settings import log_levels
+from raylivecell import space
+from raylivecell.core import addresses, storage
+from raylivecell.core.errors import UserError
+from raylivecell.core.process_settings import log_levels
 from raylivecell.recipe import Recipe
 from raylivecell.space import OBJECTIVES, SweepConfig
 

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from raylivecell import addresses, cluster_address, upload
+from raylivecell import cluster_address, upload
 from raylivecell.arguments import value_of
-from raylivecell.errors import UserError
-from raylivecell.progress import console
+from raylivecell.core import addresses
+from raylivecell.core.console import console
+from raylivecell.core.errors import UserError
 
 STAGES = ("prepare", "train", "sweep", "evaluate", "predict")
 

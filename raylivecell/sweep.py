@@ -15,7 +15,6 @@ import optuna
 from optuna.trial import TrialState
 
 from raylivecell import (
-    addresses,
     checkpoint,
     confirm,
     gauges,
@@ -26,16 +25,16 @@ from raylivecell import (
     shards,
     space,
     space_check,
-    storage,
     sweep_report,
     sweep_stats,
     tuner,
 )
+from raylivecell.core import addresses, storage
+from raylivecell.core.console import console
+from raylivecell.core.errors import UserError
 from raylivecell.dataset import open_samples, stream_budget_bytes
-from raylivecell.errors import UserError
 from raylivecell.live import Board
 from raylivecell.order import Plan
-from raylivecell.progress import console
 from raylivecell.recipe import Recipe
 from raylivecell.search import Search
 from raylivecell.space import SweepConfig

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from raylivecell import addresses, checkpoint, page, segment, space, storage, sweep_stats
+from raylivecell import checkpoint, page, segment, space, sweep_stats
+from raylivecell.core import addresses, storage
 from raylivecell.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
 from raylivecell.recipe import Recipe
 from raylivecell.space import OBJECTIVES, SweepConfig

@@ -20,9 +20,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import storage, synthetic_defects
-from raylivecell.errors import UserError
-from raylivecell.process_settings import opencv_threads
+from raylivecell import synthetic_defects
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
+from raylivecell.core.process_settings import opencv_threads
 from raylivecell.synthetic_cells import KINDS, Bytes, Mask, grow_frame, polygon
 from raylivecell.synthetic_layout import SPLITS, Frame, encode_tiff, image_entry, json_path
 from raylivecell.synthetic_optics import render

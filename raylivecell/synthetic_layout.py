@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylivecell import storage
+from raylivecell.core import storage
 from raylivecell.synthetic_cells import HEIGHT, KINDS, WIDTH, Bytes
 
 SPLITS = ("train", "val", "test")

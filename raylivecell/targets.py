@@ -16,8 +16,8 @@ from pycocotools import mask as coco_mask
 from pydantic import Field
 from scipy import ndimage
 
-from raylivecell.errors import UserError
-from raylivecell.recipe_base import StrictModel
+from raylivecell.core.errors import UserError
+from raylivecell.core.settings import StrictModel
 
 
 class Patch(NamedTuple):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raylivecell.channels import gray_of_palette, gray_of_rgb
-from raylivecell.errors import DamagedImageError, UnsupportedImageError
+from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.tiff_segments import JPEG, LSM, Layout, read_samples
 from raylivecell.tiff_tags import Directory, read_directories, read_directory
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import TiffImagePlugin
 
 from raylivecell import jpeg
-from raylivecell.errors import DamagedImageError, UnsupportedImageError
+from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.tiff_tags import Directory
 
 NONE, JPEG, LZMA = 1, 7, 34925

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from raylivecell.errors import DamagedImageError, UnsupportedImageError
+from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 
 MAX_DIRECTORIES = 10_000
 """A file with more is refused without counting them."""

@@ -15,11 +15,12 @@ from typing import Any
 
 import ray
 
-from raylivecell import messages, preflight, run_folder, run_state, runtime, shards, storage
+from raylivecell import messages, preflight, run_folder, run_state, runtime, shards
 from raylivecell import recipe as recipes
-from raylivecell.errors import UserError
+from raylivecell.core import storage
+from raylivecell.core.console import console
+from raylivecell.core.errors import UserError
 from raylivecell.live import Live
-from raylivecell.progress import console
 from raylivecell.recipe import Recipe
 
 # Validation images shown in the report.

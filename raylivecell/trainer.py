@@ -9,9 +9,10 @@ import ray
 import ray.train
 from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from raylivecell import addresses, ray_internals, run_folder, run_state, runtime, storage
+from raylivecell import ray_internals, run_folder, run_state, runtime
+from raylivecell.core import addresses, storage
+from raylivecell.core.process_settings import environment
 from raylivecell.job import RANK, Job
-from raylivecell.process_settings import environment
 from raylivecell.ray_errors import as_user_errors
 
 # How often Ray Train's controller looks at its workers, seconds; at Ray's 2 s a two-worker run takes 8 s longer.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, PositiveInt, ValidationInfo, field_validator
 
-from raylivecell.recipe_base import StrictModel
+from raylivecell.core.settings import StrictModel
 
 Norm = Literal["batch", "sync_batch", "group"]
 Network = Literal[

@@ -18,9 +18,10 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, gauges, loop, preflight, run_state, segment, space, storage, trainer
+from raylivecell import checkpoint, gauges, loop, preflight, run_state, segment, space, trainer
+from raylivecell.core import storage
+from raylivecell.core.errors import MachineError, UserError
 from raylivecell.dataset import Samples
-from raylivecell.errors import MachineError, UserError
 from raylivecell.job import Job
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe

@@ -16,8 +16,8 @@ from email.message import Message
 from typing import Any
 
 from raylivecell import __version__
-from raylivecell.errors import UserError
-from raylivecell.recipe_base import StrictModel
+from raylivecell.core.errors import UserError
+from raylivecell.core.settings import StrictModel
 
 BLOCK = 1 << 16
 """Bytes read at a time: the most that a broken connection can lose."""

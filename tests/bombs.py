@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raylivecell import checkpoint, coco, coco_results, images, outlines, recipe, run_state, shards, tiff_segments
+from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules
-from raylivecell.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.training_config import ModelConfig
 

@@ -97,7 +97,7 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     A shell ignores SIGINT for what it runs in the background, as tests/streams.sh does: here it is as in a terminal.
     """
-    from raylivecell import signals
+    from raylivecell.core import signals
 
     monkeypatch.setattr(signals, "_end_after_sigterm", lambda *_: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -221,7 +221,8 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
     """A prepared dataset of bright squares on a dark ground, `images` to train on, 3 to validate, 3 to test."""
     import numpy as np
 
-    from raylivecell import intensity, rle, shards, storage
+    from raylivecell import intensity, rle, shards
+    from raylivecell.core import storage
 
     rng = np.random.default_rng(0)
     splits: dict[str, dict] = {}

@@ -15,7 +15,7 @@ import ray
 from kuberay import ROOT, Doc, Job, Rule, clusters, jobs, pods
 
 from raylivecell import preflight, run_folder
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 CODE = next(iter(re.findall(r"^WORKDIR (\S+)\nCOPY jobs/ jobs/$", DOCKERFILE, re.MULTILINE)))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import bench, bench_chart, bench_predict, bench_scale, bench_startup, storage
-from raylivecell.errors import UserError
+from raylivecell import bench, bench_chart, bench_predict, bench_scale, bench_startup
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.training_config import ModelConfig
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from raylivecell import checkpoint, loop, run_state, storage
-from raylivecell.errors import UserError
+from raylivecell import checkpoint, loop, run_state
+from raylivecell.core import storage
+from raylivecell.core.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import ModelConfig

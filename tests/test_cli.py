@@ -13,7 +13,7 @@ import ray
 
 from raylivecell import arguments as words
 from raylivecell import cli
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 JOBS = Path(__file__).parents[1] / "jobs"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raylivecell import cluster_address
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 

@@ -13,7 +13,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from raylivecell import categories, coco, json_stream
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.json_stream import BrokenJsonError
 
 

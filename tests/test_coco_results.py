@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from raylivecell import coco_protocol, coco_results
 from raylivecell.coco_results import Image, Results
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 SIZE = (60, 60)
 WHOLE = {"size": list(SIZE), "counts": [SIZE[0] * SIZE[1]]}

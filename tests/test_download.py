@@ -24,8 +24,8 @@ import pytest
 from raylivecell import archive, image_names, sources, web
 from raylivecell import download as module
 from raylivecell import fetch as fetching
+from raylivecell.core.errors import UserError
 from raylivecell.download import download
-from raylivecell.errors import UserError
 from raylivecell.fetch import Damaged, Retry
 
 TRAIN = "annotations/LIVECell/livecell_coco_train.json"

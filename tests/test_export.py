@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raylivecell import checkpoint, export, onnx_model, recipe, segment, segmenter
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.model import build_model
 from raylivecell.run_state import State

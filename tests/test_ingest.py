@@ -17,7 +17,7 @@ from hosts import until
 
 from raylivecell import blocks, dataset, fields, ingest, ray_internals, shards
 from raylivecell.augment import AugmentConfig
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.ray_internals import blocks_ready
 

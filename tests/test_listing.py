@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.listing import list_folder, show
 from raylivecell.sources import find_annotations
 

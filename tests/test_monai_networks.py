@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raylivecell import checkpoint, losses, preflight, recipe, segment, space, space_check, sweep
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.run_state import State
 from raylivecell.space import Condition, Dimension, SweepConfig

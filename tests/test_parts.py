@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell import cells_table, parts, storage
+from raylivecell import cells_table, parts
+from raylivecell.core import storage
 
 FILES = ['a, "1".tif', "b.tif", "deep/c.png", "new\nline.tif", "z.tif"]
 ALL = ("cells", "coco")

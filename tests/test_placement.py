@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from raylivecell import actors, demo, placement, preflight, recipe, tuner
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.placement import Machine
 from raylivecell.space import SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig

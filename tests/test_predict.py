@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from raylivecell import checkpoint, cli, predict, predictor, segmenter
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.instances import InstanceConfig
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from raylivecell import coco, defects, outlines, plan, runtime, samples, shards, targets
 from raylivecell import prepare as module
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.plan import PrepareConfig
 from raylivecell.prepare import prepare
 

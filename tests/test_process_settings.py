@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import run_apart
 
-from raylivecell import process_settings
+from raylivecell.core import process_settings
 
 
 def test_settings_are_restored_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError, OutOfDiskError, OutOfM
 from ray.train import ControllerError, WorkerGroupError
 
 from raylivecell import actors, ray_errors
-from raylivecell.errors import LONGEST, UserError
+from raylivecell.core.errors import LONGEST, UserError
 
 
 def crossed(error: Exception) -> Exception:

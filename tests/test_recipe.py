@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from raylivecell import recipe as recipes
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.model import build_model, count_parameters
 
 JOBS = Path(__file__).parents[1] / "jobs"

@@ -7,7 +7,7 @@ import pytest
 
 from raylivecell import check, checkpoint, run_folder, run_state, train
 from raylivecell import recipe as recipes
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_folder import Failure

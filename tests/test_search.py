@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 
 from raylivecell import space, study, tuner
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
 from raylivecell.search import Search
 from raylivecell.space import SweepConfig

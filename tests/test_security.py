@@ -17,7 +17,7 @@ from hostile import pickled, refused, torch_saved
 from PIL import Image
 
 from raylivecell import checkpoint, confirm, loop, parts, prepare, run_folder, run_state, samples, shards, study
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.space import Dimension, SweepConfig
@@ -142,7 +142,7 @@ import pyarrow.parquet
 import ray.data._internal.object_extensions.arrow
 import ray.data._internal.tensor_extensions.arrow
 from raylivecell import shards
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 for path in sys.argv[1:]:
     try:

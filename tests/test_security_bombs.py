@@ -9,7 +9,7 @@ from hostile import refused
 from PIL import Image
 
 from raylivecell import image_names, shards, sources
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 REFUSED = {
     "pictures": {

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylivecell import shards
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 
 @given(st.lists(st.integers(0, 5), max_size=8))

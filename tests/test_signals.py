@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from raylivecell import signals
+from raylivecell.core import signals
 
 DEAF = """
 import sys, time

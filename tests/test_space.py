@@ -15,7 +15,7 @@ from optuna.trial import FixedTrial
 
 from raylivecell import recipe as recipes
 from raylivecell import space, space_check
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
 from raylivecell.space import Condition, Dimension, Shares, SweepConfig
 

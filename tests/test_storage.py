@@ -9,8 +9,9 @@ from conftest import S3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylivecell import addresses, cli, gauges, run_folder, sources, storage
-from raylivecell.errors import UserError
+from raylivecell import cli, gauges, run_folder, sources
+from raylivecell.core import addresses, storage
+from raylivecell.core.errors import UserError
 
 ODD = [*" #?%+&[]=@:;,'\"\\~*\n", "\u00fc", "\u7d30", "%20", "%2F", "?x=1"]
 PIECES = st.one_of(st.sampled_from([*ODD, "a", "b", "."]), st.characters(exclude_categories=["C"]))

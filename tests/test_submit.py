@@ -11,7 +11,7 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from raylivecell import cli, submit
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ("--recipe", "jobs/small.yaml", "--data", "s3://cells/shards", "--out=s3://cells/runs/first")

@@ -25,8 +25,8 @@ from quick_trial import quick_trial
 from raylivecell import checkpoint, run_state, space, sweep, sweep_stats, tuner
 from raylivecell import recipe as recipes
 from raylivecell.augment import AugmentConfig
+from raylivecell.core.errors import UserError
 from raylivecell.elastic import ElasticConfig
-from raylivecell.errors import UserError
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.space import Condition, Dimension, SweepConfig

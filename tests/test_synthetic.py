@@ -12,7 +12,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from raylivecell import synthetic, synthetic_defects, synthetic_layout
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.synthetic_cells import CELLS, HEIGHT, KINDS, WIDTH, Mask, polygon
 
 SEED = 11

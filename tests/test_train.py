@@ -32,7 +32,7 @@ from raylivecell import (
     trainer,
     worker,
 )
-from raylivecell.errors import UserError
+from raylivecell.core.errors import UserError
 from raylivecell.evaluate import evaluate
 from raylivecell.job import Job
 from raylivecell.order import PhaseConfig

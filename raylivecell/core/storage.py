@@ -19,8 +19,8 @@ from typing import IO, Any
 
 from pyarrow import fs as pafs
 
-from raylivecell import addresses
-from raylivecell.errors import UserError
+from raylivecell.core import addresses
+from raylivecell.core.errors import UserError
 
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial", re.DOTALL)
 _NAME_BYTES = 200
