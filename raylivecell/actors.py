@@ -13,11 +13,12 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from raylivecell import placement, preflight, runtime
+from raylivecell import preflight
 from raylivecell.core.console import track
 from raylivecell.core.errors import UserError
-from raylivecell.data_settings import data_settings, quiet_data
-from raylivecell.ray_errors import as_user_errors
+from raylivecell.runtime import placement, session
+from raylivecell.runtime.data_settings import data_settings, quiet_data
+from raylivecell.runtime.ray_errors import as_user_errors
 
 Row = dict[str, Any]
 # Items in a block: enough to hide Ray Data's 10 ms a task, few enough to spread small sets and show progress.
@@ -43,7 +44,7 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
         RuntimeError: if a result is lost or doubled.
         UserError: as raised in an actor.
     """
-    resources = placement.actor_pool(len(items), BLOCK, runtime.machines(), use_gpus)
+    resources = placement.actor_pool(len(items), BLOCK, session.machines(), use_gpus)
     place = {item: i for i, item in enumerate(items)}
     with as_user_errors(), quiet_data():
         rows = list(track(_every_row(actor, arguments, items, resources), what, len(items)))

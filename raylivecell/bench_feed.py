@@ -14,11 +14,12 @@ import numpy as np
 import psutil
 import ray
 
-from raylivecell import augment, bench_frames, blocks, ingest, runtime
+from raylivecell import augment, bench_frames, blocks, ingest
 from raylivecell.bench_spread import spread
-from raylivecell.data_settings import quiet_data
 from raylivecell.dataset import free_bytes
 from raylivecell.order import PhaseConfig, Plan
+from raylivecell.runtime import session
+from raylivecell.runtime.data_settings import quiet_data
 
 BATCH = 8
 # A block of each process is a round. They end together: between rounds no batch lies ready that counts as made at once.
@@ -39,7 +40,7 @@ def bench_feed(images: int = 200, repeats: int = 5) -> dict[str, Any]:
         `processes`: that prepare samples; `images_per_s` and `ratio`: name -> spread; `mib_after_epochs`: of the
         process that reads, of those that prepare, of the object store: epochs -> MiB.
     """
-    runtime.connect()
+    session.connect()
     with quiet_data():
         return _measure(images, repeats)
 

@@ -24,7 +24,7 @@ from raylivecell import augment, bench_frames, blocks, cost, ingest, rle, shards
 from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
 from raylivecell.bench_spread import spread
 from raylivecell.core.errors import UserError
-from raylivecell.data_settings import quiet_data
+from raylivecell.runtime.data_settings import quiet_data
 
 NODES = (1, 2, 3)
 # What a sample takes on a core: `bench feed` has 6 ms for a whole frame where loop and system share the cores.

@@ -20,16 +20,17 @@ import torch
 from ray.train import UserCallback
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, bench_step, blocks, ingest, runtime, trainer
+from raylivecell import bench_frames, bench_step, blocks, ingest, trainer
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
-from raylivecell.data_settings import quiet_data
 from raylivecell.device import tensors
 from raylivecell.job import Job
 from raylivecell.model import build_model, count_parameters
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import session
+from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.training_config import LoopConfig
 
 # Steps of a whole run between two looks at the clock; the first such part is warm-up.
@@ -58,7 +59,7 @@ def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
         `images_per_s`: way -> spread; `ratio`: "A / B" -> spread; `data_wait_share` of our runs; `ray_train_cpu_share`:
         of all cores, in Ray Train's own processes; `device`, `parameters`, `batch`, `crop`.
     """
-    runtime.connect()
+    session.connect()
     bench = _Bench(images)
     ways = bench.ways()
     speeds: dict[str, list[float]] = {name: [] for name in ways}

@@ -18,13 +18,14 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import loop, order, placement, preflight, probe, run_folder, runtime, segment, shards
+from raylivecell import loop, order, preflight, probe, run_folder, segment, shards
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.fields import CHANNELS
 from raylivecell.probe import Node
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import placement, session
 
 Level = Literal["pass", "warn", "fail"]
 COLOURS: dict[Level, str] = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -85,7 +86,7 @@ def findings(plan: Plan) -> Iterator[Finding]:
     if plan.out:
         yield run_name(plan.out)
     try:
-        runtime.connect(dashboard=True)
+        session.connect(dashboard=True)
     except UserError as error:
         yield Finding("fail", "Ray", _line(error))
         return
@@ -248,7 +249,7 @@ def object_store(description: dict[str, Any], plan: Plan) -> Finding:
 
 def trial_batch(plan: Plan) -> Finding:
     """Whether the largest share of a batch that a worker may get takes a training step on a worker of the cluster."""
-    gpu = min(1, placement.gpu_slots(runtime.machines()))
+    gpu = min(1, placement.gpu_slots(session.machines()))
     share = max(1, plan.recipe.batch_size // plan.least)
     crop = plan.recipe.crop or max(shards.image_sizes(plan.data, "train"), default=(64, 64))
     hint = "lower batch_size or crop, or use more --workers"
@@ -289,7 +290,7 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
 
 def _status_without_token() -> int | None:
     """The HTTP status of the job API for a stranger."""
-    url = runtime.dashboard()
+    url = session.dashboard()
     if not url:
         return None
     try:

@@ -148,7 +148,7 @@ def _user_error(error: Exception) -> str | None:
         return " ".join(str(error).split())
     if "ray" not in sys.modules:
         return os_error_line(error) if isinstance(error, OSError) else None
-    from raylivecell.ray_errors import explain
+    from raylivecell.runtime.ray_errors import explain
 
     found = explain(error)
     return " ".join(str(found).split()) if found else None

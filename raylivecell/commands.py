@@ -23,14 +23,15 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
         seed: image number i depends on (seed, i) alone.
         defects: plant every defect that `prepare` must find, listed in planted.json.
     """
-    from raylivecell import runtime, synthetic
+    from raylivecell import synthetic
     from raylivecell.core.console import console, track
+    from raylivecell.runtime import session
 
     local(out)
 
     def on_ray(draw: Callable[[Any], Any], frames: Sequence[Any]) -> Iterable[Any]:
-        runtime.connect()  # not before the request is known to be one that can be met
-        return track(runtime.ordered_map(draw, frames), "drawing", len(frames))
+        session.connect()  # not before the request is known to be one that can be met
+        return track(session.ordered_map(draw, frames), "drawing", len(frames))
 
     told = synthetic.write_dataset(out, images, seed, defects, mapper=on_ray)
     console.print(f"written: {out}, {sum(split['images'] for split in told['splits'].values())} images", markup=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from raylivecell import runtime, shards
+from raylivecell import shards
 from raylivecell.blocks import (
     PLANES,
     Kept,
@@ -18,6 +18,7 @@ from raylivecell.blocks import (
     read_validation_sample,
 )
 from raylivecell.intensity import LIVECELL, Intensity
+from raylivecell.runtime import session
 
 # One run's budget, in shares of the object store's bytes that are free when it starts: decoded training and validation
 # samples together; the streams of all its workers or trials. Free bytes, so that runs and sweeps at the same time never
@@ -72,7 +73,7 @@ def open_samples(data: str, cells: bool = False) -> Samples:
         cached["val"],
         cells,
         shards.provenance(data),
-        runtime.task_cpus(),
+        session.task_cpus(),
         shards.intensity(data),
     )
 

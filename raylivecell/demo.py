@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from raylivecell import evaluate, predict, preflight, prepare, recipe, runtime, synthetic, train
+from raylivecell import evaluate, predict, preflight, prepare, recipe, synthetic, train
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.runtime import session
 
 IMAGES = 64
 LEAST_IMAGES = 8
@@ -32,11 +33,11 @@ def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> d
             f"--images {images}: the demo needs {LEAST_IMAGES}, to have some to train on, validate and test"
         )
     _check_free(out)
-    runtime.connect()
+    session.connect()
     workers = _workers(chosen)
     _clear(out)
     cells, data, run, scores, found = (out / name for name in ("cells", "data", "run", "scores", "found"))
-    _step("1/5  drawing cells", lambda: synthetic.write_dataset(cells, images, seed, mapper=runtime.ordered_map))
+    _step("1/5  drawing cells", lambda: synthetic.write_dataset(cells, images, seed, mapper=session.ordered_map))
     _step("2/5  preparing the dataset", lambda: prepare.prepare(str(cells), str(data), prepare.PrepareConfig()))
     _step("3/5  training", lambda: train.train(str(data), str(run), chosen, workers))
     result = _step("4/5  scoring the test images", lambda: evaluate.evaluate(str(run), str(data), "test", str(scores)))

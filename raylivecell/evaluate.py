@@ -27,7 +27,6 @@ from raylivecell import (
     instances,
     intensity,
     run_state,
-    runtime,
     scores,
     segment,
     segmenter,
@@ -39,6 +38,7 @@ from raylivecell.core.console import console, show_warnings, track
 from raylivecell.core.errors import UserError
 from raylivecell.intensity import Frame, Intensity
 from raylivecell.rle import Rle, decode, encode
+from raylivecell.runtime import session
 from raylivecell.scores import Found, Truth
 
 CALIBRATION_IMAGES = 32
@@ -81,7 +81,7 @@ def evaluate(
     storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
     if calibrated:
         _calibrate(folder, data, tta, rule)
-    runtime.connect()
+    session.connect()
     scored = actors.run(
         _Scorer, {"folder": folder, "rows": tuple(rows), "tta": tta, "rule": rule}, list(range(len(rows))), "evaluate"
     )
@@ -145,7 +145,7 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
     results = coco_results.read(predictions_uri, images, lambda: _sources_but_of(split, data))
     for line in results.lines():
         console.print(line, soft_wrap=True, markup=False)
-    runtime.connect()
+    session.connect()
     arguments = {"rows": tuple(rows), "predictions": tuple(results.cells)}
     scored = actors.run(_Comparer, arguments, list(range(len(rows))), "evaluate")
     about = {"predictions": {"uri": predictions_uri, "sha256": _sha256(predictions_uri), **results.summary()}}

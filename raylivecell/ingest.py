@@ -22,9 +22,9 @@ import ray.data
 from ray.data import ExecutionOptions, ExecutionResources
 
 from raylivecell.blocks import Share, Source
-from raylivecell.data_settings import data_settings
 from raylivecell.execution import SamplesDatasource
-from raylivecell.ray_internals import scheduler_pace
+from raylivecell.runtime.data_settings import data_settings
+from raylivecell.runtime.ray_internals import scheduler_pace
 
 Batch = dict[str, np.ndarray]
 

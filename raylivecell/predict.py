@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from raylivecell import __version__, actors, images, parts, predictor, run_state, runtime, segmenter, sources
+from raylivecell import __version__, actors, images, parts, predictor, run_state, segmenter, sources
 from raylivecell.core import addresses, storage
 from raylivecell.core import console as progress
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.predictor import OUTPUTS, PICTURES, Job, Output
+from raylivecell.runtime import session
 
 SETTINGS, RECIPE = "predict.json", "recipe.yaml"
 
@@ -130,7 +131,7 @@ def _segment(job: Job, files: Mapping[str, pafs.FileInfo]) -> None:
         if len(waiting) < len(files):
             console.print(f"{len(files) - len(waiting)} of {len(files)} images are segmented already", markup=False)
         if waiting:
-            runtime.connect()
+            session.connect()
             arguments = {
                 "job": job,
                 "names": {file: names[file] for file in waiting},

@@ -7,16 +7,17 @@ import sys
 
 import ray
 
-from raylivecell import placement, runtime, shards
+from raylivecell import shards
 from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import placement, session
 
 # Seconds in which a process of the cluster must have started and looked for a compiler or a GPU.
 LOOK_S = 60.0
 
 
 def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 1.0) -> float:
-    """CPUs to reserve for each of `workers`, so that Ray Data keeps some (placement.py): else the run would hang.
+    """CPUs to reserve for each of `workers`, so that Ray Data keeps some (runtime/placement.py): else the run would hang.
 
     Args:
         workers: of one run, or of all trials at once.
@@ -26,7 +27,7 @@ def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 
     Raises:
         UserError: where they leave no CPU for Ray Data.
     """
-    machines = runtime.machines()
+    machines = session.machines()
     share = placement.worker_cpus(workers, machines, gpus_per_worker)
     if not share:
         total, most = sum(machine.cpus for machine in machines), placement.most_workers(machines, gpus_per_worker)
@@ -38,7 +39,7 @@ def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 
 def worker_gpus(workers: int | tuple[int, int]) -> float:
     """GPUs of each worker: one, where the cluster has any; UserError where it has too few for the least of workers."""
     least = workers if isinstance(workers, int) else workers[0]
-    gpus = placement.gpu_slots(runtime.machines())
+    gpus = placement.gpu_slots(session.machines())
     if 0 < gpus < least:
         hint = f"use --workers {gpus}, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
         raise UserError(f"{least} workers, but {gpus} GPUs; {hint}")
@@ -47,7 +48,7 @@ def worker_gpus(workers: int | tuple[int, int]) -> float:
 
 def demo_workers(batch_size: int, at_most: int = 2) -> int:
     """Workers for a small run on whatever cluster this is: as many as have room, that share the batch equally."""
-    machines = runtime.machines()
+    machines = session.machines()
     most = min(at_most, placement.gpu_slots(machines) or at_most, placement.most_workers(machines))
     return next((count for count in range(most, 1, -1) if batch_size % count == 0), 1)
 
@@ -104,7 +105,7 @@ def network(recipe: Recipe) -> str | None:
 
 def hardware(recipe: Recipe) -> None:
     """UserError where the recipe needs a GPU or a compiler and the cluster has none."""
-    if not placement.gpu_slots(runtime.machines()):
+    if not placement.gpu_slots(session.machines()):
         if recipe.augment.device == "cuda":
             raise UserError("augment.device is cuda, and this cluster has no GPU; set augment.device: cpu")
         if recipe.model.norm == "sync_batch":
@@ -118,7 +119,7 @@ def hardware(recipe: Recipe) -> None:
 
 def _check_compiler() -> None:
     """UserError where a process of the cluster does not find the compiler that torch.compile starts."""
-    gpu = bool(placement.gpu_slots(runtime.machines()))
+    gpu = bool(placement.gpu_slots(session.machines()))
     task = ray.remote(num_cpus=0, num_gpus=0.01 if gpu else 0)(find_compiler)
     try:
         found = ray.get(task.remote(gpu), timeout=LOOK_S)
@@ -144,7 +145,7 @@ def gpus_work() -> None:
     torch for CPUs on a machine with an NVIDIA driver is the usual case; workers would fail at their first kernel, after
     the samples were decoded. One machine is asked; `check` asks them all.
     """
-    if not placement.gpu_slots(runtime.machines()):
+    if not placement.gpu_slots(session.machines()):
         return
     task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(_blind)
     try:

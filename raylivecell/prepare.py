@@ -23,13 +23,14 @@ from typing import Any
 
 import ray.data
 
-from raylivecell import categories, defect_table, defects, description, plan, runtime, samples, set_intensity, shards
+from raylivecell import categories, defect_table, defects, description, plan, samples, set_intensity, shards
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data_settings import data_settings, quiet_data
 from raylivecell.defects import DefectRules, Facts, Found
 from raylivecell.plan import PrepareConfig
-from raylivecell.ray_errors import as_user_errors, explain
+from raylivecell.runtime import session
+from raylivecell.runtime.data_settings import data_settings, quiet_data
+from raylivecell.runtime.ray_errors import as_user_errors, explain
 
 EXAMINE_TOGETHER = 64
 """Image files a task examines: about 0.5 s of work."""
@@ -55,7 +56,7 @@ def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict
     head = plan.heading(source, config)
     old = _existing(out, head, config)
     read = plan.read_source(source, config)
-    runtime.connect()
+    session.connect()
     facts = _examine(read)
     kept, found = defects.judge(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
     rule = set_intensity.rule_of_set(kept, facts, config)

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from raylivecell import cluster_address, upload
+from raylivecell import upload
 from raylivecell.arguments import value_of
 from raylivecell.core import addresses
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.runtime import cluster_address
 
 STAGES = ("prepare", "train", "sweep", "evaluate", "predict")
 

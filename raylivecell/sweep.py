@@ -17,11 +17,9 @@ from optuna.trial import TrialState
 from raylivecell import (
     checkpoint,
     confirm,
-    gauges,
     preflight,
     run_folder,
     run_state,
-    runtime,
     shards,
     space,
     space_check,
@@ -36,6 +34,7 @@ from raylivecell.dataset import open_samples, stream_budget_bytes
 from raylivecell.live import Board
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import prometheus, session
 from raylivecell.search import Search
 from raylivecell.space import SweepConfig
 from raylivecell.study import StudyFile, finished, folder_of, left_running, open_study
@@ -102,11 +101,11 @@ def sweep(
 
 def _room(recipe: Recipe, config: SweepConfig, at_once: int | None) -> tuner.Capacity:
     """Join the cluster, and how it is shared among trials; UserError for what it cannot compute."""
-    runtime.connect(dashboard=True)
+    session.connect(dashboard=True)
     _check_variants(recipe, config, preflight.hardware)
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
-    room = tuner.capacity(config, runtime.machines(), at_once)
+    room = tuner.capacity(config, session.machines(), at_once)
     preflight.gpus_work()
     return room
 
@@ -207,7 +206,7 @@ def _search(
         file.publish()
         states = Counter(trial.state for trial in study.get_trials(deepcopy=False))
         trials = {state.name.lower(): states[state] for state in TrialState}
-        gauges.show_sweep(addresses.name(shared.out), trials, _best_so_far(study, config))
+        prometheus.show_sweep(addresses.name(shared.out), trials, _best_so_far(study, config))
 
     with Board(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
         tuner.run(

@@ -94,7 +94,7 @@ def write_dataset(
         images: how many frames; frame i is the same in a larger set.
         seed: not negative.
         defects: also plant every defect that `prepare` must find; needs 24 frames; listed in OUT/planted.json.
-        mapper: `map(function, frames)` in order: the builtin, or `runtime.ordered_map` to draw on Ray.
+        mapper: `map(function, frames)` in order: the builtin, or `session.ordered_map` to draw on Ray.
 
     Returns:
         What OUT/synthetic.json holds: seed, images, defects, and per split its images and cells.

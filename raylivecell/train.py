@@ -15,13 +15,14 @@ from typing import Any
 
 import ray
 
-from raylivecell import messages, preflight, run_folder, run_state, runtime, shards
+from raylivecell import messages, preflight, run_folder, run_state, shards
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.live import Live
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import session
 
 # Validation images shown in the report.
 OVERLAYS = 6
@@ -58,7 +59,7 @@ def train(
         console.print(line, markup=False, soft_wrap=True)
     _check_unused(out, data, recipe, resume)
     marks.append(("dataset", time.time()))
-    runtime.connect()
+    session.connect()
     marks.append(("Ray", time.time()))
     from raylivecell.dataset import open_samples, stream_budget_bytes
 
@@ -76,7 +77,7 @@ def train(
     from raylivecell.job import Job
 
     marks.append(("samples sent", time.time()))
-    watched = not runtime.started_here()
+    watched = not session.started_here()
     job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks), resumed=resume)
     with Live(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
         try:

@@ -9,11 +9,12 @@ import ray
 import ray.train
 from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from raylivecell import ray_internals, run_folder, run_state, runtime
+from raylivecell import run_folder, run_state
 from raylivecell.core import addresses, storage
 from raylivecell.core.process_settings import environment
 from raylivecell.job import RANK, Job
-from raylivecell.ray_errors import as_user_errors
+from raylivecell.runtime import ray_internals, session
+from raylivecell.runtime.ray_errors import as_user_errors
 
 # How often Ray Train's controller looks at its workers, seconds; at Ray's 2 s a two-worker run takes 8 s longer.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -88,8 +89,8 @@ def fit(trainer: Any) -> dict[str, Any] | None:
 def _ray_train_settings() -> dict[str, str]:
     """Environment variables that Ray Train reads when a run starts, and passes on to its own processes."""
     settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_INTERVAL_S}
-    if runtime.started_here():
-        return settings | {runtime.PREEMPTION_WATCHER: "0"}
+    if session.started_here():
+        return settings | {session.PREEMPTION_WATCHER: "0"}
     if ray.get_runtime_context().get_actor_id() is None:  # a driver, not a trial of a sweep
         # Runs, their workers and errors at /api/train/v2/runs/v1 of the dashboard's address.
         settings |= {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}

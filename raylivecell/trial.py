@@ -18,13 +18,14 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, gauges, loop, preflight, run_state, segment, space, trainer
+from raylivecell import checkpoint, loop, preflight, run_state, segment, space, trainer
 from raylivecell.core import storage
 from raylivecell.core.errors import MachineError, UserError
 from raylivecell.dataset import Samples
 from raylivecell.job import Job
 from raylivecell.journal import Journal
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import prometheus
 from raylivecell.worker import Place, reports, save, told
 
 Result = dict[str, Any]
@@ -101,7 +102,7 @@ class OneWorker(tune.Trainable):
             return _failed(f"out of GPU memory: {str(error).splitlines()[0]}"[:200])
         except UserError as error:
             return _failed(str(error))
-        gauges.show_run(self.job.name(), row)
+        prometheus.show_run(self.job.name(), row)
         return row
 
     def _result(self, training: loop.Training | None) -> Result:

@@ -11,12 +11,13 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raylivecell import placement, run_folder, run_state
+from raylivecell import run_folder, run_state
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.process_settings import environment, log_levels
 from raylivecell.live import Board
-from raylivecell.placement import Machine
+from raylivecell.runtime import placement
+from raylivecell.runtime.placement import Machine
 from raylivecell.space import SearchConfig
 from raylivecell.study import end_of
 from raylivecell.trial import OneWorker, Shared, several_workers

@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from raylivecell import (
     checkpoint,
     device_augment,
-    gauges,
     gloo,
     ingest,
     instance_metrics,
@@ -42,6 +41,7 @@ from raylivecell.job import RANK, Job
 from raylivecell.journal import Journal
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import prometheus
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 1.0
@@ -87,7 +87,7 @@ def work(job: Job, last: str | None, stream: ingest.Stream) -> dict[str, Any] | 
                 ray.train.report(row, Checkpoint.from_directory(folder))
             if training.state.reported():
                 _tell(job, {"row": row})
-                gauges.show_run(job.name(), row)
+                prometheus.show_run(job.name(), row)
                 journal = journal or Journal(job.out, training.state.step)
                 journal.write(training.state.history)
     except loop.NonFiniteLoss as error:

@@ -78,7 +78,8 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work of actors (evaluate, predict) in this process, without Ray."""
     import numpy as np
 
-    from raylivecell import actors, runtime
+    from raylivecell import actors
+    from raylivecell.runtime import session
 
     def run(
         actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str, use_gpus: bool = True
@@ -88,7 +89,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(actors, "run", run)
     monkeypatch.setattr(actors, "use_threads", lambda with_torch=True: None)
-    monkeypatch.setattr(runtime, "connect", lambda *_, **__: None)
+    monkeypatch.setattr(session, "connect", lambda *_, **__: None)
 
 
 @pytest.fixture

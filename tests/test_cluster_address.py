@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell import cluster_address
 from raylivecell.core.errors import UserError
+from raylivecell.runtime import cluster_address
 
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 

@@ -18,8 +18,8 @@ from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
 from raylivecell.model import build_model
 from raylivecell.order import PhaseConfig
-from raylivecell.placement import Machine
 from raylivecell.recipe import Recipe
+from raylivecell.runtime.placement import Machine
 from raylivecell.space import ELASTIC, Condition, Dimension, SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig
 from raylivecell.trial import OneWorker, Shared
@@ -182,10 +182,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A sweep whose trials end as they are told to."""
 
     def patch(trials: list[End], confirming: dict[str, End] | None = None) -> None:
-        monkeypatch.setattr(sweep.runtime, "connect", lambda dashboard: None)
-        monkeypatch.setattr(sweep.runtime, "machines", lambda: [Machine(4)])
+        monkeypatch.setattr(sweep.session, "connect", lambda dashboard: None)
+        monkeypatch.setattr(sweep.session, "machines", lambda: [Machine(4)])
         monkeypatch.setattr(sweep.tuner, "run", Tune(trials, confirming or {}))
-        monkeypatch.setattr(sweep.gauges, "show_sweep", lambda *_: None)
+        monkeypatch.setattr(sweep.prometheus, "show_sweep", lambda *_: None)
         monkeypatch.setattr(sweep.sweep_report, "write", lambda *_: None)
         samples = SimpleNamespace(train=range(12))
 

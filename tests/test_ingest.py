@@ -15,11 +15,12 @@ import ray
 from conftest import run_apart, write_tiny_dataset
 from hosts import until
 
-from raylivecell import blocks, dataset, fields, ingest, ray_internals, shards
+from raylivecell import blocks, dataset, fields, ingest, shards
 from raylivecell.augment import AugmentConfig
 from raylivecell.core.errors import UserError
 from raylivecell.order import PhaseConfig, Plan
-from raylivecell.ray_internals import blocks_ready
+from raylivecell.runtime import ray_internals
+from raylivecell.runtime.ray_internals import blocks_ready
 
 PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, transformed=1))
 Batches = tuple[np.ndarray, np.ndarray]
@@ -96,7 +97,7 @@ def test_runs_at_the_same_time_share_the_object_store(tiny_dataset: str, monkeyp
     """Training and validation samples have one budget, and each run only what is free when it starts."""
     store = free = 10_000.0
     monkeypatch.setattr(dataset.ray, "available_resources", lambda: {"object_store_memory": free})
-    monkeypatch.setattr(dataset.runtime, "task_cpus", lambda: 1.0)
+    monkeypatch.setattr(dataset.session, "task_cpus", lambda: 1.0)
     monkeypatch.setattr(
         dataset,
         "decode",

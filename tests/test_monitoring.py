@@ -19,10 +19,11 @@ import ray
 from conftest import missing
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
-from raylivecell import gauges, runtime
 from raylivecell.job import Job
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import prometheus as gauges
+from raylivecell.runtime import session
 from raylivecell.space import Dimension, SweepConfig
 from raylivecell.sweep import sweep
 from raylivecell.train import train
@@ -301,13 +302,13 @@ def test_the_nodes_are_found_from_another_machine_too(prometheus: Prometheus, tm
     token = "".join(get_auth_headers_if_auth_enabled({}).values()).removeprefix("Bearer ")
     (tmp_path / "token").write_text(token)
     config = quick(by_http(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
-    prometheus.reload(config.replace("http://HEAD:8265", str(runtime.dashboard())))
+    prometheus.reload(config.replace("http://HEAD:8265", str(session.dashboard())))
     until("Prometheus scrapes what the dashboard lists", lambda: prometheus.up("__meta_url"))
 
 
 @pytest.mark.slow
 def test_the_dashboard_tells_of_the_run(watched: Watched) -> None:
-    request = urllib.request.Request(f"{runtime.dashboard()}/api/train/v2/runs/v1")
+    request = urllib.request.Request(f"{session.dashboard()}/api/train/v2/runs/v1")
     for name, value in get_auth_headers_if_auth_enabled({}).items():
         request.add_header(name, value)
     with urllib.request.urlopen(request, timeout=10) as answer:

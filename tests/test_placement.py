@@ -7,9 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from raylivecell import actors, demo, placement, preflight, recipe, tuner
+from raylivecell import actors, demo, preflight, recipe, tuner
 from raylivecell.core.errors import UserError
-from raylivecell.placement import Machine
+from raylivecell.runtime import placement
+from raylivecell.runtime.placement import Machine
 from raylivecell.space import SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig
 
@@ -140,7 +141,7 @@ def test_more_trials_than_have_room_are_refused(
 def test_the_demo_uses_at_most_two_workers_that_have_room(
     monkeypatch: pytest.MonkeyPatch, machines: list[Machine], batch_size: int, expected: int
 ) -> None:
-    monkeypatch.setattr(preflight.runtime, "machines", lambda: machines)
+    monkeypatch.setattr(preflight.session, "machines", lambda: machines)
     workers = preflight.demo_workers(batch_size)
     assert workers == expected
     assert preflight.worker_cpus(workers) >= placement.MIN_WORKER_CPU
@@ -150,7 +151,7 @@ def test_the_demo_uses_at_most_two_workers_that_have_room(
 
 def test_what_needs_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     base, machines = recipe.Recipe(), [Machine(4)]
-    monkeypatch.setattr(preflight.runtime, "machines", lambda: machines)
+    monkeypatch.setattr(preflight.session, "machines", lambda: machines)
     preflight.hardware(base)
     cuda = base.model_copy(update={"augment": base.augment.model_copy(update={"device": "cuda"})})
     sync = base.model_copy(update={"model": ModelConfig(norm="sync_batch")})
@@ -179,7 +180,7 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool) 
             return value
 
     monkeypatch.setattr(preflight, "ray", Here())
-    monkeypatch.setattr(preflight.runtime, "machines", lambda: [Machine(4, float(gpu))])
+    monkeypatch.setattr(preflight.session, "machines", lambda: [Machine(4, float(gpu))])
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     compiled = recipe.Recipe(loop=LoopConfig(compile=True))
@@ -206,10 +207,10 @@ def test_the_demo_refuses_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyP
     (out / "cells").mkdir(parents=True)
     (out / demo.MARK).touch()
     (out / "cells" / "a.tif").touch()
-    monkeypatch.setattr(demo.runtime, "connect", lambda: None)
+    monkeypatch.setattr(demo.session, "connect", lambda: None)
     monkeypatch.setattr(demo.synthetic, "write_dataset", lambda *_, **__: pytest.fail("it draws"))
     machines = [Machine(4, 1)]
-    monkeypatch.setattr(preflight.runtime, "machines", lambda: machines)
+    monkeypatch.setattr(preflight.session, "machines", lambda: machines)
 
     def blind() -> None:
         raise UserError(preflight.blind_gpu("10.0.0.1"))

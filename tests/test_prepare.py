@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import coco, defects, outlines, plan, runtime, samples, shards, targets
+from raylivecell import coco, defects, outlines, plan, samples, shards, targets
 from raylivecell import prepare as module
 from raylivecell.core.errors import UserError
 from raylivecell.plan import PrepareConfig
 from raylivecell.prepare import prepare
+from raylivecell.runtime import session
 
 HEIGHT, WIDTH = 48, 64
 Json = dict[str, Any]
@@ -34,7 +35,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             yield function(json.loads(json.dumps(job)))
 
     monkeypatch.setattr(module, "_on_ray", here)
-    monkeypatch.setattr(runtime, "connect", lambda: None)
+    monkeypatch.setattr(session, "connect", lambda: None)
 
 
 def square(x: float, y: float, side: float = 6) -> list[float]:

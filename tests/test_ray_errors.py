@@ -11,8 +11,9 @@ from ray.data.exceptions import RayDataUserCodeException
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfDiskError, OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from raylivecell import actors, ray_errors
+from raylivecell import actors
 from raylivecell.core.errors import LONGEST, UserError
+from raylivecell.runtime import ray_errors
 
 
 def crossed(error: Exception) -> Exception:

@@ -17,8 +17,8 @@ import pytest
 from conftest import run_apart
 from ray.train import BackendConfig
 
-from raylivecell import ray_internals
-from raylivecell.ray_errors import as_user_errors
+from raylivecell.runtime import ray_internals
+from raylivecell.runtime.ray_errors import as_user_errors
 
 PACKAGE = Path(ray_internals.__file__).parent
 PRIVATE = re.compile(
@@ -138,7 +138,7 @@ def test_without_the_names_it_works_and_warns_once(other_ray: None, caplog: pyte
             ray_internals.SchedulerThrottle().on_execution_step(SimpleNamespace())
     entries = [message.split(" does not fit")[0] for message in caplog.messages]
     assert entries == [
-        "raylivecell.ray_internals.scheduler_pace",
-        "raylivecell.ray_internals.data_parallel_trainer",
-        "raylivecell.ray_internals.scheduler_pace",
+        "raylivecell.runtime.ray_internals.scheduler_pace",
+        "raylivecell.runtime.ray_internals.data_parallel_trainer",
+        "raylivecell.runtime.ray_internals.scheduler_pace",
     ], "a line for each consequence"

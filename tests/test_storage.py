@@ -9,9 +9,10 @@ from conftest import S3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylivecell import cli, gauges, run_folder, sources
+from raylivecell import cli, run_folder, sources
 from raylivecell.core import addresses, storage
 from raylivecell.core.errors import UserError
+from raylivecell.runtime import prometheus
 
 ODD = [*" #?%+&[]=@:;,'\"\\~*\n", "\u00fc", "\u7d30", "%20", "%2F", "?x=1"]
 PIECES = st.one_of(st.sampled_from([*ODD, "a", "b", "."]), st.characters(exclude_categories=["C"]))
@@ -209,4 +210,4 @@ def test_ray_gets_a_run_folder_of_any_name(tmp_path: Path, name: str) -> None:
     given_to_ray = run_folder.ray_storage(out)
     assert str(Path(given_to_ray["storage_path"], given_to_ray["name"])) == out
     assert given_to_ray["name"].isascii()
-    assert gauges._label(name).isascii()
+    assert prometheus._label(name).isascii()

@@ -74,7 +74,7 @@ def test_same_seed_gives_same_bytes_for_any_number_of_frames_and_any_mapper(tmp_
 
 @pytest.mark.ray
 def test_ray_draws_the_same_bytes(tmp_path: Path, ray_cluster: None) -> None:
-    from raylivecell.runtime import ordered_map
+    from raylivecell.runtime.session import ordered_map
 
     here, there = tmp_path / "here", tmp_path / "there"
     synthetic.write_dataset(here, 4, SEED)

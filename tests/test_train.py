@@ -26,7 +26,6 @@ from raylivecell import (
     preflight,
     run_folder,
     run_state,
-    runtime,
     segment,
     shards,
     trainer,
@@ -37,6 +36,7 @@ from raylivecell.evaluate import evaluate
 from raylivecell.job import Job
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
+from raylivecell.runtime import session
 from raylivecell.train import train
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
@@ -248,10 +248,10 @@ def test_a_driver_needs_no_torch_before_its_report() -> None:
 
 
 def test_a_ray_is_known_to_be_ones_own(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not runtime.started_here(), "the tests did, not `connect`"
-    monkeypatch.setattr(runtime, "_started_here", True)
-    assert runtime.started_here()
-    assert not ray.get(ray.remote(runtime.started_here).remote()), "a process of its workers did not start it"
+    assert not session.started_here(), "the tests did, not `connect`"
+    monkeypatch.setattr(session, "_started_here", True)
+    assert session.started_here()
+    assert not ray.get(ray.remote(session.started_here).remote()), "a process of its workers did not start it"
 
 
 def test_processes_speak_over_the_interface_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:

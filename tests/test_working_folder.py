@@ -13,7 +13,7 @@ import pytest
 from conftest import write_tiny_dataset
 from hosts import until
 
-from raylivecell import runtime
+from raylivecell.runtime import session
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("statistics", "random", "numpy", "pickle", "yaml", "ray", "torch", "typing", "json", "logging", "psutil")
@@ -46,14 +46,14 @@ def test_where_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     given = os.pathsep.join(["", ".", "modules", "/elsewhere", str(tmp_path)])
     monkeypatch.setenv("PYTHONPATH", given)
-    with runtime._away_from_working_folder():
+    with session._away_from_working_folder():
         assert Path.cwd() != tmp_path
         assert list(Path.cwd().iterdir()) == []
         assert os.environ["PYTHONPATH"] == f"{tmp_path}/modules{os.pathsep}/elsewhere"
     assert Path.cwd() == tmp_path
     assert os.environ["PYTHONPATH"] == given
     monkeypatch.chdir(ROOT)  # a checkout: what is there is this package
-    with runtime._away_from_working_folder():
+    with session._away_from_working_folder():
         assert Path.cwd() == ROOT
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ray.data import DataContext
 
-from raylivecell import ray_internals
 from raylivecell.core.process_settings import log_levels
+from raylivecell.runtime import ray_internals
 
 # Without a free CPU, Ray Data would wait for 30 minutes before it fails.
 NO_PROGRESS_TIMEOUT_S = 300

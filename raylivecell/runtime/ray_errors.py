@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import ray.exceptions
 
-from raylivecell import ray_internals
 from raylivecell.core.errors import AGAIN, MachineError, UserError, os_error_line, shortened
 from raylivecell.core.process_settings import log_levels, without_errors_of
+from raylivecell.runtime import ray_internals
 
 OUT_OF_MEMORY = f"lower batch_size or crop, use fewer --workers, or a machine with more memory, {AGAIN}"
 RAY_FIXES: dict[type[Exception], str] = {

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import ray
 
-from raylivecell import cluster_address, placement
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.core.process_settings import LOOPBACK_ONLY, environment, log_levels, replaced_environment
 from raylivecell.core.signals import keeping_sigterm_handler
-from raylivecell.placement import Machine
-from raylivecell.ray_errors import as_user_errors, explain, first_line
+from raylivecell.runtime import cluster_address, placement
+from raylivecell.runtime.placement import Machine
+from raylivecell.runtime.ray_errors import as_user_errors, explain, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -39,7 +39,7 @@ def _warn_missing(entry: str, consequence: str) -> None:
     """Log once that an entry does not fit this release of Ray."""
     import ray
 
-    LOG.warning("raylivecell.ray_internals.%s does not fit Ray %s: %s", entry, ray.__version__, consequence)
+    LOG.warning("raylivecell.runtime.ray_internals.%s does not fit Ray %s: %s", entry, ray.__version__, consequence)
 
 
 def _executor_state() -> Any:
