@@ -28,8 +28,8 @@ from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.fields import Targets
+from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.instances import InstanceConfig
-from raylivecell.intensity import LIVECELL, Intensity
 from raylivecell.model import build_model
 from raylivecell.run_state import MODEL, RECIPE, STATE, State, find, load_state, missing
 

@@ -17,7 +17,7 @@ from raylivecell.blocks import (
     read_sample,
     read_validation_sample,
 )
-from raylivecell.intensity import LIVECELL, Intensity
+from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.runtime import session
 
 # One run's budget, in shares of the object store's bytes that are free when it starts: decoded training and validation

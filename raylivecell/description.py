@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raylivecell.intensity import trimmed_range
+from raylivecell.images.intensity import trimmed_range
 from raylivecell.shards import FORMAT_VERSION, SPLITS
 
 LIVECELL_LICENCE = "CC BY-NC 4.0"

@@ -25,7 +25,6 @@ from raylivecell import (
     coco_results,
     evaluation_report,
     instances,
-    intensity,
     run_state,
     scores,
     segment,
@@ -36,7 +35,8 @@ from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console, show_warnings, track
 from raylivecell.core.errors import UserError
-from raylivecell.intensity import Frame, Intensity
+from raylivecell.images import intensity
+from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.rle import Rle, decode, encode
 from raylivecell.runtime import session
 from raylivecell.scores import Found, Truth

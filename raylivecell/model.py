@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from raylivecell.intensity import LIVECELL, Intensity
+from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.training_config import ModelConfig, Norm
 
 

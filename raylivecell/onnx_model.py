@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.fields import CHANNELS, Targets
+from raylivecell.images.intensity import Intensity
 from raylivecell.instances import InstanceConfig, Maps
-from raylivecell.intensity import Intensity
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"

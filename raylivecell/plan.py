@@ -17,7 +17,7 @@ from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Entry, Facts, Found
 from raylivecell.image_names import ImageFolder, find_images, is_safe_name, settle
-from raylivecell.intensity import Intensity
+from raylivecell.images.intensity import Intensity
 from raylivecell.json_stream import CHUNK
 from raylivecell.listing import list_folder, show
 from raylivecell.sources import find_annotations

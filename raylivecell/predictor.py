@@ -9,8 +9,9 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell import cells_table, coco_protocol, images, overlay, parts, rle, segmenter
+from raylivecell import cells_table, coco_protocol, overlay, parts, rle, segmenter
 from raylivecell.core import storage
+from raylivecell.images import decode
 from raylivecell.parts import Part
 from raylivecell.segmenter import Cells, Segmenter
 
@@ -58,8 +59,8 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
     """
     told = {"file": file, "version": version}
     try:
-        pixels = images.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
-    except images.UnreadableImageError as error:
+        pixels = decode.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
+    except decode.UnreadableImageError as error:
         return Part({**told, "error": _line(error)}, "", [])
     except FileNotFoundError:
         return Part(

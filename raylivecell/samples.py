@@ -11,12 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylivecell import grey_levels, images, intensity, shards
+from raylivecell import shards
 from raylivecell.coco import CellRecord, decode_cells
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Facts, rule_of, visible_pixels
-from raylivecell.intensity import Intensity
+from raylivecell.images import decode, grey_levels, intensity
+from raylivecell.images.intensity import Intensity
 from raylivecell.outlines import check_cells
 from raylivecell.rle import encode, encode_patch
 from raylivecell.targets import border_map, draw_labels, hidden_cells, rasterise
@@ -26,8 +27,8 @@ def examine(uri: str) -> Facts:
     """What the image file at `uri` holds."""
     data = storage.read_bytes(uri)
     try:
-        picture = images.decode(data)
-    except images.UnreadableImageError as error:
+        picture = decode.decode(data)
+    except decode.UnreadableImageError as error:
         return Facts(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(picture.pixels)
     measures = grey_levels.measure(pixels, grey_levels.padding_mask(pixels))
@@ -101,7 +102,7 @@ def _pixels(job: dict[str, Any], image: dict[str, Any]) -> np.ndarray:
     data = storage.read_bytes(uri)
     if hashlib.sha256(data).hexdigest() != image["sha256"]:
         raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
-    return images.decode(data).pixels
+    return decode.decode(data).pixels
 
 
 def draw_sample(

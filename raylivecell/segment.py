@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import checkpoint, grey_levels, metrics, shards, tiles
-from raylivecell.intensity import Frame, Intensity
+from raylivecell import checkpoint, metrics, shards, tiles
+from raylivecell.images import grey_levels
+from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import grey_levels, images, instances, intensity, run_state, tiles
+from raylivecell import instances, run_state, tiles
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.fields import Targets
+from raylivecell.images import decode, grey_levels, intensity
+from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
 from raylivecell.instances import InstanceConfig, Maps
-from raylivecell.intensity import LIVECELL, Frame, Grey, Intensity
 
 ONNX = ".onnx"
 
@@ -128,10 +129,10 @@ def _outside(cells: Cells, padding: NDArray[np.bool_], smallest: int) -> Cells:
 
 def _read(uri: str) -> Grey:
     try:
-        return images.decode(storage.read_bytes(storage.absolute(uri))).pixels
+        return decode.decode(storage.read_bytes(storage.absolute(uri))).pixels
     except FileNotFoundError as error:
         raise UserError(f"no image file at {uri}; give its path, or its pixels") from error
-    except images.UnreadableImageError as error:
+    except decode.UnreadableImageError as error:
         raise UserError(f"{uri}: {error}") from error
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from raylivecell import intensity, run_state, shards
+from raylivecell import run_state, shards
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Entry, Facts, Found, found_in
-from raylivecell.grey_levels import Measures
-from raylivecell.intensity import Intensity
+from raylivecell.images import intensity
+from raylivecell.images.grey_levels import Measures
+from raylivecell.images.intensity import Intensity
 from raylivecell.plan import PrepareConfig
 
 

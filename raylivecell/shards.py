@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from raylivecell import rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.intensity import Intensity
+from raylivecell.images.intensity import Intensity
 
 SPLITS = ("train", "val", "test")
 FORMAT_VERSION = 4

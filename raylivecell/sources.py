@@ -13,7 +13,7 @@ from pyarrow import fs as pafs
 
 from raylivecell.core.errors import UserError
 from raylivecell.image_names import SPLIT_WORDS, splits_of_folder
-from raylivecell.images import is_image_name
+from raylivecell.images.decode import is_image_name
 from raylivecell.listing import list_folder, show
 from raylivecell.shards import SPLITS
 

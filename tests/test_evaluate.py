@@ -10,9 +10,10 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, coco_protocol, evaluate, intensity, metrics, rle, scores, segmenter, shards
+from raylivecell import checkpoint, coco_protocol, evaluate, metrics, rle, scores, segmenter, shards
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
+from raylivecell.images import intensity
 from raylivecell.instances import InstanceConfig
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell import checkpoint, evaluate, export, intensity, predictor, samples, segmenter, set_intensity, shards
+from raylivecell import checkpoint, evaluate, export, predictor, samples, segmenter, set_intensity, shards
 from raylivecell.core.console import show_warnings
 from raylivecell.defects import DefectRules, Entry
-from raylivecell.grey_levels import Measures, measure, padding_mask, without_padding
-from raylivecell.intensity import Intensity, choose, to_uint8
+from raylivecell.images import intensity
+from raylivecell.images.grey_levels import Measures, measure, padding_mask, without_padding
+from raylivecell.images.intensity import Intensity, choose, to_uint8
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State

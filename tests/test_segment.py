@@ -8,7 +8,7 @@ import torch
 
 from raylivecell import checkpoint, instance_metrics, segment, segmenter, worker
 from raylivecell.blocks import ValidationSample
-from raylivecell.intensity import Frame
+from raylivecell.images.intensity import Frame
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import TiffImagePlugin
 
-from raylivecell import jpeg
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
-from raylivecell.tiff_tags import Directory
+from raylivecell.images import jpeg
+from raylivecell.images.tiff_tags import Directory
 
 NONE, JPEG, LZMA = 1, 7, 34925
 LSM = 34412

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raylivecell.channels import gray_of_palette, gray_of_rgb
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
-from raylivecell.tiff_segments import JPEG, LSM, Layout, read_samples
-from raylivecell.tiff_tags import Directory, read_directories, read_directory
+from raylivecell.images.channels import gray_of_palette, gray_of_rgb
+from raylivecell.images.tiff_segments import JPEG, LSM, Layout, read_samples
+from raylivecell.images.tiff_tags import Directory, read_directories, read_directory
 
 MINISWHITE, MINISBLACK, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 _CHANNELS = {MINISWHITE: 1, MINISBLACK: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from raylivecell.core.settings import StrictModel
-from raylivecell.grey_levels import Grey, Measures, measure, padding_mask
+from raylivecell.images.grey_levels import Grey, Measures, measure, padding_mask
 
 Range = tuple[float, float]
 

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
-from raylivecell import file_kinds, jpeg, tiff
-from raylivecell.channels import gray_of_palette, gray_of_rgb
 from raylivecell.core.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
+from raylivecell.images import file_kinds, jpeg, tiff
+from raylivecell.images.channels import gray_of_palette, gray_of_rgb
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 """Names of image files end so, in any case."""
