@@ -13,7 +13,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylivecell import coco_protocol, rle, scores
+from raylivecell import coco_protocol, scores
+from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
 
 SIZE, CELLS = (520, 704), 295

@@ -15,17 +15,8 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import (
-    cells_table,
-    coco_protocol,
-    fields,
-    instances,
-    parts,
-    predictor,
-    rle,
-    segment,
-    synthetic,
-)
+from raylivecell import cells_table, coco_protocol, fields, instances, parts, predictor, segment, synthetic
+from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
 from raylivecell.overlay import png
 from raylivecell.recipe import Recipe

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
-from raylivecell import augment, bench_frames, blocks, cost, ingest, rle, shards, synthetic
+from raylivecell import augment, bench_frames, blocks, cost, ingest, shards, synthetic
+from raylivecell.annotations import rle
 from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
 from raylivecell.bench_spread import spread
 from raylivecell.core.errors import UserError

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from raylivecell.rle import Rle
+from raylivecell.annotations.rle import Rle
 
 # As COCOeval makes them: an IoU or a recall may equal one to the last bit.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)

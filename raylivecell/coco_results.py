@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from raylivecell.coco import run_lengths
+from raylivecell.annotations.coco import run_lengths
+from raylivecell.annotations.rle import Rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.rle import Rle
 
 PathParts = tuple[str, ...]
 Rank = tuple[int, int]

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from raylivecell.coco import ImageEntry
+from raylivecell.annotations.coco import ImageEntry
 from raylivecell.core.settings import StrictModel
 
 

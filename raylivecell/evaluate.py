@@ -32,12 +32,12 @@ from raylivecell import (
     shards,
 )
 from raylivecell import recipe as recipes
+from raylivecell.annotations.rle import Rle, decode, encode
 from raylivecell.core import storage
 from raylivecell.core.console import console, show_warnings, track
 from raylivecell.core.errors import UserError
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
-from raylivecell.rle import Rle, decode, encode
 from raylivecell.runtime import session
 from raylivecell.scores import Found, Truth
 

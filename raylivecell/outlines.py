@@ -1,4 +1,4 @@
-"""What is wrong with single cells of one image, and the cells that stay, ready for `targets.draw_labels`."""
+"""What is wrong with single cells of one image, and the cells that stay, ready for `drawing.draw_labels`."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from raylivecell.coco import CellRecord, mask_of_runs
+from raylivecell.annotations.coco import CellRecord, mask_of_runs
+from raylivecell.annotations.drawing import Cell, Patch
 from raylivecell.defects import DefectRules, rule_of
-from raylivecell.targets import Cell, Patch
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
 """Defect -> (annotation id, detail) of each cell that has it."""

@@ -12,16 +12,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raylivecell import __version__, categories, coco, defects, description, outlines, shards
+from raylivecell import __version__, defects, description, outlines, shards
+from raylivecell.annotations import categories, coco
+from raylivecell.annotations.drawing import MAX_CELLS, TargetsConfig
+from raylivecell.annotations.json_stream import CHUNK
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Entry, Facts, Found
 from raylivecell.image_names import ImageFolder, find_images, is_safe_name, settle
 from raylivecell.images.intensity import Intensity
-from raylivecell.json_stream import CHUNK
 from raylivecell.listing import list_folder, show
 from raylivecell.sources import find_annotations
-from raylivecell.targets import MAX_CELLS, TargetsConfig
 
 CROWD_SHARE = 0.1
 """Of the annotations; COCO's own crowds are 1.2 % of its train2017."""

@@ -9,7 +9,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell import cells_table, coco_protocol, overlay, parts, rle, segmenter
+from raylivecell import cells_table, coco_protocol, overlay, parts, segmenter
+from raylivecell.annotations import rle
 from raylivecell.core import storage
 from raylivecell.images import decode
 from raylivecell.parts import Part

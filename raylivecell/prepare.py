@@ -23,7 +23,8 @@ from typing import Any
 
 import ray.data
 
-from raylivecell import categories, defect_table, defects, description, plan, samples, set_intensity, shards
+from raylivecell import defect_table, defects, description, plan, samples, set_intensity, shards
+from raylivecell.annotations import categories
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Facts, Found

@@ -12,15 +12,15 @@ import cv2
 import numpy as np
 
 from raylivecell import shards
-from raylivecell.coco import CellRecord, decode_cells
+from raylivecell.annotations.coco import CellRecord, decode_cells
+from raylivecell.annotations.drawing import border_map, draw_labels, hidden_cells, rasterise
+from raylivecell.annotations.rle import encode, encode_patch
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules, Facts, rule_of, visible_pixels
 from raylivecell.images import decode, grey_levels, intensity
 from raylivecell.images.intensity import Intensity
 from raylivecell.outlines import check_cells
-from raylivecell.rle import encode, encode_patch
-from raylivecell.targets import border_map, draw_labels, hidden_cells, rasterise
 
 
 def examine(uri: str) -> Facts:

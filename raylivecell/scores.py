@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylivecell import coco_protocol, instance_metrics, metrics
+from raylivecell.annotations.rle import Rle
 from raylivecell.coco_protocol import Matches
-from raylivecell.rle import Rle
 
 # Means over images; of errors, of their size.
 MEANS = ("msa", "sa50", "sa75", "pq")

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raylivecell import checkpoint, coco, coco_results, outlines, recipe, run_state, shards
+from raylivecell import checkpoint, coco_results, outlines, recipe, run_state, shards
+from raylivecell.annotations import coco
 from raylivecell.core.errors import UserError
 from raylivecell.defects import DefectRules
 from raylivecell.images import decode, tiff_segments

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from raylivecell import categories, coco, json_stream
+from raylivecell.annotations import categories, coco, json_stream
+from raylivecell.annotations.json_stream import BrokenJsonError
 from raylivecell.core.errors import UserError
-from raylivecell.json_stream import BrokenJsonError
 
 
 def record(number: int, image: int, outline: Any, **more: Any) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def test_category_is_that_of_most_cells() -> None:
 
 MEMORY = """
 import resource, sys
-from raylivecell.coco import read_annotations
+from raylivecell.annotations.coco import read_annotations
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with open(sys.argv[1], "rb") as stream:
     annotations = read_annotations(stream, "big")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, coco_protocol, evaluate, metrics, rle, scores, segmenter, shards
+from raylivecell import checkpoint, coco_protocol, evaluate, metrics, scores, segmenter, shards
+from raylivecell.annotations import rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images import intensity

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import coco, defects, outlines, plan, samples, shards, targets
+from raylivecell import defects, outlines, plan, samples, shards
 from raylivecell import prepare as module
+from raylivecell.annotations import coco, drawing
 from raylivecell.core.errors import UserError
 from raylivecell.plan import PrepareConfig
 from raylivecell.prepare import prepare
@@ -145,7 +146,7 @@ def test_real_livecell(livecell_mini: Path, ray_cluster: None, tmp_path: Path) -
     for row in train.values():
         assert len(np.unique(row["labels"])) == row["cells"] + 1
         np.testing.assert_array_equal(row["foreground"], row["labels"] > 0)
-        np.testing.assert_array_equal(row["border"], targets.border_map(row["labels"], 5.0))
+        np.testing.assert_array_equal(row["border"], drawing.border_map(row["labels"], 5.0))
         assert row["sha256"] == hashlib.sha256((livecell_mini / row["source"]).read_bytes()).hexdigest()
     areas = np.concatenate(
         [np.bincount(row["labels"].ravel())[1:] for row in train.values() if row["cell_type"] == "MCF7"]
@@ -576,7 +577,7 @@ def test_outlines_that_are_odd_and_drawn_or_named() -> None:
     def checked(*polygons: list[float]) -> tuple[int, dict[str, str]]:
         arrays = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in polygons]
         cells, _, found = outlines.check_cells([coco.CellRecord(1, False, arrays, [])], shape, (1.0, 1.0), rules)
-        drawn = sum(int(targets.rasterise(cell, shape).mask.sum()) for cell in cells)
+        drawn = sum(int(drawing.rasterise(cell, shape).mask.sum()) for cell in cells)
         return drawn, {defect: members[0][1] for defect, members in found.items()}
 
     bow_tie = checked([1, 1, 30, 1, 1, 30, 30, 30])  # its signed area is 0
@@ -829,7 +830,7 @@ def test_run_lengths_are_scaled_with_their_image() -> None:
     assert found == {}
     drawn = np.zeros((12, 16), bool)
     patch = cells[0]
-    assert isinstance(patch, targets.Patch)
+    assert isinstance(patch, drawing.Patch)
     drawn[patch.top : patch.top + patch.mask.shape[0], patch.left : patch.left + patch.mask.shape[1]] = patch.mask
     np.testing.assert_array_equal(drawn, np.repeat(np.repeat(mask, 3, axis=0), 2, axis=1))
     found = outlines.check_cells([record], (12, 16), (1.0, 1.0), defects.DefectRules())[2]

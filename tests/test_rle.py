@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
-from raylivecell import rle
+from raylivecell.annotations import rle
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 

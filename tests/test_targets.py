@@ -6,8 +6,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
+from raylivecell.annotations.drawing import border_map, draw_labels, hidden_cells
 from raylivecell.core.errors import UserError
-from raylivecell.targets import border_map, draw_labels, hidden_cells
 
 SQUARE = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raylivecell.coco import Annotations
+from raylivecell.annotations.coco import Annotations
 from raylivecell.core.errors import UserError
 
 NO_NAME = "(none)"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell.json_stream import BrokenJsonError, JsonText, OtherJsonError, Reader, kind_of_other, walk
+from raylivecell.annotations.json_stream import BrokenJsonError, JsonText, OtherJsonError, Reader, kind_of_other, walk
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0)?")
 
