@@ -8,7 +8,8 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from raylivecell import blocks, shards
+from raylivecell import blocks
+from raylivecell.data import shards
 from raylivecell.dataset import Samples
 from raylivecell.order import EPOCH, SAMPLE, VARIANT
 

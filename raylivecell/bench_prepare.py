@@ -125,7 +125,7 @@ _CHILD = """
 import json, resource, sys, time
 start = time.perf_counter()
 from raylivecell import runtime
-from raylivecell.prepare import prepare
+from raylivecell.data.prepare import prepare
 runtime.connect()
 up = time.perf_counter()
 told = prepare(*sys.argv[1:])

@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
-from raylivecell import augment, bench_frames, blocks, cost, ingest, shards, synthetic
+from raylivecell import augment, bench_frames, blocks, cost, ingest, synthetic
 from raylivecell.annotations import rle
 from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
 from raylivecell.bench_spread import spread
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.runtime.data_settings import quiet_data
 
 NODES = (1, 2, 3)

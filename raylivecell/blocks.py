@@ -14,8 +14,9 @@ import ray
 from numpy.typing import NDArray
 from ray.data.block import Block, BlockAccessor
 
-from raylivecell import augment, fields, shards
+from raylivecell import augment, fields
 from raylivecell.core.process_settings import opencv_threads
+from raylivecell.data import shards
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
 
 PLANES = ("image", "foreground", "border")

@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import loop, order, preflight, probe, run_folder, segment, shards
+from raylivecell import loop, order, preflight, probe, run_folder, segment
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.fields import CHANNELS
 from raylivecell.probe import Node

@@ -291,8 +291,8 @@ def sweep(arguments: Sequence[str]) -> None:
 
 def prepare(arguments: Sequence[str]) -> None:
     """Validate images and annotations, write Parquet shards."""
-    from raylivecell.prepare import PrepareConfig
-    from raylivecell.prepare import prepare as run
+    from raylivecell.data.prepare import PrepareConfig
+    from raylivecell.data.prepare import prepare as run
 
     def command(
         source: str,

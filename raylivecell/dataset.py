@@ -7,7 +7,6 @@ from typing import Any
 
 import ray
 
-from raylivecell import shards
 from raylivecell.blocks import (
     PLANES,
     Kept,
@@ -17,6 +16,7 @@ from raylivecell.blocks import (
     read_sample,
     read_validation_sample,
 )
+from raylivecell.data import shards
 from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.runtime import session
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from raylivecell import evaluate, predict, preflight, prepare, recipe, synthetic, train
+from raylivecell import evaluate, predict, preflight, recipe, synthetic, train
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.data import prepare
 from raylivecell.runtime import session
 
 IMAGES = 64

@@ -22,7 +22,7 @@ from raylivecell import archive
 from raylivecell.core import storage
 from raylivecell.core.console import PLAIN_EVERY_S, console
 from raylivecell.core.errors import UserError
-from raylivecell.description import LIVECELL_CITATION, LIVECELL_LICENCE
+from raylivecell.data.description import LIVECELL_CITATION, LIVECELL_LICENCE
 from raylivecell.fetch import PATIENT, Retry, Want, adopt, digests, disk_errors, fetch, publish
 
 BASE_URL = "https://livecell-dataset.s3.eu-central-1.amazonaws.com/LIVECell_dataset_2021/"

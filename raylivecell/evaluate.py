@@ -29,13 +29,13 @@ from raylivecell import (
     scores,
     segment,
     segmenter,
-    shards,
 )
 from raylivecell import recipe as recipes
 from raylivecell.annotations.rle import Rle, decode, encode
 from raylivecell.core import storage
 from raylivecell.core.console import console, show_warnings, track
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.runtime import session

@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import instance_metrics, page, shards
+from raylivecell import instance_metrics, page
 from raylivecell.core import storage
+from raylivecell.data import shards
 from raylivecell.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
 from raylivecell.scores import Found
 

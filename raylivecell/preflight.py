@@ -7,8 +7,8 @@ import sys
 
 import ray
 
-from raylivecell import shards
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import placement, session
 

@@ -10,10 +10,10 @@ import itertools
 import re
 from typing import Any, NamedTuple
 
-from raylivecell import shards
 from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 
 RECIPE, DATA, FAILED = "recipe.yaml", "data.json", "failed.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import checkpoint, metrics, shards, tiles
+from raylivecell import checkpoint, metrics, tiles
+from raylivecell.data import shards
 from raylivecell.images import grey_levels
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.model import build_model

@@ -20,7 +20,6 @@ from raylivecell import (
     preflight,
     run_folder,
     run_state,
-    shards,
     space,
     space_check,
     sweep_report,
@@ -30,6 +29,7 @@ from raylivecell import (
 from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.dataset import open_samples, stream_budget_bytes
 from raylivecell.live import Board
 from raylivecell.order import Plan

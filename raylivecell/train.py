@@ -15,11 +15,12 @@ from typing import Any
 
 import ray
 
-from raylivecell import messages, preflight, run_folder, run_state, shards
+from raylivecell import messages, preflight, run_folder, run_state
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.live import Live
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import session

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raylivecell import checkpoint, coco_results, outlines, recipe, run_state, shards
+from raylivecell import checkpoint, coco_results, recipe, run_state
 from raylivecell.annotations import coco
 from raylivecell.core.errors import UserError
-from raylivecell.defects import DefectRules
+from raylivecell.data import cell_defects, shards
+from raylivecell.data.defects import DefectRules
 from raylivecell.images import decode, tiff_segments
 from raylivecell.model import build_model
 from raylivecell.training_config import ModelConfig
@@ -159,7 +160,7 @@ def annotations() -> Iterator[tuple[str, str]]:
         record = {"id": 1, "image_id": 1, "segmentation": shape}
         read = coco.read_annotations(io.BytesIO(json.dumps({"annotations": [record]}).encode()), "train.json")
         cells = coco.decode_cells(read.payload(1))
-        kept, _, found = outlines.check_cells(cells, (64, 64), (1.0, 1.0), DefectRules())
+        kept, _, found = cell_defects.check_cells(cells, (64, 64), (1.0, 1.0), DefectRules())
         yield name, f"{len(kept)} {read.bad} {list(found)}"
 
 

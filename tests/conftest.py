@@ -222,9 +222,9 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
     """A prepared dataset of bright squares on a dark ground, `images` to train on, 3 to validate, 3 to test."""
     import numpy as np
 
-    from raylivecell import shards
     from raylivecell.annotations import rle
     from raylivecell.core import storage
+    from raylivecell.data import shards
     from raylivecell.images import intensity
 
     rng = np.random.default_rng(0)

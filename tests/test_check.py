@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raylivecell import check, cli, probe, recipe, shards
+from raylivecell import check, cli, probe, recipe
+from raylivecell.data import shards
 from raylivecell.probe import Node
 
 GIB = 2**30

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell import augment, blocks, device_augment, shards
+from raylivecell import augment, blocks, device_augment
 from raylivecell.augment import AugmentConfig
+from raylivecell.data import shards
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 

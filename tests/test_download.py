@@ -21,10 +21,11 @@ from typing import Any
 
 import pytest
 
-from raylivecell import archive, image_names, sources, web
+from raylivecell import archive, web
 from raylivecell import download as module
 from raylivecell import fetch as fetching
 from raylivecell.core.errors import UserError
+from raylivecell.data import image_names, sources
 from raylivecell.download import download
 from raylivecell.fetch import Damaged, Retry
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, coco_protocol, evaluate, metrics, scores, segmenter, shards
+from raylivecell import checkpoint, coco_protocol, evaluate, metrics, scores, segmenter
 from raylivecell.annotations import rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.instances import InstanceConfig
 from raylivecell.model import build_model

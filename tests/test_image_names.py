@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell.image_names import Match, find_images, settle
+from raylivecell.data.image_names import Match, find_images, settle
 
 U = "zelle_\u00fc.png"
 NFD = unicodedata.normalize("NFD", U)

@@ -15,9 +15,10 @@ import ray
 from conftest import run_apart, write_tiny_dataset
 from hosts import until
 
-from raylivecell import blocks, dataset, fields, ingest, shards
+from raylivecell import blocks, dataset, fields, ingest
 from raylivecell.augment import AugmentConfig
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.runtime import ray_internals
 from raylivecell.runtime.ray_internals import blocks_ready

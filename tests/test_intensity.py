@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell import checkpoint, evaluate, export, predictor, samples, segmenter, set_intensity, shards
+from raylivecell import checkpoint, evaluate, export, predictor, segmenter
 from raylivecell.core.console import show_warnings
-from raylivecell.defects import DefectRules, Entry
+from raylivecell.data import draw, set_intensity, shards
+from raylivecell.data.defects import DefectRules, Entry
 from raylivecell.images import intensity
 from raylivecell.images.grey_levels import Measures, measure, padding_mask, without_padding
 from raylivecell.images.intensity import Intensity, choose, to_uint8
@@ -216,7 +217,7 @@ def test_prepare_names_what_is_no_picture_or_unusual() -> None:
     for name, image in images.items():
         listed = type("Image", (), {"file_name": name, "id": 1})()
         entries.append(Entry(entry.split, entry.annotation, listed, name, 1, "A172"))
-        facts[name] = samples.Facts(measures=tuple(measured(image)))
+        facts[name] = draw.Facts(measures=tuple(measured(image)))
     kept, found = set_intensity.judge_levels(entries, facts, RULE, DefectRules())
     assert [one.path for one in kept] == ["good", "dark"]
     assert [(one.defect, one.file_name) for one in found] == [("odd_intensity", "dark"), ("no_picture", "black")]
@@ -242,13 +243,13 @@ def prepared(folder: Path, images: dict[str, np.ndarray], rule: Intensity) -> li
     jobs = []
     for name, image in images.items():
         tifffile.imwrite(folder / name, image)
-        sha256 = samples.examine(str(folder / name)).sha256
+        sha256 = draw.examine(str(folder / name)).sha256
         one = {"path": name, "file_name": name, "sha256": sha256, "split": "test", "cell_type": "x", "scale": (1, 1)}
         jobs.append(one | {"annotation": "a.json", "id": 1, "cells_bytes": 0})
     job = {"source": str(folder), "out": str(folder), "file": "test/part-00000.parquet", "images": jobs}
     job |= {"cells": str(folder / "cells"), "account": str(folder / "account"), "border_sigma": 5.0}
     (folder / "cells").write_bytes(b"")
-    samples.write_part(job | {"intensity": json.loads(rule.model_dump_json())}, DefectRules(no_annotations="keep"))
+    draw.write_part(job | {"intensity": json.loads(rule.model_dump_json())}, DefectRules(no_annotations="keep"))
     return [shards.Row(str(folder / "test/part-00000.parquet"), number) for number in range(len(images))]
 
 

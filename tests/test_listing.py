@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from raylivecell.core.errors import UserError
-from raylivecell.listing import list_folder, show
-from raylivecell.sources import find_annotations
+from raylivecell.data.listing import list_folder, show
+from raylivecell.data.sources import find_annotations
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import defects, outlines, plan, samples, shards
-from raylivecell import prepare as module
 from raylivecell.annotations import coco, drawing
 from raylivecell.core.errors import UserError
-from raylivecell.plan import PrepareConfig
-from raylivecell.prepare import prepare
+from raylivecell.data import cell_defects as outlines
+from raylivecell.data import defects, draw, plan, shards
+from raylivecell.data import prepare as module
+from raylivecell.data.plan import PrepareConfig
+from raylivecell.data.prepare import prepare
 from raylivecell.runtime import session
 
 HEIGHT, WIDTH = 48, 64
@@ -164,7 +165,7 @@ def test_visible_cells_tell_whole_from_few_annotations_on_real_images(livecell_m
     """LIVECell issue 21: images with 1 to 10 of hundreds of cells annotated."""
     source = plan.read_source(str(livecell_mini), PrepareConfig())
     for entry in source.entries:
-        visible = samples.examine(str(livecell_mini / str(entry.path))).visible
+        visible = draw.examine(str(livecell_mini / str(entry.path))).visible
         cells = coco.decode_cells(source.payload(entry))
         assert outlines.covered(cells) > 1.5 * defects.FEW_COVER * visible
         assert outlines.covered(cells[: len(cells) // 20]) < defects.FEW_COVER * visible
@@ -296,7 +297,7 @@ def test_outlines_are_whole_cells_as_pycocotools_draws_them_one_by_one(cells: li
     image = {"file_name": "a.png", "split": "train", "cell_type": "A172", "path": "a.png", "sha256": ""}
     image |= {"annotation": "train.json", "id": 1, "scale": [1, 1]}
     rules, found = defects.DefectRules(doubled_contour="keep", no_annotations="keep"), list[Json]()
-    row = samples.draw_sample(np.zeros((HEIGHT, WIDTH), np.uint8), image, list(records), rules, 5.0, found)
+    row = draw.draw_sample(np.zeros((HEIGHT, WIDTH), np.uint8), image, list(records), rules, 5.0, found)
     assert row is not None
     gone = {i for one in found if one["defect"] in ("degenerate_polygon", "hidden_cell") for i in one["ids"]}
     stay = [mask for i, mask in enumerate(masks) if i not in gone]
@@ -719,7 +720,7 @@ def test_planted_defects_of_synthetic_data(tmp_path: Path) -> None:
 KILLED_AT_EACH_WRITE = """
 import json, os, signal, sys
 from raylivecell import prepare as module, runtime, storage
-from raylivecell.plan import PrepareConfig
+from raylivecell.data.plan import PrepareConfig
 
 source, out = sys.argv[1:]
 runtime.connect = lambda: None
@@ -764,7 +765,7 @@ def test_killed_before_each_write_ends_with_the_same_bytes(folder: Folder, no_ra
 KILLED_WHILE_DRAWING = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from raylivecell.prepare import PrepareConfig, prepare
+from raylivecell.data.prepare import PrepareConfig, prepare
 
 def watch():
     while len(list(Path(sys.argv[2]).glob(".prepare-*/*.json"))) < 2: time.sleep(0.002)
@@ -796,7 +797,7 @@ def test_killed_while_drawing_keeps_whole_shards(folder: Folder, ray_cluster: No
 
 ON_S3 = """
 import sys
-from raylivecell.prepare import prepare
+from raylivecell.data.prepare import prepare
 from raylivecell import shards
 for _ in range(2):
     told = prepare(*sys.argv[1:])

@@ -92,7 +92,8 @@ def snapshot() -> dict[str, Any]:
 
 def test_calls_from_a_notebook_change_nothing(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     import raylivecell
-    from raylivecell import predict, prepare, synthetic
+    from raylivecell import predict, synthetic
+    from raylivecell.data import prepare
     from raylivecell.order import PhaseConfig
     from raylivecell.recipe import Recipe
     from raylivecell.train import train

@@ -16,8 +16,9 @@ from conftest import run_apart, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
-from raylivecell import checkpoint, confirm, loop, parts, prepare, run_folder, run_state, samples, shards, study
+from raylivecell import checkpoint, confirm, loop, parts, run_folder, run_state, study
 from raylivecell.core.errors import UserError
+from raylivecell.data import draw, prepare, shards
 from raylivecell.model import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.space import Dimension, SweepConfig
@@ -268,7 +269,7 @@ def test_a_source(name: str, tmp_path: Path, marker: Path, capsys: pytest.Captur
     Image.new("L", (32, 32)).save(source / "x.png")
     (source / name).write_bytes(pickled(marker))
     if name == "x.png":
-        assert "no known image format" in str(samples.examine(str(source / name)).error)
+        assert "no known image format" in str(draw.examine(str(source / name)).error)
     else:
         assert "train.json" in refused(capsys, f"prepare --source {source} --out {tmp_path}/o")
     assert not marker.exists()

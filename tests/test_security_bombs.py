@@ -8,8 +8,8 @@ from conftest import S3, run_apart, write_tiny_dataset
 from hostile import refused
 from PIL import Image
 
-from raylivecell import image_names, shards, sources
 from raylivecell.core.errors import UserError
+from raylivecell.data import image_names, shards, sources
 
 REFUSED = {
     "pictures": {

@@ -10,8 +10,8 @@ from conftest import write_tiny_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell import shards
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 
 
 @given(st.lists(st.integers(0, 5), max_size=8))

@@ -27,11 +27,11 @@ from raylivecell import (
     run_folder,
     run_state,
     segment,
-    shards,
     trainer,
     worker,
 )
 from raylivecell.core.errors import UserError
+from raylivecell.data import shards
 from raylivecell.evaluate import evaluate
 from raylivecell.job import Job
 from raylivecell.order import PhaseConfig

@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raylivecell import __version__, defects, description, outlines, shards
+from raylivecell import __version__
 from raylivecell.annotations import categories, coco
 from raylivecell.annotations.drawing import MAX_CELLS, TargetsConfig
 from raylivecell.annotations.json_stream import CHUNK
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.defects import DefectRules, Entry, Facts, Found
-from raylivecell.image_names import ImageFolder, find_images, is_safe_name, settle
+from raylivecell.data import cell_defects, defects, description, shards
+from raylivecell.data.defects import DefectRules, Entry, Facts, Found
+from raylivecell.data.image_names import ImageFolder, find_images, is_safe_name, settle
+from raylivecell.data.listing import list_folder, show
+from raylivecell.data.sources import find_annotations
 from raylivecell.images.intensity import Intensity
-from raylivecell.listing import list_folder, show
-from raylivecell.sources import find_annotations
 
 CROWD_SHARE = 0.1
 """Of the annotations; COCO's own crowds are 1.2 % of its train2017."""
@@ -242,7 +243,7 @@ def unlisted(read: Source, config: PrepareConfig) -> list[Found]:
 
 def covered_pixels(read: Source, entry: Entry) -> float:
     """Pixels that the outlines of `entry` cover, overlaps counted twice."""
-    return outlines.covered(coco.decode_cells(read.payload(entry)))
+    return cell_defects.covered(coco.decode_cells(read.payload(entry)))
 
 
 def plan_shards(

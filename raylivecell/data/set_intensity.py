@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from raylivecell import run_state, shards
+from raylivecell import run_state
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.defects import DefectRules, Entry, Facts, Found, found_in
+from raylivecell.data import shards
+from raylivecell.data.defects import DefectRules, Entry, Facts, Found, found_in
+from raylivecell.data.plan import PrepareConfig
 from raylivecell.images import intensity
 from raylivecell.images.grey_levels import Measures
 from raylivecell.images.intensity import Intensity
-from raylivecell.plan import PrepareConfig
 
 
 def rule_of_set(entries: Sequence[Entry], facts: Mapping[str, Facts], config: PrepareConfig) -> Intensity:

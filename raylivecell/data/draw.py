@@ -11,16 +11,16 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylivecell import shards
 from raylivecell.annotations.coco import CellRecord, decode_cells
 from raylivecell.annotations.drawing import border_map, draw_labels, hidden_cells, rasterise
 from raylivecell.annotations.rle import encode, encode_patch
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.defects import DefectRules, Facts, rule_of, visible_pixels
+from raylivecell.data import shards
+from raylivecell.data.cell_defects import check_cells
+from raylivecell.data.defects import DefectRules, Facts, rule_of, visible_pixels
 from raylivecell.images import decode, grey_levels, intensity
 from raylivecell.images.intensity import Intensity
-from raylivecell.outlines import check_cells
 
 
 def examine(uri: str) -> Facts:

@@ -23,12 +23,12 @@ from typing import Any
 
 import ray.data
 
-from raylivecell import defect_table, defects, description, plan, samples, set_intensity, shards
 from raylivecell.annotations import categories
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.defects import DefectRules, Facts, Found
-from raylivecell.plan import PrepareConfig
+from raylivecell.data import defect_table, defects, description, draw, plan, set_intensity, shards
+from raylivecell.data.defects import DefectRules, Facts, Found
+from raylivecell.data.plan import PrepareConfig
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import data_settings, quiet_data
 from raylivecell.runtime.ray_errors import as_user_errors, explain
@@ -199,11 +199,11 @@ def _draw(read: plan.Source, jobs: list[dict[str, Any]], config: PrepareConfig) 
 
 
 def _examine_some(job: dict[str, Any]) -> dict[str, Any]:
-    return {"facts": {path: asdict(samples.examine(storage.join(job["source"], path))) for path in job["paths"]}}
+    return {"facts": {path: asdict(draw.examine(storage.join(job["source"], path))) for path in job["paths"]}}
 
 
 def _draw_some(job: dict[str, Any]) -> dict[str, Any]:
-    return samples.write_part(job, DefectRules(**job["rules"]))
+    return draw.write_part(job, DefectRules(**job["rules"]))
 
 
 def _run_job(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

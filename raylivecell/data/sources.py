@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pyarrow import fs as pafs
 
 from raylivecell.core.errors import UserError
-from raylivecell.image_names import SPLIT_WORDS, splits_of_folder
+from raylivecell.data.image_names import SPLIT_WORDS, splits_of_folder
+from raylivecell.data.listing import list_folder, show
+from raylivecell.data.shards import SPLITS
 from raylivecell.images.decode import is_image_name
-from raylivecell.listing import list_folder, show
-from raylivecell.shards import SPLITS
 
 
 def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from raylivecell.data.shards import FORMAT_VERSION, SPLITS
 from raylivecell.images.intensity import trimmed_range
-from raylivecell.shards import FORMAT_VERSION, SPLITS
 
 LIVECELL_LICENCE = "CC BY-NC 4.0"
 LIVECELL_CITATION = (

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from raylivecell import defects
 from raylivecell.core import console
-from raylivecell.defects import Found
+from raylivecell.data import defects
+from raylivecell.data.defects import Found
 
 REASONS, NAMES = 4, 3
 """Printed of each defect, and files of each reason; dataset.json has all."""

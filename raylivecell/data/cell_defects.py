@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from raylivecell.annotations.coco import CellRecord, mask_of_runs
 from raylivecell.annotations.drawing import Cell, Patch
-from raylivecell.defects import DefectRules, rule_of
+from raylivecell.data.defects import DefectRules, rule_of
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
 """Defect -> (annotation id, detail) of each cell that has it."""
