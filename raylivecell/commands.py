@@ -121,7 +121,7 @@ def export(checkpoint: str, out: str) -> None:
 
 def download(arguments: Sequence[str]) -> None:
     """Fetch LIVECell, resumable and checked."""
-    from raylivecell import download as room
+    from raylivecell.download import livecell as room
 
     def command(
         out: Path,

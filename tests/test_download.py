@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 
-from raylivecell import archive, web
-from raylivecell import download as module
-from raylivecell import fetch as fetching
 from raylivecell.core.errors import UserError
 from raylivecell.data import image_names, sources
-from raylivecell.download import download
-from raylivecell.fetch import Damaged, Retry
+from raylivecell.download import archive, web
+from raylivecell.download import fetch as fetching
+from raylivecell.download import livecell as module
+from raylivecell.download.fetch import Damaged, Retry
+from raylivecell.download.livecell import download
 
 TRAIN = "annotations/LIVECell/livecell_coco_train.json"
 Answer = Callable[["Handler", bytes], None]
@@ -682,7 +682,7 @@ def test_killed_and_started_again(server: Server, tmp_path: Path, waits: Waits) 
         handler.server.release.wait(60)
 
     server.script = [stalls]
-    code = f"from pathlib import Path; from raylivecell.download import download; download(Path({str(tmp_path)!r}), "
+    code = f"from pathlib import Path; from raylivecell.download.livecell import download; download(Path({str(tmp_path)!r}), "
     process = subprocess.Popen([sys.executable, "-c", code + f"['train'], {server.url!r})"], stderr=subprocess.DEVNULL)
     assert arrived.wait(60)
     partial = fetching.partial_of(tmp_path / TRAIN)

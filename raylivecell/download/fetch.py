@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.web import Interrupted, Note, note_from, read_block, request
+from raylivecell.download.web import Interrupted, Note, note_from, read_block, request
 
 SPARE_BYTES = 64 << 20
 """Left free on the disk."""

@@ -1,6 +1,6 @@
 """LIVECell from its public bucket to a folder that `prepare` takes.
 
-1. Each file that is not there whole is fetched (`fetch.py`), verified, recorded in `download.json`, then named.
+1. Each file that is not there whole is fetched (`download/fetch.py`), verified, recorded in `livecell.json`, then named.
 2. `decode.zip` is unpacked into `images/`.
 
 Run again, it verifies what is there by the recorded size and SHA-256 and fetches only what is missing or differs.
@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from raylivecell import archive
 from raylivecell.core import storage
 from raylivecell.core.console import PLAIN_EVERY_S, console
 from raylivecell.core.errors import UserError
 from raylivecell.data.description import LIVECELL_CITATION, LIVECELL_LICENCE
-from raylivecell.fetch import PATIENT, Retry, Want, adopt, digests, disk_errors, fetch, publish
+from raylivecell.download import archive
+from raylivecell.download.fetch import PATIENT, Retry, Want, adopt, digests, disk_errors, fetch, publish
 
 BASE_URL = "https://livecell-dataset.s3.eu-central-1.amazonaws.com/LIVECell_dataset_2021/"
 """As the dataset's README gives it; annotation records have `url` fields that answer 401 and are never used."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raylivecell.core.errors import UserError
-from raylivecell.fetch import Damaged, check_room, disk_errors
+from raylivecell.download.fetch import Damaged, check_room, disk_errors
 
 IMAGE_FOLDERS = ("livecell_train_val_images", "livecell_test_images")
 MOST_BYTES = 8 << 30
