@@ -15,12 +15,13 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import cells_table, coco_protocol, fields, instances, parts, predictor, segment, synthetic
+from raylivecell import cells_table, coco_protocol, fields, instances, parts, predictor, segment
 from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
 from raylivecell.overlay import png
 from raylivecell.recipe import Recipe
 from raylivecell.segmenter import Cells
+from raylivecell.synthetic import writer
 from raylivecell.training_config import LoopConfig, ModelConfig
 
 RECIPE = Recipe(targets="distance", model=ModelConfig(features=(8, 16, 24, 40, 56), norm="group"))
@@ -37,7 +38,7 @@ def bench_predict(repeats: int = 5) -> dict[str, Any]:
         `cells`; `milliseconds`: way -> spread; `ratio`: rival / ours -> spread; `share`: stage -> part of the sum.
     """
     cv2.setNumThreads(1)
-    image, labels = max((synthetic.draw_labels(0, index) for index in range(8)), key=lambda drawn: drawn[1].max())
+    image, labels = max((writer.draw_labels(0, index) for index in range(8)), key=lambda drawn: drawn[1].max())
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
         ours, rivals = _ours(image, labels, folder), _rivals(image, labels)
         spent: dict[str, list[float]] = {name: [] for name in (*ours, *rivals)}

@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
-from raylivecell import augment, bench_frames, blocks, cost, ingest, synthetic
+from raylivecell import augment, bench_frames, blocks, cost, ingest
 from raylivecell.annotations import rle
 from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
 from raylivecell.bench_spread import spread
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.runtime.data_settings import quiet_data
+from raylivecell.synthetic import writer
 
 NODES = (1, 2, 3)
 # What a sample takes on a core: `bench feed` has 6 ms for a whole frame where loop and system share the cores.
@@ -159,7 +160,7 @@ def _pieces(task: float, take: float) -> cost.Pieces:
 
 def _row(index: int) -> dict[str, Any]:
     """A drawn frame as a row of a shard."""
-    image, labels = synthetic.draw_labels(0, index)
+    image, labels = writer.draw_labels(0, index)
     outlines = [one["counts"] for one in rle.encode(labels)]
     row = {"file_name": f"{index}.tif", "cell_type": "drawn", "height": image.shape[0], "width": image.shape[1]}
     row |= {"image": image, "labels": labels, "foreground": labels > 0, "border": np.zeros_like(image)}

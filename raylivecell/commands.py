@@ -23,9 +23,9 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
         seed: image number i depends on (seed, i) alone.
         defects: plant every defect that `prepare` must find, listed in planted.json.
     """
-    from raylivecell import synthetic
     from raylivecell.core.console import console, track
     from raylivecell.runtime import session
+    from raylivecell.synthetic import writer
 
     local(out)
 
@@ -33,7 +33,7 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
         session.connect()  # not before the request is known to be one that can be met
         return track(session.ordered_map(draw, frames), "drawing", len(frames))
 
-    told = synthetic.write_dataset(out, images, seed, defects, mapper=on_ray)
+    told = writer.write_dataset(out, images, seed, defects, mapper=on_ray)
     console.print(f"written: {out}, {sum(split['images'] for split in told['splits'].values())} images", markup=False)
 
 

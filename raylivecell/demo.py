@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
-from raylivecell import evaluate, predict, preflight, recipe, synthetic, train
+from raylivecell import evaluate, predict, preflight, recipe, train
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import prepare
 from raylivecell.runtime import session
+from raylivecell.synthetic import writer
 
 IMAGES = 64
 LEAST_IMAGES = 8
@@ -38,7 +39,7 @@ def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> d
     workers = _workers(chosen)
     _clear(out)
     cells, data, run, scores, found = (out / name for name in ("cells", "data", "run", "scores", "found"))
-    _step("1/5  drawing cells", lambda: synthetic.write_dataset(cells, images, seed, mapper=session.ordered_map))
+    _step("1/5  drawing cells", lambda: writer.write_dataset(cells, images, seed, mapper=session.ordered_map))
     _step("2/5  preparing the dataset", lambda: prepare.prepare(str(cells), str(data), prepare.PrepareConfig()))
     _step("3/5  training", lambda: train.train(str(data), str(run), chosen, workers))
     result = _step("4/5  scoring the test images", lambda: evaluate.evaluate(str(run), str(data), "test", str(scores)))

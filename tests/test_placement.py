@@ -208,7 +208,7 @@ def test_the_demo_refuses_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyP
     (out / demo.MARK).touch()
     (out / "cells" / "a.tif").touch()
     monkeypatch.setattr(demo.session, "connect", lambda: None)
-    monkeypatch.setattr(demo.synthetic, "write_dataset", lambda *_, **__: pytest.fail("it draws"))
+    monkeypatch.setattr(demo.writer, "write_dataset", lambda *_, **__: pytest.fail("it draws"))
     machines = [Machine(4, 1)]
     monkeypatch.setattr(preflight.session, "machines", lambda: machines)
 

@@ -701,10 +701,10 @@ def test_a_mistake_found_in_a_task_is_a_user_error(ray_cluster: None) -> None:
 
 @pytest.mark.usefixtures("no_ray")
 def test_planted_defects_of_synthetic_data(tmp_path: Path) -> None:
-    from raylivecell import synthetic
+    from raylivecell.synthetic import writer
 
     source = tmp_path / "source"
-    synthetic.write_dataset(source, 24, seed=5, defects=True)
+    writer.write_dataset(source, 24, seed=5, defects=True)
     planted = json.loads((source / "planted.json").read_text())["defects"]
     told = prepare(str(source), str(tmp_path / "out"))
     names = set()

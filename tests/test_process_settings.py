@@ -92,16 +92,17 @@ def snapshot() -> dict[str, Any]:
 
 def test_calls_from_a_notebook_change_nothing(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     import raylivecell
-    from raylivecell import predict, synthetic
+    from raylivecell import predict
     from raylivecell.data import prepare
     from raylivecell.order import PhaseConfig
     from raylivecell.recipe import Recipe
+    from raylivecell.synthetic import writer
     from raylivecell.train import train
     from raylivecell.training_config import ModelConfig
 
     recipe = Recipe(batch_size=2, crop=(32, 32), phases=(PhaseConfig(steps=2),), model=ModelConfig(features=(4, 8)))
     before = snapshot()
-    synthetic.write_dataset(tmp_path / "drawn", 4, 0)
+    writer.write_dataset(tmp_path / "drawn", 4, 0)
     prepare.prepare(str(tmp_path / "drawn"), str(tmp_path / "prepared"))
     train(tiny_dataset, str(tmp_path / "run"), recipe)
     model = raylivecell.load(str(tmp_path / "run"))

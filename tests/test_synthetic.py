@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from raylivecell import synthetic, synthetic_defects, synthetic_layout
 from raylivecell.core.errors import UserError
-from raylivecell.synthetic_cells import CELLS, HEIGHT, KINDS, WIDTH, Mask, polygon
+from raylivecell.synthetic import layout, planted_defects, writer
+from raylivecell.synthetic.cell_shapes import CELLS, HEIGHT, KINDS, WIDTH, Mask, polygon
 
 SEED = 11
 
@@ -23,7 +23,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    return {s: json.loads(Path(synthetic.json_path(str(folder), s)).read_text()) for s in synthetic.SPLITS}
+    return {s: json.loads(Path(writer.json_path(str(folder), s)).read_text()) for s in writer.SPLITS}
 
 
 def depth_of(masks: list[Mask]) -> np.ndarray:
@@ -41,13 +41,13 @@ def drawn(points: list[float]) -> np.ndarray:
 @pytest.fixture(scope="module")
 def frames() -> dict[int, tuple[np.ndarray, list[Mask]]]:
     """One frame of each kind."""
-    return {index: synthetic.draw_frame(SEED, index) for index in range(len(KINDS))}
+    return {index: writer.draw_frame(SEED, index) for index in range(len(KINDS))}
 
 
 @pytest.fixture(scope="module")
 def defective(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synthetic") / "defective"
-    synthetic.write_dataset(out, synthetic_defects.LEAST_IMAGES, SEED, defects=True)
+    writer.write_dataset(out, planted_defects.LEAST_IMAGES, SEED, defects=True)
     return out
 
 
@@ -59,15 +59,15 @@ def backwards(function: Any, items: Any) -> Any:
 
 def test_same_seed_gives_same_bytes_for_any_number_of_frames_and_any_mapper(tmp_path: Path) -> None:
     few, more, other = tmp_path / "few", tmp_path / "more", tmp_path / "other"
-    synthetic.write_dataset(few, 3, SEED)
-    synthetic.write_dataset(more, 5, SEED, mapper=backwards)
-    synthetic.write_dataset(other, 3, SEED + 1)
+    writer.write_dataset(few, 3, SEED)
+    writer.write_dataset(more, 5, SEED, mapper=backwards)
+    writer.write_dataset(other, 3, SEED + 1)
     images = {name: data for name, data in tree(few).items() if name.endswith(".tif")}
     assert len(images) == 3
     assert images.items() <= tree(more).items()
     assert not set(images.values()) & set(tree(other).values())
     first, second = load(few), load(more)
-    for split in synthetic.SPLITS:
+    for split in writer.SPLITS:
         assert all(entry in second[split]["images"] for entry in first[split]["images"])
         assert all(record in second[split]["annotations"] for record in first[split]["annotations"])
 
@@ -77,15 +77,15 @@ def test_ray_draws_the_same_bytes(tmp_path: Path, ray_cluster: None) -> None:
     from raylivecell.runtime.session import ordered_map
 
     here, there = tmp_path / "here", tmp_path / "there"
-    synthetic.write_dataset(here, 4, SEED)
-    synthetic.write_dataset(there, 4, SEED, mapper=ordered_map)
+    writer.write_dataset(here, 4, SEED)
+    writer.write_dataset(there, 4, SEED, mapper=ordered_map)
     assert tree(here) == tree(there)
 
 
 def test_layout_is_livecells(tmp_path: Path) -> None:
     import tifffile
 
-    result = synthetic.write_dataset(tmp_path / "out", 3, SEED)
+    result = writer.write_dataset(tmp_path / "out", 3, SEED)
     data = load(tmp_path / "out")
     ids: list[int] = []
     for split, content in data.items():
@@ -93,7 +93,7 @@ def test_layout_is_livecells(tmp_path: Path) -> None:
         assert result["splits"][split] == {"images": 1, "cells": len(content["annotations"])}
         (entry,) = content["images"]
         ids += [entry["id"], *(record["id"] for record in content["annotations"])]
-        path = synthetic_layout.image_path(str(tmp_path / "out"), split, entry["file_name"])
+        path = layout.image_path(str(tmp_path / "out"), split, entry["file_name"])
         page = tifffile.TiffFile(path).pages[0]
         assert (page.shape, page.dtype, page.compression.name, page.predictor) == ((520, 704), np.uint8, "LZW", 2)
         for record in content["annotations"]:
@@ -107,18 +107,18 @@ def test_layout_is_livecells(tmp_path: Path) -> None:
 
 
 def test_names_ids_and_splits_of_a_full_size_set() -> None:
-    plan = [synthetic.Frame("", SEED, index) for index in range(5239)]
+    plan = [writer.Frame("", SEED, index) for index in range(5239)]
     assert len({frame.file_name for frame in plan}) == len({frame.image_id for frame in plan}) == len(plan)
     share = Counter(frame.split for frame in plan)
-    assert [round(share[split] / len(plan), 2) for split in synthetic.SPLITS] == [0.61, 0.11, 0.28]
+    assert [round(share[split] / len(plan), 2) for split in writer.SPLITS] == [0.61, 0.11, 0.28]
     first = plan[:40]
-    assert {frame.split for frame in first[:3]} == set(synthetic.SPLITS)
-    kinds = {split: {frame.kind for frame in first if frame.split == split} for split in synthetic.SPLITS}
-    assert [len(kinds[split]) for split in synthetic.SPLITS] == [8, 6, 8]
+    assert {frame.split for frame in first[:3]} == set(writer.SPLITS)
+    kinds = {split: {frame.kind for frame in first if frame.split == split} for split in writer.SPLITS}
+    assert [len(kinds[split]) for split in writer.SPLITS] == [8, 6, 8]
 
 
 def test_every_kind_has_livecells_numbers(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> None:
-    assert {synthetic.Frame("", SEED, index).kind for index in frames} == set(range(8))
+    assert {writer.Frame("", SEED, index).kind for index in frames} == set(range(8))
     for image, masks in frames.values():
         depth = depth_of(masks)
         assert CELLS[0] <= len(masks) <= CELLS[1]
@@ -157,7 +157,7 @@ def test_a_threshold_fails(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_counts_and_overlap_over_seeds(seed: int) -> None:
     for index in range(8):
-        _, masks = synthetic.draw_frame(seed, index + 8 * seed)
+        _, masks = writer.draw_frame(seed, index + 8 * seed)
         depth = depth_of(masks)
         assert CELLS[0] <= len(masks) <= CELLS[1]
         assert (depth > 1).sum() <= 0.025 * (depth > 0).sum()
@@ -171,33 +171,33 @@ def test_an_interrupted_set_is_finished_and_a_whole_one_left_alone(tmp_path: Pat
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthetic.write_dataset(out, 3, SEED, mapper=killed)
+        writer.write_dataset(out, 3, SEED, mapper=killed)
     assert not list(out.rglob("*.json*partial"))
     assert not list((out / "annotations").rglob("*.json"))
-    synthetic.write_dataset(out, 3, SEED)
-    synthetic.write_dataset(whole, 3, SEED)
+    writer.write_dataset(out, 3, SEED)
+    writer.write_dataset(whole, 3, SEED)
     assert tree(out) == tree(whole)
-    again = synthetic.write_dataset(out, 3, SEED, mapper=killed)
+    again = writer.write_dataset(out, 3, SEED, mapper=killed)
     assert again["whole"]
 
 
 def test_another_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="choose another --out"):
-        synthetic.write_dataset(tmp_path, 3, SEED)
-    synthetic.write_dataset(tmp_path / "out", 1, SEED)
+        writer.write_dataset(tmp_path, 3, SEED)
+    writer.write_dataset(tmp_path / "out", 1, SEED)
     with pytest.raises(UserError, match="another synthetic dataset"):
-        synthetic.write_dataset(tmp_path / "out", 2, SEED)
+        writer.write_dataset(tmp_path / "out", 2, SEED)
     with pytest.raises(UserError, match="24 or more"):
-        synthetic.write_dataset(tmp_path / "few", 3, SEED, defects=True)
+        writer.write_dataset(tmp_path / "few", 3, SEED, defects=True)
     with pytest.raises(UserError, match="1 or more"):
-        synthetic.write_dataset(tmp_path / "none", 0, SEED)
+        writer.write_dataset(tmp_path / "none", 0, SEED)
 
 
 def test_every_defect_is_planted(defective: Path) -> None:
     planted = json.loads((defective / "planted.json").read_text())
-    assert {item["defect"] for item in planted["defects"]} == set(synthetic_defects.DEFECTS)
-    assert {item["shape"] for item in planted["shapes"]} == set(synthetic_defects.SHAPES)
+    assert {item["defect"] for item in planted["defects"]} == set(planted_defects.DEFECTS)
+    assert {item["shape"] for item in planted["shapes"]} == set(planted_defects.SHAPES)
     data = load(defective)
     records = {split: {r["id"]: r for r in content["annotations"]} for split, content in data.items()}
     assert sum(map(len, records.values())) == len({i for split in records.values() for i in split})
@@ -207,12 +207,12 @@ def test_every_defect_is_planted(defective: Path) -> None:
 
 def names(data: dict[str, Any], item: dict[str, Any]) -> list[str]:
     """The splits whose JSON names the item's file, once an entry."""
-    return [s for s in synthetic.SPLITS for e in data[s]["images"] if e["file_name"] == item["file_name"]]
+    return [s for s in writer.SPLITS for e in data[s]["images"] if e["file_name"] == item["file_name"]]
 
 
 def records(data: dict[str, Any], item: dict[str, Any]) -> list[dict[str, Any]]:
     ids = {listed["image_id"] for listed in item["listed"]}
-    return [r for s in synthetic.SPLITS for r in data[s]["annotations"] if r["image_id"] in ids]
+    return [r for s in writer.SPLITS for r in data[s]["annotations"] if r["image_id"] in ids]
 
 
 def marked(data: dict[str, Any], item: dict[str, Any]) -> list[list[list[float]]]:
@@ -220,7 +220,7 @@ def marked(data: dict[str, Any], item: dict[str, Any]) -> list[list[list[float]]
 
 
 def file_of(out: Path, item: dict[str, Any]) -> Path:
-    return Path(synthetic_layout.image_path(str(out), item["split"], item["file_name"]))
+    return Path(layout.image_path(str(out), item["split"], item["file_name"]))
 
 
 def pixels(out: Path, item: dict[str, Any]) -> Any:
@@ -230,7 +230,7 @@ def pixels(out: Path, item: dict[str, Any]) -> Any:
 def check_leak(out: Path, data: Any, item: Any) -> None:
     assert len(set(names(data, item))) == 2
     for listed in item["listed"]:
-        assert Path(synthetic_layout.image_path(str(out), listed["split"], item["file_name"])).exists()
+        assert Path(layout.image_path(str(out), listed["split"], item["file_name"])).exists()
 
 
 def check_duplicate(out: Path, data: Any, item: Any) -> None:
@@ -239,7 +239,7 @@ def check_duplicate(out: Path, data: Any, item: Any) -> None:
 
 
 def check_identical(out: Path, data: Any, item: Any) -> None:
-    first, second = (synthetic_layout.image_path(str(out), e["split"], e["file_name"]) for e in item["listed"])
+    first, second = (layout.image_path(str(out), e["split"], e["file_name"]) for e in item["listed"])
     assert first != second
     assert Path(first).read_bytes() == Path(second).read_bytes()
 
@@ -278,7 +278,7 @@ CHECKS = {
     "duplicate_entry": check_duplicate,
     "identical_pixels": check_identical,
     "no_annotations": check(lambda out, data, item: names(data, item) and not records(data, item)),
-    "few_annotations": check(lambda out, data, item: len(records(data, item)) == synthetic_defects.FEW),
+    "few_annotations": check(lambda out, data, item: len(records(data, item)) == planted_defects.FEW),
     "doubled_contour": check_doubled,
     "missing_file": check(lambda out, data, item: names(data, item) and not file_of(out, item).exists()),
     "unlisted_file": check(lambda out, data, item: not names(data, item) and file_of(out, item).exists()),

@@ -20,13 +20,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import synthetic_defects
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.process_settings import opencv_threads
-from raylivecell.synthetic_cells import KINDS, Bytes, Mask, grow_frame, polygon
-from raylivecell.synthetic_layout import SPLITS, Frame, encode_tiff, image_entry, json_path
-from raylivecell.synthetic_optics import render
+from raylivecell.synthetic import planted_defects
+from raylivecell.synthetic.cell_shapes import KINDS, Bytes, Mask, grow_frame, polygon
+from raylivecell.synthetic.layout import SPLITS, Frame, encode_tiff, image_entry, json_path
+from raylivecell.synthetic.optics import render
 
 DRAWING = 1
 """Grows when the same seed draws other pixels."""
@@ -101,18 +101,18 @@ def write_dataset(
     """
     if images < 1 or seed < 0:
         raise UserError(f"cannot draw {images} images with seed {seed}: ask for 1 or more and a seed from 0")
-    if defects and images < synthetic_defects.LEAST_IMAGES:
-        raise UserError(f"{images} images cannot hold every defect: ask for {synthetic_defects.LEAST_IMAGES} or more")
+    if defects and images < planted_defects.LEAST_IMAGES:
+        raise UserError(f"{images} images cannot hold every defect: ask for {planted_defects.LEAST_IMAGES} or more")
     root = storage.absolute(out)
     request = {"drawing": DRAWING, "seed": seed, "images": images, "defects": defects}
     done = _begin(root, request)
     if done is not None:
         return done
     frames = [Frame(root, seed, index) for index in range(images)]
-    planted = synthetic_defects.plan(frames) if defects else {}
+    planted = planted_defects.plan(frames) if defects else {}
     splits = _write_annotations(root, frames, planted, mapper(write_frame, frames))
     if defects:
-        storage.write_json(storage.join(root, "planted.json"), synthetic_defects.report(planted))
+        storage.write_json(storage.join(root, "planted.json"), planted_defects.report(planted))
     result = {**request, "whole": True, "splits": splits}
     storage.write_json(storage.join(root, "synthetic.json"), result)
     return result
@@ -136,7 +136,7 @@ def _begin(root: str, request: dict[str, Any]) -> dict[str, Any] | None:
 def _write_annotations(
     root: str,
     frames: list[Frame],
-    planted: dict[int, synthetic_defects.Planted],
+    planted: dict[int, planted_defects.Planted],
     drawn: Iterable[list[dict[str, Any]]],
 ) -> dict[str, dict[str, int]]:
     """Streams the annotations into the three JSON files, which get their names when all are whole."""

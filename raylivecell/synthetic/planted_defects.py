@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from raylivecell.synthetic_cells import HEIGHT, KINDS, WIDTH
-from raylivecell.synthetic_layout import Frame, encode_tiff, file_name, image_entry, image_path
+from raylivecell.synthetic.cell_shapes import HEIGHT, KINDS, WIDTH
+from raylivecell.synthetic.layout import Frame, encode_tiff, file_name, image_entry, image_path
 
 DEFECTS = (
     "leak",

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell.synthetic_cells import HEIGHT, WIDTH, Bytes, Kind, Mask, distance
+from raylivecell.synthetic.cell_shapes import HEIGHT, WIDTH, Bytes, Kind, Mask, distance
 
 Image = NDArray[np.float32]
 

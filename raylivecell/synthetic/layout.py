@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from raylivecell.core import storage
-from raylivecell.synthetic_cells import HEIGHT, KINDS, WIDTH, Bytes
+from raylivecell.synthetic.cell_shapes import HEIGHT, KINDS, WIDTH, Bytes
 
 SPLITS = ("train", "val", "test")
 # Dealt so that each kind gets 11 train, 2 val and 5 test of every 18 frames (61, 11, 28 %; LIVECell: 62, 11, 27), that
