@@ -15,7 +15,7 @@ FLAGS = ConstructorRegistry()
 
 @FLAGS.primitive_rule
 def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-    """A mapping with text keys (`model.options`) as one word of JSON; None for any other type."""
+    """A mapping with text keys (`unet.options`) as one word of JSON; None for any other type."""
     if get_origin(info.type) is not dict:
         return None
     return PrimitiveConstructorSpec(

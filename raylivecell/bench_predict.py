@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import cells_table, coco_protocol, fields, instances, parts, predictor, segment
+from raylivecell import cells_table, coco_protocol, fields, instances, parts, predictor
 from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
+from raylivecell.network import forward
 from raylivecell.overlay import png
 from raylivecell.recipe import Recipe
 from raylivecell.segmenter import Cells
@@ -68,13 +69,13 @@ def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Callable[[], Any]]:
-    network = segment.build(RECIPE, torch.device("cpu")).eval()
+    network = forward.build(RECIPE, torch.device("cpu")).eval()
     maps, config = _maps(image, labels), instances.default("distance")
     found = instances.segment(maps, "distance", config)
     cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.foreground)
     part = parts.Part({"file": "x"}, cells_table.lines("x", cells_table.measure(found, image), cells.scores), [])
     return {
-        "network": lambda: segment.maps(network, image),
+        "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),
         "scores": lambda: instances.scores(found, maps[0]),
         "cells.csv": lambda: cells_table.lines("x", cells_table.measure(found, image), cells.scores),
@@ -92,7 +93,7 @@ def _rivals(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any
     from skimage.segmentation import mark_boundaries, watershed
 
     channels_first = RECIPE.model_copy(update={"loop": LoopConfig(channels_last=False)})
-    network = segment.build(channels_first, torch.device("cpu")).eval()
+    network = forward.build(channels_first, torch.device("cpu")).eval()
     maps = _maps(image, labels)
 
     def flooded() -> np.ndarray:
@@ -105,7 +106,7 @@ def _rivals(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any
 
     found = flooded()
     return {
-        "network: channels first": lambda: segment.maps(network, image),
+        "network: channels first": lambda: forward.maps(network, image),
         "watershed: scikit-image": flooded,
         "cells.csv: scikit-image": lambda: regionprops_table(found, image, properties=TABLE),
         "coco.json: pycocotools": lambda: [

@@ -30,7 +30,7 @@ TOLD = re.compile(r"first step after ([\d.]+) s: (.*)")
 SCRIPT = """
 import sys, glob, cv2, numpy as np, torch
 from torch.utils.data import DataLoader, Dataset
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.training_config import ModelConfig
 class Frames(Dataset):
     files = sorted(glob.glob(sys.argv[1] + "/images/*.tif"))

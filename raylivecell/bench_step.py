@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raylivecell import loop, segment
+from raylivecell import loop
 from raylivecell.bench_spread import spread
-from raylivecell.losses import segmentation_loss
-from raylivecell.model import build_model, count_parameters
-from raylivecell.optimizer import build_optimizer
+from raylivecell.network import forward
+from raylivecell.network.losses import segmentation_loss
+from raylivecell.network.optimizer import build_optimizer
+from raylivecell.network.unet import build_model, count_parameters
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
@@ -169,7 +170,7 @@ def train(recipe: Recipe, batches: Iterator[dict[str, Tensor]], device: torch.de
     """Our loop in this process; its history."""
     torch.manual_seed(0)
     plan = Plan(recipe.seed, recipe.batch_size, recipe.batch_size, recipe.phases)
-    training = loop.start(segment.build(recipe, device), recipe.optimizer, plan.steps)
+    training = loop.start(forward.build(recipe, device), recipe.optimizer, plan.steps)
     if recipe.loop.compile:
         training.model.compile()
     for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, lambda network: {}):

@@ -24,9 +24,9 @@ from raylivecell import bench_frames, bench_step, blocks, ingest, trainer
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
-from raylivecell.device import tensors
 from raylivecell.job import Job
-from raylivecell.model import build_model, count_parameters
+from raylivecell.network.transfer import tensors
+from raylivecell.network.unet import build_model, count_parameters
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import session

@@ -30,7 +30,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.instances import InstanceConfig
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.run_state import MODEL, RECIPE, STATE, State, find, load_state, missing
 
 TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raylivecell import augment, elastic
 from raylivecell.augment import BACKGROUND, AugmentConfig, Move, Size
-from raylivecell.device import Sender
+from raylivecell.network.transfer import Sender
 from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
 
 

@@ -27,7 +27,6 @@ from raylivecell import (
     instances,
     run_state,
     scores,
-    segment,
     segmenter,
 )
 from raylivecell import recipe as recipes
@@ -38,6 +37,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
+from raylivecell.network import forward
 from raylivecell.runtime import session
 from raylivecell.scores import Found, Truth
 
@@ -226,11 +226,11 @@ def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> Non
     """Choose the thresholds on validation images and keep them in the checkpoint `folder`."""
     rows = _rows_of(data, "val")
     chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CALIBRATION_IMAGES)).astype(int)]
-    network, recipe = segment.load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    network, recipe = forward.load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cases = []
     for row in track(chosen, "maps", len(chosen)):
         sample = shards.read_row(row, [*PIXELS, "labels"])
-        cases.append((segment.maps_of_frame(network, _frame(sample, rule), tta), sample["labels"]))
+        cases.append((forward.maps_of_frame(network, _frame(sample, rule), tta), sample["labels"]))
     before = calibrate.mean_msa(cases, recipe.targets, instances.default(recipe.targets))
     config, msa = calibrate.calibrate(cases, recipe.targets)
     told = {

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raylivecell.device import Sender
-from raylivecell.losses import segmentation_loss
-from raylivecell.optimizer import build_optimizer
+from raylivecell.network.losses import segmentation_loss
+from raylivecell.network.optimizer import build_optimizer
+from raylivecell.network.transfer import Sender
 from raylivecell.order import EPOCH, SAMPLE, Plan
 from raylivecell.run_state import State
 from raylivecell.training_config import LoopConfig, LossConfig, OptimizerConfig

@@ -98,7 +98,7 @@ def network(recipe: Recipe) -> str | None:
     """
     if recipe.model.name == "unet":
         return None
-    from raylivecell import monai_networks
+    from raylivecell.network import monai_networks
 
     return monai_networks.describe(recipe.model.name, recipe.model.options, recipe.outputs)
 

@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import instances, run_state, tiles
+from raylivecell import instances, run_state
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.fields import Targets
 from raylivecell.images import decode, grey_levels, intensity
 from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
 from raylivecell.instances import InstanceConfig, Maps
+from raylivecell.network import windows
 
 ONNX = ".onnx"
 
@@ -78,7 +79,7 @@ class Segmenter:
     def segment_frame(self, frame: Frame) -> Cells:
         """The cells of an image on the network's scale; none where it is not usable, and none in padding.
 
-        Up to `tiles.WHOLE_PIXELS` in one piece; larger images in overlapping windows, in bounded memory.
+        Up to `windows.WHOLE_PIXELS` in one piece; larger images in overlapping windows, in bounded memory.
         """
         if not frame.usable:
             none = np.zeros(frame.levels.shape, np.int32)
@@ -91,14 +92,14 @@ class Segmenter:
         return cells._replace(warnings=(*frame.warnings, *intensity.share_warning(share, self.intensity)))
 
     def _cells(self, image: NDArray[np.uint8]) -> Cells:
-        if image.size > tiles.WHOLE_PIXELS:
-            return Cells(*tiles.segment(self.network, image, self.targets, self.config))
+        if image.size > windows.WHOLE_PIXELS:
+            return Cells(*windows.segment(self.network, image, self.targets, self.config))
         return self._cells_of_maps(self.network(image))
 
     def _cells_beside_padding(self, image: NDArray[np.uint8], padding: NDArray[np.bool_]) -> Cells:
-        """The cells of an image of which the network sees all but the padding, as in `segment.logits_of_picture`."""
+        """The cells of an image of which the network sees all but the padding, as in `forward.logits_of_picture`."""
         window, picture = grey_levels.without_padding(image, padding)
-        if picture.size > tiles.WHOLE_PIXELS:
+        if picture.size > windows.WHOLE_PIXELS:
             return _outside(_placed(self._cells(picture), window, image.shape), padding, self.config.smallest)
         found = self.network(picture)
         maps = np.zeros((len(found), *image.shape), np.float32)
@@ -155,7 +156,8 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
         return Segmenter(network, file.targets, InstanceConfig(**file.thresholds), file.recipe_text, file.intensity)
     import torch
 
-    from raylivecell import checkpoint, recipe, segment
+    from raylivecell import checkpoint, recipe
+    from raylivecell.network import forward as segment
 
     folder = run_state.find(storage.absolute(uri))
     model, settings = segment.load(folder, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))

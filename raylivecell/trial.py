@@ -18,12 +18,13 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, loop, preflight, run_state, segment, space, trainer
+from raylivecell import checkpoint, loop, preflight, run_state, space, trainer
 from raylivecell.core import storage
 from raylivecell.core.errors import MachineError, UserError
 from raylivecell.dataset import Samples
 from raylivecell.job import Job
 from raylivecell.journal import Journal
+from raylivecell.network import forward
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus
 from raylivecell.worker import Place, reports, save, told
@@ -164,7 +165,7 @@ def ms_per_image(network: nn.Module, samples: Samples) -> float:
     seconds = []
     for _ in range(WARM_UP + MEASURED):
         begin = time.perf_counter()
-        segment.logits(network, image).sum().item()  # waits for the device
+        forward.logits(network, image).sum().item()  # waits for the device
         seconds.append(time.perf_counter() - begin)
     return round(1000 * sorted(seconds[WARM_UP:])[MEASURED // 2], 2)
 

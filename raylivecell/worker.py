@@ -22,23 +22,13 @@ from ray.train import Checkpoint, PreemptionInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import (
-    checkpoint,
-    device_augment,
-    gloo,
-    ingest,
-    instance_metrics,
-    instances,
-    loop,
-    metrics,
-    run_state,
-    segment,
-)
+from raylivecell import checkpoint, device_augment, gloo, ingest, instance_metrics, instances, loop, metrics, run_state
 from raylivecell.dataset import Samples
-from raylivecell.device import tensors
 from raylivecell.fields import Targets
 from raylivecell.job import RANK, Job
 from raylivecell.journal import Journal
+from raylivecell.network import forward as segment
+from raylivecell.network.transfer import tensors
 from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus

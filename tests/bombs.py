@@ -24,7 +24,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects, shards
 from raylivecell.data.defects import DefectRules
 from raylivecell.images import decode, tiff_segments
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.training_config import ModelConfig
 
 HERE = Path(sys.argv[1])

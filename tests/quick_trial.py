@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from raylivecell import checkpoint, loop, run_state, segment, trial
+from raylivecell import checkpoint, loop, run_state, trial
 from raylivecell.job import Job
+from raylivecell.network import forward
 
 BEST_LR = 3e-3
 
@@ -31,7 +32,7 @@ def quick_trial() -> type[trial.OneWorker]:
         torch.set_num_threads(1)
         values, state = checkpoint.load_training(last) if last else (None, run_state.State())
         plan, every = job.plan(), job.recipe.loop.report_steps or 1
-        training = loop.start(segment.build(job.recipe, torch.device("cpu")), job.recipe.optimizer, plan.steps)
+        training = loop.start(forward.build(job.recipe, torch.device("cpu")), job.recipe.optimizer, plan.steps)
         if values is not None:
             training.load(values, state)
         for step in range(state.step + every, plan.steps + 1, every):

@@ -9,7 +9,7 @@ import torch
 from raylivecell import checkpoint, loop, run_state
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import ModelConfig
 

@@ -17,7 +17,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.instances import InstanceConfig
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig

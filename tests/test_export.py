@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, export, onnx_model, recipe, segment, segmenter
+from raylivecell import checkpoint, export, onnx_model, recipe, segmenter
 from raylivecell.core.errors import UserError
 from raylivecell.instances import InstanceConfig
-from raylivecell.model import build_model
+from raylivecell.network import forward
+from raylivecell.network.unet import build_model
 from raylivecell.run_state import State
 
 DATA = {"name": "disks", "licence": "CC0", "citation": "nobody", "sha256": "ab" * 32, "uri": "x"}
@@ -54,7 +55,7 @@ def test_a_file_gives_the_networks_maps_at_any_size(
     network = checkpoint.load_model(saved)[0]
     for size in ((64, 64), (57, 90), (16, 23)):
         image = np.random.default_rng(0).integers(90, 170, size).astype(np.uint8)
-        expected = segment.maps(network, image)
+        expected = forward.maps(network, image)
         got = maps(image[None, None].astype(np.float32))[0]
         assert got.shape == (len(expected), *size)
         np.testing.assert_allclose(got, expected, atol=1e-4)

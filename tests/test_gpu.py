@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import augment, bench_step, device_augment, loop, segment
-from raylivecell.device import Sender
+from raylivecell import augment, bench_step, device_augment, loop
+from raylivecell.network import forward
+from raylivecell.network.transfer import Sender
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig
@@ -40,7 +41,7 @@ def test_no_step_waits_for_it(gpu: torch.device) -> None:
     def tick(step: int, images_per_s: float) -> None:
         torch.cuda.set_sync_debug_mode("error" if 2 <= step < STEPS - 1 else "default")
 
-    training = loop.start(segment.build(RECIPE, gpu), RECIPE.optimizer, plan.steps)
+    training = loop.start(forward.build(RECIPE, gpu), RECIPE.optimizer, plan.steps)
     batches = itertools.repeat({"planes": planes})
     try:
         for _ in loop.run(

@@ -19,7 +19,7 @@ from raylivecell.data.defects import DefectRules, Entry
 from raylivecell.images import intensity
 from raylivecell.images.grey_levels import Measures, measure, padding_mask, without_padding
 from raylivecell.images.intensity import Intensity, choose, to_uint8
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig

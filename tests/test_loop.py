@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raylivecell import loop
-from raylivecell.model import build_model
-from raylivecell.optimizer import build_optimizer
+from raylivecell.network.optimizer import build_optimizer
+from raylivecell.network.unet import build_model
 from raylivecell.order import PhaseConfig, Plan
 from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig, OptimizerConfig
 

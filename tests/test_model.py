@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell.losses import segmentation_loss
-from raylivecell.model import Normalise, build_model, count_parameters
-from raylivecell.optimizer import schedule
+from raylivecell.network.losses import segmentation_loss
+from raylivecell.network.optimizer import schedule
+from raylivecell.network.unet import Normalise, build_model, count_parameters
 from raylivecell.training_config import LossConfig, ModelConfig, OptimizerConfig
 
 

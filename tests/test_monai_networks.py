@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, losses, preflight, recipe, segment, space, space_check, sweep
+from raylivecell import checkpoint, preflight, recipe, space, space_check, sweep
 from raylivecell.core.errors import UserError
-from raylivecell.model import build_model
+from raylivecell.network import forward, losses
+from raylivecell.network.unet import build_model
 from raylivecell.run_state import State
 from raylivecell.space import Condition, Dimension, SweepConfig
 from raylivecell.training_config import ModelConfig, Network
@@ -76,7 +77,7 @@ def test_a_checkpoint_gives_the_same_maps_again(tmp_path: Path) -> None:
     again, loaded = checkpoint.load_model(str(tmp_path))
     assert loaded == whole
     image = np.random.default_rng(0).integers(0, 255, (45, 70)).astype(np.uint8)
-    np.testing.assert_array_equal(segment.maps(again, image), segment.maps(network, image))
+    np.testing.assert_array_equal(forward.maps(again, image), forward.maps(network, image))
 
 
 def test_a_sweep_searches_networks_and_their_options() -> None:

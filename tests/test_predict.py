@@ -23,7 +23,7 @@ from pycocotools import mask as coco_mask
 from raylivecell import checkpoint, cli, predict, predictor, segmenter
 from raylivecell.core.errors import UserError
 from raylivecell.instances import InstanceConfig
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
-from raylivecell.model import build_model, count_parameters
+from raylivecell.network.unet import build_model, count_parameters
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SHIPPED = sorted(JOBS.glob("*.yaml"))

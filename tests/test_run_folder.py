@@ -8,7 +8,7 @@ import pytest
 from raylivecell import check, checkpoint, run_folder, run_state, train
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_folder import Failure
 from raylivecell.run_state import State

@@ -19,7 +19,7 @@ from PIL import Image
 from raylivecell import checkpoint, confirm, loop, parts, run_folder, run_state, study
 from raylivecell.core.errors import UserError
 from raylivecell.data import draw, prepare, shards
-from raylivecell.model import build_model
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.space import Dimension, SweepConfig
 from raylivecell.training_config import ModelConfig

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, instance_metrics, segment, segmenter, worker
+from raylivecell import checkpoint, instance_metrics, segmenter, worker
 from raylivecell.blocks import ValidationSample
 from raylivecell.images.intensity import Frame
-from raylivecell.model import build_model
+from raylivecell.network import forward
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
 from raylivecell.training_config import ModelConfig
@@ -27,10 +28,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (17, 2), (33, 57)])
 def test_any_size_goes_through(saved: str, shape: tuple[int, int]) -> None:
-    network, _ = segment.load(saved, torch.device("cpu"))
+    network, _ = forward.load(saved, torch.device("cpu"))
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     for flips in (False, True):
-        found = segment.maps(network, image, flips)
+        found = forward.maps(network, image, flips)
         assert found.shape == (3, *shape)
         assert found.dtype == np.float32
         assert ((found >= 0) & (found <= 1)).all()
@@ -41,12 +42,12 @@ def test_any_size_goes_through(saved: str, shape: tuple[int, int]) -> None:
 
 
 def test_flips_make_the_answer_follow_the_image(saved: str) -> None:
-    network, _ = segment.load(saved, torch.device("cpu"))
+    network, _ = forward.load(saved, torch.device("cpu"))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 48, 64), np.uint8))
-    plain, averaged = segment.logits(network, images), segment.logits(network, images, flips=True)
+    plain, averaged = forward.logits(network, images), forward.logits(network, images, flips=True)
     assert not torch.allclose(plain, averaged)
-    for axes in segment.FLIPS:
-        turned = segment.logits(network, images.flip(axes), flips=True).flip(tuple(a + 1 for a in axes))
+    for axes in forward.FLIPS:
+        turned = forward.logits(network, images.flip(axes), flips=True).flip(tuple(a + 1 for a in axes))
         torch.testing.assert_close(turned, averaged, atol=1e-5, rtol=1e-4)
 
 
@@ -59,7 +60,7 @@ def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
 @pytest.mark.parametrize("kind", ["none", "strip", "corner"])
 def test_padding_is_neither_shown_to_the_network_nor_scored(saved: str, kind: str) -> None:
     """By validation, `--calibrate` and a run's report as by `evaluate` and `predict`."""
-    network, recipe = segment.load(saved, torch.device("cpu"))
+    network, recipe = forward.load(saved, torch.device("cpu"))
     rng = np.random.default_rng(1)
     picture = rng.integers(90, 170, (40, 56), np.uint8)
     image, labels = np.full((64, 56), 128, np.uint8), np.zeros((64, 56), np.uint16)
@@ -71,11 +72,11 @@ def test_padding_is_neither_shown_to_the_network_nor_scored(saved: str, kind: st
     if kind == "none":
         image, labels, padding = picture, labels[:40], padding[:40]
     frame = Frame(image, padding if padding.any() else None)
-    maps = segment.maps_of_frame(network, frame)
+    maps = forward.maps_of_frame(network, frame)
     assert not maps[:, padding].any()
     if kind != "corner":
-        np.testing.assert_array_equal(maps[:, :40], segment.maps(network, picture))
-    assert not segment.maps_of_frame(network, frame._replace(usable=False)).any()
+        np.testing.assert_array_equal(maps[:, :40], forward.maps(network, picture))
+    assert not forward.maps_of_frame(network, frame._replace(usable=False)).any()
     assert_scored_as_segmented(network, recipe, saved, frame, labels)
 
 

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from raylivecell import fields, instance_metrics, instances, segment, tiles
+from raylivecell import fields, instance_metrics, instances
 from raylivecell.fields import Targets
 from raylivecell.instances import InstanceConfig
+from raylivecell.network import forward
+from raylivecell.network import windows as tiles
 
 Network = Callable[[np.ndarray], np.ndarray]
 WINDOW, HALO = 64, 48
@@ -222,9 +224,9 @@ def test_torch_networks_are_blended_in_the_same_way(shape: tuple[int, int], monk
     torch.manual_seed(0)
     network = nn.Conv2d(1, 2, 3, padding=1)
     images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
-    whole = segment.logits(network, images)
+    whole = forward.logits(network, images)
     monkeypatch.setattr(tiles, "WHOLE_PIXELS", 1)
-    in_windows = segment.logits(network, images)
+    in_windows = forward.logits(network, images)
     torch.testing.assert_close(in_windows, whole, atol=2e-2, rtol=0)
     assert not torch.equal(in_windows, whole)
 

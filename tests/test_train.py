@@ -17,23 +17,12 @@ from conftest import joined, kill_at, run_apart, write_tiny_dataset
 from hosts import until
 from ray.train import UserCallback
 
-from raylivecell import (
-    blocks,
-    checkpoint,
-    dataset,
-    gloo,
-    loop,
-    preflight,
-    run_folder,
-    run_state,
-    segment,
-    trainer,
-    worker,
-)
+from raylivecell import blocks, checkpoint, dataset, gloo, loop, preflight, run_folder, run_state, trainer, worker
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.evaluate import evaluate
 from raylivecell.job import Job
+from raylivecell.network import forward
 from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import session
@@ -78,7 +67,7 @@ def plain_loop(data: str, recipe: Recipe) -> loop.Training:
     batches = ({"planes": torch.from_numpy(blocks.load(plan.rows(step), source))} for step in range(plan.steps))
     scores = worker._Validation(job.samples, worker.Place(0, 1, cpu, 1), recipe.targets).scores
     torch.manual_seed(recipe.seed)
-    training = loop.start(segment.build(recipe, cpu), recipe.optimizer, plan.steps)
+    training = loop.start(forward.build(recipe, cpu), recipe.optimizer, plan.steps)
     for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, validate=scores):
         pass
     return training

@@ -40,7 +40,7 @@ class Padded(nn.Module):
     """`network` for any image size: grey levels 0 to 255 (B, 1, H, W) -> logits (B, C, H, W).
 
     Args:
-        normalise: `model.Normalise`, the first layer.
+        normalise: `unet.Normalise`, the first layer.
         network: takes sizes divisible by `multiple`.
         multiple: of height and width; at least two of it are given, since instance normalisation needs several pixels.
     """
@@ -79,7 +79,7 @@ def build(name: str, options: Mapping[str, Any], outputs: int, normalise: nn.Mod
         name: one of `training_config.Network`, but for `unet`.
         options: arguments of its class, without RESERVED.
         outputs: channels of its logits.
-        normalise: `model.Normalise`, the first layer.
+        normalise: `unet.Normalise`, the first layer.
 
     Raises:
         UserError: an option that it does not take, or with which it does not work.

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import checkpoint, metrics, tiles
+from raylivecell import checkpoint, metrics
 from raylivecell.data import shards
 from raylivecell.images import grey_levels
 from raylivecell.images.intensity import Frame, Intensity
-from raylivecell.model import build_model
+from raylivecell.network import windows
+from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 
 FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
@@ -107,7 +108,7 @@ def _placed(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    if images[0].numel() <= tiles.WHOLE_PIXELS:
+    if images[0].numel() <= windows.WHOLE_PIXELS:
         return network(images.unsqueeze(1).float()).float()
     return torch.stack([_in_windows(network, image) for image in images])
 
@@ -119,5 +120,5 @@ def _in_windows(network: nn.Module, image: Tensor) -> Tensor:
         part = torch.from_numpy(np.ascontiguousarray(pixels)).to(image.device)
         return network(part[None, None].float())[0].float().cpu().numpy()
 
-    parts = [part for _, part in tiles.bands(window, image.cpu().numpy())]
+    parts = [part for _, part in windows.bands(window, image.cpu().numpy())]
     return torch.from_numpy(np.concatenate(parts, axis=1)).to(image.device)

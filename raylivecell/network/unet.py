@@ -111,7 +111,7 @@ def build_model(config: ModelConfig, outputs: int = 1, rule: Intensity | None = 
     rule = rule or LIVECELL
     normalise = Normalise(rule.background_level, rule.scale)
     if config.name != "unet":
-        from raylivecell import monai_networks
+        from raylivecell.network import monai_networks
 
         return monai_networks.build(config.name, config.options, outputs, normalise)
     return _build_unet(config, outputs, normalise)
