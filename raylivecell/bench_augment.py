@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import augment, elastic
-from raylivecell.augment import AugmentConfig, Size
 from raylivecell.bench_spread import spread
+from raylivecell.ingest import augment, elastic
+from raylivecell.ingest.augment import AugmentConfig, Size
 
 OURS, DIRECT, MONAI = "raylivecell", "direct form", "MONAI Rand2DElastic + RandRotate"
 FIELD, FIELD_DIRECT = "field alone", "field alone, direct form"

@@ -14,10 +14,11 @@ import numpy as np
 import psutil
 import ray
 
-from raylivecell import augment, bench_frames, blocks, ingest
+from raylivecell import bench_frames
 from raylivecell.bench_spread import spread
-from raylivecell.dataset import free_bytes
-from raylivecell.order import PhaseConfig, Plan
+from raylivecell.ingest import augment, blocks, stream
+from raylivecell.ingest.dataset import free_bytes
+from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
 
@@ -50,7 +51,7 @@ def _measure(images: int, repeats: int) -> dict[str, Any]:
     frames = bench_frames.frames(images)
     source, warm_up = in_rounds(frames, None, processes)
     ways = {
-        OURS: lambda: ingest.Stream(source, 0, 0, 1),
+        OURS: lambda: stream.Stream(source, 0, 0, 1),
         SAME: lambda: iter(bench_frames.loader(bench_frames.Planned(frames, source))),
         DIRECT: lambda: iter(bench_frames.loader(_Direct(frames, source))),
     }
@@ -74,7 +75,7 @@ def memory_after_epochs(source: blocks.Source) -> dict[str, dict[str, float]]:
     plan = replace(source.plan, phases=(phase,))
     held: dict[str, dict[str, float]] = {"reading process": {}, "data tasks": {}, "object store": {}}
     epochs = 0
-    with closing(ingest.Stream(replace(source, plan=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
+    with closing(stream.Stream(replace(source, plan=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
         for step, _ in enumerate(batches):
             epochs += plan.epoch_ends(step)
             if plan.epoch_ends(step) and epochs in EPOCHS:
@@ -103,7 +104,7 @@ def in_rounds(frames: list[np.ndarray], crop: tuple[int, int] | None, processes:
     phase = PhaseConfig(steps=1, plain=False, transformed=1)
     plan = Plan(0, len(frames), BATCH, (phase,))
     source = blocks.Source(samples.train, plan, augment.AugmentConfig(), crop, samples.frame, samples.kept_train)
-    batches = processes * ingest.block_steps(source, BATCH, None)
+    batches = processes * stream.block_steps(source, BATCH, None)
     phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})
     return replace(source, plan=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
 

@@ -8,10 +8,10 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from raylivecell import blocks
 from raylivecell.data import shards
-from raylivecell.dataset import Samples
-from raylivecell.order import EPOCH, SAMPLE, VARIANT
+from raylivecell.ingest import blocks
+from raylivecell.ingest.dataset import Samples
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT
 
 SIZE = (520, 704)
 

@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import cells_table, coco_protocol, fields, instances, parts, predictor
+from raylivecell import cells_table, coco_protocol, instances, parts, predictor
 from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
+from raylivecell.ingest import target_maps
 from raylivecell.network import forward
 from raylivecell.overlay import png
 from raylivecell.recipe import Recipe
@@ -62,8 +63,8 @@ def bench_predict(repeats: int = 5) -> dict[str, Any]:
 
 def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What a good network would give."""
-    packed = fields.pack(labels, np.zeros(labels.shape, np.uint8))
-    planes = fields.planes(image, packed, "distance")
+    packed = target_maps.pack(labels, np.zeros(labels.shape, np.uint8))
+    planes = target_maps.planes(image, packed, "distance")
     maps = np.stack([planes[1] * 255.0, planes[3], planes[4]]).astype(np.float32) / 255
     return np.stack([cv2.GaussianBlur(one, (0, 0), 1.0) for one in maps])
 

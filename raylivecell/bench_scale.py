@@ -20,12 +20,13 @@ import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
-from raylivecell import augment, bench_frames, blocks, cost, ingest
+from raylivecell import bench_frames, cost
 from raylivecell.annotations import rle
 from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
 from raylivecell.bench_spread import spread
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
+from raylivecell.ingest import augment, blocks, stream
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.synthetic import writer
 
@@ -33,7 +34,7 @@ NODES = (1, 2, 3)
 # What a sample takes on a core: `bench feed` has 6 ms for a whole frame where loop and system share the cores.
 WAIT_S = 0.010
 CROP = (333, 434)
-BLOCK = ingest.BLOCK_BYTES // (3 * CROP[0] * CROP[1]) // BATCH * BATCH
+BLOCK = stream.BLOCK_BYTES // (3 * CROP[0] * CROP[1]) // BATCH * BATCH
 # To a store for a sample of many shards: two for its columns; its shard's length and footer.
 REQUESTS = 4
 STORE = 512 * 2**20
@@ -118,7 +119,7 @@ def _waiting(wait_s: float) -> Callable[[], None]:
 def _feed(images: int, length: int) -> tuple[float, float]:
     """Images/s, and the seconds of this process's time that an image takes; in rounds of `length` blocks."""
     source, warm_up = in_rounds(bench_frames.frames(images), CROP, length)
-    with closing(ingest.Stream(source, 0, 0, 1)) as batches:
+    with closing(stream.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
         speed = images_per_s(batches, BATCH, warm_up)
         return speed, (time.process_time() - begin) / (source.plan.steps * BATCH)

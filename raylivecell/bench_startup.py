@@ -13,7 +13,7 @@ from typing import Any
 
 from raylivecell import bench_prepare, recipe
 from raylivecell.bench_spread import spread
-from raylivecell.order import PhaseConfig
+from raylivecell.ingest.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import LoopConfig, ModelConfig
 

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylivecell import loop
 from raylivecell.bench_spread import spread
+from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.network import forward
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.unet import build_model, count_parameters
-from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 

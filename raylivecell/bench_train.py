@@ -20,14 +20,16 @@ import torch
 from ray.train import UserCallback
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, bench_step, blocks, ingest, trainer
+from raylivecell import bench_frames, bench_step, trainer
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
+from raylivecell.ingest import blocks
+from raylivecell.ingest import stream as ingest
+from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.job import Job
 from raylivecell.network.transfer import tensors
 from raylivecell.network.unet import build_model, count_parameters
-from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data

@@ -10,7 +10,7 @@ import numpy as np
 
 from raylivecell import instance_metrics, instances
 from raylivecell.core.console import track
-from raylivecell.fields import Targets
+from raylivecell.ingest.target_maps import Targets
 from raylivecell.instances import InstanceConfig, Maps
 
 GRID: dict[str, tuple[float, ...]] = {

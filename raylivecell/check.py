@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import loop, order, preflight, probe, run_folder
+from raylivecell import loop, preflight, probe, run_folder
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.dataset import cache_budget_bytes, sample_bytes
-from raylivecell.fields import CHANNELS
+from raylivecell.ingest import order
+from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
+from raylivecell.ingest.target_maps import CHANNELS
 from raylivecell.network import forward as segment
 from raylivecell.probe import Node
 from raylivecell.recipe import Recipe

@@ -27,8 +27,8 @@ from raylivecell import instances
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.fields import Targets
 from raylivecell.images.intensity import LIVECELL, Intensity
+from raylivecell.ingest.target_maps import Targets
 from raylivecell.instances import InstanceConfig
 from raylivecell.network.unet import build_model
 from raylivecell.run_state import MODEL, RECIPE, STATE, State, find, load_state, missing

@@ -17,8 +17,8 @@ from ray import tune
 from raylivecell import recipe as recipes
 from raylivecell import run_folder, space, sweep_stats, tuner
 from raylivecell.core import storage
+from raylivecell.ingest.order import Plan
 from raylivecell.live import Board
-from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import rank
 from raylivecell.space import ELASTIC, OBJECTIVES, SweepConfig

@@ -3,7 +3,7 @@
 The graph holds the whole way from grey values to maps, normalisation and sigmoid included:
 
     image   float32 (B, 1, H, W), grey values 0 to 255, any B, H and W; .pt2: H and W over 2 to the number of levels
-    maps    float32 (B, C, H, W), 0 to 1, channels as `fields.CHANNELS`
+    maps    float32 (B, C, H, W), 0 to 1, channels as `target_maps.CHANNELS`
 
 Beside it lies, as text, what a user of the file must know: `ABOUT`. What was written is opened again and compared with
 the network before it is handed over.
@@ -27,7 +27,7 @@ from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
-from raylivecell.fields import CHANNELS
+from raylivecell.ingest.target_maps import CHANNELS
 
 ABOUT = (
     onnx_model.MARK,

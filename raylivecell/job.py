@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from ray.actor import ActorHandle
 
-from raylivecell import ingest
-from raylivecell.blocks import Source
 from raylivecell.core import addresses
-from raylivecell.dataset import Samples
-from raylivecell.order import Plan
+from raylivecell.ingest import stream as ingest
+from raylivecell.ingest.blocks import Source
+from raylivecell.ingest.dataset import Samples
+from raylivecell.ingest.order import Plan
 from raylivecell.recipe import Recipe
 
 RANK = "rank"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from raylivecell.ingest.order import EPOCH, SAMPLE, Plan
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.transfer import Sender
-from raylivecell.order import EPOCH, SAMPLE, Plan
 from raylivecell.run_state import State
 from raylivecell.training_config import LoopConfig, LossConfig, OptimizerConfig
 
@@ -100,7 +100,7 @@ def run(
     Args:
         training: what is changed, in place.
         forward: the network to call: `training.model`, or it wrapped (DDP, compiled).
-        batches: {"planes": uint8 (b, 2 + C, H, W) as `fields.planes`; anything else} from the present step on,
+        batches: {"planes": uint8 (b, 2 + C, H, W) as `target_maps.planes`; anything else} from the present step on,
             this rank's share of each.
         plan: the order that `batches` follows.
         config: how to compute.

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.fields import CHANNELS, Targets
 from raylivecell.images.intensity import Intensity
+from raylivecell.ingest.target_maps import CHANNELS, Targets
 from raylivecell.instances import InstanceConfig, Maps
 
 INPUT, OUTPUT = "image", "maps"
@@ -28,7 +28,7 @@ class OnnxModel:
         self.recipe_text = about["recipe"]
 
     def maps(self, image: NDArray[np.uint8]) -> Maps:
-        """What `fields.CHANNELS` names in each pixel, float32 (C, H, W), 0 to 1.
+        """What `target_maps.CHANNELS` names in each pixel, float32 (C, H, W), 0 to 1.
 
         `image`: uint8 (H, W), on the network's scale.
         """

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from raylivecell.augment import AugmentConfig
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.settings import StrictModel
-from raylivecell.fields import CHANNELS, Targets
-from raylivecell.order import PhaseConfig
+from raylivecell.ingest.augment import AugmentConfig
+from raylivecell.ingest.order import PhaseConfig
+from raylivecell.ingest.target_maps import CHANNELS, Targets
 from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig, OptimizerConfig
 
 Model = TypeVar("Model", bound=BaseModel)

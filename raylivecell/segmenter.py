@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from raylivecell import instances, run_state
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.fields import Targets
 from raylivecell.images import decode, grey_levels, intensity
 from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
+from raylivecell.ingest.target_maps import Targets
 from raylivecell.instances import InstanceConfig, Maps
 from raylivecell.network import windows
 

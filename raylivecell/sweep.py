@@ -30,9 +30,9 @@ from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.dataset import open_samples, stream_budget_bytes
+from raylivecell.ingest.dataset import open_samples, stream_budget_bytes
+from raylivecell.ingest.order import Plan
 from raylivecell.live import Board
-from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus, session
 from raylivecell.search import Search

@@ -62,7 +62,7 @@ def train(
     marks.append(("dataset", time.time()))
     session.connect()
     marks.append(("Ray", time.time()))
-    from raylivecell.dataset import open_samples, stream_budget_bytes
+    from raylivecell.ingest.dataset import open_samples, stream_budget_bytes
 
     preflight.hardware(recipe)
     most = workers if isinstance(workers, int) else workers[1]

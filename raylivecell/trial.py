@@ -21,7 +21,7 @@ from torch import nn
 from raylivecell import checkpoint, loop, preflight, run_state, space, trainer
 from raylivecell.core import storage
 from raylivecell.core.errors import MachineError, UserError
-from raylivecell.dataset import Samples
+from raylivecell.ingest.dataset import Samples
 from raylivecell.job import Job
 from raylivecell.journal import Journal
 from raylivecell.network import forward

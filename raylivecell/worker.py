@@ -22,14 +22,16 @@ from ray.train import Checkpoint, PreemptionInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, device_augment, gloo, ingest, instance_metrics, instances, loop, metrics, run_state
-from raylivecell.dataset import Samples
-from raylivecell.fields import Targets
+from raylivecell import checkpoint, gloo, instance_metrics, instances, loop, metrics, run_state
+from raylivecell.ingest import gpu_augment
+from raylivecell.ingest import stream as ingest
+from raylivecell.ingest.dataset import Samples
+from raylivecell.ingest.order import Plan
+from raylivecell.ingest.target_maps import Targets
 from raylivecell.job import RANK, Job
 from raylivecell.journal import Journal
 from raylivecell.network import forward as segment
 from raylivecell.network.transfer import tensors
-from raylivecell.order import Plan
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus
 
@@ -115,7 +117,7 @@ def reports(job: Job, place: Place, last: str | None, stream: ingest.Stream | No
     stream = stream or job.stream(state.step, place.rank, place.ranks)
     batches = tensors(stream)
     if recipe.augment.device == "cuda":
-        batches = device_augment.batches(
+        batches = gpu_augment.batches(
             batches, plan, recipe.augment, recipe.crop, place.device, samples.intensity.background_level
         )
     with contextlib.closing(stream):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from raylivecell.augment import (
+from raylivecell.ingest.augment import (
     AugmentConfig,
     augment,
     augment_direct,
@@ -14,7 +14,7 @@ from raylivecell.augment import (
     plain,
     plain_planes,
 )
-from raylivecell.elastic import field, field_direct
+from raylivecell.ingest.elastic import field, field_direct
 
 SIZES = [(520, 704), (333, 434), (97, 61), (16, 200)]
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.data.block import BlockAccessor
 
-from raylivecell.blocks import ReusedMemory
+from raylivecell.ingest.blocks import ReusedMemory
 
 SIZES = st.integers(1, 5)
 

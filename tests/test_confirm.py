@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from raylivecell import checkpoint, confirm, loop, run_state, space, study, sweep
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
+from raylivecell.ingest.order import PhaseConfig
 from raylivecell.network.unet import build_model
-from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.runtime.placement import Machine
 from raylivecell.space import ELASTIC, Condition, Dimension, SweepConfig

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell import augment, blocks, device_augment
-from raylivecell.augment import AugmentConfig
 from raylivecell.data import shards
-from raylivecell.order import PhaseConfig, Plan
+from raylivecell.ingest import augment, blocks, gpu_augment
+from raylivecell.ingest.augment import AugmentConfig
+from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def both(
     """One crop by each way."""
     expected = augment.augment_planes(planes, np.random.default_rng(key), config, size)
     move = augment.move(planes.shape[1:], np.random.default_rng(key), config, size, transformed=True)
-    found = device_augment.moved(torch.from_numpy(planes)[None], *device_augment.drawn([move]), config, size)
+    found = gpu_augment.moved(torch.from_numpy(planes)[None], *gpu_augment.drawn([move]), config, size)
     return [expected, found[0].numpy()]
 
 
@@ -80,7 +80,7 @@ def test_batches_hold_the_order_s_samples_plain_and_transformed() -> None:
     whole = (
         {"planes": torch.from_numpy(np.stack([frames[i] for i in r[:, 1]])), "rows": torch.from_numpy(r)} for r in rows
     )
-    made = list(device_augment.batches(whole, plan, config, size, CPU))
+    made = list(gpu_augment.batches(whole, plan, config, size, CPU))
     assert len(made) == plan.steps
     on_cpu = source.config.model_copy(update={"device": "cpu"})
     for batch, row in zip(made, rows):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from raylivecell import fields
+from raylivecell.ingest import target_maps
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 70))
 SEEDS = st.integers(0, 10**6)
@@ -55,7 +55,7 @@ def largest(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
 def test_distances_are_their_definition(shape: tuple[int, int], seed: int) -> None:
     """The transform of all cells at once is up to 0.42 pixels off that of each alone."""
     labels = cells(np.random.default_rng(seed), shape)
-    to_centre, to_boundary = fields.distances(labels)
+    to_centre, to_boundary = target_maps.distances(labels)
     inside = labels > 0
     for field in (to_centre, to_boundary):
         assert (field.dtype, field.shape) == (np.float32, shape)
@@ -86,9 +86,9 @@ def test_fields_move_with_the_labels(
 ) -> None:
     labels = cells(np.random.default_rng(seed), shape)
     turned = np.ascontiguousarray(move(labels))
-    np.testing.assert_array_equal(fields.boundary(turned), move(fields.boundary(labels)))
-    to_centre, to_boundary = fields.distances(labels)
-    moved_centre, moved_boundary = fields.distances(turned)
+    np.testing.assert_array_equal(target_maps.boundary(turned), move(target_maps.boundary(labels)))
+    to_centre, to_boundary = target_maps.distances(labels)
+    moved_centre, moved_boundary = target_maps.distances(turned)
     np.testing.assert_allclose(moved_boundary, move(to_boundary), atol=1e-6)
     clear = alone(labels, to_boundary)
     np.testing.assert_allclose(moved_centre[move(clear)], move(to_centre)[move(clear)], atol=1e-6)
@@ -97,21 +97,21 @@ def test_fields_move_with_the_labels(
 def test_the_frame_is_no_outside() -> None:
     labels = np.zeros((9, 20), np.uint16)
     labels[:, :10] = 7
-    _, to_boundary = fields.distances(labels)
+    _, to_boundary = target_maps.distances(labels)
     expected = np.arange(10, 0, -1) / 10  # deepest at the frame
     np.testing.assert_allclose(to_boundary[:, :10], np.broadcast_to(expected, (9, 10)), atol=1e-6)
     full = np.full((6, 8), 3, np.uint16)
-    to_centre, to_boundary = fields.distances(full)
+    to_centre, to_boundary = target_maps.distances(full)
     np.testing.assert_array_equal(to_boundary, 1)
     assert (to_centre[0, 0], to_centre[-1, -1]) == (0, 1)  # every pixel is as deep: the first is the centre
-    assert not fields.boundary(full).any()
+    assert not target_maps.boundary(full).any()
 
 
 def test_cells_that_touch_are_outside_of_each_other() -> None:
     labels = np.repeat(np.array([[1, 2, 0]], np.uint16), 5, axis=1).repeat(4, axis=0)
-    _, to_boundary = fields.distances(labels)
+    _, to_boundary = target_maps.distances(labels)
     np.testing.assert_allclose(to_boundary[2], [1, 0.8, 0.6, 0.4, 0.2, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3] + 5 * [0])
-    np.testing.assert_array_equal(np.flatnonzero(fields.boundary(labels)[2]), [4, 5, 9, 10])
+    np.testing.assert_array_equal(np.flatnonzero(target_maps.boundary(labels)[2]), [4, 5, 9, 10])
 
 
 @settings(max_examples=40)
@@ -119,31 +119,31 @@ def test_cells_that_touch_are_outside_of_each_other() -> None:
 def test_boundaries_are_where_neighbours_differ(shape: tuple[int, int], seed: int) -> None:
     labels = cells(np.random.default_rng(seed), shape)
     around = np.lib.stride_tricks.sliding_window_view(np.pad(labels, 1, mode="edge"), (3, 3)).reshape(*shape, 9)
-    np.testing.assert_array_equal(fields.boundary(labels), (around != around[..., :1]).any(axis=2))
+    np.testing.assert_array_equal(target_maps.boundary(labels), (around != around[..., :1]).any(axis=2))
 
 
-@pytest.mark.parametrize("targets", fields.CHANNELS)
+@pytest.mark.parametrize("targets", target_maps.CHANNELS)
 @settings(max_examples=20)
 @given(shape=SHAPES, seed=SEEDS)
-def test_planes_hold_what_was_packed(targets: fields.Targets, shape: tuple[int, int], seed: int) -> None:
+def test_planes_hold_what_was_packed(targets: target_maps.Targets, shape: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     image, border = rng.integers(0, 256, (2, *shape), np.uint8)
     labels = cells(rng, shape)
     labels[0, 0], border[0, 0] = 65_535, 255
-    packed = fields.pack(labels, border)
+    packed = target_maps.pack(labels, border)
     assert (packed.dtype, packed.shape) == (np.uint32, shape)
     np.testing.assert_array_equal(packed & 0xFFFF, labels)
     np.testing.assert_array_equal(packed >> 16, border)
-    planes = fields.planes(image, packed, targets)
-    assert (planes.dtype, planes.shape) == (np.uint8, (2 + len(fields.CHANNELS[targets]), *shape))
+    planes = target_maps.planes(image, packed, targets)
+    assert (planes.dtype, planes.shape) == (np.uint8, (2 + len(target_maps.CHANNELS[targets]), *shape))
     out = np.full_like(planes, 99)
-    assert fields.planes(image, packed, targets, out) is out
+    assert target_maps.planes(image, packed, targets, out) is out
     for drawn in (planes, out):
         np.testing.assert_array_equal(drawn[:3], [image, labels > 0, border])
         if targets == "boundary":
-            np.testing.assert_array_equal(drawn[3], 255 * fields.boundary(labels))
+            np.testing.assert_array_equal(drawn[3], 255 * target_maps.boundary(labels))
         elif targets == "distance":
-            distances = np.stack(fields.distances(labels))
+            distances = np.stack(target_maps.distances(labels))
             clear = alone(labels, distances[1])
             np.testing.assert_allclose(drawn[3:, clear] / 255, distances[:, clear], atol=0.502 / 255)
 
@@ -151,8 +151,8 @@ def test_planes_hold_what_was_packed(targets: fields.Targets, shape: tuple[int, 
 def test_the_same_labels_give_the_same_fields() -> None:
     rng = np.random.default_rng(0)
     labels = [cells(rng, (70, 90)) for _ in range(20)]
-    first = [np.stack(fields.distances(image)) for image in labels]
+    first = [np.stack(target_maps.distances(image)) for image in labels]
     for _ in range(20):
         kept = [np.empty(rng.integers(1, 3000)) for _ in range(20)]  # so that memory is handed out differently
-        np.testing.assert_array_equal(np.stack([np.stack(fields.distances(image)) for image in labels]), first)
+        np.testing.assert_array_equal(np.stack([np.stack(target_maps.distances(image)) for image in labels]), first)
         del kept

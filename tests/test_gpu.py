@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import augment, bench_step, device_augment, loop
+from raylivecell import bench_step, loop
+from raylivecell.ingest import augment, gpu_augment
+from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.network import forward
 from raylivecell.network.transfer import Sender
-from raylivecell.order import PhaseConfig, Plan
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig
 
@@ -74,9 +75,7 @@ def test_augment_on_it_as_on_torch_s_cpu(gpu: torch.device) -> None:
             rows = plan.rows(step)
             yield {"planes": torch.from_numpy(planes[rows[:, 1]]), "rows": torch.from_numpy(rows)}
 
-    here, there = (
-        device_augment.batches(frames(), plan, config, (200, 180), one) for one in (torch.device("cpu"), gpu)
-    )
+    here, there = (gpu_augment.batches(frames(), plan, config, (200, 180), one) for one in (torch.device("cpu"), gpu))
     for a, b in zip(here, there):
         off = np.abs(a["planes"].numpy().astype(int) - b["planes"].cpu().numpy())
         assert (off > 1).mean() < 0.01

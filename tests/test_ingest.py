@@ -15,11 +15,12 @@ import ray
 from conftest import run_apart, write_tiny_dataset
 from hosts import until
 
-from raylivecell import blocks, dataset, fields, ingest
-from raylivecell.augment import AugmentConfig
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.order import PhaseConfig, Plan
+from raylivecell.ingest import blocks, dataset, target_maps
+from raylivecell.ingest import stream as ingest
+from raylivecell.ingest.augment import AugmentConfig
+from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.runtime import ray_internals
 from raylivecell.runtime.ray_internals import blocks_ready
 
@@ -82,7 +83,7 @@ def test_ranks_together_see_what_one_sees_from_any_step_on(
 
 
 @pytest.mark.parametrize("targets", ["foreground", "distance"])
-def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source, targets: fields.Targets) -> None:
+def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source, targets: target_maps.Targets) -> None:
     """A rank of two from a step on, read from the shards and from samples kept decoded; nothing after the last step."""
     source = replace(source, targets=targets)
     expected = direct(source, 5, 1, 2)
@@ -159,14 +160,12 @@ def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: B
     nothing = np.zeros(planes.shape[3:], np.uint8)
     for image in planes[::5, 0]:
         one_cell = image[1].astype(np.uint16)  # of the tiny set each image has one, but for its mirror image
-        drawn = fields.planes(nothing, fields.pack(one_cell, nothing), "distance")
+        drawn = target_maps.planes(nothing, target_maps.pack(one_cell, nothing), "distance")
         np.testing.assert_array_equal(image[3:], drawn[3:])
 
 
 def test_data_tasks_need_no_torch() -> None:
-    code = (
-        "import sys, raylivecell.execution, raylivecell.ingest, raylivecell.trainer; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, raylivecell.ingest.execution, raylivecell.ingest.stream, raylivecell.trainer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -188,7 +187,7 @@ def test_no_task_loads_torch(ray_cluster: None, source: blocks.Source) -> None:
 
     @ray.remote
     def loaded() -> tuple[bool, bool]:
-        return "raylivecell.blocks" in sys.modules, "torch" in sys.modules
+        return "raylivecell.ingest.blocks" in sys.modules, "torch" in sys.modules
 
     @ray.remote(runtime_env={"env_vars": {"ALONE": "1"}})
     def read() -> list[tuple[bool, bool]]:
@@ -235,8 +234,8 @@ STREAM_LARGE = """
 import json, pathlib, sys
 import numpy as np, psutil, ray
 from raylivecell import blocks, dataset, ingest, shards
-from raylivecell.augment import AugmentConfig
-from raylivecell.order import PhaseConfig, Plan
+from raylivecell.ingest.augment import AugmentConfig
+from raylivecell.ingest.order import PhaseConfig, Plan
 
 data, limit = sys.argv[1], int(sys.argv[2])
 ray.init(

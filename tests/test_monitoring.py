@@ -19,8 +19,8 @@ import ray
 from conftest import missing
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
+from raylivecell.ingest.order import PhaseConfig
 from raylivecell.job import Job
-from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus as gauges
 from raylivecell.runtime import session

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from raylivecell import order
-from raylivecell.order import EPOCH, SAMPLE, VARIANT, PhaseConfig, Plan
+from raylivecell.ingest import order
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, PhaseConfig, Plan
 
 plans = st.builds(
     Plan,

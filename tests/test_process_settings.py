@@ -94,7 +94,7 @@ def test_calls_from_a_notebook_change_nothing(tiny_dataset: str, ray_cluster: No
     import raylivecell
     from raylivecell import predict
     from raylivecell.data import prepare
-    from raylivecell.order import PhaseConfig
+    from raylivecell.ingest.order import PhaseConfig
     from raylivecell.recipe import Recipe
     from raylivecell.synthetic import writer
     from raylivecell.train import train

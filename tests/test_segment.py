@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raylivecell import checkpoint, instance_metrics, segmenter, worker
-from raylivecell.blocks import ValidationSample
 from raylivecell.images.intensity import Frame
+from raylivecell.ingest.blocks import ValidationSample
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe

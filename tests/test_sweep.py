@@ -24,10 +24,10 @@ from quick_trial import quick_trial
 
 from raylivecell import checkpoint, run_state, space, sweep, sweep_stats, tuner
 from raylivecell import recipe as recipes
-from raylivecell.augment import AugmentConfig
 from raylivecell.core.errors import UserError
-from raylivecell.elastic import ElasticConfig
-from raylivecell.order import PhaseConfig
+from raylivecell.ingest.augment import AugmentConfig
+from raylivecell.ingest.elastic import ElasticConfig
+from raylivecell.ingest.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.space import Condition, Dimension, SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig

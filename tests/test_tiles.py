@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from raylivecell import fields, instance_metrics, instances
-from raylivecell.fields import Targets
+from raylivecell import instance_metrics, instances
+from raylivecell.ingest import target_maps
+from raylivecell.ingest.target_maps import Targets
 from raylivecell.instances import InstanceConfig
 from raylivecell.network import forward
 from raylivecell.network import windows as tiles
@@ -38,7 +39,7 @@ def mosaic(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 def encoded(labels: np.ndarray, targets: Targets) -> tuple[np.ndarray, Network]:
     """An image of which every pixel tells the ideal maps there, and the network that reads them."""
-    planes = fields.planes(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
+    planes = target_maps.planes(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
     cell, drawn = planes[1], planes[3:]
     if targets == "foreground":
         return cell, lambda image: (image > 0)[None].astype(np.float32)
@@ -120,7 +121,7 @@ def assert_same(found: np.ndarray, whole: np.ndarray, but: int = 0) -> None:
     assert instance_metrics.true_positives(pairs, 0.75) >= pairs.true_cells - but
 
 
-@pytest.mark.parametrize("targets", fields.CHANNELS)
+@pytest.mark.parametrize("targets", target_maps.CHANNELS)
 @pytest.mark.parametrize("looks_around", [False, True])
 @settings(max_examples=40)
 @given(shape=SIZES, seed=SEEDS)
@@ -150,7 +151,7 @@ def test_a_strip_takes_no_cell_whose_neighbours_it_cuts() -> None:
         assert_same(labels, instances.segment(network(image), "foreground", config))
 
 
-@pytest.mark.parametrize("targets", fields.CHANNELS)
+@pytest.mark.parametrize("targets", target_maps.CHANNELS)
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(3, 300)), max_size=6), st.integers(12, 40))
 def test_cells_of_any_height_are_whole(targets: Targets, bars: list[tuple[int, int]], halo: int) -> None:

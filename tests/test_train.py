@@ -17,13 +17,14 @@ from conftest import joined, kill_at, run_apart, write_tiny_dataset
 from hosts import until
 from ray.train import UserCallback
 
-from raylivecell import blocks, checkpoint, dataset, gloo, loop, preflight, run_folder, run_state, trainer, worker
+from raylivecell import checkpoint, gloo, loop, preflight, run_folder, run_state, trainer, worker
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.evaluate import evaluate
+from raylivecell.ingest import blocks, dataset
+from raylivecell.ingest.order import PhaseConfig
 from raylivecell.job import Job
 from raylivecell.network import forward
-from raylivecell.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import session
 from raylivecell.train import train

@@ -52,7 +52,7 @@ def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
 
 
 def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
-    """What `fields.CHANNELS` names in each pixel of an image (H, W) of any size, float32 (C, H, W), 0 to 1."""
+    """What `target_maps.CHANNELS` names in each pixel of an image (H, W) of any size, float32 (C, H, W), 0 to 1."""
     pixels = torch.from_numpy(np.array(image))[None]
     return torch.sigmoid(logits(network, pixels, flips))[0].cpu().numpy()
 

@@ -46,7 +46,7 @@ def segmentation_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Lo
     """The loss of a batch.
 
     Args:
-        logits: float (B, C, H, W), channels as `fields.CHANNELS`.
+        logits: float (B, C, H, W), channels as `target_maps.CHANNELS`.
         targets: uint8 (B, 1 + C, H, W): foreground, 1 in a cell; 255 times the exponential above; 255 times the fields.
         config: shares and weights.
     """

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from raylivecell import instances
-from raylivecell.fields import Targets
+from raylivecell.ingest.target_maps import Targets
 from raylivecell.instances import InstanceConfig, Labels, Maps
 
 Network = Callable[[NDArray[np.uint8]], Maps]
@@ -86,7 +86,7 @@ def segment(
     from the whole image's by some pixels: only if one of them is more than `halo` / 2 rows high.
 
     Args:
-        network: probabilities and distances as `fields.CHANNELS`, 0 to 1, of a window.
+        network: probabilities and distances as `target_maps.CHANNELS`, 0 to 1, of a window.
         image: uint8 (H, W).
         targets: what the maps mean.
         config: how they become cells.

@@ -14,17 +14,17 @@ import ray
 from numpy.typing import NDArray
 from ray.data.block import Block, BlockAccessor
 
-from raylivecell import augment, fields
 from raylivecell.core.process_settings import opencv_threads
 from raylivecell.data import shards
-from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
+from raylivecell.ingest import augment, target_maps
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
 
 PLANES = ("image", "foreground", "border")
 
 Kept = tuple["ray.ObjectRef", ...] | None
 """Decoded samples in the object store, or none: read from the shards every time."""
 Sample = np.ndarray | tuple[np.ndarray, np.ndarray]
-"""A decoded sample: uint8 (3, H, W) as PLANES; or, where cells are told apart, the image and `fields.pack`'s."""
+"""A decoded sample: uint8 (3, H, W) as PLANES; or, where cells are told apart, the image and `target_maps.pack`'s."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Source:
     frame: tuple[int, int]
     """Height and width of an image, where no crop is taken: all are equally large then."""
     kept: Kept = None
-    targets: fields.Targets = "foreground"
+    targets: target_maps.Targets = "foreground"
     task_cpus: float = 1.0
     """That a task of Ray Data reserves."""
     background: int = augment.BACKGROUND
@@ -47,7 +47,7 @@ class Source:
     def shape(self) -> tuple[int, int, int]:
         """Of a sample as it is sent: (2 + C, h, w)."""
         crop = self.crop if self.config.device == "cpu" else None
-        return (2 + len(fields.CHANNELS[self.targets]), *(crop or self.frame))
+        return (2 + len(target_maps.CHANNELS[self.targets]), *(crop or self.frame))
 
 
 def read_sample(row: shards.Row, cells: bool = False) -> Sample:
@@ -56,7 +56,7 @@ def read_sample(row: shards.Row, cells: bool = False) -> Sample:
         sample = shards.read_row(row, PLANES)
         return np.stack([sample[name] for name in PLANES])
     sample = shards.read_row(row, ("image", "labels", "border"))
-    return sample["image"], fields.pack(sample["labels"], sample["border"])
+    return sample["image"], target_maps.pack(sample["labels"], sample["border"])
 
 
 class ValidationSample(NamedTuple):
@@ -92,7 +92,7 @@ def _samples(source: Source, numbers: Sequence[int]) -> Iterator[Sample]:
 def transform(
     sample: Sample, key: tuple[int, int, int, int], source: Source, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """A sample as it is trained on, `fields.planes` (h, w), in `out` where given: a pure function of it and the key.
+    """A sample as it is trained on, `target_maps.planes` (h, w), in `out` where given: a pure function of it and the key.
 
     Where `source.config.device` is a GPU, the whole frame as it is: `device_augment` does the rest.
 
@@ -110,7 +110,7 @@ def transform(
     rng = np.random.default_rng(key)
     if isinstance(sample, tuple):
         moved = augment.augment(*sample, rng, source.config, source.crop, source.background) if key[3] else None
-        return fields.planes(*(moved or augment.plain(*sample, rng, source.crop)), source.targets, out)
+        return target_maps.planes(*(moved or augment.plain(*sample, rng, source.crop)), source.targets, out)
     if key[3]:
         return augment.augment_planes(sample, rng, source.config, source.crop, out, source.background)
     return augment.plain_planes(sample, rng, source.crop, out)

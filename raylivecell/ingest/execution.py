@@ -1,6 +1,6 @@
 """A rank's part of the run as Ray Data reads it: one task for each block.
 
-No torch here, as in blocks.py: every task imports this.
+No torch here, as in ingest/blocks.py: every task imports this.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from raylivecell.blocks import Share, Source, read_block
+from raylivecell.ingest.blocks import Share, Source, read_block
 
 
 class SamplesDatasource(ray.data.Datasource):

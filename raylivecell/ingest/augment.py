@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from raylivecell import elastic
 from raylivecell.core.settings import StrictModel
-from raylivecell.elastic import ElasticConfig, Maps, Size, Window, field_direct
+from raylivecell.ingest import elastic
+from raylivecell.ingest.elastic import ElasticConfig, Maps, Size, Window, field_direct
 
 BACKGROUND = 128
 """Grey level of the background of LIVECell; of other sets `Intensity.background_level`, given as an argument."""

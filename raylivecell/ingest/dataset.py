@@ -7,7 +7,9 @@ from typing import Any
 
 import ray
 
-from raylivecell.blocks import (
+from raylivecell.data import shards
+from raylivecell.images.intensity import LIVECELL, Intensity
+from raylivecell.ingest.blocks import (
     PLANES,
     Kept,
     Reader,
@@ -16,8 +18,6 @@ from raylivecell.blocks import (
     read_sample,
     read_validation_sample,
 )
-from raylivecell.data import shards
-from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.runtime import session
 
 # One run's budget, in shares of the object store's bytes that are free when it starts: decoded training and validation

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylivecell import augment, elastic
-from raylivecell.augment import BACKGROUND, AugmentConfig, Move, Size
+from raylivecell.ingest import augment, elastic
+from raylivecell.ingest.augment import BACKGROUND, AugmentConfig, Move, Size
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
 from raylivecell.network.transfer import Sender
-from raylivecell.order import EPOCH, SAMPLE, VARIANT, Plan
 
 
 def moved(

@@ -1,6 +1,6 @@
 """From the index of samples to augmented, ordered uint8 batches, streamed by Ray Data.
 
-1. Each rank's share of the run's order (order.py) is cut into blocks of about 64 samples: a block is a number.
+1. Each rank's share of the run's order (ingest/order.py) is cut into blocks of about 64 samples: a block is a number.
 2. Ray Data tasks turn a block's number into its samples: read, transform, stack. One execution serves the whole
    run, so that no epoch waits for the last one (a dataset an epoch: a third of the speed).
 3. The rank's process takes the blocks in order and slices its batches from them without a copy.
@@ -21,8 +21,8 @@ import numpy as np
 import ray.data
 from ray.data import ExecutionOptions, ExecutionResources
 
-from raylivecell.blocks import Share, Source
-from raylivecell.execution import SamplesDatasource
+from raylivecell.ingest.blocks import Share, Source
+from raylivecell.ingest.execution import SamplesDatasource
 from raylivecell.runtime.data_settings import data_settings
 from raylivecell.runtime.ray_internals import scheduler_pace
 
