@@ -15,9 +15,11 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import cells_table, coco_protocol, instances, parts, predictor
+from raylivecell import coco_protocol, parts, predictor
 from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
+from raylivecell.cells import measure
+from raylivecell.cells import watershed as instances
 from raylivecell.ingest import target_maps
 from raylivecell.network import forward
 from raylivecell.overlay import png
@@ -74,12 +76,12 @@ def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Calla
     maps, config = _maps(image, labels), instances.default("distance")
     found = instances.segment(maps, "distance", config)
     cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.foreground)
-    part = parts.Part({"file": "x"}, cells_table.lines("x", cells_table.measure(found, image), cells.scores), [])
+    part = parts.Part({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
     return {
         "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),
         "scores": lambda: instances.scores(found, maps[0]),
-        "cells.csv": lambda: cells_table.lines("x", cells_table.measure(found, image), cells.scores),
+        "cells.csv": lambda: measure.lines("x", measure.measure(found, image), cells.scores),
         "coco.json": lambda: [parts.record(one) for one in coco_protocol.results(0, rle.encode(found), cells.scores)],
         **{kind: partial(write, image, cells) for kind, (_, write) in predictor.PICTURES.items()},
         "part": lambda: parts.write(folder, "x", part),

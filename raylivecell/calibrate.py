@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raylivecell import instance_metrics, instances
+from raylivecell import instance_metrics
+from raylivecell.cells import watershed
+from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core.console import track
 from raylivecell.ingest.target_maps import Targets
-from raylivecell.instances import InstanceConfig, Maps
 
 GRID: dict[str, tuple[float, ...]] = {
     "prominence": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4),
@@ -27,7 +28,7 @@ Case = tuple[Maps, instance_metrics.Labels]
 
 def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, float]:
     """The best thresholds found for `cases`, and the mean mSA with them; at least that of the defaults."""
-    best = instances.default(targets)
+    best = watershed.default(targets)
     score = mean_msa(cases, targets, best)
     steps = track(_candidates(), "calibrating", ROUNDS * sum(map(len, GRID.values())))
     changed: dict[int, bool] = {}
@@ -43,7 +44,7 @@ def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, 
 
 def mean_msa(cases: Sequence[Case], targets: Targets, config: InstanceConfig) -> float:
     """Mean over images of the mSA of the cells that `config` makes of their maps."""
-    pairs = (instance_metrics.overlaps(instances.segment(maps, targets, config), truth) for maps, truth in cases)
+    pairs = (instance_metrics.overlaps(watershed.segment(maps, targets, config), truth) for maps, truth in cases)
     return float(np.mean([instance_metrics.segmentation_accuracy(one).mean() for one in pairs]))
 
 

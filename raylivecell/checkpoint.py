@@ -23,13 +23,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from raylivecell import instances
 from raylivecell import recipe as recipes
+from raylivecell.cells import watershed
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.ingest.target_maps import Targets
-from raylivecell.instances import InstanceConfig
 from raylivecell.network.unet import build_model
 from raylivecell.run_state import MODEL, RECIPE, STATE, State, find, load_state, missing
 
@@ -126,7 +126,7 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
     try:
         values = storage.read_json(storage.join(folder, INSTANCES))
     except FileNotFoundError:
-        return instances.default(targets)
+        return watershed.default(targets)
     with storage.unverified(storage.join(folder, INSTANCES), "delete it and choose thresholds anew with --calibrate"):
         thresholds = values["thresholds"]
     return recipes.validate(InstanceConfig, thresholds, storage.join(folder, INSTANCES))

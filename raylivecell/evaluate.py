@@ -24,13 +24,13 @@ from raylivecell import (
     checkpoint,
     coco_results,
     evaluation_report,
-    instances,
     run_state,
     scores,
     segmenter,
 )
 from raylivecell import recipe as recipes
 from raylivecell.annotations.rle import Rle, decode, encode
+from raylivecell.cells import watershed
 from raylivecell.core import storage
 from raylivecell.core.console import console, show_warnings, track
 from raylivecell.core.errors import UserError
@@ -231,7 +231,7 @@ def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> Non
     for row in track(chosen, "maps", len(chosen)):
         sample = shards.read_row(row, [*PIXELS, "labels"])
         cases.append((forward.maps_of_frame(network, _frame(sample, rule), tta), sample["labels"]))
-    before = calibrate.mean_msa(cases, recipe.targets, instances.default(recipe.targets))
+    before = calibrate.mean_msa(cases, recipe.targets, watershed.default(recipe.targets))
     config, msa = calibrate.calibrate(cases, recipe.targets)
     told = {
         "images": len(cases),

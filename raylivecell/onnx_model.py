@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import Intensity
 from raylivecell.ingest.target_maps import CHANNELS, Targets
-from raylivecell.instances import InstanceConfig, Maps
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
-from raylivecell import cells_table
+from raylivecell.cells import measure
 from raylivecell.core import storage
 
 FOLDER, BEFORE = ".parts", ".parts/before"
@@ -105,7 +105,7 @@ def merge(out: str, versions: Mapping[str, str], wanted: Collection[str]) -> Non
         coco = table(COCO) if "coco" in wanted else None
         images.write(_csv([COLUMNS]).encode())
         if cells:
-            cells.write(_csv([cells_table.COLUMNS]).encode())
+            cells.write(_csv([measure.COLUMNS]).encode())
         mark = b"[\n"
         for number, part in enumerate(_parts(out, versions), 1):
             row = {**part.row, "image_id": number}

@@ -9,8 +9,9 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell import cells_table, coco_protocol, overlay, parts, segmenter
+from raylivecell import coco_protocol, overlay, parts, segmenter
 from raylivecell.annotations import rle
+from raylivecell.cells import measure
 from raylivecell.core import storage
 from raylivecell.images import decode
 from raylivecell.parts import Part
@@ -112,7 +113,7 @@ def _lines(job: Job, file: str, image: NDArray[np.uint8], cells: Cells) -> tuple
     """The image's share of cells.csv and of coco.json."""
     table, records = "", []
     if "cells" in job.write:
-        table = cells_table.lines(file, cells_table.measure(cells.labels, image), cells.scores)
+        table = measure.lines(file, measure.measure(cells.labels, image), cells.scores)
     if "coco" in job.write:
         results = coco_protocol.results(0, rle.encode(cells.labels), cells.scores)
         # By its path `evaluate --predictions` knows the image, whose number in the annotation file is another.

@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import instances, run_state
+from raylivecell import run_state
+from raylivecell.cells import watershed
+from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images import decode, grey_levels, intensity
 from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
 from raylivecell.ingest.target_maps import Targets
-from raylivecell.instances import InstanceConfig, Maps
 from raylivecell.network import windows
 
 ONNX = ".onnx"
@@ -29,7 +30,7 @@ ONNX = ".onnx"
 class Cells(NamedTuple):
     """What was found in an image (H, W)."""
 
-    labels: instances.Labels
+    labels: watershed.Labels
     """int32 (H, W): 0 background, 1 to N."""
     scores: NDArray[np.float64]
     """(N,), 0 to 1: each cell's mean foreground probability."""
@@ -108,8 +109,8 @@ class Segmenter:
         return self._cells_of_maps(maps)
 
     def _cells_of_maps(self, maps: Maps) -> Cells:
-        labels = instances.segment(maps, self.targets, self.config)
-        return Cells(labels, instances.scores(labels, maps[0]), maps[0] > self.config.foreground)
+        labels = watershed.segment(maps, self.targets, self.config)
+        return Cells(labels, watershed.scores(labels, maps[0]), maps[0] > self.config.foreground)
 
 
 def _placed(cells: Cells, window: tuple[slice, slice], shape: tuple[int, ...]) -> Cells:

@@ -22,7 +22,8 @@ from ray.train import Checkpoint, PreemptionInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, gloo, instance_metrics, instances, loop, metrics, run_state
+from raylivecell import checkpoint, gloo, instance_metrics, loop, metrics, run_state
+from raylivecell.cells import watershed
 from raylivecell.ingest import gpu_augment
 from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.dataset import Samples
@@ -245,7 +246,7 @@ class _Validation:
         msa = 0.0
         if self.targets != "foreground":
             maps = torch.sigmoid(logits).cpu().numpy()
-            found = instances.segment(maps, self.targets, instances.default(self.targets))
+            found = watershed.segment(maps, self.targets, watershed.default(self.targets))
             msa = float(instance_metrics.segmentation_accuracy(instance_metrics.overlaps(found, sample.truth)).mean())
         return [*counts, metrics.dice(counts), msa, 1]
 

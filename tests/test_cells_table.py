@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.measure import regionprops
 
-from raylivecell import cells_table
+from raylivecell.cells import measure
 
 
 def compare(labels: np.ndarray, image: np.ndarray) -> None:
-    got = cells_table.measure(labels, image)
+    got = measure.measure(labels, image)
     regions = regionprops(labels, image)
     assert got.label.tolist() == [region.label for region in regions]
     height, width = labels.shape
@@ -47,18 +47,18 @@ def test_real_shapes_far_from_the_corner() -> None:
     labels[120:180, 400:460] = 3
     compare(labels, (x % 256).astype(np.uint8))
     compare(np.asfortranarray(labels), (y % 256).astype(np.uint8))
-    eccentricity = cells_table.measure(labels, x.astype(np.uint8)).eccentricity
+    eccentricity = measure.measure(labels, x.astype(np.uint8)).eccentricity
     assert eccentricity == pytest.approx([np.sqrt(1 - (20 / 40) ** 2), np.sqrt(1 - (30 / 150) ** 2), 0], abs=0.005)
 
 
 def test_lines() -> None:
     labels = np.array([[0, 2, 2], [0, 1, 0]])
     image = np.array([[0, 10, 11], [0, 9, 0]], np.uint8)
-    text = cells_table.lines('a, "b".tif', cells_table.measure(labels, image), np.array([0.25, 0.123456]))
-    rows = list(csv.DictReader(text.splitlines(), cells_table.COLUMNS))
+    text = measure.lines('a, "b".tif', measure.measure(labels, image), np.array([0.25, 0.123456]))
+    rows = list(csv.DictReader(text.splitlines(), measure.COLUMNS))
     assert [row["file"] for row in rows] == ['a, "b".tif'] * 2
     assert rows[0] | {"file": ""} == dict(
-        zip(cells_table.COLUMNS, ["", "1", "1", "1.0", "1.0", "1", "1", "1", "1", "0.0", "9.0", "0.25", "1"])
+        zip(measure.COLUMNS, ["", "1", "1", "1.0", "1.0", "1", "1", "1", "1", "0.0", "9.0", "0.25", "1"])
     )
     assert [rows[1][name] for name in ("centroid_x", "eccentricity", "mean_intensity", "score")] == [
         "1.5",
@@ -66,4 +66,4 @@ def test_lines() -> None:
         "10.5",
         "0.1235",
     ]
-    assert cells_table.lines("a.tif", cells_table.measure(labels * 0, image), np.zeros(0)) == ""
+    assert measure.lines("a.tif", measure.measure(labels * 0, image), np.zeros(0)) == ""

@@ -12,11 +12,11 @@ from pycocotools import mask as coco_mask
 
 from raylivecell import checkpoint, coco_protocol, evaluate, metrics, scores, segmenter
 from raylivecell.annotations import rle
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
-from raylivecell.instances import InstanceConfig
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State

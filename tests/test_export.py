@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from raylivecell import checkpoint, export, onnx_model, recipe, segmenter
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
-from raylivecell.instances import InstanceConfig
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.run_state import State

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from raylivecell import instance_metrics, instances
+from raylivecell import instance_metrics
+from raylivecell.cells import watershed
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.ingest import target_maps
 from raylivecell.ingest.target_maps import Targets
-from raylivecell.instances import InstanceConfig
 
 SHAPES = st.tuples(st.integers(1, 90), st.integers(1, 90))
 SEEDS = st.integers(0, 10**6)
@@ -54,7 +55,7 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], targets: Targets) ->
 def test_ideal_maps_give_the_labels_back(targets: Targets, shape: tuple[int, int], seed: int) -> None:
     labels = ellipses(np.random.default_rng(seed), shape, distance=16)
     labels[np.isin(labels, np.flatnonzero(np.bincount(labels.ravel()) < 40))] = 0  # a cut that leaves hardly a cell
-    found = instances.segment(ideal(labels, targets), targets, instances.default(targets))
+    found = watershed.segment(ideal(labels, targets), targets, watershed.default(targets))
     assert not found[~ndimage.binary_fill_holes(labels > 0)].any()
     assert (found > 0).sum() >= 0.95 * (labels > 0).sum()
     pairs = instance_metrics.overlaps(found, labels)
@@ -66,8 +67,8 @@ def test_ideal_maps_give_the_labels_back(targets: Targets, shape: tuple[int, int
 def test_a_foreground_of_separate_ellipses_gives_one_label_each(shape: tuple[int, int], seed: int) -> None:
     """No cell fills the image: of one that leaves only two corners free, each of the others would be a peak."""
     labels = ellipses(np.random.default_rng(seed), shape, distance=24)
-    config = instances.default("foreground").model_copy(update={"smallest": 0})
-    found = instances.segment(ideal(labels, "foreground"), "foreground", config)
+    config = watershed.default("foreground").model_copy(update={"smallest": 0})
+    found = watershed.segment(ideal(labels, "foreground"), "foreground", config)
     pairs = instance_metrics.overlaps(found, ndimage.label(labels > 0)[0])
     np.testing.assert_array_equal(pairs.iou, 1)
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
@@ -77,7 +78,7 @@ def test_a_foreground_of_two_discs_that_touch_is_cut_at_its_waist() -> None:
     labels = np.zeros((40, 60), np.uint16)
     cv2.circle(labels, (17, 20), 12, 1, -1)
     cv2.circle(labels, (41, 20), 12, 2, -1)
-    found = instances.segment(ideal(labels, "foreground"), "foreground", instances.default("foreground"))
+    found = watershed.segment(ideal(labels, "foreground"), "foreground", watershed.default("foreground"))
     assert instance_metrics.true_positives(instance_metrics.overlaps(found, labels), 0.95) == 2 == found.max()
 
 
@@ -95,13 +96,13 @@ def test_what_holds_for_any_maps(targets: Targets, shape: tuple[int, int], seed:
     maps = noise(np.random.default_rng(seed), shape, targets)
     given_maps = maps.copy()
     config = InstanceConfig.model_validate(settings_)
-    labels = instances.segment(maps, targets, config)
+    labels = watershed.segment(maps, targets, config)
     np.testing.assert_array_equal(maps, given_maps)
     assert (labels.dtype, labels.shape) == (np.int32, shape)
     sizes = np.bincount(labels.ravel())
     assert (sizes[1:] >= max(config.smallest, 1)).all()  # and none is missing: 1 to N without gaps
-    np.testing.assert_array_equal(labels, instances.segment(maps, targets, config))
-    scores = instances.scores(labels, maps[0])
+    np.testing.assert_array_equal(labels, watershed.segment(maps, targets, config))
+    scores = watershed.scores(labels, maps[0])
     assert (scores.dtype, scores.shape) == (np.float64, (labels.max(),))
     for label, score in enumerate(scores.tolist(), 1):
         mask = labels == label
@@ -125,7 +126,7 @@ def test_prominence_1_joins_what_is_connected(
     wide = ndimage.label(blobs, np.ones((3, 3)))[0]
     parts = np.bincount(np.unique(np.stack([wide.ravel(), blobs.ravel()]), axis=1)[0])
     blobs[parts[wide] > 1] = 0
-    labels = instances.segment(maps, targets, config)
+    labels = watershed.segment(maps, targets, config)
     labels[blobs == 0] = 0
     pairs = instance_metrics.overlaps(labels, blobs)
     np.testing.assert_array_equal(pairs.iou, 1)
@@ -138,7 +139,7 @@ def test_more_prominence_only_joins(targets: Targets) -> None:
         maps = noise(np.random.default_rng(seed), (80, 90), targets)
         finer: np.ndarray | None = None
         for prominence in (0, 0.02, 0.1, 0.3, 1):
-            labels = instances.segment(maps, targets, InstanceConfig(prominence=prominence, smallest=0))
+            labels = watershed.segment(maps, targets, InstanceConfig(prominence=prominence, smallest=0))
             if finer is not None:
                 inside = finer > 0
                 assert len(np.unique(np.stack([finer, labels])[:, inside], axis=1).T) == finer.max()
@@ -151,7 +152,7 @@ def test_a_peak_counts_by_what_it_stands_out(prominence: float, cells: int) -> N
     profile = np.interp(np.arange(50), [0, 5, 15, 25, 35, 45, 49], [0.6, 0.9, 0.5, 0.7, 0.3, 0.8, 0.6])
     maps = np.ones((2, 10, 50), np.float32)
     maps[1] = 1 - profile
-    labels = instances.segment(maps, "boundary", InstanceConfig(smoothing=0, prominence=prominence))
+    labels = watershed.segment(maps, "boundary", InstanceConfig(smoothing=0, prominence=prominence))
     assert labels.max() == cells
     assert (labels[0, 5] == labels[0, 25]) == (prominence > 0.2)
     assert (labels[0, 25] == labels[0, 45]) == (prominence > 0.5)
@@ -160,9 +161,9 @@ def test_a_peak_counts_by_what_it_stands_out(prominence: float, cells: int) -> N
 @pytest.mark.parametrize("targets", target_maps.CHANNELS)
 def test_a_map_without_foreground_has_no_cells(targets: Targets) -> None:
     maps = np.full((len(target_maps.CHANNELS[targets]), 7, 9), 0.5, np.float32)  # not over 0.5
-    labels = instances.segment(maps, targets, InstanceConfig())
+    labels = watershed.segment(maps, targets, InstanceConfig())
     assert (labels.dtype, labels.shape, labels.any()) == (np.int32, (7, 9), False)
-    assert instances.scores(labels, maps[0]).shape == (0,)
+    assert watershed.scores(labels, maps[0]).shape == (0,)
 
 
 def test_small_holes_are_filled_but_not_at_the_frame() -> None:
@@ -174,10 +175,10 @@ def test_small_holes_are_filled_but_not_at_the_frame() -> None:
     config = InstanceConfig(prominence=1, smallest=20)
     expected = maps[0] > 0.5
     expected[10:14, 20:24] = True
-    labels = instances.segment(maps, "foreground", config)
+    labels = watershed.segment(maps, "foreground", config)
     np.testing.assert_array_equal(labels, expected)
     inside = maps[0][expected]
-    assert instances.scores(labels, maps[0]) == pytest.approx([inside.mean(dtype=np.float64)])
+    assert watershed.scores(labels, maps[0]) == pytest.approx([inside.mean(dtype=np.float64)])
 
 
 def test_a_hole_between_two_cells_is_nobodys() -> None:
@@ -185,6 +186,6 @@ def test_a_hole_between_two_cells_is_nobodys() -> None:
     maps = ideal(labels, "boundary")
     maps[0, 10:13, 18:22] = 0
     maps[0, 20, 10] = 0  # inside the first
-    found = instances.segment(maps, "boundary", InstanceConfig(smoothing=0, prominence=0.5))
+    found = watershed.segment(maps, "boundary", InstanceConfig(smoothing=0, prominence=0.5))
     assert found.max() == 2
     np.testing.assert_array_equal(found == 0, (maps[0] == 0) & (np.arange(30) != 20)[:, None])

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell import cells_table, parts
+from raylivecell import parts
+from raylivecell.cells import measure
 from raylivecell.core import storage
 
 FILES = ['a, "1".tif', "b.tif", "deep/c.png", "new\nline.tif", "z.tif"]
@@ -64,7 +65,7 @@ def test_the_tables(tmp_path: Path) -> None:
     assert [row["error"] for row in rows] == ["", "", "", "", "cut off"]
     with open(tmp_path / "cells.csv", newline="") as stream:
         cells = list(csv.DictReader(stream))
-    assert tuple(cells[0]) == cells_table.COLUMNS
+    assert tuple(cells[0]) == measure.COLUMNS
     assert [cell["file"] for cell in cells] == [FILES[1]] + [FILES[2]] * 2 + [FILES[3]] * 3
     records = json.loads((tmp_path / "coco.json").read_text())
     assert [record["image_id"] for record in records] == [2, 3, 3, 4, 4, 4]

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from raylivecell import checkpoint, cli, predict, predictor, segmenter
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
-from raylivecell.instances import InstanceConfig
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
@@ -272,7 +272,7 @@ import sys
 sys.modules["torch"] = None
 import cv2, numpy as np
 from raylivecell import predict, predictor
-from raylivecell.instances import InstanceConfig
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.segmenter import Segmenter
 out = sys.argv[1]
 network = Segmenter(lambda image: image[None] / np.float32(255), "foreground", InstanceConfig(), "")

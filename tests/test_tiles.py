@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from raylivecell import instance_metrics, instances
+from raylivecell import instance_metrics
+from raylivecell.cells import watershed
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.ingest import target_maps
 from raylivecell.ingest.target_maps import Targets
-from raylivecell.instances import InstanceConfig
 from raylivecell.network import forward
 from raylivecell.network import windows as tiles
 
@@ -132,23 +133,23 @@ def test_strips_give_the_cells_of_the_whole(
     image, network = encoded(mosaic(np.random.default_rng(seed), shape), targets)
     network = blurred(network) if looks_around else network
     maps = network(image)
-    config = instances.default(targets)
-    whole = instances.segment(maps, targets, config)
+    config = watershed.default(targets)
+    whole = watershed.segment(maps, targets, config)
     labels, scores, foreground = tiles.segment(network, image, targets, config, WINDOW, HALO)
     assert (labels.dtype, labels.shape, scores.dtype, foreground.dtype) == (np.int32, shape, np.float64, np.bool_)
     np.testing.assert_array_equal(np.unique(labels[labels > 0]), np.arange(1, len(scores) + 1))
     assert_same(labels, whole, but=2 + whole.max() // 50 if looks_around else 0)
     assert (foreground != (maps[0] > config.foreground)).mean() < 0.01 * looks_around + 1e-9
-    np.testing.assert_allclose(scores, instances.scores(labels, maps[0]), atol=0.01)
+    np.testing.assert_allclose(scores, watershed.scores(labels, maps[0]), atol=0.01)
 
 
 def test_a_strip_takes_no_cell_whose_neighbours_it_cuts() -> None:
     """A cut neighbour's rest, without its peak, would be joined to the cell."""
-    config = instances.default("foreground")
+    config = watershed.default("foreground")
     for seed in range(25):
         image, network = encoded(mosaic(np.random.default_rng(seed), (260, 200)), "foreground")
         labels, _, _ = tiles.segment(network, image, "foreground", config, WINDOW, HALO)
-        assert_same(labels, instances.segment(network(image), "foreground", config))
+        assert_same(labels, watershed.segment(network(image), "foreground", config))
 
 
 @pytest.mark.parametrize("targets", target_maps.CHANNELS)
@@ -174,7 +175,7 @@ def test_of_two_strips_one_has_the_cell(monkeypatch: pytest.MonkeyPatch) -> None
     for y in range(5, 150, 15):
         image[y : y + 12, 10:50] = 1
     config, network = InstanceConfig(prominence=1), encoded(image, "foreground")[1]
-    plain, turn = instances.segment, itertools.count()
+    plain, turn = watershed.segment, itertools.count()
     whole = plain(network(image), "foreground", config)
 
     def wavering(*args: object) -> np.ndarray:
@@ -183,7 +184,7 @@ def test_of_two_strips_one_has_the_cell(monkeypatch: pytest.MonkeyPatch) -> None
             found[2:] = np.maximum(found[2:], found[:-2])
         return found
 
-    monkeypatch.setattr(instances, "segment", wavering)
+    monkeypatch.setattr(watershed, "segment", wavering)
     for halo in range(16, 40):
         labels, _, _ = tiles.segment(network, image, "foreground", config, 48, halo)
         assert labels.max() == whole.max() == 10
@@ -198,7 +199,7 @@ def test_a_cell_goes_on_as_the_one_it_lies_under(monkeypatch: pytest.MonkeyPatch
         moved = columns + 3 * (next(turn) % 2)
         return np.broadcast_to((moved // 12 + 1) * (moved % 12 > 0), maps.shape[1:]).astype(np.int32)
 
-    monkeypatch.setattr(instances, "segment", wavering)
+    monkeypatch.setattr(watershed, "segment", wavering)
     config = InstanceConfig(smallest=0)
     labels, _, _ = tiles.segment(grey, np.ones((300, 60), np.uint8), "foreground", config, 48, 20)
     bars = labels.reshape(300, 5, 12)
@@ -235,7 +236,7 @@ def test_torch_networks_are_blended_in_the_same_way(shape: tuple[int, int], monk
 MEMORY = """
     import numpy as np
     from raylivecell import tiles
-    from raylivecell.instances import InstanceConfig
+    from raylivecell.cells.watershed import InstanceConfig
 
     near = (np.arange(40) - 20) ** 2
     image = np.tile((np.add.outer(near, near) < 150).astype(np.uint8), (250, 250))

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from raylivecell import instances
+from raylivecell.cells import watershed
+from raylivecell.cells.watershed import InstanceConfig, Labels, Maps
 from raylivecell.ingest.target_maps import Targets
-from raylivecell.instances import InstanceConfig, Labels, Maps
 
 Network = Callable[[NDArray[np.uint8]], Maps]
 """uint8 (h, w) -> maps float32 (C, h, w)."""
@@ -79,7 +79,7 @@ def segment(
     window: int = WINDOW,
     halo: int = HALO,
 ) -> tuple[Labels, NDArray[np.float64], NDArray[np.bool_]]:
-    """The cells of an image of any size, as `instances.segment` finds them in the maps of the whole image.
+    """The cells of an image of any size, as `watershed.segment` finds them in the maps of the whole image.
 
     A cell up to 2 `halo` rows high lies whole in a strip, and is taken from there. Of a higher one the parts that the
     strips show are joined where they meet. Where a strip cuts a cell's neighbour, the border between them may differ
@@ -104,7 +104,7 @@ def segment(
         rows = slice(first, first + maps.shape[1])
         painted = labels[rows]
         foreground[rows] = maps[0] > config.foreground
-        found = instances.segment(maps, targets, config)
+        found = watershed.segment(maps, targets, config)
         heirs = _heirs(found, painted[0], cut)
         new = _ours(found, end - first) & _free(found, painted, config.smallest) & (heirs == 0)
         names = np.where(new, len(pixels) - 1 + np.cumsum(new, dtype=np.int32), heirs)
