@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raylivecell.scores import score
+    from raylivecell.scoring.scores import score
     from raylivecell.segmenter import load
 
 __all__ = ["__version__", "load", "score"]
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "score":
-        from raylivecell.scores import score
+        from raylivecell.scoring.scores import score
 
         return score
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,9 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylivecell import coco_protocol, scores
 from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
+from raylivecell.scoring import average_precision, scores
 
 SIZE, CELLS = (520, 704), 295
 GRID = (15, 20)
@@ -98,7 +98,7 @@ def _evaluated(pairs: Sequence[Pair]) -> None:
             one = {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
             truth["annotations"].append({**one, "segmentation": mask, "area": int(coco_mask.area(mask))})
         masks = rle.encode(found)
-        said = coco_protocol.results(number, masks, np.linspace(1, 0.5, len(masks)))
+        said = average_precision.results(number, masks, np.linspace(1, 0.5, len(masks)))
         results += [{key: value for key, value in one.items() if key != "bbox"} for one in said]
     livecell_evaluation(truth, results)
 
@@ -120,7 +120,7 @@ def livecell_evaluation(truth: dict[str, Any], results: list[dict[str, Any]]) ->
         evaluation = COCOeval(coco, coco.loadRes(results), "segm")
         evaluation.params.catIds, evaluation.params.useCats = [1], 0
         evaluation.params.maxDets = [100, 500, 2000]
-        evaluation.params.areaRng = [list(area) for area in coco_protocol.AREAS]
+        evaluation.params.areaRng = [list(area) for area in average_precision.AREAS]
         evaluation.params.areaRngLbl = ["all", "small", "medium", "large"]
         evaluation.evaluate()
         evaluation.accumulate()

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import coco_protocol, parts, predictor
+from raylivecell import parts, predictor
 from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
 from raylivecell.cells import measure
@@ -24,6 +24,7 @@ from raylivecell.ingest import target_maps
 from raylivecell.network import forward
 from raylivecell.overlay import png
 from raylivecell.recipe import Recipe
+from raylivecell.scoring import average_precision
 from raylivecell.segmenter import Cells
 from raylivecell.synthetic import writer
 from raylivecell.training_config import LoopConfig, ModelConfig
@@ -82,7 +83,9 @@ def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Calla
         "watershed": lambda: instances.segment(maps, "distance", config),
         "scores": lambda: instances.scores(found, maps[0]),
         "cells.csv": lambda: measure.lines("x", measure.measure(found, image), cells.scores),
-        "coco.json": lambda: [parts.record(one) for one in coco_protocol.results(0, rle.encode(found), cells.scores)],
+        "coco.json": lambda: [
+            parts.record(one) for one in average_precision.results(0, rle.encode(found), cells.scores)
+        ],
         **{kind: partial(write, image, cells) for kind, (_, write) in predictor.PICTURES.items()},
         "part": lambda: parts.write(folder, "x", part),
     }

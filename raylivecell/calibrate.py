@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raylivecell import instance_metrics
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core.console import track
 from raylivecell.ingest.target_maps import Targets
+from raylivecell.scoring import instance_scores
 
 GRID: dict[str, tuple[float, ...]] = {
     "prominence": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4),
@@ -22,7 +22,7 @@ GRID: dict[str, tuple[float, ...]] = {
 }
 ROUNDS = 3
 
-Case = tuple[Maps, instance_metrics.Labels]
+Case = tuple[Maps, instance_scores.Labels]
 """Maps float32 (C, H, W) of an image, and its true labels (H, W)."""
 
 
@@ -44,8 +44,8 @@ def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, 
 
 def mean_msa(cases: Sequence[Case], targets: Targets, config: InstanceConfig) -> float:
     """Mean over images of the mSA of the cells that `config` makes of their maps."""
-    pairs = (instance_metrics.overlaps(watershed.segment(maps, targets, config), truth) for maps, truth in cases)
-    return float(np.mean([instance_metrics.segmentation_accuracy(one).mean() for one in pairs]))
+    pairs = (instance_scores.overlaps(watershed.segment(maps, targets, config), truth) for maps, truth in cases)
+    return float(np.mean([instance_scores.segmentation_accuracy(one).mean() for one in pairs]))
 
 
 def _candidates() -> list[tuple[int, str, float]]:

@@ -21,7 +21,7 @@ MARK = ".raylivecell-demo"
 
 
 def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
-    """Write everything under `out` and end with the scores and the pictures to open; `metrics.json`'s content.
+    """Write everything under `out` and end with the scores and the pictures to open; `pixel_scores.json`'s content.
 
     Training uses two workers where this machine has room for them, else one.
 

@@ -17,17 +17,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from raylivecell import (
-    __version__,
-    actors,
-    calibrate,
-    checkpoint,
-    coco_results,
-    evaluation_report,
-    run_state,
-    scores,
-    segmenter,
-)
+from raylivecell import __version__, actors, calibrate, checkpoint, evaluation_report, run_state, segmenter
 from raylivecell import recipe as recipes
 from raylivecell.annotations.rle import Rle, decode, encode
 from raylivecell.cells import watershed
@@ -39,7 +29,8 @@ from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.network import forward
 from raylivecell.runtime import session
-from raylivecell.scores import Found, Truth
+from raylivecell.scoring import coco_results, scores
+from raylivecell.scoring.scores import Found, Truth
 
 CALIBRATION_IMAGES = 32
 """At most; spread evenly over the validation images. Their maps are held in memory: 4.4 MB each."""

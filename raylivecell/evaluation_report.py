@@ -13,11 +13,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import instance_metrics, page
+from raylivecell import page
 from raylivecell.core import storage
 from raylivecell.data import shards
 from raylivecell.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
-from raylivecell.scores import Found
+from raylivecell.scoring import instance_scores
+from raylivecell.scoring.scores import Found
 
 Result = Mapping[str, Any]
 COLUMNS = (
@@ -126,7 +127,7 @@ def errors(image: NDArray[np.uint8], truth: NDArray[Any], found: NDArray[Any]) -
 
 def _partners(found: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Pixels of the found cells that are right, and of the true cells that are found."""
-    pairs = instance_metrics.overlaps(found, truth)
+    pairs = instance_scores.overlaps(found, truth)
     near = pairs.iou >= PARTNER
     names = [np.unique(labels[labels != 0]) for labels in (found, truth)]
     return np.isin(found, names[0][pairs.prediction[near]]), np.isin(truth, names[1][pairs.truth[near]])

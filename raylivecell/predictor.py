@@ -9,12 +9,13 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell import coco_protocol, overlay, parts, segmenter
+from raylivecell import overlay, parts, segmenter
 from raylivecell.annotations import rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
 from raylivecell.images import decode
 from raylivecell.parts import Part
+from raylivecell.scoring import average_precision
 from raylivecell.segmenter import Cells, Segmenter
 
 Output = Literal["labels", "masks", "overlays", "coco", "cells"]
@@ -115,7 +116,7 @@ def _lines(job: Job, file: str, image: NDArray[np.uint8], cells: Cells) -> tuple
     if "cells" in job.write:
         table = measure.lines(file, measure.measure(cells.labels, image), cells.scores)
     if "coco" in job.write:
-        results = coco_protocol.results(0, rle.encode(cells.labels), cells.scores)
+        results = average_precision.results(0, rle.encode(cells.labels), cells.scores)
         # By its path `evaluate --predictions` knows the image, whose number in the annotation file is another.
         records = [parts.record({**result, "file_name": file}) for result in results]
     return table, records

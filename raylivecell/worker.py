@@ -22,7 +22,7 @@ from ray.train import Checkpoint, PreemptionInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, gloo, instance_metrics, loop, metrics, run_state
+from raylivecell import checkpoint, gloo, loop, run_state
 from raylivecell.cells import watershed
 from raylivecell.ingest import gpu_augment
 from raylivecell.ingest import stream as ingest
@@ -35,6 +35,7 @@ from raylivecell.network import forward as segment
 from raylivecell.network.transfer import tensors
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus
+from raylivecell.scoring import instance_scores, pixel_scores
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 1.0
@@ -231,8 +232,8 @@ class _Validation:
         if not images:
             return {}
         scores = {
-            "val_dice": metrics.dice(pixels),
-            "val_iou": metrics.iou(pixels),
+            "val_dice": pixel_scores.dice(pixels),
+            "val_iou": pixel_scores.iou(pixels),
             "val_mean_image_dice": dice / images,
         }
         return scores if self.targets == "foreground" else scores | {"val_msa": msa / images}
@@ -242,13 +243,13 @@ class _Validation:
         sample = self.samples.val_sample(number)
         logits = segment.logits_of_picture(network, sample.image, sample.padding)
         foreground = torch.from_numpy(sample.truth != 0).to(self.device)
-        counts = metrics.pixel_counts(logits[None], foreground[None])[0].tolist()
+        counts = pixel_scores.pixel_counts(logits[None], foreground[None])[0].tolist()
         msa = 0.0
         if self.targets != "foreground":
             maps = torch.sigmoid(logits).cpu().numpy()
             found = watershed.segment(maps, self.targets, watershed.default(self.targets))
-            msa = float(instance_metrics.segmentation_accuracy(instance_metrics.overlaps(found, sample.truth)).mean())
-        return [*counts, metrics.dice(counts), msa, 1]
+            msa = float(instance_scores.segmentation_accuracy(instance_scores.overlaps(found, sample.truth)).mean())
+        return [*counts, pixel_scores.dice(counts), msa, 1]
 
 
 def _tell(job: Job, message: dict[str, Any]) -> None:

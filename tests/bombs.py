@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raylivecell import checkpoint, coco_results, recipe, run_state
+from raylivecell import checkpoint, recipe, run_state
 from raylivecell.annotations import coco
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects, shards
 from raylivecell.data.defects import DefectRules
 from raylivecell.images import decode, tiff_segments
 from raylivecell.network.unet import build_model
+from raylivecell.scoring import coco_results
 from raylivecell.training_config import ModelConfig
 
 HERE = Path(sys.argv[1])

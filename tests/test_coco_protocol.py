@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import coco_protocol as protocol
 from raylivecell.annotations.rle import Rle
 from raylivecell.bench_evaluate import livecell_evaluation
+from raylivecell.scoring import average_precision as protocol
 
 SIZE = (60, 60)
 Image = tuple[list[Rle], np.ndarray, list[Rle]]

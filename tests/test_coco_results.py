@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import coco_protocol, coco_results
-from raylivecell.coco_results import Image, Results
 from raylivecell.core.errors import UserError
+from raylivecell.scoring import average_precision, coco_results
+from raylivecell.scoring.coco_results import Image, Results
 
 SIZE = (60, 60)
 WHOLE = {"size": list(SIZE), "counts": [SIZE[0] * SIZE[1]]}
@@ -52,7 +52,7 @@ def test_masks_and_scores_are_read_as_they_were_written() -> None:
     scores = rng.random(7)
     polygon = [[2.0, 3.0, 20.0, 3.0, 20.0, 30.0, 2.0, 30.0]]
     plain = {"size": list(SIZE), "counts": [100, 20, SIZE[0] * SIZE[1] - 120]}
-    records = coco_protocol.results(5, found, scores)
+    records = average_precision.results(5, found, scores)
     records += [{"image_id": "a.tif", "segmentation": one, "score": 0.5} for one in (polygon, plain)]
     cells = read(records, images("b.tif", "a.tif", ids="56")).cells
     assert cells[0][0] == found
@@ -108,7 +108,7 @@ def test_whatever_a_record_says_it_is_left_out_or_can_be_scored(
     (rles, scores) = results.cells[0]
     assert len(rles) + sum(len(which) for which in results.left_out.values()) == 2
     assert coco_mask.decode(rles[-1]).shape == SIZE
-    assert coco_protocol.match(rles, scores, [coco_mask.encode(np.ones(SIZE, np.uint8, order="F"))]).truths[0] == 1
+    assert average_precision.match(rles, scores, [coco_mask.encode(np.ones(SIZE, np.uint8, order="F"))]).truths[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, coco_protocol, evaluate, metrics, scores, segmenter
+from raylivecell import checkpoint, evaluate, segmenter
 from raylivecell.annotations import rle
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core import storage
@@ -20,6 +20,7 @@ from raylivecell.images import intensity
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
+from raylivecell.scoring import average_precision, pixel_scores, scores
 from raylivecell.training_config import ModelConfig
 
 SIZES = [(48, 64), (48, 64), (33, 57), (64, 48)]
@@ -82,12 +83,12 @@ def test_a_network_and_a_file_of_its_cells_score_the_same(
     records = []
     for index in range(SPLITS["test"]):
         cells = model.segment(sample(index)["image"])
-        counts = metrics.mask_counts(cells.foreground, sample(index)["labels"])
+        counts = pixel_scores.mask_counts(cells.foreground, sample(index)["labels"])
         row = result["per_image"][index]
         assert row["file_name"] == sample(index)["file_name"]
         # A pixel whose logit is 0 to the last bit may fall either way with another number of threads.
-        assert max(abs(row[name] - counts[name]) for name in metrics.COUNTS) <= 2
-        records += coco_protocol.results(1000 + index, rle.encode(cells.labels), cells.scores)
+        assert max(abs(row[name] - counts[name]) for name in pixel_scores.COUNTS) <= 2
+        records += average_precision.results(1000 + index, rle.encode(cells.labels), cells.scores)
     assert sum(row["cells"] for row in result["per_image"]) == len(records) > 20
     file = tmp_path / "cells.json"
     file.write_text(json.dumps(records))
@@ -124,7 +125,7 @@ def test_the_truth_itself_is_perfect_though_cells_overlap(one_process: None, dat
     for index in range(SPLITS["test"]):
         row = sample(index)
         rles = [{"size": list(row["labels"].shape), "counts": counts} for counts in row["outlines"]]
-        records += coco_protocol.results(row["file_name"], rles, np.ones(len(rles)))
+        records += average_precision.results(row["file_name"], rles, np.ones(len(rles)))
     file = tmp_path / "truth.json"
     file.write_text(json.dumps(records[:-1]))
     result = evaluate.compare(str(file), data, "test", str(tmp_path / "out"))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from raylivecell import instance_metrics as im
+from raylivecell.scoring import instance_scores as im
 
 
 def discs(rng: np.random.Generator, cells: int, size: int = 48) -> np.ndarray:

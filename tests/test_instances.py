@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from raylivecell import instance_metrics
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.ingest import target_maps
 from raylivecell.ingest.target_maps import Targets
+from raylivecell.scoring import instance_scores
 
 SHAPES = st.tuples(st.integers(1, 90), st.integers(1, 90))
 SEEDS = st.integers(0, 10**6)
@@ -58,8 +58,8 @@ def test_ideal_maps_give_the_labels_back(targets: Targets, shape: tuple[int, int
     found = watershed.segment(ideal(labels, targets), targets, watershed.default(targets))
     assert not found[~ndimage.binary_fill_holes(labels > 0)].any()
     assert (found > 0).sum() >= 0.95 * (labels > 0).sum()
-    pairs = instance_metrics.overlaps(found, labels)
-    assert pairs.cells == pairs.true_cells == instance_metrics.true_positives(pairs, 0.7)
+    pairs = instance_scores.overlaps(found, labels)
+    assert pairs.cells == pairs.true_cells == instance_scores.true_positives(pairs, 0.7)
 
 
 @settings(max_examples=40)
@@ -69,7 +69,7 @@ def test_a_foreground_of_separate_ellipses_gives_one_label_each(shape: tuple[int
     labels = ellipses(np.random.default_rng(seed), shape, distance=24)
     config = watershed.default("foreground").model_copy(update={"smallest": 0})
     found = watershed.segment(ideal(labels, "foreground"), "foreground", config)
-    pairs = instance_metrics.overlaps(found, ndimage.label(labels > 0)[0])
+    pairs = instance_scores.overlaps(found, ndimage.label(labels > 0)[0])
     np.testing.assert_array_equal(pairs.iou, 1)
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
 
@@ -79,7 +79,7 @@ def test_a_foreground_of_two_discs_that_touch_is_cut_at_its_waist() -> None:
     cv2.circle(labels, (17, 20), 12, 1, -1)
     cv2.circle(labels, (41, 20), 12, 2, -1)
     found = watershed.segment(ideal(labels, "foreground"), "foreground", watershed.default("foreground"))
-    assert instance_metrics.true_positives(instance_metrics.overlaps(found, labels), 0.95) == 2 == found.max()
+    assert instance_scores.true_positives(instance_scores.overlaps(found, labels), 0.95) == 2 == found.max()
 
 
 @pytest.mark.parametrize("targets", target_maps.CHANNELS)
@@ -128,7 +128,7 @@ def test_prominence_1_joins_what_is_connected(
     blobs[parts[wide] > 1] = 0
     labels = watershed.segment(maps, targets, config)
     labels[blobs == 0] = 0
-    pairs = instance_metrics.overlaps(labels, blobs)
+    pairs = instance_scores.overlaps(labels, blobs)
     np.testing.assert_array_equal(pairs.iou, 1)
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
 

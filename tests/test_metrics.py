@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.metrics import DiceMetric, MeanIoU
 
-from raylivecell import metrics
+from raylivecell.scoring import pixel_scores
 
 
 def random_batch(seed: int, images: int = 5, size: tuple[int, int] = (37, 41)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,63 +20,73 @@ def random_batch(seed: int, images: int = 5, size: tuple[int, int] = (37, 41)) -
 @pytest.mark.parametrize("seed", range(5))
 def test_torch_and_numpy_count_the_same(seed: int) -> None:
     logits, truth = random_batch(seed)
-    counted = metrics.pixel_counts(logits, truth)
+    counted = pixel_scores.pixel_counts(logits, truth)
     assert counted.dtype == torch.int64
     assert counted.shape == (5, 4)
     assert (counted.sum(dim=1) == 37 * 41).all()
-    rows = [metrics.mask_counts((logit[0] > 0).numpy(), cell.numpy()) for logit, cell in zip(logits, truth)]
-    np.testing.assert_array_equal(metrics.as_counts(rows), counted.numpy())
+    rows = [pixel_scores.mask_counts((logit[0] > 0).numpy(), cell.numpy()) for logit, cell in zip(logits, truth)]
+    np.testing.assert_array_equal(pixel_scores.as_counts(rows), counted.numpy())
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_agrees_with_monai(seed: int) -> None:
     logits, truth = random_batch(seed)
-    counts = metrics.pixel_counts(logits, truth).numpy()
+    counts = pixel_scores.pixel_counts(logits, truth).numpy()
     said, cell = (logits > 0).float(), truth[:, None].float()
     monai_dice = DiceMetric(include_background=True, reduction="none")(said, cell)[:, 0].numpy()
     monai_iou = MeanIoU(include_background=True, reduction="none")(said, cell)[:, 0].numpy()
-    np.testing.assert_allclose(metrics.image_dice(counts), monai_dice, rtol=1e-6)
-    np.testing.assert_allclose([metrics.iou(row) for row in counts], monai_iou, rtol=1e-6)
-    np.testing.assert_allclose([metrics.dice(row) for row in counts], monai_dice, rtol=1e-6)
-    assert metrics.mean_image_dice(counts) == pytest.approx(monai_dice.mean(), rel=1e-6)
+    np.testing.assert_allclose(pixel_scores.image_dice(counts), monai_dice, rtol=1e-6)
+    np.testing.assert_allclose([pixel_scores.iou(row) for row in counts], monai_iou, rtol=1e-6)
+    np.testing.assert_allclose([pixel_scores.dice(row) for row in counts], monai_dice, rtol=1e-6)
+    assert pixel_scores.mean_image_dice(counts) == pytest.approx(monai_dice.mean(), rel=1e-6)
     # Sums over pixels = one image made of all images side by side.
     joined = DiceMetric(include_background=True, reduction="none")(
         said.reshape(1, 1, -1, 41), cell.reshape(1, 1, -1, 41)
     )
-    assert metrics.dice(counts) == pytest.approx(joined.item(), rel=1e-6)
+    assert pixel_scores.dice(counts) == pytest.approx(joined.item(), rel=1e-6)
 
 
 def test_split_into_batches_changes_nothing() -> None:
     logits, truth = random_batch(7, images=6)
-    whole = metrics.pixel_counts(logits, truth)
-    parts = torch.cat([metrics.pixel_counts(logits[i : i + 2], truth[i : i + 2]) for i in (0, 2, 4)])
+    whole = pixel_scores.pixel_counts(logits, truth)
+    parts = torch.cat([pixel_scores.pixel_counts(logits[i : i + 2], truth[i : i + 2]) for i in (0, 2, 4)])
     assert torch.equal(whole, parts)
-    assert metrics.dice(whole) == metrics.dice(parts.sum(dim=0)) == metrics.dice(parts.flip(0))
+    assert pixel_scores.dice(whole) == pixel_scores.dice(parts.sum(dim=0)) == pixel_scores.dice(parts.flip(0))
 
 
 def test_both_empty_is_one_and_one_empty_is_zero() -> None:
-    assert metrics.dice([0, 0, 0, 9]) == metrics.iou([0, 0, 0, 9]) == metrics.mean_image_dice([[0, 0, 0, 9]]) == 1
-    assert metrics.dice([0, 3, 0, 6]) == metrics.iou([0, 0, 3, 6]) == metrics.mean_image_dice([[0, 3, 0, 6]]) == 0
+    assert (
+        pixel_scores.dice([0, 0, 0, 9])
+        == pixel_scores.iou([0, 0, 0, 9])
+        == pixel_scores.mean_image_dice([[0, 0, 0, 9]])
+        == 1
+    )
+    assert (
+        pixel_scores.dice([0, 3, 0, 6])
+        == pixel_scores.iou([0, 0, 3, 6])
+        == pixel_scores.mean_image_dice([[0, 3, 0, 6]])
+        == 0
+    )
 
 
 def test_truth_may_be_labels_and_shapes_are_checked() -> None:
     logits = torch.tensor([[[[1.0, 1.0, -1.0, -1.0]]]])
-    assert metrics.pixel_counts(logits, torch.tensor([[[7, 0, 300, 0]]])).tolist() == [[1, 1, 1, 1]]
-    assert metrics.mask_counts(np.array([[255, 1, 0, 0]]), np.array([[7, 0, 300, 0]])) == {
+    assert pixel_scores.pixel_counts(logits, torch.tensor([[[7, 0, 300, 0]]])).tolist() == [[1, 1, 1, 1]]
+    assert pixel_scores.mask_counts(np.array([[255, 1, 0, 0]]), np.array([[7, 0, 300, 0]])) == {
         "tp": 1,
         "fp": 1,
         "fn": 1,
         "tn": 1,
     }
     with pytest.raises(ValueError, match="differ in shape"):
-        metrics.mask_counts(np.zeros((2, 2)), np.zeros((2, 3)))
+        pixel_scores.mask_counts(np.zeros((2, 2)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match="want"):
-        metrics.pixel_counts(torch.zeros(1, 1, 3, 3), torch.zeros(1, 3, 4))
+        pixel_scores.pixel_counts(torch.zeros(1, 1, 3, 3), torch.zeros(1, 3, 4))
 
 
 def test_counts_do_not_overflow() -> None:
     many = np.full((2000, 4), 2**31, np.int64)  # 2000 images of 8 gigapixels
-    assert metrics.dice(many) == pytest.approx(0.5)
+    assert pixel_scores.dice(many) == pytest.approx(0.5)
 
 
 def rows_of(seed: int, images: int) -> list[dict]:
@@ -84,28 +94,28 @@ def rows_of(seed: int, images: int) -> list[dict]:
     kinds = ["A172", "BV2", "MCF7"]
     return [
         {"file_name": f"{i:03d}.tif", "cell_type": kinds[i % 3]}
-        | dict(zip(metrics.COUNTS, rng.integers(1, 5000, 4).tolist()))
+        | dict(zip(pixel_scores.COUNTS, rng.integers(1, 5000, 4).tolist()))
         for i in range(images)
     ]
 
 
 def test_summary_has_every_field_and_does_not_hang_on_order() -> None:
     rows = rows_of(0, 30)
-    summary = metrics.summarise(rows)
+    summary = pixel_scores.summarise(rows)
     fields = {"images", "dice", "iou", "mean_image_dice", "intervals"}
     assert summary.keys() == fields | {"per_cell_type"}
     assert all(score.keys() == fields for score in summary["per_cell_type"].values())
     assert sum(score["images"] for score in summary["per_cell_type"].values()) == summary["images"] == 30
     for name, (low, high) in summary["intervals"].items():
         assert 0 <= low < summary[name] < high <= 1
-    assert json.loads(json.dumps(summary)) == metrics.summarise(rows[::-1])
+    assert json.loads(json.dumps(summary)) == pixel_scores.summarise(rows[::-1])
 
 
 def test_one_image_has_no_interval_and_none_is_refused() -> None:
-    alone = metrics.summarise(rows_of(1, 1))
+    alone = pixel_scores.summarise(rows_of(1, 1))
     assert alone["intervals"] == {"dice": None, "iou": None, "mean_image_dice": None}
     with pytest.raises(ValueError, match="no image"):
-        metrics.summarise([])
+        pixel_scores.summarise([])
 
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -115,6 +125,8 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     for trial in range(200):
         tp = rng.binomial(100, rng.beta(8, 2, size=60))  # Dice of an image = 2 tp / (2 tp + fp + fn) = tp / 100
         counts = np.stack([tp, 100 - tp, 100 - tp, np.zeros_like(tp)], axis=1)
-        low, high = metrics.bootstrap_interval(counts, metrics.mean_image_dice, seed=trial, resamples=300) or (0, 0)
+        low, high = pixel_scores.bootstrap_interval(
+            counts, pixel_scores.mean_image_dice, seed=trial, resamples=300
+        ) or (0, 0)
         hit += low <= 0.8 <= high
     assert 178 <= hit <= 198

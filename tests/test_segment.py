@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, instance_metrics, segmenter, worker
+from raylivecell import checkpoint, segmenter, worker
 from raylivecell.images.intensity import Frame
 from raylivecell.ingest.blocks import ValidationSample
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.run_state import State
+from raylivecell.scoring import instance_scores
 from raylivecell.training_config import ModelConfig
 
 
@@ -91,5 +92,5 @@ def assert_scored_as_segmented(
     cells = segmenter.load(saved).segment_frame(frame)
     found, truth = cells.foreground, labels != 0
     assert scores["val_dice"] == pytest.approx(2 * (found & truth).sum() / (found.sum() + truth.sum()))
-    msa = instance_metrics.segmentation_accuracy(instance_metrics.overlaps(cells.labels, labels)).mean()
+    msa = instance_scores.segmentation_accuracy(instance_scores.overlaps(cells.labels, labels)).mean()
     assert scores["val_msa"] == pytest.approx(msa)

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from raylivecell import instance_metrics
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.ingest import target_maps
 from raylivecell.ingest.target_maps import Targets
 from raylivecell.network import forward
 from raylivecell.network import windows as tiles
+from raylivecell.scoring import instance_scores
 
 Network = Callable[[np.ndarray], np.ndarray]
 WINDOW, HALO = 64, 48
@@ -117,9 +117,9 @@ def assert_same(found: np.ndarray, whole: np.ndarray, but: int = 0) -> None:
 
     A pixel between two cells goes to either where the maps tie, by the order of the flood: five of 37 were seen.
     """
-    pairs = instance_metrics.overlaps(found, whole)
+    pairs = instance_scores.overlaps(found, whole)
     assert abs(pairs.cells - pairs.true_cells) <= but
-    assert instance_metrics.true_positives(pairs, 0.75) >= pairs.true_cells - but
+    assert instance_scores.true_positives(pairs, 0.75) >= pairs.true_cells - but
 
 
 @pytest.mark.parametrize("targets", target_maps.CHANNELS)
@@ -163,7 +163,7 @@ def test_cells_of_any_height_are_whole(targets: Targets, bars: list[tuple[int, i
     image, network = encoded(labels, targets)
     config = InstanceConfig(prominence=1, smoothing=0)
     found, scores, _ = tiles.segment(network, image, targets, config, window=48, halo=halo)
-    pairs = instance_metrics.overlaps(found, labels)
+    pairs = instance_scores.overlaps(found, labels)
     np.testing.assert_array_equal(pairs.iou, 1)
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
     np.testing.assert_allclose(scores, np.ones(len(bars)), atol=1e-6)
@@ -188,7 +188,7 @@ def test_of_two_strips_one_has_the_cell(monkeypatch: pytest.MonkeyPatch) -> None
     for halo in range(16, 40):
         labels, _, _ = tiles.segment(network, image, "foreground", config, 48, halo)
         assert labels.max() == whole.max() == 10
-        assert instance_metrics.true_positives(instance_metrics.overlaps(labels, whole), 0.8) == 10
+        assert instance_scores.true_positives(instance_scores.overlaps(labels, whole), 0.8) == 10
 
 
 def test_a_cell_goes_on_as_the_one_it_lies_under(monkeypatch: pytest.MonkeyPatch) -> None:

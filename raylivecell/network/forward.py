@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import checkpoint, metrics
+from raylivecell import checkpoint
 from raylivecell.data import shards
 from raylivecell.images import grey_levels
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.network import windows
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.scoring import pixel_scores
 
 FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
 
@@ -97,8 +98,8 @@ def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[s
 
     sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
     found = logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
-    counts = metrics.as_counts([metrics.mask_counts(found, sample["foreground"])])
-    title = f"{sample['file_name']}   Dice {metrics.dice(counts):.3f}   IoU {metrics.iou(counts):.3f}"
+    counts = pixel_scores.as_counts([pixel_scores.mask_counts(found, sample["foreground"])])
+    title = f"{sample['file_name']}   Dice {pixel_scores.dice(counts):.3f}   IoU {pixel_scores.iou(counts):.3f}"
     return title, report.panel(sample["image"], sample["foreground"], found)
 
 

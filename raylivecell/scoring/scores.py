@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import coco_protocol, instance_metrics, metrics
 from raylivecell.annotations.rle import Rle
-from raylivecell.coco_protocol import Matches
+from raylivecell.scoring import average_precision, instance_scores, pixel_scores
+from raylivecell.scoring.average_precision import Matches
 
 # Means over images; of errors, of their size.
 MEANS = ("msa", "sa50", "sa75", "pq")
@@ -44,12 +44,12 @@ class Truth(NamedTuple):
 
 
 def of_image(found: Found, truth: Truth) -> tuple[dict[str, Any], Matches]:
-    """Counts of pixels, `dice`, `iou`, `instance_metrics.instance_scores`; and what `coco_protocol` makes of it."""
-    counts = metrics.mask_counts(found.foreground, truth.labels)
-    pixels = [counts[name] for name in metrics.COUNTS]
-    row = {**counts, "dice": metrics.dice(pixels), "iou": metrics.iou(pixels)}
-    row |= instance_metrics.instance_scores(found.labels, truth.labels)
-    return row, coco_protocol.match(found.rles, found.scores, truth.rles)
+    """Counts of pixels, `dice`, `iou`, `instance_scores.instance_scores`; and what `coco_protocol` makes of it."""
+    counts = pixel_scores.mask_counts(found.foreground, truth.labels)
+    pixels = [counts[name] for name in pixel_scores.COUNTS]
+    row = {**counts, "dice": pixel_scores.dice(pixels), "iou": pixel_scores.iou(pixels)}
+    row |= instance_scores.instance_scores(found.labels, truth.labels)
+    return row, average_precision.match(found.rles, found.scores, truth.rles)
 
 
 def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> dict[str, float]:
@@ -66,12 +66,12 @@ def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> 
     if not isinstance(labels, np.ndarray) or not isinstance(truth, np.ndarray):
         wrong = type(truth if isinstance(labels, np.ndarray) else labels).__name__
         raise TypeError(f"a {wrong} is no label image; give two arrays of integers (H, W), the labels found and true")
-    counts = metrics.mask_counts(labels, truth)
-    pixels = [counts[name] for name in metrics.COUNTS]
+    counts = pixel_scores.mask_counts(labels, truth)
+    pixels = [counts[name] for name in pixel_scores.COUNTS]
     return {
-        "dice": metrics.dice(pixels),
-        "iou": metrics.iou(pixels),
-        **instance_metrics.instance_scores(labels, truth),
+        "dice": pixel_scores.dice(pixels),
+        "iou": pixel_scores.iou(pixels),
+        **instance_scores.instance_scores(labels, truth),
     }
 
 
@@ -102,7 +102,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], see
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed: int) -> dict[str, Any]:
-    pixels = metrics.scores(metrics.as_counts([dict(row) for row in rows]), seed)
+    pixels = pixel_scores.scores(pixel_scores.as_counts([dict(row) for row in rows]), seed)
     images, intervals = pixels.pop("images"), pixels.pop("intervals")
     values = {name: np.array([row[name] for row in rows]) for name in MEANS}
     values |= {name: np.abs([row[name] for row in rows]) for name in ERRORS}
@@ -112,11 +112,11 @@ def _summary(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed
         "true_cells": sum(int(row["true_cells"]) for row in rows),
         **pixels,
         **{name: float(value.mean()) for name, value in values.items()},
-        **coco_protocol.average_precision(matches),
+        **average_precision.average_precision(matches),
         "intervals": {
             **intervals,
             **{name: _interval(value, seed) for name, value in values.items()},
-            **coco_protocol.interval(matches, seed),
+            **average_precision.interval(matches, seed),
         },
     }
 
