@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import loop, preflight, probe, run_folder
+from raylivecell import loop, preflight, probe
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -28,6 +28,7 @@ from raylivecell.ingest.target_maps import CHANNELS
 from raylivecell.network import forward as segment
 from raylivecell.probe import Node
 from raylivecell.recipe import Recipe
+from raylivecell.runs import folder
 from raylivecell.runtime import placement, session
 
 Level = Literal["pass", "warn", "fail"]
@@ -147,10 +148,10 @@ def _shard_problem(uri: str, shard: dict[str, Any]) -> str:
 
 def run_name(out: str) -> Finding:
     """Whether the folder is free: Ray would go on with what is there."""
-    if failed := run_folder.failure(out):
+    if failed := folder.failure(out):
         state = f"{out} holds a run that failed ({failed.reason})"
         return Finding("warn", "run name", state, "train starts again and keeps its files; --resume continues it")
-    if run_folder.holds_run(out):
+    if folder.holds_run(out):
         return Finding("fail", "run name", f"{out} holds a run", "choose another --out, or train with --resume")
     return Finding("pass", "run name", f"{out} is free")
 

@@ -187,7 +187,7 @@ def train(arguments: Sequence[str]) -> None:
     import psutil
 
     from raylivecell import recipe as recipes
-    from raylivecell import run_folder
+    from raylivecell.runs import folder
     from raylivecell.train import train as run
 
     file = recipe_file(arguments)
@@ -220,7 +220,7 @@ def train(arguments: Sequence[str]) -> None:
             out,
             fields,
             workers_in(workers),
-            resume or (resume_or_start and run_folder.holds_run(out)),
+            resume or (resume_or_start and folder.holds_run(out)),
             retries,
             began=psutil.Process().create_time(),
         )
@@ -231,8 +231,9 @@ def train(arguments: Sequence[str]) -> None:
 def sweep(arguments: Sequence[str]) -> None:
     """Search for a better recipe with Ray Tune and Optuna."""
     from raylivecell import recipe as recipes
-    from raylivecell import run_folder, space
+    from raylivecell import space
     from raylivecell.core import addresses
+    from raylivecell.runs import folder
     from raylivecell.sweep import sweep as run
 
     file = recipe_file(arguments)
@@ -278,7 +279,7 @@ def sweep(arguments: Sequence[str]) -> None:
             fields,
             whole,
             trials,
-            resume or (resume_or_start and run_folder.holds_run(out)),
+            resume or (resume_or_start and folder.holds_run(out)),
             storage or os.environ.get(addresses.STORAGE),
             at_once,
             retries,

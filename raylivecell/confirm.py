@@ -15,12 +15,13 @@ from optuna.trial import FrozenTrial
 from ray import tune
 
 from raylivecell import recipe as recipes
-from raylivecell import run_folder, space, sweep_stats, tuner
+from raylivecell import space, sweep_stats, tuner
 from raylivecell.core import storage
 from raylivecell.ingest.order import Plan
 from raylivecell.live import Board
 from raylivecell.recipe import Recipe
-from raylivecell.run_state import rank
+from raylivecell.runs import folder as run_folder
+from raylivecell.runs.progress import rank
 from raylivecell.space import ELASTIC, OBJECTIVES, SweepConfig
 from raylivecell.study import values
 from raylivecell.trial import Shared

@@ -17,7 +17,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from raylivecell import __version__, actors, calibrate, checkpoint, evaluation_report, run_state, segmenter
+from raylivecell import __version__, actors, calibrate, evaluation_report, segmenter
 from raylivecell import recipe as recipes
 from raylivecell.annotations.rle import Rle, decode, encode
 from raylivecell.cells import watershed
@@ -28,6 +28,7 @@ from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.network import forward
+from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime import session
 from raylivecell.scoring import coco_results, scores
 from raylivecell.scoring.scores import Found, Truth
@@ -64,10 +65,10 @@ def evaluate(
     Raises:
         UserError: no checkpoint, no dataset, or no image in the split.
     """
-    folder, data = run_state.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
+    folder, data = progress.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
     rows = _rows_of(data, split)
     rule = _rule_between(data, folder)
-    recipe = recipes.load(storage.join(folder, run_state.RECIPE))
+    recipe = recipes.load(storage.join(folder, progress.RECIPE))
     _check_no_run(out)
     storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
     if calibrated:
@@ -79,7 +80,7 @@ def evaluate(
     config = checkpoint.load_instances(folder, recipe.targets)
     about = {
         "tta": tta,
-        "checkpoint": {"uri": folder, "sha256": _sha256(storage.join(folder, run_state.MODEL))},
+        "checkpoint": {"uri": folder, "sha256": _sha256(storage.join(folder, progress.MODEL))},
         "targets": recipe.targets,
         "thresholds": config.model_dump(),
     }

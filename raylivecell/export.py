@@ -22,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import __version__, checkpoint, onnx_model, run_state
+from raylivecell import __version__, onnx_model
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.ingest.target_maps import CHANNELS
+from raylivecell.runs import checkpoint, progress
 
 ABOUT = (
     onnx_model.MARK,
@@ -75,7 +76,7 @@ def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
     suffix = "." + str(out).rpartition(".")[2]
     if suffix not in WRITERS:
         raise UserError(f"--out {out}: the name says what to write: .onnx, or .pt2 (torch.export)")
-    folder = run_state.find(storage.absolute(checkpoint_uri))
+    folder = progress.find(storage.absolute(checkpoint_uri))
     network, recipe = checkpoint.load_model(folder)
     whole = _Whole(network).eval()
     write, read = WRITERS[suffix]

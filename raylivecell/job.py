@@ -12,7 +12,7 @@ from raylivecell.ingest.order import Plan
 from raylivecell.recipe import Recipe
 
 RANK = "rank"
-"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `run_state.rank` of the row."""
+"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `progress.rank` of the row."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from raylivecell.ingest.order import EPOCH, SAMPLE, Plan
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.transfer import Sender
-from raylivecell.run_state import State
+from raylivecell.runs.progress import State
 from raylivecell.training_config import LoopConfig, LossConfig, OptimizerConfig
 
 # Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from raylivecell import __version__, actors, parts, predictor, run_state, segmenter
+from raylivecell import __version__, actors, parts, predictor, segmenter
 from raylivecell.core import addresses, storage
 from raylivecell.core import console as progress
 from raylivecell.core.console import console
@@ -29,6 +29,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import sources
 from raylivecell.images import decode
 from raylivecell.predictor import OUTPUTS, PICTURES, Job, Output
+from raylivecell.runs import progress as run_state
 from raylivecell.runtime import session
 
 SETTINGS, RECIPE = "predict.json", "recipe.yaml"

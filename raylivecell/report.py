@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from raylivecell import page
 from raylivecell.core import addresses, storage
 from raylivecell.overlay import LEGEND, overlay
-from raylivecell.run_state import rank
+from raylivecell.runs.progress import rank
 
 Row = dict[str, Any]
 Picture = tuple[str, bytes]

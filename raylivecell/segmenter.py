@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import run_state
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
@@ -23,6 +22,7 @@ from raylivecell.images import decode, grey_levels, intensity
 from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
 from raylivecell.ingest.target_maps import Targets
 from raylivecell.network import windows
+from raylivecell.runs import progress
 
 ONNX = ".onnx"
 
@@ -157,10 +157,11 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
         return Segmenter(network, file.targets, InstanceConfig(**file.thresholds), file.recipe_text, file.intensity)
     import torch
 
-    from raylivecell import checkpoint, recipe
+    from raylivecell import recipe
     from raylivecell.network import forward as segment
+    from raylivecell.runs import checkpoint
 
-    folder = run_state.find(storage.absolute(uri))
+    folder = progress.find(storage.absolute(uri))
     model, settings = segment.load(folder, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     return Segmenter(
         lambda image: segment.maps(model, image, flips),

@@ -14,18 +14,7 @@ from collections.abc import Callable, Iterable
 import optuna
 from optuna.trial import TrialState
 
-from raylivecell import (
-    checkpoint,
-    confirm,
-    preflight,
-    run_folder,
-    run_state,
-    space,
-    space_check,
-    sweep_report,
-    sweep_stats,
-    tuner,
-)
+from raylivecell import confirm, preflight, space, space_check, sweep_report, sweep_stats, tuner
 from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
@@ -34,13 +23,15 @@ from raylivecell.ingest.dataset import open_samples, stream_budget_bytes
 from raylivecell.ingest.order import Plan
 from raylivecell.live import Board
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, progress
+from raylivecell.runs import folder as run_folder
 from raylivecell.runtime import prometheus, session
 from raylivecell.search import Search
 from raylivecell.space import SweepConfig
 from raylivecell.study import StudyFile, finished, folder_of, left_running, open_study
 from raylivecell.trial import Shared
 
-BEST = run_state.FOLDER + "best"
+BEST = progress.FOLDER + "best"
 
 
 def sweep(
@@ -224,7 +215,7 @@ def _search(
 def _tidy(out: str, study: optuna.Study) -> None:
     """A trial keeps its best checkpoint only: also one whose processes outlived its end by a moment."""
     for trial in finished(study):
-        run_state.keep_best(storage.join(out, folder_of(trial.number)))
+        progress.keep_best(storage.join(out, folder_of(trial.number)))
 
 
 def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:
@@ -297,8 +288,8 @@ def _write_best(
     objectives = [space.OBJECTIVES[one] for one in config.objectives]
     if confirmed and [one.column for one in objectives] == ["score"]:
         folder, why = confirm.winner(out, confirmed, objectives[0].unit)
-    source = run_state.find(folder)
-    text = storage.read_bytes(storage.join(source, run_state.RECIPE))
+    source = progress.find(folder)
+    text = storage.read_bytes(storage.join(source, progress.RECIPE))
     storage.write_bytes(storage.join(out, "best.yaml"), f"# {why}.\n".encode() + text)
     checkpoint.copy(source, storage.join(out, BEST))
     return why

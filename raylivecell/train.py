@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from raylivecell import messages, preflight, run_folder, run_state
+from raylivecell import messages, preflight
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
@@ -23,6 +23,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.live import Live
 from raylivecell.recipe import Recipe
+from raylivecell.runs import folder, progress
 from raylivecell.runtime import session
 
 # Validation images shown in the report.
@@ -68,9 +69,9 @@ def train(
     most = workers if isinstance(workers, int) else workers[1]
     gpus, cpus = preflight.worker_gpus(workers), preflight.worker_cpus(most)
     preflight.gpus_work()
-    if reopened := run_folder.reopen(out, resume):
+    if reopened := folder.reopen(out, resume):
         console.print(reopened, soft_wrap=True, markup=False)
-    run_folder.claim(out, data, recipes.dump(recipe))
+    folder.claim(out, data, recipes.dump(recipe))
     store = stream_budget_bytes()
     samples = open_samples(data, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
@@ -99,9 +100,9 @@ def _loss_not_finite(out: str, step: int, batch: Sequence[shards.Row]) -> UserEr
 def _failure(out: str, reason: str, hint: str) -> UserError:
     """Note in `out` that the run failed, which frees the folder; the error that says how to go on."""
     try:
-        last = run_state.latest(out)
-        saved = run_state.load_state(last).step if last else 0
-        run_folder.mark_failed(out, run_folder.Failure(reason, saved))
+        last = progress.latest(out)
+        saved = progress.load_state(last).step if last else 0
+        folder.mark_failed(out, folder.Failure(reason, saved))
     except (OSError, UserError):  # of the same disk or network, perhaps: the user must read the reason
         return UserError(f"{reason}{hint}")
     resumed = f", and --resume continues after step {saved}" if saved else ""
@@ -110,11 +111,11 @@ def _failure(out: str, reason: str, hint: str) -> UserError:
 
 def _check_unused(out: str, data: str, recipe: Recipe, resume: bool) -> None:
     """Ray resumes a folder in use without a word: UserError, unless that is meant and the recipe is the run's."""
-    if not run_folder.goes_on(out, data, resume):
+    if not folder.goes_on(out, data, resume):
         return
-    changed = _changed(recipes.load(storage.join(out, run_folder.RECIPE)), recipe)
+    changed = _changed(recipes.load(storage.join(out, folder.RECIPE)), recipe)
     if changed:
-        again = ", or start again without --resume" if run_folder.failure(out) else ""
+        again = ", or start again without --resume" if folder.failure(out) else ""
         raise UserError(
             f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml{again}"
         )
@@ -127,8 +128,9 @@ def _changed(old: Recipe, new: Recipe) -> str:
 
 def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     """Write report.html from what the run left; the last row of metrics."""
-    from raylivecell import checkpoint, report
+    from raylivecell import report
     from raylivecell.network import forward
+    from raylivecell.runs import checkpoint
 
     history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
     network, _ = checkpoint.load_model(out)

@@ -9,10 +9,10 @@ import ray
 import ray.train
 from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
-from raylivecell import run_folder, run_state
 from raylivecell.core import addresses, storage
 from raylivecell.core.process_settings import environment
 from raylivecell.job import RANK, Job
+from raylivecell.runs import folder, progress
 from raylivecell.runtime import ray_internals, session
 from raylivecell.runtime.ray_errors import as_user_errors
 
@@ -41,7 +41,7 @@ def trainer(
             placement_strategy="PACK" if gpus else "SPREAD",
         ),
         run_config=RunConfig(
-            **run_folder.ray_storage(job.out),
+            **folder.ray_storage(job.out),
             failure_config=FailureConfig(max_failures=retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=RANK),
             callbacks=cast(Any, list(callbacks)),
@@ -56,7 +56,7 @@ def _work(config: dict[str, Job]) -> Any:
     """
     job, context = config["job"], ray.train.get_context()
     last = _last_checkpoint(job)
-    step = run_state.load_state(last).step if last else 0
+    step = progress.load_state(last).step if last else 0
     stream = job.stream(step, context.get_world_rank(), context.get_world_size())
     from raylivecell.worker import work
 
@@ -71,7 +71,7 @@ def _last_checkpoint(job: Job) -> str | None:
     last = ray.train.get_checkpoint()
     if last is not None:
         return storage.join(job.out, addresses.name(last.path))
-    return run_state.latest(job.out) if job.resumed else None
+    return progress.latest(job.out) if job.resumed else None
 
 
 def _nccl() -> BackendConfig:

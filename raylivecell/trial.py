@@ -18,14 +18,15 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import checkpoint, loop, preflight, run_state, space, trainer
+from raylivecell import loop, preflight, space, trainer
 from raylivecell.core import storage
 from raylivecell.core.errors import MachineError, UserError
 from raylivecell.ingest.dataset import Samples
 from raylivecell.job import Job
-from raylivecell.journal import Journal
 from raylivecell.network import forward
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, progress
+from raylivecell.runs.run_log import Journal
 from raylivecell.runtime import prometheus
 from raylivecell.worker import Place, reports, save, told
 
@@ -82,7 +83,7 @@ class OneWorker(tune.Trainable):
         self.failed: Result | None = None
         try:
             self.job = self.shared.job(config)
-            self.last = run_state.latest(self.job.out)
+            self.last = progress.latest(self.job.out)
             device = torch.device("cuda" if self.shared.gpus else "cpu")
             self.reports = reports(self.job, Place(0, 1, device, self.shared.threads), self.last)
         except UserError as error:
@@ -108,7 +109,7 @@ class OneWorker(tune.Trainable):
 
     def _result(self, training: loop.Training | None) -> Result:
         """Of the row just made; without one, the trial had ended before it was taken up again."""
-        state = training.state if training else run_state.load_state(self.last or "")
+        state = training.state if training else progress.load_state(self.last or "")
         row = told(state, self.job.plan())
         row["done"] = row["step"] >= row["steps"]
         if row["done"] and self.shared.timed:
@@ -118,10 +119,10 @@ class OneWorker(tune.Trainable):
 
     def _save(self, training: loop.Training) -> None:
         state = training.state
-        folder = storage.join(self.job.out, run_state.name(state.step))
+        folder = storage.join(self.job.out, progress.name(state.step))
         save(folder, training, self.job)
-        best = max(state.history, key=lambda row: (run_state.rank(row), row["step"]))["step"]
-        run_state.keep(self.job.out, {best, state.step})
+        best = max(state.history, key=lambda row: (progress.rank(row), row["step"]))["step"]
+        progress.keep(self.job.out, {best, state.step})
         self.journal = self.journal or Journal(self.job.out, state.step)
         self.journal.write(state.history)
 
@@ -150,7 +151,7 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
         return
     # The whole history is in the metrics file, also that of a run which had ended before it was taken up again.
     lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
-    state = run_state.State(len(lines), [json.loads(line) for line in lines])
+    state = progress.State(len(lines), [json.loads(line) for line in lines])
     row = told(state, job.plan())
     if shared.timed:
         row["ms_per_image"] = ms_per_image(checkpoint.load_model(job.out)[0], shared.samples)

@@ -11,11 +11,12 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raylivecell import run_folder, run_state
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.process_settings import environment, log_levels
 from raylivecell.live import Board
+from raylivecell.runs import folder
+from raylivecell.runs import progress as run_state
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
 from raylivecell.space import SearchConfig
@@ -94,7 +95,7 @@ def run(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callb
             **options,
         ),
         run_config=tune.RunConfig(
-            **run_folder.ray_storage(storage.join(shared.out, "tune")),
+            **folder.ray_storage(storage.join(shared.out, "tune")),
             failure_config=tune.FailureConfig(max_failures=retries),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
             callbacks=callbacks,

@@ -22,7 +22,7 @@ from ray.train import Checkpoint, PreemptionInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import checkpoint, gloo, loop, run_state
+from raylivecell import gloo, loop
 from raylivecell.cells import watershed
 from raylivecell.ingest import gpu_augment
 from raylivecell.ingest import stream as ingest
@@ -30,10 +30,11 @@ from raylivecell.ingest.dataset import Samples
 from raylivecell.ingest.order import Plan
 from raylivecell.ingest.target_maps import Targets
 from raylivecell.job import RANK, Job
-from raylivecell.journal import Journal
 from raylivecell.network import forward as segment
 from raylivecell.network.transfer import tensors
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, progress
+from raylivecell.runs.run_log import Journal
 from raylivecell.runtime import prometheus
 from raylivecell.scoring import instance_scores, pixel_scores
 
@@ -113,7 +114,7 @@ def reports(job: Job, place: Place, last: str | None, stream: ingest.Stream | No
     # A GPU's process needs one thread, for its launches.
     torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
     torch.backends.cudnn.benchmark = True  # crops are all of one size: the fastest of cuDNN's ways for it is looked for
-    values, state = checkpoint.load_training(last) if last else (None, run_state.State())
+    values, state = checkpoint.load_training(last) if last else (None, progress.State())
     recipe, plan = job.recipe, job.plan()
     samples = job.samples
     stream = stream or job.stream(state.step, place.rank, place.ranks)
@@ -143,7 +144,7 @@ def reports(job: Job, place: Place, last: str | None, stream: ingest.Stream | No
         )
 
 
-def told(state: run_state.State, plan: Plan) -> dict[str, Any]:
+def told(state: progress.State, plan: Plan) -> dict[str, Any]:
     """The last row of the history, and of the run so far `score` (the best), `steps` (of the whole), `progress`
     (percent) and `training_seconds` (with validation).
     """
@@ -151,8 +152,8 @@ def told(state: run_state.State, plan: Plan) -> dict[str, Any]:
     seconds = sum(one["seconds"] + one["validation_seconds"] for one in state.history)
     return {
         **row,
-        RANK: run_state.rank(row),
-        "score": max(run_state.rank(one) for one in state.history),
+        RANK: progress.rank(row),
+        "score": max(progress.rank(one) for one in state.history),
         "steps": plan.steps,
         "progress": 100 * row["step"] / plan.steps,
         "training_seconds": round(seconds, 2),

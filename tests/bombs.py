@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raylivecell import checkpoint, recipe, run_state
+from raylivecell import recipe
 from raylivecell.annotations import coco
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects, shards
 from raylivecell.data.defects import DefectRules
 from raylivecell.images import decode, tiff_segments
 from raylivecell.network.unet import build_model
+from raylivecell.runs import checkpoint, progress
 from raylivecell.scoring import coco_results
 from raylivecell.training_config import ModelConfig
 
@@ -236,7 +237,7 @@ def datasets() -> Iterator[tuple[str, str]]:
 def checkpoints() -> Iterator[tuple[str, str]]:
     config = recipe.Recipe(model=ModelConfig(features=(4,)), crop=(16, 16))
     network = build_model(config.model)
-    checkpoint.save(str(HERE), network, {}, run_state.State(), config)
+    checkpoint.save(str(HERE), network, {}, progress.State(), config)
     with (
         zipfile.ZipFile(HERE / checkpoint.TRAINING, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
         packed.open("archive/data/0", "w", force_zip64=True) as stream,
@@ -245,16 +246,16 @@ def checkpoints() -> Iterator[tuple[str, str]]:
             stream.write(bytes(MIB))
     yield "a packed gigabyte", told(checkpoint.load_training, str(HERE))
     for name, text in (("a deep state", DEEP), ("a long step", '{"step": ' + LONG + "}")):
-        file(run_state.STATE, text)
-        yield name, told(run_state.load_state, str(HERE))
-    file(run_state.RECIPE, f"model: {{features: [{10**6}, {10**6}]}}")
+        file(progress.STATE, text)
+        yield name, told(progress.load_state, str(HERE))
+    file(progress.RECIPE, f"model: {{features: [{10**6}, {10**6}]}}")
     yield "a network of terabytes", told(checkpoint.load_model, str(HERE))
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}).encode()
     for name, data in (
         ("a wide tensor", struct.pack("<Q", len(header)) + header + bytes(4)),
         ("a long header", b"\xff" * 8),
     ):
-        file(run_state.MODEL, data)
+        file(progress.MODEL, data)
         yield name, told(checkpoint.load_model, str(HERE))
 
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
-from raylivecell import checkpoint, loop, run_state, trial
+from raylivecell import loop, trial
 from raylivecell.job import Job
 from raylivecell.network import forward
+from raylivecell.runs import checkpoint, progress
 
 BEST_LR = 3e-3
 
@@ -30,7 +31,7 @@ def quick_trial() -> type[trial.OneWorker]:
     def reports(job: Job, place: object, last: str | None) -> Iterator[loop.Training]:
         """Take the place of `worker.reports`."""
         torch.set_num_threads(1)
-        values, state = checkpoint.load_training(last) if last else (None, run_state.State())
+        values, state = checkpoint.load_training(last) if last else (None, progress.State())
         plan, every = job.plan(), job.recipe.loop.report_steps or 1
         training = loop.start(forward.build(job.recipe, torch.device("cpu")), job.recipe.optimizer, plan.steps)
         if values is not None:

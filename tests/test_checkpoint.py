@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from raylivecell import checkpoint, loop, run_state
+from raylivecell import loop
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, progress
 from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(4, 8)))
@@ -20,7 +21,7 @@ def save(folder: Path, score: float, steps: int = 3) -> loop.Training:
     training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
     training.model(torch.rand(1, 1, 16, 16)).mean().backward()
     training.optimizer.step()
-    state = run_state.State(steps, [{"step": steps, "val_mean_image_dice": score}])
+    state = progress.State(steps, [{"step": steps, "val_mean_image_dice": score}])
     checkpoint.save(str(folder), training.network(), training.state_dict(), state, RECIPE)
     return training
 
@@ -31,7 +32,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     values, state = checkpoint.load_training(str(tmp_path))
     assert recipe == RECIPE
     assert not model.training
-    assert state == run_state.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
+    assert state == progress.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
     for a, b in zip(model.parameters(), training.model.parameters()):
         assert torch.equal(a, b)
     again = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
@@ -45,7 +46,7 @@ def test_a_run_is_its_best_whole_checkpoint(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint_2", 0.7)
     save(tmp_path / "checkpoint_3", 0.95)
     (tmp_path / "checkpoint_3" / "recipe.yaml").unlink()
-    assert run_state.find(str(tmp_path)).endswith("checkpoint_1")
+    assert progress.find(str(tmp_path)).endswith("checkpoint_1")
 
 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ class Hostile:
         return (Path.touch, (Path(self.marker),))
 
 
-@pytest.mark.parametrize("name", [checkpoint.TRAINING, run_state.MODEL])
+@pytest.mark.parametrize("name", [checkpoint.TRAINING, progress.MODEL])
 def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str) -> None:
     save(tmp_path, 0.5)
     marker = tmp_path / "it ran"
@@ -98,9 +99,9 @@ def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_latest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
     """Names are in order below a million steps only; of equal scores the later is the best."""
     for steps in (999_999, 1_000_000, 200_000):
-        save(tmp_path / run_state.name(steps), 0.5, steps)
-    assert run_state.latest(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
-    assert run_state.find(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
+        save(tmp_path / progress.name(steps), 0.5, steps)
+    assert progress.latest(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
+    assert progress.find(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
     (tmp_path / "checkpoint_1000000" / "recipe.yaml").unlink()
-    assert run_state.latest(str(tmp_path)) == str(tmp_path / "checkpoint_999999"), "one that is cut off is none"
-    assert run_state.latest(str(tmp_path / "none")) is None
+    assert progress.latest(str(tmp_path)) == str(tmp_path / "checkpoint_999999"), "one that is cut off is none"
+    assert progress.latest(str(tmp_path / "none")) is None

@@ -13,12 +13,13 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from raylivecell import checkpoint, confirm, loop, run_state, space, study, sweep
+from raylivecell import confirm, loop, space, study, sweep
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
 from raylivecell.ingest.order import PhaseConfig
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime.placement import Machine
 from raylivecell.space import ELASTIC, Condition, Dimension, SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig
@@ -50,8 +51,8 @@ def write_run(folder: Path, recipe: Recipe, scores: list[float], steps: int = ST
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     best = max(range(len(rows)), key=lambda place: scores[place])
-    state = run_state.State(rows[best]["step"], rows[: best + 1])
-    checkpoint.save(str(folder / run_state.name(state.step)), build_model(recipe.model), {}, state, recipe)
+    state = progress.State(rows[best]["step"], rows[: best + 1])
+    checkpoint.save(str(folder / progress.name(state.step)), build_model(recipe.model), {}, state, recipe)
 
 
 def write_confirming(out: Path, name: str, seed: int, scores: list[float] | None, steps: int = STEPS) -> None:
@@ -119,7 +120,7 @@ def test_candidates_are_compared_over_the_seeds_that_all_finished(tmp_path: Path
     assert found == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-elastic-off": {2: 0.8}}
     folder, why = confirm.winner(str(tmp_path), found, "validation Dice")
     assert folder == str(tmp_path / "confirm" / "trial-3-elastic-off-seed2"), "a seed, not a place in a list"
-    assert run_state.find(folder)
+    assert progress.find(folder)
     assert "with fresh seeds 2" in why
     assert confirm.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "one that was never begun"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, evaluate, segmenter
+from raylivecell import evaluate, segmenter
 from raylivecell.annotations import rle
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core import storage
@@ -19,7 +19,8 @@ from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
-from raylivecell.run_state import State
+from raylivecell.runs import checkpoint
+from raylivecell.runs.progress import State
 from raylivecell.scoring import average_precision, pixel_scores, scores
 from raylivecell.training_config import ModelConfig
 

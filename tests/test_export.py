@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, export, onnx_model, recipe, segmenter
+from raylivecell import export, onnx_model, recipe, segmenter
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
-from raylivecell.run_state import State
+from raylivecell.runs import checkpoint
+from raylivecell.runs.progress import State
 
 DATA = {"name": "disks", "licence": "CC0", "citation": "nobody", "sha256": "ab" * 32, "uri": "x"}
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell import checkpoint, evaluate, export, predictor, segmenter
+from raylivecell import evaluate, export, predictor, segmenter
 from raylivecell.core.console import show_warnings
 from raylivecell.data import draw, set_intensity, shards
 from raylivecell.data.defects import DefectRules, Entry
@@ -21,7 +21,8 @@ from raylivecell.images.grey_levels import Measures, measure, padding_mask, with
 from raylivecell.images.intensity import Intensity, choose, to_uint8
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
-from raylivecell.run_state import State
+from raylivecell.runs import checkpoint
+from raylivecell.runs.progress import State
 from raylivecell.training_config import ModelConfig
 
 

@@ -20,12 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import checkpoint, cli, predict, predictor, segmenter
+from raylivecell import cli, predict, predictor, segmenter
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
-from raylivecell.run_state import State
+from raylivecell.runs import checkpoint
+from raylivecell.runs.progress import State
 from raylivecell.training_config import ModelConfig
 
 TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell import check, checkpoint, run_folder, run_state, train
+from raylivecell import check, train
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
-from raylivecell.run_folder import Failure
-from raylivecell.run_state import State
+from raylivecell.runs import checkpoint, folder, progress
+from raylivecell.runs.folder import Failure
+from raylivecell.runs.progress import State
 from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
@@ -19,12 +20,12 @@ RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
 
 def begun(out: Path, data: str, steps: int) -> None:
     """A run that saved a checkpoint after `steps` (0: none)."""
-    run_folder.claim(str(out), data, recipes.dump(RECIPE))
-    (out / run_folder.SNAPSHOT).write_text("{}")
+    folder.claim(str(out), data, recipes.dump(RECIPE))
+    (out / folder.SNAPSHOT).write_text("{}")
     (out / "notes.txt").write_text("the user's own")
     if steps:
         state = State(steps, [{"step": steps, "val_mean_image_dice": 0.5}])
-        checkpoint.save(str(out / run_state.name(steps)), build_model(RECIPE.model), {}, state, RECIPE)
+        checkpoint.save(str(out / progress.name(steps)), build_model(RECIPE.model), {}, state, RECIPE)
         (out / "tensorboard").mkdir()
         (out / "tensorboard" / "events").write_text("x")
 
@@ -34,18 +35,18 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
     out = tmp_path / "run"
     begun(out, tiny_dataset, steps)
     with pytest.raises(UserError, match="holds a run already"):
-        run_folder.goes_on(str(out), tiny_dataset, resume=False)
-    assert run_folder.reopen(str(out), resume=True) is None, "a run that was cut off is resumed without a word"
+        folder.goes_on(str(out), tiny_dataset, resume=False)
+    assert folder.reopen(str(out), resume=True) is None, "a run that was cut off is resumed without a word"
     for number in (1, 2):
         error = train._failure(str(out), "loss not finite at step 41", "; lower optimizer.lr")
         assert "; lower optimizer.lr; the same command then starts again" in str(error)
         assert ("--resume continues after step 40" in str(error)) == bool(steps)
-        assert run_folder.failure(str(out)) == Failure("loss not finite at step 41", steps)
+        assert folder.failure(str(out)) == Failure("loss not finite at step 41", steps)
         assert check.run_name(str(out)).level == "warn"
-        assert run_folder.goes_on(str(out), tiny_dataset, resume=True)
-        assert not run_folder.goes_on(str(out), tiny_dataset, resume=False)
+        assert folder.goes_on(str(out), tiny_dataset, resume=True)
+        assert not folder.goes_on(str(out), tiny_dataset, resume=False)
         before = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
-        line = run_folder.reopen(str(out), resume=False)
+        line = folder.reopen(str(out), resume=False)
         assert (
             line
             == f"the run at {out} failed (loss not finite at step 41); starting again, its files are kept in "
@@ -54,14 +55,14 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
         kept = {Path("notes.txt"), *(path for path in before if path.parts[0].startswith("failed-"))}
         moved = {Path(f"failed-{number}") / path for path in before - kept}
         assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == kept | moved
-        assert not run_folder.holds_run(str(out)), "nothing is left that Ray or a reader would take for the new run's"
+        assert not folder.holds_run(str(out)), "nothing is left that Ray or a reader would take for the new run's"
         begun(out, tiny_dataset, steps)
-    run_folder.mark_failed(str(out), Failure("disk full", steps))
-    line = run_folder.reopen(str(out), resume=True)
+    folder.mark_failed(str(out), Failure("disk full", steps))
+    line = folder.reopen(str(out), resume=True)
     assert line is not None
     assert ("after step 40" if steps else "from the start: it has no checkpoint") in line
-    assert run_folder.failure(str(out)) is None
-    assert run_folder.goes_on(str(out), tiny_dataset, resume=True)
+    assert folder.failure(str(out)) is None
+    assert folder.goes_on(str(out), tiny_dataset, resume=True)
 
 
 def test_a_failed_run_is_not_resumed_with_another_recipe(tiny_dataset: str, tmp_path: Path) -> None:
@@ -69,6 +70,6 @@ def test_a_failed_run_is_not_resumed_with_another_recipe(tiny_dataset: str, tmp_
     other = RECIPE.model_copy(update={"seed": 5})
     for failed, hint in ((False, f"{tmp_path}/recipe.yaml"), (True, "or start again without --resume")):
         if failed:
-            run_folder.mark_failed(str(tmp_path), Failure("loss not finite at step 3", 0))
+            folder.mark_failed(str(tmp_path), Failure("loss not finite at step 3", 0))
         with pytest.raises(UserError, match=re.escape(hint) + "$"):
             train._check_unused(str(tmp_path), tiny_dataset, other, resume=True)

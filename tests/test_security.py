@@ -16,11 +16,13 @@ from conftest import run_apart, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
-from raylivecell import checkpoint, confirm, loop, parts, run_folder, run_state, study
+from raylivecell import confirm, loop, parts, study
 from raylivecell.core.errors import UserError
 from raylivecell.data import draw, prepare, shards
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, progress
+from raylivecell.runs import folder as run_folder
 from raylivecell.space import Dimension, SweepConfig
 from raylivecell.training_config import ModelConfig
 
@@ -37,8 +39,8 @@ def marker(tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Path:
     """A run's folder with one checkpoint."""
     training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
-    state = run_state.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
-    folder = tmp_path / "run" / run_state.name(3)
+    state = progress.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
+    folder = tmp_path / "run" / progress.name(3)
     checkpoint.save(str(folder), training.network(), training.state_dict(), state, RECIPE, {"name": "squares"})
     return folder
 
@@ -89,7 +91,7 @@ def test_thresholds_that_are_none(text: str, model: Path, capsys: pytest.Capture
 def test_a_state_that_is_none(text: str, model: Path) -> None:
     (model / "state.json").write_text(text)
     with pytest.raises(UserError, match=r"state\.json is not what"):
-        run_state.load_state(str(model))
+        progress.load_state(str(model))
 
 
 @pytest.mark.parametrize(

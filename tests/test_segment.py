@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import checkpoint, segmenter, worker
+from raylivecell import segmenter, worker
 from raylivecell.images.intensity import Frame
 from raylivecell.ingest.blocks import ValidationSample
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
-from raylivecell.run_state import State
+from raylivecell.runs import checkpoint
+from raylivecell.runs.progress import State
 from raylivecell.scoring import instance_scores
 from raylivecell.training_config import ModelConfig
 

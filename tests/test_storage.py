@@ -9,10 +9,11 @@ from conftest import S3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylivecell import cli, run_folder
+from raylivecell import cli
 from raylivecell.core import addresses, storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import sources
+from raylivecell.runs import folder as run_folder
 from raylivecell.runtime import prometheus
 
 ODD = [*" #?%+&[]=@:;,'\"\\~*\n", "\u00fc", "\u7d30", "%20", "%2F", "?x=1"]

@@ -22,13 +22,14 @@ from hosts import until
 from optuna.trial import TrialState
 from quick_trial import quick_trial
 
-from raylivecell import checkpoint, run_state, space, sweep, sweep_stats, tuner
 from raylivecell import recipe as recipes
+from raylivecell import space, sweep, sweep_stats, tuner
 from raylivecell.core.errors import UserError
 from raylivecell.ingest.augment import AugmentConfig
 from raylivecell.ingest.elastic import ElasticConfig
 from raylivecell.ingest.order import PhaseConfig
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, progress
 from raylivecell.space import Condition, Dimension, SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
@@ -98,7 +99,7 @@ def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> Non
         assert steps == list(range(3, steps[-1] + 1, 3))
         assert (steps[-1] == 30) == (trial.state is TrialState.COMPLETE)
         best = max(rows, key=lambda row: (row["val_mean_image_dice"], row["step"]))
-        assert [path.name for path in run.glob("checkpoint_*")] == [run_state.name(best["step"])]
+        assert [path.name for path in run.glob("checkpoint_*")] == [progress.name(best["step"])]
         assert list((run / "tensorboard").iterdir())
         assert trial.user_attrs["step"] == steps[-1]
 

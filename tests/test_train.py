@@ -17,7 +17,7 @@ from conftest import joined, kill_at, run_apart, write_tiny_dataset
 from hosts import until
 from ray.train import UserCallback
 
-from raylivecell import checkpoint, gloo, loop, preflight, run_folder, run_state, trainer, worker
+from raylivecell import gloo, loop, preflight, trainer, worker
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.evaluate import evaluate
@@ -26,6 +26,7 @@ from raylivecell.ingest.order import PhaseConfig
 from raylivecell.job import Job
 from raylivecell.network import forward
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runtime import session
 from raylivecell.train import train
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
@@ -83,7 +84,7 @@ def check_folder(run: Path) -> None:
     assert (run / "recipe.yaml").exists()
     kept = [path for path in run.glob("checkpoint_*") if path.is_dir()]
     assert 1 <= len(kept) <= 3, "the best, the last, and one whose report the kill cut off"
-    _, state = checkpoint.load_training(run_state.find(str(run)))
+    _, state = checkpoint.load_training(progress.find(str(run)))
     assert state.score() == max(row["val_msa"] for row in rows)
 
 
@@ -142,7 +143,7 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     # What a kill in the middle of Ray's own writing leaves, as was seen once.
-    (run / run_folder.SNAPSHOT).write_text((run / run_folder.SNAPSHOT).read_text()[:20])
+    (run / folder.SNAPSHOT).write_text((run / folder.SNAPSHOT).read_text()[:20])
     with pytest.raises(UserError, match="holds a run already"):
         train(tiny_dataset, str(run), RECIPE)
     with pytest.raises(UserError, match=r"another recipe \(batch_size\)"):

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from raylivecell import run_state
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -11,6 +10,7 @@ from raylivecell.data.plan import PrepareConfig
 from raylivecell.images import intensity
 from raylivecell.images.grey_levels import Measures
 from raylivecell.images.intensity import Intensity
+from raylivecell.runs import progress
 
 
 def rule_of_set(entries: Sequence[Entry], facts: Mapping[str, Facts], config: PrepareConfig) -> Intensity:
@@ -30,10 +30,10 @@ def read_rule(uri: str) -> Intensity:
         return onnx_model.load(uri).intensity
     if storage.exists(storage.join(uri, "dataset.json")):
         return shards.intensity(uri)
-    from raylivecell import checkpoint  # torch
+    from raylivecell.runs import checkpoint  # torch
 
     try:
-        return checkpoint.load_intensity(run_state.find(uri))
+        return checkpoint.load_intensity(progress.find(uri))
     except UserError as error:
         raise UserError(f"--intensity-from {uri}: no dataset there, and {error}") from error
 

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import checkpoint
 from raylivecell.data import shards
 from raylivecell.images import grey_levels
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.network import windows
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
+from raylivecell.runs import checkpoint
 from raylivecell.scoring import pixel_scores
 
 FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))

@@ -31,7 +31,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.ingest.target_maps import Targets
 from raylivecell.network.unet import build_model
-from raylivecell.run_state import MODEL, RECIPE, STATE, State, find, load_state, missing
+from raylivecell.runs.progress import MODEL, RECIPE, STATE, State, find, load_state, missing
 
 TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"
 
