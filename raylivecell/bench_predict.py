@@ -22,8 +22,8 @@ from raylivecell.cells import measure
 from raylivecell.cells import watershed as instances
 from raylivecell.ingest import target_maps
 from raylivecell.network import forward
-from raylivecell.overlay import png
 from raylivecell.recipe import Recipe
+from raylivecell.reports.overlay import png
 from raylivecell.scoring import average_precision
 from raylivecell.segmenter import Cells
 from raylivecell.synthetic import writer

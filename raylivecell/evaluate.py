@@ -17,7 +17,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from raylivecell import __version__, actors, calibrate, evaluation_report, segmenter
+from raylivecell import __version__, actors, calibrate, segmenter
 from raylivecell import recipe as recipes
 from raylivecell.annotations.rle import Rle, decode, encode
 from raylivecell.cells import watershed
@@ -28,6 +28,7 @@ from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.network import forward
+from raylivecell.reports import evaluation
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime import session
 from raylivecell.scoring import coco_results, scores
@@ -86,7 +87,7 @@ def evaluate(
     }
     result = _result(scored, data, split, seed, about)
     model = segmenter.load(folder, tta)
-    drawn = evaluation_report.chosen(result["per_image"])
+    drawn = evaluation.chosen(result["per_image"])
     samples = ((item, shards.read_row(rows[item], PIXELS)) for item in track(drawn, "pictures", len(drawn)))
     found = {item: _found(model, _frame(sample, rule))[0] for item, sample in samples}
     show_warnings({row["file_name"]: row["warnings"] for row in scored}, f"{out}/metrics.json")
@@ -142,7 +143,7 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
     scored = actors.run(_Comparer, arguments, list(range(len(rows))), "evaluate")
     about = {"predictions": {"uri": predictions_uri, "sha256": _sha256(predictions_uri), **results.summary()}}
     result = _result(scored, data, split, seed, about)
-    drawn = evaluation_report.chosen(result["per_image"])
+    drawn = evaluation.chosen(result["per_image"])
     found = {item: painted(*results.cells[item], images[item].size) for item in drawn}
     _hand_over(out, result, rows, found)
     return result
@@ -274,7 +275,7 @@ def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, abou
 
 def _hand_over(out: str, result: dict[str, Any], rows: Sequence[shards.Row], found: Mapping[int, Found]) -> None:
     """report.html, overlays/, metrics.json and the table on the terminal."""
-    evaluation_report.write(out, result, rows, found)
+    evaluation.write(out, result, rows, found)
     storage.write_json(storage.join(out, "metrics.json"), result)
     console.print(score_table(result))
     console.print(f"written: {out}/metrics.json, report.html", soft_wrap=True, markup=False)

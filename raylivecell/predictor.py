@@ -9,12 +9,13 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell import overlay, parts, segmenter
+from raylivecell import parts, segmenter
 from raylivecell.annotations import rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
 from raylivecell.images import decode
 from raylivecell.parts import Part
+from raylivecell.reports import overlay
 from raylivecell.scoring import average_precision
 from raylivecell.segmenter import Cells, Segmenter
 

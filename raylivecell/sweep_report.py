@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from raylivecell import page, space, sweep_stats
+from raylivecell import space, sweep_stats
 from raylivecell.core import addresses, storage
 from raylivecell.network import forward
-from raylivecell.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
 from raylivecell.recipe import Recipe
+from raylivecell.reports import page
+from raylivecell.reports.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
 from raylivecell.runs import checkpoint
 from raylivecell.space import OBJECTIVES, SweepConfig
 from raylivecell.study import finished, folder_of, values

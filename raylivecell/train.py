@@ -128,13 +128,13 @@ def _changed(old: Recipe, new: Recipe) -> str:
 
 def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     """Write report.html from what the run left; the last row of metrics."""
-    from raylivecell import report
     from raylivecell.network import forward
+    from raylivecell.reports import training
     from raylivecell.runs import checkpoint
 
     history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
     network, _ = checkpoint.load_model(out)
     pictures = forward.overlays(network, data, "val", OVERLAYS)
-    report.write_run_report(out, recipes.dump(recipe), history, pictures, shards.load_description(data))
+    training.write_run_report(out, recipes.dump(recipe), history, pictures, shards.load_description(data))
     console.print(f"written: {out}/report.html, checkpoint_*/, metrics.jsonl, tensorboard/", markup=False)
     return history[-1]

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from raylivecell import overlay, report
+from raylivecell.reports import overlay, training
 
 
 def disk(size: int = 64, centre: tuple[int, int] = (32, 32), radius: int = 15) -> np.ndarray:
@@ -69,8 +69,8 @@ class Page(HTMLParser):
 
 
 def written(folder: Path, rows: list[dict], dataset: dict | None = DATASET) -> Page:
-    pictures = [("one.tif", report.panel(np.full((64, 64), 128, np.uint8), disk(), disk(centre=(30, 34))))]
-    report.write_run_report(str(folder), "seed: 0 # <script>", rows, pictures, dataset)
+    pictures = [("one.tif", training.panel(np.full((64, 64), 128, np.uint8), disk(), disk(centre=(30, 34))))]
+    training.write_run_report(str(folder), "seed: 0 # <script>", rows, pictures, dataset)
     return Page((folder / "report.html").read_text())
 
 
@@ -127,7 +127,7 @@ def test_overlay_of_the_smallest_images(shape: tuple[int, int]) -> None:
 
 def test_panel_keeps_the_image_s_pixels() -> None:
     image = np.random.default_rng(1).integers(0, 256, (211, 333), np.uint8)
-    shown = decode(report.panel(image, disk(333)[:211], disk(333)[:211], "title"))
+    shown = decode(training.panel(image, disk(333)[:211], disk(333)[:211], "title"))
     np.testing.assert_array_equal(shown[34 : 34 + 211, :333, 0], image)
 
 
@@ -170,9 +170,9 @@ def test_report_without_validation_dataset_or_rows(tmp_path: Path) -> None:
 
 
 def test_same_run_same_bytes() -> None:
-    assert report.curves(history()) == report.curves(history())
+    assert training.curves(history()) == training.curves(history())
 
 
 def test_reports_within_an_epoch_are_drawn_over_steps() -> None:
     rows = [row | {"epoch": 1} for row in history()]
-    assert report.curves(rows) != report.curves(history())
+    assert training.curves(rows) != training.curves(history())

@@ -94,13 +94,13 @@ def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool 
 
 def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
     """Title (file, Dice, IoU) and PNG of one sample: the image beside truth and prediction."""
-    from raylivecell import report  # matplotlib: 0.3 s that no training process needs to spend
+    from raylivecell.reports import training  # matplotlib: 0.3 s that no training process needs to spend
 
     sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
     found = logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
     counts = pixel_scores.as_counts([pixel_scores.mask_counts(found, sample["foreground"])])
     title = f"{sample['file_name']}   Dice {pixel_scores.dice(counts):.3f}   IoU {pixel_scores.iou(counts):.3f}"
-    return title, report.panel(sample["image"], sample["foreground"], found)
+    return title, training.panel(sample["image"], sample["foreground"], found)
 
 
 def _placed(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:

@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell import page
 from raylivecell.core import storage
 from raylivecell.data import shards
-from raylivecell.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
+from raylivecell.reports import page
+from raylivecell.reports.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
 from raylivecell.scoring import instance_scores
 from raylivecell.scoring.scores import Found
 

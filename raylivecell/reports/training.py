@@ -17,9 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from raylivecell import page
 from raylivecell.core import addresses, storage
-from raylivecell.overlay import LEGEND, overlay
+from raylivecell.reports import page
+from raylivecell.reports.overlay import LEGEND, overlay
 from raylivecell.runs.progress import rank
 
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
 def write_run_report(
     out_uri: str, recipe_yaml: str, history: Sequence[Row], overlays: Sequence[Picture], dataset: dict[str, Any] | None
 ) -> None:
-    """Write `report.html` of a training run into the folder `out_uri`, atomically.
+    """Write `training.html` of a training run into the folder `out_uri`, atomically.
 
     Args:
         out_uri: the run's folder.

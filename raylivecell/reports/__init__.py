@@ -1,0 +1,7 @@
+"""HTML reports and pictures: one file each, no network, no script. No Ray.
+
+page               parts of an HTML page
+overlay            masks and cells drawn on images
+training           the report of a run
+evaluation         the report of an evaluation
+"""
