@@ -13,12 +13,12 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from raylivecell import preflight
 from raylivecell.core.console import track
 from raylivecell.core.errors import UserError
 from raylivecell.runtime import placement, session
 from raylivecell.runtime.data_settings import data_settings, quiet_data
 from raylivecell.runtime.ray_errors import as_user_errors
+from raylivecell.training import preflight
 
 Row = dict[str, Any]
 # Items in a block: enough to hide Ray Data's 10 ms a task, few enough to spread small sets and show progress.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raylivecell import loop
 from raylivecell.bench_spread import spread
 from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.network import forward
@@ -22,6 +21,7 @@ from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.unet import build_model, count_parameters
 from raylivecell.recipe import Recipe
+from raylivecell.training import loop
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 CROP = (256, 256)

@@ -20,19 +20,20 @@ import torch
 from ray.train import UserCallback
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, bench_step, trainer
+from raylivecell import bench_frames, bench_step
 from raylivecell.bench_feed import images_per_s
 from raylivecell.bench_spread import spread
 from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
 from raylivecell.ingest import blocks
 from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.order import PhaseConfig, Plan
-from raylivecell.job import Job
 from raylivecell.network.transfer import tensors
 from raylivecell.network.unet import build_model, count_parameters
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
+from raylivecell.training import ray_train
+from raylivecell.training.job import Job
 from raylivecell.training_config import LoopConfig
 
 # Steps of a whole run between two looks at the clock; the first such part is warm-up.
@@ -143,7 +144,7 @@ class _Bench:
             job = Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
             told = Path(folder, "processes.jsonl")
-            trainer.fit(trainer.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_Accounts(str(told))]))
+            ray_train.fit(ray_train.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_Accounts(str(told))]))
             first, *_, last = [json.loads(line) for line in told.read_text().splitlines()]
             rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         seconds = last["time"] - first["time"]

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import loop, preflight, probe
+from raylivecell import probe
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -30,6 +30,7 @@ from raylivecell.probe import Node
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder
 from raylivecell.runtime import placement, session
+from raylivecell.training import loop, preflight
 
 Level = Literal["pass", "warn", "fail"]
 COLOURS: dict[Level, str] = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -276,7 +277,7 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
     """
     import resource
 
-    from raylivecell.worker import wrap
+    from raylivecell.training.worker import wrap
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if ray.get_gpu_ids() and device.type == "cpu":
@@ -307,7 +308,7 @@ def _status_without_token() -> int | None:
 
 
 def _tried(what: str, attempt: Callable[[], Any], told: str) -> Finding:
-    """A check of preflight.py, whose error names the thing and the mend."""
+    """A check of training/preflight.py, whose error names the thing and the mend."""
     try:
         attempt()
     except UserError as error:

@@ -188,7 +188,7 @@ def train(arguments: Sequence[str]) -> None:
 
     from raylivecell import recipe as recipes
     from raylivecell.runs import folder
-    from raylivecell.train import train as run
+    from raylivecell.training.train import train as run
 
     file = recipe_file(arguments)
     base = recipes.load(file) if file else recipes.Recipe()

@@ -18,12 +18,12 @@ from raylivecell import recipe as recipes
 from raylivecell import space, sweep_stats, tuner
 from raylivecell.core import storage
 from raylivecell.ingest.order import Plan
-from raylivecell.live import Board
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder as run_folder
 from raylivecell.runs.progress import rank
 from raylivecell.space import ELASTIC, OBJECTIVES, SweepConfig
 from raylivecell.study import values
+from raylivecell.training.display import Board
 from raylivecell.trial import Shared
 
 FOLDER = "confirm"

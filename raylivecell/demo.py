@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
-from raylivecell import evaluate, predict, preflight, recipe, train
+from raylivecell import evaluate, predict, recipe
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import prepare
 from raylivecell.runtime import session
 from raylivecell.synthetic import writer
+from raylivecell.training import preflight, train
 
 IMAGES = 64
 LEAST_IMAGES = 8

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable
 import optuna
 from optuna.trial import TrialState
 
-from raylivecell import confirm, preflight, space, space_check, sweep_report, sweep_stats, tuner
+from raylivecell import confirm, space, space_check, sweep_report, sweep_stats, tuner
 from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest.dataset import open_samples, stream_budget_bytes
 from raylivecell.ingest.order import Plan
-from raylivecell.live import Board
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
@@ -29,6 +28,8 @@ from raylivecell.runtime import prometheus, session
 from raylivecell.search import Search
 from raylivecell.space import SweepConfig
 from raylivecell.study import StudyFile, finished, folder_of, left_running, open_study
+from raylivecell.training import preflight
+from raylivecell.training.display import Board
 from raylivecell.trial import Shared
 
 BEST = progress.FOLDER + "best"

@@ -18,17 +18,18 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import loop, preflight, space, trainer
+from raylivecell import space
 from raylivecell.core import storage
 from raylivecell.core.errors import MachineError, UserError
 from raylivecell.ingest.dataset import Samples
-from raylivecell.job import Job
 from raylivecell.network import forward
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs.run_log import Journal
 from raylivecell.runtime import prometheus
-from raylivecell.worker import Place, reports, save, told
+from raylivecell.training import loop, preflight, ray_train
+from raylivecell.training.job import Job
+from raylivecell.training.worker import Place, reports, save, told
 
 Result = dict[str, Any]
 # Runs of an image through the network before those that are measured, and those.
@@ -139,8 +140,8 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
     report = [TuneReportCallback()]
     try:
         job = shared.job(config)
-        run = trainer.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=report)
-        failed = trainer.fit(run)
+        run = ray_train.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=report)
+        failed = ray_train.fit(run)
     except MachineError:
         raise  # Tune tries the trial again
     except UserError as error:

@@ -14,13 +14,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.process_settings import environment, log_levels
-from raylivecell.live import Board
 from raylivecell.runs import folder
 from raylivecell.runs import progress as run_state
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
 from raylivecell.space import SearchConfig
 from raylivecell.study import end_of
+from raylivecell.training.display import Board
 from raylivecell.trial import OneWorker, Shared, several_workers
 
 # What a trial's training may take of the CPUs: a CPU that augments feeds some four that train (520x704: 3 ms an image).

@@ -14,9 +14,9 @@ from unittest import mock
 import ray
 from kuberay import ROOT, Doc, Job, Rule, clusters, jobs, pods
 
-from raylivecell import preflight
 from raylivecell.core.errors import UserError
 from raylivecell.runs import folder as run_folder
+from raylivecell.training import preflight
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 CODE = next(iter(re.findall(r"^WORKDIR (\S+)\nCOPY jobs/ jobs/$", DOCKERFILE, re.MULTILINE)))

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import torch
 
-from raylivecell import loop, trial
-from raylivecell.job import Job
+from raylivecell import trial
 from raylivecell.network import forward
 from raylivecell.runs import checkpoint, progress
+from raylivecell.training import loop
+from raylivecell.training.job import Job
 
 BEST_LR = 3e-3
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from raylivecell import confirm, loop, space, study, sweep
+from raylivecell import confirm, space, study, sweep
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
 from raylivecell.ingest.order import PhaseConfig
@@ -22,6 +22,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime.placement import Machine
 from raylivecell.space import ELASTIC, Condition, Dimension, SweepConfig
+from raylivecell.training import loop
 from raylivecell.training_config import LoopConfig, ModelConfig
 from raylivecell.trial import OneWorker, Shared
 

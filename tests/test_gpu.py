@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import bench_step, loop
+from raylivecell import bench_step
 from raylivecell.ingest import augment, gpu_augment
 from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.network import forward
 from raylivecell.network.transfer import Sender
 from raylivecell.recipe import Recipe
+from raylivecell.training import loop
 from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import preflight, recipe, space, space_check, sweep
+from raylivecell import recipe, space, space_check, sweep
 from raylivecell.core.errors import UserError
 from raylivecell.network import forward, losses
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
 from raylivecell.space import Condition, Dimension, SweepConfig
+from raylivecell.training import preflight
 from raylivecell.training_config import ModelConfig, Network
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -112,7 +113,5 @@ def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
     found = losses.dice_loss()
     assert type(found) is DiceLoss
     assert (found.sigmoid, found.squared_pred, found.reduction) == (True, True, "mean")
-    code = (
-        "import sys, raylivecell.segmenter, raylivecell.runs.checkpoint, raylivecell.train, raylivecell.ingest.blocks\n"
-    )
+    code = "import sys, raylivecell.segmenter, raylivecell.runs.checkpoint, raylivecell.training.train, raylivecell.ingest.blocks\n"
     subprocess.run([sys.executable, "-c", code + "sys.exit('monai' in sys.modules)"], check=True)

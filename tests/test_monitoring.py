@@ -20,13 +20,13 @@ from conftest import missing
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
 from raylivecell.ingest.order import PhaseConfig
-from raylivecell.job import Job
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus as gauges
 from raylivecell.runtime import session
 from raylivecell.space import Dimension, SweepConfig
 from raylivecell.sweep import sweep
-from raylivecell.train import train
+from raylivecell.training.job import Job
+from raylivecell.training.train import train
 from raylivecell.training_config import LoopConfig, ModelConfig
 
 FOLDER = Path(__file__).parents[1] / "cluster" / "monitoring"

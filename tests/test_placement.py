@@ -7,11 +7,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from raylivecell import actors, demo, preflight, recipe, tuner
+from raylivecell import actors, demo, recipe, tuner
 from raylivecell.core.errors import UserError
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
 from raylivecell.space import SweepConfig
+from raylivecell.training import preflight
 from raylivecell.training_config import LoopConfig, ModelConfig
 
 MACHINES = st.lists(

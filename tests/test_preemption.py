@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.train import PreemptionInfo
 
-from raylivecell import worker
+from raylivecell.training import worker
 
 
 def test_every_notice_gives_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_calls_from_a_notebook_change_nothing(tiny_dataset: str, ray_cluster: No
     from raylivecell.ingest.order import PhaseConfig
     from raylivecell.recipe import Recipe
     from raylivecell.synthetic import writer
-    from raylivecell.train import train
+    from raylivecell.training.train import train
     from raylivecell.training_config import ModelConfig
 
     recipe = Recipe(batch_size=2, crop=(32, 32), phases=(PhaseConfig(steps=2),), model=ModelConfig(features=(4, 8)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell import check, train
+from raylivecell import check
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
 from raylivecell.network.unet import build_model
@@ -13,6 +13,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runs.folder import Failure
 from raylivecell.runs.progress import State
+from raylivecell.training import train
 from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(2, 4)))

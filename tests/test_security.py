@@ -16,7 +16,7 @@ from conftest import run_apart, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
-from raylivecell import confirm, loop, parts, study
+from raylivecell import confirm, parts, study
 from raylivecell.core.errors import UserError
 from raylivecell.data import draw, prepare, shards
 from raylivecell.network.unet import build_model
@@ -24,6 +24,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
 from raylivecell.space import Dimension, SweepConfig
+from raylivecell.training import loop
 from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(4,)), crop=(16, 16))

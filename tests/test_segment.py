@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import segmenter, worker
+from raylivecell import segmenter
 from raylivecell.images.intensity import Frame
 from raylivecell.ingest.blocks import ValidationSample
 from raylivecell.network import forward
@@ -15,6 +15,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
 from raylivecell.scoring import instance_scores
+from raylivecell.training import worker
 from raylivecell.training_config import ModelConfig
 
 

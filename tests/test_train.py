@@ -17,18 +17,18 @@ from conftest import joined, kill_at, run_apart, write_tiny_dataset
 from hosts import until
 from ray.train import UserCallback
 
-from raylivecell import gloo, loop, preflight, trainer, worker
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.evaluate import evaluate
 from raylivecell.ingest import blocks, dataset
 from raylivecell.ingest.order import PhaseConfig
-from raylivecell.job import Job
 from raylivecell.network import forward
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runtime import session
-from raylivecell.train import train
+from raylivecell.training import gloo, loop, preflight, ray_train, worker
+from raylivecell.training.job import Job
+from raylivecell.training.train import train
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 RECIPE = Recipe(
@@ -166,7 +166,7 @@ def test_a_shard_cut_short_while_training_is_named(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the dataset was looked at and before its images were read; it is too large to be kept in memory."""
-    data, fit = write_tiny_dataset(tmp_path / "data"), trainer.fit
+    data, fit = write_tiny_dataset(tmp_path / "data"), ray_train.fit
     (shard,) = (tmp_path / "data" / "train").glob("*.parquet")
 
     def cut_then_fit(run: Any) -> Any:
@@ -174,7 +174,7 @@ def test_a_shard_cut_short_while_training_is_named(
         return fit(run)
 
     monkeypatch.setattr(dataset, "CACHE_SHARE", 0)
-    monkeypatch.setattr(trainer, "fit", cut_then_fit)
+    monkeypatch.setattr(ray_train, "fit", cut_then_fit)
     with pytest.raises(
         UserError, match=rf"cannot read shard {re.escape(str(shard))}: .*run `raylivecell prepare` again"
     ):
@@ -222,7 +222,7 @@ def test_ray_trains_controller_loads_no_torch(tiny_dataset: str, ray_cluster: No
     handler = signal.getsignal(signal.SIGINT)
 
     async def notebook() -> None:
-        trainer.fit(trainer.trainer(job, 1, 0.5, 0, 0, [told(tmp_path / "there")]))
+        ray_train.fit(ray_train.trainer(job, 1, 0.5, 0, 0, [told(tmp_path / "there")]))
 
     asyncio.run(notebook())
     pid, loaded = json.loads((tmp_path / "there").read_text())

@@ -1,4 +1,4 @@
-"""What every worker of a run is told. Apart from worker.py: who makes a job need not import what workers do."""
+"""What every worker of a run is told. Apart from training/worker.py: who makes a job need not import what workers do."""
 
 from dataclasses import dataclass, field
 

@@ -11,10 +11,10 @@ from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig,
 
 from raylivecell.core import addresses, storage
 from raylivecell.core.process_settings import environment
-from raylivecell.job import RANK, Job
 from raylivecell.runs import folder, progress
 from raylivecell.runtime import ray_internals, session
 from raylivecell.runtime.ray_errors import as_user_errors
+from raylivecell.training.job import RANK, Job
 
 # How often Ray Train's controller looks at its workers, seconds; at Ray's 2 s a two-worker run takes 8 s longer.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -32,7 +32,9 @@ def trainer(
     return ray_internals.data_parallel_trainer()(
         _work,
         train_loop_config={"job": job},
-        backend_config=_nccl() if gpus else BackendConfig(),  # without GPUs the workers form their group: gloo.py
+        backend_config=_nccl()
+        if gpus
+        else BackendConfig(),  # without GPUs the workers form their group: training/gloo.py
         scaling_config=ScalingConfig(
             num_workers=cast(Any, workers),
             use_gpu=gpus > 0,
@@ -58,7 +60,7 @@ def _work(config: dict[str, Job]) -> Any:
     last = _last_checkpoint(job)
     step = progress.load_state(last).step if last else 0
     stream = job.stream(step, context.get_world_rank(), context.get_world_size())
-    from raylivecell.worker import work
+    from raylivecell.training.worker import work
 
     return work(job, last, stream)
 

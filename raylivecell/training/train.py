@@ -1,8 +1,8 @@
 """A training run from its driver: checks, Ray, decoded samples, Ray Train around the loop, the report.
 
 1. The driver checks what would fail or hang, keeps decoded samples in the object store where they fit, and starts Ray
-   Train (trainer.py), whose run folder is --out.
-2. Each worker (worker.py) streams its batches, takes up the last checkpoint and runs the loop.
+   Train (training/ray_train.py), whose run folder is --out.
+2. Each worker (training/worker.py) streams its batches, takes up the last checkpoint and runs the loop.
 3. The driver shows progress meanwhile and ends with report.html.
 
 What needs Ray Data, Ray Train or a plotting library is imported where it is used: while Ray starts, or at the end.
@@ -15,16 +15,16 @@ from typing import Any
 
 import ray
 
-from raylivecell import messages, preflight
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.live import Live
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder, progress
 from raylivecell.runtime import session
+from raylivecell.training import messages, preflight
+from raylivecell.training.display import Live
 
 # Validation images shown in the report.
 OVERLAYS = 6
@@ -75,15 +75,15 @@ def train(
     store = stream_budget_bytes()
     samples = open_samples(data, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
-    from raylivecell import trainer  # Ray Train, 0.6 s, while tasks decode the samples
-    from raylivecell.job import Job
+    from raylivecell.training import ray_train  # Ray Train, 0.6 s, while tasks decode the samples
+    from raylivecell.training.job import Job
 
     marks.append(("samples sent", time.time()))
     watched = not session.started_here()
     job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks), resumed=resume)
     with Live(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
         try:
-            failed = trainer.fit(trainer.trainer(job, workers, cpus, gpus, retries))
+            failed = ray_train.fit(ray_train.trainer(job, workers, cpus, gpus, retries))
         except UserError as error:
             raise _failure(out, str(error), "") from error
     if failed:

@@ -22,14 +22,12 @@ from ray.train import Checkpoint, PreemptionInfo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell import gloo, loop
 from raylivecell.cells import watershed
 from raylivecell.ingest import gpu_augment
 from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.dataset import Samples
 from raylivecell.ingest.order import Plan
 from raylivecell.ingest.target_maps import Targets
-from raylivecell.job import RANK, Job
 from raylivecell.network import forward as segment
 from raylivecell.network.transfer import tensors
 from raylivecell.recipe import Recipe
@@ -37,6 +35,8 @@ from raylivecell.runs import checkpoint, progress
 from raylivecell.runs.run_log import Journal
 from raylivecell.runtime import prometheus
 from raylivecell.scoring import instance_scores, pixel_scores
+from raylivecell.training import gloo, loop
+from raylivecell.training.job import RANK, Job
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 1.0
