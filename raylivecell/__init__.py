@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from raylivecell.inference.segmenter import load
     from raylivecell.scoring.scores import score
-    from raylivecell.segmenter import load
 
 __all__ = ["__version__", "load", "score"]
 
@@ -20,7 +20,7 @@ __all__ = ["__version__", "load", "score"]
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: the command line should not wait for numpy."""
     if name == "load":
-        from raylivecell.segmenter import load
+        from raylivecell.inference.segmenter import load
 
         return load
     if name == "score":

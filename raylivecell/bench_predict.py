@@ -15,17 +15,17 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell import parts, predictor
 from raylivecell.annotations import rle
 from raylivecell.bench_spread import spread
 from raylivecell.cells import measure
 from raylivecell.cells import watershed as instances
+from raylivecell.inference import image_file, results
+from raylivecell.inference.segmenter import Cells
 from raylivecell.ingest import target_maps
 from raylivecell.network import forward
 from raylivecell.recipe import Recipe
 from raylivecell.reports.overlay import png
 from raylivecell.scoring import average_precision
-from raylivecell.segmenter import Cells
 from raylivecell.synthetic import writer
 from raylivecell.training_config import LoopConfig, ModelConfig
 
@@ -77,17 +77,17 @@ def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Calla
     maps, config = _maps(image, labels), instances.default("distance")
     found = instances.segment(maps, "distance", config)
     cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.foreground)
-    part = parts.Part({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
+    part = results.Part({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
     return {
         "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),
         "scores": lambda: instances.scores(found, maps[0]),
         "cells.csv": lambda: measure.lines("x", measure.measure(found, image), cells.scores),
         "coco.json": lambda: [
-            parts.record(one) for one in average_precision.results(0, rle.encode(found), cells.scores)
+            results.record(one) for one in average_precision.results(0, rle.encode(found), cells.scores)
         ],
-        **{kind: partial(write, image, cells) for kind, (_, write) in predictor.PICTURES.items()},
-        "part": lambda: parts.write(folder, "x", part),
+        **{kind: partial(write, image, cells) for kind, (_, write) in image_file.PICTURES.items()},
+        "part": lambda: results.write(folder, "x", part),
     }
 
 

@@ -57,7 +57,7 @@ def evaluate(
         tta: average over the four flips.
         calibrate: first choose on validation images the thresholds that make cells, and keep them in the checkpoint.
     """
-    from raylivecell import evaluate as room
+    from raylivecell.inference import evaluate as room
 
     if predictions is not None:
         if checkpoint is not None or tta or calibrate:
@@ -99,7 +99,7 @@ def predict(
         overwrite: delete what an earlier predict wrote into --out.
         follow_links: follow links that lead out of the folder to any file, not to git-annex's and DVC's stores alone.
     """
-    from raylivecell import predict as room
+    from raylivecell.inference import predict as room
 
     given = [uri for uri in (checkpoint, model) if uri is not None]
     if len(given) != 1:
@@ -114,7 +114,7 @@ def export(checkpoint: str, out: str) -> None:
         checkpoint: a checkpoint's folder, or a run's (then its best).
         out: FILE.onnx, or FILE.pt2 for torch.export.
     """
-    from raylivecell import export as room
+    from raylivecell.inference import export as room
 
     room.export(checkpoint, out)
 

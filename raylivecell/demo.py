@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from raylivecell import evaluate, predict, recipe
+from raylivecell import recipe
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import prepare
+from raylivecell.inference import evaluate, predict
 from raylivecell.runtime import session
 from raylivecell.synthetic import writer
 from raylivecell.training import preflight, train

@@ -78,7 +78,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work of actors (evaluate, predict) in this process, without Ray."""
     import numpy as np
 
-    from raylivecell import actors
+    from raylivecell.inference import actors
     from raylivecell.runtime import session
 
     def run(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from raylivecell import evaluate, segmenter
 from raylivecell.annotations import rle
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
+from raylivecell.inference import evaluate, segmenter
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint

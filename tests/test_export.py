@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import export, onnx_model, recipe, segmenter
+from raylivecell import recipe
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
+from raylivecell.inference import export, onnx_model, segmenter
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint

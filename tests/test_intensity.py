@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell import evaluate, export, predictor, segmenter
 from raylivecell.core.console import show_warnings
 from raylivecell.data import draw, set_intensity, shards
 from raylivecell.data.defects import DefectRules, Entry
 from raylivecell.images import intensity
 from raylivecell.images.grey_levels import Measures, measure, padding_mask, without_padding
 from raylivecell.images.intensity import Intensity, choose, to_uint8
+from raylivecell.inference import evaluate, export, image_file, segmenter
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint
@@ -272,10 +272,10 @@ def test_every_path_gives_the_same_cells(kind: str, network_of_set: Any, tmp_pat
     rows = prepared(tmp_path, images, rule)
     model, onnx = segmenter.load(folder, device="cpu"), segmenter.load(str(tmp_path / "model.onnx"))
     assert model.intensity == onnx.intensity == rule
-    job = predictor.Job(folder, str(tmp_path), str(tmp_path / "out"), ("labels",), False, None)
+    job = image_file.Job(folder, str(tmp_path), str(tmp_path / "out"), ("labels",), False, None)
     for row, (name, image) in zip(rows, images.items()):
         found, _ = evaluate._found(model, evaluate._frame(shards.read_row(row, evaluate.SAMPLE), None))
-        part = predictor.part(job, model, name, name, "1")
+        part = image_file.part(job, model, name, name, "1")
         labels = tifffile.imread(tmp_path / "out/labels" / f"{name}.tif")
         assert part.row["cells"] == labels.max() == found.labels.max() > 0
         np.testing.assert_array_equal(labels, found.labels)

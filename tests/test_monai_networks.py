@@ -113,5 +113,5 @@ def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
     found = losses.dice_loss()
     assert type(found) is DiceLoss
     assert (found.sigmoid, found.squared_pred, found.reduction) == (True, True, "mean")
-    code = "import sys, raylivecell.segmenter, raylivecell.runs.checkpoint, raylivecell.training.train, raylivecell.ingest.blocks\n"
+    code = "import sys, raylivecell.inference.segmenter, raylivecell.runs.checkpoint, raylivecell.training.train, raylivecell.ingest.blocks\n"
     subprocess.run([sys.executable, "-c", code + "sys.exit('monai' in sys.modules)"], check=True)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell import parts
 from raylivecell.cells import measure
 from raylivecell.core import storage
+from raylivecell.inference import results as parts
 
 FILES = ['a, "1".tif', "b.tif", "deep/c.png", "new\nline.tif", "z.tif"]
 ALL = ("cells", "coco")

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from raylivecell import actors, demo, recipe, tuner
+from raylivecell import demo, recipe, tuner
 from raylivecell.core.errors import UserError
+from raylivecell.inference import actors
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
 from raylivecell.space import SweepConfig

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import cli, predict, predictor, segmenter
+from raylivecell import cli
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
+from raylivecell.inference import image_file, predict, segmenter
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint
@@ -75,8 +76,8 @@ def test_output_names_keep_suffixes_only_where_they_must() -> None:
 def test_labels_as_tiff(shape: tuple[int, int], most: int) -> None:
     labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % (most + 1)
     labels[-1, -1] = most
-    data = predictor.label_tiff(labels)
-    assert data == predictor.label_tiff(labels)
+    data = image_file.label_tiff(labels)
+    assert data == image_file.label_tiff(labels)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         (page,) = file.pages
         assert (page.shape, page.photometric.name, page.samplesperpixel) == (shape, "MINISBLACK", 1)
@@ -274,7 +275,7 @@ sys.modules["torch"] = None
 import cv2, numpy as np
 from raylivecell import predict, predictor
 from raylivecell.cells.watershed import InstanceConfig
-from raylivecell.segmenter import Segmenter
+from raylivecell.inference.segmenter import Segmenter
 out = sys.argv[1]
 network = Segmenter(lambda image: image[None] / np.float32(255), "foreground", InstanceConfig(), "")
 cv2.imwrite(out + "/a.png", np.add.outer(np.arange(30), np.full(40, 200)).astype(np.uint8))

@@ -92,8 +92,8 @@ def snapshot() -> dict[str, Any]:
 
 def test_calls_from_a_notebook_change_nothing(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     import raylivecell
-    from raylivecell import predict
     from raylivecell.data import prepare
+    from raylivecell.inference import predict
     from raylivecell.ingest.order import PhaseConfig
     from raylivecell.recipe import Recipe
     from raylivecell.synthetic import writer

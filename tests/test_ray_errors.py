@@ -11,8 +11,8 @@ from ray.data.exceptions import RayDataUserCodeException
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfDiskError, OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from raylivecell import actors
 from raylivecell.core.errors import LONGEST, UserError
+from raylivecell.inference import actors
 from raylivecell.runtime import ray_errors
 
 

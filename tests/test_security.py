@@ -16,9 +16,10 @@ from conftest import run_apart, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
-from raylivecell import confirm, parts, study
+from raylivecell import confirm, study
 from raylivecell.core.errors import UserError
 from raylivecell.data import draw, prepare, shards
+from raylivecell.inference import results
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
@@ -252,7 +253,7 @@ def test_what_an_earlier_predict_left(
     image.parent.mkdir()
     Image.fromarray(np.full((32, 32), 128, np.uint8)).save(image)
     command = f"predict --checkpoint {model} --images {image.parent} --out {out}"
-    key = parts.version("x.png", "x", image.stat().st_size, image.stat().st_mtime_ns)
+    key = results.version("x.png", "x", image.stat().st_size, image.stat().st_mtime_ns)
     where = {"part": out / ".parts" / f"{key}.json"}.get(kind, out / kind)
     where.parent.mkdir(parents=True)
     where.write_bytes(pickled(marker))
@@ -261,7 +262,9 @@ def test_what_an_earlier_predict_left(
     else:
         # `predict` itself comes so far once the folder is known to be its own.
         with pytest.raises(UserError, match=where.name):
-            parts.merge(str(out), {"x.png": key}, ()) if kind == "part" else parts.is_whole(str(out), {"x.png": key})
+            results.merge(str(out), {"x.png": key}, ()) if kind == "part" else results.is_whole(
+                str(out), {"x.png": key}
+            )
     assert not marker.exists()
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import segmenter
 from raylivecell.images.intensity import Frame
+from raylivecell.inference import segmenter
 from raylivecell.ingest.blocks import ValidationSample
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model

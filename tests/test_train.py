@@ -19,7 +19,7 @@ from ray.train import UserCallback
 
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.evaluate import evaluate
+from raylivecell.inference.evaluate import evaluate
 from raylivecell.ingest import blocks, dataset
 from raylivecell.ingest.order import PhaseConfig
 from raylivecell.network import forward

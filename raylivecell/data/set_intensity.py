@@ -25,7 +25,7 @@ def read_rule(uri: str) -> Intensity:
     """The rule of the dataset, checkpoint, run or ONNX file at `uri`; UserError where there is none."""
     uri = storage.absolute(uri).rstrip("/")
     if uri.endswith(".onnx"):
-        from raylivecell import onnx_model
+        from raylivecell.inference import onnx_model
 
         return onnx_model.load(uri).intensity
     if storage.exists(storage.join(uri, "dataset.json")):

@@ -17,7 +17,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from raylivecell import __version__, actors, calibrate, segmenter
+from raylivecell import __version__
 from raylivecell import recipe as recipes
 from raylivecell.annotations.rle import Rle, decode, encode
 from raylivecell.cells import watershed
@@ -27,6 +27,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
+from raylivecell.inference import actors, calibrate, segmenter
 from raylivecell.network import forward
 from raylivecell.reports import evaluation
 from raylivecell.runs import checkpoint, progress

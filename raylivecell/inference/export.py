@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import __version__, onnx_model
+from raylivecell import __version__
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.inference import onnx_model
 from raylivecell.ingest.target_maps import CHANNELS
 from raylivecell.runs import checkpoint, progress
 

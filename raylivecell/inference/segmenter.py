@@ -150,7 +150,7 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
         UserError: nothing there, or not a network of ours.
     """
     if str(uri).endswith(ONNX):
-        from raylivecell.onnx_model import load as load_onnx
+        from raylivecell.inference.onnx_model import load as load_onnx
 
         file = load_onnx(str(uri))
         network = _flipped(file.maps) if flips else file.maps

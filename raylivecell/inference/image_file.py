@@ -9,15 +9,16 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell import parts, segmenter
 from raylivecell.annotations import rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
 from raylivecell.images import decode
-from raylivecell.parts import Part
+from raylivecell.inference import results as parts
+from raylivecell.inference import segmenter
+from raylivecell.inference.results import Part
+from raylivecell.inference.segmenter import Cells, Segmenter
 from raylivecell.reports import overlay
 from raylivecell.scoring import average_precision
-from raylivecell.segmenter import Cells, Segmenter
 
 Output = Literal["labels", "masks", "overlays", "coco", "cells"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
@@ -59,7 +60,7 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
         network: `load`'s.
         file: path of the image in `job.root`.
         name: what its outputs are called.
-        version: of the image, as `parts.version`.
+        version: of the image, as `results.version`.
     """
     told = {"file": file, "version": version}
     try:

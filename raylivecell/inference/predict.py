@@ -21,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from raylivecell import __version__, actors, parts, predictor, segmenter
+from raylivecell import __version__
 from raylivecell.core import addresses, storage
 from raylivecell.core import console as progress
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import sources
 from raylivecell.images import decode
-from raylivecell.predictor import OUTPUTS, PICTURES, Job, Output
+from raylivecell.inference import actors, image_file, results, segmenter
+from raylivecell.inference.image_file import OUTPUTS, PICTURES, Job, Output
 from raylivecell.runs import progress as run_state
 from raylivecell.runtime import session
 
@@ -49,7 +50,7 @@ def predict(
 
     Written into `out`, where NAME is an image's path without its suffix (`output_names`):
 
-        labels/NAME.tif     each cell's number, 0 background (`predictor.label_tiff`)
+        labels/NAME.tif     each cell's number, 0 background (`image_file.label_tiff`)
         masks/NAME.png      255 where the foreground's probability is over the threshold, else 0
         overlays/NAME.png   the image with each cell's outline
         cells.csv           a row a cell (`measure.Measured`)
@@ -88,7 +89,7 @@ def predict(
     model, weights = _model(storage.absolute(model_uri))
     root, files = _image_files(images_uri, out, follow_links)
     job = Job(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold)
-    network = predictor.load(job, "cpu")
+    network = image_file.load(job, "cpu")
     _claim(out, _settings(job, images_uri, weights, network), overwrite)  # before the work: may we?
     if not storage.exists(storage.join(out, RECIPE)):
         storage.write_bytes(storage.join(out, RECIPE), network.recipe.encode())
@@ -116,21 +117,21 @@ class _Predictor:
 
     def __init__(self, job: Job, names: Mapping[str, str], versions: Mapping[str, str]) -> None:
         actors.use_threads(job.with_torch)
-        self.job, self.names, self.versions, self.network = job, names, versions, predictor.load(job)
+        self.job, self.names, self.versions, self.network = job, names, versions, image_file.load(job)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         for file in batch["item"].tolist():
-            found = predictor.part(self.job, self.network, file, self.names[file], self.versions[file])
-            parts.write(self.job.out, self.versions[file], found)
+            found = image_file.part(self.job, self.network, file, self.names[file], self.versions[file])
+            results.write(self.job.out, self.versions[file], found)
         return {"item": batch["item"].tolist()}
 
 
 def _segment(job: Job, files: Mapping[str, pafs.FileInfo]) -> None:
     """Everything that is not there yet, and the tables."""
     names = dict(zip(files, output_names(list(files))))
-    versions = {file: parts.version(file, names[file], info.size, info.mtime_ns) for file, info in files.items()}
-    if not parts.is_whole(job.out, versions):
-        waiting = parts.begin(job.out, versions)
+    versions = {file: results.version(file, names[file], info.size, info.mtime_ns) for file, info in files.items()}
+    if not results.is_whole(job.out, versions):
+        waiting = results.begin(job.out, versions)
         if len(waiting) < len(files):
             console.print(f"{len(files) - len(waiting)} of {len(files)} images are segmented already", markup=False)
         if waiting:
@@ -141,31 +142,31 @@ def _segment(job: Job, files: Mapping[str, pafs.FileInfo]) -> None:
                 "versions": {file: versions[file] for file in waiting},
             }
             actors.run(_Predictor, arguments, waiting, "predict", use_gpus=job.with_torch)
-        parts.merge(job.out, versions, job.write)
-    parts.clear(job.out)
+        results.merge(job.out, versions, job.write)
+    results.clear(job.out)
 
 
 def _summary(out: str, images_uri: str) -> dict[str, Any]:
     """What images.csv says in all, printed too; UserError where no image could be read."""
     shares, failed, cells = [], [], 0
     warnings: dict[str, list[str]] = {}
-    for row in parts.rows(out):
+    for row in results.rows(out):
         if row.get("warning"):
             warnings[row["file"]] = row["warning"].split("; ")
         if row["error"]:
             failed.append({"file": row["file"], "error": row["error"]})
             console.print(f"not segmented: {row['file']}: {row['error']}", markup=False, soft_wrap=True)
             continue
-        with storage.unverified(storage.join(out, parts.IMAGES), "start anew with --overwrite"):
+        with storage.unverified(storage.join(out, results.IMAGES), "start anew with --overwrite"):
             shares.append(float(row["confluence"]))
             cells += int(row["cells"])
     count = len(shares) + len(failed)
     if not shares:
         raise UserError(
-            f"none of the {count} images at {images_uri} can be read: {failed[0]['error']}; see {out}/{parts.IMAGES}"
+            f"none of the {count} images at {images_uri} can be read: {failed[0]['error']}; see {out}/{results.IMAGES}"
         )
-    progress.show_warnings(warnings, f"{out}/{parts.IMAGES}")
-    told = f"{len(shares)} of {count} images segmented, {cells:,} cells: {out}/{parts.IMAGES}"
+    progress.show_warnings(warnings, f"{out}/{results.IMAGES}")
+    told = f"{len(shares)} of {count} images segmented, {cells:,} cells: {out}/{results.IMAGES}"
     console.print(told, soft_wrap=True, markup=False)
     found = {"images": count, "segmented": len(shares), "cells": cells, "confluence": float(np.mean(shares))}
     return {**found, "failed": failed}
@@ -174,7 +175,7 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
 def _claim(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Make `out` a place of these settings; UserError where it is of others."""
     where = storage.join(out, SETTINGS)
-    written = (parts.IMAGES, parts.FOLDER, *PICTURES, parts.CELLS, parts.COCO, RECIPE)
+    written = (results.IMAGES, results.FOLDER, *PICTURES, results.CELLS, results.COCO, RECIPE)
     if not storage.exists(where):
         foreign = sorted(set(written) & set(storage.list_names(out)))
         if foreign:
