@@ -231,10 +231,10 @@ def train(arguments: Sequence[str]) -> None:
 def sweep(arguments: Sequence[str]) -> None:
     """Search for a better recipe with Ray Tune and Optuna."""
     from raylivecell import recipe as recipes
-    from raylivecell import space
     from raylivecell.core import addresses
     from raylivecell.runs import folder
-    from raylivecell.sweep import sweep as run
+    from raylivecell.sweep import space
+    from raylivecell.sweep.sweep import sweep as run
 
     file = recipe_file(arguments)
     base, config = space.load(file) if file else (recipes.Recipe(), space.SweepConfig())

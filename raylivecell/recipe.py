@@ -22,7 +22,7 @@ from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig, Opt
 Model = TypeVar("Model", bound=BaseModel)
 
 SWEEP = "sweep"
-"""The part of a recipe file that says how to search (space.py); no part of the recipe itself."""
+"""The part of a recipe file that says how to search (sweep/space.py); no part of the recipe itself."""
 
 # First the plain images, then plain and transformed ones together.
 PAPER_PHASES = (PhaseConfig(epochs=10), PhaseConfig(epochs=10, transformed=1))

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from raylivecell import trial
 from raylivecell.network import forward
 from raylivecell.runs import checkpoint, progress
+from raylivecell.sweep import trial
 from raylivecell.training import loop
 from raylivecell.training.job import Job
 
@@ -15,7 +15,7 @@ BEST_LR = 3e-3
 
 
 def quick_trial() -> type[trial.OneWorker]:
-    """The class to set as `tuner.OneWorker`; it is made here, so that Ray sends it by value: workers have no tests."""
+    """The class to set as `tune.OneWorker`; it is made here, so that Ray sends it by value: workers have no tests."""
 
     def row(job: Job, step: int) -> dict[str, float]:
         """A score that rises with the steps and is best at BEST_LR; the seed changes it a little."""

@@ -13,7 +13,6 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from raylivecell import confirm, space, study, sweep
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
 from raylivecell.ingest.order import PhaseConfig
@@ -21,10 +20,11 @@ from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime.placement import Machine
-from raylivecell.space import ELASTIC, Condition, Dimension, SweepConfig
+from raylivecell.sweep import final_seeds, space, study, sweep
+from raylivecell.sweep.space import ELASTIC, Condition, Dimension, SweepConfig
+from raylivecell.sweep.trial import OneWorker, Shared
 from raylivecell.training import loop
 from raylivecell.training_config import LoopConfig, ModelConfig
-from raylivecell.trial import OneWorker, Shared
 
 STEPS = 10
 RECIPE = Recipe(
@@ -85,7 +85,7 @@ def test_a_trial_without_the_deformation_field_has_the_starting_recipes(tmp_path
     assert start > 0
     params = {"model.norm": "batch", "augment.elastic.alpha_x": RECIPE.augment.elastic.alpha_x}
     made = study_of(CONDITIONAL, trial(CONDITIONAL, params, [0.9]))
-    named = confirm.candidates(RECIPE, CONDITIONAL, made, made.trials[0])
+    named = final_seeds.candidates(RECIPE, CONDITIONAL, made, made.trials[0])
     assert list(named) == ["start", "trial-0-elastic-off"], "and trial 0 is the starting recipe itself"
     assert space.apply(RECIPE, named["trial-0-elastic-off"]).augment.elastic.p == 0
 
@@ -100,7 +100,7 @@ def test_a_trial_without_deformation_is_compared_with_the_best_that_deforms(
         for alpha, score in ((100.0, 0.5), (200.0, 0.8))
     ]
     made = study_of(config, trial(config, {"model.norm": "group", ELASTIC: 0.0}, [0.9]), *deforming)
-    named = confirm.candidates(RECIPE, config, made, made.trials[0])
+    named = final_seeds.candidates(RECIPE, config, made, made.trials[0])
     name = f"trial-0-elastic-of-{expected}"
     assert list(named) == ["start", "trial-0", name]
     changed = space.apply(RECIPE, named[name]).augment.elastic
@@ -117,23 +117,23 @@ def test_candidates_are_compared_over_the_seeds_that_all_finished(tmp_path: Path
             # The last got half as far as the others.
             write_confirming(tmp_path, name, seed, scores, 5 if (name, seed) == ("trial-3-elastic-off", 3) else STEPS)
     names = ["start", "trial-3", "trial-3-elastic-off"]
-    found = confirm.scores(str(tmp_path), names, samples=8)
+    found = final_seeds.scores(str(tmp_path), names, samples=8)
     assert found == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-elastic-off": {2: 0.8}}
-    folder, why = confirm.winner(str(tmp_path), found, "validation Dice")
+    folder, why = final_seeds.winner(str(tmp_path), found, "validation Dice")
     assert folder == str(tmp_path / "confirm" / "trial-3-elastic-off-seed2"), "a seed, not a place in a list"
     assert progress.find(folder)
     assert "with fresh seeds 2" in why
-    assert confirm.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "one that was never begun"
+    assert final_seeds.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "one that was never begun"
 
 
 def test_a_candidate_that_never_finished_cannot_win(tmp_path: Path) -> None:
     for seed, score in enumerate((0.4, 0.5), 1):
         write_confirming(tmp_path, "start", seed, [score])
         write_confirming(tmp_path, "trial-1", seed, [0.9], steps=5)
-    found = confirm.scores(str(tmp_path), ["start", "trial-1"], samples=8)
+    found = final_seeds.scores(str(tmp_path), ["start", "trial-1"], samples=8)
     assert found == {"start": {1: 0.4, 2: 0.5}}
-    assert confirm.winner(str(tmp_path), found, "validation Dice")[0].endswith("start-seed2")
-    assert confirm.scores(str(tmp_path / "none"), ["start"], samples=8) == {}
+    assert final_seeds.winner(str(tmp_path), found, "validation Dice")[0].endswith("start-seed2")
+    assert final_seeds.scores(str(tmp_path / "none"), ["start"], samples=8) == {}
 
 
 End = Callable[[Path, Recipe, int], dict[str, Any] | None]
@@ -186,9 +186,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def patch(trials: list[End], confirming: dict[str, End] | None = None) -> None:
         monkeypatch.setattr(sweep.session, "connect", lambda dashboard: None)
         monkeypatch.setattr(sweep.session, "machines", lambda: [Machine(4)])
-        monkeypatch.setattr(sweep.tuner, "run", Tune(trials, confirming or {}))
+        monkeypatch.setattr(sweep.tune, "run", Tune(trials, confirming or {}))
         monkeypatch.setattr(sweep.prometheus, "show_sweep", lambda *_: None)
-        monkeypatch.setattr(sweep.sweep_report, "write", lambda *_: None)
+        monkeypatch.setattr(sweep.report, "write", lambda *_: None)
         samples = SimpleNamespace(train=range(12))
 
         def shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: Any) -> Any:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import recipe, space, space_check, sweep
+from raylivecell import recipe
 from raylivecell.core.errors import UserError
 from raylivecell.network import forward, losses
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
-from raylivecell.space import Condition, Dimension, SweepConfig
+from raylivecell.sweep import space, space_check, sweep
+from raylivecell.sweep.space import Condition, Dimension, SweepConfig
 from raylivecell.training import preflight
 from raylivecell.training_config import ModelConfig, Network
 

@@ -23,8 +23,8 @@ from raylivecell.ingest.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import prometheus as gauges
 from raylivecell.runtime import session
-from raylivecell.space import Dimension, SweepConfig
-from raylivecell.sweep import sweep
+from raylivecell.sweep.space import Dimension, SweepConfig
+from raylivecell.sweep.sweep import sweep
 from raylivecell.training.job import Job
 from raylivecell.training.train import train
 from raylivecell.training_config import LoopConfig, ModelConfig

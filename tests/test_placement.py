@@ -7,12 +7,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from raylivecell import demo, recipe, tuner
+from raylivecell import demo, recipe
 from raylivecell.core.errors import UserError
 from raylivecell.inference import actors
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
-from raylivecell.space import SweepConfig
+from raylivecell.sweep import tune
+from raylivecell.sweep.space import SweepConfig
 from raylivecell.training import preflight
 from raylivecell.training_config import LoopConfig, ModelConfig
 
@@ -106,7 +107,7 @@ def test_the_cluster_is_shared_among_trials(
     expected: tuple[int, float, float, int],
 ) -> None:
     config = SweepConfig(workers_per_trial=workers, gpus_per_worker=share)
-    room = tuner.capacity(config, machines, at_once)
+    room = tune.capacity(config, machines, at_once)
     assert (room.at_once, room.cpus, room.gpus, room.threads) == expected
 
 
@@ -123,7 +124,7 @@ def test_more_trials_than_have_room_are_refused(
     config: SweepConfig, machines: list[Machine], at_once: int | None, line: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        tuner.capacity(config, machines, at_once)
+        tune.capacity(config, machines, at_once)
     assert line in str(error.value)
 
 

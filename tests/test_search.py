@@ -10,11 +10,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from raylivecell import space, study, tuner
 from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
-from raylivecell.search import Search
-from raylivecell.space import SweepConfig
+from raylivecell.sweep import space, study, tune
+from raylivecell.sweep.search import Search
+from raylivecell.sweep.space import SweepConfig
 
 CONFIG = SweepConfig()
 
@@ -58,7 +58,7 @@ def test_each_trial_is_told_as_what_it_is(tmp_path: Path) -> None:
     assert trials[1].intermediate_values == {10: 0.2, 20: 0.3}
     assert trials[2].user_attrs["failed"] == "loss not finite at step 7"
     assert trials[3].user_attrs["failed"] == "crashed"
-    tuner.scheduler(opened(tmp_path, resume=True), CONFIG)
+    tune.scheduler(opened(tmp_path, resume=True), CONFIG)
 
 
 def test_what_a_killed_driver_left_running_is_taken_up_again(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_stopping_early_knows_the_trials_before_a_kill(tmp_path: Path) -> None:
         search.suggest(str(place))
         search.on_trial_result(str(place), row(20, 0.8))
         search.on_trial_complete(str(place), row(100, 0.9))
-    scheduler = tuner.scheduler(opened(tmp_path, resume=True), CONFIG)
+    scheduler = tune.scheduler(opened(tmp_path, resume=True), CONFIG)
     new: Any = type("Trial", (), {"trial_id": "new"})()
     scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
     assert scheduler.on_trial_result(None, new, {"progress": 20.0, "score": 0.1}) == "STOP"  # type: ignore[arg-type]

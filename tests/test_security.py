@@ -16,7 +16,6 @@ from conftest import run_apart, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
-from raylivecell import confirm, study
 from raylivecell.core.errors import UserError
 from raylivecell.data import draw, prepare, shards
 from raylivecell.inference import results
@@ -24,7 +23,8 @@ from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
-from raylivecell.space import Dimension, SweepConfig
+from raylivecell.sweep import final_seeds, study
+from raylivecell.sweep.space import Dimension, SweepConfig
 from raylivecell.training import loop
 from raylivecell.training_config import ModelConfig
 
@@ -230,7 +230,7 @@ def test_a_sweeps_confirming_run(tmp_path: Path, marker: Path) -> None:
     (folder / "metrics.jsonl").write_bytes(pickled(marker))
     (folder / "recipe.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl is not what raylivecell writes"):
-        confirm.scores(str(tmp_path), ["start"], samples=8)
+        final_seeds.scores(str(tmp_path), ["start"], samples=8)
     assert not marker.exists()
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from optuna.trial import FixedTrial
 
 from raylivecell import recipe as recipes
-from raylivecell import space, space_check
 from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
-from raylivecell.space import Condition, Dimension, Shares, SweepConfig
+from raylivecell.sweep import space, space_check
+from raylivecell.sweep.space import Condition, Dimension, Shares, SweepConfig
 
 JOBS = Path(__file__).parents[1] / "jobs"
 WEIGHTS = ("loss.background_weight", "loss.cell_weight", "loss.border_weight")

@@ -23,14 +23,14 @@ from optuna.trial import TrialState
 from quick_trial import quick_trial
 
 from raylivecell import recipe as recipes
-from raylivecell import space, sweep, sweep_stats, tuner
 from raylivecell.core.errors import UserError
 from raylivecell.ingest.augment import AugmentConfig
 from raylivecell.ingest.elastic import ElasticConfig
 from raylivecell.ingest.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
-from raylivecell.space import Condition, Dimension, SweepConfig
+from raylivecell.sweep import space, statistics, sweep, tune
+from raylivecell.sweep.space import Condition, Dimension, SweepConfig
 from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 pytestmark = pytest.mark.ray
@@ -68,8 +68,8 @@ def study_of(out: Path) -> optuna.Study:
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Trials in milliseconds, and reports that draw fewer samples of each importance (50 take 2 s of a core)."""
-    patch.setattr(tuner, "OneWorker", quick_trial())
-    patch.setattr(sweep_stats, "RESAMPLES", 5)
+    patch.setattr(tune, "OneWorker", quick_trial())
+    patch.setattr(statistics, "RESAMPLES", 5)
 
 
 @pytest.fixture

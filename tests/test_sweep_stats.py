@@ -10,9 +10,9 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from raylivecell import space, sweep_stats
 from raylivecell.recipe import Recipe
-from raylivecell.space import ELASTIC, Dimension, SweepConfig
+from raylivecell.sweep import space, statistics
+from raylivecell.sweep.space import ELASTIC, Dimension, SweepConfig
 
 LR, SHARE, ALPHA = "optimizer.lr", "loss.bce_share", "augment.elastic.alpha_x"
 DISTRIBUTIONS = {
@@ -55,14 +55,14 @@ def made(trials: int, gain: float, seed: int = 0) -> optuna.Study:
 
 def test_trials_are_compared_where_all_have_been() -> None:
     study = made(12, 0.0)
-    at, scores = sweep_stats.early_scores(study)
+    at, scores = statistics.early_scores(study)
     assert at == 20
     assert scores == {trial.number: trial.intermediate_values[20] for trial in study.trials[:12]}
 
 
 def test_what_matters_stands_out_of_chance_and_what_does_not_is_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_stats, "RESAMPLES", 20)  # 50 take 18 s
-    found = {one.name: one for one in sweep_stats.importances(made(40, 0.0))}
+    monkeypatch.setattr(statistics, "RESAMPLES", 20)  # 50 take 18 s
+    found = {one.name: one for one in statistics.importances(made(40, 0.0))}
     assert found[LR].value > 0.8
     assert found[LR].low > found[LR].chance
     for name in (SHARE, ELASTIC, ALPHA):
@@ -72,8 +72,8 @@ def test_what_matters_stands_out_of_chance_and_what_does_not_is_not_claimed(monk
 
 
 def test_too_few_trials_say_nothing() -> None:
-    assert sweep_stats.importances(made(6, 0.0)) == []
-    assert sweep_stats.elastic_groups(made(3, 0.0)) == []
+    assert statistics.importances(made(6, 0.0)) == []
+    assert statistics.elastic_groups(made(3, 0.0)) == []
 
 
 @pytest.mark.parametrize("gain", [-0.1, 0.0, 0.1])
@@ -81,8 +81,8 @@ def test_off_against_on_contains_the_truth(gain: float) -> None:
     """Over 40 studies a 95 % interval misses the truth four times at most (binomial, p < 0.05 for five)."""
     missed = 0
     for seed in range(40):
-        off, on = sweep_stats.elastic_groups(made(40, gain, seed))
-        _, low, high = sweep_stats.difference(off, on)
+        off, on = statistics.elastic_groups(made(40, gain, seed))
+        _, low, high = statistics.difference(off, on)
         missed += not low <= gain <= high
     assert missed <= 4
 
@@ -98,12 +98,12 @@ def test_the_table_holds_every_trial() -> None:
         },
         shares=(),
     )
-    rows = list(csv.DictReader(io.StringIO(sweep_stats.trials_csv(study, Recipe(), config))))
+    rows = list(csv.DictReader(io.StringIO(statistics.trials_csv(study, Recipe(), config))))
     assert [int(row["trial"]) for row in rows] == list(range(13))
     assert [row["state"] for row in rows[:3]] == ["complete", "complete", "pruned"]
     assert rows[12]["failed"] == "crashed"
     for row, trial in zip(rows, study.trials[:12]):
-        assert float(row["dice"]) == sweep_stats.score(trial)
+        assert float(row["dice"]) == statistics.score(trial)
         assert float(row[LR]) == trial.params[LR]
         assert (row[ALPHA] == "") == (trial.params[ELASTIC] == 0)
-    assert sweep_stats.time_spent(study) == (120.0, pytest.approx(0.8))
+    assert statistics.time_spent(study) == (120.0, pytest.approx(0.8))

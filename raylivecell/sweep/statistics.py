@@ -15,8 +15,8 @@ from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
 from raylivecell.recipe import Recipe
-from raylivecell.space import ELASTIC, SweepConfig
-from raylivecell.study import finished, values
+from raylivecell.sweep.space import ELASTIC, SweepConfig
+from raylivecell.sweep.study import finished, values
 
 RESAMPLES = 50
 TREES = 32

@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raylivecell import space
 from raylivecell.core.errors import UserError
 from raylivecell.recipe import Recipe
-from raylivecell.space import Condition, Dimension, Shares, SweepConfig
+from raylivecell.sweep import space
+from raylivecell.sweep.space import Condition, Dimension, Shares, SweepConfig
 
 
 def check(recipe: Recipe, config: SweepConfig) -> None:

@@ -1,8 +1,8 @@
 """Ray Tune and Optuna around the same training loop: a better recipe than the one it started from.
 
-1. The driver opens the study (study.py), decodes the samples into the object store once, and shares the cluster out.
-2. Tune runs the trials (trial.py) that the study asks for; ASHA stops the weak ones.
-3. Start and best are trained again with fresh seeds, on request (confirm.py).
+1. The driver opens the study (sweep/study.py), decodes the samples into the object store once, and shares the cluster out.
+2. Tune runs the trials (sweep/trial.py) that the study asks for; ASHA stops the weak ones.
+3. Start and best are trained again with fresh seeds, on request (sweep/final_seeds.py).
 4. best.yaml, its checkpoint, trials.csv and report.html are drawn from the study and the runs' folders alone.
 
 A sweep ends with a best.yaml of a run that finished, or with an error that says why there is none.
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 import optuna
 from optuna.trial import TrialState
 
-from raylivecell import confirm, space, space_check, sweep_report, sweep_stats, tuner
 from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
@@ -25,12 +24,13 @@ from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
 from raylivecell.runtime import prometheus, session
-from raylivecell.search import Search
-from raylivecell.space import SweepConfig
-from raylivecell.study import StudyFile, finished, folder_of, left_running, open_study
+from raylivecell.sweep import final_seeds, report, space, space_check, statistics, tune
+from raylivecell.sweep.search import Search
+from raylivecell.sweep.space import SweepConfig
+from raylivecell.sweep.study import StudyFile, finished, folder_of, left_running, open_study
+from raylivecell.sweep.trial import Shared
 from raylivecell.training import preflight
 from raylivecell.training.display import Board
-from raylivecell.trial import Shared
 
 BEST = progress.FOLDER + "best"
 
@@ -60,7 +60,7 @@ def sweep(
         study_url: Optuna storage to use instead of OUT/study.db.
         at_once: trials at once; default: what the cluster has room for.
         retries: how often a trial goes on from its last checkpoint after a crash.
-        seeds: fresh ones with which start and best are trained again, to their end (confirm.py).
+        seeds: fresh ones with which start and best are trained again, to their end (sweep/final_seeds.py).
         mlflow: tracking URI, where trials are logged to MLflow too.
 
     Raises:
@@ -83,21 +83,21 @@ def sweep(
     _tidy(out, study)
     file.publish()
     complete = len(finished(study)) >= trials
-    storage.write_bytes(storage.join(out, "trials.csv"), sweep_stats.trials_csv(study, recipe, config).encode())
-    if complete or sweep_stats.complete(study):
+    storage.write_bytes(storage.join(out, "trials.csv"), statistics.trials_csv(study, recipe, config).encode())
+    if complete or statistics.complete(study):
         _finish(data, shared, config, study, room, retries, seeds if complete else 0)
     if not complete:
         raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; go on with --resume")
     return study
 
 
-def _room(recipe: Recipe, config: SweepConfig, at_once: int | None) -> tuner.Capacity:
+def _room(recipe: Recipe, config: SweepConfig, at_once: int | None) -> tune.Capacity:
     """Join the cluster, and how it is shared among trials; UserError for what it cannot compute."""
     session.connect(dashboard=True)
     _check_variants(recipe, config, preflight.hardware)
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
-    room = tuner.capacity(config, session.machines(), at_once)
+    room = tune.capacity(config, session.machines(), at_once)
     preflight.gpus_work()
     return room
 
@@ -157,7 +157,7 @@ def _check_unused(out: str, data: str, recipe: Recipe, config: SweepConfig, resu
         raise UserError(f"the sweep at {out} has another recipe or search; resume it with its own {out}/recipe.yaml")
 
 
-def _plan_of(config: SweepConfig, room: tuner.Capacity, left: int, trials: int) -> str:
+def _plan_of(config: SweepConfig, room: tune.Capacity, left: int, trials: int) -> str:
     """What will be done, in one line."""
     done = f" ({trials - left} done before)" if left < trials else ""
     on = f"{room.gpus:g} GPU and {room.cpus:g} CPU" if room.gpus else f"{room.cpus:g} CPU"
@@ -166,7 +166,7 @@ def _plan_of(config: SweepConfig, room: tuner.Capacity, left: int, trials: int) 
     return f"{trials} trials{done}, {room.at_once} at once{workers}, {on} a worker; {config.sampler}; {early}"
 
 
-def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tuner.Capacity) -> Shared:
+def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tune.Capacity) -> Shared:
     store = stream_budget_bytes()
     return Shared(
         recipe,
@@ -186,7 +186,7 @@ def _search(
     file: StudyFile,
     shared: Shared,
     config: SweepConfig,
-    room: tuner.Capacity,
+    room: tune.Capacity,
     left: int,
     retries: int,
     mlflow: str | None,
@@ -201,13 +201,13 @@ def _search(
         prometheus.show_sweep(addresses.name(shared.out), trials, _best_so_far(study, config))
 
     with Board(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
-        tuner.run(
+        tune.run(
             shared,
             room,
             retries,
-            [tuner.Watch(board, shared.out, changed), *tuner.mlflow_callbacks(mlflow, study.study_name)],
+            [tune.Watch(board, shared.out, changed), *tune.mlflow_callbacks(mlflow, study.study_name)],
             search_alg=search,
-            scheduler=tuner.scheduler(study, config),
+            scheduler=tune.scheduler(study, config),
             num_samples=left,
         )
     changed()
@@ -220,13 +220,13 @@ def _tidy(out: str, study: optuna.Study) -> None:
 
 
 def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:
-    scores = [trial.values[0] for trial in sweep_stats.complete(study)]
+    scores = [trial.values[0] for trial in statistics.complete(study)]
     return max(scores, default=None) if config.objectives[0] != "ms_per_image" else None
 
 
 def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
     """The trial with the best of the first objective (of several objectives: among those that none beats in all)."""
-    if not sweep_stats.complete(study):
+    if not statistics.complete(study):
         reasons = {str(trial.user_attrs.get("failed", "stopped early")) for trial in finished(study)}
         raise UserError(
             f"no best.yaml: none of {len(finished(study))} trials trained to its end ({'; '.join(sorted(reasons))}); "
@@ -237,7 +237,7 @@ def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
     return max(best, key=lambda trial: (sign * trial.values[0], -trial.number))
 
 
-def _warn_of_unfinished(names: Iterable[str], confirmed: confirm.Scores, seeds: int) -> None:
+def _warn_of_unfinished(names: Iterable[str], confirmed: final_seeds.Scores, seeds: int) -> None:
     """Say in one line which candidates are not compared with all of the `seeds` that were asked for."""
     short = [name for name in names if len(confirmed.get(name, {})) < seeds]
     if short and confirmed:
@@ -261,34 +261,34 @@ def _finish(
     shared: Shared,
     config: SweepConfig,
     study: optuna.Study,
-    room: tuner.Capacity,
+    room: tune.Capacity,
     retries: int,
     seeds: int,
 ) -> None:
     """Confirm the best trial with `seeds` fresh seeds; write best.yaml, its checkpoint and report.html."""
     out, recipe, best = shared.out, shared.recipe, _best(study, config)
-    names = confirm.candidates(recipe, config, study, best)
+    names = final_seeds.candidates(recipe, config, study, best)
     if seeds:
         _write_best(out, config, study, best, {})  # stays where the confirming runs are interrupted
-        confirm.run(shared, names, seeds, room, retries)
-    confirmed = confirm.scores(out, names, len(shared.samples.train))
+        final_seeds.run(shared, names, seeds, room, retries)
+    confirmed = final_seeds.scores(out, names, len(shared.samples.train))
     _warn_of_unfinished(names, confirmed, seeds)
     why = _write_best(out, config, study, best, confirmed)
     listed = {name: list(each.values()) for name, each in confirmed.items()}
-    sweep_report.write(out, data, recipe, config, study, best, listed)
+    report.write(out, data, recipe, config, study, best, listed)
     console.print(f"best: {why}", soft_wrap=True, markup=False)
     console.print(f"written: {out}/report.html, best.yaml, {BEST}/, trials.csv, study.db", soft_wrap=True, markup=False)
 
 
 def _write_best(
-    out: str, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial, confirmed: confirm.Scores
+    out: str, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial, confirmed: final_seeds.Scores
 ) -> str:
     """Write best.yaml and its checkpoint, of the confirming runs where there are some; why it is the best."""
     named = ", ".join(f"{space.OBJECTIVES[one].unit} {value:.4g}" for one, value in zip(config.objectives, best.values))
     folder, why = storage.join(out, folder_of(best.number)), f"trial {best.number} of {len(study.trials)}; {named}"
     objectives = [space.OBJECTIVES[one] for one in config.objectives]
     if confirmed and [one.column for one in objectives] == ["score"]:
-        folder, why = confirm.winner(out, confirmed, objectives[0].unit)
+        folder, why = final_seeds.winner(out, confirmed, objectives[0].unit)
     source = progress.find(folder)
     text = storage.read_bytes(storage.join(source, progress.RECIPE))
     storage.write_bytes(storage.join(out, "best.yaml"), f"# {why}.\n".encode() + text)

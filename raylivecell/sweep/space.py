@@ -14,7 +14,7 @@
 2. `start` returns the trial parameters of the starting recipe, which is the first trial.
 3. `apply` writes values into a recipe.
 
-space_check.py refuses a space that does not fit the recipe.
+sweep/space_check.py refuses a space that does not fit the recipe.
 """
 
 import json

@@ -12,10 +12,10 @@ import optuna
 from optuna.trial import Trial, TrialState
 from ray.tune.search import Searcher
 
-from raylivecell import space
 from raylivecell.recipe import Recipe
-from raylivecell.space import OBJECTIVES, SweepConfig
-from raylivecell.study import end_of, folder_of
+from raylivecell.sweep import space
+from raylivecell.sweep.space import OBJECTIVES, SweepConfig
+from raylivecell.sweep.study import end_of, folder_of
 
 # Of a trial's last result, what the study keeps as attributes of the trial.
 ATTRIBUTES = ("steps", "step", "training_seconds", "failed")

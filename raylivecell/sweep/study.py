@@ -16,12 +16,12 @@ import sqlalchemy
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from raylivecell import space
 from raylivecell.core import addresses, storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.process_settings import log_levels
 from raylivecell.recipe import Recipe
-from raylivecell.space import OBJECTIVES, SweepConfig
+from raylivecell.sweep import space
+from raylivecell.sweep.space import OBJECTIVES, SweepConfig
 
 FILE = "study.db"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)

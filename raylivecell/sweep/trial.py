@@ -18,7 +18,6 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from torch import nn
 
-from raylivecell import space
 from raylivecell.core import storage
 from raylivecell.core.errors import MachineError, UserError
 from raylivecell.ingest.dataset import Samples
@@ -27,6 +26,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs.run_log import Journal
 from raylivecell.runtime import prometheus
+from raylivecell.sweep import space
 from raylivecell.training import loop, preflight, ray_train
 from raylivecell.training.job import Job
 from raylivecell.training.worker import Place, reports, save, told

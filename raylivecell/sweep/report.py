@@ -13,16 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from raylivecell import space, sweep_stats
 from raylivecell.core import addresses, storage
 from raylivecell.network import forward
 from raylivecell.recipe import Recipe
 from raylivecell.reports import page
 from raylivecell.reports.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
 from raylivecell.runs import checkpoint
-from raylivecell.space import OBJECTIVES, SweepConfig
-from raylivecell.study import finished, folder_of, values
-from raylivecell.sweep_stats import Group
+from raylivecell.sweep import space, statistics
+from raylivecell.sweep.space import OBJECTIVES, SweepConfig
+from raylivecell.sweep.statistics import Group
+from raylivecell.sweep.study import finished, folder_of, values
 
 MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to its end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
 STRENGTH = {"augment.elastic.alpha_x", "augment.elastic.sigma"}
@@ -74,9 +74,9 @@ def write(
 def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, str]]:
     """The sweep in a few figures: label and value."""
     unit = OBJECTIVES[config.objectives[0]].unit
-    first = next((sweep_stats.score(trial) for trial in finished(study) if trial.number == 0), None)
+    first = next((statistics.score(trial) for trial in finished(study) if trial.number == 0), None)
     states = [trial.state for trial in finished(study)]
-    wall, share = sweep_stats.time_spent(study)
+    wall, share = statistics.time_spent(study)
     tiles = [(f"best {unit}, trial {best.number}", page.number(best.values[0]))]
     if first is not None:
         tiles.append((f"{unit} of the start, trial 0", page.number(first)))
@@ -99,10 +99,10 @@ def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
     figure, axes = page.axes_of(6.4, 3.0)
     _points(axes, [(trial.number, trial) for trial in finished(study)])
     pick = max if OBJECTIVES[config.objectives[0]].mode == "max" else min
-    ends = [(trial.number, trial.values[0]) for trial in sweep_stats.complete(study)]
+    ends = [(trial.number, trial.values[0]) for trial in statistics.complete(study)]
     steps = [(number, pick(value for at, value in ends if at <= number)) for number, _ in ends]
     axes.step(*zip(*steps), where="post", color=GREEN, linewidth=1.6, label="best so far")
-    failed = [trial.number for trial in finished(study) if sweep_stats.score(trial) is None]
+    failed = [trial.number for trial in finished(study) if statistics.score(trial) is None]
     low = axes.get_ylim()[0]
     axes.plot(failed, [low] * len(failed), "x", color=RED, label="failed" if failed else None)
     axes.set(xlabel="trial", ylabel=OBJECTIVES[config.objectives[0]].unit)
@@ -114,7 +114,7 @@ def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
 def _points(axes: Axes, trials: Sequence[tuple[Any, FrozenTrial]]) -> None:
     """A mark for each trial that has a score, at its place on the x axis."""
     for state, (marker, colour, label) in MARKS.items():
-        places = [(x, sweep_stats.score(trial)) for x, trial in trials if trial.state is state]
+        places = [(x, statistics.score(trial)) for x, trial in trials if trial.state is state]
         places = [place for place in places if place[1] is not None]
         if places:
             axes.plot(*zip(*places), marker, color=colour, markersize=5, alpha=0.8, label=label)
@@ -125,7 +125,7 @@ def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
     if len(config.objectives) < 2:
         return []
     figure, axes = page.axes_of(6.4, 3.0)
-    ends = [trial.values[:2] for trial in sweep_stats.complete(study)]
+    ends = [trial.values[:2] for trial in statistics.complete(study)]
     axes.plot([b for _, b in ends], [a for a, _ in ends], "o", color=GRAY, markersize=5, label="trials")
     front = sorted(trial.values[1::-1] for trial in study.best_trials)
     axes.plot(*zip(*front), "o-", color=BLUE, markersize=5, label="Pareto front")
@@ -167,18 +167,18 @@ def _confirmed(confirmed: dict[str, list[float]]) -> list[str]:
 
 def _elastic(study: optuna.Study) -> list[str]:
     """Elastic deformation off against on, at the step that every trial reached."""
-    groups = sweep_stats.elastic_groups(study)
+    groups = statistics.elastic_groups(study)
     if not groups:
         return []
-    at = sweep_stats.early_scores(study)[0]
-    gain, low, high = sweep_stats.difference(groups[0], groups[1])
+    at = statistics.early_scores(study)[0]
+    gain, low, high = statistics.difference(groups[0], groups[1])
     verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse for certain"
     said = (
         f"On is {verdict}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} trials "
         f"without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial had. "
         "The other fields differ too from trial to trial."
     )
-    comparable = sweep_stats.early_scores(study)[1]
+    comparable = statistics.early_scores(study)[1]
     strength = [t for t in finished(study) if t.params.keys() >= STRENGTH and t.number in comparable]
     drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
     if len(strength) > 2:
@@ -205,7 +205,7 @@ def _groups(groups: Sequence[Group]) -> Any:
 
 def _strength(trials: Sequence[FrozenTrial], study: optuna.Study) -> Any:
     figure, axes = page.axes_of()
-    scores = sweep_stats.early_scores(study)[1]
+    scores = statistics.early_scores(study)[1]
     points = [
         (t.params["augment.elastic.alpha_x"], t.params["augment.elastic.sigma"], scores[t.number])
         for t in trials
@@ -222,9 +222,9 @@ def _strength(trials: Sequence[FrozenTrial], study: optuna.Study) -> Any:
 
 def _importances(study: optuna.Study) -> list[str]:
     """Bars of what each parameter matters, with intervals and what chance alone gives."""
-    found = sweep_stats.importances(study)
+    found = statistics.importances(study)
     if not found:
-        few = f"Fewer than {sweep_stats.LEAST_TRIALS} trials can be compared: too few to say."
+        few = f"Fewer than {statistics.LEAST_TRIALS} trials can be compared: too few to say."
         return ["<h2>What matters</h2>", f'<p class="soft">{few}</p>']
     figure, axes = page.axes_of(6.4, 1.0 + 0.32 * len(found))
     places = np.arange(len(found))
@@ -259,7 +259,7 @@ def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list
         categorical = isinstance(having[0].distributions[name], optuna.distributions.CategoricalDistribution)
         _points(axes, [(str(t.params[name]) if categorical else t.params[name], t) for t in having])
         for trial, colour in ((study.trials[0], RED), (best, PINK)):
-            value = sweep_stats.score(trial)
+            value = statistics.score(trial)
             if name in trial.params and value is not None:
                 at = str(trial.params[name]) if categorical else trial.params[name]
                 ring: dict[str, Any] = {"markersize": 11, "fillstyle": "none", "color": colour, "markeredgewidth": 1.8}
@@ -279,8 +279,8 @@ def _changes(recipe: Recipe, chosen: space.Values) -> list[list[str]]:
 def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[str]:
     """What the best and the worst trial find on the same validation images."""
     pick = min if OBJECTIVES[config.objectives[0]].mode == "max" else max
-    scored = [trial for trial in finished(study) if sweep_stats.score(trial) is not None]
-    worst = pick(scored, key=lambda trial: sweep_stats.score(trial) or 0.0)
+    scored = [trial for trial in finished(study) if statistics.score(trial) is not None]
+    worst = pick(scored, key=lambda trial: statistics.score(trial) or 0.0)
     figures = []
     for name, trial in {"Best": best, "Worst": worst}.items():
         network, _ = checkpoint.load_model(storage.join(out, folder_of(trial.number)))
@@ -290,7 +290,7 @@ def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, bes
 
 
 def _trials(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
-    rows = sweep_stats.trial_rows(study, recipe, config)
+    rows = statistics.trial_rows(study, recipe, config)
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
     columns += ["failed"] if any(row["failed"] for row in rows) else []
     cells = [[page.number(row.get(name)) for name in columns] for row in rows]

@@ -15,16 +15,17 @@ from optuna.trial import FrozenTrial
 from ray import tune
 
 from raylivecell import recipe as recipes
-from raylivecell import space, sweep_stats, tuner
 from raylivecell.core import storage
 from raylivecell.ingest.order import Plan
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder as run_folder
 from raylivecell.runs.progress import rank
-from raylivecell.space import ELASTIC, OBJECTIVES, SweepConfig
-from raylivecell.study import values
+from raylivecell.sweep import space, statistics
+from raylivecell.sweep import tune as tuner
+from raylivecell.sweep.space import ELASTIC, OBJECTIVES, SweepConfig
+from raylivecell.sweep.study import values
+from raylivecell.sweep.trial import Shared
 from raylivecell.training.display import Board
-from raylivecell.trial import Shared
 
 FOLDER = "confirm"
 Scores = dict[str, dict[int, float]]
@@ -63,7 +64,7 @@ def _best_with_elastic(recipe: Recipe, config: SweepConfig, study: optuna.Study)
     sign = 1 if OBJECTIVES[config.objectives[0]].mode == "max" else -1
     deforming = [
         trial
-        for trial in sweep_stats.complete(study)
+        for trial in statistics.complete(study)
         if space.get(space.apply(recipe, values(trial, recipe, config)), ELASTIC) > 0
     ]
     return max(deforming, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
