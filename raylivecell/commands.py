@@ -177,7 +177,7 @@ def bench(
         repeats: runs of each rival, in turn.
         images: size of the set of `feed`, `train`, `prepare`, `evaluate` and `scale`.
     """
-    from raylivecell import bench as room
+    from raylivecell.bench import run as room
 
     room.bench(what, local(out or Path("runs/bench") / what), repeats, images)
 

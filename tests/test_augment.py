@@ -392,7 +392,7 @@ def test_the_direct_form_does_what_augment_does_but_in_two_passes() -> None:
 
 
 def test_bench_gives_each_figure_beside_its_rival() -> None:
-    from raylivecell.bench_augment import bench_augment
+    from raylivecell.bench.augment import bench_augment
 
     threads = cv2.getNumThreads()
     result = bench_augment((64, 80), sigma=6, alpha=50, repeats=3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from raylivecell.annotations.rle import Rle
-from raylivecell.bench_evaluate import livecell_evaluation
+from raylivecell.bench.evaluate import livecell_evaluation
 from raylivecell.scoring import average_precision as protocol
 
 SIZE = (60, 60)

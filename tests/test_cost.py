@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell import cost
+from raylivecell.bench import cost
 
 PIECES = cost.Pieces(read=1e-3, transform=2e-3, task=1e-2, take=4e-4, stored=2e5, requests=4, sample=4e5, block=32)
 CLUSTER = cost.Cluster(gpus=8, gpu_images_per_s=400, nodes=2, cores=64, network=1e9, store_requests_per_s=5500)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from raylivecell import bench_step
+from raylivecell.bench import step as bench_step
 from raylivecell.ingest import augment, gpu_augment
 from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.network import forward

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import psutil
 
-from raylivecell.bench_spread import spread
+from raylivecell.bench.spread import spread
 
 HEIGHT, WIDTH = 520, 704
 PATTERNS = 32

@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import ray
 
-from raylivecell import bench_frames
-from raylivecell.bench_spread import spread
+from raylivecell.bench import frames as bench_frames
+from raylivecell.bench.spread import spread
 from raylivecell.ingest import augment, blocks, stream
 from raylivecell.ingest.dataset import free_bytes
 from raylivecell.ingest.order import PhaseConfig, Plan

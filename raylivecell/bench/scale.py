@@ -3,7 +3,7 @@
 A documented simulation, for machines with fewer cores than nodes: each node is a Ray node of its own (raylet, object
 store, processes) with one CPU, and a sample's transformation is a wait of WAIT_S instead of work, so that nodes do not
 take each other's cores. Real are the order, the tasks, the scheduling, the objects, their way from node to node and
-into batches: what could keep throughput from growing. The pieces of `cost.py` are measured too, and what it says of
+into batches: what could keep throughput from growing. The pieces of `bench/cost.py` are measured too, and what it says of
 these clusters is shown beside the runs.
 """
 
@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
-from raylivecell import bench_frames, cost
 from raylivecell.annotations import rle
-from raylivecell.bench_feed import BATCH, images_per_s, in_rounds
-from raylivecell.bench_spread import spread
+from raylivecell.bench import cost, frames
+from raylivecell.bench.feed import BATCH, images_per_s, in_rounds
+from raylivecell.bench.spread import spread
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest import augment, blocks, stream
@@ -51,7 +51,7 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
         repeats: how often each number of nodes is measured.
 
     Returns:
-        `images_per_s`: nodes -> spread; `foretold_images_per_s`: nodes -> cost.py's; `share_of_linear`: nodes -> spread
+        `images_per_s`: nodes -> spread; `foretold_images_per_s`: nodes -> bench/cost.py's; `share_of_linear`: nodes -> spread
         of the ratios to one node in the same turn, by their number; `pieces`: of this machine;
         `seconds_of_ten_million_images`: the table of docs/scaling.md.
 
@@ -118,7 +118,7 @@ def _waiting(wait_s: float) -> Callable[[], None]:
 
 def _feed(images: int, length: int) -> tuple[float, float]:
     """Images/s, and the seconds of this process's time that an image takes; in rounds of `length` blocks."""
-    source, warm_up = in_rounds(bench_frames.frames(images), CROP, length)
+    source, warm_up = in_rounds(frames.frames(images), CROP, length)
     with closing(stream.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
         speed = images_per_s(batches, BATCH, warm_up)

@@ -20,10 +20,10 @@ import torch
 from ray.train import UserCallback
 from torch import Tensor, nn
 
-from raylivecell import bench_frames, bench_step
-from raylivecell.bench_feed import images_per_s
-from raylivecell.bench_spread import spread
-from raylivecell.bench_step import CROP, MONAI, OURS, PARTS, PLAIN
+from raylivecell.bench import frames, step
+from raylivecell.bench.feed import images_per_s
+from raylivecell.bench.spread import spread
+from raylivecell.bench.step import CROP, MONAI, OURS, PARTS, PLAIN
 from raylivecell.ingest import blocks
 from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.order import PhaseConfig, Plan
@@ -94,11 +94,11 @@ class _Bench:
 
     def __init__(self, images: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.step = bench_step.recipe(self.device)
+        self.step = step.recipe(self.device)
         phases = (PhaseConfig(steps=PARTS * RUN_PART, plain=False, transformed=1),)
         self.recipe = self.step.model_copy(update={"phases": phases, "loop": LoopConfig(report_steps=RUN_PART)})
-        self.frames = bench_frames.frames(images)
-        self.samples = bench_frames.samples(self.frames)
+        self.frames = frames.frames(images)
+        self.samples = frames.samples(self.frames)
         self.job = Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
         self.source = self._source(PARTS * RUN_PART)
         self.planes = torch.from_numpy(blocks.load(self.source.plan.rows(0), self.source))
@@ -115,9 +115,9 @@ class _Bench:
         return {
             f"loader: {OURS}": lambda: images_per_s(self._stream(many), batch, LOADER_WARM_UP),
             "loader: DataLoader": lambda: images_per_s(iter(self._loader(many)), batch, LOADER_WARM_UP),
-            f"step: {OURS}": lambda: bench_step.ours(self.step, self.planes, self.device),
-            f"step: {PLAIN}": lambda: self._plain(build_model(self.recipe.model), repeated, bench_step.PART),
-            f"step: {MONAI}": lambda: self._plain(bench_step.monai(self.recipe), repeated, bench_step.PART),
+            f"step: {OURS}": lambda: step.ours(self.step, self.planes, self.device),
+            f"step: {PLAIN}": lambda: self._plain(build_model(self.recipe.model), repeated, step.PART),
+            f"step: {MONAI}": lambda: self._plain(step.monai(self.recipe), repeated, step.PART),
             f"both: {OURS}": lambda: self._run(self.recipe),
             f"both: {OURS}, no Ray Train": self._run_here,
             f"both: {PLAIN}, DataLoader": lambda: self._plain(
@@ -136,7 +136,7 @@ class _Bench:
         return ingest.Stream(source, 0, 0, 1, self.job.stream_memory)
 
     def _loader(self, source: blocks.Source) -> Iterable[Tensor]:
-        return bench_frames.loader(bench_frames.Planned(self.frames, source))
+        return frames.loader(frames.Planned(self.frames, source))
 
     def _run(self, recipe: Recipe) -> float:
         """As `raylivecell train` does it, reports and all."""
@@ -150,15 +150,15 @@ class _Bench:
         seconds = last["time"] - first["time"]
         self.ray_train.append((last["cpu_seconds"] - first["cpu_seconds"]) / seconds / psutil.cpu_count())
         self.waits.append(sum(row["data_wait_share"] for row in rows[1:]) / len(rows[1:]))
-        return bench_step.speed(rows, self.recipe.batch_size)
+        return step.speed(rows, self.recipe.batch_size)
 
     def _run_here(self) -> float:
         """The same in this process."""
         with contextlib.closing(self._stream(self.source)) as stream:
-            return bench_step.speed(bench_step.train(self.recipe, tensors(stream), self.device), self.recipe.batch_size)
+            return step.speed(step.train(self.recipe, tensors(stream), self.device), self.recipe.batch_size)
 
     def _plain(self, network: nn.Module, batches: Iterable[Tensor], part: int) -> float:
-        return bench_step.plain(network.to(self.device), batches, self.recipe, self.device, part)
+        return step.plain(network.to(self.device), batches, self.recipe, self.device, part)
 
 
 class _Accounts(UserCallback):

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell.bench_spread import spread
+from raylivecell.bench.spread import spread
 from raylivecell.ingest import augment, elastic
 from raylivecell.ingest.augment import AugmentConfig, Size
 

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raylivecell import bench_prepare, recipe
-from raylivecell.bench_spread import spread
+from raylivecell import recipe
+from raylivecell.bench import prepare
+from raylivecell.bench.spread import spread
 from raylivecell.ingest.order import PhaseConfig
 from raylivecell.recipe import Recipe
 from raylivecell.training_config import LoopConfig, ModelConfig
@@ -60,7 +61,7 @@ def bench_startup(repeats: int = 5) -> dict[str, Any]:
     parts: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
         root = Path(folder)
-        bench_prepare.write_source(root / "source", IMAGES)
+        prepare.write_source(root / "source", IMAGES)
         _timed("prepare", "--source", str(root / "source"), "--out", str(root / "data"))
         (root / "recipe.yaml").write_text(recipe.dump(RECIPE))
         for repeat in range(repeats):

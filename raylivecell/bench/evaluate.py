@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from raylivecell.annotations import rle
-from raylivecell.bench_spread import spread
+from raylivecell.bench.spread import spread
 from raylivecell.scoring import average_precision, scores
 
 SIZE, CELLS = (520, 704), 295

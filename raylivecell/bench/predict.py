@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from raylivecell.annotations import rle
-from raylivecell.bench_spread import spread
+from raylivecell.bench.spread import spread
 from raylivecell.cells import measure
 from raylivecell.cells import watershed as instances
 from raylivecell.inference import image_file, results

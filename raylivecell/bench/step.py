@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raylivecell.bench_spread import spread
+from raylivecell.bench.spread import spread
 from raylivecell.ingest.order import PhaseConfig, Plan
 from raylivecell.network import forward
 from raylivecell.network.losses import segmentation_loss

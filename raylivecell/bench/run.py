@@ -9,7 +9,7 @@ import psutil
 from rich.table import Table
 
 from raylivecell import __version__
-from raylivecell.bench_chart import chart
+from raylivecell.bench.chart import chart
 from raylivecell.core import storage
 from raylivecell.core.console import console
 
@@ -46,39 +46,39 @@ def _run(what: What, repeats: int, images: int) -> dict[str, Any]:
     """Each in a room of its own, imported when asked for: some start Ray."""
     match what:
         case "augment":
-            from raylivecell.bench_augment import bench_augment
+            from raylivecell.bench.augment import bench_augment
 
             return bench_augment(repeats=repeats)
         case "feed":
-            from raylivecell.bench_feed import bench_feed
+            from raylivecell.bench.feed import bench_feed
 
             return bench_feed(images, repeats)
         case "step":
-            from raylivecell.bench_step import bench_step
+            from raylivecell.bench.step import bench_step
 
             return bench_step(repeats)
         case "train":
-            from raylivecell.bench_train import bench_train
+            from raylivecell.bench.train import bench_train
 
             return bench_train(images, repeats)
         case "prepare":
-            from raylivecell.bench_prepare import bench_prepare
+            from raylivecell.bench.prepare import bench_prepare
 
             return bench_prepare(images)
         case "predict":
-            from raylivecell.bench_predict import bench_predict
+            from raylivecell.bench.predict import bench_predict
 
             return bench_predict(repeats)
         case "evaluate":
-            from raylivecell.bench_evaluate import bench_evaluate
+            from raylivecell.bench.evaluate import bench_evaluate
 
             return bench_evaluate(images, repeats)
         case "startup":
-            from raylivecell.bench_startup import bench_startup
+            from raylivecell.bench.startup import bench_startup
 
             return bench_startup(repeats)
         case "scale":
-            from raylivecell.bench_scale import bench_scale
+            from raylivecell.bench.scale import bench_scale
 
             return bench_scale(images, repeats)
 
