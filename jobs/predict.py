@@ -2,6 +2,6 @@
 
 import sys
 
-from raylivecell.cli import main
+from raylivecell.cli.main import main
 
 sys.exit(main(["predict", *sys.argv[1:]]))

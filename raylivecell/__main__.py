@@ -17,6 +17,6 @@ def _without_working_folder() -> list[str]:
 
 if __name__ == "__main__":
     sys.path[:] = _without_working_folder()
-    from raylivecell.cli import main
+    from raylivecell.cli.main import main
 
     sys.exit(main())

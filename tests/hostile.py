@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell import cli
+from raylivecell.cli import main
 
 
 class Hostile:
@@ -36,7 +36,7 @@ def torch_saved(marker: Path) -> bytes:
 def refused(capsys: pytest.CaptureFixture[str], command: str, *more: str | Path) -> str:
     """The one line in which the command line refuses `command`."""
     capsys.readouterr()
-    return one_line(cli.main([*command.split(), *map(str, more)]), capsys.readouterr().err)
+    return one_line(main.main([*command.split(), *map(str, more)]), capsys.readouterr().err)
 
 
 def one_line(code: int, told: str) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from raylivecell import check, cli, probe, recipe
+from raylivecell import recipe
+from raylivecell.cli import check, main, probe
+from raylivecell.cli.probe import Node
 from raylivecell.data import shards
-from raylivecell.probe import Node
 
 GIB = 2**30
 VERSIONS = (("python", "3.11.7"), ("ray", "2.60.0"), ("raylivecell", "0.1.0"), ("torch", "2.13.0"))
@@ -123,22 +124,22 @@ def test_everything_on_a_real_cluster(
     out = tmp_path / "run"
     words = ["check", "--data", tiny_dataset, "--recipe", "jobs/small.yaml", "--out", str(out), "--workers", "2"]
     words += ["--crop", "48", "48"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     told = capsys.readouterr().out
     assert "fail" not in told
     for number, what in enumerate(EVERYTHING, 1):
         assert f"{number:>2} pass  {what}: " in told
     assert not list(tmp_path.iterdir()), "nothing is left behind"
     out.mkdir()
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert list(tmp_path.iterdir()) == [out], "nor is what was there taken away"
     capsys.readouterr()
     bad = ["check", "--data", tiny_dataset, "--recipe", "jobs/small.yaml", "--out", "/proc/none", "--workers", "40"]
-    assert cli.main([*bad, "--batch-size", "4"]) == 1
+    assert main.main([*bad, "--batch-size", "4"]) == 1
     told = capsys.readouterr().out
     for what in ("shared storage", "CPUs for data", "batch"):
         assert f"fail  {what}: " in told
-    assert cli.main(["check", "--data", str(tmp_path / "none"), "--recipe", "jobs/small.yaml"]) == 1
+    assert main.main(["check", "--data", str(tmp_path / "none"), "--recipe", "jobs/small.yaml"]) == 1
     assert "fail  dataset: no dataset at" in capsys.readouterr().out
 
 

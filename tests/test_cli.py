@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from raylivecell import arguments as words
-from raylivecell import cli
+from raylivecell.cli import arguments as words
+from raylivecell.cli import main
 from raylivecell.core.errors import UserError
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -55,7 +55,7 @@ def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsy
     before = sorted(tmp_path.rglob("*"))
     arguments = command.format(tmp=tmp_path, jobs=JOBS).split()
     ran = ray.is_initialized()
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert ray.is_initialized() == ran, "told before Ray is started"
     said = capsys.readouterr().err.strip()
     assert told.format(tmp=tmp_path) in said
@@ -69,8 +69,8 @@ def every_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], obj
     """Replace what each command does."""
 
     def replace(work: Callable[[], object]) -> None:
-        for name, (what, _) in list(cli.COMMANDS.items()):
-            monkeypatch.setitem(cli.COMMANDS, name, (what, lambda arguments: work() and 0))
+        for name, (what, _) in list(main.COMMANDS.items()):
+            monkeypatch.setitem(main.COMMANDS, name, (what, lambda arguments: work() and 0))
 
     return replace
 
@@ -87,11 +87,11 @@ def test_a_signal_ends_every_command_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     every_command(lambda: os.kill(os.getpid(), number))
-    assert cli.TO_RESUME.keys() <= cli.COMMANDS.keys()
-    for name in cli.COMMANDS:
-        assert cli.main([name]) == code
+    assert main.TO_RESUME.keys() <= main.COMMANDS.keys()
+    for name in main.COMMANDS:
+        assert main.main([name]) == code
         said = capsys.readouterr().err
-        assert said == f"raylivecell: {line}{cli.TO_RESUME.get(name, '')}\n"
+        assert said == f"raylivecell: {line}{main.TO_RESUME.get(name, '')}\n"
         assert ("--resume" in said) == (name in ("train", "sweep"))
 
 
@@ -106,14 +106,14 @@ def test_a_reader_that_stops_reading_is_no_error(unbuffered: str) -> None:
     with subprocess.Popen(command, **reading) as process:  # type: ignore[call-overload]
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == cli.EXIT_READER_GONE
+    assert process.returncode == main.EXIT_READER_GONE
 
 
 def test_sigterm_is_what_it_was_after_a_command(every_command: Callable[[Callable[[], object]], None]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     inside: list[object] = []
     every_command(lambda: inside.append(signal.getsignal(signal.SIGTERM)))
-    assert cli.main(["check"]) == 0
+    assert main.main(["check"]) == 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert inside != [before]
 
@@ -129,12 +129,12 @@ def test_debug_shows_the_traceback(
     every_command(full)
     line = "raylivecell: [Errno 28] No space left on device: '/disk/file'; free space on that disk"
     for arguments in (["train"], ["train", "--debug"], ["--debug", "train"], ["--debug", "submit"]):
-        assert cli.main(arguments) == 2
+        assert main.main(arguments) == 2
         said = capsys.readouterr().err
         assert said.splitlines()[-1].startswith(line)
         assert ("Traceback" in said) == ("--debug" in arguments)
     monkeypatch.setenv("RAYLIVECELL_DEBUG", "1")
-    assert cli.main(["train"]) == 2
+    assert main.main(["train"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -144,7 +144,7 @@ def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], 
 
     every_command(bug)
     with pytest.raises(KeyError):
-        cli.main(["train"])
+        main.main(["train"])
 
 
 def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from raylivecell import demo, recipe
+from raylivecell import recipe
+from raylivecell.cli import demo
 from raylivecell.core.errors import UserError
 from raylivecell.inference import actors
 from raylivecell.runtime import placement

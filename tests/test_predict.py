@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from raylivecell import cli
 from raylivecell.cells.watershed import InstanceConfig
+from raylivecell.cli import main
 from raylivecell.core.errors import UserError
 from raylivecell.inference import image_file, predict, segmenter
 from raylivecell.network.unet import build_model
@@ -110,7 +110,7 @@ def test_mistakes_are_told_before_anything_starts(saved: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("given", ["", "--checkpoint {saved} --model {saved}"])
 def test_one_model(given: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["predict", *given.format(saved=saved).split(), "--images", saved, "--out", str(tmp_path)]) == 2
+    assert main.main(["predict", *given.format(saved=saved).split(), "--images", saved, "--out", str(tmp_path)]) == 2
     assert "give either --checkpoint, or --model" in capsys.readouterr().err
 
 

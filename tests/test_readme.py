@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from raylivecell import cli
+from raylivecell.cli import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -25,7 +25,7 @@ def test_commands_and_their_flags_exist(command: str, arguments: str, capsys: py
     stages = arguments.split()[:1] if command == "submit" else []
     for name in [command, *stages]:
         with pytest.raises(SystemExit) as done:
-            cli.main([name, "--help"])
+            main.main([name, "--help"])
         assert done.value.code == 0
     documented = capsys.readouterr().out
     for flag in re.findall(r"--[\w.-]+", arguments):
@@ -55,7 +55,7 @@ def test_it_can_be_followed(ray_cluster: None, tmp_path: Path, monkeypatch: pyte
         words = re.sub(r"--(trials|confirm) \d+", "", arguments).split()
         if command == "download":  # 3.4 GB; test_download.py has a server of its own
             command, words = "synth", [*words, "--images", "8"]
-        assert cli.main([command, *words, *SMALLER.get(command, "").split()]) == 0, command
+        assert main.main([command, *words, *SMALLER.get(command, "").split()]) == 0, command
     cv2.imwrite("well_A1.tif", np.random.default_rng(0).integers(100, 156, (90, 120), np.uint8))
     names = {"truth": np.zeros((90, 120), np.int32)}
     exec(NOTEBOOK, names)

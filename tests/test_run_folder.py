@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from raylivecell import check
 from raylivecell import recipe as recipes
+from raylivecell.cli import check
 from raylivecell.core.errors import UserError
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe

@@ -9,7 +9,7 @@ from conftest import S3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylivecell import cli
+from raylivecell.cli import main
 from raylivecell.core import addresses, storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import sources
@@ -141,7 +141,7 @@ def test_a_secret_in_a_uri_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for secret in SECRETS:
-        assert cli.main(command.format(secret).split()) == 2
+        assert main.main(command.format(secret).split()) == 2
         captured = capsys.readouterr()
         assert "hid" not in captured.out + captured.err, secret
         assert "AWS_SECRET_ACCESS_KEY" in captured.err

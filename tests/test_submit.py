@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
-from raylivecell import cli, submit
+from raylivecell.cli import main, submit
 from raylivecell.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def test_the_printed_command_is_the_request() -> None:
 @pytest.mark.parametrize("stage", submit.STAGES)
 def test_every_stage_has_its_script_and_command(stage: str) -> None:
     assert (ROOT / "jobs" / f"{stage}.py").is_file()
-    assert stage in cli.COMMANDS
+    assert stage in main.COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_mistake_is_told_before_anything_is_sent(
     arguments: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert cli.main(["submit", *arguments.format(tmp=tmp_path).split()]) == 2
+    assert main.main(["submit", *arguments.format(tmp=tmp_path).split()]) == 2
     assert told.format(tmp=tmp_path) in capsys.readouterr().err
 
 
@@ -90,7 +90,7 @@ def test_a_stages_name_may_be_a_flags_value(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(submit, "run", lambda wanted, *_: seen.append(wanted) or 0)
     assert (
-        cli.main(["submit", "--name", "train", "train", "--data", "/d", "--out", "/o", "--recipe", "jobs/small.yaml"])
+        main.main(["submit", "--name", "train", "train", "--data", "/d", "--out", "/o", "--recipe", "jobs/small.yaml"])
         == 0
     )
     assert (seen[0].name, seen[0].stage) == ("train", "train")
@@ -183,12 +183,12 @@ def test_a_real_job(
     words = f"{flags} --phases.0.steps 2 --loop.report-steps 1".split()
     # A node's `python` is its image's; here it is that of the tests.
     own = ["submit", "--address", address, "--env", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]
-    assert cli.main([*own, *words]) == 0
+    assert main.main([*own, *words]) == 0
     assert (Path(out) / "report.html").is_file()
     told = capfd.readouterr().out
     assert "step 2/2" in told
     assert "ray job submit --address" in told
-    assert cli.main([*own, *words]) == 2
+    assert main.main([*own, *words]) == 2
     assert f"{out} holds a run already" in capfd.readouterr().out
     with pytest.raises(UserError, match="the cluster refused the job same"):
         submit.submit(submit.connect(address), request(name="same"), Path("none"))

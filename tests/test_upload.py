@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from raylivecell import upload
+from raylivecell.cli import upload
 
 
 def test_each_folder_has_its_rules_and_links_are_followed_once(tmp_path: Path) -> None:

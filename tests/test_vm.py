@@ -23,7 +23,7 @@ from conftest import missing
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
-from raylivecell import cli
+from raylivecell.cli import main
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "cluster" / "vm"
@@ -280,7 +280,7 @@ def test_slurm_starts_what_ray_and_the_job_understand(tmp_path: Path, capsys: py
     assert (ROOT / words[script]).is_file()
     assert words[script + 1 :] == ["--resume-or-start", "--recipe", "jobs/paper.yaml", "--out", "a b"]
     with pytest.raises(SystemExit):
-        cli.main([Path(words[script]).stem, "--help"])
+        main.main([Path(words[script]).stem, "--help"])
     documented = capsys.readouterr().out
     assert all(word in documented for word in words[script:] if word.startswith("--"))
 
@@ -365,9 +365,9 @@ def test_the_readme_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> N
     assert {words[0] for words in lines} == {"submit", "check"}
     for words in lines:
         documented = ""
-        for command in [words[0], *(word for word in words[1:] if word in cli.COMMANDS)]:
+        for command in [words[0], *(word for word in words[1:] if word in main.COMMANDS)]:
             with pytest.raises(SystemExit):
-                cli.main([command, "--help"])
+                main.main([command, "--help"])
             documented += capsys.readouterr().out
         assert [word for word in words if word.startswith("--") and word not in documented] == []
     subcommands = re.findall(r"^(?:ray|ray exec \S+ 'ray) ([a-z-]+)", text, flags=re.M)

@@ -122,4 +122,4 @@ def _script(source: Path) -> float:
 def _import() -> float:
     """Of what `raylivecell` imports before it knows which command is meant, the interpreter's own start left out."""
     bare = _process([sys.executable, "-c", "pass"])[0]
-    return _process([sys.executable, "-c", "import raylivecell.cli"])[0] - bare
+    return _process([sys.executable, "-c", "import raylivecell.cli.main"])[0] - bare

@@ -12,7 +12,8 @@ from typing import Any
 
 import tyro
 
-from raylivecell import __version__, commands
+from raylivecell import __version__
+from raylivecell.cli import commands
 from raylivecell.core import addresses
 from raylivecell.core.errors import UserError, os_error_line
 from raylivecell.core.process_settings import LOOPBACK_ONLY, environment

@@ -1,6 +1,6 @@
 """`check`: what would fail, hang or be slow, found before anything is spent; each finding with its mend.
 
-Facts come from the nodes (probe.py), the dataset and a trial batch; what to think of them is decided by plain functions
+Facts come from the nodes (cli/probe.py), the dataset and a trial batch; what to think of them is decided by plain functions
 of those facts, so that each can be shown to find what it is for.
 """
 
@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from raylivecell import probe
+from raylivecell.cli import probe
+from raylivecell.cli.probe import Node
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -26,7 +27,6 @@ from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.ingest.target_maps import CHANNELS
 from raylivecell.network import forward as segment
-from raylivecell.probe import Node
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder
 from raylivecell.runtime import placement, session

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from raylivecell.arguments import FLAGS, local, recipe_file, workers_in
+from raylivecell.cli.arguments import FLAGS, local, recipe_file, workers_in
 from raylivecell.core.errors import UserError
 
 
@@ -153,7 +153,7 @@ def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images
         images: how many to draw.
         seed: of the images.
     """
-    from raylivecell import demo as room
+    from raylivecell.cli import demo as room
 
     room.demo(local(out), recipe, images, seed)
 
@@ -316,8 +316,8 @@ def prepare(arguments: Sequence[str]) -> None:
 
 def check(arguments: Sequence[str]) -> int:
     """Find what would fail or hang, before anything is spent."""
-    from raylivecell import check as room
     from raylivecell import recipe as recipes
+    from raylivecell.cli import check as room
     from raylivecell.core import storage
 
     file = recipe_file(arguments)
@@ -348,7 +348,7 @@ def submit(arguments: Sequence[str]) -> int:
     """Run a stage as a job of a Ray cluster."""
     import inspect
 
-    from raylivecell import submit as room
+    from raylivecell.cli import submit as room
 
     def command(
         address: str | None = None,

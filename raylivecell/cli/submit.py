@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from raylivecell import upload
-from raylivecell.arguments import value_of
+from raylivecell.cli import upload
+from raylivecell.cli.arguments import value_of
 from raylivecell.core import addresses
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
