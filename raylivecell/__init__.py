@@ -8,7 +8,7 @@ In a notebook, without a cluster:
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from raylivecell.core.version import __version__
 
 if TYPE_CHECKING:
     from raylivecell.inference.segmenter import load

@@ -23,11 +23,11 @@ from raylivecell.annotations import coco
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects, shards
 from raylivecell.data.defects import DefectRules
-from raylivecell.images import decode, tiff_segments
+from raylivecell.images import formats, tiff_segments
 from raylivecell.network.unet import build_model
+from raylivecell.recipe import ModelConfig
 from raylivecell.runs import checkpoint, progress
 from raylivecell.scoring import coco_results
-from raylivecell.training_config import ModelConfig
 
 HERE = Path(sys.argv[1])
 MIB = 2**20
@@ -64,7 +64,7 @@ def told(function: Callable[..., Any], *given: Any) -> str:
     try:
         function(*given)
         return "read"
-    except (UserError, decode.UnreadableImageError) as error:
+    except (UserError, formats.UnreadableImageError) as error:
         return " ".join(str(error).split())
 
 
@@ -78,26 +78,26 @@ def gigabyte_tile() -> bytes:
 
 
 def pictures() -> Iterator[tuple[str, str]]:
-    yield "png of 100,000 x 100,000", told(decode.decode, png(100_000, chunk(b"IDAT", GIGA)))
-    yield "png with a gigabyte too much", told(decode.decode, png(64, chunk(b"IDAT", GIGA)))
+    yield "png of 100,000 x 100,000", told(formats.decode, png(100_000, chunk(b"IDAT", GIGA)))
+    yield "png with a gigabyte too much", told(formats.decode, png(64, chunk(b"IDAT", GIGA)))
     for kind in (b"zTXt", b"iTXt", b"iCCP"):
         lead = b"a\0\1\0\0\0" if kind == b"iTXt" else b"a\0\0"
-        yield f"png with {kind.decode()}", told(decode.decode, png(64, chunk(kind, lead + GIGA)))
+        yield f"png with {kind.decode()}", told(formats.decode, png(64, chunk(kind, lead + GIGA)))
     strips = {278: 100_000, 273: "place", 279: "length"}
-    yield "tiff of 100,000 x 100,000", told(decode.decode, tiff(100_000, 100_000, strips, GIGA))
-    yield "tiff with a tile of a gigabyte", told(decode.decode, gigabyte_tile())
+    yield "tiff of 100,000 x 100,000", told(formats.decode, tiff(100_000, 100_000, strips, GIGA))
+    yield "tiff with a tile of a gigabyte", told(formats.decode, gigabyte_tile())
     yield from tiffs()
     yield (
         "bmp of 100,000 x 100,000",
         told(
-            decode.decode,
+            formats.decode,
             b"BM"
             + struct.pack("<IIIIiiHHIIIIII", 100, 0, 54, 40, 100_000, 100_000, 1, 8, 0, 0, 0, 0, 0, 0)
             + bytes(46),
         ),
     )
     ghost = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
-    yield "postscript", told(decode.decode, ghost)
+    yield "postscript", told(formats.decode, ghost)
 
 
 def tiffs() -> Iterator[tuple[str, str]]:
@@ -108,38 +108,38 @@ def tiffs() -> Iterator[tuple[str, str]]:
     def chained(offset: int, more: bytes = b"") -> bytes:
         return good[:end] + struct.pack("<I", offset) + good[end + 4 :] + more
 
-    yield "tiff directories in a circle", told(decode.decode, chained(8))
+    yield "tiff directories in a circle", told(formats.decode, chained(8))
     chain = (struct.pack("<HI", 0, len(good) + 6 * (i + 1)) for i in range(100_000))
-    yield "tiff of 100,000 directories", told(decode.decode, chained(len(good), b"".join(chain)))
+    yield "tiff of 100,000 directories", told(formats.decode, chained(len(good), b"".join(chain)))
     overlapping = b"".join(struct.pack("<HHII", 65000 + i % 9, 3, 1, 0) for i in range(4000))
     wide = struct.pack("<H", 4000) + overlapping + bytes(4)
     yield (
         "tiff tag of four billion values",
         told(
-            decode.decode,
+            formats.decode,
             tiff(64, 64, {**strip, 258: 8}, b"").replace(
                 struct.pack("<HHI", 273, 4, 1), struct.pack("<HHI", 273, 4, 2**32 - 1)
             ),
         ),
     )
-    yield "tiff with 4000 tags", told(decode.decode, chained(len(good), wide))
+    yield "tiff with 4000 tags", told(formats.decode, chained(len(good), wide))
     for name, text in (("ome", b"<OME>" + b"<Pixels " * 400_000), ("imagej", b"ImageJ=\n" + b"a=1 \n" * 10**6)):
         entry = struct.pack("<HHII", 270, 2, len(text), len(good) + 12)
         head = struct.pack("<H", struct.unpack_from("<H", good, 8)[0] + 1)
         entries = sorted([*(good[i : i + 12] for i in range(10, end, 12)), entry], key=lambda one: one[:2])
         moved = [struct.pack("<HHII", 273, 4, 1, end + 16) if one[:2] == b"\x11\1" else one for one in entries]
         data = good[:8] + head + b"".join(moved) + bytes(4) + good[end + 4 :] + text
-        yield f"tiff with a long {name} description", told(decode.decode, data)
+        yield f"tiff with a long {name} description", told(formats.decode, data)
     frame = struct.pack(">HHBHHBBBB", 0xFFC0, 11, 8, 65500, 65500, 1, 1, 17, 0)
     jpeg = b"\xff\xd8" + frame + b"\xff\xda\0\x08\1\1\0\0\x3f\0" + bytes(99)
-    yield "tiff with a jpeg of 65,500 x 65,500", told(decode.decode, tiff(64, 64, {**strip, 259: 7}, jpeg))
+    yield "tiff with a jpeg of 65,500 x 65,500", told(formats.decode, tiff(64, 64, {**strip, 259: 7}, jpeg))
     packed = bytearray(lzma.compress(bytes(64 * 64), filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}]))
     packed[16] = 36  # the block's dictionary: 2^30 bytes
     size = 4 * packed[12]
     packed[12 + size : 16 + size] = struct.pack("<I", zlib.crc32(packed[12 : 12 + size]))
     yield (
         "tiff with an lzma dictionary of a gigabyte",
-        told(decode.decode, tiff(64, 64, {**strip, 259: 34925}, bytes(packed))),
+        told(formats.decode, tiff(64, 64, {**strip, 259: 34925}, bytes(packed))),
     )
 
 
@@ -264,7 +264,7 @@ def unguarded() -> Iterator[tuple[str, str]]:
     tiff_segments._MAX_SEGMENT_BYTES, Image.MAX_IMAGE_PIXELS = 2**40, None
     tiff_segments.Layout.padded_pixels = property(lambda layout: 0)  # type: ignore[assignment,method-assign]
     try:
-        yield "tiff with a tile of a gigabyte", told(decode.decode, gigabyte_tile())
+        yield "tiff with a tile of a gigabyte", told(formats.decode, gigabyte_tile())
     except MemoryError:
         yield "tiff with a tile of a gigabyte", "MemoryError"
 

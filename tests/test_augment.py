@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from raylivecell.ingest.augment import (
-    AugmentConfig,
-    augment,
-    augment_direct,
-    augment_planes,
-    plain,
-    plain_planes,
-)
+from raylivecell.ingest.augment import augment, augment_direct, augment_planes, plain, plain_planes
 from raylivecell.ingest.elastic import field, field_direct
+from raylivecell.recipe import AugmentConfig
 
 SIZES = [(520, 704), (333, 434), (97, 61), (16, 200)]
 

@@ -11,7 +11,7 @@ import torch
 from raylivecell.bench import chart, predict, run, scale, startup
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.training_config import ModelConfig
+from raylivecell.recipe import ModelConfig
 
 
 def test_written_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,9 @@ import torch
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.training import loop
-from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(4, 8)))
 

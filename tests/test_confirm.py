@@ -15,16 +15,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
-from raylivecell.ingest.order import PhaseConfig
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import LoopConfig, ModelConfig, PhaseConfig, Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime.placement import Machine
 from raylivecell.sweep import final_seeds, space, study, sweep
 from raylivecell.sweep.space import ELASTIC, Condition, Dimension, SweepConfig
 from raylivecell.sweep.trial import OneWorker, Shared
 from raylivecell.training import loop
-from raylivecell.training_config import LoopConfig, ModelConfig
 
 STEPS = 10
 RECIPE = Recipe(

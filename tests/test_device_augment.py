@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from raylivecell.data import shards
 from raylivecell.ingest import augment, blocks, gpu_augment
-from raylivecell.ingest.augment import AugmentConfig
-from raylivecell.ingest.order import PhaseConfig, Plan
-from raylivecell.recipe import Recipe
+from raylivecell.ingest.order import Plan
+from raylivecell.recipe import AugmentConfig, PhaseConfig, Recipe
 
 CPU = torch.device("cpu")
 configs = st.builds(

@@ -682,7 +682,8 @@ def test_killed_and_started_again(server: Server, tmp_path: Path, waits: Waits) 
         handler.server.release.wait(60)
 
     server.script = [stalls]
-    code = f"from pathlib import Path; from raylivecell.download.livecell import download; download(Path({str(tmp_path)!r}), "
+    code = "from pathlib import Path; from raylivecell.download.livecell import download; "
+    code += f"download(Path({str(tmp_path)!r}), "
     process = subprocess.Popen([sys.executable, "-c", code + f"['train'], {server.url!r})"], stderr=subprocess.DEVNULL)
     assert arrived.wait(60)
     partial = fetching.partial_of(tmp_path / TRAIN)

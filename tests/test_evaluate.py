@@ -18,11 +18,10 @@ from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.inference import evaluate, segmenter
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
 from raylivecell.scoring import average_precision, pixel_scores, scores
-from raylivecell.training_config import ModelConfig
 
 SIZES = [(48, 64), (48, 64), (33, 57), (64, 48)]
 SPLITS = {"test": 10, "val": 3}

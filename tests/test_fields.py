@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from raylivecell.ingest import target_maps
+from raylivecell.recipe import CHANNELS, Targets
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 70))
 SEEDS = st.integers(0, 10**6)
@@ -122,10 +123,10 @@ def test_boundaries_are_where_neighbours_differ(shape: tuple[int, int], seed: in
     np.testing.assert_array_equal(target_maps.boundary(labels), (around != around[..., :1]).any(axis=2))
 
 
-@pytest.mark.parametrize("targets", target_maps.CHANNELS)
+@pytest.mark.parametrize("targets", CHANNELS)
 @settings(max_examples=20)
 @given(shape=SHAPES, seed=SEEDS)
-def test_planes_hold_what_was_packed(targets: target_maps.Targets, shape: tuple[int, int], seed: int) -> None:
+def test_planes_hold_what_was_packed(targets: Targets, shape: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     image, border = rng.integers(0, 256, (2, *shape), np.uint8)
     labels = cells(rng, shape)
@@ -135,7 +136,7 @@ def test_planes_hold_what_was_packed(targets: target_maps.Targets, shape: tuple[
     np.testing.assert_array_equal(packed & 0xFFFF, labels)
     np.testing.assert_array_equal(packed >> 16, border)
     planes = target_maps.planes(image, packed, targets)
-    assert (planes.dtype, planes.shape) == (np.uint8, (2 + len(target_maps.CHANNELS[targets]), *shape))
+    assert (planes.dtype, planes.shape) == (np.uint8, (2 + len(CHANNELS[targets]), *shape))
     out = np.full_like(planes, 99)
     assert target_maps.planes(image, packed, targets, out) is out
     for drawn in (planes, out):

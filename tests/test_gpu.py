@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from raylivecell.bench import step as bench_step
-from raylivecell.ingest import augment, gpu_augment
-from raylivecell.ingest.order import PhaseConfig, Plan
+from raylivecell.ingest import gpu_augment
+from raylivecell.ingest.order import Plan
 from raylivecell.network import forward
 from raylivecell.network.transfer import Sender
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import AugmentConfig, LoopConfig, LossConfig, ModelConfig, PhaseConfig, Recipe
 from raylivecell.training import loop
-from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 STEPS = 12
@@ -69,7 +68,7 @@ def test_bfloat16_learns_as_float32(gpu: torch.device) -> None:
 def test_augment_on_it_as_on_torch_s_cpu(gpu: torch.device) -> None:
     planes = bench_step.random_planes(5).numpy()
     plan = Plan(3, 5, 5, (PhaseConfig(epochs=1, transformed=1),))
-    config = augment.AugmentConfig(device="cuda")
+    config = AugmentConfig(device="cuda")
 
     def frames() -> Iterator[dict[str, torch.Tensor]]:
         for step in range(plan.steps):

@@ -19,8 +19,8 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest import blocks, dataset, target_maps
 from raylivecell.ingest import stream as ingest
-from raylivecell.ingest.augment import AugmentConfig
-from raylivecell.ingest.order import PhaseConfig, Plan
+from raylivecell.ingest.order import Plan
+from raylivecell.recipe import AugmentConfig, PhaseConfig, Targets
 from raylivecell.runtime import ray_internals
 from raylivecell.runtime.ray_internals import blocks_ready
 
@@ -83,7 +83,7 @@ def test_ranks_together_see_what_one_sees_from_any_step_on(
 
 
 @pytest.mark.parametrize("targets", ["foreground", "distance"])
-def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source, targets: target_maps.Targets) -> None:
+def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source, targets: Targets) -> None:
     """A rank of two from a step on, read from the shards and from samples kept decoded; nothing after the last step."""
     source = replace(source, targets=targets)
     expected = direct(source, 5, 1, 2)
@@ -165,7 +165,8 @@ def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: B
 
 
 def test_data_tasks_need_no_torch() -> None:
-    code = "import sys, raylivecell.ingest.execution, raylivecell.ingest.stream, raylivecell.training.ray_train; sys.exit('torch' in sys.modules)"
+    modules = "raylivecell.ingest.execution, raylivecell.ingest.stream, raylivecell.training.ray_train"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -233,9 +234,13 @@ STORE = 80 * 2**20
 STREAM_LARGE = """
 import json, pathlib, sys
 import numpy as np, psutil, ray
-from raylivecell import blocks, dataset, ingest, shards
-from raylivecell.ingest.augment import AugmentConfig
-from raylivecell.ingest.order import PhaseConfig, Plan
+from raylivecell.ingest import blocks
+from raylivecell.ingest import dataset
+from raylivecell.ingest import stream as ingest
+from raylivecell.data import shards
+from raylivecell.recipe import AugmentConfig
+from raylivecell.ingest.order import Plan
+from raylivecell.recipe import PhaseConfig
 
 data, limit = sys.argv[1], int(sys.argv[2])
 ray.init(

@@ -10,7 +10,7 @@ from scipy import ndimage
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.ingest import target_maps
-from raylivecell.ingest.target_maps import Targets
+from raylivecell.recipe import CHANNELS, Targets
 from raylivecell.scoring import instance_scores
 
 SHAPES = st.tuples(st.integers(1, 90), st.integers(1, 90))
@@ -42,10 +42,7 @@ def ideal(labels: np.ndarray, targets: Targets) -> np.ndarray:
 def noise(rng: np.random.Generator, shape: tuple[int, int], targets: Targets) -> np.ndarray:
     """Maps of any sort, smooth or rough, 0 to 1."""
     sigma, level = rng.uniform(0.3, 4), rng.uniform(0.3, 0.7)
-    maps = [
-        cv2.GaussianBlur(rng.normal(size=shape).astype(np.float32), (0, 0), sigma)
-        for _ in target_maps.CHANNELS[targets]
-    ]
+    maps = [cv2.GaussianBlur(rng.normal(size=shape).astype(np.float32), (0, 0), sigma) for _ in CHANNELS[targets]]
     return np.clip(np.stack(maps) * np.float32(sigma) + np.float32(level), 0, 1).astype(np.float32)
 
 
@@ -82,7 +79,7 @@ def test_a_foreground_of_two_discs_that_touch_is_cut_at_its_waist() -> None:
     assert instance_scores.true_positives(instance_scores.overlaps(found, labels), 0.95) == 2 == found.max()
 
 
-@pytest.mark.parametrize("targets", target_maps.CHANNELS)
+@pytest.mark.parametrize("targets", CHANNELS)
 @settings(max_examples=60)
 @given(
     shape=SHAPES,
@@ -113,7 +110,7 @@ def test_what_holds_for_any_maps(targets: Targets, shape: tuple[int, int], seed:
         assert np.bincount(ndimage.label(added)[0].ravel())[1:].max(initial=0) < max(config.smallest, 1)
 
 
-@pytest.mark.parametrize("targets", target_maps.CHANNELS)
+@pytest.mark.parametrize("targets", CHANNELS)
 @settings(max_examples=30)
 @given(shape=SHAPES, seed=SEEDS, smoothing=st.floats(0, 3))
 def test_prominence_1_joins_what_is_connected(
@@ -133,7 +130,7 @@ def test_prominence_1_joins_what_is_connected(
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
 
 
-@pytest.mark.parametrize("targets", target_maps.CHANNELS)
+@pytest.mark.parametrize("targets", CHANNELS)
 def test_more_prominence_only_joins(targets: Targets) -> None:
     for seed in range(20):
         maps = noise(np.random.default_rng(seed), (80, 90), targets)
@@ -158,9 +155,9 @@ def test_a_peak_counts_by_what_it_stands_out(prominence: float, cells: int) -> N
     assert (labels[0, 25] == labels[0, 45]) == (prominence > 0.5)
 
 
-@pytest.mark.parametrize("targets", target_maps.CHANNELS)
+@pytest.mark.parametrize("targets", CHANNELS)
 def test_a_map_without_foreground_has_no_cells(targets: Targets) -> None:
-    maps = np.full((len(target_maps.CHANNELS[targets]), 7, 9), 0.5, np.float32)  # not over 0.5
+    maps = np.full((len(CHANNELS[targets]), 7, 9), 0.5, np.float32)  # not over 0.5
     labels = watershed.segment(maps, targets, InstanceConfig())
     assert (labels.dtype, labels.shape, labels.any()) == (np.int32, (7, 9), False)
     assert watershed.scores(labels, maps[0]).shape == (0,)

@@ -20,10 +20,9 @@ from raylivecell.images.grey_levels import Measures, measure, padding_mask, with
 from raylivecell.images.intensity import Intensity, choose, to_uint8
 from raylivecell.inference import evaluate, export, image_file, segmenter
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
-from raylivecell.training_config import ModelConfig
 
 
 def frame(seed: int, background: float = 128, cells: int = 9, shape: tuple[int, int] = (120, 160)) -> np.ndarray:
@@ -296,9 +295,9 @@ def test_sets_of_other_maps_are_not_mixed(network_of_set: Any, tmp_path: Path) -
     with pytest.raises(ValueError, match="in another way"):
         intensity.between(shifted, offset)
     folder = network_of_set("other", offset)
-    assert set_intensity.read_rule(folder) == offset
+    assert segmenter.intensity_rule(folder) == offset
     (Path(folder) / checkpoint.INTENSITY).unlink()
-    with pytest.raises(set_intensity.UserError, match="older raylivecell wrote it"):
+    with pytest.raises(segmenter.UserError, match="older raylivecell wrote it"):
         segmenter.load(folder)
 
 

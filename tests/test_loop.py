@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from raylivecell.ingest.order import PhaseConfig, Plan
+from raylivecell.ingest.order import Plan
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.unet import build_model
+from raylivecell.recipe import LoopConfig, LossConfig, ModelConfig, OptimizerConfig, PhaseConfig
 from raylivecell.training import loop
-from raylivecell.training_config import LoopConfig, LossConfig, ModelConfig, OptimizerConfig
 
 PLAN = Plan(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import schedule
 from raylivecell.network.unet import Normalise, build_model, count_parameters
-from raylivecell.training_config import LossConfig, ModelConfig, OptimizerConfig
+from raylivecell.recipe import LossConfig, ModelConfig, OptimizerConfig
 
 
 @settings(max_examples=30)

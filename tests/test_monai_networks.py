@@ -13,12 +13,12 @@ from raylivecell import recipe
 from raylivecell.core.errors import UserError
 from raylivecell.network import forward, losses
 from raylivecell.network.unet import build_model
+from raylivecell.recipe import ModelConfig, Network
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
 from raylivecell.sweep import space, space_check, sweep
 from raylivecell.sweep.space import Condition, Dimension, SweepConfig
 from raylivecell.training import preflight
-from raylivecell.training_config import ModelConfig, Network
 
 SMALL: dict[str, dict[str, Any]] = {
     "AttentionUnet": {"channels": [4, 8, 8], "strides": [2, 2]},
@@ -114,5 +114,6 @@ def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
     found = losses.dice_loss()
     assert type(found) is DiceLoss
     assert (found.sigmoid, found.squared_pred, found.reduction) == (True, True, "mean")
-    code = "import sys, raylivecell.inference.segmenter, raylivecell.runs.checkpoint, raylivecell.training.train, raylivecell.ingest.blocks\n"
+    modules = "inference.segmenter", "runs.checkpoint", "training.train", "ingest.blocks"
+    code = f"import sys, {', '.join(f'raylivecell.{module}' for module in modules)}\n"
     subprocess.run([sys.executable, "-c", code + "sys.exit('monai' in sys.modules)"], check=True)

@@ -19,15 +19,13 @@ import ray
 from conftest import missing
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
-from raylivecell.ingest.order import PhaseConfig
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import LoopConfig, ModelConfig, PhaseConfig, Recipe
 from raylivecell.runtime import prometheus as gauges
 from raylivecell.runtime import session
 from raylivecell.sweep.space import Dimension, SweepConfig
 from raylivecell.sweep.sweep import sweep
 from raylivecell.training.job import Job
 from raylivecell.training.train import train
-from raylivecell.training_config import LoopConfig, ModelConfig
 
 FOLDER = Path(__file__).parents[1] / "cluster" / "monitoring"
 CONFIG = (FOLDER / "prometheus.yml").read_text()

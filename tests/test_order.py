@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raylivecell.ingest import order
-from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, PhaseConfig, Plan
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
+from raylivecell.recipe import PhaseConfig
 
 plans = st.builds(
     Plan,

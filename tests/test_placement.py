@@ -11,12 +11,12 @@ from raylivecell import recipe
 from raylivecell.cli import demo
 from raylivecell.core.errors import UserError
 from raylivecell.inference import actors
+from raylivecell.recipe import LoopConfig, ModelConfig
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
 from raylivecell.sweep import tune
 from raylivecell.sweep.space import SweepConfig
 from raylivecell.training import preflight
-from raylivecell.training_config import LoopConfig, ModelConfig
 
 MACHINES = st.lists(
     st.builds(Machine, st.integers(0, 64).map(float), st.sampled_from([0.0, 0.0, 1.0, 2.0, 8.0])),

@@ -25,10 +25,9 @@ from raylivecell.cli import main
 from raylivecell.core.errors import UserError
 from raylivecell.inference import image_file, predict, segmenter
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
-from raylivecell.training_config import ModelConfig
 
 TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}
 
@@ -234,7 +233,7 @@ def test_settings_and_new_images(one_process: None, saved: str, tmp_path: Path) 
     assert {name.split("/")[0] for name in contents(out)} == {"masks", *TABLES} - {"coco.json", "cells.csv"}
 
 
-COMMAND = "import sys; from raylivecell import cli; sys.exit(cli.main(sys.argv[1:]))"
+COMMAND = "import sys; from raylivecell.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
 @pytest.mark.slow
@@ -273,7 +272,8 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 import cv2, numpy as np
-from raylivecell import predict, predictor
+from raylivecell.inference import predict
+from raylivecell.inference import image_file as predictor
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.inference.segmenter import Segmenter
 out = sys.argv[1]

@@ -719,7 +719,9 @@ def test_planted_defects_of_synthetic_data(tmp_path: Path) -> None:
 
 KILLED_AT_EACH_WRITE = """
 import json, os, signal, sys
-from raylivecell import prepare as module, runtime, storage
+from raylivecell.data import prepare as module
+from raylivecell.runtime import session as runtime
+from raylivecell.core import storage
 from raylivecell.data.plan import PrepareConfig
 
 source, out = sys.argv[1:]
@@ -798,7 +800,7 @@ def test_killed_while_drawing_keeps_whole_shards(folder: Folder, ray_cluster: No
 ON_S3 = """
 import sys
 from raylivecell.data.prepare import prepare
-from raylivecell import shards
+from raylivecell.data import shards
 for _ in range(2):
     told = prepare(*sys.argv[1:])
 print(shards.read_row(shards.list_rows(sys.argv[2], "test")[0], ["labels"])["labels"].max())

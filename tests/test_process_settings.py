@@ -94,11 +94,9 @@ def test_calls_from_a_notebook_change_nothing(tiny_dataset: str, ray_cluster: No
     import raylivecell
     from raylivecell.data import prepare
     from raylivecell.inference import predict
-    from raylivecell.ingest.order import PhaseConfig
-    from raylivecell.recipe import Recipe
+    from raylivecell.recipe import ModelConfig, PhaseConfig, Recipe
     from raylivecell.synthetic import writer
     from raylivecell.training.train import train
-    from raylivecell.training_config import ModelConfig
 
     recipe = Recipe(batch_size=2, crop=(32, 32), phases=(PhaseConfig(steps=2),), model=ModelConfig(features=(4, 8)))
     before = snapshot()

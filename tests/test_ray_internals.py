@@ -73,7 +73,7 @@ def test_guard_scheduler_pace() -> None:
 
 def test_guard_data_parallel_trainer() -> None:
     done = run_apart(
-        "import sys; from raylivecell import ray_internals; cls = ray_internals.data_parallel_trainer()\n"
+        "import sys; from raylivecell.runtime import ray_internals; cls = ray_internals.data_parallel_trainer()\n"
         "assert cls.__name__ == 'DataParallelTrainer', cls\n"
         "assert 'torch' not in sys.modules, 'it imports torch'\n"
         "from ray.train.torch import TorchTrainer; assert issubclass(TorchTrainer, cls)"

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from raylivecell.reports import overlay, training
+from raylivecell.reports import overlay, pictures, training
 
 
 def disk(size: int = 64, centre: tuple[int, int] = (32, 32), radius: int = 15) -> np.ndarray:
@@ -69,8 +69,8 @@ class Page(HTMLParser):
 
 
 def written(folder: Path, rows: list[dict], dataset: dict | None = DATASET) -> Page:
-    pictures = [("one.tif", training.panel(np.full((64, 64), 128, np.uint8), disk(), disk(centre=(30, 34))))]
-    training.write_run_report(str(folder), "seed: 0 # <script>", rows, pictures, dataset)
+    panels = [("one.tif", pictures.panel(np.full((64, 64), 128, np.uint8), disk(), disk(centre=(30, 34))))]
+    training.write_run_report(str(folder), "seed: 0 # <script>", rows, panels, dataset)
     return Page((folder / "report.html").read_text())
 
 
@@ -127,7 +127,7 @@ def test_overlay_of_the_smallest_images(shape: tuple[int, int]) -> None:
 
 def test_panel_keeps_the_image_s_pixels() -> None:
     image = np.random.default_rng(1).integers(0, 256, (211, 333), np.uint8)
-    shown = decode(training.panel(image, disk(333)[:211], disk(333)[:211], "title"))
+    shown = decode(pictures.panel(image, disk(333)[:211], disk(333)[:211], "title"))
     np.testing.assert_array_equal(shown[34 : 34 + 211, :333, 0], image)
 
 

@@ -9,12 +9,11 @@ from raylivecell import recipe as recipes
 from raylivecell.cli import check
 from raylivecell.core.errors import UserError
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runs.folder import Failure
 from raylivecell.runs.progress import State
 from raylivecell.training import train
-from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import S3, joined, run_apart
 
 JOB = """
-from raylivecell import cli
+from raylivecell.cli import main as cli
 at = "s3://cells/"
 fields = "--batch-size 4 --crop 32 40 --model.features 4 8 --loop.report-steps 4".split()
 train = ["train", "--data", at + "data", "--out", at + "runs/one", *fields, "--recipe", RECIPE]
@@ -22,12 +22,12 @@ assert cli.main([*train, "--resume"]) == 0
 assert cli.main(["evaluate", "--checkpoint", at + "runs/one", "--data", at + "data", "--out", at + "scores"]) == 0
 predict = ["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "found"]
 assert cli.main(predict) == 0
-from raylivecell import storage
+from raylivecell.core import storage
 storage.write_bytes(at + "images/z.png", b"no image")
 assert cli.main(predict) == 0
 """
 SWEEP = """
-from raylivecell import cli
+from raylivecell.cli import main as cli
 at = "s3://cells/"
 sweep = ["sweep", "--data", at + "data", "--out", at + "runs/sweep", "--recipe", RECIPE, "--retries", "0"]
 assert cli.main([*sweep, "--trials", "2"]) == 0

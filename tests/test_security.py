@@ -20,13 +20,12 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import draw, prepare, shards
 from raylivecell.inference import results
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
 from raylivecell.sweep import final_seeds, study
 from raylivecell.sweep.space import Dimension, SweepConfig
 from raylivecell.training import loop
-from raylivecell.training_config import ModelConfig
 
 RECIPE = Recipe(model=ModelConfig(features=(4,)), crop=(16, 16))
 SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=1e-2, log=True)})
@@ -146,7 +145,7 @@ import sys
 import pyarrow.parquet
 import ray.data._internal.object_extensions.arrow
 import ray.data._internal.tensor_extensions.arrow
-from raylivecell import shards
+from raylivecell.data import shards
 from raylivecell.core.errors import UserError
 
 for path in sys.argv[1:]:

@@ -150,7 +150,7 @@ def test_keys_of_an_object_store(key: str, s3: S3) -> None:
     """There a name is any text: joined to --out on a disk it would lead out of it."""
     s3.client.put_object(Bucket="cells", Key="in/a.png", Body=b"")
     s3.client.put_object(Bucket="cells", Key=key, Body=b"")
-    told = run_apart("from raylivecell import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)
+    told = run_apart("from raylivecell.data import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)
     assert "a name that leads out of it" in told.stderr, told.stdout
 
 

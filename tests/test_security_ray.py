@@ -120,7 +120,7 @@ def test_a_job(head: Head, tmp_path: Path) -> None:
 
 SUBMITTED = """
 import sys
-from raylivecell import cli
+from raylivecell.cli import main as cli
 sys.exit(cli.main(["submit", "--address", sys.argv[1], "--working-dir", sys.argv[2], "prepare", "--source", "s3://a/b",
     "--out", "s3://a/c"]))
 """
@@ -183,7 +183,7 @@ def test_metrics_are_open(head: Head) -> None:
 LISTENERS = """
 import contextlib, json, os, sys, threading
 import psutil
-from raylivecell import cli
+from raylivecell.cli import main as cli
 
 found, done = set(), threading.Event()
 
@@ -200,7 +200,7 @@ def watch():
         look()
 
 def command(arguments):
-    from raylivecell import runtime
+    from raylivecell.runtime import session as runtime
     runtime.connect(cpus=4, dashboard=True)
     import ray
     ray.get(ray.remote(lambda: 1).remote())
@@ -209,7 +209,8 @@ def command(arguments):
     found.clear()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    from raylivecell import recipe, train
+    from raylivecell import recipe
+    from raylivecell.training import train
     row = train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=2)
     done.set()
     watcher.join()

@@ -11,12 +11,11 @@ from raylivecell.inference import segmenter
 from raylivecell.ingest.blocks import ValidationSample
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import State
 from raylivecell.scoring import instance_scores
 from raylivecell.training import worker
-from raylivecell.training_config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (17, 2), (33, 57)])
 def test_any_size_goes_through(saved: str, shape: tuple[int, int]) -> None:
-    network, _ = forward.load(saved, torch.device("cpu"))
+    network, _ = checkpoint.load_network(saved, torch.device("cpu"))
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     for flips in (False, True):
         found = forward.maps(network, image, flips)
@@ -45,7 +44,7 @@ def test_any_size_goes_through(saved: str, shape: tuple[int, int]) -> None:
 
 
 def test_flips_make_the_answer_follow_the_image(saved: str) -> None:
-    network, _ = forward.load(saved, torch.device("cpu"))
+    network, _ = checkpoint.load_network(saved, torch.device("cpu"))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 48, 64), np.uint8))
     plain, averaged = forward.logits(network, images), forward.logits(network, images, flips=True)
     assert not torch.allclose(plain, averaged)
@@ -63,7 +62,7 @@ def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
 @pytest.mark.parametrize("kind", ["none", "strip", "corner"])
 def test_padding_is_neither_shown_to_the_network_nor_scored(saved: str, kind: str) -> None:
     """By validation, `--calibrate` and a run's report as by `evaluate` and `predict`."""
-    network, recipe = forward.load(saved, torch.device("cpu"))
+    network, recipe = checkpoint.load_network(saved, torch.device("cpu"))
     rng = np.random.default_rng(1)
     picture = rng.integers(90, 170, (40, 56), np.uint8)
     image, labels = np.full((64, 56), 128, np.uint8), np.zeros((64, 56), np.uint16)

@@ -12,7 +12,7 @@ from raylivecell.core import signals
 
 DEAF = """
 import sys, time
-from raylivecell import signals
+from raylivecell.core import signals
 
 signals.GRACE_S = 0.1
 with signals.sigterm_as_interrupt("terminated; resume"):

@@ -24,14 +24,18 @@ from quick_trial import quick_trial
 
 from raylivecell import recipe as recipes
 from raylivecell.core.errors import UserError
-from raylivecell.ingest.augment import AugmentConfig
-from raylivecell.ingest.elastic import ElasticConfig
-from raylivecell.ingest.order import PhaseConfig
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import (
+    AugmentConfig,
+    ElasticConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    Recipe,
+)
 from raylivecell.runs import checkpoint, progress
 from raylivecell.sweep import space, statistics, sweep, tune
 from raylivecell.sweep.space import Condition, Dimension, SweepConfig
-from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 pytestmark = pytest.mark.ray
 RECIPE = Recipe(
@@ -203,7 +207,8 @@ def test_a_sweep_in_use_is_refused_and_more_trials_go_on(
 
 DRIVER = """
 import sys
-from raylivecell import space, sweep
+from raylivecell.sweep import space
+from raylivecell.sweep import sweep
 data, out, trials = sys.argv[1:]
 recipe, config = space.load(out + "-recipe.yaml")
 resume = sweep.storage.exists(out + "/recipe.yaml")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from raylivecell.images import decode
+from raylivecell.images import formats
 
 GRAY = np.random.default_rng(0).integers(0, 256, (37, 53), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 2**16, (37, 53), dtype=np.uint16)
@@ -41,12 +41,12 @@ def raw_tiff(width: int, height: int, tags: dict[int, Any], strip: bytes) -> byt
 
 
 def pixels_of(data: bytes) -> np.ndarray:
-    return decode.decode(data).pixels
+    return formats.decode(data).pixels
 
 
 def refusal(data: bytes) -> str:
-    with pytest.raises(decode.UnreadableImageError) as caught:
-        decode.decode(data)
+    with pytest.raises(formats.UnreadableImageError) as caught:
+        formats.decode(data)
     return str(caught.value)
 
 
@@ -309,8 +309,8 @@ def test_a_cut_file_is_refused_or_gives_the_same_pixels(kind: str) -> None:
     expected = pixels_of(data)
     for cut in range(0, len(data), 1 if len(data) < 3000 else 7):
         try:
-            pixels = decode.decode(data[:cut]).pixels
-        except decode.UnreadableImageError:
+            pixels = formats.decode(data[:cut]).pixels
+        except formats.UnreadableImageError:
             continue
         np.testing.assert_array_equal(pixels, expected)
 
@@ -329,8 +329,8 @@ def test_damaged_bytes_never_crash(kind: str, changes: list[tuple[int, int]]) ->
     for place, value in changes:
         data[place % len(data)] = value
     try:
-        pixels = decode.decode(bytes(data)).pixels
-    except decode.UnreadableImageError:
+        pixels = formats.decode(bytes(data)).pixels
+    except formats.UnreadableImageError:
         return
     assert pixels.ndim == 2
     assert pixels.dtype in (np.uint8, np.uint16)

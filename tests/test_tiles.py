@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from raylivecell.cells import watershed
+from raylivecell.cells import strips, watershed
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.ingest import target_maps
-from raylivecell.ingest.target_maps import Targets
 from raylivecell.network import forward
 from raylivecell.network import windows as tiles
+from raylivecell.recipe import CHANNELS, Targets
 from raylivecell.scoring import instance_scores
 
 Network = Callable[[np.ndarray], np.ndarray]
@@ -122,7 +122,7 @@ def assert_same(found: np.ndarray, whole: np.ndarray, but: int = 0) -> None:
     assert instance_scores.true_positives(pairs, 0.75) >= pairs.true_cells - but
 
 
-@pytest.mark.parametrize("targets", target_maps.CHANNELS)
+@pytest.mark.parametrize("targets", CHANNELS)
 @pytest.mark.parametrize("looks_around", [False, True])
 @settings(max_examples=40)
 @given(shape=SIZES, seed=SEEDS)
@@ -135,7 +135,7 @@ def test_strips_give_the_cells_of_the_whole(
     maps = network(image)
     config = watershed.default(targets)
     whole = watershed.segment(maps, targets, config)
-    labels, scores, foreground = tiles.segment(network, image, targets, config, WINDOW, HALO)
+    labels, scores, foreground = strips.segment(network, image, targets, config, WINDOW, HALO)
     assert (labels.dtype, labels.shape, scores.dtype, foreground.dtype) == (np.int32, shape, np.float64, np.bool_)
     np.testing.assert_array_equal(np.unique(labels[labels > 0]), np.arange(1, len(scores) + 1))
     assert_same(labels, whole, but=2 + whole.max() // 50 if looks_around else 0)
@@ -148,11 +148,11 @@ def test_a_strip_takes_no_cell_whose_neighbours_it_cuts() -> None:
     config = watershed.default("foreground")
     for seed in range(25):
         image, network = encoded(mosaic(np.random.default_rng(seed), (260, 200)), "foreground")
-        labels, _, _ = tiles.segment(network, image, "foreground", config, WINDOW, HALO)
+        labels, _, _ = strips.segment(network, image, "foreground", config, WINDOW, HALO)
         assert_same(labels, watershed.segment(network(image), "foreground", config))
 
 
-@pytest.mark.parametrize("targets", target_maps.CHANNELS)
+@pytest.mark.parametrize("targets", CHANNELS)
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(3, 300)), max_size=6), st.integers(12, 40))
 def test_cells_of_any_height_are_whole(targets: Targets, bars: list[tuple[int, int]], halo: int) -> None:
@@ -162,7 +162,7 @@ def test_cells_of_any_height_are_whole(targets: Targets, bars: list[tuple[int, i
         labels[top : top + height, 14 * label - 10 : 14 * label] = label
     image, network = encoded(labels, targets)
     config = InstanceConfig(prominence=1, smoothing=0)
-    found, scores, _ = tiles.segment(network, image, targets, config, window=48, halo=halo)
+    found, scores, _ = strips.segment(network, image, targets, config, window=48, halo=halo)
     pairs = instance_scores.overlaps(found, labels)
     np.testing.assert_array_equal(pairs.iou, 1)
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
@@ -186,7 +186,7 @@ def test_of_two_strips_one_has_the_cell(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(watershed, "segment", wavering)
     for halo in range(16, 40):
-        labels, _, _ = tiles.segment(network, image, "foreground", config, 48, halo)
+        labels, _, _ = strips.segment(network, image, "foreground", config, 48, halo)
         assert labels.max() == whole.max() == 10
         assert instance_scores.true_positives(instance_scores.overlaps(labels, whole), 0.8) == 10
 
@@ -201,7 +201,7 @@ def test_a_cell_goes_on_as_the_one_it_lies_under(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(watershed, "segment", wavering)
     config = InstanceConfig(smallest=0)
-    labels, _, _ = tiles.segment(grey, np.ones((300, 60), np.uint8), "foreground", config, 48, 20)
+    labels, _, _ = strips.segment(grey, np.ones((300, 60), np.uint8), "foreground", config, 48, 20)
     bars = labels.reshape(300, 5, 12)
     assert (bars[:, :, 3:9] == bars[:1, :, 3:4]).all()
     assert len(set(bars[0, :, 3].tolist())) == 5
@@ -215,10 +215,10 @@ def test_an_image_without_cells_and_a_halo_of_none() -> None:
         return np.zeros((1, *pixels.shape), np.float32)
 
     image = np.zeros((150, 70), np.uint8)
-    labels, scores, foreground = tiles.segment(nothing, image, "foreground", InstanceConfig(), 64, 16)
+    labels, scores, foreground = strips.segment(nothing, image, "foreground", InstanceConfig(), 64, 16)
     assert (labels.any(), scores.shape, foreground.any()) == (False, (0,), False)
     with pytest.raises(ValueError, match="halo is 0"):
-        tiles.segment(nothing, image, "foreground", InstanceConfig(), 64, 0)
+        strips.segment(nothing, image, "foreground", InstanceConfig(), 64, 0)
 
 
 @pytest.mark.parametrize("shape", [(1030, 70), (70, 1030), (1100, 1100)])
@@ -235,7 +235,7 @@ def test_torch_networks_are_blended_in_the_same_way(shape: tuple[int, int], monk
 
 MEMORY = """
     import numpy as np
-    from raylivecell import tiles
+    from raylivecell.network import windows as tiles
     from raylivecell.cells.watershed import InstanceConfig
 
     near = (np.arange(40) - 20) ** 2
@@ -244,7 +244,7 @@ MEMORY = """
     def network(pixels):
         return np.broadcast_to(pixels, (3, *pixels.shape)).astype(np.float32)
 
-    labels, scores, _ = tiles.segment(network, image, "distance", InstanceConfig())
+    labels, scores, _ = strips.segment(network, image, "distance", InstanceConfig())
     with open("/proc/self/status") as status:
         peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
     print(labels.max(), scores.min(), peak)

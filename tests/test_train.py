@@ -21,15 +21,13 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.inference.evaluate import evaluate
 from raylivecell.ingest import blocks, dataset
-from raylivecell.ingest.order import PhaseConfig
 from raylivecell.network import forward
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import LoopConfig, ModelConfig, OptimizerConfig, PhaseConfig, Recipe
 from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runtime import session
 from raylivecell.training import gloo, loop, preflight, ray_train, worker
 from raylivecell.training.job import Job
 from raylivecell.training.train import train
-from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 RECIPE = Recipe(
     batch_size=4,
@@ -128,7 +126,8 @@ def test_evaluate_finds_what_two_workers_with_batchnorm_reported(
 
 DRIVER = """
 import sys
-from raylivecell import recipe, train
+from raylivecell import recipe
+from raylivecell.training import train
 train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=1)
 """
 
@@ -233,8 +232,9 @@ def test_ray_trains_controller_loads_no_torch(tiny_dataset: str, ray_cluster: No
 
 def test_a_driver_needs_no_torch_before_its_report() -> None:
     """It would take 1.1 s of every run's start."""
-    rooms = "train", "trainer", "job", "dataset", "recipe"
-    done = run_apart(f"import sys; from raylivecell import {', '.join(rooms)}; sys.exit('torch' in sys.modules)")
+    modules = "training.train", "training.ray_train", "training.job", "ingest.dataset", "recipe"
+    imports = ", ".join(f"raylivecell.{module}" for module in modules)
+    done = run_apart(f"import sys, {imports}; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
 
 

@@ -17,7 +17,8 @@ import torch
 
 from raylivecell.bench.spread import spread
 from raylivecell.ingest import augment, elastic
-from raylivecell.ingest.augment import AugmentConfig, Size
+from raylivecell.ingest.augment import Size
+from raylivecell.recipe import AugmentConfig
 
 OURS, DIRECT, MONAI = "raylivecell", "direct form", "MONAI Rand2DElastic + RandRotate"
 FIELD, FIELD_DIRECT = "field alone", "field alone, direct form"

@@ -18,7 +18,8 @@ from raylivecell.bench import frames as bench_frames
 from raylivecell.bench.spread import spread
 from raylivecell.ingest import augment, blocks, stream
 from raylivecell.ingest.dataset import free_bytes
-from raylivecell.ingest.order import PhaseConfig, Plan
+from raylivecell.ingest.order import Plan
+from raylivecell.recipe import AugmentConfig, PhaseConfig
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
 
@@ -103,7 +104,7 @@ def in_rounds(frames: list[np.ndarray], crop: tuple[int, int] | None, processes:
     samples = bench_frames.samples(frames)
     phase = PhaseConfig(steps=1, plain=False, transformed=1)
     plan = Plan(0, len(frames), BATCH, (phase,))
-    source = blocks.Source(samples.train, plan, augment.AugmentConfig(), crop, samples.frame, samples.kept_train)
+    source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.kept_train)
     batches = processes * stream.block_steps(source, BATCH, None)
     phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})
     return replace(source, plan=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches

@@ -23,11 +23,10 @@ from raylivecell.inference import image_file, results
 from raylivecell.inference.segmenter import Cells
 from raylivecell.ingest import target_maps
 from raylivecell.network import forward
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import LoopConfig, ModelConfig, Recipe
 from raylivecell.reports.overlay import png
 from raylivecell.scoring import average_precision
 from raylivecell.synthetic import writer
-from raylivecell.training_config import LoopConfig, ModelConfig
 
 RECIPE = Recipe(targets="distance", model=ModelConfig(features=(8, 16, 24, 40, 56), norm="group"))
 TABLE = ("area", "centroid", "bbox", "eccentricity", "mean_intensity")

@@ -124,7 +124,7 @@ def _write_json(path: Path, names: list[str], numbers: range, patterns: list[tup
 _CHILD = """
 import json, resource, sys, time
 start = time.perf_counter()
-from raylivecell import runtime
+from raylivecell.runtime import session as runtime
 from raylivecell.data.prepare import prepare
 runtime.connect()
 up = time.perf_counter()

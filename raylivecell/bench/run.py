@@ -8,10 +8,10 @@ from typing import Any, Literal
 import psutil
 from rich.table import Table
 
-from raylivecell import __version__
 from raylivecell.bench.chart import chart
 from raylivecell.core import storage
 from raylivecell.core.console import console
+from raylivecell.core.version import __version__
 
 What = Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
 

@@ -3,8 +3,8 @@
 A documented simulation, for machines with fewer cores than nodes: each node is a Ray node of its own (raylet, object
 store, processes) with one CPU, and a sample's transformation is a wait of WAIT_S instead of work, so that nodes do not
 take each other's cores. Real are the order, the tasks, the scheduling, the objects, their way from node to node and
-into batches: what could keep throughput from growing. The pieces of `bench/cost.py` are measured too, and what it says of
-these clusters is shown beside the runs.
+into batches: what could keep throughput from growing. The parts that `bench/cost.py` adds up are measured too, and its
+prediction for these clusters is shown next to the runs.
 """
 
 import logging
@@ -27,6 +27,7 @@ from raylivecell.bench.spread import spread
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest import augment, blocks, stream
+from raylivecell.recipe import AugmentConfig
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.synthetic import writer
 
@@ -51,8 +52,8 @@ def bench_scale(images: int = 100, repeats: int = 3) -> dict[str, Any]:
         repeats: how often each number of nodes is measured.
 
     Returns:
-        `images_per_s`: nodes -> spread; `foretold_images_per_s`: nodes -> bench/cost.py's; `share_of_linear`: nodes -> spread
-        of the ratios to one node in the same turn, by their number; `pieces`: of this machine;
+        `images_per_s`: nodes -> spread; `foretold_images_per_s`: nodes -> bench/cost.py's; `share_of_linear`: nodes ->
+        spread of the ratios to one node in the same turn, by their number; `pieces`: of this machine;
         `seconds_of_ten_million_images`: the table of docs/scaling.md.
 
     Raises:
@@ -152,7 +153,7 @@ def _pieces(task: float, take: float) -> cost.Pieces:
         read = _seconds(lambda number: blocks.read_sample(rows[number]))
         decoded = [np.asarray(blocks.read_sample(row)) for row in rows]
     out = np.empty((3, *CROP), np.uint8)
-    config = augment.AugmentConfig()
+    config = AugmentConfig()
     transform = _seconds(
         lambda number: augment.augment_planes(decoded[number], np.random.default_rng(number), config, CROP, out)
     )

@@ -14,9 +14,7 @@ from typing import Any
 from raylivecell import recipe
 from raylivecell.bench import prepare
 from raylivecell.bench.spread import spread
-from raylivecell.ingest.order import PhaseConfig
-from raylivecell.recipe import Recipe
-from raylivecell.training_config import LoopConfig, ModelConfig
+from raylivecell.recipe import LoopConfig, ModelConfig, PhaseConfig, Recipe
 
 IMAGES = 32
 OURS, PLAIN = "raylivecell train", "plain PyTorch script"
@@ -32,7 +30,7 @@ SCRIPT = """
 import sys, glob, cv2, numpy as np, torch
 from torch.utils.data import DataLoader, Dataset
 from raylivecell.network.unet import build_model
-from raylivecell.training_config import ModelConfig
+from raylivecell.recipe import ModelConfig
 class Frames(Dataset):
     files = sorted(glob.glob(sys.argv[1] + "/images/*.tif"))
     def __len__(self): return len(self.files)

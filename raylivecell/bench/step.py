@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylivecell.bench.spread import spread
-from raylivecell.ingest.order import PhaseConfig, Plan
+from raylivecell.ingest.order import Plan
 from raylivecell.network import forward
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.unet import build_model, count_parameters
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import LoopConfig, ModelConfig, OptimizerConfig, PhaseConfig, Recipe
 from raylivecell.training import loop
-from raylivecell.training_config import LoopConfig, ModelConfig, OptimizerConfig
 
 CROP = (256, 256)
 # Steps between two looks at the clock, and such parts; the first is warm-up.

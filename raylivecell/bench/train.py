@@ -26,15 +26,14 @@ from raylivecell.bench.spread import spread
 from raylivecell.bench.step import CROP, MONAI, OURS, PARTS, PLAIN
 from raylivecell.ingest import blocks
 from raylivecell.ingest import stream as ingest
-from raylivecell.ingest.order import PhaseConfig, Plan
+from raylivecell.ingest.order import Plan
 from raylivecell.network.transfer import tensors
 from raylivecell.network.unet import build_model, count_parameters
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import LoopConfig, PhaseConfig, Recipe
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.training import ray_train
 from raylivecell.training.job import Job
-from raylivecell.training_config import LoopConfig
 
 # Steps of a whole run between two looks at the clock; the first such part is warm-up.
 RUN_PART = 20

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from raylivecell.core.settings import StrictModel
-from raylivecell.ingest.target_maps import SQUARE, Targets
+from raylivecell.ingest.target_maps import SQUARE
+from raylivecell.recipe import Targets
 
 Labels = NDArray[np.int32]
 Maps = NDArray[np.float32]
@@ -43,7 +44,7 @@ def default(targets: Targets) -> InstanceConfig:
 
 
 def segment(maps: Maps, targets: Targets, config: InstanceConfig) -> Labels:
-    """Labels int32 (H, W), 0 background, 1 to N without gaps, of maps float32 (C, H, W) as `target_maps.CHANNELS`."""
+    """Labels int32 (H, W), 0 background, 1 to N without gaps, of maps float32 (C, H, W) as `recipe.CHANNELS`."""
     cell = maps[0] > config.foreground
     if not cell.any():
         return np.zeros(cell.shape, np.int32)

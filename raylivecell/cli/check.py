@@ -1,7 +1,7 @@
 """`check`: what would fail, hang or be slow, found before anything is spent; each finding with its mend.
 
-Facts come from the nodes (cli/probe.py), the dataset and a trial batch; what to think of them is decided by plain functions
-of those facts, so that each can be shown to find what it is for.
+Facts come from the nodes (cli/probe.py), the dataset and a trial batch. Findings are plain functions of those facts,
+so that each can be tested.
 """
 
 import contextlib
@@ -25,9 +25,8 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
-from raylivecell.ingest.target_maps import CHANNELS
 from raylivecell.network import forward as segment
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import CHANNELS, PhaseConfig, Recipe
 from raylivecell.runs import folder
 from raylivecell.runtime import placement, session
 from raylivecell.training import loop, preflight
@@ -285,7 +284,7 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
     training = loop.start(segment.build(recipe, device), recipe.optimizer, 1)
     forward = wrap(training.model, recipe, 1, device)
     planes = torch.randint(0, 2, (images, 2 + len(CHANNELS[recipe.targets]), *crop), dtype=torch.uint8)
-    plan = order.Plan(0, images, images, (order.PhaseConfig(steps=1),))
+    plan = order.Plan(0, images, images, (PhaseConfig(steps=1),))
     for _ in loop.run(training, forward, iter([{"planes": planes}]), plan, recipe.loop, recipe.loss, lambda _: {}):
         pass
     if device.type == "cuda":

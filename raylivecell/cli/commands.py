@@ -294,6 +294,7 @@ def prepare(arguments: Sequence[str]) -> None:
     """Validate images and annotations, write Parquet shards."""
     from raylivecell.data.prepare import PrepareConfig
     from raylivecell.data.prepare import prepare as run
+    from raylivecell.inference import segmenter
 
     def command(
         source: str,
@@ -309,7 +310,7 @@ def prepare(arguments: Sequence[str]) -> None:
             fields: what to read and what to do with each kind of defect.
             strict: list the defects and stop, if there are any.
         """
-        run(source, out, fields, strict)
+        run(source, out, fields, strict, segmenter.intensity_rule)
 
     tyro.cli(command, prog="raylivecell prepare", args=arguments)
 

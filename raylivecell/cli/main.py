@@ -12,12 +12,12 @@ from typing import Any
 
 import tyro
 
-from raylivecell import __version__
 from raylivecell.cli import commands
 from raylivecell.core import addresses
 from raylivecell.core.errors import UserError, os_error_line
 from raylivecell.core.process_settings import LOOPBACK_ONLY, environment
 from raylivecell.core.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Termination, sigterm_as_interrupt
+from raylivecell.core.version import __version__
 
 
 def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], int | None]:

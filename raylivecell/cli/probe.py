@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylivecell import __version__
 from raylivecell.core import storage
+from raylivecell.core.version import __version__
 
 # Seconds that a node has to start a process, import torch and answer.
 PATIENCE_S = 60.0

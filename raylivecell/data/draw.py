@@ -19,7 +19,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.cell_defects import check_cells
 from raylivecell.data.defects import DefectRules, Facts, rule_of, visible_pixels
-from raylivecell.images import decode, grey_levels, intensity
+from raylivecell.images import formats, grey_levels, intensity
 from raylivecell.images.intensity import Intensity
 
 
@@ -27,8 +27,8 @@ def examine(uri: str) -> Facts:
     """What the image file at `uri` holds."""
     data = storage.read_bytes(uri)
     try:
-        picture = decode.decode(data)
-    except decode.UnreadableImageError as error:
+        picture = formats.decode(data)
+    except formats.UnreadableImageError as error:
         return Facts(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(picture.pixels)
     measures = grey_levels.measure(pixels, grey_levels.padding_mask(pixels))
@@ -102,7 +102,7 @@ def _pixels(job: dict[str, Any], image: dict[str, Any]) -> np.ndarray:
     data = storage.read_bytes(uri)
     if hashlib.sha256(data).hexdigest() != image["sha256"]:
         raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
-    return decode.decode(data).pixels
+    return formats.decode(data).pixels
 
 
 def draw_sample(

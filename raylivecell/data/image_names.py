@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from raylivecell.core.errors import UserError
-from raylivecell.images import decode
+from raylivecell.images import formats
 
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 EXACT, FOLDED, LAST_PARTS = range(3)
@@ -66,7 +66,7 @@ class ImageFolder:
     def like(self, file_name: str) -> str:
         """The name of a file that differs from `file_name` in its suffix alone; "" where there is none."""
         stem = posixpath.splitext(posixpath.basename(_plain(file_name)))[0]
-        names = (stem + suffix for suffix in decode.SUFFIXES)
+        names = (stem + suffix for suffix in formats.SUFFIXES)
         return next((self.by_name[_folded(name)][0] for name in names if _folded(name) in self.by_name), "")
 
     def relative(self, path: str) -> str:
@@ -108,12 +108,12 @@ class ImageFolder:
 def find_images(files: Sequence[str], folder: str | None) -> ImageFolder:
     """Image files of a source's `files`: those under `folder`; by default `images` where there is one, else all."""
     if folder is None:
-        folder = "images" if any(path.startswith("images/") and decode.is_image_name(path) for path in files) else ""
+        folder = "images" if any(path.startswith("images/") and formats.is_image_name(path) for path in files) else ""
     prefix = folder.strip("/") + "/" if folder.strip("/.") else ""
-    paths = tuple(path for path in files if path.startswith(prefix) and decode.is_image_name(path))
+    paths = tuple(path for path in files if path.startswith(prefix) and formats.is_image_name(path))
     if not paths:
         raise UserError(
-            f"no image files ({', '.join(decode.SUFFIXES)}) in {folder or 'the source'}; set images to their folder"
+            f"no image files ({', '.join(formats.SUFFIXES)}) in {folder or 'the source'}; set images to their folder"
         )
     by_name: dict[str, list[str]] = defaultdict(list)
     for path in paths:

@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.images import decode
+from raylivecell.images import formats
 
 _NO_DATA = {"__MACOSX", "@eaDir"}
 """Folders of macOS's archives and of Synology's thumbnails, whose files have the names of the real ones."""
@@ -141,7 +141,7 @@ def _refused(link: str) -> UserError:
 
 
 def _may_be_read(path: str) -> bool:
-    return decode.is_image_name(path) or path.lower().endswith(".json")
+    return formats.is_image_name(path) or path.lower().endswith(".json")
 
 
 def _is_utf8(path: str) -> bool:

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raylivecell import __version__
 from raylivecell.annotations import categories, coco
 from raylivecell.annotations.drawing import MAX_CELLS, TargetsConfig
 from raylivecell.annotations.json_stream import CHUNK
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
+from raylivecell.core.version import __version__
 from raylivecell.data import cell_defects, defects, description, shards
 from raylivecell.data.defects import DefectRules, Entry, Facts, Found
 from raylivecell.data.image_names import ImageFolder, find_images, is_safe_name, settle

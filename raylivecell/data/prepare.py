@@ -29,6 +29,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import defect_table, defects, description, draw, plan, set_intensity, shards
 from raylivecell.data.defects import DefectRules, Facts, Found
 from raylivecell.data.plan import PrepareConfig
+from raylivecell.images.intensity import Intensity
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import data_settings, quiet_data
 from raylivecell.runtime.ray_errors import as_user_errors, explain
@@ -37,7 +38,13 @@ EXAMINE_TOGETHER = 64
 """Image files a task examines: about 0.5 s of work."""
 
 
-def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: bool = False) -> dict[str, Any]:
+def prepare(
+    source: str,
+    out: str,
+    config: PrepareConfig | None = None,
+    strict: bool = False,
+    read_rule: Callable[[str], Intensity] = shards.intensity,
+) -> dict[str, Any]:
     """Write the dataset at URI `out` from the annotated images in the folder or URI `source`.
 
     Args:
@@ -45,22 +52,28 @@ def prepare(source: str, out: str, config: PrepareConfig | None = None, strict: 
         out: where the dataset goes. A dataset made of the same source and settings is left as it is.
         config: settings; default: `PrepareConfig()`.
         strict: raise UserError, after listing them, where there are defects; nothing is left at `out` then.
+        read_rule: reads the intensity rule at the URI `config.intensity_from`; default: that of a dataset.
 
     Returns:
         What dataset.json holds.
     """
     with as_user_errors():
-        return _prepare(storage.absolute(source), storage.absolute(out), config or PrepareConfig(), strict)
+        return _prepare(storage.absolute(source), storage.absolute(out), config or PrepareConfig(), strict, read_rule)
 
 
-def _prepare(source: str, out: str, config: PrepareConfig, strict: bool) -> dict[str, Any]:
+def _prepare(
+    source: str, out: str, config: PrepareConfig, strict: bool, read_rule: Callable[[str], Intensity]
+) -> dict[str, Any]:
     head = plan.heading(source, config)
     old = _existing(out, head, config)
     read = plan.read_source(source, config)
     session.connect()
     facts = _examine(read)
     kept, found = defects.judge(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
-    rule = set_intensity.rule_of_set(kept, facts, config)
+    if config.intensity_from:
+        rule = read_rule(config.intensity_from)
+    else:
+        rule = set_intensity.rule_of_set(kept, facts)
     kept, unusual = set_intensity.judge_levels(kept, facts, rule, config)
     found = [*read.found, *found, *unusual, *plan.unlisted(read, config)]
     if notice := categories.notice(read.categories, config.categories):

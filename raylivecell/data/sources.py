@@ -15,7 +15,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data.image_names import SPLIT_WORDS, splits_of_folder
 from raylivecell.data.listing import list_folder, show
 from raylivecell.data.shards import SPLITS
-from raylivecell.images.decode import is_image_name
+from raylivecell.images.formats import is_image_name
 
 
 def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:

@@ -1,7 +1,7 @@
 """LIVECell from its public bucket to a folder that `prepare` takes.
 
-1. Each file that is not there whole is fetched (`download/fetch.py`), verified, recorded in `livecell.json`, then named.
-2. `decode.zip` is unpacked into `images/`.
+1. Each missing or incomplete file is fetched (fetch.py), verified, recorded in `livecell.json`, then renamed.
+2. `images.zip` is unpacked into `images/`.
 
 Run again, it verifies what is there by the recorded size and SHA-256 and fetches only what is missing or differs.
 """

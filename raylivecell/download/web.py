@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from email.message import Message
 from typing import Any
 
-from raylivecell import __version__
 from raylivecell.core.errors import UserError
 from raylivecell.core.settings import StrictModel
+from raylivecell.core.version import __version__
 
 BLOCK = 1 << 16
 """Bytes read at a time: the most that a broken connection can lose."""

@@ -11,7 +11,7 @@ import numpy as np
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core.console import track
-from raylivecell.ingest.target_maps import Targets
+from raylivecell.recipe import Targets
 from raylivecell.scoring import instance_scores
 
 GRID: dict[str, tuple[float, ...]] = {

@@ -17,13 +17,13 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from raylivecell import __version__
 from raylivecell import recipe as recipes
 from raylivecell.annotations.rle import Rle, decode, encode
 from raylivecell.cells import watershed
 from raylivecell.core import storage
 from raylivecell.core.console import console, show_warnings, track
 from raylivecell.core.errors import UserError
+from raylivecell.core.version import __version__
 from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
@@ -220,7 +220,7 @@ def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> Non
     """Choose the thresholds on validation images and keep them in the checkpoint `folder`."""
     rows = _rows_of(data, "val")
     chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CALIBRATION_IMAGES)).astype(int)]
-    network, recipe = forward.load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    network, recipe = checkpoint.load_network(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cases = []
     for row in track(chosen, "maps", len(chosen)):
         sample = shards.read_row(row, [*PIXELS, "labels"])

@@ -3,7 +3,7 @@
 The graph holds the whole way from grey values to maps, normalisation and sigmoid included:
 
     image   float32 (B, 1, H, W), grey values 0 to 255, any B, H and W; .pt2: H and W over 2 to the number of levels
-    maps    float32 (B, C, H, W), 0 to 1, channels as `target_maps.CHANNELS`
+    maps    float32 (B, C, H, W), 0 to 1, channels as `recipe.CHANNELS`
 
 Beside it lies, as text, what a user of the file must know: `ABOUT`. What was written is opened again and compared with
 the network before it is handed over.
@@ -22,13 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell import __version__
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.core.version import __version__
 from raylivecell.inference import onnx_model
-from raylivecell.ingest.target_maps import CHANNELS
+from raylivecell.recipe import CHANNELS
 from raylivecell.runs import checkpoint, progress
 
 ABOUT = (

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from raylivecell.annotations import rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
-from raylivecell.images import decode
+from raylivecell.images import formats
 from raylivecell.inference import results as parts
 from raylivecell.inference import segmenter
 from raylivecell.inference.results import Part
@@ -64,8 +64,8 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
     """
     told = {"file": file, "version": version}
     try:
-        pixels = decode.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
-    except decode.UnreadableImageError as error:
+        pixels = formats.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
+    except formats.UnreadableImageError as error:
         return Part({**told, "error": _line(error)}, "", [])
     except FileNotFoundError:
         return Part(

@@ -10,7 +10,7 @@ from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import Intensity
-from raylivecell.ingest.target_maps import CHANNELS, Targets
+from raylivecell.recipe import CHANNELS, Targets
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"
@@ -28,7 +28,7 @@ class OnnxModel:
         self.recipe_text = about["recipe"]
 
     def maps(self, image: NDArray[np.uint8]) -> Maps:
-        """What `target_maps.CHANNELS` names in each pixel, float32 (C, H, W), 0 to 1.
+        """What `recipe.CHANNELS` names in each pixel, float32 (C, H, W), 0 to 1.
 
         `image`: uint8 (H, W), on the network's scale.
         """

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
-from raylivecell import __version__
 from raylivecell.core import addresses, storage
 from raylivecell.core import console as progress
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
+from raylivecell.core.version import __version__
 from raylivecell.data import sources
-from raylivecell.images import decode
+from raylivecell.images import formats
 from raylivecell.inference import actors, image_file, results, segmenter
 from raylivecell.inference.image_file import OUTPUTS, PICTURES, Job, Output
 from raylivecell.runs import progress as run_state
@@ -225,7 +225,9 @@ def _image_files(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
     if inside == "":
         raise UserError(f"--out {out} is the folder of the images; choose another --out")
     found = {
-        file: info for file, info in sorted(sources.list_infos(uri, follow_links).items()) if decode.is_image_name(file)
+        file: info
+        for file, info in sorted(sources.list_infos(uri, follow_links).items())
+        if formats.is_image_name(file)
     }
     files = {file: info for file, info in found.items() if inside is None or not file.startswith(inside + "/")}
     if not files:

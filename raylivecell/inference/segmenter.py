@@ -14,14 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell.cells import watershed
+from raylivecell.cells import strips, watershed
 from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.images import decode, grey_levels, intensity
+from raylivecell.data import shards
+from raylivecell.images import formats, grey_levels, intensity
 from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
-from raylivecell.ingest.target_maps import Targets
 from raylivecell.network import windows
+from raylivecell.recipe import Targets
 from raylivecell.runs import progress
 
 ONNX = ".onnx"
@@ -94,7 +95,7 @@ class Segmenter:
 
     def _cells(self, image: NDArray[np.uint8]) -> Cells:
         if image.size > windows.WHOLE_PIXELS:
-            return Cells(*windows.segment(self.network, image, self.targets, self.config))
+            return Cells(*strips.segment(self.network, image, self.targets, self.config))
         return self._cells_of_maps(self.network(image))
 
     def _cells_beside_padding(self, image: NDArray[np.uint8], padding: NDArray[np.bool_]) -> Cells:
@@ -131,10 +132,10 @@ def _outside(cells: Cells, padding: NDArray[np.bool_], smallest: int) -> Cells:
 
 def _read(uri: str) -> Grey:
     try:
-        return decode.decode(storage.read_bytes(storage.absolute(uri))).pixels
+        return formats.decode(storage.read_bytes(storage.absolute(uri))).pixels
     except FileNotFoundError as error:
         raise UserError(f"no image file at {uri}; give its path, or its pixels") from error
-    except decode.UnreadableImageError as error:
+    except formats.UnreadableImageError as error:
         raise UserError(f"{uri}: {error}") from error
 
 
@@ -158,18 +159,36 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
     import torch
 
     from raylivecell import recipe
-    from raylivecell.network import forward as segment
+    from raylivecell.network import forward
     from raylivecell.runs import checkpoint
 
     folder = progress.find(storage.absolute(uri))
-    model, settings = segment.load(folder, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, settings = checkpoint.load_network(folder, place)
     return Segmenter(
-        lambda image: segment.maps(model, image, flips),
+        lambda image: forward.maps(model, image, flips),
         settings.targets,
         checkpoint.load_instances(folder, settings.targets),
         recipe.dump(settings),
         checkpoint.load_intensity(folder),
     )
+
+
+def intensity_rule(uri: str) -> Intensity:
+    """The intensity rule of the dataset, checkpoint, run or ONNX file at `uri`; UserError where there is none."""
+    uri = storage.absolute(uri).rstrip("/")
+    if uri.endswith(ONNX):
+        from raylivecell.inference.onnx_model import load as load_onnx
+
+        return load_onnx(uri).intensity
+    if storage.exists(storage.join(uri, "dataset.json")):
+        return shards.intensity(uri)
+    from raylivecell.runs import checkpoint  # torch
+
+    try:
+        return checkpoint.load_intensity(progress.find(uri))
+    except UserError as error:
+        raise UserError(f"--intensity-from {uri}: no dataset there, and {error}") from error
 
 
 def _flipped(network: Callable[[NDArray[np.uint8]], Maps]) -> Callable[[NDArray[np.uint8]], Maps]:

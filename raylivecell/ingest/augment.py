@@ -7,47 +7,18 @@
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from raylivecell.core.settings import StrictModel
 from raylivecell.ingest import elastic
-from raylivecell.ingest.elastic import ElasticConfig, Maps, Size, Window, field_direct
+from raylivecell.ingest.elastic import Maps, Size, Window, field_direct
+from raylivecell.recipe import AugmentConfig
 
 BACKGROUND = 128
 """Grey level of the background of LIVECell; of other sets `Intensity.background_level`, given as an argument."""
-
-
-class RotationConfig(StrictModel):
-    """Rotation about the image's centre, after the elastic deformation."""
-
-    p: float = Field(default=1.0, ge=0, le=1)
-    """Probability that a sample is rotated."""
-    degrees: float = Field(default=180.0, ge=0, le=180)
-    """The angle is uniform in [-degrees, degrees]; positive turns counter-clockwise."""
-
-
-class AugmentConfig(StrictModel):
-    """Random transformations of the transformed samples; plain samples are only cropped."""
-
-    elastic: ElasticConfig = ElasticConfig()
-    rotation: RotationConfig = RotationConfig()
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a left-right flip, and of an up-down flip, each on its own."""
-    brightness: float = Field(default=12.0, ge=0, le=255)
-    """Grey levels (of 255) added: uniform in [-brightness, brightness]."""
-    contrast: float = Field(default=0.2, ge=0)
-    """Differences from the set's background are multiplied by exp(u), u uniform in [-log(1 + contrast),
-    log(1 + contrast)]."""
-    border: Literal["reflect", "constant"] = "reflect"
-    """What lies outside the image: its mirror image (image and targets alike), or the set's background."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where samples are transformed: by Ray Data's tasks, or by the training process on its GPU, for clusters with few
-    CPUs a GPU. The same transformations of the same samples, to within rounding; all images must be equally large."""
 
 
 class _Draws(NamedTuple):

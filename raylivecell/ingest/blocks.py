@@ -18,6 +18,7 @@ from raylivecell.core.process_settings import opencv_threads
 from raylivecell.data import shards
 from raylivecell.ingest import augment, target_maps
 from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
+from raylivecell.recipe import CHANNELS, AugmentConfig, Targets
 
 PLANES = ("image", "foreground", "border")
 
@@ -33,12 +34,12 @@ class Source:
 
     rows: Sequence[shards.Row]
     plan: Plan
-    config: augment.AugmentConfig
+    config: AugmentConfig
     crop: tuple[int, int] | None
     frame: tuple[int, int]
     """Height and width of an image, where no crop is taken: all are equally large then."""
     kept: Kept = None
-    targets: target_maps.Targets = "foreground"
+    targets: Targets = "foreground"
     task_cpus: float = 1.0
     """That a task of Ray Data reserves."""
     background: int = augment.BACKGROUND
@@ -47,7 +48,7 @@ class Source:
     def shape(self) -> tuple[int, int, int]:
         """Of a sample as it is sent: (2 + C, h, w)."""
         crop = self.crop if self.config.device == "cpu" else None
-        return (2 + len(target_maps.CHANNELS[self.targets]), *(crop or self.frame))
+        return (2 + len(CHANNELS[self.targets]), *(crop or self.frame))
 
 
 def read_sample(row: shards.Row, cells: bool = False) -> Sample:
@@ -92,9 +93,9 @@ def _samples(source: Source, numbers: Sequence[int]) -> Iterator[Sample]:
 def transform(
     sample: Sample, key: tuple[int, int, int, int], source: Source, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """A sample as it is trained on, `target_maps.planes` (h, w), in `out` where given: a pure function of it and the key.
+    """A sample as it is trained on, `target_maps.planes` (h, w), in `out` if given: a pure function of it and the key.
 
-    Where `source.config.device` is a GPU, the whole frame as it is: `device_augment` does the rest.
+    Where `source.config.device` is a GPU, the whole frame as it is: `gpu_augment` does the rest.
 
     Args:
         sample: as `read_sample` gives it; never written.

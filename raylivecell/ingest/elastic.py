@@ -12,9 +12,8 @@ import threading
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from raylivecell.core.settings import StrictModel
+from raylivecell.recipe import ElasticConfig
 
 CUTOFF = 2.5  # highest frequency kept, in units of 1 / sigma
 NODES_PER_SIGMA = 3  # linear interpolation between such nodes changes no pixel's standard deviation by 1 %
@@ -25,20 +24,6 @@ Window = tuple[int, int, int, int]
 Maps = tuple[np.ndarray, np.ndarray]
 """x and y in the source of each pixel, float32 (h, w)."""
 _scratch = threading.local()
-
-
-class ElasticConfig(StrictModel):
-    """Elastic deformation by Gaussian-blurred random fields."""
-
-    p: float = Field(default=1.0, ge=0, le=1)
-    """Probability that a sample is deformed."""
-    alpha_x: float = Field(default=200.0, ge=0)
-    """Strength along x. The displacement is alpha times noise of uniform(-1, 1), blurred and not normalised again:
-    its standard deviation is 0.163 alpha / sigma pixels (3.3 for 200 at sigma 10)."""
-    alpha_y: float = Field(default=200.0, ge=0)
-    """Strength along y, as `alpha_x`."""
-    sigma: float = Field(default=10.0, ge=1)
-    """Smoothness in pixels: standard deviation of the Gaussian that blurs the noise."""
 
 
 def field(rng: np.random.Generator, shape: Size, sigma: float) -> np.ndarray:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylivecell.ingest import augment, elastic
-from raylivecell.ingest.augment import BACKGROUND, AugmentConfig, Move, Size
+from raylivecell.ingest.augment import BACKGROUND, Move, Size
 from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
 from raylivecell.network.transfer import Sender
+from raylivecell.recipe import AugmentConfig
 
 
 def moved(

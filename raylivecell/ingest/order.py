@@ -11,36 +11,10 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from raylivecell.core.settings import StrictModel
+from raylivecell.recipe import PhaseConfig
 
 EPOCH, SAMPLE, VARIANT = range(3)  # columns of `Plan.rows`
-
-
-class PhaseConfig(StrictModel):
-    """A part of the training. Its length is given in epochs or in steps."""
-
-    epochs: int | None = Field(None, ge=1)
-    """Length in passes over the set (its transformed copies included)."""
-    steps: int | None = Field(None, ge=1)
-    """Length in optimiser steps; the length in time is then the same for any size of set."""
-    plain: bool = True
-    """Each epoch holds every image as it is (cropped at random)."""
-    transformed: int = Field(0, ge=0)
-    """Each epoch holds so many transformed copies of every image, different ones every epoch."""
-
-    @model_validator(mode="after")
-    def _one_length_and_some_images(self) -> "PhaseConfig":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give a phase either epochs or steps")
-        if not self.plain and not self.transformed:
-            raise ValueError("a phase needs images: plain: true, or transformed: 1 or more")
-        return self
-
-    def copies(self) -> int:
-        """How often an epoch holds each image."""
-        return int(self.plain) + self.transformed
 
 
 # Up to so many items an epoch's order is a table (8 MiB); above it is computed where it is asked for: a table of ten

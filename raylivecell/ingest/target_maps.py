@@ -14,19 +14,11 @@ the cells' pixels, those to the boundary by 0.05. A cell that the crop cuts has 
 cells cut by the frame have at prediction. Drawing takes 2 ms for a crop of 256 x 256.
 """
 
-from typing import Literal
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Targets = Literal["foreground", "boundary", "distance"]
-CHANNELS: dict[Targets, tuple[str, ...]] = {
-    "foreground": ("foreground",),
-    "boundary": ("foreground", "boundary"),
-    "distance": ("foreground", "centre_distance", "boundary_distance"),
-}
-"""What the network's outputs mean, as probabilities or distances, after a sigmoid."""
+from raylivecell.recipe import CHANNELS, Targets
 
 SQUARE = np.ones((3, 3), np.uint8)
 

@@ -10,27 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raylivecell.data import shards
 from raylivecell.images import grey_levels
 from raylivecell.images.intensity import Frame, Intensity
 from raylivecell.network import windows
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
-from raylivecell.runs import checkpoint
-from raylivecell.scoring import pixel_scores
 
 FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
 
 
 def build(recipe: Recipe, device: torch.device, rule: Intensity | None = None) -> nn.Module:
     """A fresh network of `recipe` on `device`, in the recipe's memory format, for images on the scale of `rule`."""
-    return _placed(build_model(recipe.model, recipe.outputs, rule), recipe, device)
-
-
-def load(uri: str, device: torch.device) -> tuple[nn.Module, Recipe]:
-    """The network of the checkpoint or run at `uri` on `device`, to predict with, and its recipe."""
-    model, recipe = checkpoint.load_model(uri)
-    return _placed(model, recipe, device), recipe
+    return to_device(build_model(recipe.model, recipe.outputs, rule), recipe, device)
 
 
 @torch.inference_mode()
@@ -53,7 +44,7 @@ def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
 
 
 def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
-    """What `target_maps.CHANNELS` names in each pixel of an image (H, W) of any size, float32 (C, H, W), 0 to 1."""
+    """What `recipe.CHANNELS` names in each pixel of an image (H, W) of any size, float32 (C, H, W), 0 to 1."""
     pixels = torch.from_numpy(np.array(image))[None]
     return torch.sigmoid(logits(network, pixels, flips))[0].cpu().numpy()
 
@@ -85,25 +76,8 @@ def maps_of_frame(network: nn.Module, frame: Frame, flips: bool = False) -> NDAr
     return found if frame.usable else np.zeros_like(found)
 
 
-def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
-    """Title and PNG of up to `count` images of a split, spread evenly over it: image beside truth and prediction."""
-    rows = shards.list_rows(data, split)
-    chosen = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
-    return [picture(network, rows[i], flips) for i in chosen]
-
-
-def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
-    """Title (file, Dice, IoU) and PNG of one sample: the image beside truth and prediction."""
-    from raylivecell.reports import training  # matplotlib: 0.3 s that no training process needs to spend
-
-    sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
-    found = logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
-    counts = pixel_scores.as_counts([pixel_scores.mask_counts(found, sample["foreground"])])
-    title = f"{sample['file_name']}   Dice {pixel_scores.dice(counts):.3f}   IoU {pixel_scores.iou(counts):.3f}"
-    return title, training.panel(sample["image"], sample["foreground"], found)
-
-
-def _placed(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+def to_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """`model` on `device`, in the recipe's memory format."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if recipe.loop.channels_last else model  # type: ignore[call-overload]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylivecell.training_config import LossConfig
+from raylivecell.recipe import LossConfig
 
 # Squared errors of distances are some 0.02, a tenth of the losses beside them.
 DISTANCE_SCALE = 10.0
@@ -46,7 +46,7 @@ def segmentation_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Lo
     """The loss of a batch.
 
     Args:
-        logits: float (B, C, H, W), channels as `target_maps.CHANNELS`.
+        logits: float (B, C, H, W), channels as `recipe.CHANNELS`.
         targets: uint8 (B, 1 + C, H, W): foreground, 1 in a cell; 255 times the exponential above; 255 times the fields.
         config: shares and weights.
     """

@@ -76,7 +76,7 @@ def build(name: str, options: Mapping[str, Any], outputs: int, normalise: nn.Mod
     """The network `name` of monai.networks.nets with fresh weights from torch's random state.
 
     Args:
-        name: one of `training_config.Network`, but for `unet`.
+        name: one of `recipe.Network`, but for `unet`.
         options: arguments of its class, without RESERVED.
         outputs: channels of its logits.
         normalise: `unet.Normalise`, the first layer.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from raylivecell.training_config import OptimizerConfig
+from raylivecell.recipe import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:

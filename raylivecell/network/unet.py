@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raylivecell.images.intensity import LIVECELL, Intensity
-from raylivecell.training_config import ModelConfig, Norm
+from raylivecell.recipe import ModelConfig, Norm
 
 
 class Normalise(nn.Module):

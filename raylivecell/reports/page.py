@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from raylivecell import __version__
+from raylivecell.core.version import __version__
 
 # Okabe and Ito (2008): told apart in every common form of colour blindness.
 BLACK, BLUE, GREEN, RED, PINK, GRAY = "#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#9aa5b1"

@@ -6,20 +6,14 @@
 """
 
 import html
-import io
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from raylivecell.core import addresses, storage
 from raylivecell.reports import page
-from raylivecell.reports.overlay import LEGEND, overlay
 from raylivecell.runs.progress import rank
 
 Row = dict[str, Any]
@@ -57,7 +51,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
 def write_run_report(
     out_uri: str, recipe_yaml: str, history: Sequence[Row], overlays: Sequence[Picture], dataset: dict[str, Any] | None
 ) -> None:
-    """Write `training.html` of a training run into the folder `out_uri`, atomically.
+    """Write `report.html` of a training run into the folder `out_uri`, atomically.
 
     Args:
         out_uri: the run's folder.
@@ -146,32 +140,6 @@ def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[s
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
     return figure
-
-
-def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], title: str = "") -> bytes:
-    """The image and, beside it, its segmentation, with title and legend; PNG with one pixel an image pixel.
-
-    Args:
-        image: uint8 (H, W).
-        truth: (H, W), cell where not 0.
-        prediction: (H, W), cell where not 0.
-        title: one line; none where whoever shows the picture prints one.
-    """
-    height, width = image.shape
-    across = max(width, 320)  # narrower, title and legend would not fit
-    gap, head, foot = 10, 34 if title else 0, 34
-    total_w, total_h = 2 * across + gap, head + height + foot
-    figure = Figure(figsize=(total_w / 100, total_h / 100), dpi=100)
-    for left, pixels in ((0, np.dstack([image] * 3)), (across + gap, overlay(image, truth, prediction))):
-        axes = figure.add_axes((left / total_w, foot / total_h, width / total_w, height / total_h))
-        axes.imshow(pixels, interpolation="nearest", aspect="auto")
-        axes.axis("off")
-    figure.text(6 / total_w, 1 - 11 / total_h, title, va="top", fontsize=11)
-    patches = [Patch(color=tuple(np.array(colour) / 255), label=text) for text, colour in LEGEND]
-    figure.legend(handles=patches, loc="lower left", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0, 0))
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
 
 
 def _pictures(overlays: Sequence[Picture]) -> list[str]:

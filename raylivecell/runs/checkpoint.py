@@ -26,11 +26,12 @@ from torch import nn
 from raylivecell import recipe as recipes
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig
-from raylivecell.core import storage
+from raylivecell.core import settings, storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import LIVECELL, Intensity
-from raylivecell.ingest.target_maps import Targets
+from raylivecell.network.forward import to_device
 from raylivecell.network.unet import build_model
+from raylivecell.recipe import Targets
 from raylivecell.runs.progress import MODEL, RECIPE, STATE, State, find, load_state, missing
 
 TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"
@@ -116,6 +117,12 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
     return model.float().eval(), recipe
 
 
+def load_network(uri: str, device: torch.device) -> tuple[nn.Module, recipes.Recipe]:
+    """`load_model` on `device`, in the recipe's memory format: ready to predict with."""
+    model, recipe = load_model(uri)
+    return to_device(model, recipe, device), recipe
+
+
 def save_instances(folder: str, config: InstanceConfig, told: dict[str, Any]) -> None:
     """Keep the thresholds that make cells of the network's maps, and what is `told` of how they were found."""
     storage.write_json(storage.join(folder, INSTANCES), {"thresholds": config.model_dump(), **told})
@@ -129,7 +136,7 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
         return watershed.default(targets)
     with storage.unverified(storage.join(folder, INSTANCES), "delete it and choose thresholds anew with --calibrate"):
         thresholds = values["thresholds"]
-    return recipes.validate(InstanceConfig, thresholds, storage.join(folder, INSTANCES))
+    return settings.validate(InstanceConfig, thresholds, storage.join(folder, INSTANCES))
 
 
 def load_intensity(folder: str) -> Intensity:

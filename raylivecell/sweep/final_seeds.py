@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from ray import tune
 
 from raylivecell import recipe as recipes
-from raylivecell.core import storage
+from raylivecell.core import settings, storage
 from raylivecell.ingest.order import Plan
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder as run_folder
@@ -45,7 +45,7 @@ def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: F
             listed[f"{name}-elastic-off"] = {**chosen, ELASTIC: 0.0}
         elif other := _best_with_elastic(recipe, config, study):
             deformed = space.apply(recipe, values(other, recipe, config))
-            fields = {path: space.get(deformed, path) for path in recipes.field_paths() if _is_elastic(path)}
+            fields = {path: space.get(deformed, path) for path in settings.field_paths(Recipe) if _is_elastic(path)}
             listed[f"{name}-elastic-of-{other.number}"] = {**chosen, **fields}
     trained: dict[str, Recipe] = {}
     for one, fields in listed.items():

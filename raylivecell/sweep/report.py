@@ -14,9 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
 from raylivecell.core import addresses, storage
-from raylivecell.network import forward
 from raylivecell.recipe import Recipe
-from raylivecell.reports import page
+from raylivecell.reports import page, pictures
 from raylivecell.reports.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
 from raylivecell.runs import checkpoint
 from raylivecell.sweep import space, statistics
@@ -284,7 +283,7 @@ def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, bes
     figures = []
     for name, trial in {"Best": best, "Worst": worst}.items():
         network, _ = checkpoint.load_model(storage.join(out, folder_of(trial.number)))
-        for title, png in forward.overlays(network, data, "val", PICTURES):
+        for title, png in pictures.overlays(network, data, "val", PICTURES):
             figures.append(page.figure(f"{name}, trial {trial.number}: {title}", page.data_uri(png, "png")))
     return ["<h2>What the best and the worst trial find</h2>", page.grid("pictures", figures)]
 

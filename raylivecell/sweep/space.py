@@ -26,6 +26,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from raylivecell import recipe as recipes
+from raylivecell.core import settings
 from raylivecell.core.errors import UserError
 from raylivecell.core.settings import StrictModel
 from raylivecell.recipe import Recipe
@@ -165,8 +166,8 @@ class SweepConfig(SearchConfig):
 
 def load(uri: str) -> tuple[Recipe, SweepConfig]:
     """The starting recipe and the search in the YAML file at `uri`; UserError naming file, field and mend."""
-    values = recipes.read(uri)
-    config = recipes.validate(SweepConfig, values.pop(recipes.SWEEP, None) or {}, uri, recipes.SWEEP)
+    values = settings.read(uri)
+    config = settings.validate(SweepConfig, values.pop(recipes.SWEEP, None) or {}, uri, recipes.SWEEP)
     return recipes.parse(values, uri), config
 
 
@@ -224,7 +225,7 @@ def _read(tree: dict[str, Any], path: str) -> Any:
         try:
             place = place[_key(place, part)]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"sweep: unknown field {path}{recipes.nearest(path)}") from error
+            raise UserError(f"sweep: unknown field {path}{settings.nearest(path, Recipe)}") from error
     return place
 
 

@@ -1,6 +1,6 @@
 """Ray Tune and Optuna around the same training loop: a better recipe than the one it started from.
 
-1. The driver opens the study (sweep/study.py), decodes the samples into the object store once, and shares the cluster out.
+1. The driver opens the study (study.py), decodes the samples into the object store once, and divides the cluster.
 2. Tune runs the trials (sweep/trial.py) that the study asks for; ASHA stops the weak ones.
 3. Start and best are trained again with fresh seeds, on request (sweep/final_seeds.py).
 4. best.yaml, its checkpoint, trials.csv and report.html are drawn from the study and the runs' folders alone.

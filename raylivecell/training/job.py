@@ -1,4 +1,4 @@
-"""What every worker of a run is told. Apart from training/worker.py: who makes a job need not import what workers do."""
+"""What each training worker is given. Apart from worker.py, so that a driver need not import torch."""
 
 from dataclasses import dataclass, field
 

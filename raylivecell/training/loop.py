@@ -19,8 +19,8 @@ from raylivecell.ingest.order import EPOCH, SAMPLE, Plan
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.transfer import Sender
+from raylivecell.recipe import LoopConfig, LossConfig, OptimizerConfig
 from raylivecell.runs.progress import State
-from raylivecell.training_config import LoopConfig, LossConfig, OptimizerConfig
 
 # Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.
 GPU_CHECK_STEPS = 20

@@ -17,7 +17,7 @@ LOOK_S = 60.0
 
 
 def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 1.0) -> float:
-    """CPUs to reserve for each of `workers`, so that Ray Data keeps some (runtime/placement.py): else the run would hang.
+    """CPUs to reserve for each worker, so that Ray Data keeps some (runtime/placement.py): else the run would hang.
 
     Args:
         workers: of one run, or of all trials at once.

@@ -128,13 +128,12 @@ def _changed(old: Recipe, new: Recipe) -> str:
 
 def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     """Write report.html from what the run left; the last row of metrics."""
-    from raylivecell.network import forward
-    from raylivecell.reports import training
+    from raylivecell.reports import pictures, training  # torch and matplotlib
     from raylivecell.runs import checkpoint
 
     history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
     network, _ = checkpoint.load_model(out)
-    pictures = forward.overlays(network, data, "val", OVERLAYS)
-    training.write_run_report(out, recipes.dump(recipe), history, pictures, shards.load_description(data))
+    panels = pictures.overlays(network, data, "val", OVERLAYS)
+    training.write_run_report(out, recipes.dump(recipe), history, panels, shards.load_description(data))
     console.print(f"written: {out}/report.html, checkpoint_*/, metrics.jsonl, tensorboard/", markup=False)
     return history[-1]

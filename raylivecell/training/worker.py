@@ -27,10 +27,9 @@ from raylivecell.ingest import gpu_augment
 from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.dataset import Samples
 from raylivecell.ingest.order import Plan
-from raylivecell.ingest.target_maps import Targets
 from raylivecell.network import forward as segment
 from raylivecell.network.transfer import tensors
-from raylivecell.recipe import Recipe
+from raylivecell.recipe import Recipe, Targets
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs.run_log import Journal
 from raylivecell.runtime import prometheus

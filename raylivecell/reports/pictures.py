@@ -1,0 +1,58 @@
+"""Pictures of samples: the image beside its segmentation, coloured by agreement with the ground truth, as PNG."""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import nn
+
+from raylivecell.data import shards
+from raylivecell.network import forward
+from raylivecell.reports.overlay import LEGEND, overlay
+from raylivecell.scoring import pixel_scores
+
+
+def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
+    """Title and PNG of up to `count` images of a split, spread evenly over it: image beside truth and prediction."""
+    rows = shards.list_rows(data, split)
+    chosen = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
+    return [picture(network, rows[i], flips) for i in chosen]
+
+
+def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
+    """Title (file, Dice, IoU) and PNG of one sample: the image beside truth and prediction."""
+    sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
+    found = forward.logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
+    counts = pixel_scores.as_counts([pixel_scores.mask_counts(found, sample["foreground"])])
+    title = f"{sample['file_name']}   Dice {pixel_scores.dice(counts):.3f}   IoU {pixel_scores.iou(counts):.3f}"
+    return title, panel(sample["image"], sample["foreground"], found)
+
+
+def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], title: str = "") -> bytes:
+    """The image and, beside it, its segmentation, with title and legend; PNG with one pixel an image pixel.
+
+    Args:
+        image: uint8 (H, W).
+        truth: (H, W), cell where not 0.
+        prediction: (H, W), cell where not 0.
+        title: one line; none where whoever shows the picture prints one.
+    """
+    height, width = image.shape
+    across = max(width, 320)  # narrower, title and legend would not fit
+    gap, head, foot = 10, 34 if title else 0, 34
+    total_w, total_h = 2 * across + gap, head + height + foot
+    figure = Figure(figsize=(total_w / 100, total_h / 100), dpi=100)
+    for left, pixels in ((0, np.dstack([image] * 3)), (across + gap, overlay(image, truth, prediction))):
+        axes = figure.add_axes((left / total_w, foot / total_h, width / total_w, height / total_h))
+        axes.imshow(pixels, interpolation="nearest", aspect="auto")
+        axes.axis("off")
+    figure.text(6 / total_w, 1 - 11 / total_h, title, va="top", fontsize=11)
+    patches = [Patch(color=tuple(np.array(colour) / 255), label=text) for text, colour in LEGEND]
+    figure.legend(handles=patches, loc="lower left", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0, 0))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
