@@ -9,7 +9,7 @@ demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minute
 	$(BIN)/raylivecell demo --out demo
 
 # Files of the second group of slow Ray tests: about half of their time.
-SECOND := $(addprefix tests/test_,kubernetes_pod.py monitoring.py readme.py s3.py sweep.py)
+SECOND := $(addprefix tests/,cluster/test_kubernetes_pod.py cluster/test_monitoring.py cluster/test_s3.py project/test_readme.py sweep/test_sweep.py)
 
 test: lint  ## lint, unit tests and quick tests of Ray; 6 minutes on two cores
 	tests/streams.sh "not slow"
@@ -19,10 +19,11 @@ test-slow: .venv/.installed  ## the slow tests alone: whole runs, kills, S3, a b
 
 test-all: test test-slow  ## both; what CI runs
 
-lint: .venv/.installed  ## ruff (rules and format), the text of all files, mypy
+lint: .venv/.installed  ## ruff (rules and format), the text of all files, which package imports which, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/lint_text.py
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
 bench: .venv/.installed  ## each figure compared with its baseline in one run, into runs/bench/

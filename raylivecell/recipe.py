@@ -1,10 +1,14 @@
 """The recipe: everything that decides what is trained, and nothing of where. YAML in and out.
 
+The shipped recipes are recipes/*.yaml; `find` turns their names into paths.
+
 A recipe file names only what differs from the defaults. An unknown or ill-typed field is refused with its path and
 the nearest right name. Reading a recipe imports neither torch nor Ray.
 """
 
+import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, JsonValue, PositiveInt, ValidationInfo, field_validator, model_validator
 
+from raylivecell.core.errors import UserError
 from raylivecell.core.settings import StrictModel, read, validate
 
 SWEEP = "sweep"
@@ -240,8 +245,36 @@ class Recipe(StrictModel):
         return len(CHANNELS[self.targets])
 
 
+def shipped() -> dict[str, Path]:
+    """The recipes that this package holds: name -> YAML file, by name."""
+    return {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
+
+
+def describe(path: Path) -> str:
+    """The comment at the top of a recipe file, as one paragraph: what the recipe is for, costs and reaches."""
+    lines = path.read_text().splitlines()
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return " ".join(line.lstrip("# ") for line in lines[:end])
+
+
+def find(name: str) -> str:
+    """Path of the shipped recipe `name` (a word such as small); anything else is a path or URI, returned as it is.
+
+    Raises:
+        UserError: a word that no shipped recipe is called.
+    """
+    known = shipped()
+    if not re.fullmatch(r"[\w-]+", name):
+        return name
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
+        raise UserError(f"no recipe is called {name!r}; {hint} (a file of your own: its path, as ./{name}.yaml)")
+    return str(known[name])
+
+
 def load(uri: str | Path) -> Recipe:
-    """The recipe in the YAML file at `uri`; UserError naming the file, the field and the mend where it is wrong."""
+    """The recipe in the YAML file at `uri`; UserError naming the file, the field and the fix if it is wrong."""
     values = read(uri)
     values.pop(SWEEP, None)
     return parse(values, str(uri))

@@ -24,7 +24,7 @@ STEPS, REPORT = 400, 40
 LIMIT_S = 420.0
 DICE_NOISE, LOSS_NOISE = 0.02, 0.05
 ROOT = Path(__file__).parents[1]
-FLAGS = f"""--recipe jobs/small.yaml --data s3://cells/data --batch-size 12 --crop 48 48
+FLAGS = f"""--recipe small --data s3://cells/data --batch-size 12 --crop 48 48
 --phases.0.steps {STEPS} --loop.report-steps {REPORT} --loop.precision float32""".split()
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A training on Slurm, in the project's folder on a disk that all nodes share, with its .venv:
-#   sbatch cluster/vm/slurm.sh --recipe jobs/paper.yaml --data /scratch/shards --out /scratch/runs/first --workers 2
+#   sbatch cluster/vm/slurm.sh --recipe paper --data /scratch/shards --out /scratch/runs/first --workers 2
 # Nodes as a whole: Ray ends with `ray stop`, which would end a second job's Ray beside it.
 #SBATCH --job-name=raylivecell
 #SBATCH --nodes=2

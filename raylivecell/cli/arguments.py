@@ -38,10 +38,14 @@ def _json_mapping(word: str) -> dict[str, Any]:
 
 
 def recipe_file(arguments: Sequence[str]) -> str | None:
-    """The recipe file that the arguments name; without one, --resume goes on with the run's own."""
+    """Path or URI of the recipe file that the arguments name; without one, --resume continues with the run's own."""
     named, out = value_of("--recipe", arguments), value_of("--out", arguments)
-    if named is not None or out is None or "--resume" not in arguments:
-        return named
+    if named is not None:
+        from raylivecell import recipe
+
+        return recipe.find(named)
+    if out is None or "--resume" not in arguments:
+        return None
     from raylivecell.core import storage
 
     own = storage.join(out, "recipe.yaml")

@@ -3,14 +3,13 @@
 What a command needs is imported when it runs, so that `--help` does not wait for torch and Ray.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from raylivecell.cli.arguments import FLAGS, local, recipe_file, workers_in
+from raylivecell.cli.arguments import local
 from raylivecell.core.errors import UserError
 
 
@@ -144,18 +143,38 @@ def download(arguments: Sequence[str]) -> None:
     tyro.cli(command, prog="raylivecell download", args=arguments)
 
 
-def demo(out: Path = Path("demo"), recipe: Path = Path("jobs/demo.yaml"), images: int = 64, seed: int = 0) -> None:
+def demo(out: Path = Path("demo"), recipe: str = "demo", images: int = 64, seed: int = 0) -> None:
     """Draw cells, prepare, train, score, predict: some minutes on a CPU.
 
     Args:
         out: folder to write; a former demo's is emptied.
-        recipe: a recipe file.
+        recipe: name of a shipped recipe, or a YAML file.
         images: how many to draw.
         seed: of the images.
     """
     from raylivecell.cli import demo as room
 
     room.demo(local(out), recipe, images, seed)
+
+
+def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
+    """List the shipped recipes, with what each is for, costs and reaches; with a name, print that recipe's file.
+
+    Args:
+        name: of the recipe to print, such as `raylivecell recipes small > mine.yaml`.
+    """
+    from rich.table import Table
+
+    from raylivecell import recipe
+    from raylivecell.core.console import console
+
+    if name:
+        print(Path(recipe.find(name)).read_text(), end="")
+        return
+    table = Table(box=None, padding=(0, 2, 1, 0), show_header=False)
+    for title, path in recipe.shipped().items():
+        table.add_row(title, recipe.describe(path))
+    console.print(table, markup=False)
 
 
 def bench(
@@ -182,114 +201,6 @@ def bench(
     room.bench(what, local(out or Path("runs/bench") / what), repeats, images)
 
 
-def train(arguments: Sequence[str]) -> None:
-    """Train a recipe on a prepared dataset with Ray Train."""
-    import psutil
-
-    from raylivecell import recipe as recipes
-    from raylivecell.runs import folder
-    from raylivecell.training.train import train as run
-
-    file = recipe_file(arguments)
-    base = recipes.load(file) if file else recipes.Recipe()
-
-    def command(
-        data: str,
-        out: str,
-        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
-        recipe: str | None = None,
-        workers: str = "1",
-        resume: bool = False,
-        resume_or_start: bool = False,
-        retries: int = 3,
-    ) -> None:
-        """Train a recipe on a prepared dataset with Ray Train.
-
-        Args:
-            data: URI of a prepared dataset.
-            out: URI of the run's folder: checkpoints, metrics.jsonl, tensorboard/, report.html.
-            fields: the recipe's fields; a flag goes before the recipe's file.
-            recipe: a recipe file (jobs/*.yaml).
-            workers: training processes, N or LEAST:MOST.
-            resume: continue the run in --out from its last checkpoint.
-            resume_or_start: the same where --out holds one, else begin: for a job that the cluster may start again.
-            retries: restarts from the last checkpoint after a worker died.
-        """
-        run(
-            data,
-            out,
-            fields,
-            workers_in(workers),
-            resume or (resume_or_start and folder.holds_run(out)),
-            retries,
-            began=psutil.Process().create_time(),
-        )
-
-    tyro.cli(command, prog="raylivecell train", args=arguments, registry=FLAGS)
-
-
-def sweep(arguments: Sequence[str]) -> None:
-    """Search for a better recipe with Ray Tune and Optuna."""
-    from raylivecell import recipe as recipes
-    from raylivecell.core import addresses
-    from raylivecell.runs import folder
-    from raylivecell.sweep import space
-    from raylivecell.sweep.sweep import sweep as run
-
-    file = recipe_file(arguments)
-    base, config = space.load(file) if file else (recipes.Recipe(), space.SweepConfig())
-    options = space.SearchConfig.model_validate(config.model_dump(include=set(space.SearchConfig.model_fields)))
-
-    def command(
-        data: str,
-        out: str,
-        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
-        search: Annotated[space.SearchConfig, tyro.conf.arg(name="sweep")] = options,
-        recipe: str | None = None,
-        trials: int = 16,
-        resume: bool = False,
-        resume_or_start: bool = False,
-        storage: str | None = None,
-        at_once: int | None = None,
-        retries: int = 1,
-        confirm: int = 0,
-        mlflow: str | None = None,
-    ) -> None:
-        """Search for a better recipe: study.db, best.yaml, checkpoint_best/, trials.csv and report.html in --out.
-
-        Args:
-            data: URI of a prepared dataset.
-            out: URI of the sweep's folder.
-            fields: the starting recipe's fields; a flag goes before the recipe's file.
-            search: how to search; a flag goes before the `sweep:` part of the recipe's file, where the space is too.
-            recipe: a recipe file (jobs/sweep.yaml).
-            trials: how many in all; those done before a --resume count.
-            resume: go on with the sweep in --out; with more --trials, learn on from it.
-            resume_or_start: the same where --out holds one, else begin: for a job that the cluster may start again.
-            storage: any Optuna storage URL, instead of study.db in --out; with a password: in RAYLIVECELL_STORAGE.
-            at_once: trials at once; default: what the cluster has room for.
-            retries: how often a trial goes on from its last checkpoint after a crash.
-            confirm: fresh seeds with which start and best are trained anew, whole; the better one is handed over.
-            mlflow: tracking URI, to log the trials to MLflow too.
-        """
-        whole = config.model_copy(update=search.model_dump())
-        run(
-            data,
-            out,
-            fields,
-            whole,
-            trials,
-            resume or (resume_or_start and folder.holds_run(out)),
-            storage or os.environ.get(addresses.STORAGE),
-            at_once,
-            retries,
-            confirm,
-            mlflow,
-        )
-
-    tyro.cli(command, prog="raylivecell sweep", args=arguments, registry=FLAGS)
-
-
 def prepare(arguments: Sequence[str]) -> None:
     """Validate images and annotations, write Parquet shards."""
     from raylivecell.data.prepare import PrepareConfig
@@ -313,36 +224,6 @@ def prepare(arguments: Sequence[str]) -> None:
         run(source, out, fields, strict, segmenter.intensity_rule)
 
     tyro.cli(command, prog="raylivecell prepare", args=arguments)
-
-
-def check(arguments: Sequence[str]) -> int:
-    """Find what would fail or hang, before anything is spent."""
-    from raylivecell import recipe as recipes
-    from raylivecell.cli import check as room
-    from raylivecell.core import storage
-
-    file = recipe_file(arguments)
-    base = recipes.load(file) if file else recipes.Recipe()
-
-    def command(
-        data: str,
-        fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
-        recipe: str | None = None,
-        out: str | None = None,
-        workers: str = "1",
-    ) -> int:
-        """Find what would fail or hang, before anything is spent; numbered findings, exit code 1 where one is a fail.
-
-        Args:
-            data: URI of a prepared dataset.
-            fields: the recipe's fields; a flag goes before the recipe's file.
-            recipe: a recipe file (jobs/*.yaml).
-            out: URI of the folder where the run is to go.
-            workers: training processes, N or LEAST:MOST.
-        """
-        return room.check(room.Plan(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers)))
-
-    return tyro.cli(command, prog="raylivecell check", args=arguments, registry=FLAGS)
 
 
 def submit(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ LEAST_IMAGES = 8
 MARK = ".raylivecell-demo"
 
 
-def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
+def demo(out: Path, recipe_file: str, images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
     """Write everything under `out` and end with the scores and the pictures to open; `pixel_scores.json`'s content.
 
     Training uses two workers where this machine has room for them, else one.
@@ -31,7 +31,7 @@ def demo(out: Path, recipe_file: Path, images: int = IMAGES, seed: int = 0) -> d
         UserError: `out` holds something that no demo wrote; the recipe cannot be trained here.
     """
     begin = time.monotonic()
-    chosen = recipe.load(recipe_file)
+    chosen = recipe.load(recipe.find(recipe_file))
     if images < LEAST_IMAGES:
         raise UserError(
             f"--images {images}: the demo needs {LEAST_IMAGES}, to have some to train on, validate and test"

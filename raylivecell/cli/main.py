@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from raylivecell.cli import commands
+from raylivecell.cli import commands, recipe_commands
 from raylivecell.core import addresses
 from raylivecell.core.errors import UserError, os_error_line
 from raylivecell.core.process_settings import LOOPBACK_ONLY, environment
@@ -28,13 +28,14 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "synth": ("write a LIVECell-shaped dataset of synthetic images", _typed(commands.synth)),
     "download": ("fetch LIVECell, resumable and checked", commands.download),
     "prepare": ("validate images and annotations, write Parquet shards", commands.prepare),
-    "check": ("find what would fail or hang, before anything is spent", commands.check),
-    "train": ("train a recipe on a prepared dataset", commands.train),
-    "sweep": ("search for a better recipe", commands.sweep),
+    "check": ("find what would fail or hang, before anything is spent", recipe_commands.check),
+    "train": ("train a recipe on a prepared dataset", recipe_commands.train),
+    "sweep": ("search for a better recipe", recipe_commands.sweep),
     "evaluate": ("score a checkpoint on whole images", _typed(commands.evaluate)),
     "predict": ("segment a folder of images", _typed(commands.predict)),
     "export": ("write a checkpoint as ONNX or torch.export", _typed(commands.export)),
     "submit": ("run a stage as a job of a Ray cluster", commands.submit),
+    "recipes": ("list the recipes that --recipe takes by name", _typed(commands.recipes)),
     "bench": ("measure a part beside its rivals", _typed(commands.bench)),
     "demo": ("the whole way on cells drawn here, in minutes", _typed(commands.demo)),
 }

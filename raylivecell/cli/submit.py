@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from raylivecell import recipe
 from raylivecell.cli import upload
 from raylivecell.cli.arguments import value_of
 from raylivecell.core import addresses
@@ -107,9 +108,11 @@ def _check_paths(arguments: Sequence[str], folder: Path) -> None:
                 f"{flag} {value} lies on this machine, not on the cluster; give s3://..., gs://... or an absolute path "
                 "on a disk that all its nodes share"
             )
-    recipe = value_of("--recipe", arguments)
-    if recipe and "://" not in recipe and not recipe.startswith("/") and not (folder / recipe).is_file():
-        raise UserError(f"no recipe at {recipe} in {folder}, which is what the job takes along (--working-dir)")
+    named = value_of("--recipe", arguments)
+    if not named or "://" in (file := recipe.find(named)) or file.startswith("/"):
+        return
+    if not (folder / file).is_file():
+        raise UserError(f"no recipe at {file} in {folder}, the folder that the job uploads (--working-dir)")
 
 
 def split(words: Sequence[str], with_value: Collection[str]) -> tuple[list[str], str | None, list[str]]:

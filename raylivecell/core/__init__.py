@@ -6,5 +6,6 @@ storage           files at a path or URI: read, write, list
 settings          the strict pydantic base of all settings
 console           progress of long work
 process_settings  process-wide settings, changed for the length of a block
+version           the version
 signals           SIGTERM ends a command as Ctrl-C does
 """

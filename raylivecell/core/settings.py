@@ -11,6 +11,7 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+RECIPE_HINT = "give a YAML file, or the name of a shipped recipe (see `raylivecell recipes`)"
 
 
 class StrictModel(BaseModel):
@@ -34,9 +35,9 @@ def read(uri: str | Path) -> dict[str, Any]:
     try:
         text = storage.read_bytes(uri).decode()
     except FileNotFoundError as error:
-        raise UserError(f"no recipe at {uri}; the recipes shipped are in jobs/*.yaml") from error
+        raise UserError(f"no recipe at {uri}; {RECIPE_HINT}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{uri} is no recipe file: {error}; name a YAML file such as jobs/small.yaml") from error
+        raise UserError(f"{uri} is not a recipe file: {error}; {RECIPE_HINT}") from error
     try:
         values = _Plain(text).get_single_data() or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:

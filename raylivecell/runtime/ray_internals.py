@@ -2,8 +2,8 @@
 
 No other file may use one: not `ray._private`, `ray.*._internal`, `ray._common`, nor an attribute with a leading
 underscore. Private names change in any release of Ray. Where one is missing, the program works without it, only slower,
-and logs that once as a warning. tests/test_ray_internals.py has one test for each entry, which fails by the entry's
-name on such a release.
+and logs that once as a warning. tests/runtime/test_ray_internals.py has one test for each entry, which fails by the
+entry's name on such a release.
 
 | entry | reason | gain | without it |
 |---|---|---|---|

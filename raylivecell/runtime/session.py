@@ -133,7 +133,7 @@ def _away_from_working_folder() -> Iterator[None]:
     Where this package itself is in the working folder, as in a checkout, they start there.
     """
     here = os.path.realpath(".")
-    if here == os.path.dirname(os.path.dirname(os.path.realpath(__file__))):
+    if here == str(Path(__file__).resolve().parents[2]):
         yield
         return
     empty = tempfile.TemporaryDirectory(prefix="raylivecell-", ignore_cleanup_errors=True)

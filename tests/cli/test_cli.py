@@ -1,0 +1,166 @@
+"""A user's error ends a command in one line with cause and fix, with exit code 2, and leaves nothing; so do signals."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+from raylivecell.cli import arguments as words
+from raylivecell.cli import main
+from raylivecell.core.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("trian", "no command 'trian'; did you mean train?"),
+        ("evalaute --data D", "did you mean evaluate?"),
+        ("x", "no command 'x'; the commands are synth,"),
+        ("train --data D --out {tmp}/o --recipe {tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
+        ("train --data D --out {tmp}/o --recipe={tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
+        ("sweep --data D --out {tmp}/o --recipe={tmp}/none.yaml", "no recipe at {tmp}/none.yaml"),
+        ("train --data D --out {tmp}/o --recipe a.yaml --recipe=b.yaml", "--recipe is given twice"),
+        ("train --data D --out {tmp}/o --recipe", "--recipe needs a value"),
+        ("train --data D --out {tmp}/o --recipe {tmp}", "is not a recipe file"),
+        ("train --data D --out {tmp}/o --recipe {tmp}/binary", "is not a recipe file"),
+        ("train --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
+        ("train --data {tmp}/cut --out {tmp}/o", "dataset.json is not JSON"),
+        ("train --data {tmp}/list --out {tmp}/o", "is no description of a dataset"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --batch-size 0", "--batch-size: Input should be greater"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --crop 8 8", "at least 16 x 16 pixels"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --workers two", "--workers two: give a number"),
+        ("train --data {tmp}/nowhere --out {tmp}/o --workers 1:4 --batch-size 4", "a multiple of 12"),
+        ("prepare --source {tmp} --out {tmp}/o --shard-images 0", "--shard-images: "),
+        ("predict --checkpoint {tmp}/binary --images {tmp} --out {tmp}/o", "{tmp}/binary"),
+        ("synth --out s3://bucket/cells", "writes to a local folder"),
+        ("demo --out {tmp}/o --images 2 --recipe demo", "the demo needs 8"),
+        ("sweep --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
+        ("synth --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
+        ("demo --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
+    ],
+)
+def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
+    for name, text in (("cut", '{"format_version": '), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = command.format(tmp=tmp_path).split()
+    ran = ray.is_initialized()
+    assert main.main(arguments) == 2
+    assert ray.is_initialized() == ran, "told before Ray is started"
+    said = capsys.readouterr().err.strip()
+    assert told.format(tmp=tmp_path) in said
+    assert said.startswith("raylivecell: ")
+    assert "\n" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def every_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Replace what each command does."""
+
+    def replace(work: Callable[[], object]) -> None:
+        for name, (what, _) in list(main.COMMANDS.items()):
+            monkeypatch.setitem(main.COMMANDS, name, (what, lambda arguments: work() and 0))
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_ends_every_command_in_one_line(
+    number: signal.Signals,
+    code: int,
+    line: str,
+    every_command: Callable[[Callable[[], object]], None],
+    unwatched: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    every_command(lambda: os.kill(os.getpid(), number))
+    assert main.TO_RESUME.keys() <= main.COMMANDS.keys()
+    for name in main.COMMANDS:
+        assert main.main([name]) == code
+        said = capsys.readouterr().err
+        assert said == f"raylivecell: {line}{main.TO_RESUME.get(name, '')}\n"
+        assert ("--resume" in said) == (name in ("train", "sweep"))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_stops_reading_is_no_error(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "raylivecell", "train", "--help"]
+    reading = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "env": os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    }
+    with subprocess.Popen(command, **reading) as process:  # type: ignore[call-overload]
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == main.EXIT_READER_GONE
+
+
+def test_sigterm_is_what_it_was_after_a_command(every_command: Callable[[Callable[[], object]], None]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    inside: list[object] = []
+    every_command(lambda: inside.append(signal.getsignal(signal.SIGTERM)))
+    assert main.main(["check"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert inside != [before]
+
+
+def test_debug_shows_the_traceback(
+    every_command: Callable[[Callable[[], object]], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+
+    every_command(full)
+    line = "raylivecell: [Errno 28] No space left on device: '/disk/file'; free space on that disk"
+    for arguments in (["train"], ["train", "--debug"], ["--debug", "train"], ["--debug", "submit"]):
+        assert main.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith(line)
+        assert ("Traceback" in said) == ("--debug" in arguments)
+    monkeypatch.setenv("RAYLIVECELL_DEBUG", "1")
+    assert main.main(["train"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], None]) -> None:
+    def bug() -> None:
+        {}["name"]
+
+    every_command(bug)
+    with pytest.raises(KeyError):
+        main.main(["train"])
+
+
+def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert words.recipe_file(["--out", str(run), "--resume"]) is None
+    (run / "recipe.yaml").write_text("seed: 3\n")
+    assert words.recipe_file(["--out", str(run), "--resume"]) == str(run / "recipe.yaml")
+    assert words.recipe_file(["--out", str(run)]) is None
+    assert words.recipe_file([f"--out={run}", "--resume", "--recipe", "other.yaml"]) == "other.yaml"
+
+
+@pytest.mark.parametrize(("text", "workers"), [("1", 1), ("4", 4), ("1:4", (1, 4))])
+def test_workers(text: str, workers: object) -> None:
+    assert words.workers_in(text) == workers
+
+
+@pytest.mark.parametrize("text", ["0", "4:1", "a", "1:2:3", ""])
+def test_no_workers(text: str) -> None:
+    with pytest.raises(UserError, match="give a number"):
+        words.workers_in(text)

@@ -1,0 +1,233 @@
+"""What fits on which machine: nothing is reserved that no machine has, and Ray Data keeps room for a task."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from raylivecell import recipe
+from raylivecell.cli import demo
+from raylivecell.core.errors import UserError
+from raylivecell.inference import actors
+from raylivecell.recipe import LoopConfig, ModelConfig
+from raylivecell.runtime import placement
+from raylivecell.runtime.placement import Machine
+from raylivecell.sweep import tune
+from raylivecell.sweep.space import SweepConfig
+from raylivecell.training import preflight
+
+MACHINES = st.lists(
+    st.builds(Machine, st.integers(0, 64).map(float), st.sampled_from([0.0, 0.0, 1.0, 2.0, 8.0])),
+    min_size=1,
+    max_size=5,
+)
+
+
+def fill(machines: list[Machine], cpus: float, gpus: float, count: int) -> list[float] | None:
+    """Free CPUs of each machine once `count` processes are on the first machines with room; none without room."""
+    free = [list(machine) for machine in machines]
+    for _ in range(count):
+        place = next((one for one in free if one[0] >= cpus - 1e-6 and one[1] >= gpus - 1e-6), None)
+        if place is None:
+            return None
+        place[0], place[1] = place[0] - cpus, place[1] - gpus
+    return [one[0] for one in free]
+
+
+@given(MACHINES, st.integers(1, 40), st.sampled_from([1.0, 0.5, 0.25]))
+def test_workers_fit_and_leave_room_for_a_data_task(machines: list[Machine], workers: int, share: float) -> None:
+    cpus, task = placement.worker_cpus(workers, machines, share), placement.task_cpus(machines)
+    slots = placement.gpu_slots(machines, share)
+    placed = min(workers, slots) if slots else workers
+    assert (cpus > 0) == (placed <= placement.most_workers(machines, share))
+    assume(cpus > 0)
+    assert cpus >= placement.MIN_WORKER_CPU
+    free = fill(machines, cpus, share if slots else 0.0, placed)
+    assert free is not None, "each worker finds its machine"
+    assert max(free) >= task - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "expected"),
+    [
+        ([Machine(1)], 1, 0.5),  # the smallest machine: half for training, half for data
+        ([Machine(1)], 2, 0.0),
+        ([Machine(2)], 1, 1.0),
+        ([Machine(2)], 2, 0.5),
+        ([Machine(16, 1)], 1, 1.0),
+        ([Machine(1, 1)], 1, 0.5),
+        ([Machine(8, 8)], 8, 0.8),
+        ([Machine(4, 8)], 8, 0.0),  # half a CPU each would leave none
+        ([Machine(4, 8)], 6, 0.5),
+        ([Machine(2, 8), Machine(32)], 8, 0.0),  # the other machine's CPUs are not where the GPUs are
+        ([Machine(2, 8), Machine(32)], 4, 0.5),
+        ([Machine(1, 1), Machine(1, 1)], 2, 0.5),
+        ([Machine(0), Machine(4, 1)], 1, 1.0),  # a head without CPUs is no second machine
+        ([Machine(4), Machine(4)], 2, 0.5),
+    ],
+)
+def test_shares_of_known_clusters(machines: list[Machine], workers: int, expected: float) -> None:
+    assert placement.worker_cpus(workers, machines) == expected
+
+
+@given(st.integers(1, 3000), MACHINES, st.booleans())
+def test_a_pool_of_actors_fits(items: int, machines: list[Machine], use_gpus: bool) -> None:
+    assume(any(machine.cpus for machine in machines))
+    count, cpus, gpus = placement.actor_pool(items, actors.BLOCK, machines, use_gpus)
+    assert count >= 1
+    assert (count - 1) * actors.BLOCK < items, "no actor without a block"
+    assert gpus == 0 or use_gpus
+    free = fill(machines, cpus, gpus, count)
+    assert free is not None, "each actor finds its machine"
+    if sum(machine.cpus for machine in machines) > 1 and not gpus:
+        assert sum(free) >= 1, "a CPU is spared"
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "share", "at_once", "expected"),
+    [
+        ([Machine(1)], 1, 1.0, None, (1, 0.5, 0.0, 1)),
+        ([Machine(2)], 1, 1.0, None, (1, 1.0, 0.0, 2)),
+        ([Machine(4)], 2, 1.0, None, (1, 1.0, 0.0, 2)),
+        ([Machine(16)], 1, 1.0, None, (12, 1.0, 0.0, 1)),
+        ([Machine(16)], 1, 1.0, 3, (3, 1.0, 0.0, 5)),
+        ([Machine(16, 4)], 1, 1.0, None, (4, 1.0, 1.0, 4)),
+        ([Machine(16, 4)], 2, 1.0, None, (2, 1.0, 1.0, 4)),
+        ([Machine(16, 1)], 1, 0.25, None, (4, 1.0, 0.25, 4)),
+        ([Machine(4, 8)], 1, 1.0, None, (6, 0.5, 1.0, 1)),  # as many as the CPUs feed
+        ([Machine(8, 1), Machine(8, 1)], 1, 0.6, None, (2, 1.0, 0.6, 8)),  # no trial on two halves of GPUs
+    ],
+)
+def test_the_cluster_is_shared_among_trials(
+    machines: list[Machine],
+    workers: int,
+    share: float,
+    at_once: int | None,
+    expected: tuple[int, float, float, int],
+) -> None:
+    config = SweepConfig(workers_per_trial=workers, gpus_per_worker=share)
+    room = tune.capacity(config, machines, at_once)
+    assert (room.at_once, room.cpus, room.gpus, room.threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "machines", "at_once", "line"),
+    [
+        (SweepConfig(), [Machine(16, 4)], 5, "--at-once 5 needs more than the cluster's 4 GPUs; use 4"),
+        (SweepConfig(workers_per_trial=2), [Machine(16, 1)], None, "more than the cluster's 1 GPUs; lower --sweep.w"),
+        (SweepConfig(), [Machine(4)], 7, "--at-once 7 would leave no CPU for Ray Data on 4 CPUs; use 6"),
+        (SweepConfig(workers_per_trial=2), [Machine(1)], None, "leaves no CPU for Ray Data on 1 CPUs; lower --sweep.w"),
+    ],
+)
+def test_more_trials_than_have_room_are_refused(
+    config: SweepConfig, machines: list[Machine], at_once: int | None, line: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        tune.capacity(config, machines, at_once)
+    assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("machines", "batch_size", "expected"),
+    [
+        ([Machine(1)], 4, 1),
+        ([Machine(2)], 4, 2),
+        ([Machine(64)], 4, 2),
+        ([Machine(64)], 3, 1),  # two workers cannot share it
+        ([Machine(4, 1)], 4, 1),
+        ([Machine(32, 8)], 4, 2),
+        ([Machine(2, 2)], 4, 2),
+        ([Machine(1, 2)], 4, 1),
+    ],
+)
+def test_the_demo_uses_at_most_two_workers_that_have_room(
+    monkeypatch: pytest.MonkeyPatch, machines: list[Machine], batch_size: int, expected: int
+) -> None:
+    monkeypatch.setattr(preflight.session, "machines", lambda: machines)
+    workers = preflight.demo_workers(batch_size)
+    assert workers == expected
+    assert preflight.worker_cpus(workers) >= placement.MIN_WORKER_CPU
+    assert preflight.worker_gpus(workers) == float(machines[0].gpus > 0)
+    preflight.batch_divides(batch_size, workers)
+
+
+def test_what_needs_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, machines = recipe.Recipe(), [Machine(4)]
+    monkeypatch.setattr(preflight.session, "machines", lambda: machines)
+    preflight.hardware(base)
+    cuda = base.model_copy(update={"augment": base.augment.model_copy(update={"device": "cuda"})})
+    sync = base.model_copy(update={"model": ModelConfig(norm="sync_batch")})
+    for one, line in ((cuda, "set augment.device: cpu"), (sync, "set model.norm: group")):
+        with pytest.raises(UserError, match=line):
+            preflight.hardware(one)
+    machines[0] = Machine(4, 1)
+    for one in (base, cuda, sync):
+        preflight.hardware(one)
+    with pytest.raises(UserError, match=r"2 workers, but 1 GPUs; use --workers 1"):
+        preflight.worker_gpus(2)
+    assert preflight.worker_gpus((1, 8)) == 1.0, "a run that grows starts with what is there"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    class Here:
+        """Ray, in this process."""
+
+        exceptions = preflight.ray.exceptions
+
+        def remote(self, **_: object) -> object:
+            return lambda function: type("Task", (), {"remote": staticmethod(function)})
+
+        def get(self, value: object, timeout: float) -> object:
+            return value
+
+    monkeypatch.setattr(preflight, "ray", Here())
+    monkeypatch.setattr(preflight.session, "machines", lambda: [Machine(4, float(gpu))])
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    compiled = recipe.Recipe(loop=LoopConfig(compile=True))
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: f"/usr/bin/{name}")
+    preflight.hardware(compiled)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"loop\.compile needs a compiler on each machine; install g"):
+        preflight.hardware(compiled)
+    preflight.hardware(recipe.Recipe())
+
+
+def test_every_count_of_workers_up_to_the_most_is_placed() -> None:
+    for cpus, gpus in itertools.product(range(1, 20), (0, 1, 8)):
+        machines = [Machine(cpus, gpus)]
+        most = placement.most_workers(machines)
+        for workers in range(1, most + 1):
+            assert placement.worker_cpus(workers, machines) > 0
+        assert gpus or not placement.worker_cpus(most + 1, machines)
+
+
+def test_the_demo_refuses_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU that torch does not see, a recipe for GPUs, a folder with other files: the former demo stays as it was."""
+    out, file = tmp_path / "demo", tmp_path / "recipe.yaml"
+    (out / "cells").mkdir(parents=True)
+    (out / demo.MARK).touch()
+    (out / "cells" / "a.tif").touch()
+    monkeypatch.setattr(demo.session, "connect", lambda: None)
+    monkeypatch.setattr(demo.writer, "write_dataset", lambda *_, **__: pytest.fail("it draws"))
+    machines = [Machine(4, 1)]
+    monkeypatch.setattr(preflight.session, "machines", lambda: machines)
+
+    def blind() -> None:
+        raise UserError(preflight.blind_gpu("10.0.0.1"))
+
+    monkeypatch.setattr(preflight, "gpus_work", blind)
+    file.write_text("batch_size: 4\n")
+    with pytest.raises(UserError, match=r"Ray has a GPU on 10\.0\.0\.1, and torch sees none; install"):
+        demo.demo(out, str(file))
+    machines[0] = Machine(4)
+    file.write_text("model: {norm: sync_batch}\n")
+    with pytest.raises(UserError, match="sync_batch"):
+        demo.demo(out, str(file))
+    assert (out / "cells" / "a.tif").exists()
+    (out / demo.MARK).unlink()
+    with pytest.raises(UserError, match="holds files that no demo wrote"):
+        demo.demo(out, str(file))

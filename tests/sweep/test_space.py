@@ -1,0 +1,251 @@
+"""The search space: what it suggests is a recipe, the start comes back as itself, mistakes are named."""
+
+import functools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import FixedTrial
+
+from raylivecell import recipe as recipes
+from raylivecell.core.errors import UserError
+from raylivecell.recipe import Recipe
+from raylivecell.sweep import space, space_check
+from raylivecell.sweep.space import Condition, Dimension, Shares, SweepConfig
+
+WEIGHTS = ("loss.background_weight", "loss.cell_weight", "loss.border_weight")
+
+
+def asked(config: SweepConfig, recipe: Recipe, trials: int) -> list[space.Values]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [space.suggest(study.ask(), recipe, config) for _ in range(trials)]
+
+
+@pytest.mark.parametrize("name", ["small", "paper", "demo", "sweep"])
+def test_the_default_space_starts_with_every_shipped_recipe(name: str) -> None:
+    recipe, config = space.load(recipes.find(name))
+    space_check.check(recipe, config)
+    values = space.suggest(FixedTrial(space.start(recipe, config)), recipe, config)
+    assert recipes.dump(space.apply(recipe, values)) == recipes.dump(recipe)
+
+
+def test_every_suggestion_is_a_recipe_and_conditions_hold() -> None:
+    recipe = Recipe()
+    for values in asked(SweepConfig(), recipe, 200):
+        space.apply(recipe, values)
+        deformed = values["augment.elastic.p"] > 0
+        assert ("augment.elastic.sigma" in values) == deformed == ("augment.elastic.alpha_y" in values)
+        assert not deformed or values["augment.elastic.alpha_x"] == values["augment.elastic.alpha_y"]
+        assert values["loss.background_weight"] + values["loss.cell_weight"] == pytest.approx(2)
+    off = [values["augment.elastic.p"] == 0 for values in asked(SweepConfig(), recipe, 200)]
+    assert 20 < sum(off) < 80
+
+
+def test_shares_are_spread_evenly_over_the_simplex() -> None:
+    """The mean of each of n even shares is 1/n, its variance (n - 1) / (n^2 (n + 1)) (Dirichlet of ones)."""
+    config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, sum=6),))
+    draws = [[values[path] / 6 for path in WEIGHTS] for values in asked(config, Recipe(), 4000)]
+    for column in zip(*draws):
+        mean = sum(column) / len(column)
+        assert mean == pytest.approx(1 / 3, abs=0.012)
+        assert sum((x - mean) ** 2 for x in column) / len(column) == pytest.approx(2 / 36, abs=0.004)
+    assert all(math.isclose(sum(draw), 1) and min(draw) >= 0 for draw in draws)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.5), (0.5, 0.5, 2.0), (2.0, 0.5, 0.5)])
+def test_the_start_of_shares_comes_back(weights: tuple[float, float, float]) -> None:
+    recipe = space.apply(Recipe(), dict(zip(WEIGHTS, weights)))
+    config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, least=0.25),))
+    values = space.suggest(FixedTrial(space.start(recipe, config)), recipe, config)
+    assert [values[path] for path in WEIGHTS] == pytest.approx(weights)
+
+
+def test_paths_into_lists_choices_of_lists_and_whole_numbers() -> None:
+    config = SweepConfig(
+        space={
+            "model.features": Dimension(choices=([8, 16], [64, 128, 256, 512])),
+            "optimizer.betas.0": Dimension(low=0.8, high=0.99),
+            "phases.0.epochs": Dimension(low=1, high=20, log=True),
+            "optimizer.clip_norm": Dimension(choices=(None, 1.0)),
+        },
+        shares=(),
+    )
+    space_check.check(Recipe(), config)
+    for values in asked(config, Recipe(), 20):
+        recipe = space.apply(Recipe(), values)
+        assert recipe.model.features in ((8, 16), (64, 128, 256, 512))
+        assert isinstance(values["phases.0.epochs"], int)
+        assert recipe.optimizer.betas == (values["optimizer.betas.0"], 0.999)
+    values = space.suggest(FixedTrial(space.start(Recipe(), config)), Recipe(), config)
+    assert space.apply(Recipe(), values) == Recipe()
+
+
+def test_the_search_survives_its_file(tmp_path: Path) -> None:
+    recipe, config = space.load(recipes.find("sweep"))
+    (tmp_path / "recipe.yaml").write_text(space.dump(recipe, config))
+    assert space.load(str(tmp_path / "recipe.yaml")) == (recipe, config)
+    assert recipes.load(tmp_path / "recipe.yaml") == recipe, "train takes the file as it is"
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"space": {"optimizer.learning_rate": {"low": 1, "high": 2}}}, "the fields there are optimizer.lr, "),
+        ({"space": {"augment.elastic.alpha": {"low": 1, "high": 2}}}, "did you mean augment.elastic.alpha_"),
+        ({"space": {"phases.7.steps": {"low": 1, "high": 2}}}, "unknown field phases.7.steps"),
+        ({"spaces": {}}, "sweep.spaces; did you mean space?"),
+        ({"space": {"optimizer.lr": {"low": 1.0}}}, "either low and high, or choices"),
+        ({"space": {"optimizer.lr": {"low": 2.0, "high": 1.0}}}, "low 2 must be below high 1"),
+        ({"space": {"optimizer.lr": {"low": 0.0, "high": 1.0, "log": True}}}, "log needs a range from above 0"),
+        ({"space": {"optimizer.lr": {"low": 0.1, "high": 1.0}}}, "starts with optimizer.lr 0.001, outside 0.1 to 1"),
+        ({"space": {"loss.border_weight": {"low": 0.0, "high": 9.0, "step": 3.0}}}, "between two steps of 3"),
+        ({"space": {"model.norm": {"choices": ["group", "sync_batch"]}}}, "batch, not among its choices"),
+        ({"space": {"model.norm": {"low": 0, "high": 1}}}, "'batch' in the recipe, not a number"),
+        ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "sum": 3}]}, "not shares of 3"),
+        ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "least": 2}]}, "lower least"),
+        ({"shares": [{"fields": ["optimizer.lr", "loss.cell_weight"]}]}, "optimizer.lr is searched twice"),
+        (
+            {
+                "space": {
+                    "augment.elastic.sigma": {"low": 2, "high": 20, "when": {"augment.elastic.p": {"above": 0}}},
+                    "augment.elastic.p": {"low": 0, "high": 1},
+                }
+            },
+            "put augment.elastic.p before it",
+        ),
+        ({"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {}}}}}, "either above or among"),
+        (
+            {"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {"above": 0}}}}},
+            "needs model.norm above a number, and it is 'batch'; use among",
+        ),
+        (
+            {"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"optimizer.lr": {"above": 0}}}}},
+            "hang on itself",
+        ),
+        (
+            {
+                "space": {
+                    "optimizer.lr": {"low": 1e-4, "high": 1, "when": {"loss.field_weight": {"above": 0}}},
+                    "loss.border_weight": {"low": 0, "high": 1, "also": ["loss.field_weight"]},
+                }
+            },
+            "put loss.border_weight before it",
+        ),
+        (
+            {
+                "space": {
+                    "model.features": {"choices": [[8], [64, 128, 256, 512]]},
+                    "model.features.0": {"choices": [8]},
+                }
+            },
+            "at least 2",
+        ),
+        (
+            {
+                "space": {
+                    "phases.0": {"choices": [{"epochs": 10}, {"epochs": 5}]},
+                    "phases.0.epochs": {"low": 1, "high": 20},
+                }
+            },
+            "phases.0.epochs is a part of phases.0",
+        ),
+        ({"space": {"loss.bce_share": {"low": 0, "high": 2}}}, "sweep.space: loss.bce_share: Input should be less"),
+        (
+            {"space": {"optimizer.schedule": {"choices": ["constant", "cosin"]}}},
+            "sweep.space: optimizer.schedule: Input",
+        ),
+        ({"space": {"batch_size": {"low": 1, "high": 4.5}}}, "batch_size takes whole numbers"),
+        ({"shares": [{"fields": ["loss.cell_weight", "model.norm"]}]}, "model.norm is 'batch' in the recipe; only"),
+        (
+            {"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"]}]},
+            "greater than 0 (got 0.0); raise least",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_mend(part: dict, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"sweep": part}, sort_keys=False))
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        space_check.check(*space.load(str(file)))
+    assert "\n" not in str(error.value)
+
+
+# Fields, the values that each may be given, and conditions on each that hold for some of them.
+SPACES: dict[str, tuple[Dimension, tuple[Condition, ...]]] = {
+    "model.norm": (Dimension(choices=("batch", "group")), (Condition(among=("group",)),)),
+    "optimizer.clip_norm": (Dimension(choices=(None, 1.0, 5.0)), (Condition(above=0), Condition(among=(None,)))),
+    "model.features": (Dimension(choices=([8, 16], [64, 128, 256, 512])), (Condition(among=([8, 16], (4,))),)),
+    "augment.elastic.p": (Dimension(low=0, high=1, step=0.5), (Condition(above=0), Condition(among=(0.5, 1)))),
+    "loss.border_weight": (Dimension(low=0, high=9, also=("loss.field_weight",)), (Condition(above=4),)),
+    "phases.0.epochs": (Dimension(low=5, high=15), (Condition(above=9.5),)),
+}
+ON_OTHERS = {
+    "model.features.1": (Condition(above=20),),
+    "model.features.3": (Condition(above=20),),  # not in each trial
+    "loss.field_weight": (Condition(above=5),),  # takes another field's value
+    "loss.cell_weight": (Condition(above=1),),  # has a share of a sum
+    "loss.background_weight": (Condition(above=1.0),),
+    "optimizer.amsgrad": (Condition(among=(True,)), Condition(among=(False,))),  # is not searched
+}
+
+
+@st.composite
+def searches(draw: st.DrawFn) -> SweepConfig:
+    """Fields in any order, each with conditions on fields before it, shares and fields that are not searched."""
+    order = draw(st.permutations(sorted(SPACES)))[: draw(st.integers(0, len(SPACES)))]
+    fields: dict[str, Dimension] = {}
+    for path in order:
+        known = {one: SPACES[one][1] for one in fields} | {
+            one: found
+            for one, found in ON_OTHERS.items()
+            if not any(f"{one}.".startswith(f"{later}.") for later in set(order) - set(fields))
+        }
+        if "loss.border_weight" in set(order) - set(fields):
+            known.pop("loss.field_weight", None)
+        others = draw(st.lists(st.sampled_from(sorted(known)), max_size=2, unique=True))
+        when = {one: draw(st.sampled_from(known[one])) for one in others}
+        fields[path] = SPACES[path][0].model_copy(update={"when": when})
+    return SweepConfig(space=fields, shares=(Shares(fields=WEIGHTS[:2], least=0.1),))
+
+
+@settings(max_examples=60)
+@given(searches(), st.integers(0, 1000))
+def test_conditions_are_those_of_the_trial(config: SweepConfig, seed: int) -> None:
+    """Whatever a condition names, a share, a tied field or a part of a field: the trial's recipe must meet it."""
+    recipe = Recipe()
+    space_check.check(recipe, config)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    for values in [space.suggest(study.ask(), recipe, config) for _ in range(5)]:
+        tried = space.apply(recipe, values).model_dump(mode="json")
+        for path, dimension in config.space.items():
+            met = True
+            for other, condition in dimension.when.items():
+                try:
+                    met &= condition.holds(functools.reduce(_part, other.split("."), tried))
+                except IndexError:
+                    met = False
+            assert (path in values) == met, (path, dimension.when, values)
+    for trial in study.trials:
+        assert space.suggest(FixedTrial(trial.params), recipe, config).keys() <= set(space.searched_fields(config))
+    parameters = space.start(recipe, config)
+    assert space.apply(recipe, space.suggest(FixedTrial(parameters), recipe, config)) == recipe
+
+
+def _part(tree: Any, name: str) -> Any:
+    return tree[int(name)] if isinstance(tree, list) else tree[name]
+
+
+def test_a_condition_reads_the_starting_recipe_where_its_field_is_not_searched() -> None:
+    config = SweepConfig(
+        space={"model.features.0": Dimension(low=8, high=64, when={"model.norm": Condition(among=("group",))})},
+        shares=(),
+    )
+    assert asked(config, Recipe(), 1) == [{}]
+    group = space.apply(Recipe(), {"model.norm": "group"})
+    assert set(asked(config, group, 1)[0]) == {"model.features.0"}
