@@ -163,18 +163,20 @@ def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
     Args:
         name: of the recipe to print, such as `raylivecell recipes small > mine.yaml`.
     """
-    from rich.table import Table
+    import shutil
+    import textwrap
 
     from raylivecell import recipe
-    from raylivecell.core.console import console
 
     if name:
         print(Path(recipe.find(name)).read_text(), end="")
         return
-    table = Table(box=None, padding=(0, 2, 1, 0), show_header=False)
-    for title, path in recipe.shipped().items():
-        table.add_row(title, recipe.describe(path))
-    console.print(table, markup=False)
+    known = recipe.shipped()
+    indent = max(map(len, known)) + 2
+    width = min(shutil.get_terminal_size().columns, 120)
+    for title, path in known.items():
+        text = recipe.describe(path)
+        print(textwrap.fill(text, width, initial_indent=title.ljust(indent), subsequent_indent=" " * indent))
 
 
 def bench(
