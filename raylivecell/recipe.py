@@ -1,4 +1,4 @@
-"""The recipe: everything that decides what is trained, and nothing of where. YAML in and out.
+"""The recipe: everything that determines what is trained, but not where it runs. YAML in and out.
 
 The shipped recipes are recipes/*.yaml; `find` turns their names into paths.
 
@@ -27,32 +27,32 @@ CHANNELS: dict[Targets, tuple[str, ...]] = {
     "boundary": ("foreground", "boundary"),
     "distance": ("foreground", "centre_distance", "boundary_distance"),
 }
-"""What the network's outputs mean, as probabilities or distances, after a sigmoid."""
+"""Names of the network's output channels, in order; each is a probability or a distance of 0 to 1 after a sigmoid."""
 
 
 class PhaseConfig(StrictModel):
-    """A part of the training. Its length is given in epochs or in steps."""
+    """One phase of the training; its length is given in epochs or in steps."""
 
     epochs: int | None = Field(None, ge=1)
-    """Length in passes over the set (its transformed copies included)."""
+    """Length in epochs, each of which includes the augmented copies."""
     steps: int | None = Field(None, ge=1)
-    """Length in optimiser steps; the length in time is then the same for any size of set."""
-    plain: bool = True
-    """Each epoch holds every image as it is (cropped at random)."""
-    transformed: int = Field(0, ge=0)
-    """Each epoch holds so many transformed copies of every image, different ones every epoch."""
+    """Length in optimizer steps; the time needed then does not depend on the size of the dataset."""
+    originals: bool = True
+    """Whether each epoch contains every image once unchanged (only cropped at random)."""
+    augmented_copies: int = Field(0, ge=0)
+    """Number of augmented copies of every image in each epoch; they differ in every epoch."""
 
     @model_validator(mode="after")
-    def _one_length_and_some_images(self) -> "PhaseConfig":
+    def _one_length_and_at_least_one_image(self) -> "PhaseConfig":
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give a phase either epochs or steps")
-        if not self.plain and not self.transformed:
-            raise ValueError("a phase needs images: plain: true, or transformed: 1 or more")
+            raise ValueError("a phase needs either epochs or steps")
+        if not self.originals and not self.augmented_copies:
+            raise ValueError("a phase needs images: originals: true, or augmented_copies: 1 or more")
         return self
 
     def copies(self) -> int:
-        """How often an epoch holds each image."""
-        return int(self.plain) + self.transformed
+        """Samples per image in one epoch."""
+        return int(self.originals) + self.augmented_copies
 
 
 class ElasticConfig(StrictModel):
@@ -79,22 +79,22 @@ class RotationConfig(StrictModel):
 
 
 class AugmentConfig(StrictModel):
-    """Random transformations of the transformed samples; plain samples are only cropped."""
+    """Random transformations of the augmented copies; original images are only cropped."""
 
     elastic: ElasticConfig = ElasticConfig()
     rotation: RotationConfig = RotationConfig()
     flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a left-right flip, and of an up-down flip, each on its own."""
+    """Probability of a horizontal flip and, independently, of a vertical flip."""
     brightness: float = Field(default=12.0, ge=0, le=255)
-    """Grey levels (of 255) added: uniform in [-brightness, brightness]."""
+    """Grey levels (0 to 255) added: uniform in [-brightness, brightness]."""
     contrast: float = Field(default=0.2, ge=0)
-    """Differences from the set's background are multiplied by exp(u), u uniform in [-log(1 + contrast),
-    log(1 + contrast)]."""
+    """Differences from the dataset's background level are multiplied by exp(u), u uniform in
+    [-log(1 + contrast), log(1 + contrast)]."""
     border: Literal["reflect", "constant"] = "reflect"
-    """What lies outside the image: its mirror image (image and targets alike), or the set's background."""
+    """How pixels outside the image are filled: by reflection (image and targets), or with the background level."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where samples are transformed: by Ray Data's tasks, or by the training process on its GPU, for clusters with few
-    CPUs a GPU. The same transformations of the same samples, to within rounding; all images must be equally large."""
+    """Where samples are augmented: cpu: in Ray Data's tasks; cuda: in the training process on its GPU, for machines
+    with few CPUs per GPU. The results agree to within rounding; all images must have the same size."""
 
 
 Norm = Literal["batch", "sync_batch", "group"]
@@ -112,29 +112,29 @@ Network = Literal[
 ]
 """`unet`: this project's; the others are classes of monai.networks.nets, by their names there."""
 MAX_OPTIONS_BYTES, MAX_OPTION = 2000, 4096
-"""Limits of `ModelConfig.options`, as JSON and of each number: a checkpoint's recipe is untrusted, and a network of a
-billion blocks would fill the memory before its weights are looked at."""
+"""Limits of `ModelConfig.options`: bytes of JSON, and absolute value of each number. A checkpoint's recipe is
+untrusted, and a network of a billion blocks would fill the memory before its weights are read."""
 
 
 class ModelConfig(StrictModel):
     """The network."""
 
     name: Network = "unet"
-    """`unet`: the paper's U-Net, with `features` and `norm`. The others are MONAI's 2-D networks, with `options`."""
+    """unet: the paper's U-Net, with features and norm. The others are MONAI's 2-D networks, with options."""
     features: tuple[PositiveInt, ...] = Field((64, 128, 256, 512), min_length=1, max_length=12)
-    """Of `unet`: channels of each level of the contracting path; the bottleneck has twice the last."""
+    """unet only: channels of each level of the contracting path; the bottleneck has twice the last."""
     norm: Norm = "batch"
-    """Of `unet`. `batch`: BatchNorm2d (the paper). `sync_batch`: its statistics over all workers' images (GPU only).
-    `group`: GroupNorm, whose result does not depend on how a batch is split over workers."""
+    """unet only. batch: BatchNorm2d (the paper). sync_batch: statistics over all workers' images (GPU only). group:
+    GroupNorm, whose result does not depend on how a batch is split over workers."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Of a network of MONAI: arguments of its class, as JSON, such as {"init_filters": 16}; what is not given keeps
-    MONAI's default."""
+    """MONAI networks only: arguments of the network's class as JSON, such as {"init_filters": 16}; the others keep
+    MONAI's defaults."""
 
     @field_validator("options")
     @classmethod
     def _for_monai(cls, options: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
         if options and info.data.get("name", "unet") == "unet":
-            raise ValueError("unet takes features and norm; options are for MONAI's networks (model.name)")
+            raise ValueError("unet has features and norm; options are for MONAI networks (model.name)")
         if len(json.dumps(options)) > MAX_OPTIONS_BYTES or any(abs(one) > MAX_OPTION for one in _numbers(options)):
             raise ValueError(f"at most {MAX_OPTIONS_BYTES} bytes of JSON and numbers up to {MAX_OPTION}")
         return options
@@ -152,74 +152,74 @@ def _numbers(value: JsonValue) -> Iterator[float]:
 
 
 class LossConfig(StrictModel):
-    """The loss: bce_share * BCE + (1 - bce_share) * Dice."""
+    """The loss: bce_weight * BCE + (1 - bce_weight) * Dice, plus aux_weight * the loss of boundaries or distances."""
 
-    bce_share: float = Field(0.5, ge=0, le=1)
-    """Share of the cross-entropy; the rest is Dice."""
+    bce_weight: float = Field(0.5, ge=0, le=1)
+    """Weight of the cross-entropy; Dice has 1 - bce_weight."""
     background_weight: float = Field(1.0, gt=0)
     """BCE weight of a background pixel."""
     cell_weight: float = Field(1.0, gt=0)
-    """BCE weight of a pixel in a cell."""
+    """BCE weight of a cell pixel."""
     border_weight: float = Field(1.0, ge=0)
-    """w0: extra BCE weight where two cells touch (10 in the original U-Net)."""
-    field_weight: float = Field(1.0, ge=0)
-    """Of the loss of boundaries or distances, beside that of the foreground, which weighs 1."""
+    """w0: additional BCE weight between touching cells (10 in the original U-Net)."""
+    aux_weight: float = Field(1.0, ge=0)
+    """Weight of the loss of boundaries or distances; the foreground has 1."""
 
 
 class OptimizerConfig(StrictModel):
     """Adam (Kingma and Ba 2015), with AMSGrad (Reddi et al. 2018) as in the paper."""
 
     lr: float = Field(1e-3, gt=0)
-    """Learning rate at its highest; it does not depend on the number of workers (the batch is global)."""
+    """Peak learning rate; independent of the number of workers, because batch_size is global."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Exponential decay rates of the first and the second moment."""
+    """Exponential decay rates of the first and second moment."""
     amsgrad: bool = True
-    """Use the largest second moment so far."""
+    """Use the maximum of all second moments so far."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW) of convolution weights; 0 is plain Adam."""
     schedule: Literal["constant", "poly", "cosine"] = "constant"
     """`poly`: (1 - t)^0.9; `cosine`: (1 + cos(pi t)) / 2; t from 0 to 1 over the run."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     clip_norm: float | None = Field(None, gt=0)
-    """Largest L2 norm of the gradient; none: not clipped."""
+    """Maximum L2 norm of the gradient; none: no clipping."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Validate and keep an exponential moving average of the weights with this decay; 0: the weights themselves."""
+    """Decay of an exponential moving average of the weights, which is then validated and saved; 0: no averaging."""
 
 
 class LoopConfig(StrictModel):
-    """How the recipe is computed."""
+    """How the training loop runs."""
 
     report_steps: int | None = Field(None, ge=1)
-    """Steps between reports (validation, metrics, checkpoint); none: a report at the end of every epoch."""
+    """Steps between reports (validation, metrics, checkpoint); none: a report after every epoch."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass; `auto`: bfloat16 where the GPU has it, float32 elsewhere. Weights stay float32. A CPU with
-    AMX trains 1.3 times as fast in bfloat16, compiled 2.5 times (`bench step`)."""
+    """Precision of the forward pass; auto: bfloat16 on GPUs that support it, otherwise float32. Weights stay float32. A
+    CPU with AMX trains 1.3 times as fast in bfloat16, 2.5 times if also compiled (`bench step`)."""
     channels_last: bool = True
-    """Keep activations with the channels innermost: faster on GPU and CPU alike."""
+    """Memory format channels_last: faster on GPUs and CPUs."""
     compile: bool = False
-    """`torch.compile` the network, which takes 15 to 60 s and on a CPU a C++ compiler: pays after minutes of training
-    (1.3 times as fast on a CPU with AMX, on one with AVX-512 alone not at all: `bench step`)."""
+    """Compile the network with torch.compile: 15 to 60 s at the start, and a C++ compiler on a CPU. Worth it for runs
+    of minutes or more (1.3 times as fast on a CPU with AMX, no gain with AVX-512 alone: `bench step`)."""
 
 
-# First the plain images, then plain and transformed ones together.
-PAPER_PHASES = (PhaseConfig(epochs=10), PhaseConfig(epochs=10, transformed=1))
+# First the original images, then originals and augmented copies together.
+PAPER_PHASES = (PhaseConfig(epochs=10), PhaseConfig(epochs=10, augmented_copies=1))
 
 
 class Recipe(StrictModel):
-    """Everything that decides what is trained, and nothing of where."""
+    """Everything that determines what is trained; where it runs is set by the command's flags."""
 
     seed: int = Field(0, ge=0)
-    """Of the weights, the order of the samples, and every random transformation."""
+    """Seed of the initial weights, the sample order and all augmentation."""
     batch_size: int = Field(2, ge=1)
-    """Images in an optimiser step, over all workers together."""
+    """Images per optimizer step, over all workers together."""
     crop: tuple[int, int] | None = (333, 434)
-    """Height and width of the random crops trained on, pixels; none: whole images, which then must be equally large."""
+    """Height and width of the random training crops, pixels; none: whole images, which must then have one size."""
     targets: Targets = "foreground"
-    """What is learnt: cell or not (the paper); also the boundaries of cells; also distances to their centres and
-    boundaries, by which cells that touch are told apart best."""
+    """What the network predicts. foreground: cell or background (the paper). boundary: also the boundaries of cells.
+    distance: also distances to each cell's centre and boundary, which separates touching cells best."""
     phases: tuple[PhaseConfig, ...] = Field(PAPER_PHASES, min_length=1)
-    """The parts of the training, one after the other."""
+    """The phases of the training, in order."""
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -228,15 +228,17 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _crop_fits_network(self) -> "Recipe":
-        least = 2 ** len(self.model.features)
-        if self.model.name == "unet" and self.crop is not None and min(self.crop) < least:
-            raise ValueError(f"crop: {len(self.model.features)} levels need at least {least} x {least} pixels")
+        smallest = 2 ** len(self.model.features)
+        if self.model.name == "unet" and self.crop is not None and min(self.crop) < smallest:
+            raise ValueError(f"crop: {len(self.model.features)} levels need at least {smallest} x {smallest} pixels")
         return self
 
     @model_validator(mode="after")
-    def _gpu_transforms_the_foreground_alone(self) -> "Recipe":
+    def _gpu_augments_foreground_targets_only(self) -> "Recipe":
         if self.augment.device == "cuda" and self.targets != "foreground":
-            raise ValueError("augment.device: fields of cells are drawn on CPUs; use cpu, or targets: foreground")
+            raise ValueError(
+                "augment.device: boundary and distance maps are drawn on CPUs; use cpu, or targets: foreground"
+            )
         return self
 
     @property

@@ -82,8 +82,8 @@ def _scored(pairs: Sequence[Pair]) -> list[Any]:
     made = []
     for found, true in pairs:
         masks = rle.encode(found)
-        said = scores.Found(found != 0, found, masks, np.linspace(1, 0.5, len(masks)))
-        made.append(scores.of_image(said, scores.Truth(true, rle.encode(true))))
+        said = scores.Prediction(found != 0, found, masks, np.linspace(1, 0.5, len(masks)))
+        made.append(scores.of_image(said, scores.GroundTruth(true, rle.encode(true))))
     return made
 
 

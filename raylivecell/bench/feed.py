@@ -18,7 +18,7 @@ from raylivecell.bench import frames as bench_frames
 from raylivecell.bench.spread import spread
 from raylivecell.ingest import augment, blocks, stream
 from raylivecell.ingest.dataset import free_bytes
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import AugmentConfig, PhaseConfig
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
@@ -72,7 +72,7 @@ def _measure(images: int, repeats: int) -> dict[str, Any]:
 
 def memory_after_epochs(source: blocks.Source) -> dict[str, dict[str, float]]:
     """MiB that one stream holds as epochs go by: who holds it -> "N epochs" -> MiB."""
-    phase = PhaseConfig(epochs=max(EPOCHS), plain=False, transformed=1)
+    phase = PhaseConfig(epochs=max(EPOCHS), originals=False, augmented_copies=1)
     plan = replace(source.plan, phases=(phase,))
     held: dict[str, dict[str, float]] = {"reading process": {}, "data tasks": {}, "object store": {}}
     epochs = 0
@@ -102,8 +102,8 @@ def _private(process: psutil.Process) -> float:
 def in_rounds(frames: list[np.ndarray], crop: tuple[int, int] | None, processes: int) -> tuple[blocks.Source, int]:
     """The frames as a source of images, each deformed and turned, for some rounds; batches of those for warm-up."""
     samples = bench_frames.samples(frames)
-    phase = PhaseConfig(steps=1, plain=False, transformed=1)
-    plan = Plan(0, len(frames), BATCH, (phase,))
+    phase = PhaseConfig(steps=1, originals=False, augmented_copies=1)
+    plan = SampleSchedule(0, len(frames), BATCH, (phase,))
     source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.kept_train)
     batches = processes * stream.block_steps(source, BATCH, None)
     phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})

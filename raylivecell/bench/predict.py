@@ -66,7 +66,7 @@ def bench_predict(repeats: int = 5) -> dict[str, Any]:
 def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What a good network would give."""
     packed = target_maps.pack(labels, np.zeros(labels.shape, np.uint8))
-    planes = target_maps.planes(image, packed, "distance")
+    planes = target_maps.draw_target_maps(image, packed, "distance")
     maps = np.stack([planes[1] * 255.0, planes[3], planes[4]]).astype(np.float32) / 255
     return np.stack([cv2.GaussianBlur(one, (0, 0), 1.0) for one in maps])
 
@@ -76,7 +76,7 @@ def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Calla
     maps, config = _maps(image, labels), instances.default("distance")
     found = instances.segment(maps, "distance", config)
     cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.foreground)
-    part = results.Part({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
+    part = results.ImageResult({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
     return {
         "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),

@@ -20,7 +20,7 @@ IMAGES = 32
 OURS, PLAIN = "raylivecell train", "plain PyTorch script"
 RECIPE = Recipe(
     crop=(256, 256),
-    phases=(PhaseConfig(steps=3, plain=False, transformed=1),),
+    phases=(PhaseConfig(steps=3, originals=False, augmented_copies=1),),
     model=ModelConfig(features=(8, 16, 32, 64)),
     loop=LoopConfig(report_steps=3),
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylivecell.bench.spread import spread
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network import forward
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
@@ -86,7 +86,7 @@ def recipe(device: torch.device) -> Recipe:
     return Recipe(
         batch_size=16 if gpu else 4,
         crop=CROP,
-        phases=(PhaseConfig(steps=PARTS * PART, plain=False, transformed=1),),
+        phases=(PhaseConfig(steps=PARTS * PART, originals=False, augmented_copies=1),),
         model=ModelConfig(features=(64, 128, 256, 512) if gpu else (8, 16, 32, 64)),
         optimizer=OptimizerConfig(lr=1e-4),
         loop=LoopConfig(report_steps=PART),
@@ -168,7 +168,7 @@ def ours(base: Recipe, planes: Tensor, device: torch.device, **settings: Any) ->
 def train(recipe: Recipe, batches: Iterator[dict[str, Tensor]], device: torch.device) -> list[dict[str, Any]]:
     """Our loop in this process; its history."""
     torch.manual_seed(0)
-    plan = Plan(recipe.seed, recipe.batch_size, recipe.batch_size, recipe.phases)
+    plan = SampleSchedule(recipe.seed, recipe.batch_size, recipe.batch_size, recipe.phases)
     training = loop.start(forward.build(recipe, device), recipe.optimizer, plan.steps)
     if recipe.loop.compile:
         training.model.compile()

@@ -26,7 +26,7 @@ from raylivecell.bench.spread import spread
 from raylivecell.bench.step import CROP, MONAI, OURS, PARTS, PLAIN
 from raylivecell.ingest import blocks
 from raylivecell.ingest import stream as ingest
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network.transfer import tensors
 from raylivecell.network.unet import build_model, count_parameters
 from raylivecell.recipe import LoopConfig, PhaseConfig, Recipe
@@ -58,7 +58,7 @@ def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
         repeats: how often each is measured, in turn.
 
     Returns:
-        `images_per_s`: way -> spread; `ratio`: "A / B" -> spread; `data_wait_share` of our runs; `ray_train_cpu_share`:
+        `images_per_s`: way -> spread; `ratio`: "A / B" -> spread; `data_wait_fraction`; `ray_train_cpu_share`:
         of all cores, in Ray Train's own processes; `device`, `parameters`, `batch`, `crop`.
     """
     session.connect()
@@ -82,7 +82,7 @@ def bench_train(images: int = 64, repeats: int = 5) -> dict[str, Any]:
         "batch": bench.recipe.batch_size,
         "crop": list(CROP),
         "images_per_s": {name: spread(values) for name, values in speeds.items()},
-        "data_wait_share": spread(bench.waits),
+        "data_wait_fraction": spread(bench.waits),
         "ray_train_cpu_share": spread(bench.ray_train),
         "ratio": {f"{a} / {b}": spread([x / y for x, y in zip(speeds[a], speeds[b])]) for a, b in pairs},
     }
@@ -94,7 +94,7 @@ class _Bench:
     def __init__(self, images: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step = step.recipe(self.device)
-        phases = (PhaseConfig(steps=PARTS * RUN_PART, plain=False, transformed=1),)
+        phases = (PhaseConfig(steps=PARTS * RUN_PART, originals=False, augmented_copies=1),)
         self.recipe = self.step.model_copy(update={"phases": phases, "loop": LoopConfig(report_steps=RUN_PART)})
         self.frames = frames.frames(images)
         self.samples = frames.samples(self.frames)
@@ -126,8 +126,8 @@ class _Bench:
         }
 
     def _source(self, steps: int) -> blocks.Source:
-        phases = (PhaseConfig(steps=steps, plain=False, transformed=1),)
-        plan = Plan(0, len(self.frames), self.recipe.batch_size, phases)
+        phases = (PhaseConfig(steps=steps, originals=False, augmented_copies=1),)
+        plan = SampleSchedule(0, len(self.frames), self.recipe.batch_size, phases)
         held = self.samples
         return blocks.Source(held.train, plan, self.recipe.augment, CROP, held.frame, held.kept_train)
 
@@ -148,7 +148,7 @@ class _Bench:
             rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         seconds = last["time"] - first["time"]
         self.ray_train.append((last["cpu_seconds"] - first["cpu_seconds"]) / seconds / psutil.cpu_count())
-        self.waits.append(sum(row["data_wait_share"] for row in rows[1:]) / len(rows[1:]))
+        self.waits.append(sum(row["data_wait_fraction"] for row in rows[1:]) / len(rows[1:]))
         return step.speed(rows, self.recipe.batch_size)
 
     def _run_here(self) -> float:

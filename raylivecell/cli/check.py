@@ -46,10 +46,10 @@ class Finding(NamedTuple):
     level: Level
     what: str
     told: str
-    mend: str = ""
+    hint: str = ""
 
 
-class Plan(NamedTuple):
+class CheckRequest(NamedTuple):
     """What is about to be run."""
 
     data: str
@@ -68,18 +68,18 @@ class Plan(NamedTuple):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
-def check(plan: Plan) -> int:
+def check(plan: CheckRequest) -> int:
     """Print numbered findings; 1 where one is a fail, else 0."""
     worst, page = 0, Console(highlight=False, soft_wrap=True)
     for number, finding in enumerate(findings(plan), 1):
         level = Text(finding.level, COLOURS[finding.level])
-        told = f"  {finding.what}: {finding.told}" + (f"; {finding.mend}" if finding.mend else "")
+        told = f"  {finding.what}: {finding.told}" + (f"; {finding.hint}" if finding.hint else "")
         page.print(Text.assemble(f"{number:>2} ", level, told))
         worst |= finding.level == "fail"
     return int(worst)
 
 
-def findings(plan: Plan) -> Iterator[Finding]:
+def findings(plan: CheckRequest) -> Iterator[Finding]:
     """What there is to say of a plan, in the order in which things would go wrong; without Ray the rest cannot be."""
     description = None
     with _told("dataset") as bad:
@@ -197,8 +197,8 @@ def shared_memory(nodes: Sequence[Node]) -> Finding:
         if not node.silent and node.shared_memory < node.resources.get("object_store_memory", 0)
     ]
     if short:
-        mend = "give the container --shm-size, the pod an emptyDir of medium Memory, or Ray a smaller store"
-        return Finding("warn", "shared memory", ", ".join(short[:3]), mend)
+        hint = "give the container --shm-size, the pod an emptyDir of medium Memory, or Ray a smaller store"
+        return Finding("warn", "shared memory", ", ".join(short[:3]), hint)
     return Finding("pass", "shared memory", "holds every node's object store")
 
 
@@ -221,8 +221,8 @@ def shared_storage(nodes: Sequence[Node], out: str) -> Finding:
     """Whether every node writes where the others read."""
     wrong = [f"{node.address}: {node.storage_error}" for node in nodes if node.storage_error]
     if wrong:
-        mend = "give --out as s3://..., gs://... or a disk that all nodes share, and its credentials to each node"
-        return Finding("fail", "shared storage", f"{out} from {', '.join(wrong[:3])}", mend)
+        hint = "give --out as s3://..., gs://... or a disk that all nodes share, and its credentials to each node"
+        return Finding("fail", "shared storage", f"{out} from {', '.join(wrong[:3])}", hint)
     return Finding("pass", "shared storage", f"every node writes to {out} and reads the others")
 
 
@@ -241,7 +241,7 @@ def token(mode: str | None, status: int | None) -> Finding:
     return Finding("warn", "token", told, "start every node with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
 
 
-def object_store(description: dict[str, Any], plan: Plan) -> Finding:
+def object_store(description: dict[str, Any], plan: CheckRequest) -> Finding:
     """Whether decoded images fit into the object store, or are read again in every epoch."""
     cells, free = plan.recipe.targets != "foreground", cache_budget_bytes()
     needed = description["splits"]["train"]["images"] * sample_bytes(plan.data, "train", cells)
@@ -251,7 +251,7 @@ def object_store(description: dict[str, Any], plan: Plan) -> Finding:
     return Finding("pass", "object store", told)
 
 
-def trial_batch(plan: Plan) -> Finding:
+def trial_batch(plan: CheckRequest) -> Finding:
     """Whether the largest share of a batch that a worker may get takes a training step on a worker of the cluster."""
     gpu = min(1, placement.gpu_slots(session.machines()))
     share = max(1, plan.recipe.batch_size // plan.least)
@@ -284,7 +284,7 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
     training = loop.start(segment.build(recipe, device), recipe.optimizer, 1)
     forward = wrap(training.model, recipe, 1, device)
     planes = torch.randint(0, 2, (images, 2 + len(CHANNELS[recipe.targets]), *crop), dtype=torch.uint8)
-    plan = order.Plan(0, images, images, (PhaseConfig(steps=1),))
+    plan = order.SampleSchedule(0, images, images, (PhaseConfig(steps=1),))
     for _ in loop.run(training, forward, iter([{"planes": planes}]), plan, recipe.loop, recipe.loss, lambda _: {}):
         pass
     if device.type == "cuda":
@@ -316,13 +316,13 @@ def _tried(what: str, attempt: Callable[[], Any], told: str) -> Finding:
 
 
 @contextlib.contextmanager
-def _told(what: str, mend: str = "") -> Iterator[list[Finding]]:
+def _told(what: str, hint: str = "") -> Iterator[list[Finding]]:
     """Collects what goes wrong inside as a fail."""
     bad: list[Finding] = []
     try:
         yield bad
     except (UserError, OSError) as error:
-        bad.append(Finding("fail", what, _line(error), mend))
+        bad.append(Finding("fail", what, _line(error), hint))
 
 
 def _line(error: BaseException) -> str:

@@ -243,7 +243,7 @@ def submit(arguments: Sequence[str]) -> int:
         label: str = "",
         wait: bool = True,
         stop_on_interrupt: bool = False,
-        largest_mib: float = room.LARGEST_MIB,
+        max_upload_mib: float = room.MAX_UPLOAD_MIB,
     ) -> int:
         """submit [its flags] prepare|train|sweep|evaluate|predict [the stage's flags]: a stage as a job of a cluster.
 
@@ -259,10 +259,10 @@ def submit(arguments: Sequence[str]) -> int:
             label: NAME=VALUE of the nodes on which that process may run.
             wait: follow the log to the end.
             stop_on_interrupt: Ctrl-C stops the job.
-            largest_mib: refuse to upload more.
+            max_upload_mib: refuse to upload more.
         """
         wanted = room.request(stage or "", stage_flags, working_dir, name, env, cpus, label)
-        return room.run(wanted, working_dir.absolute(), address, wait, stop_on_interrupt, largest_mib)
+        return room.run(wanted, working_dir.absolute(), address, wait, stop_on_interrupt, max_upload_mib)
 
     options = inspect.signature(command).parameters.values()
     with_value = {f"--{one.name.replace('_', '-')}" for one in options if one.annotation is not bool}

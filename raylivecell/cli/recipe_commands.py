@@ -80,9 +80,9 @@ def sweep(arguments: Sequence[str]) -> None:
         resume: bool = False,
         resume_or_start: bool = False,
         storage: str | None = None,
-        at_once: int | None = None,
+        max_concurrent: int | None = None,
         retries: int = 1,
-        confirm: int = 0,
+        final_seeds: int = 0,
         mlflow: str | None = None,
     ) -> None:
         """Search for a better recipe: study.db, best.yaml, checkpoint_best/, trials.csv and report.html in --out.
@@ -99,7 +99,7 @@ def sweep(arguments: Sequence[str]) -> None:
             storage: any Optuna storage URL, instead of study.db in --out; with a password: in RAYLIVECELL_STORAGE.
             at_once: trials at once; default: what the cluster has room for.
             retries: how often a trial goes on from its last checkpoint after a crash.
-            confirm: fresh seeds with which start and best are trained anew, whole; the better one is handed over.
+            final_seeds: train the starting and the best recipe again with this many new seeds; best.yaml is the better.
             mlflow: tracking URI, to log the trials to MLflow too.
         """
         whole = config.model_copy(update=search.model_dump())
@@ -111,9 +111,9 @@ def sweep(arguments: Sequence[str]) -> None:
             trials,
             resume or (resume_or_start and folder.holds_run(out)),
             storage or os.environ.get(addresses.STORAGE),
-            at_once,
+            max_concurrent,
             retries,
-            confirm,
+            final_seeds,
             mlflow,
         )
 
@@ -145,6 +145,8 @@ def check(arguments: Sequence[str]) -> int:
             out: URI of the folder where the run is to go.
             workers: training processes, N or LEAST:MOST.
         """
-        return room.check(room.Plan(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers)))
+        return room.check(
+            room.CheckRequest(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers))
+        )
 
     return tyro.cli(command, prog="raylivecell check", args=arguments, registry=FLAGS)

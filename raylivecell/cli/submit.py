@@ -32,7 +32,7 @@ EXCLUDES = (".git", ".venv", "venv", "data", "runs", "demo", "docs", "tests", "_
 
 MEBIBYTE = 2**20
 # Every node that runs a part of the job fetches the package from the head; the code itself is under 1 MiB.
-LARGEST_MIB = 32
+MAX_UPLOAD_MIB = 32
 
 JOB_ENV = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "PYTHONUNBUFFERED": "1"}
 """What a job's processes find in their environment: runs told to `/api/train/v2/runs/v1`, lines as they come."""
@@ -142,22 +142,22 @@ def _pairs(given: Sequence[str], flag: str) -> dict[str, str]:
     return pairs
 
 
-def measure(folder: Path, largest_mib: float = LARGEST_MIB) -> int:
+def measure(folder: Path, max_upload_mib: float = MAX_UPLOAD_MIB) -> int:
     """Bytes of the files in `folder` that the job takes along.
 
     Raises:
-        UserError: no stages there; more than `largest_mib`, naming the largest files.
+        UserError: no stages there; more than `max_upload_mib`, naming the largest files.
     """
     if not (folder / "jobs").is_dir():
         raise UserError(f"{folder} has no jobs/: run submit in the project's folder, or name it with --working-dir")
     sizes = upload.sizes(folder, EXCLUDES)
     total = sum(sizes.values())
-    if total > largest_mib * MEBIBYTE:
+    if total > max_upload_mib * MEBIBYTE:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         listed = ", ".join(f"{name} ({sizes[name] / MEBIBYTE:.1f} MiB)" for name in largest)
         raise UserError(
-            f"{folder} would upload {total / MEBIBYTE:.1f} MiB, over {largest_mib:g}; name in .gitignore what the job "
-            f"does not need, or raise --largest-mib; the largest are {listed}"
+            f"{folder} would upload {total / MEBIBYTE:.1f} MiB, over {max_upload_mib:g}; name in .gitignore what the "
+            f"job does not need, or raise --max-upload-mib; the largest are {listed}"
         )
     return total
 
@@ -287,10 +287,10 @@ def run(
     address: str | None,
     wait: bool = True,
     stop_on_interrupt: bool = False,
-    largest_mib: float = LARGEST_MIB,
+    max_upload_mib: float = MAX_UPLOAD_MIB,
 ) -> int:
     """Submit and follow; the job's exit code. Ctrl-C leaves the job running, unless `stop_on_interrupt`."""
-    size = measure(folder, largest_mib)
+    size = measure(folder, max_upload_mib)
     client = connect(address)
     console.print(f"{size / MEBIBYTE:.1f} MiB of {folder} to {client.get_address()}; the same by hand:", markup=False)
     print(wanted.command(client.get_address(), folder), flush=True)

@@ -155,13 +155,13 @@ def read_json(uri: str | Path) -> Any:
 
 
 @contextmanager
-def unverified(uri: str | Path, mend: str = "get it again, or make it anew") -> Iterator[None]:
+def validating(uri: str | Path, hint: str = "get it again, or make it anew") -> Iterator[None]:
     """Around the use of what was read from `uri`, which may be anything: what does not fit becomes a UserError."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, csv.Error) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{uri} is not what raylivecell writes ({told}); {mend}") from error
+        raise UserError(f"{uri} is not what raylivecell writes ({told}); {hint}") from error
 
 
 def write_json(uri: str | Path, value: Any) -> None:

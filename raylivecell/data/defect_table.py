@@ -7,15 +7,15 @@ from rich.table import Table
 
 from raylivecell.core import console
 from raylivecell.data import defects
-from raylivecell.data.defects import Found
+from raylivecell.data.defects import Defect
 
 REASONS, NAMES = 4, 3
 """Printed of each defect, and files of each reason; dataset.json has all."""
 
 
-def show(found: Sequence[Found], title: str) -> None:
+def show(found: Sequence[Defect], title: str) -> None:
     """Print the table of defects and below it which files have them and why; nothing where there is none."""
-    rows: dict[tuple[str, str], list[Found]] = defaultdict(list)
+    rows: dict[tuple[str, str], list[Defect]] = defaultdict(list)
     for one in sorted(found, key=lambda one: defects.ALL.index(one.defect)):
         rows[one.defect, one.rule].append(one)
     if not rows:
@@ -31,7 +31,7 @@ def show(found: Sequence[Found], title: str) -> None:
             console.console.print(f"{defect}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _reasons(members: Sequence[Found]) -> list[str]:
+def _reasons(members: Sequence[Defect]) -> list[str]:
     """`a.png, b.png and 7 more: why`, for the first reasons of one defect."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for one in members:
@@ -44,13 +44,13 @@ def _reasons(members: Sequence[Found]) -> list[str]:
     return lines if not more else [*lines[:REASONS], *more]
 
 
-def _named(one: Found) -> str:
+def _named(one: Defect) -> str:
     """The file; of an annotation file its records too."""
     ids = _first([str(identity) for identity in one.ids], NAMES)
     return f"{one.file_name} (ids {ids})" if ids and one.file_name.lower().endswith(".json") else one.file_name
 
 
-def summary(found: Sequence[Found]) -> str:
+def summary(found: Sequence[Defect]) -> str:
     """`3 defects (leak 2: NAME, ...; missing_file 1: NAME)`."""
     by_defect: dict[str, list[str]] = defaultdict(list)
     for one in found:

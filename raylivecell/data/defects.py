@@ -1,6 +1,6 @@
 """What is wrong with a dataset's images, and the stated rule for each: nothing is dropped without being named.
 
-`judge` runs the checks in this order, each on what the ones before it kept: duplicate_entry, missing_file,
+`apply_rules` runs the checks in this order, each on what the ones before it kept: duplicate_entry, missing_file,
 unreadable_image, colour_image, sixteen_bit_image, wrong_size, no_annotations, few_annotations, leak,
 identical_pixels. What is wrong with single cells is in `outlines`.
 """
@@ -90,7 +90,7 @@ _PLACE = {"test": 0, "val": 1, "train": 2}
 
 
 @dataclass(frozen=True)
-class Found:
+class Defect:
     """One defect found. `ids`: image ids for defects of images, annotation ids for those of cells."""
 
     defect: str
@@ -118,7 +118,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageInfo:
     """What an image file turned out to hold; `error` says why where it holds no picture."""
 
     error: str = ""
@@ -134,7 +134,7 @@ class Facts:
     """Pixels that look like cells: see `visible_pixels`."""
 
 
-Judged = tuple[list[Entry], list[Found]]
+Judged = tuple[list[Entry], list[Defect]]
 
 
 def rule_of(rules: DefectRules, defect: str, split: str | None = None) -> str:
@@ -160,8 +160,8 @@ def visible_pixels(image: np.ndarray) -> int:
     return int(np.count_nonzero(variance > max(VISIBLE_STD**2, 9 * calm)))
 
 
-def judge(
-    entries: Sequence[Entry], facts: Mapping[str, Facts], area: Callable[[Entry], float], rules: DefectRules
+def apply_rules(
+    entries: Sequence[Entry], facts: Mapping[str, ImageInfo], area: Callable[[Entry], float], rules: DefectRules
 ) -> Judged:
     """The entries that stay, sorted by (split, file name), and every defect of images that was found.
 
@@ -189,17 +189,17 @@ def judge(
     return sorted(kept, key=lambda e: (e.split, e.image.file_name, str(e.path), str(e.image.id))), found
 
 
-def found_in(entry: Entry, defect: str, rules: DefectRules, detail: str, ids: list[int | str] | None = None) -> Found:
+def found_in(entry: Entry, defect: str, rules: DefectRules, detail: str, ids: list[int | str] | None = None) -> Defect:
     """A defect of the image `entry`."""
     name, mine = entry.image.file_name, [entry.image.id]
-    return Found(defect, rule_of(rules, defect, entry.split), name, entry.split, mine if ids is None else ids, detail)
+    return Defect(defect, rule_of(rules, defect, entry.split), name, entry.split, mine if ids is None else ids, detail)
 
 
 def _if(condition: bool, detail: str | None) -> str:
     return (detail or "") if condition else ""
 
 
-def _fact(facts: Mapping[str, Facts], entry: Entry) -> Facts:
+def _fact(facts: Mapping[str, ImageInfo], entry: Entry) -> ImageInfo:
     return facts[entry.path or ""]
 
 
@@ -211,7 +211,7 @@ def _each(entries: list[Entry], defect: str, rules: DefectRules, detail: Callabl
     return [e for e, text in details if not (text and rule_of(rules, defect, e.split) in gone)], found
 
 
-def _size_detail(entry: Entry, fact: Facts) -> str:
+def _size_detail(entry: Entry, fact: ImageInfo) -> str:
     told = (entry.image.width or fact.width, entry.image.height or fact.height)
     if told == (fact.width, fact.height):
         return ""
@@ -245,7 +245,7 @@ def _duplicates(entries: Sequence[Entry], rules: DefectRules) -> Judged:
 
 
 def _few(
-    entries: list[Entry], facts: Mapping[str, Facts], area: Callable[[Entry], float], rules: DefectRules
+    entries: list[Entry], facts: Mapping[str, ImageInfo], area: Callable[[Entry], float], rules: DefectRules
 ) -> Judged:
     by_type: dict[str, list[int]] = defaultdict(list)
     for entry in entries:
@@ -264,7 +264,7 @@ def _few(
     return _each(entries, "few_annotations", rules, detail)
 
 
-def _leaks(entries: list[Entry], facts: Mapping[str, Facts], rules: DefectRules) -> Judged:
+def _leaks(entries: list[Entry], facts: Mapping[str, ImageInfo], rules: DefectRules) -> Judged:
     gone: list[Entry] = []
     found = []
     for group in _groups(entries, lambda e: _fact(facts, e).pixels_sha256):
@@ -280,7 +280,7 @@ def _leaks(entries: list[Entry], facts: Mapping[str, Facts], rules: DefectRules)
     return _without(entries, gone), found
 
 
-def _identical(entries: list[Entry], facts: Mapping[str, Facts], rules: DefectRules) -> Judged:
+def _identical(entries: list[Entry], facts: Mapping[str, ImageInfo], rules: DefectRules) -> Judged:
     gone: list[Entry] = []
     found = []
     for group in _groups(entries, lambda e: (e.split, _fact(facts, e).pixels_sha256)):

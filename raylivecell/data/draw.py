@@ -18,21 +18,21 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.cell_defects import check_cells
-from raylivecell.data.defects import DefectRules, Facts, rule_of, visible_pixels
+from raylivecell.data.defects import DefectRules, ImageInfo, rule_of, visible_pixels
 from raylivecell.images import formats, grey_levels, intensity
 from raylivecell.images.intensity import Intensity
 
 
-def examine(uri: str) -> Facts:
+def examine(uri: str) -> ImageInfo:
     """What the image file at `uri` holds."""
     data = storage.read_bytes(uri)
     try:
         picture = formats.decode(data)
     except formats.UnreadableImageError as error:
-        return Facts(error=str(error), sha256=hashlib.sha256(data).hexdigest())
+        return ImageInfo(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(picture.pixels)
     measures = grey_levels.measure(pixels, grey_levels.padding_mask(pixels))
-    return Facts(
+    return ImageInfo(
         sha256=hashlib.sha256(data).hexdigest(),
         pixels_sha256=hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest(),
         height=pixels.shape[0],

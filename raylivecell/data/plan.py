@@ -19,7 +19,7 @@ from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
 from raylivecell.data import cell_defects, defects, description, shards
-from raylivecell.data.defects import DefectRules, Entry, Facts, Found
+from raylivecell.data.defects import Defect, DefectRules, Entry, ImageInfo
 from raylivecell.data.image_names import ImageFolder, find_images, is_safe_name, settle
 from raylivecell.data.listing import list_folder, show
 from raylivecell.data.sources import find_annotations
@@ -64,7 +64,7 @@ class Source:
     files: dict[tuple[str, str], coco.Annotations]
     """By (split, path)."""
     entries: list[Entry]
-    found: list[Found]
+    found: list[Defect]
     left_out: dict[str, str]
     """Files that cannot be read: reason by path."""
     categories: list[dict[str, Any]] = field(default_factory=list)
@@ -147,7 +147,7 @@ def _usable(read: Source, split: str, annotations: coco.Annotations, config: Pre
     """Images of one annotation file whose annotations are surely theirs; notes what is wrong with its records."""
 
     def note(defect: str, ids: list[int | str], detail: str, name: str = annotations.name) -> None:
-        read.found.append(Found(defect, defects.rule_of(config, defect, split), name, split, ids, detail))
+        read.found.append(Defect(defect, defects.rule_of(config, defect, split), name, split, ids, detail))
 
     gone = _break(annotations, config)
     if annotations.broken is not None:
@@ -186,13 +186,13 @@ def _resolve(read: Source, pending: list[tuple[str, coco.Annotations, coco.Image
         read.candidates.update(match.paths)
         if len(paths) > 1:
             rule = defects.rule_of(config, "ambiguous_file")
-            read.found.append(Found("ambiguous_file", rule, name, split, [image.id], ", ".join(paths)))
+            read.found.append(Defect("ambiguous_file", rule, name, split, [image.id], ", ".join(paths)))
             paths = tuple(sorted(paths, key=lambda path: (path.count("/"), path)))[: rule == "take_first"]
             if not paths:
                 continue
         if not paths and not is_safe_name(name):
             reason = "images: a file name that leads out of the image folder, where no file has its last part"
-            read.found.append(Found("bad_record", config.bad_record, name, split, [image.id], reason))
+            read.found.append(Defect("bad_record", config.bad_record, name, split, [image.id], reason))
             continue
         path = paths[0] if paths else None
         kind = description.cell_type_of(name, file.category(image.id))
@@ -231,11 +231,11 @@ def _bad_records(annotations: coco.Annotations) -> dict[str, list[int | str]]:
     return reasons
 
 
-def unlisted(read: Source, config: PrepareConfig) -> list[Found]:
+def unlisted(read: Source, config: PrepareConfig) -> list[Defect]:
     """Image files that no annotation file may mean."""
     rule = defects.rule_of(config, "unlisted_file")
     return [
-        Found("unlisted_file", rule, path.rsplit("/", 1)[-1], None, [], path)
+        Defect("unlisted_file", rule, path.rsplit("/", 1)[-1], None, [], path)
         for path in read.folder.paths
         if path not in read.candidates
     ]
@@ -247,7 +247,7 @@ def covered_pixels(read: Source, entry: Entry) -> float:
 
 
 def plan_shards(
-    read: Source, kept: list[Entry], facts: dict[str, Facts], out: str, config: PrepareConfig, rule: Intensity
+    read: Source, kept: list[Entry], facts: dict[str, ImageInfo], out: str, config: PrepareConfig, rule: Intensity
 ) -> list[dict[str, Any]]:
     """One job a shard, in the order of the dataset."""
     jobs = []
@@ -280,7 +280,7 @@ def _groups(images: list[dict[str, Any]], most: int) -> Iterator[list[dict[str, 
         yield group
 
 
-def _image_job(entry: Entry, facts: dict[str, Facts], config: PrepareConfig) -> dict[str, Any]:
+def _image_job(entry: Entry, facts: dict[str, ImageInfo], config: PrepareConfig) -> dict[str, Any]:
     fact = facts[entry.path or ""]
     if entry.cells > MAX_CELLS:
         raise UserError(f"{entry.image.file_name} has {entry.cells} cells, labels hold {MAX_CELLS}; cut it into tiles")

@@ -2,7 +2,7 @@
 
 1. `plan.read_source`  every annotation file, streamed (coco); names resolved to files (image_names)
 2. `_examine`          every listed file: checksums, size, depth, unreadable ones (Ray Data, samples.examine)
-3. `defects.judge`     the stated rule for each defect of an image; `set_intensity`: the set's one intensity rule
+3. `defects.apply_rules`     the stated rule for each defect of an image; `set_intensity`: the set's one intensity rule
 4. `plan.plan_shards`  images sorted by name, 64 a shard; a shard's outlines wait in OUT/.prepare-FINGERPRINT/
 5. `_draw`             shards not yet whole are drawn and written (Ray Data, samples.write_part), each with its account
 6. dataset.json, the mark of a whole dataset, is written last; then the working folder goes
@@ -27,7 +27,7 @@ from raylivecell.annotations import categories
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import defect_table, defects, description, draw, plan, set_intensity, shards
-from raylivecell.data.defects import DefectRules, Facts, Found
+from raylivecell.data.defects import Defect, DefectRules, ImageInfo
 from raylivecell.data.plan import PrepareConfig
 from raylivecell.images.intensity import Intensity
 from raylivecell.runtime import session
@@ -69,7 +69,7 @@ def _prepare(
     read = plan.read_source(source, config)
     session.connect()
     facts = _examine(read)
-    kept, found = defects.judge(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
+    kept, found = defects.apply_rules(read.entries, facts, lambda entry: plan.covered_pixels(read, entry), config)
     if config.intensity_from:
         rule = read_rule(config.intensity_from)
     else:
@@ -105,7 +105,7 @@ def _existing(out: str, head: dict[str, Any], config: PrepareConfig) -> dict[str
     if not storage.exists(storage.join(out, "dataset.json")):
         return None
     old: dict[str, Any] = storage.read_json(storage.join(out, "dataset.json"))
-    with storage.unverified(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
+    with storage.validating(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
         source = {key: old.get("source", {}).get(key) for key in head["source"]}
     same = [source, old.get("targets"), old.get("rules")] == [head["source"], head["targets"], head["rules"]]
     if not same and not config.overwrite:
@@ -119,7 +119,7 @@ def _existing(out: str, head: dict[str, Any], config: PrepareConfig) -> dict[str
 def _is_whole(out: str, old: dict[str, Any]) -> bool:
     """Whether every shard that dataset.json names is there."""
     names = {split: set(storage.list_names(storage.join(out, split))) for split in shards.SPLITS}
-    with storage.unverified(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
+    with storage.validating(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
         return all(
             shard["file"].rsplit("/", 1)[-1] in names[split]
             for split in shards.SPLITS
@@ -127,7 +127,7 @@ def _is_whole(out: str, old: dict[str, Any]) -> bool:
         )
 
 
-def _examine(read: plan.Source) -> dict[str, Facts]:
+def _examine(read: plan.Source) -> dict[str, ImageInfo]:
     """What every listed image file holds, by path."""
     paths = sorted({entry.path for entry in read.entries if entry.path})
     jobs = [
@@ -137,7 +137,7 @@ def _examine(read: plan.Source) -> dict[str, Facts]:
     facts = {}
     done = (one for result in _on_ray(_examine_some, jobs) for one in result["facts"].items())
     for path, fact in console.track(done, "examining images", len(paths)):
-        facts[path] = Facts(**fact)
+        facts[path] = ImageInfo(**fact)
     return facts
 
 
@@ -145,7 +145,7 @@ def _write(
     read: plan.Source,
     jobs: list[dict[str, Any]],
     head: dict[str, Any],
-    found: list[Found],
+    found: list[Defect],
     out: str,
     config: PrepareConfig,
     strict: bool,
@@ -164,7 +164,7 @@ def _write(
     accounts |= _draw(read, pending, config)
     ordered = [accounts[job["file"]] | {"split": job["split"]} for job in jobs]
     told = description.describe(ordered, head, [asdict(one) for one in found], read.listed())
-    everything = [Found(**one) for one in told["defects"]["found"]]
+    everything = [Defect(**one) for one in told["defects"]["found"]]
     with _listing(everything):
         _check_end(told, read, everything, strict)
     defect_table.show(everything, "Defects (all are named in dataset.json)")
@@ -182,7 +182,7 @@ def _finished(job: dict[str, Any]) -> dict[str, Any] | None:
     if not storage.exists(job["account"]):
         return None
     account: dict[str, Any] = storage.read_json(job["account"])
-    with storage.unverified(job["account"], "delete it, and its shard is drawn again"):
+    with storage.validating(job["account"], "delete it, and its shard is drawn again"):
         if not account["rows"]:
             return account
         uri = storage.join(job["out"], job["file"])
@@ -261,7 +261,7 @@ def _clean(out: str, jobs: list[dict[str, Any]], keep: str = "") -> None:
                 storage.delete(storage.join(out, split, name))
 
 
-def _refuse(found: Sequence[Found], strict: bool) -> None:
+def _refuse(found: Sequence[Defect], strict: bool) -> None:
     """UserError for defects whose rule says so, and for all where `strict`, after listing them."""
     refused = [one for one in found if one.rule == "refuse" or strict]
     hint = "leave out --strict" if strict else "or change the rule"
@@ -270,7 +270,7 @@ def _refuse(found: Sequence[Found], strict: bool) -> None:
 
 
 @contextmanager
-def _listing(found: Sequence[Found]) -> Iterator[None]:
+def _listing(found: Sequence[Defect]) -> Iterator[None]:
     """Show the table of defects where the block raises UserError."""
     try:
         yield
@@ -279,7 +279,7 @@ def _listing(found: Sequence[Found]) -> Iterator[None]:
         raise
 
 
-def _require(read: plan.Source, images: Mapping[str, int], found: Sequence[Found]) -> None:
+def _require(read: plan.Source, images: Mapping[str, int], found: Sequence[Defect]) -> None:
     """UserError where a split lists images and none is left."""
     listed = {split: counts["images"] for split, counts in read.listed().items()}
     if not any(listed.values()):
@@ -294,7 +294,7 @@ def _require(read: plan.Source, images: Mapping[str, int], found: Sequence[Found
         raise UserError(f"no image of {where} can be used: {reason}; see the table above, and fix these{hint}")
 
 
-def _check_end(told: Mapping[str, Any], read: plan.Source, found: Sequence[Found], strict: bool) -> None:
+def _check_end(told: Mapping[str, Any], read: plan.Source, found: Sequence[Defect], strict: bool) -> None:
     """UserError for defects where `strict`, for splits that lost all images and for a set without a cell."""
     if strict and found:
         raise UserError(f"{defect_table.summary(found)}; fix them or leave out --strict")
@@ -302,7 +302,7 @@ def _check_end(told: Mapping[str, Any], read: plan.Source, found: Sequence[Found
     _require_cells(told, read, found)
 
 
-def _require_cells(told: Mapping[str, Any], read: plan.Source, found: Sequence[Found]) -> None:
+def _require_cells(told: Mapping[str, Any], read: plan.Source, found: Sequence[Defect]) -> None:
     """UserError where the set or its training images hold no cell; a line for other splits without one."""
     cells = {split: counts["cells"] for split, counts in told["splits"].items() if counts["images"]}
     if not any(cells.values()) or cells.get("train") == 0:

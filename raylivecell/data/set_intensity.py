@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 
-from raylivecell.data.defects import DefectRules, Entry, Facts, Found, found_in
+from raylivecell.data.defects import Defect, DefectRules, Entry, ImageInfo, found_in
 from raylivecell.images import intensity
 from raylivecell.images.grey_levels import Measures
 from raylivecell.images.intensity import Intensity
 
 
-def rule_of_set(entries: Sequence[Entry], facts: Mapping[str, Facts]) -> Intensity:
+def rule_of_set(entries: Sequence[Entry], facts: Mapping[str, ImageInfo]) -> Intensity:
     """The rule chosen from the training images; from all where there are none."""
     train = [entry for entry in entries if entry.split == "train"]
     return intensity.choose([_measures(entry, facts) for entry in train or entries])
 
 
 def judge_levels(
-    entries: Sequence[Entry], facts: Mapping[str, Facts], rule: Intensity, rules: DefectRules
-) -> tuple[list[Entry], list[Found]]:
+    entries: Sequence[Entry], facts: Mapping[str, ImageInfo], rule: Intensity, rules: DefectRules
+) -> tuple[list[Entry], list[Defect]]:
     """The entries that hold a picture, and every image that holds none or is unusual for its set."""
     kept, found = [], []
     for entry in entries:
@@ -30,5 +30,5 @@ def judge_levels(
     return kept, found
 
 
-def _measures(entry: Entry, facts: Mapping[str, Facts]) -> Measures:
+def _measures(entry: Entry, facts: Mapping[str, ImageInfo]) -> Measures:
     return Measures(*facts[entry.path or ""].measures)

@@ -139,7 +139,7 @@ def load_description(data: str) -> dict[str, Any]:
             f"dataset at {data} has format {description.get('format_version')}, this version reads {FORMAT_VERSION}; "
             "run `raylivecell prepare` again"
         )
-    with storage.unverified(storage.join(data, "dataset.json"), AGAIN):
+    with storage.validating(storage.join(data, "dataset.json"), AGAIN):
         _check(description["splits"])
         Intensity.model_validate(description["intensity"])
     return description

@@ -33,7 +33,7 @@ from raylivecell.reports import evaluation
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime import session
 from raylivecell.scoring import coco_results, scores
-from raylivecell.scoring.scores import Found, Truth
+from raylivecell.scoring.scores import GroundTruth, Prediction
 
 CALIBRATION_IMAGES = 32
 """At most; spread evenly over the validation images. Their maps are held in memory: 4.4 MB each."""
@@ -150,12 +150,12 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
     return result
 
 
-def painted(rles: Sequence[Rle], ranks: np.ndarray, size: tuple[int, int]) -> Found:
+def painted(rles: Sequence[Rle], ranks: np.ndarray, size: tuple[int, int]) -> Prediction:
     """Cells that may overlap as what is scored: of two that claim a pixel, the one of the higher score has it."""
     labels = np.zeros(size, np.int32)
     for number in np.argsort(ranks, kind="stable").tolist():
         labels[decode(rles[number]) != 0] = number + 1
-    return Found(labels != 0, labels, rles, ranks)
+    return Prediction(labels != 0, labels, rles, ranks)
 
 
 def score_table(result: Mapping[str, Any]) -> Table:
@@ -202,15 +202,15 @@ class _Comparer:
         return _scored(item, sample, painted(*self.predictions[item], sample["labels"].shape))
 
 
-def _found(model: segmenter.Segmenter, frame: Frame) -> tuple[Found, list[str]]:
+def _found(model: segmenter.Segmenter, frame: Frame) -> tuple[Prediction, list[str]]:
     """The cells of an image, and its warnings."""
     cells = model.segment_frame(frame)
-    return Found(cells.foreground, cells.labels, encode(cells.labels), cells.scores), list(cells.warnings)
+    return Prediction(cells.foreground, cells.labels, encode(cells.labels), cells.scores), list(cells.warnings)
 
 
-def _scored(item: int, sample: dict[str, Any], found: Found) -> actors.Row:
+def _scored(item: int, sample: dict[str, Any], found: Prediction) -> actors.Row:
     size = list(sample["labels"].shape)
-    truth = Truth(sample["labels"], [{"size": size, "counts": counts} for counts in sample["outlines"]])
+    truth = GroundTruth(sample["labels"], [{"size": size, "counts": counts} for counts in sample["outlines"]])
     row, matches = scores.of_image(found, truth)
     about = {name: sample[name] for name in ("file_name", "source", "cell_type", "height", "width")}
     return {"item": item, **about, **row, "matches": matches}
@@ -274,7 +274,7 @@ def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, abou
     }
 
 
-def _hand_over(out: str, result: dict[str, Any], rows: Sequence[shards.Row], found: Mapping[int, Found]) -> None:
+def _hand_over(out: str, result: dict[str, Any], rows: Sequence[shards.Row], found: Mapping[int, Prediction]) -> None:
     """report.html, overlays/, metrics.json and the table on the terminal."""
     evaluation.write(out, result, rows, found)
     storage.write_json(storage.join(out, "metrics.json"), result)

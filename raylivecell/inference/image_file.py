@@ -15,7 +15,7 @@ from raylivecell.core import storage
 from raylivecell.images import formats
 from raylivecell.inference import results as parts
 from raylivecell.inference import segmenter
-from raylivecell.inference.results import Part
+from raylivecell.inference.results import ImageResult
 from raylivecell.inference.segmenter import Cells, Segmenter
 from raylivecell.reports import overlay
 from raylivecell.scoring import average_precision
@@ -52,7 +52,7 @@ def load(job: Job, device: str | None = None) -> Segmenter:
     return network
 
 
-def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Part:
+def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
     """Segment an image and write its pictures.
 
     Args:
@@ -66,13 +66,13 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
     try:
         pixels = formats.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
     except formats.UnreadableImageError as error:
-        return Part({**told, "error": _line(error)}, "", [])
+        return ImageResult({**told, "error": _line(error)}, "", [])
     except FileNotFoundError:
-        return Part(
+        return ImageResult(
             {"file": file, "error": "no such file: deleted, a broken link, or a name that is not UTF-8"}, "", []
         )
     except OSError as error:  # perhaps it can be read another time: not this version's fault
-        return Part({"file": file, "error": _line(error)}, "", [])
+        return ImageResult({"file": file, "error": _line(error)}, "", [])
     frame = network.frame(pixels)
     image, cells = frame.levels, network.segment_frame(frame)
     places: dict[str, Any] = {kind: f"{kind}/{name}{end}" for kind, (end, _) in PICTURES.items() if kind in job.write}
@@ -87,7 +87,7 @@ def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> Pa
     }
     found["confluence"] = round(float((cells.labels != 0).sum()) / max(1, frame.own_pixels), 6)
     found["foreground_pixels"] = int(cells.foreground.sum())
-    return Part({**told, **found, **places}, *_lines(job, file, image, cells))
+    return ImageResult({**told, **found, **places}, *_lines(job, file, image, cells))
 
 
 def label_tiff(labels: NDArray[np.int32]) -> bytes:

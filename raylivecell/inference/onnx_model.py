@@ -52,7 +52,7 @@ def load(uri: str) -> OnnxModel:
     about = session.get_modelmeta().custom_metadata_map
     if MARK not in about:
         raise UserError(f"{uri} was not written by `raylivecell export`: export a checkpoint to get one")
-    with storage.unverified(uri, "export the checkpoint again"):
+    with storage.validating(uri, "export the checkpoint again"):
         if about["targets"] not in CHANNELS:
             raise UserError(f"{uri} is of raylivecell {about[MARK]}, with targets {about['targets']}: update this one")
         if [one.name for one in (*session.get_inputs(), *session.get_outputs())] != [INPUT, OUTPUT]:

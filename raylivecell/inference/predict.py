@@ -130,7 +130,7 @@ def _segment(job: Job, files: Mapping[str, pafs.FileInfo]) -> None:
     """Everything that is not there yet, and the tables."""
     names = dict(zip(files, output_names(list(files))))
     versions = {file: results.version(file, names[file], info.size, info.mtime_ns) for file, info in files.items()}
-    if not results.is_whole(job.out, versions):
+    if not results.is_complete(job.out, versions):
         waiting = results.begin(job.out, versions)
         if len(waiting) < len(files):
             console.print(f"{len(files) - len(waiting)} of {len(files)} images are segmented already", markup=False)
@@ -157,7 +157,7 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
             failed.append({"file": row["file"], "error": row["error"]})
             console.print(f"not segmented: {row['file']}: {row['error']}", markup=False, soft_wrap=True)
             continue
-        with storage.unverified(storage.join(out, results.IMAGES), "start anew with --overwrite"):
+        with storage.validating(storage.join(out, results.IMAGES), "start anew with --overwrite"):
             shares.append(float(row["confluence"]))
             cells += int(row["cells"])
     count = len(shares) + len(failed)
@@ -184,7 +184,7 @@ def _claim(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
         for name in (*written, SETTINGS):  # images.csv first: what is left says nothing is done; the claim last
             storage.delete(storage.join(out, name))
     else:
-        with storage.unverified(where, "choose another --out, or --overwrite it"):
+        with storage.validating(where, "choose another --out, or --overwrite it"):
             before, now = ({**one, "model": one["model"]["sha256"]} for one in (storage.read_json(where), settings))
         if other := [name for name in now if before.get(name) != now[name]]:
             raise UserError(

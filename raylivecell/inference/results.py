@@ -51,7 +51,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Part(NamedTuple):
+class ImageResult(NamedTuple):
     """What was found in one image."""
 
     row: Mapping[str, Any]
@@ -67,7 +67,7 @@ def version(file: str, name: str, size: int, changed: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, file, name, size, changed]).encode()).hexdigest()[:16]
 
 
-def write(out: str, key: str, part: Part) -> None:
+def write(out: str, key: str, part: ImageResult) -> None:
     """Keep an image's part."""
     storage.write_bytes(storage.join(out, FOLDER, f"{key}.json"), json.dumps(part).encode())
 
@@ -77,7 +77,7 @@ def record(result: Mapping[str, Any]) -> str:
     return json.dumps({name: value for name, value in result.items() if name != "image_id"})[1:]
 
 
-def is_whole(out: str, versions: Mapping[str, str]) -> bool:
+def is_complete(out: str, versions: Mapping[str, str]) -> bool:
     """Whether the tables in `out` are of these images, by name, in these versions, and of no others."""
     where = storage.join(out, IMAGES)
     return storage.exists(where) and {row["file"]: row["version"] for row in _table(where)} == dict(versions)
@@ -153,17 +153,17 @@ def _keys(out: str) -> set[str]:
     return {name.removesuffix(".json") for name in storage.list_names(storage.join(out, FOLDER))}
 
 
-def _parts(out: str, versions: Mapping[str, str]) -> Iterator[Part]:
+def _parts(out: str, versions: Mapping[str, str]) -> Iterator[ImageResult]:
     """The part of each image, in order: its own, or what the earlier run's tables tell."""
     own = _keys(out)
     before = _before(storage.join(out, BEFORE))
 
-    def read(file: str) -> Part | None:
+    def read(file: str) -> ImageResult | None:
         if versions[file] not in own:
             return None
         where = storage.join(out, FOLDER, f"{versions[file]}.json")
-        with storage.unverified(where, "delete it, and its image is segmented again"):
-            found = Part(*storage.read_json(where))
+        with storage.validating(where, "delete it, and its image is segmented again"):
+            found = ImageResult(*storage.read_json(where))
             if found.row["file"] != file or not all(isinstance(one, str) for one in (found.cells, *found.records)):
                 raise ValueError(f"it is not of {file}")
         return found
@@ -175,7 +175,7 @@ def _parts(out: str, versions: Mapping[str, str]) -> Iterator[Part]:
         yield found
 
 
-def _before(folder: str) -> Iterator[Part]:
+def _before(folder: str) -> Iterator[ImageResult]:
     """Parts of the tables in `folder`, in their order; none where there are no tables."""
     if not storage.exists(storage.join(folder, IMAGES)):
         return
@@ -183,7 +183,7 @@ def _before(folder: str) -> Iterator[Part]:
     records = _Groups(_lines(folder, COCO), lambda line: line.partition(",")[0].rpartition(" ")[2])
     for row in _table(storage.join(folder, IMAGES)):
         tails = [line.partition(", ")[2].rstrip(",\n") for line in records.take(row["image_id"])]
-        yield Part(row, _csv(cells.take(row["file"])), tails)
+        yield ImageResult(row, _csv(cells.take(row["file"])), tails)
 
 
 class _Groups(Generic[Item]):
@@ -211,7 +211,7 @@ def _lines(folder: str, name: str) -> Iterator[str]:
 
 
 def _table(uri: str) -> Iterator[dict[str, str]]:
-    with storage.unverified(uri, "start anew with --overwrite"):
+    with storage.validating(uri, "start anew with --overwrite"):
         for row in csv.DictReader(_text(uri)):
             if any(row.get(name) is None for name in NEEDED):
                 raise ValueError(f"a row lacks one of {', '.join(NEEDED)}")

@@ -1,6 +1,6 @@
 """Random transformations of a training sample: pure functions of (image, targets, rng).
 
-1. nine uniform numbers decide everything but the shape of the deformation (`_Draws`, in this fixed order)
+1. nine uniform numbers decide everything but the shape of the deformation (`_RandomParameters`, in this fixed order)
 2. one map takes each pixel of the crop to its place in the source: flips, rotation and elastic deformation in one
 3. one resampling pass: linear for the image, nearest for the targets, both by the same map
 4. brightness and contrast as one table of 256 entries
@@ -21,7 +21,7 @@ BACKGROUND = 128
 """Grey level of the background of LIVECell; of other sets `Intensity.background_level`, given as an argument."""
 
 
-class _Draws(NamedTuple):
+class _RandomParameters(NamedTuple):
     """Uniform numbers in [0, 1), drawn in this order whatever the config: one field's value moves no other's draw."""
 
     top: float
@@ -57,7 +57,7 @@ def augment(
         image uint8 (h, w) and targets (h, w, ...), C-contiguous, sharing no memory with the inputs.
     """
     image, targets = _widen(image, size), _widen(targets, size)
-    draws = _Draws(*rng.random(len(_Draws._fields)).tolist())
+    draws = _RandomParameters(*rng.random(len(_RandomParameters._fields)).tolist())
     window = _window(image.shape[:2], size, draws.top, draws.left)
     maps = _maps(image.shape[:2], window, draws, rng, config)
     if maps is None:
@@ -106,7 +106,7 @@ def plain_planes(
     return out
 
 
-class Move(NamedTuple):
+class Warp(NamedTuple):
     """What `augment` or `plain` would do to a sample, as another device can do it."""
 
     maps: NDArray[np.float32]
@@ -122,25 +122,25 @@ def move(
     size: Size | None,
     transformed: bool,
     background: int = BACKGROUND,
-) -> Move:
+) -> Warp:
     """The move of a frame of `shape`, no smaller than the crop, by the same numbers as `augment`, or else `plain`."""
     step = elastic.node_step(config.elastic.sigma)
     if not transformed:
         window = _window(shape, size, *rng.random(2).tolist())
         still = _affine_on_nodes(shape, window, 0.0, (False, False), step)
-        return Move(np.stack(still), np.arange(256, dtype=np.uint8))
-    draws = _Draws(*rng.random(len(_Draws._fields)).tolist())
+        return Warp(np.stack(still), np.arange(256, dtype=np.uint8))
+    draws = _RandomParameters(*rng.random(len(_RandomParameters._fields)).tolist())
     window = _window(shape, size, draws.top, draws.left)
     affine = _affine_on_nodes(shape, window, _angle(draws, config), _flips(draws, config), step)
     maps = elastic.deform_nodes(affine, rng, shape, window, config.elastic) if _deformed(draws, config) else affine
-    return Move(np.stack(maps), _recolouring(draws, config, background))
+    return Warp(np.stack(maps), _recolouring(draws, config, background))
 
 
 def augment_direct(
     image: np.ndarray, targets: np.ndarray, rng: np.random.Generator, config: AugmentConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """What one would write by hand, for `bench`: `field_direct`, then one pass for it and another for the rotation."""
-    draws = _Draws(*rng.random(len(_Draws._fields)).tolist())
+    draws = _RandomParameters(*rng.random(len(_RandomParameters._fields)).tolist())
     height, width = image.shape
     if draws.elastic < config.elastic.p:
         dx, dy = field_direct(rng, (height, width), config.elastic.sigma)
@@ -183,7 +183,9 @@ def _flipped(array: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
     return array[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
 
 
-def _maps(shape: Size, window: Window, draws: _Draws, rng: np.random.Generator, config: AugmentConfig) -> Maps | None:
+def _maps(
+    shape: Size, window: Window, draws: _RandomParameters, rng: np.random.Generator, config: AugmentConfig
+) -> Maps | None:
     """x and y in the source of each pixel of the window, float32 (h, w); None where nothing but flips is done.
 
     The transformed frame is flip(rotate(deform(source))): the source of its pixel p is q + d, q = c + R F (p - c).
@@ -200,16 +202,16 @@ def _maps(shape: Size, window: Window, draws: _Draws, rng: np.random.Generator, 
     return elastic.deform(affine, rng, shape, window, strength) if deformed else affine
 
 
-def _deformed(draws: _Draws, config: AugmentConfig) -> bool:
+def _deformed(draws: _RandomParameters, config: AugmentConfig) -> bool:
     return draws.elastic < config.elastic.p and max(config.elastic.alpha_x, config.elastic.alpha_y) > 0
 
 
-def _angle(draws: _Draws, config: AugmentConfig) -> float:
+def _angle(draws: _RandomParameters, config: AugmentConfig) -> float:
     """Degrees."""
     return (2 * draws.angle - 1) * config.rotation.degrees if draws.rotation < config.rotation.p else 0.0
 
 
-def _flips(draws: _Draws, config: AugmentConfig) -> tuple[bool, bool]:
+def _flips(draws: _RandomParameters, config: AugmentConfig) -> tuple[bool, bool]:
     """Along x, along y."""
     return draws.flip_x < config.flip, draws.flip_y < config.flip
 
@@ -254,14 +256,14 @@ def _remap_targets(targets: np.ndarray, maps: Maps, border: str) -> np.ndarray:
     return moved.reshape(*moved.shape[:2], *shape[2:]).view(dtype)
 
 
-def _recolour(image: np.ndarray, draws: _Draws, config: AugmentConfig, background: int) -> np.ndarray:
+def _recolour(image: np.ndarray, draws: _RandomParameters, config: AugmentConfig, background: int) -> np.ndarray:
     """`image` with the drawn brightness and contrast."""
     if config.brightness == 0 and config.contrast == 0:
         return image
     return cv2.LUT(image, _recolouring(draws, config, background), dst=image)
 
 
-def _recolouring(draws: _Draws, config: AugmentConfig, background: int) -> NDArray[np.uint8]:
+def _recolouring(draws: _RandomParameters, config: AugmentConfig, background: int) -> NDArray[np.uint8]:
     """What each grey level becomes, (256,)."""
     factor = (1 + config.contrast) ** (2 * draws.contrast - 1)
     shift = (2 * draws.brightness - 1) * config.brightness

@@ -17,12 +17,12 @@ from ray.data.block import Block, BlockAccessor
 from raylivecell.core.process_settings import opencv_threads
 from raylivecell.data import shards
 from raylivecell.ingest import augment, target_maps
-from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, SampleSchedule
 from raylivecell.recipe import CHANNELS, AugmentConfig, Targets
 
 PLANES = ("image", "foreground", "border")
 
-Kept = tuple["ray.ObjectRef", ...] | None
+CachedSamples = tuple["ray.ObjectRef", ...] | None
 """Decoded samples in the object store, or none: read from the shards every time."""
 Sample = np.ndarray | tuple[np.ndarray, np.ndarray]
 """A decoded sample: uint8 (3, H, W) as PLANES; or, where cells are told apart, the image and `target_maps.pack`'s."""
@@ -33,12 +33,12 @@ class Source:
     """Where samples come from and what is done to them; small, sent to every task."""
 
     rows: Sequence[shards.Row]
-    plan: Plan
+    plan: SampleSchedule
     config: AugmentConfig
     crop: tuple[int, int] | None
     frame: tuple[int, int]
     """Height and width of an image, where no crop is taken: all are equally large then."""
-    kept: Kept = None
+    kept: CachedSamples = None
     targets: Targets = "foreground"
     task_cpus: float = 1.0
     """That a task of Ray Data reserves."""
@@ -93,7 +93,7 @@ def _samples(source: Source, numbers: Sequence[int]) -> Iterator[Sample]:
 def transform(
     sample: Sample, key: tuple[int, int, int, int], source: Source, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """A sample as it is trained on, `target_maps.planes` (h, w), in `out` if given: a pure function of it and the key.
+    """A training sample as planes (h, w) (`draw_target_maps`), in `out` if given: a pure function of sample and key.
 
     Where `source.config.device` is a GPU, the whole frame as it is: `gpu_augment` does the rest.
 
@@ -111,7 +111,7 @@ def transform(
     rng = np.random.default_rng(key)
     if isinstance(sample, tuple):
         moved = augment.augment(*sample, rng, source.config, source.crop, source.background) if key[3] else None
-        return target_maps.planes(*(moved or augment.plain(*sample, rng, source.crop)), source.targets, out)
+        return target_maps.draw_target_maps(*(moved or augment.plain(*sample, rng, source.crop)), source.targets, out)
     if key[3]:
         return augment.augment_planes(sample, rng, source.config, source.crop, out, source.background)
     return augment.plain_planes(sample, rng, source.crop, out)
@@ -153,7 +153,7 @@ empty = ReusedMemory().empty
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """A rank's part of the run, from a step on."""
 
     start: int
@@ -162,14 +162,14 @@ class Share:
     block_steps: int
     """Steps in a block."""
 
-    def block_rows(self, block: int, plan: Plan) -> np.ndarray:
+    def block_rows(self, block: int, plan: SampleSchedule) -> np.ndarray:
         """Rows of the order in a block, step after step."""
         first = self.start + block * self.block_steps
         steps = range(first, min(first + self.block_steps, plan.steps))
         return np.concatenate([plan.rank_rows(step, self.rank, self.ranks) for step in steps])
 
 
-def read_block(number: int, work: "ray.ObjectRef[tuple[Source, Share]]") -> list[Block]:
+def read_block(number: int, work: "ray.ObjectRef[tuple[Source, RankShard]]") -> list[Block]:
     """A block by its number, as Ray Data has it: "planes" uint8 (n, 2 + C, h, w), "rows" int64 (n, 3) of the order."""
     source, share = ray.get(work)
     rows = share.block_rows(number, source.plan)

@@ -11,7 +11,7 @@ from raylivecell.data import shards
 from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.ingest.blocks import (
     PLANES,
-    Kept,
+    CachedSamples,
     Reader,
     ValidationSample,
     decode,
@@ -39,8 +39,8 @@ class Samples:
     val: Sequence[shards.Row]
     frame: tuple[int, int]
     """Height and width of the training images; of the largest, where they differ."""
-    kept_train: Kept = None
-    kept_val: Kept = None
+    kept_train: CachedSamples = None
+    kept_val: CachedSamples = None
     cells: bool = False
     """Whether samples hold labels."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def sample_bytes(data: str, split: str, cells: bool) -> int:
 
 def cache(
     rows: Sequence[shards.Row], size: float, budget: float, cells: bool = False, read: Reader = read_sample
-) -> Kept:
+) -> CachedSamples:
     """The decoded samples in the object store, one object each, if their `size` is within `budget`, both in bytes."""
     if size > budget:
         return None

@@ -11,7 +11,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from raylivecell.ingest.blocks import Share, Source, read_block
+from raylivecell.ingest.blocks import RankShard, Source, read_block
 
 
 class SamplesDatasource(ray.data.Datasource):
@@ -20,7 +20,7 @@ class SamplesDatasource(ray.data.Datasource):
     One operator; block numbers mapped to samples would be two, which Ray Data fuses only for tasks of a whole CPU.
     """
 
-    def __init__(self, source: Source, share: Share, blocks: int) -> None:
+    def __init__(self, source: Source, share: RankShard, blocks: int) -> None:
         self.work, self.blocks = ray.put((source, share)), blocks
 
     def estimate_inmemory_data_size(self) -> None:

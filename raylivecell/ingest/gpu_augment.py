@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylivecell.ingest import augment, elastic
-from raylivecell.ingest.augment import BACKGROUND, Move, Size
-from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
-from raylivecell.network.transfer import Sender
+from raylivecell.ingest.augment import BACKGROUND, Size, Warp
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, SampleSchedule
+from raylivecell.network.transfer import DeviceTransfer
 from raylivecell.recipe import AugmentConfig
 
 
@@ -30,8 +30,8 @@ def moved(
 
     Args:
         frames: no smaller than the crop; all tensors on one device.
-        nodes: where each crop's nodes lie in its frame, float32 (B, 2, rows, columns): `augment.Move.maps`.
-        tables: the new grey level of each, uint8 (B, 256): `augment.Move.table`.
+        nodes: where each crop's nodes lie in its frame, float32 (B, 2, rows, columns): `augment.Warp.maps`.
+        tables: the new grey level of each, uint8 (B, 256): `augment.Warp.table`.
         config: what both were drawn by.
         size: (h, w) of the crop; None: the whole frame.
         background: grey level of the set's background, outside the frame where `config.border` is constant.
@@ -51,29 +51,29 @@ def moved(
 
 def batches(
     frames: Iterator[dict[str, Tensor]],
-    plan: Plan,
+    plan: SampleSchedule,
     config: AugmentConfig,
     size: Size | None,
     device: torch.device,
     background: int = BACKGROUND,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of whole frames with their rows of the order, as batches of transformed crops on the device."""
-    send = Sender(device)
+    send = DeviceTransfer(device)
     for batch in frames:
         whole = _widened(send(batch["planes"]), size)
         nodes, tables = drawn(_moves(batch["rows"], plan, config, batch["planes"].shape[-2:], size, background))
         yield {"planes": moved(whole, send(nodes), send(tables), config, size, background)}
 
 
-def drawn(moves: Sequence[Move]) -> tuple[Tensor, Tensor]:
+def drawn(moves: Sequence[Warp]) -> tuple[Tensor, Tensor]:
     """`nodes` and `tables` of `moved`, in this process's memory."""
     nodes, tables = (np.stack(column) for column in zip(*moves))  # the fields of Move
     return torch.from_numpy(nodes), torch.from_numpy(tables)
 
 
 def _moves(
-    rows: Tensor, plan: Plan, config: AugmentConfig, shape: Sequence[int], size: Size | None, background: int
-) -> list[Move]:
+    rows: Tensor, plan: SampleSchedule, config: AugmentConfig, shape: Sequence[int], size: Size | None, background: int
+) -> list[Warp]:
     wide = tuple(max(have, want) for have, want in zip(shape, size)) if size else tuple(shape)
     found = []
     for row in rows.tolist():

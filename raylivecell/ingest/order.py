@@ -14,7 +14,7 @@ import numpy as np
 
 from raylivecell.recipe import PhaseConfig
 
-EPOCH, SAMPLE, VARIANT = range(3)  # columns of `Plan.rows`
+EPOCH, SAMPLE, VARIANT = range(3)  # columns of `SampleSchedule.rows`
 
 
 # Up to so many items an epoch's order is a table (8 MiB); above it is computed where it is asked for: a table of ten
@@ -54,7 +54,7 @@ def _mixed(values: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SampleSchedule:
     """The order of a run over `samples` samples in batches of `batch_size` (global: over all ranks)."""
 
     seed: int
@@ -99,7 +99,7 @@ class Plan:
         item = np.empty_like(place)
         for one in np.unique(epoch).tolist():
             item[epoch == one] = permuted(place[epoch == one], self.seed, one, size)
-        variant = item // self.samples + (0 if phase.plain else 1)
+        variant = item // self.samples + (0 if phase.originals else 1)
         return np.stack([epoch, item % self.samples, variant], axis=1)
 
     def epoch_ends(self, step: int) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import ray.data
 from ray.data import ExecutionOptions, ExecutionResources
 
-from raylivecell.ingest.blocks import Share, Source
+from raylivecell.ingest.blocks import RankShard, Source
 from raylivecell.ingest.execution import SamplesDatasource
 from raylivecell.runtime.data_settings import data_settings
 from raylivecell.runtime.ray_internals import scheduler_pace
@@ -53,7 +53,7 @@ class Stream(Iterator[Batch]):
 
     def __init__(self, source: Source, start: int, rank: int, ranks: int, memory: int | None = None) -> None:
         batch = source.plan.batch_size // ranks
-        share = Share(start, rank, ranks, block_steps(source, batch, memory))
+        share = RankShard(start, rank, ranks, block_steps(source, batch, memory))
         self._blocks = _blocks(source, share, memory)
         self._fetcher = ThreadPoolExecutor(1, "blocks")
         self._batches = self._slices(batch, self._fetcher.submit(next, self._blocks, None))
@@ -81,7 +81,7 @@ def block_steps(source: Source, batch: int, memory: int | None) -> int:
     return max(1, min(BLOCK_SAMPLES, room // math.prod(source.shape())) // batch)
 
 
-def _blocks(source: Source, share: Share, memory: int | None) -> Generator[Batch, None, None]:
+def _blocks(source: Source, share: RankShard, memory: int | None) -> Generator[Batch, None, None]:
     """The share's blocks in order, made by Ray Data tasks."""
     count = -(-(source.plan.steps - share.start) // share.block_steps)
     if count <= 0:

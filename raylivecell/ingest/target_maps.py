@@ -28,7 +28,7 @@ def pack(labels: NDArray[np.uint16], border: NDArray[np.uint8]) -> NDArray[np.ui
     return np.bitwise_or(labels, border.astype(np.uint32) << 16, dtype=np.uint32)
 
 
-def planes(
+def draw_target_maps(
     image: NDArray[np.uint8], packed: NDArray[np.uint32], targets: Targets, out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
     """What is trained on: uint8 (2 + C, H, W) = image, foreground 0/1, border, then the fields of `targets`.

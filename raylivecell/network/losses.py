@@ -59,7 +59,7 @@ def segmentation_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Lo
     bce = F.binary_cross_entropy_with_logits(logits[:, :1], target, weight=weight)
     dice = dice_loss()(logits[:, :1], target)
     fields = _field_loss(logits[:, 1:], targets[:, 2:].float() / 255.0, target)
-    total = config.bce_share * bce + (1 - config.bce_share) * dice + config.field_weight * fields
+    total = config.bce_weight * bce + (1 - config.bce_weight) * dice + config.aux_weight * fields
     return Loss(total, bce, dice, fields)
 
 

@@ -17,7 +17,7 @@ def tensors(batches: Iterator[Mapping[str, np.ndarray]]) -> Iterator[dict[str, T
         yield converted
 
 
-class Sender:
+class DeviceTransfer:
     """Sends tensors to `device`.
 
     To a GPU from pinned memory, in a stream of its own: the copy goes on while the last step computes, and this process

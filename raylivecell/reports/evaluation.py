@@ -18,7 +18,7 @@ from raylivecell.data import shards
 from raylivecell.reports import page
 from raylivecell.reports.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
 from raylivecell.scoring import instance_scores
-from raylivecell.scoring.scores import Found
+from raylivecell.scoring.scores import Prediction
 
 Result = Mapping[str, Any]
 COLUMNS = (
@@ -51,7 +51,7 @@ def chosen(per_image: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     return titles
 
 
-def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[int, Found]) -> None:
+def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[int, Prediction]) -> None:
     """Write report.html and overlays/ into the folder `out`.
 
     Args:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from raylivecell.core import addresses, storage
 from raylivecell.reports import page
-from raylivecell.runs.progress import rank
+from raylivecell.runs.progress import validation_score
 
 Row = dict[str, Any]
 Picture = tuple[str, bytes]
@@ -29,7 +29,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
             ("loss", "total", "#000000"),
             ("bce", "BCE", "#0072B2"),
             ("dice_loss", "Dice", "#D55E00"),
-            ("field_loss", "boundary or distances", "#009E73"),
+            ("aux_loss", "boundary or distances", "#009E73"),
         ),
     ),
     (
@@ -44,7 +44,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ),
     ("Learning rate", "", (("lr", "learning rate", "#0072B2"),)),
     ("Speed", "images/s", (("images_per_s", "images/s", "#0072B2"),)),
-    ("Time spent waiting for data", "share", (("data_wait_share", "waiting", "#D55E00"),)),
+    ("Time spent waiting for data", "share", (("data_wait_fraction", "waiting", "#D55E00"),)),
 )
 
 
@@ -84,7 +84,7 @@ def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
     tiles = []
     scored = [row for row in history if "val_mean_image_dice" in row]
     if scored:
-        best = max(scored, key=rank)
+        best = max(scored, key=validation_score)
         tiles += [("mSA, validation, best", f"{best['val_msa']:.4f}")] if "val_msa" in best else []
         tiles += [
             ("mean image Dice, validation, best", f"{best['val_mean_image_dice']:.4f}"),
@@ -93,7 +93,7 @@ def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
             ("best at step", f"{best['step']:,}"),
         ]
     seconds = sum(row["seconds"] for row in history)
-    waited = sum(row["data_wait_share"] * row["seconds"] for row in history)
+    waited = sum(row["data_wait_fraction"] * row["seconds"] for row in history)
     trained = sum(row["images_per_s"] * row["seconds"] for row in history)
     return [
         *tiles,

@@ -32,7 +32,7 @@ from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.network.forward import to_device
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Targets
-from raylivecell.runs.progress import MODEL, RECIPE, STATE, State, find, load_state, missing
+from raylivecell.runs.progress import MODEL, RECIPE, STATE, Progress, find, load_state, missing
 
 TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"
 
@@ -41,7 +41,7 @@ def save(
     folder: str,
     model: nn.Module,
     training: dict[str, Any],
-    state: State,
+    state: Progress,
     recipe: recipes.Recipe,
     data: Mapping[str, Any] | None = None,
     rule: Intensity | None = None,
@@ -84,7 +84,7 @@ def copy(folder: str, target: str) -> None:
         storage.write_bytes(storage.join(target, file), _read(folder, file))
 
 
-def load_training(folder: str) -> tuple[dict[str, Any], State]:
+def load_training(folder: str) -> tuple[dict[str, Any], Progress]:
     """What `save` was given as `training` (on the CPU) and `state`."""
     data = io.BytesIO(_read(folder, TRAINING))
     try:
@@ -134,7 +134,7 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
         values = storage.read_json(storage.join(folder, INSTANCES))
     except FileNotFoundError:
         return watershed.default(targets)
-    with storage.unverified(storage.join(folder, INSTANCES), "delete it and choose thresholds anew with --calibrate"):
+    with storage.validating(storage.join(folder, INSTANCES), "delete it and choose thresholds anew with --calibrate"):
         thresholds = values["thresholds"]
     return settings.validate(InstanceConfig, thresholds, storage.join(folder, INSTANCES))
 
@@ -148,7 +148,7 @@ def load_intensity(folder: str) -> Intensity:
         raise UserError(
             f"checkpoint {folder} has no {INTENSITY}: an older raylivecell wrote it; prepare the data and train again"
         ) from error
-    with storage.unverified(place, "use another checkpoint"):
+    with storage.validating(place, "use another checkpoint"):
         return Intensity.model_validate(values)
 
 
@@ -158,7 +158,7 @@ def load_data(folder: str) -> dict[str, Any]:
         told = storage.read_json(storage.join(folder, DATA))
     except FileNotFoundError:
         told = {}
-    with storage.unverified(storage.join(folder, DATA), "use another checkpoint"):
+    with storage.validating(storage.join(folder, DATA), "use another checkpoint"):
         stated = {name: str(value) for name, value in told.items()}
     return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | stated
 

@@ -27,7 +27,7 @@ def holds_run(out: str) -> bool:
     return RECIPE in storage.list_names(out)
 
 
-def goes_on(out: str, data: str, resume: bool) -> bool:
+def check_resumable(out: str, data: str, resume: bool) -> bool:
     """Whether a run in `out` is resumed, on the dataset at `data`; a run that failed is not, unless that is asked for.
 
     Raises:
@@ -43,7 +43,7 @@ def goes_on(out: str, data: str, resume: bool) -> bool:
     if used:
         _check_snapshot(storage.join(out, SNAPSHOT))
         begun, now = storage.read_json(storage.join(out, DATA)), shards.provenance(data)
-        with storage.unverified(storage.join(out, DATA), "choose another --out"):
+        with storage.validating(storage.join(out, DATA), "choose another --out"):
             same, uri = begun["sha256"] == now["sha256"], begun["uri"]
         if not same:
             raise UserError(f"{out} was begun on the dataset of {uri}, which {data} is not; resume it on that")
@@ -85,7 +85,7 @@ def ray_storage(out: str) -> dict[str, Any]:
     return {"name": name if name.isascii() else ".", "storage_path": folder, "storage_filesystem": filesystem}
 
 
-def claim(out: str, data: str, recipe: str) -> None:
+def initialise(out: str, data: str, recipe: str) -> None:
     """Take the folder for `recipe` (YAML) and the dataset at `data`."""
     storage.write_json(storage.join(out, DATA), shards.provenance(data))
     storage.write_bytes(storage.join(out, RECIPE), recipe.encode())
@@ -110,7 +110,7 @@ def failure(out: str) -> Failure | None:
     if not storage.exists(where):
         return None
     values = storage.read_json(where)
-    with storage.unverified(where, "choose another --out"):
+    with storage.validating(where, "choose another --out"):
         return Failure(str(values["reason"]), int(values["saved"]))
 
 

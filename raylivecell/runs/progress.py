@@ -12,7 +12,7 @@ MODEL, STATE, RECIPE = "model.safetensors", "state.json", "recipe.yaml"
 
 
 @dataclass
-class State:
+class Progress:
     """How far a run has come."""
 
     step: int = 0
@@ -21,28 +21,28 @@ class State:
     """One row of metrics for each report, oldest first."""
 
     def score(self) -> float:
-        """`rank` of the report at this step, by which checkpoints are compared; -1 between two reports."""
-        return rank(self.history[-1]) if self.reported() else -1.0
+        """`validation_score` of the report at this step, by which checkpoints are compared; -1 between two reports."""
+        return validation_score(self.history[-1]) if self.reported() else -1.0
 
     def reported(self) -> bool:
         """Whether the last row of the history is of this step."""
         return bool(self.history) and self.history[-1]["step"] == self.step
 
 
-def rank(row: dict[str, Any]) -> float:
+def validation_score(row: dict[str, Any]) -> float:
     """The validation score of a row of the history: mSA where the network segments single cells, else mean Dice."""
     return float(row.get("val_msa", row.get("val_mean_image_dice", -1.0)))
 
 
-def load_state(folder: str) -> State:
+def load_state(folder: str) -> Progress:
     """The state that the checkpoint in `folder` (a URI) was saved with; UserError where its file is missing or bad."""
     place = storage.join(folder, STATE)
     try:
         values = storage.read_json(place)
     except FileNotFoundError as error:
         raise missing(folder, STATE) from error
-    with storage.unverified(place, "use another checkpoint"):
-        state = State(**values)
+    with storage.validating(place, "use another checkpoint"):
+        state = Progress(**values)
         state.score()
         if state.step < 0:
             raise ValueError(f"{state.step} steps")

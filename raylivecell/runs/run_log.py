@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from raylivecell.core import storage
 
 
-class Journal:
+class RunLog:
     """Of the run in the folder `out` (a URI), from `step` on. Whole files each time: object stores cannot append."""
 
     def __init__(self, out: str, step: int) -> None:

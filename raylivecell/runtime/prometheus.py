@@ -18,7 +18,7 @@ OF_RUN = {
     "val_dice": "Dice over all pixels of the validation images.",
     "val_msa": "mSA of the validation images, of recipes that tell cells apart.",
     "images_per_s": "Images trained on a second, by all workers together, since the report before.",
-    "data_wait_share": "Share of its time that worker 0 waited for data since the report before, 0 to 1.",
+    "data_wait_fraction": "Share of its time that worker 0 waited for data since the report before, 0 to 1.",
     "samples": "Samples done, of all epochs.",
     "step": "Optimiser steps done.",
     "steps": "Optimiser steps of the whole run.",

@@ -176,15 +176,15 @@ def dashboard() -> str | None:
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Sequence[Item], at_once: int | None = None
+    function: Callable[[Item], Result], items: Sequence[Item], max_concurrent: int | None = None
 ) -> Iterator[Result]:
-    """`function` of each item, as Ray tasks of one CPU each, results in order; at most `at_once` in flight.
+    """`function` of each item, as Ray tasks of one CPU each, results in order; at most `max_concurrent` in flight.
 
-    Bounded: results wait in the object store, never more than `at_once` of them, so any number of items streams
-    through. An exception in a task is raised here as one of its class. Default `at_once`: twice the cluster's CPUs.
+    Bounded: results wait in the object store, never more than `max_concurrent` of them, so any number of items streams
+    through. An exception in a task is raised here as one of its class. Default: twice the cluster's CPUs.
     """
     task: Any = ray.remote(max_retries=3)(function)
-    limit = at_once or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    limit = max_concurrent or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     pending: list[ray.ObjectRef] = []
     queue = iter(items)
     for item in queue:

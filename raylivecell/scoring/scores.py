@@ -22,7 +22,7 @@ ERRORS = ("count_error", "confluence_error")
 RESAMPLES = 2000
 
 
-class Found(NamedTuple):
+class Prediction(NamedTuple):
     """What is said of an image (H, W)."""
 
     foreground: NDArray[np.bool_]
@@ -34,7 +34,7 @@ class Found(NamedTuple):
     """Of each of `rles`, by which they are ranked."""
 
 
-class Truth(NamedTuple):
+class GroundTruth(NamedTuple):
     """What is true of it."""
 
     labels: NDArray[np.integer[Any]]
@@ -43,7 +43,7 @@ class Truth(NamedTuple):
     """Whole cells."""
 
 
-def of_image(found: Found, truth: Truth) -> tuple[dict[str, Any], Matches]:
+def of_image(found: Prediction, truth: GroundTruth) -> tuple[dict[str, Any], Matches]:
     """Counts of pixels, `dice`, `iou`, `instance_scores.instance_scores`; and what `coco_protocol` makes of it."""
     counts = pixel_scores.mask_counts(found.foreground, truth.labels)
     pixels = [counts[name] for name in pixel_scores.COUNTS]

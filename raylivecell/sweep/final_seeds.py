@@ -2,7 +2,7 @@
 
 The candidates are the starting recipe, the best trial's, and that without elastic deformation (or, where it has none,
 with that of the best trial that has). Each run's folder is that of a trial, with the run's recipe.yaml:
-confirm/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to their end.
+final/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to their end.
 """
 
 import json
@@ -16,18 +16,18 @@ from ray import tune
 
 from raylivecell import recipe as recipes
 from raylivecell.core import settings, storage
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder as run_folder
-from raylivecell.runs.progress import rank
+from raylivecell.runs.progress import validation_score
 from raylivecell.sweep import space, statistics
 from raylivecell.sweep import tune as tuner
 from raylivecell.sweep.space import ELASTIC, OBJECTIVES, SweepConfig
 from raylivecell.sweep.study import values
-from raylivecell.sweep.trial import Shared
-from raylivecell.training.display import Board
+from raylivecell.sweep.trial import SweepContext
+from raylivecell.training.display import TrialTable
 
-FOLDER = "confirm"
+FOLDER = "final"
 Scores = dict[str, dict[int, float]]
 """Best validation score of each run that trained to its end, by candidate and seed (1, 2, ...)."""
 
@@ -70,7 +70,9 @@ def _best_with_elastic(recipe: Recipe, config: SweepConfig, study: optuna.Study)
     return max(deforming, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
 
-def run(shared: Shared, chosen: Mapping[str, space.Values], seeds: int, room: tuner.Capacity, retries: int) -> None:
+def run(
+    shared: SweepContext, chosen: Mapping[str, space.Values], seeds: int, room: tuner.TrialResources, retries: int
+) -> None:
     """Train each candidate to its end with each of `seeds` fresh seeds, where that is not done yet."""
     jobs: list[dict[str, Any]] = [
         {"folder": f"{FOLDER}/{name}-seed{seed}", "values": {**fields, "seed": shared.recipe.seed + seed}}
@@ -83,9 +85,11 @@ def run(shared: Shared, chosen: Mapping[str, space.Values], seeds: int, room: tu
     samples = len(shared.samples.train)
     left = [job for job in jobs if _score(storage.join(shared.out, job["folder"]), samples) is None]
     if left:
-        with Board(len(jobs), len(jobs) - len(left), None, space.SCORES[shared.recipe.targets], "confirming") as board:
+        with TrialTable(
+            len(jobs), len(jobs) - len(left), None, space.SCORES[shared.recipe.targets], "confirming"
+        ) as board:
             entries = {"job": tune.grid_search(left)}
-            tuner.run(shared, room, retries, [tuner.Watch(board, shared.out)], param_space=entries)
+            tuner.run(shared, room, retries, [tuner.TrialProgress(board, shared.out)], param_space=entries)
 
 
 def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scores:
@@ -117,10 +121,10 @@ def _score(folder: str, samples: int) -> float | None:
         return None
     recipe = recipes.load(storage.join(folder, run_folder.RECIPE))
     where = storage.join(folder, "metrics.jsonl")
-    with storage.unverified(where, "delete that run's folder, and it is trained again"):
+    with storage.validating(where, "delete that run's folder, and it is trained again"):
         history = [json.loads(line) for line in storage.read_bytes(where).splitlines()]
-        steps = Plan(recipe.seed, samples, recipe.batch_size, recipe.phases).steps
-        return max(rank(row) for row in history) if history and history[-1]["step"] >= steps else None
+        steps = SampleSchedule(recipe.seed, samples, recipe.batch_size, recipe.phases).steps
+        return max(validation_score(row) for row in history) if history and history[-1]["step"] >= steps else None
 
 
 def winner(out: str, confirmed: Scores, unit: str) -> tuple[str, str]:

@@ -117,7 +117,7 @@ ELASTIC = "augment.elastic.p"
 _DEFORMED = {ELASTIC: Condition(above=0)}
 DEFAULT_SPACE = {
     "optimizer.lr": Dimension(low=1e-4, high=3e-2, log=True),
-    "loss.bce_share": Dimension(low=0, high=1),
+    "loss.bce_weight": Dimension(low=0, high=1),
     "loss.border_weight": Dimension(low=0, high=10, step=1),
     ELASTIC: Dimension(low=0, high=1, step=0.25),
     "augment.elastic.alpha_x": Dimension(
@@ -265,7 +265,7 @@ def _label(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
-def is_whole(dimension: Dimension, start_value: Any) -> bool:
+def is_complete(dimension: Dimension, start_value: Any) -> bool:
     """Whether a field is searched over whole numbers: its value is one, and the range's ends and step are."""
     ends = (dimension.low, dimension.high, dimension.step or 1)
     return isinstance(start_value, int) and is_number(start_value) and all(float(end or 0).is_integer() for end in ends)
@@ -276,7 +276,7 @@ def _ask(trial: "BaseTrial", path: str, dimension: Dimension, start_value: Any) 
         labels = {_label(choice): choice for choice in dimension.choices}
         return labels[trial.suggest_categorical(path, list(labels))]
     low, high = float(dimension.low or 0), float(dimension.high or 0)
-    if is_whole(dimension, start_value):
+    if is_complete(dimension, start_value):
         return trial.suggest_int(path, int(low), int(high), step=int(dimension.step or 1), log=dimension.log)
     return trial.suggest_float(path, low, high, step=dimension.step, log=dimension.log)
 
@@ -292,7 +292,7 @@ def _start_of(recipe: Recipe, path: str, dimension: Dimension) -> Any:
     low, high = float(dimension.low or 0), float(dimension.high or 0)
     if not is_number(value):
         raise UserError(f"sweep.space: {path} is {value!r} in the recipe, not a number; give it choices")
-    if isinstance(value, int) and not is_whole(dimension, value):
+    if isinstance(value, int) and not is_complete(dimension, value):
         raise UserError(f"sweep.space: {path} takes whole numbers; give it a whole low, high and step")
     if not low <= value <= high:
         raise UserError(f"sweep.space: the recipe starts with {path} {value:g}, outside {low:g} to {high:g}; widen it")

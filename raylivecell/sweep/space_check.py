@@ -96,7 +96,7 @@ def _extremes(path: str, dimension: Dimension, start_value: Any) -> list[Any]:
     if dimension.choices is not None:
         return list(dimension.choices)
     low, high = float(dimension.low or 0), float(dimension.high or 0)
-    if not space.is_whole(dimension, start_value):
+    if not space.is_complete(dimension, start_value):
         return [low, high]
     if path == "batch_size" and not dimension.log:
         return list(range(int(low), int(high) + 1, int(dimension.step or 1)))

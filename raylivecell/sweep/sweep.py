@@ -19,7 +19,7 @@ from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest.dataset import open_samples, stream_budget_bytes
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
@@ -28,9 +28,9 @@ from raylivecell.sweep import final_seeds, report, space, space_check, statistic
 from raylivecell.sweep.search import Search
 from raylivecell.sweep.space import SweepConfig
 from raylivecell.sweep.study import StudyFile, finished, folder_of, left_running, open_study
-from raylivecell.sweep.trial import Shared
+from raylivecell.sweep.trial import SweepContext
 from raylivecell.training import preflight
-from raylivecell.training.display import Board
+from raylivecell.training.display import TrialTable
 
 BEST = progress.FOLDER + "best"
 
@@ -43,7 +43,7 @@ def sweep(
     trials: int,
     resume: bool = False,
     study_url: str | None = None,
-    at_once: int | None = None,
+    max_concurrent: int | None = None,
     retries: int = 1,
     seeds: int = 0,
     mlflow: str | None = None,
@@ -71,10 +71,10 @@ def sweep(
         raise UserError(f"--trials {trials}: give at least 1")
     _check(data, recipe, config)
     _check_unused(out, data, recipe, config, resume)
-    room = _room(recipe, config, at_once)
+    room = _room(recipe, config, max_concurrent)
     file = StudyFile(out, study_url)
     study = open_study(file.url, out, recipe, config, resume)
-    run_folder.claim(out, data, space.dump(recipe, config))
+    run_folder.initialise(out, data, space.dump(recipe, config))
     shared = _shared(data, out, recipe, config, room)
     left = trials - len(finished(study))
     console.print(_plan_of(config, room, left, trials), soft_wrap=True)
@@ -91,13 +91,13 @@ def sweep(
     return study
 
 
-def _room(recipe: Recipe, config: SweepConfig, at_once: int | None) -> tune.Capacity:
+def _room(recipe: Recipe, config: SweepConfig, max_concurrent: int | None) -> tune.TrialResources:
     """Join the cluster, and how it is shared among trials; UserError for what it cannot compute."""
     session.connect(dashboard=True)
     _check_variants(recipe, config, preflight.hardware)
     if config.workers_per_trial > 1 and config.stops_early:
         preflight.state_api()
-    room = tune.capacity(config, session.machines(), at_once)
+    room = tune.capacity(config, session.machines(), max_concurrent)
     preflight.gpus_work()
     return room
 
@@ -115,7 +115,7 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
     rows = len(shards.list_rows(data, "train"))
     if not shards.list_rows(data, "val"):
         raise UserError(f"dataset at {data} has no validation images, by which trials are compared; prepare some")
-    steps = Plan(recipe.seed, rows, recipe.batch_size, recipe.phases).steps
+    steps = SampleSchedule(recipe.seed, rows, recipe.batch_size, recipe.phases).steps
     every = recipe.loop.report_steps
     if config.stops_early and every is not None and every >= steps:
         raise UserError(
@@ -151,28 +151,28 @@ def _check_unused(out: str, data: str, recipe: Recipe, config: SweepConfig, resu
     """UserError unless `out` is new, or a sweep of the same recipe and search is meant to go on."""
     if run_folder.failure(out) is not None:
         raise UserError(f"{out} holds a training run that failed; choose another --out, or delete it")
-    if not run_folder.goes_on(out, data, resume):
+    if not run_folder.check_resumable(out, data, resume):
         return
     if space.load(storage.join(out, run_folder.RECIPE)) != (recipe, config):
         raise UserError(f"the sweep at {out} has another recipe or search; resume it with its own {out}/recipe.yaml")
 
 
-def _plan_of(config: SweepConfig, room: tune.Capacity, left: int, trials: int) -> str:
+def _plan_of(config: SweepConfig, room: tune.TrialResources, left: int, trials: int) -> str:
     """What will be done, in one line."""
     done = f" ({trials - left} done before)" if left < trials else ""
     on = f"{room.gpus:g} GPU and {room.cpus:g} CPU" if room.gpus else f"{room.cpus:g} CPU"
     workers = f", {config.workers_per_trial} workers each" if config.workers_per_trial > 1 else ""
     early = "ASHA stops weak trials" if config.stops_early else "every trial trains to its end"
-    return f"{trials} trials{done}, {room.at_once} at once{workers}, {on} a worker; {config.sampler}; {early}"
+    return f"{trials} trials{done}, {room.max_concurrent} at once{workers}, {on} a worker; {config.sampler}; {early}"
 
 
-def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tune.Capacity) -> Shared:
+def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tune.TrialResources) -> SweepContext:
     store = stream_budget_bytes()
-    return Shared(
+    return SweepContext(
         recipe,
         out,
         open_samples(data, recipe.targets != "foreground"),
-        store // room.at_once,
+        store // room.max_concurrent,
         room.threads,
         config.workers_per_trial,
         room.cpus,
@@ -184,9 +184,9 @@ def _shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: tune
 def _search(
     study: optuna.Study,
     file: StudyFile,
-    shared: Shared,
+    shared: SweepContext,
     config: SweepConfig,
-    room: tune.Capacity,
+    room: tune.TrialResources,
     left: int,
     retries: int,
     mlflow: str | None,
@@ -200,12 +200,12 @@ def _search(
         trials = {state.name.lower(): states[state] for state in TrialState}
         prometheus.show_sweep(addresses.name(shared.out), trials, _best_so_far(study, config))
 
-    with Board(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
+    with TrialTable(done + left, done, _best_so_far(study, config), space.SCORES[shared.recipe.targets]) as board:
         tune.run(
             shared,
             room,
             retries,
-            [tune.Watch(board, shared.out, changed), *tune.mlflow_callbacks(mlflow, study.study_name)],
+            [tune.TrialProgress(board, shared.out, changed), *tune.mlflow_callbacks(mlflow, study.study_name)],
             search_alg=search,
             scheduler=tune.scheduler(study, config),
             num_samples=left,
@@ -258,10 +258,10 @@ def _warn_of_unfinished(names: Iterable[str], confirmed: final_seeds.Scores, see
 
 def _finish(
     data: str,
-    shared: Shared,
+    shared: SweepContext,
     config: SweepConfig,
     study: optuna.Study,
-    room: tune.Capacity,
+    room: tune.TrialResources,
     retries: int,
     seeds: int,
 ) -> None:

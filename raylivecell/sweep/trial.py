@@ -24,12 +24,12 @@ from raylivecell.ingest.dataset import Samples
 from raylivecell.network import forward
 from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, progress
-from raylivecell.runs.run_log import Journal
+from raylivecell.runs.run_log import RunLog
 from raylivecell.runtime import prometheus
 from raylivecell.sweep import space
 from raylivecell.training import loop, preflight, ray_train
 from raylivecell.training.job import Job
-from raylivecell.training.worker import Place, reports, save, told
+from raylivecell.training.worker import RankContext, report_row, reports, save
 
 Result = dict[str, Any]
 # Runs of an image through the network before those that are measured, and those.
@@ -37,7 +37,7 @@ WARM_UP, MEASURED = 2, 7
 
 
 @dataclass(frozen=True)
-class Shared:
+class SweepContext:
     """What all trials are told."""
 
     recipe: Recipe
@@ -67,7 +67,7 @@ class Shared:
 class OneWorker(tune.Trainable):
     """A trial of one worker: each step trains up to the next report."""
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]  # by with_parameters
+    def setup(self, config: dict[str, Any], shared: SweepContext) -> None:  # type: ignore[override]  # by with_parameters
         """Make ready; Ray gives `shared` to the process's first trial only."""
         self.shared = shared
         self._begin(config)
@@ -79,14 +79,14 @@ class OneWorker(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self.reports: Iterator[loop.Training] | None = None
-        self.journal: Journal | None = None
+        self.reports: Iterator[loop.TrainState] | None = None
+        self.journal: RunLog | None = None
         self.failed: Result | None = None
         try:
             self.job = self.shared.job(config)
             self.last = progress.latest(self.job.out)
             device = torch.device("cuda" if self.shared.gpus else "cpu")
-            self.reports = reports(self.job, Place(0, 1, device, self.shared.threads), self.last)
+            self.reports = reports(self.job, RankContext(0, 1, device, self.shared.threads), self.last)
         except UserError as error:
             self.failed = _failed(str(error))
 
@@ -108,23 +108,23 @@ class OneWorker(tune.Trainable):
         prometheus.show_run(self.job.name(), row)
         return row
 
-    def _result(self, training: loop.Training | None) -> Result:
+    def _result(self, training: loop.TrainState | None) -> Result:
         """Of the row just made; without one, the trial had ended before it was taken up again."""
         state = training.state if training else progress.load_state(self.last or "")
-        row = told(state, self.job.plan())
+        row = report_row(state, self.job.plan())
         row["done"] = row["step"] >= row["steps"]
         if row["done"] and self.shared.timed:
             network = training.network() if training else checkpoint.load_model(self.job.out)[0]
             row["ms_per_image"] = ms_per_image(network, self.shared.samples)
         return row
 
-    def _save(self, training: loop.Training) -> None:
+    def _save(self, training: loop.TrainState) -> None:
         state = training.state
         folder = storage.join(self.job.out, progress.name(state.step))
         save(folder, training, self.job)
-        best = max(state.history, key=lambda row: (progress.rank(row), row["step"]))["step"]
+        best = max(state.history, key=lambda row: (progress.validation_score(row), row["step"]))["step"]
         progress.keep(self.job.out, {best, state.step})
-        self.journal = self.journal or Journal(self.job.out, state.step)
+        self.journal = self.journal or RunLog(self.job.out, state.step)
         self.journal.write(state.history)
 
     def cleanup(self) -> None:
@@ -135,7 +135,7 @@ class OneWorker(tune.Trainable):
             self.journal.close()
 
 
-def several_workers(config: dict[str, Any], shared: Shared) -> None:
+def several_workers(config: dict[str, Any], shared: SweepContext) -> None:
     """A trial of several workers: Ray Train in the folder of the trial."""
     report = [TuneReportCallback()]
     try:
@@ -152,8 +152,8 @@ def several_workers(config: dict[str, Any], shared: Shared) -> None:
         return
     # The whole history is in the metrics file, also that of a run which had ended before it was taken up again.
     lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
-    state = progress.State(len(lines), [json.loads(line) for line in lines])
-    row = told(state, job.plan())
+    state = progress.Progress(len(lines), [json.loads(line) for line in lines])
+    row = report_row(state, job.plan())
     if shared.timed:
         row["ms_per_image"] = ms_per_image(checkpoint.load_model(job.out)[0], shared.samples)
     tune.report(row)

@@ -20,18 +20,18 @@ from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
 from raylivecell.sweep.space import SearchConfig
 from raylivecell.sweep.study import end_of
-from raylivecell.sweep.trial import OneWorker, Shared, several_workers
-from raylivecell.training.display import Board
+from raylivecell.sweep.trial import OneWorker, SweepContext, several_workers
+from raylivecell.training.display import TrialTable
 
 # What a trial's training may take of the CPUs: a CPU that augments feeds some four that train (520x704: 3 ms an image).
 TRAIN_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Capacity:
+class TrialResources:
     """How a cluster is shared out among trials."""
 
-    at_once: int
+    max_concurrent: int
     cpus: float
     """Of each worker."""
     gpus: float
@@ -40,11 +40,11 @@ class Capacity:
     """torch's in each worker."""
 
 
-def capacity(config: SearchConfig, machines: Sequence[Machine], at_once: int | None = None) -> Capacity:
+def capacity(config: SearchConfig, machines: Sequence[Machine], max_concurrent: int | None = None) -> TrialResources:
     """Trials that run at once on these machines: as many as there are GPUs for, else CPUs, with some left for Ray Data.
 
     Raises:
-        UserError: not even one trial has room, or not `at_once`.
+        UserError: not even one trial has room, or not `max_concurrent`.
     """
     workers, gpus_each = config.workers_per_trial, config.gpus_per_worker
     cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus for machine in machines)
@@ -61,17 +61,19 @@ def capacity(config: SearchConfig, machines: Sequence[Machine], at_once: int | N
     if not room:
         hint = "lower --sweep.workers-per-trial" if workers > 1 else "give Ray 2 CPUs"
         raise UserError(f"a trial of {workers} workers leaves no CPU for Ray Data on {cpus:g} CPUs; {hint}")
-    most = at_once or min(by_gpu or max(1, int(TRAIN_SHARE * cpus) // workers), room)
+    most = max_concurrent or min(by_gpu or max(1, int(TRAIN_SHARE * cpus) // workers), room)
     if by_gpu and most > by_gpu:
-        raise UserError(f"--at-once {most} needs more than the cluster's {gpus:g} GPUs; use {min(by_gpu, room)}")
+        raise UserError(f"--max-concurrent {most} needs more than the cluster's {gpus:g} GPUs; use {min(by_gpu, room)}")
     if most > room:
-        raise UserError(f"--at-once {most} would leave no CPU for Ray Data on {cpus:g} CPUs; use {room}")
+        raise UserError(f"--max-concurrent {most} would leave no CPU for Ray Data on {cpus:g} CPUs; use {room}")
     share = placement.worker_cpus(most * workers, machines, gpus_each)
     threads = max(1, int(cpus) // (most * workers))
-    return Capacity(most, share, gpus_each if by_gpu else 0.0, threads)
+    return TrialResources(most, share, gpus_each if by_gpu else 0.0, threads)
 
 
-def run(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callback], **options: Any) -> None:
+def run(
+    shared: SweepContext, room: TrialResources, retries: int, callbacks: list[tune.Callback], **options: Any
+) -> None:
     """Run trials, until there are no more; what became of each is in its folder, and in the study."""
     # Tune would log every trial's traceback here; the reason is in the study, the traceback in Ray's own logs.
     settings = environment(
@@ -88,7 +90,7 @@ def run(shared: Shared, room: Capacity, retries: int, callbacks: list[tune.Callb
         tune.with_resources(trainable, resources),
         param_space=config,
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=room.at_once,
+            max_concurrent_trials=room.max_concurrent,
             reuse_actors=alone,
             trial_name_creator=str,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -140,10 +142,10 @@ def mlflow_callbacks(uri: str | None, name: str) -> list[tune.Callback]:
     return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=name)]
 
 
-class Watch(tune.Callback):
+class TrialProgress(tune.Callback):
     """Shows the trials as they go, and clears up after each."""
 
-    def __init__(self, board: Board, out: str, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, board: TrialTable, out: str, changed: Callable[[], None] = lambda: None) -> None:
         self.board, self.out, self.changed = board, out, changed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from raylivecell.core.console import PLAIN_EVERY_S, console
 LOOK_S = 1.0
 
 
-class Live:
+class ProgressDisplay:
     """Shows the messages that come out of `take` until it is left.
 
     {"step", "images_per_s"}: the bar; {"row": metrics}: a line; {"start": parts}: `describe_start`.
@@ -31,7 +31,7 @@ class Live:
         self.task = self.bar.add_task("starting workers", total=steps)
         self.last_plain = 0.0
 
-    def __enter__(self) -> "Live":
+    def __enter__(self) -> "ProgressDisplay":
         self.bar.start()
         self.thread.start()
         return self
@@ -69,7 +69,7 @@ def describe(row: dict[str, Any], steps: int) -> str:
         parts.append(f"val dice {row['val_dice']:.4f} iou {row['val_iou']:.4f}")
     if "val_msa" in row:
         parts.append(f"mSA {row['val_msa']:.4f}")
-    parts += [f"{row['images_per_s']:.1f} images/s", f"waiting for data {row['data_wait_share']:.0%}"]
+    parts += [f"{row['images_per_s']:.1f} images/s", f"waiting for data {row['data_wait_fraction']:.0%}"]
     return "  ".join(parts)
 
 
@@ -80,7 +80,7 @@ def describe_start(parts: Sequence[tuple[str, float]]) -> str:
     return f"first step after {total:.1f} s: {', '.join(shown)}"
 
 
-class Board:
+class TrialTable:
     """The trials of a sweep: a line for each trial's end; a live table in a terminal, elsewhere a line a minute."""
 
     SHOWN = 12
@@ -92,7 +92,7 @@ class Board:
         self.last_plain = time.monotonic()
         self.live = RichLive(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "TrialTable":
         if self.live:
             self.live.start()
         return self

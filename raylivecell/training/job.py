@@ -8,11 +8,11 @@ from raylivecell.core import addresses
 from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.blocks import Source
 from raylivecell.ingest.dataset import Samples
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import Recipe
 
-RANK = "rank"
-"""Column of what a worker reports, by which Ray Train keeps the best checkpoint: `progress.rank` of the row."""
+SCORE_COLUMN = "rank"
+"""Column of a worker's report by which Ray Train keeps the best checkpoint: its validation score."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Job:
         """The name of the run's folder; of a trial, from the sweep's on."""
         return addresses.relative(self.out, addresses.parent(self.sweep or self.out)) or addresses.name(self.out)
 
-    def plan(self) -> Plan:
+    def plan(self) -> SampleSchedule:
         """The order of the run."""
-        return Plan(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
+        return SampleSchedule(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
 
     def stream(self, step: int, rank: int = 0, ranks: int = 1) -> ingest.Stream:
         """The batches of `rank` from `step` on: it starts its tasks at once."""

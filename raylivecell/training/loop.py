@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raylivecell.ingest.order import EPOCH, SAMPLE, Plan
+from raylivecell.ingest.order import EPOCH, SAMPLE, SampleSchedule
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
-from raylivecell.network.transfer import Sender
+from raylivecell.network.transfer import DeviceTransfer
 from raylivecell.recipe import LoopConfig, LossConfig, OptimizerConfig
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 
 # Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.
 GPU_CHECK_STEPS = 20
 # Names of `losses.Loss`'s parts in the history.
-LOSSES = ("loss", "bce", "dice_loss", "field_loss")
+LOSSES = ("loss", "bce", "dice_loss", "aux_loss")
 
 
 class NonFiniteLoss(Exception):
@@ -37,7 +37,7 @@ class NonFiniteLoss(Exception):
 
 
 @dataclass
-class Training:
+class TrainState:
     """What training changes: the network, its average, the optimiser, the schedule, and how far it has come."""
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     clip_norm: float | None
-    state: State
+    state: Progress
 
     def network(self) -> nn.Module:
         """The network to validate and keep."""
@@ -61,7 +61,7 @@ class Training:
             "rng": torch.get_rng_state(),
         }
 
-    def load(self, values: dict[str, Any], state: State) -> None:
+    def load(self, values: dict[str, Any], state: Progress) -> None:
         """Take up what `state_dict` gave."""
         self.model.load_state_dict(values["model"])
         if self.average is not None:
@@ -72,35 +72,35 @@ class Training:
         self.state = state
 
 
-def start(model: nn.Module, config: OptimizerConfig, steps: int) -> Training:
+def start(model: nn.Module, config: OptimizerConfig, steps: int) -> TrainState:
     """Training of `model` from its present weights over `steps`."""
     optimizer, scheduler = build_optimizer(model, config, steps)
     average = None
     if config.ema_decay:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-    return Training(model, average, optimizer, scheduler, config.clip_norm, State())
+    return TrainState(model, average, optimizer, scheduler, config.clip_norm, Progress())
 
 
 def run(
-    training: Training,
+    training: TrainState,
     forward: nn.Module,
     batches: Iterator[dict[str, Tensor]],
-    plan: Plan,
+    plan: SampleSchedule,
     config: LoopConfig,
     loss_config: LossConfig,
     validate: Callable[[nn.Module], dict[str, float]],
-    tick: Callable[[int, float], None] = lambda step, images_per_s: None,
+    on_step: Callable[[int, float], None] = lambda step, images_per_s: None,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    save_now: Callable[[int], bool] = lambda step: False,
-) -> Iterator[Training]:
+    checkpoint_requested: Callable[[int], bool] = lambda step: False,
+) -> Iterator[TrainState]:
     """Train from `training.state.step` to `plan.steps`; gives `training` after each new row of its history.
 
-    It is given between reports too, without a new row, where `save_now` asks for that.
+    It is given between reports too, without a new row, where `checkpoint_requested` asks for that.
 
     Args:
         training: what is changed, in place.
         forward: the network to call: `training.model`, or it wrapped (DDP, compiled).
-        batches: {"planes": uint8 (b, 2 + C, H, W) as `target_maps.planes`; anything else} from the present step on,
+        batches: {"planes": uint8 (b, 2 + C, H, W) as of `draw_target_maps`; anything else} from the present step on,
             this rank's share of each.
         plan: the order that `batches` follows.
         config: how to compute.
@@ -113,8 +113,8 @@ def run(
         NonFiniteLoss: on every rank at the same step, naming the global batch's samples.
     """
     device = next(training.model.parameters()).device
-    send = Sender(device)
-    meter = _Meter(plan, sum_over_ranks, device)
+    send = DeviceTransfer(device)
+    meter = _StepStats(plan, sum_over_ranks, device)
     forward.train()
     for step in range(training.state.step, plan.steps):
         begin = time.perf_counter()
@@ -126,7 +126,7 @@ def run(
         meter.add(step, torch.stack(loss).detach())
         _update(training, loss.total)
         training.state.step = step + 1
-        tick(step + 1, meter.images_per_s(step + 1))
+        on_step(step + 1, meter.images_per_s(step + 1))
         if _report_due(plan, step, config.report_steps):
             row = meter.row(step, float(training.scheduler.get_last_lr()[0]))
             begin = time.perf_counter()
@@ -135,13 +135,13 @@ def run(
             forward.train()
             training.state.history.append(row)
             yield training
-            meter = _Meter(plan, sum_over_ranks, device)
-        elif save_now(step + 1):
+            meter = _StepStats(plan, sum_over_ranks, device)
+        elif checkpoint_requested(step + 1):
             meter.check(step)
             yield training
 
 
-def _update(training: Training, loss: Tensor) -> None:
+def _update(training: TrainState, loss: Tensor) -> None:
     """One step of the optimiser, the schedule and the average."""
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -153,7 +153,7 @@ def _update(training: Training, loss: Tensor) -> None:
         training.average.update_parameters(training.model)
 
 
-def _report_due(plan: Plan, step: int, every: int | None) -> bool:
+def _report_due(plan: SampleSchedule, step: int, every: int | None) -> bool:
     if every is None:
         return plan.epoch_ends(step)
     return (step + 1) % every == 0 or step + 1 == plan.steps
@@ -170,10 +170,10 @@ def _precision(precision: str, device: torch.device) -> contextlib.AbstractConte
     return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
-class _Meter:
+class _StepStats:
     """Sums since the last report, kept on the device; a bad loss is found here, on all ranks at the same step."""
 
-    def __init__(self, plan: Plan, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def __init__(self, plan: SampleSchedule, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self.plan, self.sum_over_ranks, self.device = plan, sum_over_ranks, device
         self.losses = torch.zeros(len(LOSSES), device=device)
         self.first_step: int | None = None
@@ -213,9 +213,9 @@ class _Meter:
             "epoch": int(self.plan.rows(step)[-1, EPOCH]) + int(self.plan.epoch_ends(step)),
             "step": step + 1,
             "samples": (step + 1) * self.plan.batch_size,
-            **{name: loss for name, loss in zip(LOSSES, losses) if loss or name != "field_loss"},  # 0: none is learnt
+            **{name: loss for name, loss in zip(LOSSES, losses) if loss or name != "aux_loss"},  # 0: none is learnt
             "lr": lr,
             "images_per_s": self.images_per_s(step + 1),
-            "data_wait_share": self.waited / seconds,
+            "data_wait_fraction": self.waited / seconds,
             "seconds": seconds,
         }

@@ -60,9 +60,9 @@ def state_api() -> None:
     try:
         list_nodes(limit=1, timeout=20)
     except Exception as error:  # of its own, of the network, of two clusters on one machine
-        told = str(error).splitlines()[0][:200]
+        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"Ray's State API gives no answer ({told}): trials of several workers that are stopped early would keep "
+            f"Ray's State API gives no answer ({reason}): trials of several workers that are stopped early would keep "
             "their CPUs; start Ray with its dashboard and set RAY_ADDRESS, or use --sweep.no-early-stopping"
         ) from error
 

@@ -14,7 +14,7 @@ from raylivecell.core.process_settings import environment
 from raylivecell.runs import folder, progress
 from raylivecell.runtime import ray_internals, session
 from raylivecell.runtime.ray_errors import as_user_errors
-from raylivecell.training.job import RANK, Job
+from raylivecell.training.job import SCORE_COLUMN, Job
 
 # How often Ray Train's controller looks at its workers, seconds; at Ray's 2 s a two-worker run takes 8 s longer.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -45,7 +45,7 @@ def trainer(
         run_config=RunConfig(
             **folder.ray_storage(job.out),
             failure_config=FailureConfig(max_failures=retries),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=RANK),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE_COLUMN),
             callbacks=cast(Any, list(callbacks)),
         ),
     )

@@ -24,7 +24,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.runs import folder, progress
 from raylivecell.runtime import session
 from raylivecell.training import messages, preflight
-from raylivecell.training.display import Live
+from raylivecell.training.display import ProgressDisplay
 
 # Validation images shown in the report.
 OVERLAYS = 6
@@ -71,7 +71,7 @@ def train(
     preflight.gpus_work()
     if reopened := folder.reopen(out, resume):
         console.print(reopened, soft_wrap=True, markup=False)
-    folder.claim(out, data, recipes.dump(recipe))
+    folder.initialise(out, data, recipes.dump(recipe))
     store = stream_budget_bytes()
     samples = open_samples(data, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
@@ -81,7 +81,7 @@ def train(
     marks.append(("samples sent", time.time()))
     watched = not session.started_here()
     job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks), resumed=resume)
-    with Live(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
+    with ProgressDisplay(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
         try:
             failed = ray_train.fit(ray_train.trainer(job, workers, cpus, gpus, retries))
         except UserError as error:
@@ -111,7 +111,7 @@ def _failure(out: str, reason: str, hint: str) -> UserError:
 
 def _check_unused(out: str, data: str, recipe: Recipe, resume: bool) -> None:
     """Ray resumes a folder in use without a word: UserError, unless that is meant and the recipe is the run's."""
-    if not folder.goes_on(out, data, resume):
+    if not folder.check_resumable(out, data, resume):
         return
     changed = _changed(recipes.load(storage.join(out, folder.RECIPE)), recipe)
     if changed:

@@ -26,16 +26,16 @@ from raylivecell.cells import watershed
 from raylivecell.ingest import gpu_augment
 from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.dataset import Samples
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network import forward as segment
 from raylivecell.network.transfer import tensors
 from raylivecell.recipe import Recipe, Targets
 from raylivecell.runs import checkpoint, progress
-from raylivecell.runs.run_log import Journal
+from raylivecell.runs.run_log import RunLog
 from raylivecell.runtime import prometheus
 from raylivecell.scoring import instance_scores, pixel_scores
 from raylivecell.training import gloo, loop
-from raylivecell.training.job import RANK, Job
+from raylivecell.training.job import SCORE_COLUMN, Job
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 1.0
@@ -44,7 +44,7 @@ ASK_S, PACE_STEPS = 2.0, 5
 
 
 @dataclass(frozen=True)
-class Place:
+class RankContext:
     """A training process among the `ranks` that share each batch."""
 
     rank: int
@@ -68,11 +68,11 @@ def work(job: Job, last: str | None, stream: ingest.Stream) -> dict[str, Any] | 
     # What this process may use, not what the machine has: a container may be bound to some of its cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = max(1, cores // context.get_local_world_size())
-    place = Place(context.get_world_rank(), context.get_world_size(), device, job.threads or shared)
-    journal: Journal | None = None
+    place = RankContext(context.get_world_rank(), context.get_world_size(), device, job.threads or shared)
+    journal: RunLog | None = None
     try:
         for training in reports(job, place, last, stream):
-            row = told(training.state, job.plan()) if training.state.reported() else {RANK: -1.0}
+            row = report_row(training.state, job.plan()) if training.state.reported() else {SCORE_COLUMN: -1.0}
             if place.rank != 0:
                 ray.train.report(row)
                 continue
@@ -80,22 +80,24 @@ def work(job: Job, last: str | None, stream: ingest.Stream) -> dict[str, Any] | 
                 save(folder, training, job)
                 ray.train.report(row, Checkpoint.from_directory(folder))
             if training.state.reported():
-                _tell(job, {"row": row})
+                _send_progress(job, {"row": row})
                 prometheus.show_run(job.name(), row)
-                journal = journal or Journal(job.out, training.state.step)
+                journal = journal or RunLog(job.out, training.state.step)
                 journal.write(training.state.history)
     except loop.NonFiniteLoss as error:
         return {"step": error.step, "samples": error.samples}
     return None
 
 
-def save(folder: str, training: loop.Training, job: Job) -> None:
+def save(folder: str, training: loop.TrainState, job: Job) -> None:
     """Write a checkpoint of the job's training into `folder`."""
     data, rule = job.samples.provenance, job.samples.intensity
     checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule)
 
 
-def reports(job: Job, place: Place, last: str | None, stream: ingest.Stream | None = None) -> Iterator[loop.Training]:
+def reports(
+    job: Job, place: RankContext, last: str | None, stream: ingest.Stream | None = None
+) -> Iterator[loop.TrainState]:
     """Train as one of the job's workers; gives the training after each new row of its history.
 
     Closing it ends the stream of batches too.
@@ -113,7 +115,7 @@ def reports(job: Job, place: Place, last: str | None, stream: ingest.Stream | No
     # A GPU's process needs one thread, for its launches.
     torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
     torch.backends.cudnn.benchmark = True  # crops are all of one size: the fastest of cuDNN's ways for it is looked for
-    values, state = checkpoint.load_training(last) if last else (None, progress.State())
+    values, state = checkpoint.load_training(last) if last else (None, progress.Progress())
     recipe, plan = job.recipe, job.plan()
     samples = job.samples
     stream = stream or job.stream(state.step, place.rank, place.ranks)
@@ -137,13 +139,13 @@ def reports(job: Job, place: Place, last: str | None, stream: ingest.Stream | No
             recipe.loop,
             recipe.loss,
             validate=_Validation(job.samples, place, recipe.targets).scores,
-            tick=_ticker(job, place.rank, marks),
+            on_step=_ticker(job, place.rank, marks),
             sum_over_ranks=_sum_over_ranks,
-            save_now=PreemptionCheckpoint(training.state.step) if job.watched else lambda step: False,
+            checkpoint_requested=PreemptionCheckpoint(training.state.step) if job.watched else lambda step: False,
         )
 
 
-def told(state: progress.State, plan: Plan) -> dict[str, Any]:
+def report_row(state: progress.Progress, plan: SampleSchedule) -> dict[str, Any]:
     """The last row of the history, and of the run so far `score` (the best), `steps` (of the whole), `progress`
     (percent) and `training_seconds` (with validation).
     """
@@ -151,8 +153,8 @@ def told(state: progress.State, plan: Plan) -> dict[str, Any]:
     seconds = sum(one["seconds"] + one["validation_seconds"] for one in state.history)
     return {
         **row,
-        RANK: progress.rank(row),
-        "score": max(progress.rank(one) for one in state.history),
+        SCORE_COLUMN: progress.validation_score(row),
+        "score": max(progress.validation_score(one) for one in state.history),
         "steps": plan.steps,
         "progress": 100 * row["step"] / plan.steps,
         "training_seconds": round(seconds, 2),
@@ -215,7 +217,7 @@ class PreemptionCheckpoint:
 class _Validation:
     """This rank's share of the validation images, whole; sums go over all ranks: none is lost or counted twice."""
 
-    def __init__(self, samples: Samples, place: Place, targets: Targets) -> None:
+    def __init__(self, samples: Samples, place: RankContext, targets: Targets) -> None:
         self.samples, self.device, self.targets = samples, place.device, targets
         self.share = range(place.rank, len(samples.val), place.ranks)
 
@@ -252,7 +254,7 @@ class _Validation:
         return [*counts, pixel_scores.dice(counts), msa, 1]
 
 
-def _tell(job: Job, message: dict[str, Any]) -> None:
+def _send_progress(job: Job, message: dict[str, Any]) -> None:
     """Send a message to the driver without waiting for it."""
     if job.progress is not None:
         job.progress.send.remote(message)
@@ -262,12 +264,14 @@ def _ticker(job: Job, rank: int, marks: Sequence[tuple[str, float]]) -> Callable
     """Rank 0 tells the driver of its steps, and once how long the parts took that lay before the end of the first."""
     last = [0.0]
 
-    def tick(step: int, images_per_s: float) -> None:
+    def on_step(step: int, images_per_s: float) -> None:
         if rank == 0 and time.monotonic() - last[0] > TICK_S:
             if last[0] == 0 and marks:
                 done = [*marks, ("first batch and step", time.time())]
-                _tell(job, {"start": [(name, end - begin) for (_, begin), (name, end) in itertools.pairwise(done)]})
+                _send_progress(
+                    job, {"start": [(name, end - begin) for (_, begin), (name, end) in itertools.pairwise(done)]}
+                )
             last[0] = time.monotonic()
-            _tell(job, {"step": step, "images_per_s": images_per_s})
+            _send_progress(job, {"step": step, "images_per_s": images_per_s})
 
-    return tick
+    return on_step

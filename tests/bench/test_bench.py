@@ -111,6 +111,6 @@ def test_training_with_and_without_ray(ray_cluster: None, monkeypatch: pytest.Mo
     figures: dict[str, Any] = train.bench_train(images=4, repeats=1)
     assert len(figures["images_per_s"]) == 8
     assert all(one["median"] > 0 for one in figures["images_per_s"].values())
-    assert 0 <= figures["data_wait_share"]["median"] <= 1
+    assert 0 <= figures["data_wait_fraction"]["median"] <= 1
     assert 0 <= figures["ray_train_cpu_share"]["median"] <= 1
     assert len(figures["ratio"]) == 5

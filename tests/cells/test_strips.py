@@ -40,7 +40,7 @@ def mosaic(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 def encoded(labels: np.ndarray, targets: Targets) -> tuple[np.ndarray, Network]:
     """An image of which every pixel tells the ideal maps there, and the network that reads them."""
-    planes = target_maps.planes(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
+    planes = target_maps.draw_target_maps(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
     cell, drawn = planes[1], planes[3:]
     if targets == "foreground":
         return cell, lambda image: (image > 0)[None].astype(np.float32)

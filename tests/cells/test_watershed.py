@@ -33,7 +33,7 @@ def ellipses(rng: np.random.Generator, shape: tuple[int, int], distance: float) 
 
 def ideal(labels: np.ndarray, targets: Targets) -> np.ndarray:
     """Maps float32 (C, H, W) without an error; the height of the background, which no loss asks for, is 0."""
-    planes = target_maps.planes(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
+    planes = target_maps.draw_target_maps(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
     if targets == "distance":
         planes[3, labels == 0] = 255
     return np.concatenate([planes[1:2], planes[3:] / np.float32(255)]).astype(np.float32)

@@ -62,7 +62,7 @@ def test_what_is_wrong_is_found(finding: Any, level: str, told: str) -> None:
     found = finding()
     assert found.level == level
     assert told in found.told
-    assert found.mend
+    assert found.hint
 
 
 @pytest.mark.parametrize(("ahead", "told"), [(0.0, 0.0), (5.0, 4.5), (-5.0, -4.5), (0.3, 0.0)])
@@ -153,17 +153,17 @@ def test_what_a_driver_writes_and_a_node_cannot_read_is_found(
 
 
 def test_a_batch_that_no_worker_can_hold_is_found(ray_cluster: None, tiny_dataset: str) -> None:
-    plan = check.Plan(tiny_dataset, None, SMALL.model_copy(update={"batch_size": 10**7, "crop": (512, 512)}), 1)
+    plan = check.CheckRequest(tiny_dataset, None, SMALL.model_copy(update={"batch_size": 10**7, "crop": (512, 512)}), 1)
     found = check.trial_batch(plan)
     assert found.level == "fail"
-    assert "lower batch_size" in found.mend
+    assert "lower batch_size" in found.hint
     assert check.trial_batch(plan._replace(recipe=SMALL)).level == "pass"
 
 
 def test_data_that_does_not_fit_into_memory_is_found(
     ray_cluster: None, tiny_dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, description = check.Plan(tiny_dataset, None, SMALL, 1), shards.load_description(tiny_dataset)
+    plan, description = check.CheckRequest(tiny_dataset, None, SMALL, 1), shards.load_description(tiny_dataset)
     assert check.object_store(description, plan).level == "pass"
     description["splits"]["train"]["images"] = 10**9
     assert check.object_store(description, plan).level == "warn"

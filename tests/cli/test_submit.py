@@ -51,7 +51,7 @@ def test_every_stage_has_its_script_and_command(stage: str) -> None:
         ("--env AWS_SECRET_ACCESS_KEY=x train --data /d --out /o", "--env AWS_SECRET_ACCESS_KEY: a job's environment"),
         ("--env NCCL_DEBUG train --data /d --out /o", "--env NCCL_DEBUG: give NAME=VALUE"),
         ("--label spot train --data /d --out /o", "--label spot: give NAME=VALUE"),
-        ("--largest-mib 0.01 train --data /d --out /o", "MiB, over 0.01; name in .gitignore"),
+        ("--max-upload-mib 0.01 train --data /d --out /o", "MiB, over 0.01; name in .gitignore"),
         ("--working-dir {tmp} train --data /d --out /o", "{tmp} has no jobs/"),
         ("--address http://127.0.0.1:9 train --data /d --out /o", "no job API at http://127.0.0.1:9"),
         ("train --data s3://K:S@b/d --out /o", "holds a password or an access key"),

@@ -159,7 +159,7 @@ def test_a_run_is_named_by_its_folder_and_a_trial_by_its_sweep_too() -> None:
 
     assert name("s3://cells/runs/one") == name("/runs/one") == "one"
     assert name("s3://cells/sweeps/two/trials/0003", "s3://cells/sweeps/two") == "two/trials/0003"
-    assert name("/two/confirm/start-seed1", "/two") == "two/confirm/start-seed1"
+    assert name("/two/final/start-seed1", "/two") == "two/final/start-seed1"
 
 
 def test_gauges_are_set_with_all_their_tags(monkeypatch: pytest.MonkeyPatch) -> None:

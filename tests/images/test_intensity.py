@@ -22,7 +22,7 @@ from raylivecell.inference import evaluate, export, image_file, segmenter
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 
 
 def frame(seed: int, background: float = 128, cells: int = 9, shape: tuple[int, int] = (120, 160)) -> np.ndarray:
@@ -217,7 +217,7 @@ def test_prepare_names_what_is_no_picture_or_unusual() -> None:
     for name, image in images.items():
         listed = type("Image", (), {"file_name": name, "id": 1})()
         entries.append(Entry(entry.split, entry.annotation, listed, name, 1, "A172"))
-        facts[name] = draw.Facts(measures=tuple(measured(image)))
+        facts[name] = draw.ImageInfo(measures=tuple(measured(image)))
     kept, found = set_intensity.judge_levels(entries, facts, RULE, DefectRules())
     assert [one.path for one in kept] == ["good", "dark"]
     assert [(one.defect, one.file_name) for one in found] == [("odd_intensity", "dark"), ("no_picture", "black")]
@@ -231,7 +231,7 @@ def network_of_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
         torch.manual_seed(3)
         recipe = Recipe(model=ModelConfig(features=(4, 8), norm="group"), targets="distance")
         folder = str(tmp_path_factory.mktemp(kind))
-        checkpoint.save(folder, build_model(recipe.model, recipe.outputs, rule), {}, State(), recipe, None, rule)
+        checkpoint.save(folder, build_model(recipe.model, recipe.outputs, rule), {}, Progress(), recipe, None, rule)
         checkpoint.save_instances(folder, segmenter.InstanceConfig(prominence=0.01, smallest=4), {})
         return folder
 

@@ -20,7 +20,7 @@ from raylivecell.inference import evaluate, segmenter
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 from raylivecell.scoring import average_precision, pixel_scores, scores
 
 SIZES = [(48, 64), (48, 64), (33, 57), (64, 48)]
@@ -68,7 +68,7 @@ def saved(tmp_path: Path) -> str:
     torch.manual_seed(3)
     recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
     folder = str(tmp_path / "checkpoint")
-    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, State(), recipe)
+    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
     checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
     return folder
 

@@ -17,7 +17,7 @@ from raylivecell.inference import export, onnx_model, segmenter
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 
 DATA = {"name": "disks", "licence": "CC0", "citation": "nobody", "sha256": "ab" * 32, "uri": "x"}
 
@@ -30,7 +30,7 @@ def save(folder: Path, **fields: Any) -> str:
     for module in network.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             torch.nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]
-    checkpoint.save(str(folder), network, {}, State(), whole, DATA)
+    checkpoint.save(str(folder), network, {}, Progress(), whole, DATA)
     checkpoint.save_instances(str(folder), InstanceConfig(foreground=0.2, prominence=0.01, smallest=1), {})
     return str(folder)
 

@@ -27,7 +27,7 @@ from raylivecell.inference import image_file, predict, segmenter
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 
 TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}
 
@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(3)
     recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
     folder = str(tmp_path_factory.mktemp("checkpoint"))
-    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, State(), recipe)
+    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
     checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
     return folder
 

@@ -22,21 +22,21 @@ class Stopped(Exception):
     """The power is cut."""
 
 
-def part(file: str, version: str) -> parts.Part:
+def part(file: str, version: str) -> parts.ImageResult:
     """Of an image with as many cells as its place in `FILES`, so the first has none; z.tif cannot be read."""
     if file == "z.tif":
-        return parts.Part({"file": file, "version": version, "error": "cut off"}, "", [])
+        return parts.ImageResult({"file": file, "version": version, "error": "cut off"}, "", [])
     count = FILES.index(file)
     lines = parts._csv([[file, label, version, *"0" * 10] for label in range(1, count + 1)])
     results = [{"image_id": 0, "category_id": 1, "segmentation": {"counts": "a, b"}, "score": 0.5}] * count
     row = {"file": file, "version": version, "height": 3, "cells": count, "confluence": 0.25}
-    return parts.Part(row, lines, [parts.record(result) for result in results])
+    return parts.ImageResult(row, lines, [parts.record(result) for result in results])
 
 
 def run(out: str, versions: Mapping[str, str]) -> list[str]:
     """What `predict` does; the files that it segments."""
     waiting = []
-    if not parts.is_whole(out, versions):
+    if not parts.is_complete(out, versions):
         waiting = parts.begin(out, versions)
         for file in waiting:
             parts.write(out, versions[file], part(file, versions[file]))
@@ -102,7 +102,7 @@ def test_only_what_is_new_is_done(tmp_path: Path) -> None:
 def test_an_image_that_could_not_be_had_is_tried_again(tmp_path: Path) -> None:
     out, versions = str(tmp_path), versions_of(FILES[:2])
     parts.begin(out, versions)
-    parts.write(out, versions[FILES[0]], parts.Part({"file": FILES[0], "error": "no such host"}, "", []))
+    parts.write(out, versions[FILES[0]], parts.ImageResult({"file": FILES[0], "error": "no such host"}, "", []))
     parts.write(out, versions[FILES[1]], part(FILES[1], versions[FILES[1]]))
     parts.merge(out, versions, ALL)
     parts.clear(out)
@@ -151,7 +151,7 @@ def test_stopped_anywhere_it_ends_the_same(ground: Path, runs: list[tuple[set[st
                 continue
         cut.left = None
         run(str(out), versions_of(FILES))
-        assert parts.is_whole(str(out), versions_of(FILES))
+        assert parts.is_complete(str(out), versions_of(FILES))
         run(str(out / "fresh"), versions_of(FILES))
     fresh = tree(out / "fresh")
     assert {name: data for name, data in tree(out).items() if not name.startswith("fresh")} == fresh

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raylivecell.data import shards
 from raylivecell.ingest import augment, blocks, gpu_augment
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import AugmentConfig, PhaseConfig, Recipe
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_flips_and_quarter_turns_are_exact() -> None:
 
 def test_batches_hold_the_order_s_samples_plain_and_transformed() -> None:
     frames = [frame(i, 50, 60) for i in range(5)]
-    plan = Plan(7, 5, 4, (PhaseConfig(epochs=2, transformed=1),))
+    plan = SampleSchedule(7, 5, 4, (PhaseConfig(epochs=2, augmented_copies=1),))
     config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames: they are widened
     source = blocks.Source([shards.Row("memory", i) for i in range(5)], plan, config, size, (50, 60))
     rows = [plan.rows(step) for step in range(plan.steps)]
@@ -95,7 +95,7 @@ def test_batches_hold_the_order_s_samples_plain_and_transformed() -> None:
 def test_data_tasks_leave_frames_whole_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [frame(i, 50, 60) for i in range(3)]
     monkeypatch.setattr(blocks, "read_sample", lambda row, cells: frames[row.group])
-    plan = Plan(0, 3, 3, (PhaseConfig(epochs=1),))
+    plan = SampleSchedule(0, 3, 3, (PhaseConfig(epochs=1),))
     source = blocks.Source(
         [shards.Row("", i) for i in range(3)], plan, AugmentConfig(device="cuda"), (20, 20), (50, 60)
     )

@@ -9,28 +9,28 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raylivecell.ingest import order
-from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, Plan
+from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, SampleSchedule
 from raylivecell.recipe import PhaseConfig
 
 plans = st.builds(
-    Plan,
+    SampleSchedule,
     seed=st.integers(0, 5),
     samples=st.integers(1, 30),
     batch_size=st.sampled_from([1, 2, 4, 6, 12]),
     phases=st.lists(
-        st.builds(PhaseConfig, epochs=st.integers(1, 4), plain=st.just(True), transformed=st.integers(0, 2)),
+        st.builds(PhaseConfig, epochs=st.integers(1, 4), originals=st.just(True), augmented_copies=st.integers(0, 2)),
         min_size=1,
         max_size=3,
     ).map(tuple),
 )
 
 
-def all_rows(plan: Plan) -> np.ndarray:
+def all_rows(plan: SampleSchedule) -> np.ndarray:
     return np.concatenate([plan.rows(step) for step in range(plan.steps)])
 
 
 @given(plans)
-def test_each_whole_epoch_holds_every_variant_of_every_sample_once(plan: Plan) -> None:
+def test_each_whole_epoch_holds_every_variant_of_every_sample_once(plan: SampleSchedule) -> None:
     rows, epoch, position = all_rows(plan), 0, 0
     for phase in plan.phases:
         size = phase.copies() * plan.samples
@@ -45,13 +45,13 @@ def test_each_whole_epoch_holds_every_variant_of_every_sample_once(plan: Plan) -
 
 
 @given(plans)
-def test_no_transformation_is_drawn_twice(plan: Plan) -> None:
+def test_no_transformation_is_drawn_twice(plan: SampleSchedule) -> None:
     keys = [tuple(row) for row in all_rows(plan)]
     assert len(keys) == len(set(keys))
 
 
 @given(plans, st.sampled_from([1, 2, 3, 6]))
-def test_ranks_share_each_batch(plan: Plan, ranks: int) -> None:
+def test_ranks_share_each_batch(plan: SampleSchedule, ranks: int) -> None:
     if plan.batch_size % ranks:
         return
     for step in range(min(plan.steps, 7)):
@@ -61,7 +61,7 @@ def test_ranks_share_each_batch(plan: Plan, ranks: int) -> None:
 
 
 @given(plans)
-def test_an_epoch_ends_at_the_step_of_its_last_sample(plan: Plan) -> None:
+def test_an_epoch_ends_at_the_step_of_its_last_sample(plan: SampleSchedule) -> None:
     rows = [plan.rows(step)[:, EPOCH] for step in range(plan.steps)]
     last_step = {epoch: step for step, epochs in enumerate(rows) for epoch in epochs}
     unfinished = {rows[-1][-1]}
@@ -90,7 +90,7 @@ def test_a_large_set_s_order_looks_drawn_at_random() -> None:
 
 def test_a_place_among_twenty_million_costs_no_table() -> None:
     before = order._table.cache_info().currsize
-    plan = Plan(0, 10**7, 64, (PhaseConfig(epochs=1, transformed=1),))
+    plan = SampleSchedule(0, 10**7, 64, (PhaseConfig(epochs=1, augmented_copies=1),))
     rows = np.concatenate([plan.rows(step) for step in (0, 100_000, plan.steps - 1)])
     assert order._table.cache_info().currsize == before
     assert len({tuple(row) for row in rows}) == len(rows)
@@ -99,7 +99,7 @@ def test_a_place_among_twenty_million_costs_no_table() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     def samples(seed: int, epochs: int) -> np.ndarray:
-        return all_rows(Plan(seed, 50, 10, (PhaseConfig(epochs=epochs),)))[:, SAMPLE]
+        return all_rows(SampleSchedule(seed, 50, 10, (PhaseConfig(epochs=epochs),)))[:, SAMPLE]
 
     assert (samples(0, 1) != samples(1, 1)).any()
     assert (samples(0, 2)[:50] != samples(0, 2)[50:]).any()
@@ -107,12 +107,12 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_steps_set_the_length_whatever_the_set() -> None:
-    phases = (PhaseConfig(steps=7), PhaseConfig(steps=5, plain=False, transformed=1))
-    assert {Plan(0, samples, 4, phases).steps for samples in (1, 3, 1000)} == {12}
-    assert set(Plan(0, 3, 4, phases).rows(8)[:, VARIANT]) == {1}
+    phases = (PhaseConfig(steps=7), PhaseConfig(steps=5, originals=False, augmented_copies=1))
+    assert {SampleSchedule(0, samples, 4, phases).steps for samples in (1, 3, 1000)} == {12}
+    assert set(SampleSchedule(0, 3, 4, phases).rows(8)[:, VARIANT]) == {1}
 
 
-@pytest.mark.parametrize("wrong", [{}, {"epochs": 1, "steps": 1}, {"epochs": 1, "plain": False}])
+@pytest.mark.parametrize("wrong", [{}, {"epochs": 1, "steps": 1}, {"epochs": 1, "originals": False}])
 def test_a_phase_without_a_length_or_images_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="phase"):
         PhaseConfig(**wrong)

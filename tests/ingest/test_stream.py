@@ -19,12 +19,12 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest import blocks, dataset, target_maps
 from raylivecell.ingest import stream as ingest
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import AugmentConfig, PhaseConfig, Targets
 from raylivecell.runtime import ray_internals
 from raylivecell.runtime.ray_internals import blocks_ready
 
-PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, transformed=1))
+PHASES = (PhaseConfig(epochs=2), PhaseConfig(epochs=3, augmented_copies=1))
 Batches = tuple[np.ndarray, np.ndarray]
 """Planes (steps, b, C, h, w) and rows (steps, b, 3) of a whole stream."""
 
@@ -32,7 +32,7 @@ Batches = tuple[np.ndarray, np.ndarray]
 @pytest.fixture(scope="module")
 def source(tiny_dataset: str) -> blocks.Source:
     rows = tuple(shards.list_rows(tiny_dataset, "train"))
-    return blocks.Source(rows, Plan(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40), (48, 64))
+    return blocks.Source(rows, SampleSchedule(7, len(rows), 4, PHASES), AugmentConfig(), (32, 40), (48, 64))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,7 +52,7 @@ def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1
 def direct(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> Batches:
     """The stream of a rank, block after block as Ray Data's tasks make them, in this process."""
     batch = source.plan.batch_size // ranks
-    share = blocks.Share(start, rank, ranks, ingest.block_steps(source, batch, None))
+    share = blocks.RankShard(start, rank, ranks, ingest.block_steps(source, batch, None))
     rows = [
         share.block_rows(block, source.plan) for block in range(-(-(source.plan.steps - start) // share.block_steps))
     ]
@@ -133,7 +133,9 @@ def test_transformed_copies_differ_each_epoch_and_plain_ones_are_crops(source: b
 
 
 def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(ray_cluster: None, source: blocks.Source) -> None:
-    long = replace(source, plan=replace(source.plan, phases=(PhaseConfig(epochs=300, plain=False, transformed=1),)))
+    long = replace(
+        source, plan=replace(source.plan, phases=(PhaseConfig(epochs=300, originals=False, augmented_copies=1),))
+    )
 
     def taken() -> float:
         return ray.cluster_resources()["object_store_memory"] - dataset.free_bytes()
@@ -160,7 +162,7 @@ def test_fields_are_drawn_from_the_warped_labels(source: blocks.Source, whole: B
     nothing = np.zeros(planes.shape[3:], np.uint8)
     for image in planes[::5, 0]:
         one_cell = image[1].astype(np.uint16)  # of the tiny set each image has one, but for its mirror image
-        drawn = target_maps.planes(nothing, target_maps.pack(one_cell, nothing), "distance")
+        drawn = target_maps.draw_target_maps(nothing, target_maps.pack(one_cell, nothing), "distance")
         np.testing.assert_array_equal(image[3:], drawn[3:])
 
 

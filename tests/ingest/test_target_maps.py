@@ -135,11 +135,11 @@ def test_planes_hold_what_was_packed(targets: Targets, shape: tuple[int, int], s
     assert (packed.dtype, packed.shape) == (np.uint32, shape)
     np.testing.assert_array_equal(packed & 0xFFFF, labels)
     np.testing.assert_array_equal(packed >> 16, border)
-    planes = target_maps.planes(image, packed, targets)
-    assert (planes.dtype, planes.shape) == (np.uint8, (2 + len(CHANNELS[targets]), *shape))
-    out = np.full_like(planes, 99)
-    assert target_maps.planes(image, packed, targets, out) is out
-    for drawn in (planes, out):
+    draw_target_maps = target_maps.draw_target_maps(image, packed, targets)
+    assert (draw_target_maps.dtype, draw_target_maps.shape) == (np.uint8, (2 + len(CHANNELS[targets]), *shape))
+    out = np.full_like(draw_target_maps, 99)
+    assert target_maps.draw_target_maps(image, packed, targets, out) is out
+    for drawn in (draw_target_maps, out):
         np.testing.assert_array_equal(drawn[:3], [image, labels > 0, border])
         if targets == "boundary":
             np.testing.assert_array_equal(drawn[3], 255 * target_maps.boundary(labels))

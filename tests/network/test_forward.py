@@ -13,7 +13,7 @@ from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 from raylivecell.scoring import instance_scores
 from raylivecell.training import worker
 
@@ -24,7 +24,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(3)
     recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
     folder = str(tmp_path_factory.mktemp("checkpoint"))
-    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, State(), recipe)
+    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
     return folder
 
 
@@ -88,7 +88,7 @@ def assert_scored_as_segmented(
     """A worker's validation scores the cells that `Segmenter` finds."""
     sample = ValidationSample(frame.levels, labels, frame.padding)
     samples = SimpleNamespace(val=[None], val_sample=lambda number: sample)
-    place = worker.Place(0, 1, torch.device("cpu"), 1)
+    place = worker.RankContext(0, 1, torch.device("cpu"), 1)
     scores = worker._Validation(samples, place, recipe.targets).scores(network)  # type: ignore[arg-type]
     cells = segmenter.load(saved).segment_frame(frame)
     found, truth = cells.foreground, labels != 0

@@ -15,7 +15,7 @@ from raylivecell.network import forward, losses
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Network
 from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 from raylivecell.sweep import space, space_check, sweep
 from raylivecell.sweep.space import Condition, Dimension, SweepConfig
 from raylivecell.training import preflight
@@ -76,7 +76,7 @@ def test_a_checkpoint_gives_the_same_maps_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     whole = recipe.parse({"targets": "distance", "model": {"name": "DynUNet", "options": SMALL["DynUNet"]}}, "test")
     network = build_model(whole.model, whole.outputs).eval()
-    checkpoint.save(str(tmp_path), network, {}, State(), whole)
+    checkpoint.save(str(tmp_path), network, {}, Progress(), whole)
     again, loaded = checkpoint.load_model(str(tmp_path))
     assert loaded == whole
     image = np.random.default_rng(0).integers(0, 255, (45, 70)).astype(np.uint8)

@@ -61,7 +61,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(parts: int, channels: 
 def test_the_loss_is_its_formula() -> None:
     logits, targets = batch()
     foreground, border = targets[:, 0], targets[:, 1]
-    config = LossConfig(bce_share=0.3, background_weight=2, cell_weight=3, border_weight=10)
+    config = LossConfig(bce_weight=0.3, background_weight=2, cell_weight=3, border_weight=10)
     p, g = torch.sigmoid(logits[:, 0]).double(), foreground.double()
     weight = torch.where(g > 0, 3.0, 2.0) + 10 * border.double() / 255
     bce = -(weight * (g * p.log() + (1 - g) * (1 - p).log())).mean()
@@ -75,7 +75,7 @@ def test_the_loss_is_its_formula() -> None:
 
 def test_distances_are_learnt_inside_cells_alone() -> None:
     logits, targets = batch(channels=3)
-    config = LossConfig(field_weight=0.5)
+    config = LossConfig(aux_weight=0.5)
     loss = segmentation_loss(logits, targets, config)
     error = (torch.sigmoid(logits[:, 1:]) - targets[:, 2:] / 255) ** 2 * targets[:, :1]
     per_image = error.sum((2, 3)) / targets[:, :1].sum((2, 3))

@@ -17,7 +17,10 @@ LINES = COMMAND.findall(TEXT)
 (NOTEBOOK,) = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.M | re.S)
 # What makes minutes of a command seconds; the rest of its line stays.
 STEPS = "--crop 64 64 --batch-size 2 --model.features 4 8 --optimizer.warmup-steps 0 --phases.0.steps 2"
-SMALLER = {"train": f"{STEPS} --loop.report-steps 2", "sweep": f"{STEPS} --loop.report-steps 1 --trials 2 --confirm 1"}
+SMALLER = {
+    "train": f"{STEPS} --loop.report-steps 2",
+    "sweep": f"{STEPS} --loop.report-steps 1 --trials 2 --final-seeds 1",
+}
 
 
 @pytest.mark.parametrize(("command", "arguments"), LINES, ids=[command for command, _ in LINES])
@@ -52,7 +55,7 @@ def test_it_can_be_followed(ray_cluster: None, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "jobs", "jobs")
     for command, arguments in COMMAND.findall(TEXT.split("## On a cluster")[0]):
-        words = re.sub(r"--(trials|confirm) \d+", "", arguments).split()
+        words = re.sub(r"--(trials|final-seeds) \d+", "", arguments).split()
         if command == "download":  # 3.4 GB; test_download.py has a server of its own
             command, words = "synth", [*words, "--images", "8"]
         assert main.main([command, *words, *SMALLER.get(command, "").split()]) == 0, command

@@ -24,7 +24,7 @@ def test_the_paper_and_the_small_recipe_are_what_they_say() -> None:
     paper, small = recipes.load(SHIPPED["paper"]), recipes.load(SHIPPED["small"])
     assert paper.model.features == (64, 128, 256, 512)
     assert (paper.crop, paper.batch_size, paper.optimizer.amsgrad) == ((333, 434), 2, True)
-    assert [(phase.plain, phase.transformed) for phase in paper.phases] == [(True, 0), (True, 1)]
+    assert [(phase.originals, phase.augmented_copies) for phase in paper.phases] == [(True, 0), (True, 1)]
     assert paper.loss.background_weight > paper.loss.cell_weight
     assert count_parameters(build_model(small.model)) <= 500_000
 
@@ -55,7 +55,7 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path, capsys: pytest.Captur
         ("batch_size: many", "batch_size: Input should be a valid integer"),
         ("optimizer: {lr: -1}", "optimizer.lr: Input should be greater than 0"),
         ("model: {features: [4, 8, 16]}\ncrop: [4, 400]", "3 levels need at least 8 x 8"),
-        ("phases: [{epochs: 1, steps: 2}]", "phases.0: give a phase either epochs or steps"),
+        ("phases: [{epochs: 1, steps: 2}]", "phases.0: a phase needs either epochs or steps"),
         ("- a\n- b", "a recipe is a mapping"),
         ("a: [", "not YAML"),
     ],

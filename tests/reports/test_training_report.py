@@ -25,7 +25,7 @@ def history(rows: int = 6) -> list[dict]:
     out = []
     for i in range(1, rows + 1):
         row = {"epoch": i, "step": 10 * i, "samples": 20 * i, "loss": 1 / i, "bce": 0.5 / i, "dice_loss": 0.5 / i}
-        row |= {"lr": 1e-3, "images_per_s": 20.0, "data_wait_share": 0.1, "seconds": 3.0}
+        row |= {"lr": 1e-3, "images_per_s": 20.0, "data_wait_fraction": 0.1, "seconds": 3.0}
         if i % 2 == 0:
             row |= {"val_dice": 0.8, "val_iou": 0.7, "val_mean_image_dice": 0.1 * i}
         out.append(row)

@@ -16,11 +16,11 @@ from raylivecell.training import loop
 RECIPE = Recipe(model=ModelConfig(features=(4, 8)))
 
 
-def save(folder: Path, score: float, steps: int = 3) -> loop.Training:
+def save(folder: Path, score: float, steps: int = 3) -> loop.TrainState:
     training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
     training.model(torch.rand(1, 1, 16, 16)).mean().backward()
     training.optimizer.step()
-    state = progress.State(steps, [{"step": steps, "val_mean_image_dice": score}])
+    state = progress.Progress(steps, [{"step": steps, "val_mean_image_dice": score}])
     checkpoint.save(str(folder), training.network(), training.state_dict(), state, RECIPE)
     return training
 
@@ -31,7 +31,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     values, state = checkpoint.load_training(str(tmp_path))
     assert recipe == RECIPE
     assert not model.training
-    assert state == progress.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
+    assert state == progress.Progress(3, [{"step": 3, "val_mean_image_dice": 0.5}])
     for a, b in zip(model.parameters(), training.model.parameters()):
         assert torch.equal(a, b)
     again = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)

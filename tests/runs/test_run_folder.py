@@ -12,7 +12,7 @@ from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runs.folder import Failure
-from raylivecell.runs.progress import State
+from raylivecell.runs.progress import Progress
 from raylivecell.training import train
 
 RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
@@ -20,11 +20,11 @@ RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
 
 def begun(out: Path, data: str, steps: int) -> None:
     """A run that saved a checkpoint after `steps` (0: none)."""
-    folder.claim(str(out), data, recipes.dump(RECIPE))
+    folder.initialise(str(out), data, recipes.dump(RECIPE))
     (out / folder.SNAPSHOT).write_text("{}")
     (out / "notes.txt").write_text("the user's own")
     if steps:
-        state = State(steps, [{"step": steps, "val_mean_image_dice": 0.5}])
+        state = Progress(steps, [{"step": steps, "val_mean_image_dice": 0.5}])
         checkpoint.save(str(out / progress.name(steps)), build_model(RECIPE.model), {}, state, RECIPE)
         (out / "tensorboard").mkdir()
         (out / "tensorboard" / "events").write_text("x")
@@ -35,7 +35,7 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
     out = tmp_path / "run"
     begun(out, tiny_dataset, steps)
     with pytest.raises(UserError, match="holds a run already"):
-        folder.goes_on(str(out), tiny_dataset, resume=False)
+        folder.check_resumable(str(out), tiny_dataset, resume=False)
     assert folder.reopen(str(out), resume=True) is None, "a run that was cut off is resumed without a word"
     for number in (1, 2):
         error = train._failure(str(out), "loss not finite at step 41", "; lower optimizer.lr")
@@ -43,8 +43,8 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
         assert ("--resume continues after step 40" in str(error)) == bool(steps)
         assert folder.failure(str(out)) == Failure("loss not finite at step 41", steps)
         assert check.run_name(str(out)).level == "warn"
-        assert folder.goes_on(str(out), tiny_dataset, resume=True)
-        assert not folder.goes_on(str(out), tiny_dataset, resume=False)
+        assert folder.check_resumable(str(out), tiny_dataset, resume=True)
+        assert not folder.check_resumable(str(out), tiny_dataset, resume=False)
         before = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
         line = folder.reopen(str(out), resume=False)
         assert (
@@ -62,7 +62,7 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
     assert line is not None
     assert ("after step 40" if steps else "from the start: it has no checkpoint") in line
     assert folder.failure(str(out)) is None
-    assert folder.goes_on(str(out), tiny_dataset, resume=True)
+    assert folder.check_resumable(str(out), tiny_dataset, resume=True)
 
 
 def test_a_failed_run_is_not_resumed_with_another_recipe(tiny_dataset: str, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_pool_of_actors_fits(items: int, machines: list[Machine], use_gpus: bo
 
 
 @pytest.mark.parametrize(
-    ("machines", "workers", "share", "at_once", "expected"),
+    ("machines", "workers", "share", "max_concurrent", "expected"),
     [
         ([Machine(1)], 1, 1.0, None, (1, 0.5, 0.0, 1)),
         ([Machine(2)], 1, 1.0, None, (1, 1.0, 0.0, 2)),
@@ -104,28 +104,28 @@ def test_the_cluster_is_shared_among_trials(
     machines: list[Machine],
     workers: int,
     share: float,
-    at_once: int | None,
+    max_concurrent: int | None,
     expected: tuple[int, float, float, int],
 ) -> None:
     config = SweepConfig(workers_per_trial=workers, gpus_per_worker=share)
-    room = tune.capacity(config, machines, at_once)
-    assert (room.at_once, room.cpus, room.gpus, room.threads) == expected
+    room = tune.capacity(config, machines, max_concurrent)
+    assert (room.max_concurrent, room.cpus, room.gpus, room.threads) == expected
 
 
 @pytest.mark.parametrize(
-    ("config", "machines", "at_once", "line"),
+    ("config", "machines", "max_concurrent", "line"),
     [
-        (SweepConfig(), [Machine(16, 4)], 5, "--at-once 5 needs more than the cluster's 4 GPUs; use 4"),
+        (SweepConfig(), [Machine(16, 4)], 5, "--max-concurrent 5 needs more than the cluster's 4 GPUs; use 4"),
         (SweepConfig(workers_per_trial=2), [Machine(16, 1)], None, "more than the cluster's 1 GPUs; lower --sweep.w"),
-        (SweepConfig(), [Machine(4)], 7, "--at-once 7 would leave no CPU for Ray Data on 4 CPUs; use 6"),
+        (SweepConfig(), [Machine(4)], 7, "--max-concurrent 7 would leave no CPU for Ray Data on 4 CPUs; use 6"),
         (SweepConfig(workers_per_trial=2), [Machine(1)], None, "leaves no CPU for Ray Data on 1 CPUs; lower --sweep.w"),
     ],
 )
 def test_more_trials_than_have_room_are_refused(
-    config: SweepConfig, machines: list[Machine], at_once: int | None, line: str
+    config: SweepConfig, machines: list[Machine], max_concurrent: int | None, line: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        tune.capacity(config, machines, at_once)
+        tune.capacity(config, machines, max_concurrent)
     assert line in str(error.value)
 
 

@@ -237,7 +237,7 @@ def datasets() -> Iterator[tuple[str, str]]:
 def checkpoints() -> Iterator[tuple[str, str]]:
     config = recipe.Recipe(model=ModelConfig(features=(4,)), crop=(16, 16))
     network = build_model(config.model)
-    checkpoint.save(str(HERE), network, {}, progress.State(), config)
+    checkpoint.save(str(HERE), network, {}, progress.Progress(), config)
     with (
         zipfile.ZipFile(HERE / checkpoint.TRAINING, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
         packed.open("archive/data/0", "w", force_zip64=True) as stream,

@@ -40,7 +40,7 @@ def marker(tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Path:
     """A run's folder with one checkpoint."""
     training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
-    state = progress.State(3, [{"step": 3, "val_mean_image_dice": 0.5}])
+    state = progress.Progress(3, [{"step": 3, "val_mean_image_dice": 0.5}])
     folder = tmp_path / "run" / progress.name(3)
     checkpoint.save(str(folder), training.network(), training.state_dict(), state, RECIPE, {"name": "squares"})
     return folder
@@ -116,15 +116,15 @@ def test_a_recipe(text: str, command: str, tmp_path: Path, marker: Path, capsys:
 @pytest.mark.parametrize("name", ["../../precious", "/precious", "checkpoint_1/../../precious", "..", 3])
 def test_rays_list_of_checkpoints(name: str | int, data: Path, tmp_path: Path, marker: Path) -> None:
     """Ray deletes what it names."""
-    run_folder.claim(out := str(tmp_path / "run"), str(data), "")
-    assert run_folder.goes_on(out, str(data), resume=True)
+    run_folder.initialise(out := str(tmp_path / "run"), str(data), "")
+    assert run_folder.check_resumable(out, str(data), resume=True)
     snapshot = tmp_path / "run" / run_folder.SNAPSHOT
     snapshot.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-01-01_1.5"}]}))
-    assert run_folder.goes_on(out, str(data), resume=True)
+    assert run_folder.check_resumable(out, str(data), resume=True)
     for text in (json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]}).encode(), pickled(marker)):
         snapshot.write_bytes(text)
         with pytest.raises(UserError, match=run_folder.SNAPSHOT):
-            run_folder.goes_on(out, str(data), resume=True)
+            run_folder.check_resumable(out, str(data), resume=True)
     assert not marker.exists()
 
 
@@ -224,7 +224,7 @@ def test_no_pickles_from_redis() -> None:
 
 
 def test_a_sweeps_confirming_run(tmp_path: Path, marker: Path) -> None:
-    folder = tmp_path / "confirm" / "start-seed1"
+    folder = tmp_path / "final" / "start-seed1"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_bytes(pickled(marker))
     (folder / "recipe.yaml").write_text("seed: 1\n")
@@ -261,7 +261,7 @@ def test_what_an_earlier_predict_left(
     else:
         # `predict` itself comes so far once the folder is known to be its own.
         with pytest.raises(UserError, match=where.name):
-            results.merge(str(out), {"x.png": key}, ()) if kind == "part" else results.is_whole(
+            results.merge(str(out), {"x.png": key}, ()) if kind == "part" else results.is_complete(
                 str(out), {"x.png": key}
             )
     assert not marker.exists()

@@ -21,18 +21,18 @@ def quick_trial() -> type[trial.OneWorker]:
         """A score that rises with the steps and is best at BEST_LR; the seed changes it a little."""
         recipe, plan = job.recipe, job.plan()
         score = 0.9 - 0.1 * abs(math.log10(recipe.optimizer.lr / BEST_LR)) - 0.2 * (1 - step / plan.steps)
-        score += 1e-3 * math.sin(recipe.seed + recipe.loss.bce_share)
+        score += 1e-3 * math.sin(recipe.seed + recipe.loss.bce_weight)
         scores = dict.fromkeys(("val_dice", "val_iou", "val_mean_image_dice"), score)
         losses = dict.fromkeys(("loss", "bce", "dice_loss"), 1 - score)
         about = {"epoch": 1, "step": step, "samples": step * recipe.batch_size, "lr": recipe.optimizer.lr}
-        return {**about, **losses, **scores, "images_per_s": 1.0, "data_wait_share": 0.0} | dict.fromkeys(
+        return {**about, **losses, **scores, "images_per_s": 1.0, "data_wait_fraction": 0.0} | dict.fromkeys(
             ("seconds", "validation_seconds"), 0.1
         )
 
-    def reports(job: Job, place: object, last: str | None) -> Iterator[loop.Training]:
+    def reports(job: Job, place: object, last: str | None) -> Iterator[loop.TrainState]:
         """Take the place of `worker.reports`."""
         torch.set_num_threads(1)
-        values, state = checkpoint.load_training(last) if last else (None, progress.State())
+        values, state = checkpoint.load_training(last) if last else (None, progress.Progress())
         plan, every = job.plan(), job.recipe.loop.report_steps or 1
         training = loop.start(forward.build(job.recipe, torch.device("cpu")), job.recipe.optimizer, plan.steps)
         if values is not None:

@@ -21,7 +21,7 @@ from raylivecell.runs import checkpoint, progress
 from raylivecell.runtime.placement import Machine
 from raylivecell.sweep import final_seeds, space, study, sweep
 from raylivecell.sweep.space import ELASTIC, Condition, Dimension, SweepConfig
-from raylivecell.sweep.trial import OneWorker, Shared
+from raylivecell.sweep.trial import OneWorker, SweepContext
 from raylivecell.training import loop
 
 STEPS = 10
@@ -50,13 +50,13 @@ def write_run(folder: Path, recipe: Recipe, scores: list[float], steps: int = ST
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     best = max(range(len(rows)), key=lambda place: scores[place])
-    state = progress.State(rows[best]["step"], rows[: best + 1])
+    state = progress.Progress(rows[best]["step"], rows[: best + 1])
     checkpoint.save(str(folder / progress.name(state.step)), build_model(recipe.model), {}, state, recipe)
 
 
 def write_confirming(out: Path, name: str, seed: int, scores: list[float] | None, steps: int = STEPS) -> None:
     """A confirming run; `scores` none: begun, and crashed before its first report."""
-    folder, recipe = out / "confirm" / f"{name}-seed{seed}", RECIPE.model_copy(update={"seed": seed})
+    folder, recipe = out / "final" / f"{name}-seed{seed}", RECIPE.model_copy(update={"seed": seed})
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipes.dump(recipe))
     if scores is not None:
@@ -118,7 +118,7 @@ def test_candidates_are_compared_over_the_seeds_that_all_finished(tmp_path: Path
     found = final_seeds.scores(str(tmp_path), names, samples=8)
     assert found == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-elastic-off": {2: 0.8}}
     folder, why = final_seeds.winner(str(tmp_path), found, "validation Dice")
-    assert folder == str(tmp_path / "confirm" / "trial-3-elastic-off-seed2"), "a seed, not a place in a list"
+    assert folder == str(tmp_path / "final" / "trial-3-elastic-off-seed2"), "a seed, not a place in a list"
     assert progress.find(folder)
     assert "with fresh seeds 2" in why
     assert final_seeds.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "one that was never begun"
@@ -167,7 +167,7 @@ class Tune:
     def __call__(self, shared: Any, room: Any, retries: int, callbacks: Any, **options: Any) -> None:
         if "param_space" in options:
             for job in options["param_space"]["job"]["grid_search"]:
-                end = self.confirming.get(job["folder"].removeprefix("confirm/"), good(0.5))
+                end = self.confirming.get(job["folder"].removeprefix("final/"), good(0.5))
                 end(Path(shared.out, job["folder"]), space.apply(shared.recipe, job["values"]), 0)
             return
         for number in range(options["num_samples"]):
@@ -329,7 +329,7 @@ def test_finished_trials_are_those_that_ended(tmp_path: Path) -> None:
     ],
 )
 def test_what_no_other_try_would_change_ends_a_trial_with_its_reason(error: Exception, reason: str) -> None:
-    def reports() -> Iterator[loop.Training]:
+    def reports() -> Iterator[loop.TrainState]:
         raise error
         yield
 
@@ -341,7 +341,7 @@ def test_what_no_other_try_would_change_ends_a_trial_with_its_reason(error: Exce
 
 
 def test_a_trials_batch_must_be_shared_equally(tmp_path: Path) -> None:
-    shared = Shared(RECIPE, str(tmp_path), SimpleNamespace(train=range(8)), 0, 1, 2, 1.0, 0.0, False)  # type: ignore[arg-type]
+    shared = SweepContext(RECIPE, str(tmp_path), SimpleNamespace(train=range(8)), 0, 1, 2, 1.0, 0.0, False)  # type: ignore[arg-type]
     job = {"folder": "trials/0000", "values": {"batch_size": 4}}
     assert shared.job({"job": job}).recipe.batch_size == 4
     job["values"] = {"batch_size": 3}

@@ -131,8 +131,8 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
         (
             {
                 "space": {
-                    "optimizer.lr": {"low": 1e-4, "high": 1, "when": {"loss.field_weight": {"above": 0}}},
-                    "loss.border_weight": {"low": 0, "high": 1, "also": ["loss.field_weight"]},
+                    "optimizer.lr": {"low": 1e-4, "high": 1, "when": {"loss.aux_weight": {"above": 0}}},
+                    "loss.border_weight": {"low": 0, "high": 1, "also": ["loss.aux_weight"]},
                 }
             },
             "put loss.border_weight before it",
@@ -155,7 +155,7 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
             },
             "phases.0.epochs is a part of phases.0",
         ),
-        ({"space": {"loss.bce_share": {"low": 0, "high": 2}}}, "sweep.space: loss.bce_share: Input should be less"),
+        ({"space": {"loss.bce_weight": {"low": 0, "high": 2}}}, "sweep.space: loss.bce_weight: Input should be less"),
         (
             {"space": {"optimizer.schedule": {"choices": ["constant", "cosin"]}}},
             "sweep.space: optimizer.schedule: Input",
@@ -182,13 +182,13 @@ SPACES: dict[str, tuple[Dimension, tuple[Condition, ...]]] = {
     "optimizer.clip_norm": (Dimension(choices=(None, 1.0, 5.0)), (Condition(above=0), Condition(among=(None,)))),
     "model.features": (Dimension(choices=([8, 16], [64, 128, 256, 512])), (Condition(among=([8, 16], (4,))),)),
     "augment.elastic.p": (Dimension(low=0, high=1, step=0.5), (Condition(above=0), Condition(among=(0.5, 1)))),
-    "loss.border_weight": (Dimension(low=0, high=9, also=("loss.field_weight",)), (Condition(above=4),)),
+    "loss.border_weight": (Dimension(low=0, high=9, also=("loss.aux_weight",)), (Condition(above=4),)),
     "phases.0.epochs": (Dimension(low=5, high=15), (Condition(above=9.5),)),
 }
 ON_OTHERS = {
     "model.features.1": (Condition(above=20),),
     "model.features.3": (Condition(above=20),),  # not in each trial
-    "loss.field_weight": (Condition(above=5),),  # takes another field's value
+    "loss.aux_weight": (Condition(above=5),),  # takes another field's value
     "loss.cell_weight": (Condition(above=1),),  # has a share of a sum
     "loss.background_weight": (Condition(above=1.0),),
     "optimizer.amsgrad": (Condition(among=(True,)), Condition(among=(False,))),  # is not searched
@@ -207,7 +207,7 @@ def searches(draw: st.DrawFn) -> SweepConfig:
             if not any(f"{one}.".startswith(f"{later}.") for later in set(order) - set(fields))
         }
         if "loss.border_weight" in set(order) - set(fields):
-            known.pop("loss.field_weight", None)
+            known.pop("loss.aux_weight", None)
         others = draw(st.lists(st.sampled_from(sorted(known)), max_size=2, unique=True))
         when = {one: draw(st.sampled_from(known[one])) for one in others}
         fields[path] = SPACES[path][0].model_copy(update={"when": when})

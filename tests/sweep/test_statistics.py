@@ -14,7 +14,7 @@ from raylivecell.recipe import Recipe
 from raylivecell.sweep import space, statistics
 from raylivecell.sweep.space import ELASTIC, Dimension, SweepConfig
 
-LR, SHARE, ALPHA = "optimizer.lr", "loss.bce_share", "augment.elastic.alpha_x"
+LR, SHARE, ALPHA = "optimizer.lr", "loss.bce_weight", "augment.elastic.alpha_x"
 DISTRIBUTIONS = {
     LR: FloatDistribution(1e-4, 3e-2, log=True),
     SHARE: FloatDistribution(0, 1),

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.ray
 RECIPE = Recipe(
     batch_size=4,
     crop=(32, 32),
-    phases=(PhaseConfig(steps=30, plain=False, transformed=1),),
+    phases=(PhaseConfig(steps=30, originals=False, augmented_copies=1),),
     model=ModelConfig(features=(4, 8), norm="group"),
     optimizer=OptimizerConfig(lr=3e-3),
     augment=AugmentConfig(elastic=ElasticConfig(alpha_x=200, alpha_y=200, sigma=10)),
@@ -51,7 +51,7 @@ ELASTIC_ON = {"augment.elastic.p": Condition(above=0)}
 CONFIG = SweepConfig(
     space={
         "optimizer.lr": Dimension(low=1e-5, high=3e-2, log=True),
-        "loss.bce_share": Dimension(low=0, high=1),
+        "loss.bce_weight": Dimension(low=0, high=1),
         "augment.elastic.p": Dimension(low=0, high=1, step=0.5),
         "augment.elastic.alpha_x": Dimension(
             low=50, high=1500, log=True, also=("augment.elastic.alpha_y",), when=ELASTIC_ON
@@ -87,7 +87,7 @@ def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("sweep") / "one \u00fc"
     with pytest.MonkeyPatch.context() as patch:
         make_quick(patch)
-        sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2, at_once=1)
+        sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=10, seeds=2, max_concurrent=1)
     return out
 
 
@@ -111,7 +111,7 @@ def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> Non
 def test_the_best_is_handed_over(swept: Path) -> None:
     """With fresh seeds the best is the candidate with the highest mean, not the trial with the luckiest score."""
     study = study_of(swept)
-    runs = {path.name: history(path) for path in (swept / "confirm").iterdir()}
+    runs = {path.name: history(path) for path in (swept / "final").iterdir()}
     best = study.best_trial.number
     names = ["start", f"trial-{best}"] if best else ["start"]  # trial 0 is the start
     assert {f"{name}-seed{seed}" for name in names for seed in (1, 2)} <= runs.keys()
@@ -119,12 +119,12 @@ def test_the_best_is_handed_over(swept: Path) -> None:
     assert {rows[-1]["step"] for rows in runs.values()} == {30}
     scores: dict[str, list[float]] = {}
     for name in sorted(runs):
-        assert checkpoint.load_model(str(swept / "confirm" / name))[1].seed == int(name[-1])
+        assert checkpoint.load_model(str(swept / "final" / name))[1].seed == int(name[-1])
         scores.setdefault(name[:-6], []).append(max(row["val_mean_image_dice"] for row in runs[name]))
     winner = max(scores, key=lambda name: sum(scores[name]))
     lucky = 1 + max(range(2), key=lambda place: scores[winner][place])
     handed, recipe = checkpoint.load_model(str(swept))
-    found, same = checkpoint.load_model(str(swept / "confirm" / f"{winner}-seed{lucky}"))
+    found, same = checkpoint.load_model(str(swept / "final" / f"{winner}-seed{lucky}"))
     assert recipe == same == recipes.load(swept / "best.yaml")
     assert all(a.equal(b) for a, b in zip(found.state_dict().values(), handed.state_dict().values()))
 
@@ -197,7 +197,7 @@ def test_a_sweep_in_use_is_refused_and_more_trials_go_on(
     for path in (*there, swept / "tune" / "trainable.pkl", *(path.parent / "params.pkl" for path in there)):
         path.write_bytes(pickled(tmp_path / "ran"))  # Ray Tune's own pickles are somebody else's: they are not opened
     before = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
-    sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=12, resume=True, at_once=1)
+    sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=12, resume=True, max_concurrent=1)
     after = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
     assert after[:10] == before, "none is repeated"
     assert len(after) == 12
@@ -212,7 +212,7 @@ from raylivecell.sweep import sweep
 data, out, trials = sys.argv[1:]
 recipe, config = space.load(out + "-recipe.yaml")
 resume = sweep.storage.exists(out + "/recipe.yaml")
-sweep.sweep(data, out, recipe, config, int(trials), resume=resume, at_once=2)
+sweep.sweep(data, out, recipe, config, int(trials), resume=resume, max_concurrent=2)
 """
 
 
@@ -241,7 +241,7 @@ def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_clu
             if trial.state.is_finished():
                 now = (trial.state, trial.params, trial.datetime_complete)
                 assert seen.setdefault(trial.number, now) == now, "a finished trial is not repeated"
-    study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, asked, resume=True, at_once=2)
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, asked, resume=True, max_concurrent=2)
     assert [trial.number for trial in study.trials] == list(range(asked))
     assert {trial.state for trial in study.trials} <= set(ENDS)
     for number, (state, params, end) in seen.items():
@@ -276,7 +276,7 @@ def test_a_killed_trial_goes_on_and_a_hopeless_one_is_told_as_failed(
         early_stopping=False,
     )
     thread, killed = kill_at(out / "trials" / "0000", 4, "ray::OneWorker", "ray::ResourceTrainable")
-    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=8, at_once=1)
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=8, max_concurrent=1)
     thread.join()
     assert killed
     assert study.trials[0].state is TrialState.COMPLETE
@@ -320,7 +320,7 @@ def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, 
     out = tmp_path / "front"
     features = Dimension(choices=([4, 8], [2, 4], [32, 64]))
     config = SweepConfig(space={"model.features": features}, shares=(), objectives=("dice", "ms_per_image"))
-    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=4, at_once=1)
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, config, trials=4, max_concurrent=1)
     assert all(trial.values[1] > 0 for trial in study.trials)
     assert "Pareto front" in (out / "report.html").read_text()
     rows = list(csv.DictReader((out / "trials.csv").open()))
@@ -362,9 +362,17 @@ def test_postgresql_and_mlflow(
     import mlflow
 
     out, tracking = tmp_path / "stored", f"sqlite:///{tmp_path}/mlflow.db"
-    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=2, study_url=postgres, mlflow=tracking, at_once=1)
+    sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials=2, study_url=postgres, mlflow=tracking, max_concurrent=1)
     sweep.sweep(
-        tiny_dataset, str(out), RECIPE, CONFIG, trials=3, resume=True, study_url=postgres, mlflow=tracking, at_once=1
+        tiny_dataset,
+        str(out),
+        RECIPE,
+        CONFIG,
+        trials=3,
+        resume=True,
+        study_url=postgres,
+        mlflow=tracking,
+        max_concurrent=1,
     )
     study = optuna.load_study(study_name=str(out), storage=postgres)
     assert [trial.state.is_finished() for trial in study.trials] == [True] * 3

@@ -9,9 +9,9 @@ import torch
 
 from raylivecell.bench import step as bench_step
 from raylivecell.ingest import gpu_augment
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network import forward
-from raylivecell.network.transfer import Sender
+from raylivecell.network.transfer import DeviceTransfer
 from raylivecell.recipe import AugmentConfig, LoopConfig, LossConfig, ModelConfig, PhaseConfig, Recipe
 from raylivecell.training import loop
 
@@ -26,7 +26,7 @@ def gpu() -> torch.device:
 
 
 def test_batches_arrive_whole_while_it_computes(gpu: torch.device) -> None:
-    send, work = Sender(gpu), torch.randn(4096, 4096, device=gpu)
+    send, work = DeviceTransfer(gpu), torch.randn(4096, 4096, device=gpu)
     batches = [torch.randint(0, 256, (4, 3, 300, 300), dtype=torch.uint8) for _ in range(20)]
     sums = []
     for batch in batches:
@@ -37,9 +37,9 @@ def test_batches_arrive_whole_while_it_computes(gpu: torch.device) -> None:
 
 def test_no_step_waits_for_it(gpu: torch.device) -> None:
     planes = bench_step.random_planes(4)
-    plan = Plan(0, 4, 4, (PhaseConfig(steps=STEPS),))
+    plan = SampleSchedule(0, 4, 4, (PhaseConfig(steps=STEPS),))
 
-    def tick(step: int, images_per_s: float) -> None:
+    def on_step(step: int, images_per_s: float) -> None:
         torch.cuda.set_sync_debug_mode("error" if 2 <= step < STEPS - 1 else "default")
 
     training = loop.start(forward.build(RECIPE, gpu), RECIPE.optimizer, plan.steps)
@@ -53,7 +53,7 @@ def test_no_step_waits_for_it(gpu: torch.device) -> None:
             LoopConfig(report_steps=STEPS),
             LossConfig(),
             lambda network: {},
-            tick,
+            on_step,
         ):
             pass
     finally:
@@ -67,7 +67,7 @@ def test_bfloat16_learns_as_float32(gpu: torch.device) -> None:
 
 def test_augment_on_it_as_on_torch_s_cpu(gpu: torch.device) -> None:
     planes = bench_step.random_planes(5).numpy()
-    plan = Plan(3, 5, 5, (PhaseConfig(epochs=1, transformed=1),))
+    plan = SampleSchedule(3, 5, 5, (PhaseConfig(epochs=1, augmented_copies=1),))
     config = AugmentConfig(device="cuda")
 
     def frames() -> Iterator[dict[str, torch.Tensor]]:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from raylivecell.ingest.order import Plan
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import LoopConfig, LossConfig, ModelConfig, OptimizerConfig, PhaseConfig
 from raylivecell.training import loop
 
-PLAN = Plan(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
+PLAN = SampleSchedule(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
 
 
 def images() -> torch.Tensor:
@@ -29,13 +29,15 @@ def batches(start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         yield {"planes": images()[PLAN.rows(step)[:, 1]]}
 
 
-def begin(ema: float = 0.0) -> loop.Training:
+def begin(ema: float = 0.0) -> loop.TrainState:
     torch.manual_seed(0)
     config = OptimizerConfig(lr=1e-2, ema_decay=ema, clip_norm=1.0)
     return loop.start(build_model(ModelConfig(features=(4, 8))), config, PLAN.steps)
 
 
-def run(training: loop.Training, batches_: Iterator[dict[str, torch.Tensor]], **options: object) -> list[loop.Training]:
+def run(
+    training: loop.TrainState, batches_: Iterator[dict[str, torch.Tensor]], **options: object
+) -> list[loop.TrainState]:
     reports = loop.run(
         training,
         training.model,
@@ -55,7 +57,7 @@ def test_the_loss_falls_and_every_epoch_is_reported() -> None:
     losses = [row["loss"] for row in training.state.history]
     assert losses[-1] < 0.7 * losses[0]
     assert [row["epoch"] for row in training.state.history] == [1, 2, 3, 4]
-    assert all(0 <= row["data_wait_share"] <= 1 for row in training.state.history)
+    assert all(0 <= row["data_wait_fraction"] <= 1 for row in training.state.history)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -88,7 +90,7 @@ def test_its_optimizer_steps_as_torchs(amsgrad: bool) -> None:
 def test_a_run_saved_between_two_reports_ends_with_the_same_weights(ema: float) -> None:
     """Asked for at step 5, in the middle of an epoch of 3; at step 3 it is reported anyway, and not given twice."""
     whole = begin(ema)
-    given = run(whole, batches(), save_now=lambda step: step in (3, 5))
+    given = run(whole, batches(), checkpoint_requested=lambda step: step in (3, 5))
     assert [one.state.step for one in given] == [3, 5, 6, 9, 12]
     early = given[1]
     assert [row["step"] for row in early.state.history] == [3]

@@ -32,7 +32,7 @@ from raylivecell.training.train import train
 RECIPE = Recipe(
     batch_size=4,
     crop=(32, 40),
-    phases=(PhaseConfig(steps=10), PhaseConfig(steps=10, transformed=1)),
+    phases=(PhaseConfig(steps=10), PhaseConfig(steps=10, augmented_copies=1)),
     model=ModelConfig(features=(4, 8), norm="group"),
     optimizer=OptimizerConfig(lr=1e-2, ema_decay=0.9),
     loop=LoopConfig(report_steps=1, precision="float32"),
@@ -57,7 +57,7 @@ def one_worker(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.Te
     return run
 
 
-def plain_loop(data: str, recipe: Recipe) -> loop.Training:
+def plain_loop(data: str, recipe: Recipe) -> loop.TrainState:
     """The recipe trained in this process by the loop alone, on samples read as Ray Data's tasks read them."""
     rows, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
     cells = recipe.targets != "foreground"
@@ -65,7 +65,7 @@ def plain_loop(data: str, recipe: Recipe) -> loop.Training:
     plan, cpu = job.plan(), torch.device("cpu")
     source = blocks.Source(rows, plan, recipe.augment, recipe.crop, (48, 48), targets=recipe.targets)
     batches = ({"planes": torch.from_numpy(blocks.load(plan.rows(step), source))} for step in range(plan.steps))
-    scores = worker._Validation(job.samples, worker.Place(0, 1, cpu, 1), recipe.targets).scores
+    scores = worker._Validation(job.samples, worker.RankContext(0, 1, cpu, 1), recipe.targets).scores
     torch.manual_seed(recipe.seed)
     training = loop.start(forward.build(recipe, cpu), recipe.optimizer, plan.steps)
     for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, validate=scores):
@@ -100,7 +100,7 @@ def test_two_workers_one_of_them_killed_train_as_the_plain_loop(
     assert killed
     plain = plain_loop(tiny_dataset, recipe)
     for mine, row in zip(history(run), plain.state.history, strict=True):
-        for name in ("loss", "bce", "dice_loss", "field_loss", "val_dice", "val_iou", "val_mean_image_dice", "val_msa"):
+        for name in ("loss", "bce", "dice_loss", "aux_loss", "val_dice", "val_iou", "val_mean_image_dice", "val_msa"):
             assert mine[name] == pytest.approx(row[name], abs=1e-5), (row["step"], name)
     assert plain.state.history[-1]["loss"] < plain.state.history[0]["loss"]
     assert plain.average is not None
