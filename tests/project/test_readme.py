@@ -1,17 +1,26 @@
-"""The README names what is there, commands, flags, recipes and files, and what it tells to do can be done."""
+"""The documents: commands, flags, recipes, packages and files that they name exist; the README can be followed."""
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from raylivecell import recipe
 from raylivecell.cli import main
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS += sorted(ROOT.glob("cluster/*/*.md"))
 COMMAND = re.compile(r"^raylivecell (\w+) (.*)$", flags=re.M)
 LINES = COMMAND.findall(TEXT)
 (NOTEBOOK,) = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.M | re.S)
@@ -35,25 +44,33 @@ def test_commands_and_their_flags_exist(command: str, arguments: str, capsys: py
         assert flag in documented
 
 
-def test_files_named_exist() -> None:
-    for name in re.findall(r"jobs/\w+\.yaml", TEXT):
-        assert (ROOT / name).is_file(), name
-    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT):
-        assert (ROOT / name).is_file(), name
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
+def test_links_and_recipes_of_documents_exist(document: Path) -> None:
+    text = document.read_text()
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert "://" in link or (document.parent / link).exists(), link
+    for name in re.findall(r"--recipe ([a-z-]+)\b(?![./])", text):
+        assert name in recipe.shipped(), name
 
 
-def test_the_tree_names_every_room() -> None:
-    tree = TEXT.split("## The files")[1].split("## Development")[0]
-    patterns = re.findall(r"[\w*]+\.py", tree)
-    for path in (ROOT / "raylivecell").glob("*.py"):
-        assert path.name in ("__init__.py", "__main__.py") or any(path.match(p) for p in patterns), path.name
+def test_the_readme_lists_every_package_in_the_order_of_imports() -> None:
+    tree = TEXT.split("## Packages")[1].split("jobs/")[0]
+    listed = re.findall(r"^  (\w+)(?:/|\.py) ", tree, flags=re.M)
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    assert listed == config["contracts"][0]["layers"][::-1]
+
+
+def test_the_results_table_is_short() -> None:
+    rows = [line for line in TEXT.split("## Results")[1].split("## Packages")[0].splitlines() if line.startswith("|")]
+    assert len(rows) <= 20 + 4, (
+        "two tables, each with a heading and a line; further figures belong in docs/benchmarks.md"
+    )
 
 
 @pytest.mark.slow
 def test_it_can_be_followed(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine, in its order; of a cluster, test_submit.py and test_check.py do the same."""
     monkeypatch.chdir(tmp_path)
-    os.symlink(ROOT / "jobs", "jobs")
     for command, arguments in COMMAND.findall(TEXT.split("## On a cluster")[0]):
         words = re.sub(r"--(trials|final-seeds) \d+", "", arguments).split()
         if command == "download":  # 3.4 GB; test_download.py has a server of its own
