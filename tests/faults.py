@@ -148,7 +148,7 @@ def data_tasks_killed(scene: Scene) -> str:
 
     def killed() -> bool:  # they bear that name only while they work
         nonlocal hit
-        hit += sum(host.kill("ray::Read_Samples") for host in scene.hosts.hosts.values())
+        hit += sum(host.kill("ray::ReadSamples") for host in scene.hosts.hosts.values())
         return hit >= 2
 
     until("data tasks at work", killed, 60)
