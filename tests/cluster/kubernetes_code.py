@@ -60,9 +60,9 @@ def commands(docs: list[Doc]) -> Iterator[str]:
             yield f"{job.name}: {error}"
         elif "train.py" in words[1]:
             yield from _worker_errors(job, arguments)
-        # A retry without it would be refused, as the folder is in use; predict resumes by itself.
+        # Retries without it would stop at a folder in use; predict goes on by itself.
         if job.spec.get("backoffLimit") and "predict.py" not in words[1] and "--resume-or-start" not in words:
-            yield f"{job.name}: a retry would not resume: --resume-or-start is missing"
+            yield f"{job.name}: a retry would not go on: --resume-or-start is missing"
 
 
 def _worker_errors(job: Job, arguments: tuple) -> Iterator[str]:
