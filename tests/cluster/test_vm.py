@@ -278,7 +278,7 @@ def test_slurm_starts_what_ray_and_the_job_understand(tmp_path: Path, capsys: py
     script = words.index("python") + 1
     assert words[split + 1 : script] == ["env", "RAY_ADDRESS=10.0.0.7:6379", "python"]
     assert (ROOT / words[script]).is_file()
-    assert words[script + 1 :] == ["--resume-or-start", "--recipe", "paper", "--out", "a b"]
+    assert words[script + 1 :] == ["--resume", "auto", "--recipe", "paper", "--out", "a b"]
     with pytest.raises(SystemExit):
         main.main([Path(words[script]).stem, "--help"])
     documented = capsys.readouterr().out
