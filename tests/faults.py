@@ -46,7 +46,7 @@ class Run:
     def submit(self) -> subprocess.Popen[bytes]:
         """`raylivecell submit train`, from outside the hosts; resumes a run that has begun."""
         words = ["raylivecell", "submit", "--address", self.hosts.address(), "train", *FLAGS, "--workers", self.workers]
-        words += ["--out", f"s3://cells/runs/{self.name}", "--resume-or-start"]
+        words += ["--out", f"s3://cells/runs/{self.name}", "--resume", "auto"]
         with open(self.hosts.root / f"{self.name}.log", "ab") as log:
             return subprocess.Popen(words, cwd=ROOT, env=self.hosts.env(), stdout=log, stderr=log)
 

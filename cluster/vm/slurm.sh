@@ -29,4 +29,4 @@ address=$(hostname -I | cut -d ' ' -f 1):6379
 # loss of a node, resumes from the run's last checkpoint.
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --num-cpus="$SLURM_CPUS_ON_NODE" --dashboard-host=127.0.0.1 --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
-  -- env RAY_ADDRESS="$address" python jobs/train.py --resume-or-start "$@"
+  -- env RAY_ADDRESS="$address" python jobs/train.py --resume auto "$@"

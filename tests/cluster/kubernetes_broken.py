@@ -13,7 +13,7 @@ HEAD_POD, POD, GPU_POD = (f"{group}/template/spec" for group in (HEAD, GROUP, GP
 JOB_CLUSTER = "spec/rayClusterSpec"
 BOX, SUBMITTER = f"{POD}/containers/0", "spec/submitterPodTemplate/spec"
 ENV = f"{HEAD_POD}/containers/0/env/0"
-TRAIN = "python /app/jobs/train.py --data s3://b/d --out s3://b/o --resume-or-start"
+TRAIN = "python /app/jobs/train.py --data s3://b/d --out s3://b/o --resume auto"
 
 Breakage = tuple[Rule, str, dict[str, Any], str]
 """Check, `where` and `edits` of `kuberay.broken`, and a part of the error."""
@@ -270,7 +270,7 @@ PROJECT_ERRORS: list[Breakage] = [
     (code.commands, "train", {"spec/entrypoint": TRAIN.replace("--data s3://b/d", "")}, "--data"),
     (code.commands, "train", {"spec/entrypoint": f"{TRAIN} --workers 1:3"}, "cannot be shared equally"),
     (code.commands, "train", {"spec/entrypoint": f"{TRAIN} --workers 1"}, "1 workers on 2 GPUs"),
-    (code.commands, "train", {"spec/entrypoint": TRAIN.replace("--resume-or-start", "")}, "--resume-or-start is"),
+    (code.commands, "train", {"spec/entrypoint": TRAIN.replace("--resume auto", "")}, "--resume auto is"),
     (
         code.commands,
         "sweep",

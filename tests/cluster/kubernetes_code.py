@@ -14,6 +14,7 @@ from unittest import mock
 import ray
 from kuberay import ROOT, Doc, Job, Rule, clusters, jobs, pods
 
+from raylivecell.cli.arguments import value_of
 from raylivecell.core.errors import UserError
 from raylivecell.runs import folder as run_folder
 from raylivecell.training import preflight
@@ -61,8 +62,8 @@ def commands(docs: list[Doc]) -> Iterator[str]:
         elif "train.py" in words[1]:
             yield from _worker_errors(job, arguments)
         # Retries without it would stop at a folder in use; predict goes on by itself.
-        if job.spec.get("backoffLimit") and "predict.py" not in words[1] and "--resume-or-start" not in words:
-            yield f"{job.name}: a retry would not go on: --resume-or-start is missing"
+        if job.spec.get("backoffLimit") and "predict.py" not in words[1] and value_of("--resume", words) != "auto":
+            yield f"{job.name}: a retry would not resume: --resume auto is missing"
 
 
 def _worker_errors(job: Job, arguments: tuple) -> Iterator[str]:

@@ -18,7 +18,7 @@ fields = "--batch-size 4 --crop 32 40 --model.features 4 8 --loop.report-steps 4
 train = ["train", "--data", at + "data", "--out", at + "runs/one", *fields, "--recipe", RECIPE]
 assert cli.main(train) == 0
 assert cli.main(train) == 2, "a folder in use is refused"
-assert cli.main([*train, "--resume"]) == 0
+assert cli.main([*train, "--resume", "always"]) == 0
 assert cli.main(["evaluate", "--checkpoint", at + "runs/one", "--data", at + "data", "--out", at + "scores"]) == 0
 predict = ["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "cells"]
 assert cli.main(predict) == 0
@@ -31,7 +31,7 @@ from raylivecell.cli import main as cli
 at = "s3://cells/"
 sweep = ["sweep", "--data", at + "data", "--out", at + "runs/sweep", "--recipe", RECIPE, "--retries", "0"]
 assert cli.main([*sweep, "--trials", "2"]) == 0
-assert cli.main([*sweep, "--trials", "3", "--resume"]) == 0
+assert cli.main([*sweep, "--trials", "3", "--resume", "always"]) == 0
 """
 RECIPE = "phases: [{steps: 8}]\n"
 KINDS = {"labels": ".tif", "masks": ".png", "overlays": ".png"}

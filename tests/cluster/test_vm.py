@@ -280,7 +280,7 @@ def test_slurm_commands_are_accepted_by_ray_and_the_job(tmp_path: Path, capsys: 
     script = words.index("python") + 1
     assert words[split + 1 : script] == ["env", "RAY_ADDRESS=10.0.0.7:6379", "python"]
     assert (ROOT / words[script]).is_file()
-    assert words[script + 1 :] == ["--resume-or-start", "--recipe", "paper", "--out", "a b"]
+    assert words[script + 1 :] == ["--resume", "auto", "--recipe", "paper", "--out", "a b"]
     with pytest.raises(SystemExit):
         main.main([Path(words[script]).stem, "--help"])
     documented = capsys.readouterr().out
