@@ -61,7 +61,7 @@ def commands(docs: list[Doc]) -> Iterator[str]:
             yield f"{job.name}: {error}"
         elif "train.py" in words[1]:
             yield from _worker_errors(job, arguments)
-        # Retries without it would stop at a folder in use; predict goes on by itself.
+        # A retry without it would be refused, as the folder is in use; predict resumes by itself.
         if job.spec.get("backoffLimit") and "predict.py" not in words[1] and value_of("--resume", words) != "auto":
             yield f"{job.name}: a retry would not resume: --resume auto is missing"
 
