@@ -14,7 +14,7 @@ SECOND := $(addprefix tests/,cluster/test_kubernetes_pod.py cluster/test_monitor
 test: lint  ## lint, unit tests and quick tests of Ray; 6 minutes on two cores
 	tests/streams.sh "not slow"
 
-test-slow: .venv/.installed  ## the slow tests alone: whole runs, kills, S3, a browser, databases, a fault; 19 minutes
+test-slow: .venv/.installed  ## the slow tests alone: complete runs, kills, S3, a browser, databases, a fault; 19 minutes
 	tests/streams.sh slow $(SECOND)
 
 test-all: test test-slow  ## both, as CI does

@@ -35,11 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
 
 
-def missing(what: str) -> NoReturn:
-    """Skip a test because of `what`, a program that can be installed; fail in CI, which installs all of them."""
+def missing(reason: str) -> NoReturn:
+    """Skip a test because a program is not installed; fail in CI, which installs all of them."""
     if os.environ.get("RAYLIVECELL_NO_SKIPS"):
-        pytest.fail(what)
-    pytest.skip(what)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 SHARED = Path(os.environ.get("RAYLIVECELL_SHARED", Path(__file__).parents[2] / "shared"))

@@ -31,7 +31,7 @@ FLAGS = f"""--recipe small --data s3://cells/data --batch-size 12 --crop 48 48
 class Fault(NamedTuple):
     """Description, and a function that disturbs a run after its first reports and returns what it did."""
 
-    what: str
+    description: str
     inject: Callable[["Run"], str]
     workers: str = "2"
 
@@ -193,7 +193,7 @@ def play(hosts: Hosts, s3: Any, name: str, fault: Fault, expected: dict[str, Any
     scores = f"Dice {row['val_dice']:.4f} ({expected['val_dice']:.4f}), loss {row['loss']:.5f} ({expected['loss']:.5f})"
     assert abs(row["val_dice"] - expected["val_dice"]) < DICE_NOISE, f"{name}: {scores}"
     assert abs(row["loss"] / expected["loss"] - 1) < LOSS_NOISE, f"{name}: {scores}"
-    return f"| {fault.what} | {action} | {recovered:.0f} s | {total:.0f} s | {scores} |"
+    return f"| {fault.description} | {action} | {recovered:.0f} s | {total:.0f} s | {scores} |"
 
 
 def verified(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def main(names: list[str]) -> int:
                 print(play(hosts, s3, name, FAULTS[name], row), flush=True)
             except (AssertionError, TimeoutError, subprocess.SubprocessError) as error:
                 failures += 1
-                print(f"| {FAULTS[name].what} | FAILED: {error} |", flush=True)
+                print(f"| {FAULTS[name].description} | FAILED: {error} |", flush=True)
             for number, (host, cpus) in enumerate([(host, 1) for host in list(hosts.hosts.values())]):
                 revive(hosts, host, number, cpus)
     return failures

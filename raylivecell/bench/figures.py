@@ -52,7 +52,7 @@ def chart(title: str, figures: Figures) -> bytes:
     """Bar chart, PNG, of the first of UNITS in `figures` that holds name -> summary."""
     from matplotlib.figure import Figure  # 0.3 s that only this needs
 
-    unit = next(name for name in UNITS if isinstance(figures.get(name), dict))  # `seconds` may be those of a whole run
+    unit = next(name for name in UNITS if isinstance(figures.get(name), dict))  # `seconds` may be one number
     bars = figures[unit]
     lows, medians, highs = ([bar[name] for bar in bars.values()] for name in ("min", "median", "max"))
     errors = [[m - low for m, low in zip(medians, lows)], [high - m for m, high in zip(medians, highs)]]

@@ -27,7 +27,7 @@ PATTERNS = 32
 ROWS, COLUMNS, CORNERS = 13, 25, 60
 SPLITS = {"train": 0.62, "val": 0.11, "test": 0.27}
 BASELINE_IMAGES = 2
-BASELINE = "pycocotools and scipy on whole frames, one process"
+BASELINE = "pycocotools and scipy on full frames, one process"
 SAMPLE_EVERY_S = 1.0
 
 
