@@ -59,7 +59,7 @@ def bench(options: Options) -> Figures:
         UserError: Ray is already running in this process, or RAY_ADDRESS names a cluster.
     """
     if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
-        raise UserError("bench scale starts a cluster of its own; unset RAY_ADDRESS")
+        raise UserError("bench scale starts its own cluster; unset RAY_ADDRESS")
     speeds: dict[int, list[float]] = {nodes: [] for nodes in NODES}
     fetch_times, task_times = [], []
     for _ in range(options.repeats):
