@@ -1,6 +1,9 @@
 """`bench`: each figure compared with its baseline in the same run."""
 
+import importlib
+import inspect
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -32,6 +35,12 @@ def test_figures_are_written_printed_and_charted(tmp_path: Path, monkeypatch: py
     assert "3.3 (3 to 4)" in text
     chart = cv2.imread(str(tmp_path / "bench.png"))
     assert chart.shape[1] > 600
+
+
+def test_every_benchmark_is_a_module_with_a_function_bench() -> None:
+    for name in get_args(run.Benchmark):
+        function = importlib.import_module(f"raylivecell.bench.{name}").bench
+        assert next(iter(inspect.signature(function).parameters)) == "options", name
 
 
 def test_ratios_are_of_values_of_the_same_turn() -> None:
