@@ -1,21 +1,21 @@
-# raylivecell with Ray on PATH: the command line, a node of a Ray cluster (KubeRay's too), a job's scripts in /app/jobs.
+# raylivecell and Ray on PATH: for the command line, for nodes of a Ray cluster (KubeRay too); job scripts in /app/jobs.
 #   docker build -t raylivecell:0.1.0-cpu .
 #   docker build --build-arg ACCELERATOR=cuda -t raylivecell:0.1.0-cuda .
-# The same bytes next year: --build-arg PYTHON_DIGEST=@sha256:..., as `docker buildx imagetools inspect` tells it.
+# For a reproducible base image: --build-arg PYTHON_DIGEST=@sha256:..., printed by `docker buildx imagetools inspect`.
 ARG PYTHON_TAG=3.11.15-slim-trixie
 ARG PYTHON_DIGEST=
 
-# Each dependency as a wheel. A layer that code does not touch: the package stands in as an empty one.
+# A wheel of each dependency. An empty package takes the project's place, so that code changes keep this layer cached.
 FROM python:${PYTHON_TAG}${PYTHON_DIGEST} AS wheels
 ARG ACCELERATOR=cpu
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-# torch first and from one index only: PyPI's build brings CUDA along, PyTorch's own CPU index has it as +cpu, which
-# the second command prefers to PyPI's.
+# torch first and from one index only: PyPI's build includes CUDA; PyTorch's CPU index has a version +cpu, which the
+# second command prefers to PyPI's.
 RUN case "$ACCELERATOR" in \
       cpu) index="--index-url https://download.pytorch.org/whl/cpu" ;; \
       cuda) index="" ;; \
-      *) echo "ACCELERATOR is cpu or cuda, not '$ACCELERATOR'" >&2; exit 2 ;; \
+      *) echo "ACCELERATOR must be cpu or cuda, not '$ACCELERATOR'" >&2; exit 2 ;; \
     esac \
     && pip wheel --no-cache-dir --no-deps $index -c constraints.txt --wheel-dir /wheels torch
 RUN pip install --no-cache-dir -c constraints.txt setuptools \
@@ -23,12 +23,12 @@ RUN pip install --no-cache-dir -c constraints.txt setuptools \
     && pip wheel --no-cache-dir --no-build-isolation --find-links /wheels -c constraints.txt --wheel-dir /wheels . \
     && rm /wheels/raylivecell-*.whl
 
-# The package itself, with the setuptools of the stage above.
+# The package itself, built with the setuptools of the stage above.
 FROM wheels AS package
 COPY raylivecell/ raylivecell/
 RUN pip wheel --no-build-isolation --no-deps --wheel-dir /dist .
 
-# What runs: no compiler, no package index, no root. The wheels need nothing but glibc, libstdc++, libgcc and zlib, all
+# The runtime image: no compiler, no package index, no root. The wheels need only glibc, libstdc++, libgcc and zlib, all
 # in the slim image; wget is for KubeRay's probes and submitters.
 FROM python:${PYTHON_TAG}${PYTHON_DIGEST} AS runtime
 RUN apt-get update \
@@ -41,13 +41,13 @@ RUN --mount=type=bind,from=package,source=/dist,target=/dist \
     pip install --no-cache-dir --no-index --no-deps /dist/*.whl && pip check
 WORKDIR /app
 COPY jobs/ jobs/
-# Threads are Ray's to set: each worker gets OMP_NUM_THREADS after the CPUs that it holds.
+# No thread counts here: Ray sets OMP_NUM_THREADS of each worker to its number of CPUs.
 ENV HOME=/home/ray \
     GOMP_SPINCOUNT=10000 \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0
 USER 1000:1000
-# A node is healthy while its own raylet answers; a container that runs no Ray is healthy as long as it runs.
+# A node is healthy while its raylet answers; a container without Ray is healthy while it runs.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
     CMD test ! -S /tmp/ray/session_latest/sockets/raylet \
         || wget -q -T 5 -O - http://127.0.0.1:52365/api/local_raylet_healthz | grep -q success

@@ -1,4 +1,4 @@
-# Everything runs from .venv, made on first use; pip takes its index from the machine's own configuration.
+# Everything runs from .venv, created on first use; pip uses the index of the machine's configuration.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,18 +8,18 @@ BIN := .venv/bin
 demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minutes on a CPU, into demo/
 	$(BIN)/raylivecell demo --out demo
 
-# Files of the second group of slow Ray tests: about half of their time.
+# Files of the second group of slow tests of Ray, about half of their time.
 SECOND := $(addprefix tests/,cluster/test_kubernetes_pod.py cluster/test_monitoring.py cluster/test_s3.py project/test_readme.py sweep/test_sweep.py)
 
 test: lint  ## lint, unit tests and quick tests of Ray; 6 minutes on two cores
 	tests/streams.sh "not slow"
 
-test-slow: .venv/.installed  ## the slow tests alone: whole runs, kills, S3, a browser, databases, a fault; 19 minutes
+test-slow: .venv/.installed  ## the slow tests alone: complete runs, kills, S3, a browser, databases, a fault; 19 minutes
 	tests/streams.sh slow $(SECOND)
 
-test-all: test test-slow  ## both; what CI runs
+test-all: test test-slow  ## both, as CI does
 
-lint: .venv/.installed  ## ruff (rules and format), the text of all files, which package imports which, mypy
+lint: .venv/.installed  ## ruff (rules and format), text of all files, imports between packages, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/lint_text.py
@@ -29,10 +29,10 @@ lint: .venv/.installed  ## ruff (rules and format), the text of all files, which
 bench: .venv/.installed  ## each figure compared with its baseline in one run, into runs/bench/
 	for what in augment feed step train predict evaluate prepare startup scale; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
 
-faults: .venv/.installed  ## each fault on four hosts made of network namespaces (root, Linux), and what it cost; 40 minutes
+faults: .venv/.installed  ## ten faults on four hosts in network namespaces (root, Linux), with the time each costs; 40 minutes
 	$(BIN)/python tests/faults.py
 
-clean:  ## delete what the targets above made, but not data/ and runs/
+clean:  ## delete what the targets above created, but not data/ and runs/
 	rm -rf .venv demo .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find raylivecell tests -name __pycache__ -type d -exec rm -rf {} +
 

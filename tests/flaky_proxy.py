@@ -1,4 +1,4 @@
-"""An HTTP proxy before the S3 server of `hosts.py` that answers 503 SlowDown while a certain file is there."""
+"""HTTP proxy for the S3 server of hosts.py that answers 503 SlowDown while a given file exists."""
 
 import http.client
 import sys
@@ -10,7 +10,7 @@ SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>reduce your request rate</Mes
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Hands requests on as they are."""
+    """Forwards requests unchanged."""
 
     protocol_version = "HTTP/1.1"
     down: Path
@@ -18,14 +18,14 @@ class Proxy(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self._body()
         if self.down.exists():
-            self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+            self._respond(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
             return
         server = http.client.HTTPConnection(GATEWAY, S3_PORT, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
         server.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
-        answer = server.getresponse()
-        data = answer.read()
-        self._answer(answer.status, dict(answer.getheaders()), data)
+        response = server.getresponse()
+        data = response.read()
+        self._respond(response.status, dict(response.getheaders()), data)
         server.close()
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
@@ -33,15 +33,15 @@ class Proxy(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
+        chunks = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
+            chunks.append(self.rfile.read(size))
             self.rfile.readline()
         while self.rfile.readline().strip():
             pass
-        return b"".join(parts)
+        return b"".join(chunks)
 
-    def _answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+    def _respond(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -53,7 +53,7 @@ class Proxy(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *words: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a stranger might write, and what is asked of a command that reads it."""
+"""Malicious file contents, and checks that a command refuses them in one line."""
 
 import io
 import pickle
@@ -11,7 +11,7 @@ from raylivecell.cli import main
 
 
 class Hostile:
-    """A pickle that makes a file when it is opened."""
+    """Object whose pickle creates the file `marker` when loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -25,7 +25,7 @@ def pickled(marker: Path) -> bytes:
 
 
 def torch_saved(marker: Path) -> bytes:
-    """The same as torch would save it."""
+    """The same object, as torch.save writes it."""
     import torch
 
     sink = io.BytesIO()
@@ -34,15 +34,16 @@ def torch_saved(marker: Path) -> bytes:
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: str, *more: str | Path) -> str:
-    """The one line in which the command line refuses `command`."""
+    """Run `command` and check that it is refused; returns the one line of the message."""
     capsys.readouterr()
     return one_line(main.main([*command.split(), *map(str, more)]), capsys.readouterr().err)
 
 
-def one_line(code: int, told: str) -> str:
+def one_line(code: int, output: str) -> str:
+    """Check an exit code of 2 and an output of one line; returns that line."""
     assert code == 2
-    lines: Sequence[str] = [line for line in told.splitlines() if line.strip()]
-    assert len(lines) == 1, told
+    lines: Sequence[str] = [line for line in output.splitlines() if line.strip()]
+    assert len(lines) == 1, output
     assert lines[0].startswith("raylivecell: ")
     assert len(lines[0]) < 800
     return lines[0]

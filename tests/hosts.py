@@ -1,7 +1,7 @@
-"""Several hosts on one machine: each a network namespace with its own address, its own /tmp and /dev/shm, its own Ray.
+"""Several hosts on one machine: each a network namespace with its own address, /tmp, /dev/shm and Ray.
 
-Needs root and iproute2 on Linux. What one host writes to its disk no other sees; they share the S3 server that runs
-beside them, and their cables (veth pairs at one bridge) can be pulled.
+Needs root and iproute2 on Linux. Hosts do not see each other's disks; they share an S3 server, and their network cables
+(veth pairs on one bridge) can be unplugged.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ GATEWAY = f"{NET}.1"
 HEAD_PORT, DASHBOARD_PORT, S3_PORT, PROXY_PORT = 6379, 8265, 5555, 5556
 BIN = Path(sys.executable).parent
 OWN_MOUNTS = ("/tmp", "/dev/shm")
-"""What each host mounts for itself."""
+"""Folders that each host mounts for itself."""
 
 
 def possible() -> str:
-    """Why there can be no hosts here, in one line; empty where there can."""
+    """Reason why hosts cannot run on this machine, in one line; empty if they can."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return "they need Linux, root and iproute2"
     for path in (Path(__file__).resolve().parents[1], Path(sys.prefix), Path(sys.base_prefix)):
         for own in OWN_MOUNTS:
             if path.resolve().is_relative_to(own):
-                return f"each host mounts a {own} of its own and would not see {path}; use a checkout elsewhere"
-    tried = subprocess.run(["ip", "netns", "add", "rlcprobe"], capture_output=True, text=True)
+                return f"each host mounts its own {own} and would not see {path}; use a checkout elsewhere"
+    done = subprocess.run(["ip", "netns", "add", "rlcprobe"], capture_output=True, text=True)
     sh("ip", "netns", "del", "rlcprobe", check=False)
-    return "" if tried.returncode == 0 else f"this system lets no network namespace be made ({tried.stderr.strip()})"
+    return "" if done.returncode == 0 else f"network namespaces cannot be created here ({done.stderr.strip()})"
 
 
 def sh(*words: str, check: bool = True) -> str:
@@ -51,9 +51,9 @@ def sh(*words: str, check: bool = True) -> str:
 def until(
     what: str, ready: Callable[[], bool], limit_s: float = 120.0, strict: bool = True, pause: float = 0.2
 ) -> float:
-    """Ask `ready`, which may raise, each `pause` seconds until it is so; the seconds it took.
+    """Call `ready`, which may raise, every `pause` seconds until it is true; returns the seconds waited.
 
-    Not `strict`: or until `limit_s` are over.
+    After `limit_s` it raises TimeoutError if `strict`, else returns.
     """
     begin = time.monotonic()
     while time.monotonic() - begin < limit_s:
@@ -68,7 +68,7 @@ def until(
 
 @dataclass
 class Host:
-    """One of the hosts; `ray` is its foreground `ray start`."""
+    """A host; `ray` is its process `ray start --block`."""
 
     name: str
     address: str
@@ -77,31 +77,31 @@ class Host:
     ray: subprocess.Popen[bytes] | None = None
 
     def pids(self, *words: str) -> list[int]:
-        """Processes in the host whose command line holds one of the words (any, without)."""
-        found = []
+        """Processes of the host whose command line holds one of `words`; without words all."""
+        pids = []
         for pid in sh("ip", "netns", "pids", self.name, check=False).split():
             with contextlib.suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
                 if not words or any(word in line for word in words):
-                    found.append(int(pid))
-        return found
+                    pids.append(int(pid))
+        return pids
 
     def kill(self, *words: str) -> int:
-        """SIGKILL; how many were hit."""
-        hit = self.pids(*words)
-        for pid in hit:
+        """Send SIGKILL to `pids(*words)`; returns their number."""
+        pids = self.pids(*words)
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        return len(hit)
+        return len(pids)
 
     def cable(self, plugged: bool) -> None:
-        """Pull the network cable, or plug it in."""
+        """Plug in the network cable, or unplug it."""
         sh("ip", "link", "set", f"v{self.name}", "up" if plugged else "down")
 
 
 @dataclass
 class Hosts:
-    """The hosts, one of them the head, and an S3 server that all reach."""
+    """The hosts, the first of them the head, and the S3 server for all."""
 
     root: Path
     token: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -109,7 +109,7 @@ class Hosts:
     servers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def env(self) -> dict[str, str]:
-        """What a process needs to speak with the cluster and S3."""
+        """Environment of a process that uses the cluster and S3."""
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
         return (
@@ -127,7 +127,7 @@ class Hosts:
         )
 
     def start_host(self, name: str, number: int, cpus: int, disk_mib: int = 4096) -> Host:
-        """A host with Ray on it, which joins the first one's cluster."""
+        """Start a host with Ray; the first is the head, others join it."""
         host = Host(f"rlc{name}", f"{NET}.{10 + number}", self.root / name)
         host.folder.mkdir()
         sh("ip", "netns", "add", host.name)
@@ -135,13 +135,13 @@ class Hosts:
         sh("ip", "link", "set", f"v{host.name}", "master", BRIDGE, "up")
         for words in (f"addr add {host.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             sh("ip", "-n", host.name, *words.split())
-        place = ["--head", f"--port={HEAD_PORT}", f"--dashboard-host={host.address}", "--include-dashboard=true"]
+        role = ["--head", f"--port={HEAD_PORT}", f"--dashboard-host={host.address}", "--include-dashboard=true"]
         if self.hosts:
-            place = [f"--address={NET}.10:{HEAD_PORT}"]
-        busy = [one.core for one in self.hosts.values() if one.pids()]
+            role = [f"--address={NET}.10:{HEAD_PORT}"]
+        busy = [other.core for other in self.hosts.values() if other.pids()]
         host.core = min(range(os.cpu_count() or 1), key=busy.count)
         start = f"taskset -c {host.core} {BIN}/ray start --block --node-ip-address={host.address} --num-cpus={cpus}"
-        start += f" {' '.join(place)} --object-store-memory=200000000 --disable-usage-stats"
+        start += f" {' '.join(role)} --object-store-memory=200000000 --disable-usage-stats"
         sizes = zip(OWN_MOUNTS, (disk_mib, 600))
         mounts = " && ".join(f"mount -t tmpfs -o size={mib}m t {folder}" for folder, mib in sizes)
         with open(host.folder / "ray.log", "wb") as log:
@@ -156,18 +156,18 @@ class Hosts:
         return host
 
     def address(self) -> str:
-        """The head's dashboard."""
+        """URL of the head's dashboard."""
         return f"http://{NET}.10:{DASHBOARD_PORT}"
 
-    def ask(self, path: str) -> dict:
-        """JSON of the dashboard."""
-        asked = urllib.request.Request(self.address() + path, headers={"Authorization": f"Bearer {self.token}"})
-        with urllib.request.urlopen(asked, timeout=5) as answer:
-            return json.loads(answer.read())
+    def get(self, path: str) -> dict:
+        """JSON from the dashboard."""
+        request = urllib.request.Request(self.address() + path, headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return json.loads(response.read())
 
     def alive(self) -> dict[str, str]:
-        """Address -> node id of the living nodes."""
-        rows = self.ask("/api/v0/nodes")["data"]["result"]["result"]
+        """Address -> node id of the nodes alive."""
+        rows = self.get("/api/v0/nodes")["data"]["result"]["result"]
         return {row["node_ip"]: row["node_id"] for row in rows if row["state"] == "ALIVE"}
 
     def serve(self, *words: str) -> subprocess.Popen[bytes]:
@@ -189,28 +189,28 @@ class Hosts:
 
 
 def _clear() -> None:
-    """What a killed run has left."""
-    for one in psutil.process_iter(["cmdline"]):
-        if any(GATEWAY in word or "flaky_proxy" in word for word in one.info["cmdline"] or []):
-            one.kill()
+    """Remove what a killed run has left."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(GATEWAY in word or "flaky_proxy" in word for word in process.info["cmdline"] or []):
+            process.kill()
     for name in [line.split()[0] for line in sh("ip", "netns", "list").splitlines() if line.startswith("rlc")]:
         Host(name, "", Path()).kill()
         delete(name)
     for link in json.loads(sh("ip", "-json", "link")):
-        if link["ifname"].startswith("vrlc"):  # of a network whose name is gone, but not its last process
+        if link["ifname"].startswith("vrlc"):  # of a namespace that has no name any more but still a process
             sh("ip", "link", "del", link["ifname"], check=False)
     sh("ip", "link", "del", BRIDGE, check=False)
 
 
 def delete(name: str) -> None:
-    """A host's network; its cable by itself, which else goes some time after the rest."""
+    """Delete a host's network namespace, and first its cable, which otherwise disappears some time later."""
     sh("ip", "link", "del", f"v{name}", check=False)
     sh("ip", "netns", "del", name, check=False)
 
 
 @contextlib.contextmanager
 def running(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
-    """Hosts of so many logical CPUs, the first of them the head; up when all have joined, gone afterwards."""
+    """Run hosts, name -> logical CPUs, the first of them the head; all have joined before the body runs."""
     _clear()
     hosts = Hosts(root)
     try:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Run the tests that a marker expression selects: tests/streams.sh EXPRESSION [FILE ...]
-# Tests that start Ray mostly wait for its processes, the rest computes: the two run in parallel, the rest with the
-# niceness 15 that Ray gives its own processes (they would starve alongside others of niceness 0). FILEs are a second
-# group of Ray tests, for where the system can keep two clusters apart: on one host they disturb each other.
-# pytest-xdist is not used: each of its processes would start a Ray of its own, and import torch and Ray again.
+# Tests that start Ray mostly wait for its processes, the others compute: the two groups run in parallel, the others at
+# niceness 15, as Ray's own processes have (which would starve next to niceness 0). FILEs are a second group of Ray
+# tests, run in parallel where the system can isolate two clusters (apart.sh): on one host they interfere.
+# pytest-xdist is not used: each of its processes would start its own Ray, and import torch and Ray again.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 select=$1 group=("${@:2}")
@@ -25,6 +25,6 @@ if [ ${#group[@]} != 0 ]; then
 fi
 wait "$rest" || code=1
 cat "$logs/rest"
-# The outcome of each process in the last lines, wherever a log is cut.
+# Repeat the outcome of each process at the end, in case a log is truncated.
 tail -qn 1 "$logs"/*
 exit $code

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A training on Slurm, in the project's folder on a disk that all nodes share, with its .venv:
+# Train on Slurm, in the project's folder, with its .venv, on a disk that all nodes share:
 #   sbatch cluster/vm/slurm.sh --recipe paper --data /scratch/shards --out /scratch/runs/first --workers 2
-# Nodes as a whole: Ray ends with `ray stop`, which would end a second job's Ray beside it.
+# Exclusive nodes: `ray stop` at the end would also stop the Ray of another job on the same node.
 #SBATCH --job-name=raylivecell
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -10,23 +10,23 @@
 #SBATCH --requeue
 #SBATCH --time=08:00:00
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?hand this script to sbatch}"
+cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
 PATH=$PWD/.venv/bin:$PATH
 export PATH
 
 if ! [ -s ~/.ray/auth_token ]; then
-  echo "no token at ~/.ray/auth_token: make one with \`ray get-auth-token --generate\`" >&2
+  echo "no token at ~/.ray/auth_token: create one with \`ray get-auth-token --generate\`" >&2
   exit 2
 fi
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-# Python comes from a shared disk: the last node may be minutes behind the first.
+# Python is loaded from a shared disk: the last node may start minutes after the first.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 ulimit -n "$(ulimit -Hn)"
 
 # This script runs on the first node of the job, which becomes the head.
 address=$(hostname -I | cut -d ' ' -f 1):6379
-# RAY_ADDRESS for the training alone, which would start a Ray of its own without it. A job that Slurm starts again,
-# after the loss of a node too, goes on from the run's last checkpoint.
+# RAY_ADDRESS only for the training, which would start its own Ray without it. A job that Slurm requeues, also after the
+# loss of a node, resumes from the run's last checkpoint.
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --num-cpus="$SLURM_CPUS_ON_NODE" --dashboard-host=127.0.0.1 --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
-  -- env RAY_ADDRESS="$address" python jobs/train.py --resume-or-start "$@"
+  -- env RAY_ADDRESS="$address" python jobs/train.py --resume auto "$@"

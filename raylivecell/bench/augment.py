@@ -1,8 +1,8 @@
-"""`bench augment`: milliseconds an image on one core: ours, the direct form, MONAI's transforms, in one run.
+"""`bench augment`: milliseconds per image on one core: our kernel, the direct form and MONAI's transforms.
 
-All get the same uint8 frame and two uint8 target planes, deform and rotate every time, and give uint8 back. They run
-in turn, a sample each, so that a machine's drift hits all; each figure is the median with its quartiles. Counted is
-the thread's own time on its core: what else runs on the machine then matters little, and nothing here waits.
+All transform the same uint8 frame and two uint8 target planes, deform and rotate every time, and return uint8. They
+alternate sample by sample, so that a drift of the machine's speed affects all. Measured is the thread's own CPU time:
+other programs on the machine then matter little, and nothing here waits.
 """
 
 import math
@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 
-from raylivecell.bench.spread import spread
+from raylivecell.bench.figures import Figures, Options, ratios, summaries
 from raylivecell.ingest import augment, elastic
 from raylivecell.ingest.augment import Size
 from raylivecell.recipe import AugmentConfig
@@ -25,46 +25,43 @@ FIELD, FIELD_DIRECT = "field alone", "field alone, direct form"
 CROP = (333, 434)
 
 
-def bench_augment(
-    size: Size = (520, 704), sigma: float = 10.0, alpha: float = 200.0, repeats: int = 40
-) -> dict[str, Any]:
-    """Milliseconds an image of each way, and how many times as long as ours the others take.
+def bench(options: Options, size: Size = (520, 704), sigma: float = 10.0, alpha: float = 200.0) -> Figures:
+    """Milliseconds per image of each variant, and their ratios to ours.
 
     Args:
+        options: `repeats` runs of each variant, in turn, after one warm-up run.
         size: height and width of the frame.
         sigma: smoothness of the elastic field, pixels.
         alpha: its strength along x and y.
-        repeats: how often each way is measured, in turn, after one run to warm up.
 
     Returns:
-        `milliseconds`: name -> {median, min, max}; `ratio`: "NAME / OURS" -> the same of the repeats' own ratios.
+        `milliseconds`: variant -> summary; `ratio`: "VARIANT / OURS" -> summary of the ratios within a repeat.
     """
-    ways = _ways(size, sigma, alpha)
-    spent: dict[str, list[float]] = {name: [] for name in ways}
+    variants = _variants(size, sigma, alpha)
+    times: dict[str, list[float]] = {name: [] for name in variants}
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(cv2.setNumThreads, cv2.getNumThreads())
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
-        for repeat in range(repeats + 1):
-            for name, way in ways.items():
+        for repeat in range(options.repeats + 1):
+            for name, variant in variants.items():
                 begin = time.thread_time()
-                way(np.random.default_rng((0, repeat)))
-                spent[name].append(1000 * (time.thread_time() - begin))
-    spent = {name: values[1:] for name, values in spent.items()}
-    pairs = [(DIRECT, OURS), (MONAI, OURS), (FIELD_DIRECT, FIELD)]
+                variant(np.random.default_rng((0, repeat)))
+                times[name].append(1000 * (time.thread_time() - begin))
+    times = {name: values[1:] for name, values in times.items()}
     return {
         "size": list(size),
         "sigma": sigma,
         "alpha": alpha,
-        "repeats": repeats,
-        "milliseconds": {name: spread(values) for name, values in spent.items()},
-        "ratio": {f"{a} / {b}": spread([x / y for x, y in zip(spent[a], spent[b])]) for a, b in pairs},
+        "repeats": options.repeats,
+        "milliseconds": summaries(times),
+        "ratio": ratios(times, [(DIRECT, OURS), (MONAI, OURS), (FIELD_DIRECT, FIELD)]),
     }
 
 
-def _ways(size: Size, sigma: float, alpha: float) -> dict[str, Callable[[np.random.Generator], Any]]:
-    """What is measured: name -> function of a random generator."""
+def _variants(size: Size, sigma: float, alpha: float) -> dict[str, Callable[[np.random.Generator], Any]]:
+    """Name -> function of a random generator."""
     planes = np.random.default_rng(0).integers(0, 256, (3, *size), np.uint8)
     image, targets = planes[0], np.ascontiguousarray(planes[1:].transpose(1, 2, 0))
     config = AugmentConfig.model_validate({"elastic": {"alpha_x": alpha, "alpha_y": alpha, "sigma": sigma}})
@@ -85,13 +82,13 @@ def _ways(size: Size, sigma: float, alpha: float) -> dict[str, Callable[[np.rand
 
 
 def _monai(planes: np.ndarray, sigma: float, alpha: float, degrees: float) -> Callable[[np.random.Generator], Any]:
-    """MONAI's two transforms, as strong: linear for the image, nearest for the targets."""
+    """MONAI's two transforms at the same strength: linear for the image, nearest for the targets."""
     from monai.transforms import Rand2DElasticd, RandRotated
 
     keys, mode = ("image", "targets"), ("bilinear", "nearest")
     deform = Rand2DElasticd(
         keys,
-        spacing=(2 * sigma, 2 * sigma),  # its noise lies on a grid; a field of this sigma is correlated over 2 sigma
+        spacing=(2 * sigma, 2 * sigma),  # its noise is on a grid; a field of this sigma is correlated over 2 sigma
         magnitude_range=(0.163 * alpha / sigma,) * 2,
         prob=1,
         mode=mode,
@@ -100,11 +97,11 @@ def _monai(planes: np.ndarray, sigma: float, alpha: float, degrees: float) -> Ca
     angle = math.radians(degrees)
     rotate = RandRotated(keys, range_x=angle, prob=1, mode=mode, padding_mode="reflection")
 
-    def way(rng: np.random.Generator) -> list[np.ndarray]:
+    def transform(rng: np.random.Generator) -> list[np.ndarray]:
         seed = int(rng.integers(2**31))
         deform.set_random_state(seed)
         rotate.set_random_state(seed)
-        moved: Any = rotate(deform({"image": planes[:1], "targets": planes[1:]}))  # type: ignore[arg-type]
-        return [moved[key].numpy().astype(np.uint8) for key in keys]
+        warped: Any = rotate(deform({"image": planes[:1], "targets": planes[1:]}))  # type: ignore[arg-type]
+        return [warped[key].numpy().astype(np.uint8) for key in keys]
 
-    return way
+    return transform

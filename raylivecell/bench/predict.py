@@ -1,8 +1,8 @@
-"""`bench predict`: milliseconds an image of each stage of `predict`, beside the usual library's way to do the same.
+"""`bench predict`: milliseconds per image of each stage of `predict`, compared with the usual library's.
 
-A drawn frame of 520x704; its cells' true fields stand for what a trained network gives, so that later stages have real
-work. The network (fresh weights: they do not change its speed) has small.yaml's size. One process, all its cores for
-the network, one for all else; in turn.
+A synthetic frame of 520x704; maps drawn from its true cells replace a trained network's output, so that later stages
+have realistic work. The network has the size of recipe `small`, with fresh weights, which do not change its speed. One
+process; the network uses all its cores, everything else one; the variants run in turn.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from raylivecell.annotations import rle
-from raylivecell.bench.spread import spread
+from raylivecell.bench.figures import Figures, Options, measure_in_turn, ratios, summary
 from raylivecell.cells import measure
 from raylivecell.cells import watershed as instances
 from raylivecell.inference import image_file, results
@@ -32,66 +32,71 @@ RECIPE = Recipe(targets="distance", model=ModelConfig(features=(8, 16, 24, 40, 5
 TABLE = ("area", "centroid", "bbox", "eccentricity", "mean_intensity")
 
 
-def bench_predict(repeats: int = 5) -> dict[str, Any]:
-    """Milliseconds of each stage, ours and the rival's; `share`: of ours, of their sum.
+def bench(options: Options) -> Figures:
+    """Milliseconds of each stage, ours and the baseline's.
 
     Args:
-        repeats: how often each stage is run, in turn, after one run to warm up.
+        options: `repeats` runs of each stage, in turn, after one warm-up run.
 
     Returns:
-        `cells`; `milliseconds`: way -> spread; `ratio`: rival / ours -> spread; `share`: stage -> part of the sum.
+        `cells`; `milliseconds`: stage or baseline -> summary; `ratio`: baseline / ours -> summary; `share`: stage ->
+        its fraction of the sum of our stages.
     """
     cv2.setNumThreads(1)
-    image, labels = max((writer.draw_labels(0, index) for index in range(8)), key=lambda drawn: drawn[1].max())
+    image, labels = max((writer.draw_labels(0, index) for index in range(8)), key=lambda frame: frame[1].max())
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
-        ours, rivals = _ours(image, labels, folder), _rivals(image, labels)
-        spent: dict[str, list[float]] = {name: [] for name in (*ours, *rivals)}
-        for _ in range(repeats + 1):
-            for name, way in (ours | rivals).items():
-                begin = time.perf_counter()
-                way()
-                spent[name].append(1000 * (time.perf_counter() - begin))
-    beside = sorted(spent, key=lambda name: list(ours).index(name.split(":")[0]))  # each rival after its stage
-    figures = {name: spread(spent[name][1:]) for name in beside}
-    whole = sum(figures[name]["median"] for name in ours)
-    pairs = [(rival, rival.split(":")[0]) for rival in rivals]
+        stages, baselines = _stages(image, labels, folder), _baselines(image, labels)
+        variants = {name: partial(_milliseconds, run) for name, run in (stages | baselines).items()}
+        times = {name: values[1:] for name, values in measure_in_turn(variants, options.repeats + 1).items()}
+    stage_of = {name: name.split(":")[0] for name in times}
+    names = sorted(times, key=lambda name: list(stages).index(stage_of[name]))  # each baseline after its stage
+    figures = {name: summary(times[name]) for name in names}
+    total = sum(figures[name]["median"] for name in stages)
+    pairs = [(name, stage_of[name]) for name in baselines]
     return {
         "cells": int(labels.max()),
         "milliseconds": figures,
-        "ratio": {f"{a} / ours": spread([x / y for x, y in zip(spent[a][1:], spent[b][1:])]) for a, b in pairs},
-        "share": {name: round(figures[name]["median"] / whole, 4) for name in ours},
+        "ratio": ratios(times, pairs),
+        "share": {name: round(figures[name]["median"] / total, 4) for name in stages},
     }
 
 
+def _milliseconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - begin)
+
+
 def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What a good network would give."""
+    """Maps as a good network would predict them: the true ones, blurred."""
     packed = target_maps.pack(labels, np.zeros(labels.shape, np.uint8))
     planes = target_maps.draw_target_maps(image, packed, "distance")
     maps = np.stack([planes[1] * 255.0, planes[3], planes[4]]).astype(np.float32) / 255
-    return np.stack([cv2.GaussianBlur(one, (0, 0), 1.0) for one in maps])
+    return np.stack([cv2.GaussianBlur(plane, (0, 0), 1.0) for plane in maps])
 
 
-def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Callable[[], Any]]:
+def _stages(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Callable[[], Any]]:
+    """Stage -> its run in our code."""
     network = forward.build(RECIPE, torch.device("cpu")).eval()
     maps, config = _maps(image, labels), instances.default("distance")
-    found = instances.segment(maps, "distance", config)
-    cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.foreground)
-    part = results.ImageResult({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
+    segmented = instances.segment(maps, "distance", config)
+    cells = Cells(segmented, instances.scores(segmented, maps[0]), maps[0] > config.foreground)
+    part = results.ImageResult({"file": "x"}, measure.lines("x", measure.measure(segmented, image), cells.scores), [])
     return {
         "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),
-        "scores": lambda: instances.scores(found, maps[0]),
-        "cells.csv": lambda: measure.lines("x", measure.measure(found, image), cells.scores),
+        "scores": lambda: instances.scores(segmented, maps[0]),
+        "cells.csv": lambda: measure.lines("x", measure.measure(segmented, image), cells.scores),
         "coco.json": lambda: [
-            results.record(one) for one in average_precision.results(0, rle.encode(found), cells.scores)
+            results.record(cell) for cell in average_precision.results(0, rle.encode(segmented), cells.scores)
         ],
         **{kind: partial(write, image, cells) for kind, (_, write) in image_file.PICTURES.items()},
         "part": lambda: results.write(folder, "x", part),
     }
 
 
-def _rivals(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """STAGE: how -> the same of a library."""
+def _baselines(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Map "STAGE: LIBRARY" to the same stage done by a library."""
     from pycocotools import mask as coco_mask
     from skimage.feature import peak_local_max
     from skimage.measure import regionprops_table
@@ -101,21 +106,21 @@ def _rivals(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any
     network = forward.build(channels_first, torch.device("cpu")).eval()
     maps = _maps(image, labels)
 
-    def flooded() -> np.ndarray:
+    def flood() -> np.ndarray:
         height = cv2.GaussianBlur(instances.height(maps, maps[0] > 0.5, "distance"), (0, 0), 1.0)
-        cell = maps[0] > 0.5
-        peaks = peak_local_max(height, labels=cell.astype(np.int32), min_distance=3)
+        foreground = maps[0] > 0.5
+        peaks = peak_local_max(height, labels=foreground.astype(np.int32), min_distance=3)
         seeds = np.zeros(image.shape, np.int32)
         seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-        return watershed(-height, seeds, mask=cell)
+        return watershed(-height, seeds, mask=foreground)
 
-    found = flooded()
+    segmented = flood()
     return {
         "network: channels first": lambda: forward.maps(network, image),
-        "watershed: scikit-image": flooded,
-        "cells.csv: scikit-image": lambda: regionprops_table(found, image, properties=TABLE),
+        "watershed: scikit-image": flood,
+        "cells.csv: scikit-image": lambda: regionprops_table(segmented, image, properties=TABLE),
         "coco.json: pycocotools": lambda: [
-            coco_mask.encode(np.asfortranarray(found == label, np.uint8)) for label in range(1, found.max() + 1)
+            coco_mask.encode(np.asfortranarray(segmented == label, np.uint8)) for label in range(1, segmented.max() + 1)
         ],
-        "overlays: scikit-image": lambda: png((255 * mark_boundaries(image, found)).astype(np.uint8)),
+        "overlays: scikit-image": lambda: png((255 * mark_boundaries(image, segmented)).astype(np.uint8)),
     }

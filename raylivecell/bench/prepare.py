@@ -1,8 +1,9 @@
-"""`bench prepare`: images per second and peak memory of preparing a made set, beside the usual tools on a part of it.
+"""`bench prepare`: images/s and peak memory of preparing a synthetic dataset, compared with the usual tools.
 
-The set has LIVECell's form and size a frame: 520x704 8-bit LZW TIFF, 325 cells of 60 corners, about 1 kB of JSON a
-cell; 5,239 images make 1.7 million cells and 1.6 GB of JSON. The rival is what most scripts do: `pycocotools` on the
-whole JSON, `annToMask` a cell, and a whole-frame distance transform a cell for the U-Net's border weights.
+The dataset has LIVECell's format and frame size: 520x704 8-bit LZW TIFF, 325 cells of 60 corners, about 1 kB of JSON
+per cell; 5,239 images make 1.7 million cells and 1.6 GB of JSON. The baseline is what most scripts do: `pycocotools` on
+the complete JSON, and for each cell `annToMask` and a full-frame distance transform for the U-Net's border weights; it
+draws a few images only.
 """
 
 import json
@@ -13,58 +14,58 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import psutil
 
-from raylivecell.bench.spread import spread
+from raylivecell.bench.figures import Figures, Options, summary
 
 HEIGHT, WIDTH = 520, 704
 PATTERNS = 32
-"""Different frames of outlines; images repeat them with noise of their own, so that no two are the same."""
+"""Number of different frames of outlines; images repeat them with different noise, so that no two are the same."""
 ROWS, COLUMNS, CORNERS = 13, 25, 60
 SPLITS = {"train": 0.62, "val": 0.11, "test": 0.27}
-RIVAL_IMAGES = 2
-RIVAL = "pycocotools and scipy on whole frames, one process"
+BASELINE_IMAGES = 2
+BASELINE = "pycocotools and scipy on full frames, one process"
 SAMPLE_EVERY_S = 1.0
 
 
-def bench_prepare(images: int = 500, folder: str | None = None) -> dict[str, Any]:
-    """Make a set, prepare it in a process of its own, and measure; the set is deleted afterwards.
+def bench(options: Options, folder: str | None = None) -> Figures:
+    """Write a dataset, prepare it in a separate process, and measure; the dataset is deleted afterwards.
 
     Args:
-        images: how many; 5,239 is LIVECell's own number (3.4 GB on disk while it runs).
-        folder: where the set is made; default: the system's temporary folder.
+        options: number of `images`; 5,239 is LIVECell's own (3.4 GB on disk while it runs).
+        folder: parent of the dataset's folder; default: the system's temporary folder.
 
     Returns:
         images, cells, json_bytes, seconds (of which start_seconds until Ray is up), images_per_s,
         reader_peak_mib (peak resident memory of the process that reads the JSON), tree_peak_mib (highest sum, sampled
-        each second, of the proportional memory of that process and all it started, Ray's included), and `rival`.
+        every second, of the proportional memory of that process and its descendants, Ray's included), and `baseline`.
     """
+    images = options.images
     root = Path(tempfile.mkdtemp(prefix="raylivecell-bench-", dir=folder))
     try:
         cells = write_source(root / "source", images)
         size = sum(path.stat().st_size for path in root.glob("source/*.json"))
-        measured = _measure(root)
-        rival, rival_speed = _rival(root)
+        ours = _measure(root)
+        baseline, baseline_speed = _baseline(root)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    speed = images / measured["seconds"]
+    speed = images / ours["seconds"]
     return {
         "images": images,
         "cells": cells,
         "json_bytes": size,
-        **measured,
-        "images_per_s": {"raylivecell": spread([speed]), RIVAL: spread([rival_speed])},
-        "ratio": {f"raylivecell / {RIVAL}": spread([speed / rival_speed])},
-        "rival": rival,
+        **ours,
+        "images_per_s": {"raylivecell": summary([speed]), BASELINE: summary([baseline_speed])},
+        "ratio": {f"raylivecell / {BASELINE}": summary([speed / baseline_speed])},
+        "baseline": baseline,
     }
 
 
 def write_source(root: Path, images: int) -> int:
-    """Write the set; returns its cells."""
+    """Write the dataset; returns its number of cells."""
     patterns = [_pattern(np.random.default_rng(seed)) for seed in range(PATTERNS)]
     (root / "images").mkdir(parents=True)
     names = [f"{'AB'[number % 2]}_Phase_{number:05d}.tif" for number in range(images)]
@@ -83,20 +84,20 @@ def _pattern(rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
     """A frame without noise, uint8 (520, 704), and each cell's `segmentation` as JSON text."""
     frame = np.full((HEIGHT, WIDTH), 126, np.uint8)
     texts = []
-    turns = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
+    angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     for row, column in np.ndindex(ROWS, COLUMNS):
         centre = (np.array([column, row]) + rng.uniform(0.3, 0.7, 2)) * (WIDTH / COLUMNS, HEIGHT / ROWS)
-        radius = rng.uniform(9, 13) * (1 + 0.1 * np.sin(3 * turns + rng.uniform(0, 6)))
-        outline = centre + radius[:, None] * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+        radius = rng.uniform(9, 13) * (1 + 0.1 * np.sin(3 * angles + rng.uniform(0, 6)))
+        outline = centre + radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         cv2.fillPoly(frame, [outline.round().astype(np.int32)], int(rng.integers(90, 180)))
         texts.append(json.dumps([outline.round(2).ravel().tolist()]))
     return frame, texts
 
 
 def _write_json(path: Path, names: list[str], numbers: range, patterns: list[tuple[np.ndarray, list[str]]]) -> None:
-    """LIVECell's form: images, then annotations, in one number space."""
+    """Write JSON as LIVECell's: images, then annotations, whose ids share one number space."""
     stride = ROWS * COLUMNS + 1
-    listed = [
+    images = [
         {"id": n * stride, "width": WIDTH, "height": HEIGHT, "file_name": names[n], "original_filename": names[n]}
         for n in numbers
     ]
@@ -104,14 +105,14 @@ def _write_json(path: Path, names: list[str], numbers: range, patterns: list[tup
         "info": {"description": "bench"},
         "licenses": [],
         "categories": [{"id": 1, "name": "cell"}],
-        "images": listed,
+        "images": images,
     }
     with open(path, "w") as stream:
         stream.write(json.dumps(head)[:-1] + ', "annotations": [')
-        for place, number in enumerate(numbers):
+        for index, number in enumerate(numbers):
             cells = enumerate(patterns[number % PATTERNS][1], number * stride + 1)
             stream.write(
-                (", " if place else "")
+                (", " if index else "")
                 + ", ".join(
                     f'{{"id": {cell}, "image_id": {number * stride}, "category_id": 1, "segmentation": {text}, '
                     '"area": 471.2389, "bbox": [446.36, 367.89, 29.88, 39.65], "iscrowd": 0}'
@@ -128,28 +129,28 @@ from raylivecell.runtime import session as runtime
 from raylivecell.data.prepare import prepare
 runtime.connect()
 up = time.perf_counter()
-told = prepare(*sys.argv[1:])
+dataset = prepare(*sys.argv[1:])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-cells = sum(split["cells"] for split in told["splits"].values())
+cells = sum(split["cells"] for split in dataset["splits"].values())
 times = {"seconds": time.perf_counter() - start, "start_seconds": up - start}
 print(json.dumps(times | {"reader_peak_mib": peak, "cells_kept": cells}))
 """
 
 
-def _measure(root: Path) -> dict[str, Any]:
-    """Prepare the set under `root` in a process of its own."""
+def _measure(root: Path) -> Figures:
+    """Prepare the dataset in `root` in a separate process."""
     command = [sys.executable, "-c", _CHILD, str(root / "source"), str(root / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         peak = max(_tree_mib(child), default=0.0)
         output = child.communicate()[0]
     if child.returncode:
         raise RuntimeError(f"prepare ended with {child.returncode}")
-    told = json.loads(output.splitlines()[-1])
-    return {name: round(value, 1) for name, value in told.items()} | {"tree_peak_mib": round(peak, 1)}
+    figures = json.loads(output.splitlines()[-1])
+    return {name: round(value, 1) for name, value in figures.items()} | {"tree_peak_mib": round(peak, 1)}
 
 
 def _tree_mib(child: "subprocess.Popen[str]") -> Iterator[float]:
-    """Proportional memory (shared pages counted once over all) of a process and its descendants, until it ends."""
+    """MiB of a process and its descendants until it ends, each shared page counted once."""
     process = psutil.Process(child.pid)
     while child.poll() is None:
         total = 0.0
@@ -166,10 +167,10 @@ def _pss_mib(process: psutil.Process) -> float:
     try:
         return process.memory_full_info().pss / 2**20
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0.0  # it ended between the listing and this line
+        return 0.0  # the process ended after it was listed
 
 
-_RIVAL = """
+_BASELINE = """
 import json, resource, sys, time
 import numpy as np
 from PIL import Image
@@ -192,19 +193,20 @@ print(json.dumps({"load": load, "memory": memory, "draw": time.perf_counter() - 
 """
 
 
-def _rival(root: Path) -> tuple[dict[str, Any], float]:
-    """pycocotools, scipy: the whole of the smallest annotation file loaded, two images drawn, one process.
+def _baseline(root: Path) -> tuple[Figures, float]:
+    """pycocotools and scipy in one process: the complete smallest annotation file loaded, two images drawn.
 
-    What it took, and images/s drawn.
+    Returns:
+        Figures of loading, and images/s of drawing.
     """
-    path = min(root.glob("source/*.json"), key=lambda one: one.stat().st_size)
-    command = [sys.executable, "-c", _RIVAL, str(path), str(root / "source" / "images"), str(RIVAL_IMAGES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout.splitlines()[-1])
+    path = min(root.glob("source/*.json"), key=lambda file: file.stat().st_size)
+    command = [sys.executable, "-c", _BASELINE, str(path), str(root / "source" / "images"), str(BASELINE_IMAGES)]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    output = json.loads(process.stdout.splitlines()[-1])
     megabytes = path.stat().st_size / 1e6
-    found = {
+    figures = {
         "json_bytes": path.stat().st_size,
-        "json_mb_per_s": round(megabytes / told["load"], 1),
-        "peak_mib": round(told["memory"], 1),
+        "json_mb_per_s": round(megabytes / output["load"], 1),
+        "peak_mib": round(output["memory"], 1),
     }
-    return found, RIVAL_IMAGES / told["draw"]
+    return figures, BASELINE_IMAGES / output["draw"]

@@ -1,105 +1,70 @@
-"""`raylivecell bench`: each figure beside its rival's in the same run, as a table and in bench.json."""
+"""`raylivecell bench`: run a benchmark, print its figures as a table, write bench.json and a chart."""
 
+import importlib
 import platform
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 from rich.table import Table
 
-from raylivecell.bench.chart import chart
+from raylivecell.bench.figures import Figures, Options, chart
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.version import __version__
 
-What = Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
+Benchmark = Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
+"""Modules of this package with a function `bench`, imported when chosen: some import Ray or torch."""
 
 
-def bench(what: What, out: Path, repeats: int, images: int) -> dict[str, Any]:
-    """Run one benchmark, print it and write OUT/bench.json and bench.png; what was written.
+def bench(benchmark: Benchmark, out: Path, repeats: int, images: int) -> Figures:
+    """Run one benchmark, print its figures, write OUT/bench.json and bench.png; returns what bench.json holds.
 
     Args:
-        what: which.
-        out: folder of both.
-        repeats: runs of each rival, in turn; medians are given.
-        images: size of the set (`feed`, `train`, `prepare`, `evaluate`, `scale`).
+        benchmark: its name.
+        out: output folder.
+        repeats: runs of each variant, in turn; the figures are medians.
+        images: number of images (`feed`, `train`, `prepare`, `evaluate`, `scale`).
     """
-    figures = _run(what, repeats, images)
+    figures = _measure(benchmark, Options(repeats, images))
     hardware = {"processor": _processor(), "cores": psutil.cpu_count(), "memory_gib": _memory_gib()}
     result = {
-        "bench": what,
+        "bench": benchmark,
         "raylivecell": __version__,
         "date": date.today().isoformat(),
         "hardware": hardware,
         "figures": figures,
     }
     storage.write_json(storage.join(out, "bench.json"), result)
-    drawn = chart(f"bench {what}, {hardware['processor']}, {hardware['cores']} cores", figures)
-    storage.write_bytes(storage.join(out, "bench.png"), drawn)
-    console.print(_table(what, figures))
+    png = chart(f"bench {benchmark}, {hardware['processor']}, {hardware['cores']} cores", figures)
+    storage.write_bytes(storage.join(out, "bench.png"), png)
+    console.print(_table(benchmark, figures))
     console.print(f"written: {out}/bench.json, bench.png")
     return result
 
 
-def _run(what: What, repeats: int, images: int) -> dict[str, Any]:
-    """Each in a room of its own, imported when asked for: some start Ray."""
-    match what:
-        case "augment":
-            from raylivecell.bench.augment import bench_augment
-
-            return bench_augment(repeats=repeats)
-        case "feed":
-            from raylivecell.bench.feed import bench_feed
-
-            return bench_feed(images, repeats)
-        case "step":
-            from raylivecell.bench.step import bench_step
-
-            return bench_step(repeats)
-        case "train":
-            from raylivecell.bench.train import bench_train
-
-            return bench_train(images, repeats)
-        case "prepare":
-            from raylivecell.bench.prepare import bench_prepare
-
-            return bench_prepare(images)
-        case "predict":
-            from raylivecell.bench.predict import bench_predict
-
-            return bench_predict(repeats)
-        case "evaluate":
-            from raylivecell.bench.evaluate import bench_evaluate
-
-            return bench_evaluate(images, repeats)
-        case "startup":
-            from raylivecell.bench.startup import bench_startup
-
-            return bench_startup(repeats)
-        case "scale":
-            from raylivecell.bench.scale import bench_scale
-
-            return bench_scale(images, repeats)
+def _measure(benchmark: Benchmark, options: Options) -> Figures:
+    return importlib.import_module(f"raylivecell.bench.{benchmark}").bench(options)
 
 
-def _table(what: str, figures: dict[str, Any]) -> Table:
-    table = Table(title=f"bench {what}", show_header=False)
-    for name, value in _leaves(figures):
-        table.add_row(name, value)
+def _table(benchmark: str, figures: Figures) -> Table:
+    table = Table(title=f"bench {benchmark}", show_header=False)
+    for name, text in _rows(figures):
+        table.add_row(name, text)
     return table
 
 
-def _leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted name, text) of every figure; a spread is one."""
+def _rows(figures: Figures, prefix: str = "") -> list[tuple[str, str]]:
+    """(name with its path, text) of every figure; a summary is one figure."""
     rows: list[tuple[str, str]] = []
-    for name, item in value.items():
-        if isinstance(item, dict) and set(item) == {"median", "min", "max"}:
-            rows.append((prefix + name, f"{item['median']:.4g}  ({item['min']:.4g} to {item['max']:.4g})"))
-        elif isinstance(item, dict):
-            rows += _leaves(item, f"{prefix}{name}: ")
+    for name, figure in figures.items():
+        if isinstance(figure, dict) and set(figure) == {"median", "min", "max"}:
+            rows.append((prefix + name, f"{figure['median']:.4g}  ({figure['min']:.4g} to {figure['max']:.4g})"))
+        elif isinstance(figure, dict):
+            rows += _rows(figure, f"{prefix}{name}: ")
         else:
-            rows.append((prefix + name, f"{item:.4g}" if isinstance(item, float) else str(item)))
+            rows.append((prefix + name, f"{figure:.4g}" if isinstance(figure, float) else str(figure)))
     return rows
 
 

@@ -1,6 +1,6 @@
-"""`bench startup`: seconds from a command to its first optimiser step, by part, beside a plain PyTorch script's.
+"""`bench startup`: seconds from a command to its first optimiser step, by part, compared with a plain PyTorch script.
 
-Each is a process of its own, as a user starts it; the set is a made one of small frames. In turn.
+Each is a separate process, as a user starts it, on a synthetic dataset. They run in turn.
 """
 
 import re
@@ -9,23 +9,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from raylivecell import recipe
 from raylivecell.bench import prepare
-from raylivecell.bench.spread import spread
+from raylivecell.bench.figures import Figures, Options, ratios, summaries
 from raylivecell.recipe import LoopConfig, ModelConfig, PhaseConfig, Recipe
 
 IMAGES = 32
-OURS, PLAIN = "raylivecell train", "plain PyTorch script"
+OURS_FIRST, PLAIN_FIRST = "raylivecell train: first step", "plain PyTorch script: first step"
 RECIPE = Recipe(
     crop=(256, 256),
     phases=(PhaseConfig(steps=3, originals=False, augmented_copies=1),),
     model=ModelConfig(features=(8, 16, 32, 64)),
     loop=LoopConfig(report_steps=3),
 )
-TOLD = re.compile(r"first step after ([\d.]+) s: (.*)")
-# What one writes by hand: the same network, frames decoded with OpenCV, a DataLoader of two processes, one step.
+FIRST_STEP = re.compile(r"first step after ([\d.]+) s: (.*)")
+# A hand-written script: the same network, frames decoded with OpenCV, a DataLoader of two processes, one step.
 SCRIPT = """
 import sys, glob, cv2, numpy as np, torch
 from torch.utils.data import DataLoader, Dataset
@@ -46,58 +45,57 @@ optimizer.step()
 """
 
 
-def bench_startup(repeats: int = 5) -> dict[str, Any]:
+def bench(options: Options) -> Figures:
     """Seconds to the first step and its parts; of `--help` and of importing the command line.
 
     Args:
-        repeats: how often each is started, in turn.
+        options: `repeats` starts of each, in turn.
 
     Returns:
-        `seconds`: what -> spread; `parts`: of our start, name -> spread; `ratio`: ours / the script's.
+        `seconds`: variant -> summary; `parts`: part of our start -> summary; `ratio`: ours / the script's.
     """
     seconds: dict[str, list[float]] = {}
     parts: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
         root = Path(folder)
         prepare.write_source(root / "source", IMAGES)
-        _timed("prepare", "--source", str(root / "source"), "--out", str(root / "data"))
+        _run_command("prepare", "--source", str(root / "source"), "--out", str(root / "data"))
         (root / "recipe.yaml").write_text(recipe.dump(RECIPE))
-        for repeat in range(repeats):
-            first_step, named = _train(root, repeat)
-            for name, value in named.items():
+        for repeat in range(options.repeats):
+            first_step, first_step_parts = _train(root, repeat)
+            for name, value in first_step_parts.items():
                 parts.setdefault(name, []).append(value)
-            took = {
-                f"{OURS}: first step": first_step,
-                f"{PLAIN}: first step": _script(root / "source"),
-                "raylivecell --help": _timed("--help")[0],
+            variants = {
+                OURS_FIRST: first_step,
+                PLAIN_FIRST: _script(root / "source"),
+                "raylivecell --help": _run_command("--help")[0],
                 "import of the command line": _import(),
             }
-            for name, value in took.items():
+            for name, value in variants.items():
                 seconds.setdefault(name, []).append(value)
-    ours, plain = seconds[f"{OURS}: first step"], seconds[f"{PLAIN}: first step"]
     return {
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "parts": {name: spread(values) for name, values in parts.items()},
-        "ratio": {f"{OURS} / {PLAIN}": spread([a / b for a, b in zip(ours, plain)])},
+        "seconds": summaries(seconds),
+        "parts": summaries(parts),
+        "ratio": ratios(seconds, [(OURS_FIRST, PLAIN_FIRST)]),
     }
 
 
-def _timed(*words: str) -> tuple[float, str]:
-    """Seconds of a command of ours, and what it printed."""
-    return _process([sys.executable, "-m", "raylivecell", *words])
+def _run_command(*words: str) -> tuple[float, str]:
+    """Seconds of one of our commands, and its output."""
+    return _run([sys.executable, "-m", "raylivecell", *words])
 
 
-def _process(words: list[str]) -> tuple[float, str]:
+def _run(words: list[str]) -> tuple[float, str]:
     begin = time.perf_counter()
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words[:4])} ended with {done.returncode}: {done.stdout[-500:]}")
-    return time.perf_counter() - begin, done.stdout
+    process = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(words[:4])} ended with {process.returncode}: {process.stdout[-500:]}")
+    return time.perf_counter() - begin, process.stdout
 
 
 def _train(root: Path, number: int) -> tuple[float, dict[str, float]]:
-    """Seconds to the first step, from the start of the process, and their parts in order (those of 0.05 s and more)."""
-    _, told = _timed(
+    """Seconds from the start of the process to its first step, and their parts in order (those of 0.05 s and more)."""
+    _, output = _run_command(
         "train",
         "--data",
         str(root / "data"),
@@ -106,18 +104,18 @@ def _train(root: Path, number: int) -> tuple[float, dict[str, float]]:
         "--recipe",
         str(root / "recipe.yaml"),
     )
-    found = TOLD.search(told)
-    if not found:
-        raise RuntimeError(f"train told no first step: {told[-500:]}")
-    named = (part.rsplit(" ", 1) for part in found[2].split(", "))
-    return float(found[1]), {name: float(value) for name, value in named}
+    message = FIRST_STEP.search(output)
+    if not message:
+        raise RuntimeError(f"no first step in the output of train: {output[-500:]}")
+    parts = (part.rsplit(" ", 1) for part in message[2].split(", "))
+    return float(message[1]), {name: float(value) for name, value in parts}
 
 
 def _script(source: Path) -> float:
-    return _process([sys.executable, "-c", SCRIPT, str(source)])[0]
+    return _run([sys.executable, "-c", SCRIPT, str(source)])[0]
 
 
 def _import() -> float:
-    """Of what `raylivecell` imports before it knows which command is meant, the interpreter's own start left out."""
-    bare = _process([sys.executable, "-c", "pass"])[0]
-    return _process([sys.executable, "-c", "import raylivecell.cli.main"])[0] - bare
+    """Seconds of the imports of `raylivecell` before it parses the command, without the interpreter's own start."""
+    interpreter = _run([sys.executable, "-c", "pass"])[0]
+    return _run([sys.executable, "-c", "import raylivecell.cli.main"])[0] - interpreter

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from raylivecell.core.errors import UserError
+
+Resume = Literal["never", "auto", "always"]
+"""Whether a run in --out is resumed; `auto`: only if there is one."""
 
 FLAGS = ConstructorRegistry()
 """How a command line's words become values of types that tyro does not know."""
@@ -38,18 +41,26 @@ def _json_mapping(word: str) -> dict[str, Any]:
 
 
 def recipe_file(arguments: Sequence[str]) -> str | None:
-    """Path or URI of the recipe file that the arguments name; without one, --resume continues with the run's own."""
-    named, out = value_of("--recipe", arguments), value_of("--out", arguments)
-    if named is not None:
-        from raylivecell import recipe
+    """Path or URI of the recipe file: --recipe, else the recipe of the run that --resume continues."""
+    recipe, out = value_of("--recipe", arguments), value_of("--out", arguments)
+    resume = value_of("--resume", arguments)
+    if recipe is not None:
+        from raylivecell import recipe as recipes
 
-        return recipe.find(named)
-    if out is None or "--resume" not in arguments:
+        return recipes.find(recipe)
+    if out is None or resume not in ("auto", "always"):
         return None
     from raylivecell.core import storage
+    from raylivecell.runs import folder
 
-    own = storage.join(out, "recipe.yaml")
-    return own if storage.exists(own) else None
+    return storage.join(out, folder.RECIPE) if folder.holds_run(out) else None
+
+
+def resumes(mode: Resume, out: str) -> bool:
+    """Whether a run at `out` is to be resumed; UserError later if `always` finds none."""
+    from raylivecell.runs import folder
+
+    return mode == "always" or (mode == "auto" and folder.holds_run(out))
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:

@@ -150,9 +150,9 @@ def run_name(out: str) -> Finding:
     """Whether the folder is free: Ray would go on with what is there."""
     if failed := folder.failure(out):
         state = f"{out} holds a run that failed ({failed.reason})"
-        return Finding("warn", "run name", state, "train starts again and keeps its files; --resume continues it")
+        return Finding("warn", "run name", state, "train starts again, keeping its files; --resume always continues it")
     if folder.holds_run(out):
-        return Finding("fail", "run name", f"{out} holds a run", "choose another --out, or train with --resume")
+        return Finding("fail", "run name", f"{out} holds a run", "choose another --out, or train with --resume always")
     return Finding("pass", "run name", f"{out} is free")
 
 

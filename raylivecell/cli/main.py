@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "demo": ("the whole way on cells drawn here, in minutes", _typed(commands.demo)),
 }
 # How to continue after Ctrl-C or SIGTERM.
-TO_RESUME = dict.fromkeys(("train", "sweep"), "; resume with --resume")
+TO_RESUME = dict.fromkeys(("train", "sweep"), "; resume with --resume always")
 TO_RESUME |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; run the same command again to resume")
 EXIT_USER_ERROR = 2
 EXIT_READER_GONE = 141  # as SIGPIPE would end it

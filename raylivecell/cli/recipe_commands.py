@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from raylivecell.cli.arguments import FLAGS, recipe_file, workers_in
+from raylivecell.cli.arguments import FLAGS, Resume, recipe_file, resumes, workers_in
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -17,7 +17,6 @@ def train(arguments: Sequence[str]) -> None:
     import psutil
 
     from raylivecell import recipe as recipes
-    from raylivecell.runs import folder
     from raylivecell.training.train import train as run
 
     file = recipe_file(arguments)
@@ -29,8 +28,7 @@ def train(arguments: Sequence[str]) -> None:
         fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
         recipe: str | None = None,
         workers: str = "1",
-        resume: bool = False,
-        resume_or_start: bool = False,
+        resume: Resume = "never",
         retries: int = 3,
     ) -> None:
         """Train a recipe on a prepared dataset with Ray Train.
@@ -41,8 +39,8 @@ def train(arguments: Sequence[str]) -> None:
             fields: the recipe's fields; a flag goes before the recipe's file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
             workers: training processes, N or LEAST:MOST.
-            resume: continue the run in --out from its last checkpoint.
-            resume_or_start: the same where --out holds one, else begin: for a job that the cluster may start again.
+            resume: `always` continues the run in --out from its last checkpoint; `auto` does if there is one and else
+                starts a run, for jobs that the cluster may restart; `never` refuses a folder in use.
             retries: restarts from the last checkpoint after a worker died.
         """
         run(
@@ -50,7 +48,7 @@ def train(arguments: Sequence[str]) -> None:
             out,
             fields,
             workers_in(workers),
-            resume or (resume_or_start and folder.holds_run(out)),
+            resumes(resume, out),
             retries,
             began=psutil.Process().create_time(),
         )
@@ -62,7 +60,6 @@ def sweep(arguments: Sequence[str]) -> None:
     """Search for a better recipe with Ray Tune and Optuna."""
     from raylivecell import recipe as recipes
     from raylivecell.core import addresses
-    from raylivecell.runs import folder
     from raylivecell.sweep import space
     from raylivecell.sweep.sweep import sweep as run
 
@@ -77,8 +74,7 @@ def sweep(arguments: Sequence[str]) -> None:
         search: Annotated[space.SearchConfig, tyro.conf.arg(name="sweep")] = options,
         recipe: str | None = None,
         trials: int = 16,
-        resume: bool = False,
-        resume_or_start: bool = False,
+        resume: Resume = "never",
         storage: str | None = None,
         max_concurrent: int | None = None,
         retries: int = 1,
@@ -93,9 +89,9 @@ def sweep(arguments: Sequence[str]) -> None:
             fields: the starting recipe's fields; a flag goes before the recipe's file.
             search: how to search; a flag goes before the `sweep:` part of the recipe's file, where the space is too.
             recipe: name of a shipped recipe (sweep), or a YAML file.
-            trials: how many in all; those done before a --resume count.
-            resume: go on with the sweep in --out; with more --trials, learn on from it.
-            resume_or_start: the same where --out holds one, else begin: for a job that the cluster may start again.
+            trials: number of trials, including those finished before --resume.
+            resume: `always` continues the sweep in --out, also to more --trials; `auto` does if there is one and else
+                starts a sweep, for jobs that the cluster may restart; `never` refuses a folder in use.
             storage: any Optuna storage URL, instead of study.db in --out; with a password: in RAYLIVECELL_STORAGE.
             at_once: trials at once; default: what the cluster has room for.
             retries: how often a trial goes on from its last checkpoint after a crash.
@@ -109,7 +105,7 @@ def sweep(arguments: Sequence[str]) -> None:
             fields,
             whole,
             trials,
-            resume or (resume_or_start and folder.holds_run(out)),
+            resumes(resume, out),
             storage or os.environ.get(addresses.STORAGE),
             max_concurrent,
             retries,

@@ -94,7 +94,9 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
         raise UserError(f"cannot open Optuna's storage: {told}; give --storage a URL such as sqlite:///F.db") from error
     begun = [trial for trial in trials if trial.state is not TrialState.WAITING]
     if begun and not resume:
-        raise UserError(f"the storage holds a study {name} already; continue it with --resume, or choose another --out")
+        raise UserError(
+            f"the storage holds a study {name} already; continue it with --resume always, or choose another --out"
+        )
     if not trials:
         study.enqueue_trial(space.start(recipe, config))
     study.sampler = sampler(config, len(study.trials))

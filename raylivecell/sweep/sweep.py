@@ -87,7 +87,7 @@ def sweep(
     if complete or statistics.complete(study):
         _finish(data, shared, config, study, room, retries, seeds if complete else 0)
     if not complete:
-        raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; go on with --resume")
+        raise UserError(f"interrupted after {len(finished(study))} of {trials} trials; resume with --resume always")
     return study
 
 
@@ -230,7 +230,7 @@ def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
         reasons = {str(trial.user_attrs.get("failed", "stopped early")) for trial in finished(study)}
         raise UserError(
             f"no best.yaml: none of {len(finished(study))} trials trained to its end ({'; '.join(sorted(reasons))}); "
-            "fix that and sweep with another --out, or continue with --resume and more --trials"
+            "fix that and sweep with another --out, or continue with --resume always and more --trials"
         )
     best = study.best_trials
     sign = 1 if space.OBJECTIVES[config.objectives[0]].mode == "max" else -1

@@ -105,7 +105,7 @@ def _failure(out: str, reason: str, hint: str) -> UserError:
         folder.mark_failed(out, folder.Failure(reason, saved))
     except (OSError, UserError):  # of the same disk or network, perhaps: the user must read the reason
         return UserError(f"{reason}{hint}")
-    resumed = f", and --resume continues after step {saved}" if saved else ""
+    resumed = f", and --resume always continues after step {saved}" if saved else ""
     return UserError(f"{reason}{hint}; the same command then starts again and keeps the files of this run{resumed}")
 
 
@@ -115,7 +115,7 @@ def _check_unused(out: str, data: str, recipe: Recipe, resume: bool) -> None:
         return
     changed = _changed(recipes.load(storage.join(out, folder.RECIPE)), recipe)
     if changed:
-        again = ", or start again without --resume" if folder.failure(out) else ""
+        again = ", or start again without --resume always" if folder.failure(out) else ""
         raise UserError(
             f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml{again}"
         )

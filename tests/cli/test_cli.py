@@ -90,7 +90,7 @@ def test_a_signal_ends_every_command_in_one_line(
         assert main.main([name]) == code
         said = capsys.readouterr().err
         assert said == f"raylivecell: {line}{main.TO_RESUME.get(name, '')}\n"
-        assert ("--resume" in said) == (name in ("train", "sweep"))
+        assert ("--resume always" in said) == (name in ("train", "sweep"))
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -148,11 +148,23 @@ def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], 
 def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert words.recipe_file(["--out", str(run), "--resume"]) is None
+    assert words.recipe_file(["--out", str(run), "--resume", "always"]) is None
     (run / "recipe.yaml").write_text("seed: 3\n")
-    assert words.recipe_file(["--out", str(run), "--resume"]) == str(run / "recipe.yaml")
+    assert words.recipe_file(["--out", str(run), "--resume", "always"]) == str(run / "recipe.yaml")
+    assert words.recipe_file(["--out", str(run), "--resume=auto"]) == str(run / "recipe.yaml")
+    assert words.recipe_file(["--out", str(run), "--resume", "never"]) is None
     assert words.recipe_file(["--out", str(run)]) is None
-    assert words.recipe_file([f"--out={run}", "--resume", "--recipe", "other.yaml"]) == "other.yaml"
+    assert words.recipe_file([f"--out={run}", "--resume", "always", "--recipe", "other.yaml"]) == "other.yaml"
+
+
+@pytest.mark.parametrize(
+    ("mode", "without_run", "with_run"), [("never", False, False), ("auto", False, True), ("always", True, True)]
+)
+def test_when_a_run_is_resumed(mode: words.Resume, without_run: bool, with_run: bool, tmp_path: Path) -> None:
+    assert words.resumes(mode, str(tmp_path / "run")) is without_run
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("seed: 3\n")
+    assert words.resumes(mode, str(tmp_path / "run")) is with_run
 
 
 @pytest.mark.parametrize(("text", "workers"), [("1", 1), ("4", 4), ("1:4", (1, 4))])

@@ -1,4 +1,4 @@
-"""Kubernetes documents as tests read them: overlays, their clusters, jobs and Pods; and how to break one."""
+"""Kubernetes documents for the tests: rendered overlays, their clusters, jobs and Pods, and broken variants."""
 
 import copy
 import functools
@@ -21,20 +21,22 @@ OVERLAYS = sorted(path.name for path in (FOLDER / "overlays").iterdir())
 
 Doc = dict[str, Any]
 Rule = Callable[[list[Doc]], Iterator[str]]
-"""Takes an overlay's documents and gives what is wrong with them."""
+"""Function from an overlay's documents to its errors."""
 
 REMOVE = object()
-"""As a value in `broken`: take the field away."""
+"""Value in `broken` that removes the field."""
 
 
 @functools.cache
 def kubectl() -> str:
-    """A kubectl whose kustomize is of version 5, the test skipped where there is none."""
-    found = shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    told = found and subprocess.run([found, "version", "--client", "-o", "json"], capture_output=True, text=True).stdout
-    if not (found and told and json.loads(told).get("kustomizeVersion", "").startswith("v5")):
+    """Path of a kubectl with kustomize 5; without one the test is skipped."""
+    path = shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    version = (
+        path and subprocess.run([path, "version", "--client", "-o", "json"], capture_output=True, text=True).stdout
+    )
+    if not (path and version and json.loads(version).get("kustomizeVersion", "").startswith("v5")):
         missing("no kubectl of 1.27 or later: `.venv/bin/python .ci/kubectl.py .venv/bin` fetches one")
-    return found
+    return path
 
 
 @functools.cache
@@ -46,35 +48,35 @@ def _rendered(overlay: str) -> list[Doc]:
 
 
 def render(overlay: str) -> list[Doc]:
-    """What `kubectl apply -k` would send to the cluster."""
+    """The documents that `kubectl apply -k` would send to the cluster."""
     return copy.deepcopy(_rendered(overlay))
 
 
 def broken(where: str, edits: Mapping[str, Any]) -> list[Doc]:
-    """An overlay with fields of a document set, each by its JSON pointer.
+    """An overlay with fields of one document changed.
 
     Args:
-        where: an overlay, whose Ray document is meant; or a kind of document of the overlay cpu.
-        edits: pointers and values.
+        where: an overlay, to edit its Ray document; or a kind of document in the overlay cpu.
+        edits: JSON pointer -> value, or REMOVE.
     """
     kinds = {where} if where not in OVERLAYS else {"RayCluster", "RayJob", "RayCronJob"}
     docs = render(where if where in OVERLAYS else "cpu")
     for pointer, value in edits.items():
-        place: Any = next(doc for doc in docs if doc["kind"] in kinds)
-        *way, last = (part.replace("~1", "/") for part in pointer.removeprefix("/").split("/"))
-        for part in way:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        if isinstance(place, list):
-            place[int(last) : int(last) + 1] = [] if value is REMOVE else [value]
+        node: Any = next(doc for doc in docs if doc["kind"] in kinds)
+        *parents, last = (part.replace("~1", "/") for part in pointer.removeprefix("/").split("/"))
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node[int(last) : int(last) + 1] = [] if value is REMOVE else [value]
         elif value is REMOVE:
-            del place[last]
+            del node[last]
         else:
-            place[last] = value
+            node[last] = value
     return docs
 
 
 class Job(NamedTuple):
-    """A RayJob, or what a RayCronJob makes one of."""
+    """A RayJob, or the job template of a RayCronJob."""
 
     name: str
     spec: Doc
@@ -82,7 +84,7 @@ class Job(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """A RayCluster, or what a job makes one of."""
+    """A RayCluster, or the cluster template of a job."""
 
     name: str
     spec: Doc
@@ -90,21 +92,21 @@ class Cluster(NamedTuple):
     job: Job | None
 
     def groups(self) -> list[Doc]:
-        """Its worker groups."""
+        """Worker groups."""
         return self.spec.get("workerGroupSpecs", [])
 
     def pods(self) -> Iterator[tuple[str, Doc]]:
-        """Each group's name and itself, the head's too."""
+        """(name, group) of the head and of each worker group."""
         yield "head", self.spec["headGroupSpec"]
         yield from ((group["groupName"], group) for group in self.groups())
 
     def head_env(self) -> set[str]:
-        """Names of the variables of the head's container."""
+        """Names of the environment variables of the head's container."""
         containers = self.spec["headGroupSpec"]["template"]["spec"]["containers"]
-        return {one["name"] for one in containers[0].get("env", [])} if containers else set()
+        return {variable["name"] for variable in containers[0].get("env", [])} if containers else set()
 
     def version(self) -> tuple[int, ...]:
-        """Of Ray."""
+        """Ray's version."""
         return tuple(int(part) for part in re.findall(r"\d+", self.spec.get("rayVersion", "")))
 
     def autoscaled(self) -> bool:
@@ -112,13 +114,13 @@ class Cluster(NamedTuple):
         return bool(self.spec.get("enableInTreeAutoscaling"))
 
     def autoscaled_v2(self) -> bool:
-        """Whether that is version 2, the default since Ray 2.47."""
-        named = self.spec.get("autoscalerOptions", {}).get("version")
-        return self.autoscaled() and (named == "v2" or (named is None and self.version() >= (2, 47)))
+        """Whether it is autoscaler v2, the default since Ray 2.47."""
+        version = self.spec.get("autoscalerOptions", {}).get("version")
+        return self.autoscaled() and (version == "v2" or (version is None and self.version() >= (2, 47)))
 
 
 def jobs(docs: list[Doc]) -> Iterator[Job]:
-    """Every job in an overlay."""
+    """All jobs of an overlay."""
     for doc in docs:
         name, labels = doc["metadata"]["name"], doc["metadata"].get("labels", {})
         if doc["kind"] == "RayJob":
@@ -128,7 +130,7 @@ def jobs(docs: list[Doc]) -> Iterator[Job]:
 
 
 def clusters(docs: list[Doc]) -> Iterator[Cluster]:
-    """Every cluster in an overlay."""
+    """All clusters of an overlay."""
     for doc in docs:
         if doc["kind"] == "RayCluster":
             yield Cluster(doc["metadata"]["name"], doc["spec"], doc["metadata"].get("annotations", {}), None)
@@ -138,26 +140,26 @@ def clusters(docs: list[Doc]) -> Iterator[Cluster]:
 
 
 class Pod(NamedTuple):
-    """A Pod that the operator makes."""
+    """A Pod that the operator creates."""
 
     name: str
     spec: Doc
     labels: dict[str, str]
     ray: bool
-    """Whether a node of Ray, with the operator's labels beside its own."""
+    """Whether it is a Ray node; `labels` then include the operator's."""
 
     def ports(self) -> dict[str, int]:
-        """Of its first container, by name."""
-        return {one["name"]: one["containerPort"] for one in self.spec["containers"][0].get("ports", [])}
+        """Ports of the first container: name -> number."""
+        return {port["name"]: port["containerPort"] for port in self.spec["containers"][0].get("ports", [])}
 
 
 def pods(docs: list[Doc]) -> Iterator[Pod]:
-    """Every kind of Pod of an overlay, the jobs' submitters too."""
+    """One Pod of each kind in an overlay, the jobs' submitters included."""
     for cluster in clusters(docs):
         for name, group in cluster.pods():
             own = group["template"].get("metadata", {}).get("labels", {})
-            given = {"ray.io/node-type": "head" if name == "head" else "worker", "ray.io/cluster": cluster.name}
-            yield Pod(name, group["template"]["spec"], own | group.get("labels", {}) | given, True)
+            operator = {"ray.io/node-type": "head" if name == "head" else "worker", "ray.io/cluster": cluster.name}
+            yield Pod(name, group["template"]["spec"], own | group.get("labels", {}) | operator, True)
     for job in jobs(docs):
         template = job.spec.get("submitterPodTemplate", {"spec": {"containers": [], "volumes": []}})
         yield Pod("submitter", template["spec"], template.get("metadata", {}).get("labels", {}), False)

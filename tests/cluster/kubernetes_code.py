@@ -1,4 +1,4 @@
-"""That cluster/kubernetes agrees with the code: scripts, recipes, flags, images, versions, variables. Rules again."""
+"""Rules: cluster/kubernetes agrees with the code in scripts, recipes, flags, images, versions and variables."""
 
 import contextlib
 import functools
@@ -14,6 +14,7 @@ from unittest import mock
 import ray
 from kuberay import ROOT, Doc, Job, Rule, clusters, jobs, pods
 
+from raylivecell.cli.arguments import value_of
 from raylivecell.core.errors import UserError
 from raylivecell.runs import folder as run_folder
 from raylivecell.training import preflight
@@ -27,25 +28,25 @@ STAGES = ("training.train.train", "sweep.sweep.sweep", "inference.predict.predic
 
 
 @functools.cache
-def _told(script: Path, words: tuple[str, ...]) -> tuple[str, tuple, dict]:
-    """Run a job's script with the stages' own functions taken away: what it complained of, and what they were given."""
+def _run_script(script: Path, words: tuple[str, ...]) -> tuple[str, tuple, dict]:
+    """Run a job's script with mocks of the stages: its error message, and the arguments of the call."""
     with contextlib.ExitStack() as stack:
         stubs = [stack.enter_context(mock.patch(f"raylivecell.{stage}")) for stage in STAGES]
         stack.enter_context(mock.patch.object(run_folder, "holds_run", return_value=False))
         stack.enter_context(mock.patch.object(sys, "argv", [str(script), *words]))
-        said = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stdout(said))
+        output = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stdout(output))
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             if not end.code:
                 (call,) = (stub.call_args for stub in stubs if stub.called)
                 return "", call.args, call.kwargs
-    return " ".join(re.sub(r"[^\x20-\x7e]", " ", said.getvalue()).split()), (), {}
+    return " ".join(re.sub(r"[^\x20-\x7e]", " ", output.getvalue()).split()), (), {}
 
 
 def commands(docs: list[Doc]) -> Iterator[str]:
-    """Each job's command is one that its script takes, and may be given again."""
+    """Each job's script accepts its command, and can run it again after a failure."""
     for job in jobs(docs):
         words = [word.replace(f"{CODE}/", f"{ROOT}/") for word in shlex.split(job.spec["entrypoint"])]
         if words[0] != "python" or not Path(words[1]).is_absolute():
@@ -55,19 +56,19 @@ def commands(docs: list[Doc]) -> Iterator[str]:
         if missing:
             yield f"{job.name}: not in the project: {', '.join(missing)}"
             continue
-        complaint, given, _ = _told(Path(words[1]), tuple(words[2:]))
-        if complaint:
-            yield f"{job.name}: {complaint}"
+        error, arguments, _ = _run_script(Path(words[1]), tuple(words[2:]))
+        if error:
+            yield f"{job.name}: {error}"
         elif "train.py" in words[1]:
-            yield from _fits(job, given)
-        # Retries without it would stop at a folder in use; predict goes on by itself.
-        if job.spec.get("backoffLimit") and "predict.py" not in words[1] and "--resume-or-start" not in words:
-            yield f"{job.name}: a retry would not go on: --resume-or-start is missing"
+            yield from _worker_errors(job, arguments)
+        # A retry without it would be refused, as the folder is in use; predict resumes by itself.
+        if job.spec.get("backoffLimit") and "predict.py" not in words[1] and value_of("--resume", words) != "auto":
+            yield f"{job.name}: a retry would not resume: --resume auto is missing"
 
 
-def _fits(job: Job, given: tuple) -> Iterator[str]:
-    """Whether the workers share the recipe's batch, and find a GPU each."""
-    recipe, workers = given[2], given[3]
+def _worker_errors(job: Job, arguments: tuple) -> Iterator[str]:
+    """The workers divide the recipe's batch, and each has a GPU."""
+    recipe, workers = arguments[2], arguments[3]
     try:
         preflight.batch_divides(recipe.batch_size, workers)
     except UserError as error:
@@ -76,31 +77,31 @@ def _fits(job: Job, given: tuple) -> Iterator[str]:
     gpus = [
         group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) for group in groups
     ]
-    begun = sum(int(count) * group["replicas"] for count, group in zip(gpus, groups))
-    if begun != (workers if isinstance(workers, int) else workers[1]):
-        yield f"{job.name}: {workers} workers on {begun} GPUs"
+    available = sum(int(count) * group["replicas"] for count, group in zip(gpus, groups))
+    if available != (workers if isinstance(workers, int) else workers[1]):
+        yield f"{job.name}: {workers} workers on {available} GPUs"
 
 
 def images(docs: list[Doc]) -> Iterator[str]:
-    """One image, of this version, with CUDA where there are GPUs."""
+    """One image of this version, with CUDA if the cluster has GPUs."""
     for cluster in clusters(docs):
         kind = "cuda" if "nvidia.com/gpu" in str(cluster.spec) else "cpu"
-        wanted = f"registry.example/raylivecell:{VERSION}-{kind}"
+        expected = f"registry.example/raylivecell:{VERSION}-{kind}"
         for pod in pods(docs):
-            for one in pod.spec["containers"]:
-                if one["image"] != wanted:
-                    yield f"{pod.name}: image {one['image']}, not {wanted}"
+            for container in pod.spec["containers"]:
+                if container["image"] != expected:
+                    yield f"{pod.name}: image {container['image']}, not {expected}"
     if f"-t raylivecell:{VERSION}-cuda ." not in DOCKERFILE or f"-t raylivecell:{VERSION}-cpu ." not in DOCKERFILE:
-        yield "the Dockerfile builds other tags"
+        yield "the Dockerfile documents other tags"
 
 
-def container(docs: list[Doc]) -> Iterator[str]:
-    """The user and the home of the image."""
+def image_user(docs: list[Doc]) -> Iterator[str]:
+    """Pods run as the image's user, with its home writable."""
     for pod in pods(docs):
         if f"USER {pod.spec['securityContext'].get('runAsUser')}:" not in DOCKERFILE:
             yield f"{pod.name}: another user than the image's"
-        for one in pod.spec["containers"]:
-            if HOME not in [mount["mountPath"] for mount in one["volumeMounts"]]:
+        for container in pod.spec["containers"]:
+            if HOME not in [mount["mountPath"] for mount in container["volumeMounts"]]:
                 yield f"{pod.name}: {HOME} is not writable"
 
 
@@ -111,7 +112,7 @@ def versions(docs: list[Doc]) -> Iterator[str]:
 
 
 @functools.cache
-def _variables_of_ray() -> frozenset[str]:
+def _ray_variables() -> frozenset[str]:
     folder = Path(ray.__file__).parent
     files = (
         "_common/usage/usage_constants",
@@ -124,11 +125,11 @@ def _variables_of_ray() -> frozenset[str]:
 
 
 def variables(docs: list[Doc]) -> Iterator[str]:
-    """Those that Ray does not know would be set in vain."""
+    """Every RAY_ variable occurs in Ray's source; others would have no effect."""
     for pod in pods(docs):
-        for one in (env for container in pod.spec["containers"] for env in container.get("env", [])):
-            if one["name"].startswith("RAY_") and one["name"] not in _variables_of_ray():
-                yield f"{pod.name}: Ray knows no {one['name']}"
+        for name in (env["name"] for container in pod.spec["containers"] for env in container.get("env", [])):
+            if name.startswith("RAY_") and name not in _ray_variables():
+                yield f"{pod.name}: Ray has no {name}"
 
 
-AGREEMENTS: tuple[Rule, ...] = (commands, images, container, versions, variables)
+AGREEMENTS: tuple[Rule, ...] = (commands, images, image_user, versions, variables)

@@ -1,7 +1,4 @@
-"""What cluster/kubernetes promises beyond what Kubernetes and KubeRay ask for: rights, sizes, pools, network.
-
-Promises are rules as those of kuberay_rules.py are.
-"""
+"""Rules: what cluster/kubernetes promises beyond Kubernetes' and KubeRay's own: rights, sizes, pools, network."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +14,7 @@ LOCKED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "ca
 USER = {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
 SPOT = {"karpenter.sh/capacity-type", "eks.amazonaws.com/capacityType", "cloud.google.com/gke-spot"}
 SPOT |= {"kubernetes.azure.com/scalesetpriority"}
-# Between the end of draining and the kill.
+# Seconds between the end of draining and the kill.
 MARGIN_S = 10
 UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
 
@@ -33,60 +30,60 @@ def namespace(docs: list[Doc]) -> Iterator[str]:
             yield f"{doc['kind']} {doc['metadata']['name']} outside {NAMESPACE}"
 
 
-def no_rights(docs: list[Doc]) -> Iterator[str]:
+def least_privilege(docs: list[Doc]) -> Iterator[str]:
     for pod in pods(docs):
         if pod.spec.get("securityContext") != USER:
             yield f"{pod.name}: securityContext of the Pod"
         if not pod.spec["containers"]:
-            yield f"{pod.name}: the operator's own Pod has more rights"
-        if any(one.get("securityContext") != LOCKED for one in pod.spec["containers"]):
+            yield f"{pod.name}: the operator's default Pod has more rights"
+        if any(container.get("securityContext") != LOCKED for container in pod.spec["containers"]):
             yield f"{pod.name}: securityContext of a container"
         if {"hostNetwork", "hostPID", "hostIPC"} & set(pod.spec) or any(
-            "hostPath" in one for one in pod.spec["volumes"]
+            "hostPath" in volume for volume in pod.spec["volumes"]
         ):
-            yield f"{pod.name}: reaches into its host"
+            yield f"{pod.name}: accesses its host"
     for cluster in clusters(docs):
         if cluster.autoscaled() and cluster.spec.get("autoscalerOptions", {}).get("securityContext") != LOCKED:
             yield f"{cluster.name}: securityContext of the autoscaler"
 
 
-def writable(docs: list[Doc]) -> Iterator[str]:
+def writable_folders(docs: list[Doc]) -> Iterator[str]:
     """The root is read-only: Ray writes to /tmp, programs to HOME, objects to shared memory."""
     for pod in pods(docs):
-        volumes = {one["name"]: one.get("emptyDir") for one in pod.spec.get("volumes", [])}
-        for one in pod.spec["containers"]:
-            mounted = {mount["mountPath"]: volumes.get(mount["name"]) for mount in one.get("volumeMounts", [])}
+        volumes = {volume["name"]: volume.get("emptyDir") for volume in pod.spec.get("volumes", [])}
+        for container in pod.spec["containers"]:
+            mounted = {mount["mountPath"]: volumes.get(mount["name"]) for mount in container.get("volumeMounts", [])}
             for path in ("/tmp", "/home/ray", *(["/dev/shm"] if pod.ray else [])):
                 if not mounted.get(path):
-                    yield f"{pod.name}: nothing to write on at {path}"
+                    yield f"{pod.name}: {path} is not writable"
             if pod.ray and (mounted.get("/dev/shm") or {}).get("medium") != "Memory":
-                yield f"{pod.name}: /dev/shm is no memory"
+                yield f"{pod.name}: /dev/shm is not in memory"
     for cluster in clusters(docs):
         mounts = cluster.spec.get("autoscalerOptions", {}).get("volumeMounts", [])
         if cluster.autoscaled() and {"name": "tmp", "mountPath": "/tmp"} not in mounts:
-            yield f"{cluster.name}: nothing to write on for the autoscaler"
+            yield f"{cluster.name}: the autoscaler cannot write to /tmp"
 
 
-def bounded(docs: list[Doc]) -> Iterator[str]:
-    """What is asked for is what may be had, so that a full node kills nobody who keeps to it."""
+def resource_limits(docs: list[Doc]) -> Iterator[str]:
+    """Requests equal limits, so that a full node kills no Pod within its limits."""
     for pod in pods(docs):
-        for one in pod.spec["containers"]:
-            limits = one.get("resources", {}).get("limits", {})
-            if not {"cpu", "memory"} <= set(limits) or limits != one["resources"].get("requests"):
+        for container in pod.spec["containers"]:
+            limits = container.get("resources", {}).get("limits", {})
+            if not {"cpu", "memory"} <= set(limits) or limits != container["resources"].get("requests"):
                 yield f"{pod.name}: requests and limits of CPU and memory differ or are missing"
                 continue
-            shared = [one["emptyDir"] for one in pod.spec["volumes"] if one["emptyDir"].get("medium") == "Memory"]
-            # Ray takes 30 % of the memory for objects, and they lie there.
-            for volume in shared:
-                part = _amount(volume.get("sizeLimit", "0")) / _amount(limits["memory"])
-                if not 0.3 <= part <= 0.5:
-                    yield f"{pod.name}: shared memory of {part:.0%} of its memory"
-        if not all(one["emptyDir"].get("sizeLimit") for one in pod.spec["volumes"]):
+            volumes = [volume["emptyDir"] for volume in pod.spec["volumes"]]
+            # Ray's object store uses 30 % of the memory, in these volumes.
+            for volume in (volume for volume in volumes if volume.get("medium") == "Memory"):
+                share = _amount(volume.get("sizeLimit", "0")) / _amount(limits["memory"])
+                if not 0.3 <= share <= 0.5:
+                    yield f"{pod.name}: shared memory of {share:.0%} of its memory"
+        if not all(volume["emptyDir"].get("sizeLimit") for volume in pod.spec["volumes"]):
             yield f"{pod.name}: a volume without a sizeLimit"
 
 
-def idle_head(docs: list[Doc]) -> Iterator[str]:
-    """The head has no CPUs to give, and does not lie on a node that may go away."""
+def no_work_on_head(docs: list[Doc]) -> Iterator[str]:
+    """The head offers no CPUs and is not scheduled on a spot node."""
     for cluster in clusters(docs):
         if cluster.spec["headGroupSpec"].get("rayStartParams", {}).get("num-cpus") != "0":
             yield f"{cluster.name}: tasks would run on the head"
@@ -94,22 +91,22 @@ def idle_head(docs: list[Doc]) -> Iterator[str]:
         if pod.name == "head":
             affinity = pod.spec.get("affinity", {}).get("nodeAffinity", {})
             terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
-            kept_off = [
-                {one["key"] for one in term["matchExpressions"] if one["operator"] == "NotIn"} for term in terms
+            excluded = [
+                {label["key"] for label in term["matchExpressions"] if label["operator"] == "NotIn"} for term in terms
             ]
-            if not kept_off or any(SPOT - off for off in kept_off):
-                yield "head: may come to lie on a spot node"
+            if not excluded or any(SPOT - keys for keys in excluded):
+                yield "head: may be scheduled on a spot node"
 
 
-def pools(docs: list[Doc]) -> Iterator[str]:
-    """Each pool is told apart by a label, stays within its bounds and has time to drain."""
+def worker_pools(docs: list[Doc]) -> Iterator[str]:
+    """Each pool has a distinct label, replicas within its bounds and time to drain."""
     for cluster in clusters(docs):
-        told = [group.get("labels", {}).get("ray-subcluster") for group in cluster.groups()]
-        if None in told or len(set(told)) != len(told):
-            yield f"{cluster.name}: pools without a label of their own: {told}"
+        pools = [group.get("labels", {}).get("ray-subcluster") for group in cluster.groups()]
+        if None in pools or len(set(pools)) != len(pools):
+            yield f"{cluster.name}: pools without distinct labels: {pools}"
         for group in cluster.groups():
             name, spec = group["groupName"], group["template"]["spec"]
-            env = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
+            env = {variable["name"]: variable.get("value") for variable in spec["containers"][0]["env"]}
             drain = env.get(
                 "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
             )
@@ -118,14 +115,14 @@ def pools(docs: list[Doc]) -> Iterator[str]:
             if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
                 yield f"{name}: {group['replicas']} replicas"
             gpus = spec["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
-            if (gpus is not None) != (told[cluster.groups().index(group)] == "training"):
-                yield f"{name}: GPUs are for training, {gpus} here"
+            if (gpus is not None) != (pools[cluster.groups().index(group)] == "training"):
+                yield f"{name}: only the pool `training` has GPUs, not {gpus}"
             if gpus is not None:
-                yield from (f"{name}: {told}" for told in _spot(spec))
+                yield from (f"{name}: {error}" for error in _spot_errors(spec))
 
 
-def _spot(spec: Doc) -> Iterator[str]:
-    tolerated = {one["key"] for one in spec.get("tolerations", [])}
+def _spot_errors(spec: Doc) -> Iterator[str]:
+    tolerated = {toleration["key"] for toleration in spec.get("tolerations", [])}
     for key in {
         "nvidia.com/gpu",
         "spot",
@@ -134,13 +131,13 @@ def _spot(spec: Doc) -> Iterator[str]:
     } - tolerated:
         yield f"does not tolerate {key}"
     affinity = spec.get("affinity", {}).get("nodeAffinity", {})
-    wished = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
-    asked = {one["key"] for term in wished for one in term["preference"]["matchExpressions"]}
-    yield from (f"does not prefer {key}" for key in SPOT - asked)
+    terms = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    preferred = {label["key"] for term in terms for label in term["preference"]["matchExpressions"]}
+    yield from (f"does not prefer {key}" for key in SPOT - preferred)
 
 
-def sized_by(docs: list[Doc]) -> Iterator[str]:
-    """By the autoscaler, or by the queue's quota."""
+def sized_automatically(docs: list[Doc]) -> Iterator[str]:
+    """The autoscaler or a queue's quota sets the size."""
     for cluster in clusters(docs):
         if not cluster.autoscaled_v2() and not (cluster.job and QUEUE in cluster.job.labels):
             yield f"{cluster.name}: neither autoscaler v2 nor a queue"
@@ -151,58 +148,58 @@ def secrets(docs: list[Doc]) -> Iterator[str]:
     for cluster in clusters(docs):
         options = cluster.spec.get("authOptions", {})
         if options.get("mode") != "token" or not options.get("secretName"):
-            yield f"{cluster.name}: no token asked for, or one that the operator would make"
+            yield f"{cluster.name}: no token authentication, or a token that the operator would generate"
         redis = cluster.spec.get("gcsFaultToleranceOptions")
         if redis and set(redis.get("redisPassword", {}).get("valueFrom", {})) != {"secretKeyRef"}:
-            yield f"{cluster.name}: Redis' password is not a Secret's"
+            yield f"{cluster.name}: Redis' password is not from a Secret"
     for pod in pods(docs):
-        for one in (env for container in pod.spec["containers"] for env in container.get("env", [])):
-            if re.search("TOKEN|SECRET|PASSW|KEY|CREDENTIAL", one["name"]):
-                yield f"{pod.name}: {one['name']} in the manifest"
+        for name in (env["name"] for container in pod.spec["containers"] for env in container.get("env", [])):
+            if re.search("TOKEN|SECRET|PASSW|KEY|CREDENTIAL", name):
+                yield f"{pod.name}: {name} in the manifest"
     yield from (f"Secret {doc['metadata']['name']} in the manifests" for doc in docs if doc["kind"] == "Secret")
 
 
 def credentials(docs: list[Doc]) -> Iterator[str]:
-    """The object store knows the Pods by a service account; the API server is for the head's autoscaler."""
+    """Pods authenticate to the object store by a service account; only the head's autoscaler may use the API server."""
     accounts = {doc["metadata"]["name"]: doc["metadata"] for doc in docs if doc["kind"] == "ServiceAccount"}
     for pod in pods(docs):
         if pod.ray and not accounts.get(pod.spec.get("serviceAccountName", "default"), {}).get("annotations"):
-            yield f"{pod.name}: no service account that the object store knows"
+            yield f"{pod.name}: no service account with access to the object store"
         if pod.name != "head" and pod.spec.get("automountServiceAccountToken") is not False:
-            yield f"{pod.name}: holds a token of the API server"
+            yield f"{pod.name}: has a token of the API server"
 
 
-# What lies around a Pod: who, and at which of PORTS each may reach it, or it them.
+# Peers around a Pod, and the PORTS at which each may reach it or be reached.
 PORTS = (22, 53, 80, 443, 6379, 6443, 8080, 8265, 10001, 44217, 44227, 52365)
 PROMETHEUS = Peer("Prometheus", "monitoring", {"app.kubernetes.io/name": "prometheus"})
 OPERATOR = Peer("the operator", "kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"})
-STRANGERS = (
-    Peer("a neighbour", NAMESPACE, {"app": "other"}),
-    Peer("another's Ray", "elsewhere", {"app.kubernetes.io/part-of": "raylivecell"}),
-    Peer("a false Prometheus", "elsewhere", {"app.kubernetes.io/name": "prometheus"}),
-    Peer("a false operator", "elsewhere", {"app.kubernetes.io/name": "kuberay-operator"}),
+OTHERS = (
+    Peer("another Pod", NAMESPACE, {"app": "other"}),
+    Peer("another Ray", "elsewhere", {"app.kubernetes.io/part-of": "raylivecell"}),
+    Peer("a fake Prometheus", "elsewhere", {"app.kubernetes.io/name": "prometheus"}),
+    Peer("a fake operator", "elsewhere", {"app.kubernetes.io/name": "kuberay-operator"}),
     Peer("the internet", address="52.216.0.1"),
 )
-INTO = ((PROMETHEUS, {8080, 44217, 44227}), (OPERATOR, {8265}), *((one, set[int]()) for one in STRANGERS))
+INGRESS = ((PROMETHEUS, {8080, 44217, 44227}), (OPERATOR, {8265}), *((peer, set[int]()) for peer in OTHERS))
 DNS = Peer("DNS", "kube-system", {"k8s-app": "kube-dns"})
 
 
 def network(docs: list[Doc]) -> Iterator[str]:
-    """Who speaks to whom, by the policies alone: every wanted connection, and of those around it no other."""
+    """The policies allow every wanted connection, and no other connection with the peers around the Pods."""
     redis = any("gcsFaultToleranceOptions" in cluster.spec for cluster in clusters(docs))
     peers = [Peer(pod.name, NAMESPACE, pod.labels) for pod in pods(docs)]
     for own in peers:
         api = {6443} if own.name == "head" else set()
-        out_of = [
+        egress = [
             (Peer("S3", address="52.216.0.1"), {443} | api),
             (Peer("Redis", address="10.1.2.3"), {443} | api | ({6379} if redis and own.name == "head" else set())),
             (DNS, {53}),
-            *((one, set[int]()) for one in STRANGERS if one.namespace),
+            *((peer, set[int]()) for peer in OTHERS if peer.namespace),
         ]
-        tried = [(source, own, ports) for source, ports in INTO]
-        tried += [(own, target, ports) for target, ports in out_of]
-        tried += [(own, other, set(PORTS)) for other in peers]
-        for source, target, ports in tried:
+        connections = [(source, own, ports) for source, ports in INGRESS]
+        connections += [(own, target, ports) for target, ports in egress]
+        connections += [(own, other, set(PORTS)) for other in peers]
+        for source, target, ports in connections:
             for port in PORTS:
                 if admits(docs, source, target, port) != (port in ports):
                     yield f"{source.name} {'cannot' if port in ports else 'can'} reach {target.name} at {port}"
@@ -211,7 +208,7 @@ def network(docs: list[Doc]) -> Iterator[str]:
 
 
 def monitor(docs: list[Doc]) -> Iterator[str]:
-    """The PodMonitor, whose schema is not here: its fields, and that it finds ports which it may reach."""
+    """The PodMonitor, whose schema is not available: its fields, and that its ports exist and can be reached."""
     (doc,) = [doc for doc in docs if doc["kind"] == "PodMonitor"]
     spec = doc["spec"]
     if doc["apiVersion"] != "monitoring.coreos.com/v1" or set(spec) - {
@@ -220,36 +217,36 @@ def monitor(docs: list[Doc]) -> Iterator[str]:
         "podMetricsEndpoints",
     }:
         yield f"PodMonitor: {doc['apiVersion']}, {sorted(spec)}"
-    named: set[str] = set()
+    port_names: set[str] = set()
     for pod in (pod for pod in pods(docs) if pod.ray):
         if not spec["selector"]["matchLabels"].items() <= pod.labels.items():
             yield f"PodMonitor: does not select {pod.name}"
         if pod.ports().get("metrics") != 8080:
-            yield f"{pod.name}: metrics are at 8080, where the operator has Ray put them"
-        named |= set(pod.ports())
-        for one in spec["podMetricsEndpoints"]:
-            port = pod.ports().get(one.get("port", ""))
+            yield f"{pod.name}: metrics are at 8080, where the operator makes Ray export them"
+        port_names |= set(pod.ports())
+        for endpoint in spec["podMetricsEndpoints"]:
+            port = pod.ports().get(endpoint.get("port", ""))
             if port and not admits(docs, PROMETHEUS, Peer(pod.name, NAMESPACE, pod.labels), port):
-                yield f"PodMonitor: may not reach {pod.name}:{port}"
-    for one in spec["podMetricsEndpoints"]:
+                yield f"PodMonitor: cannot reach {pod.name}:{port}"
+    for endpoint in spec["podMetricsEndpoints"]:
         if (
-            set(one) != {"port", "interval"}
-            or one["port"] not in named
-            or not re.fullmatch(r"\d+(s|m)", one["interval"])
+            set(endpoint) != {"port", "interval"}
+            or endpoint["port"] not in port_names
+            or not re.fullmatch(r"\d+(s|m)", endpoint["interval"])
         ):
-            yield f"PodMonitor: no such end: {one}"
+            yield f"PodMonitor: invalid endpoint {endpoint}"
 
 
-def watched(docs: list[Doc]) -> Iterator[str]:
+def monitoring_variables(docs: list[Doc]) -> Iterator[str]:
     for pod in (pod for pod in pods(docs) if pod.ray):
-        env = {one["name"]: one.get("value") for one in pod.spec["containers"][0]["env"]}
+        env = {variable["name"]: variable.get("value") for variable in pod.spec["containers"][0]["env"]}
         for name, value in {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "RAY_USAGE_STATS_ENABLED": "0"}.items():
             if env.get(name) != value:
                 yield f"{pod.name}: {name} is not {value}"
 
 
-def ends(docs: list[Doc]) -> Iterator[str]:
-    """A job's nodes are given back, and no mistake runs for ever."""
+def deadlines(docs: list[Doc]) -> Iterator[str]:
+    """A job releases its nodes at its end, and every phase of it has a limit."""
     for job in jobs(docs):
         needed = {"shutdownAfterJobFinishes", "activeDeadlineSeconds", "preRunningDeadlineSeconds", "backoffLimit"}
         yield from (f"{job.name}: no {field}" for field in sorted(needed) if not job.spec.get(field))
@@ -257,16 +254,16 @@ def ends(docs: list[Doc]) -> Iterator[str]:
 
 PROMISES: tuple[Rule, ...] = (
     namespace,
-    no_rights,
-    writable,
-    bounded,
-    idle_head,
-    pools,
-    sized_by,
+    least_privilege,
+    writable_folders,
+    resource_limits,
+    no_work_on_head,
+    worker_pools,
+    sized_automatically,
     secrets,
     credentials,
     network,
     monitor,
-    watched,
-    ends,
+    monitoring_variables,
+    deadlines,
 )

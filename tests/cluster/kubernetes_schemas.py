@@ -1,4 +1,4 @@
-"""What the schemas of Kubernetes and KubeRay say of an overlay. Rules as those of kuberay_rules are."""
+"""Rules: overlays conform to the schemas of Kubernetes and KubeRay."""
 
 import functools
 import json
@@ -15,8 +15,8 @@ KUBERNETES = "1.33"
 
 
 @functools.cache
-def core_faults(text: str) -> tuple[str, ...]:
-    """Of one document (JSON) of Kubernetes' own kinds."""
+def core_errors(text: str) -> tuple[str, ...]:
+    """Schema errors of one document, as JSON, of Kubernetes' own kinds."""
     try:
         kubernetes_validate.validate(json.loads(text), KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -25,13 +25,13 @@ def core_faults(text: str) -> tuple[str, ...]:
 
 
 def core_schema(docs: list[Doc]) -> Iterator[str]:
-    """What Kubernetes itself takes: its own kinds, and the Pods inside of KubeRay's."""
+    """Kubernetes' own kinds, and the Pods inside KubeRay's."""
     for doc in docs:
         if not doc["apiVersion"].startswith(("ray.io/", "monitoring.")):
-            yield from core_faults(json.dumps(doc))
+            yield from core_errors(json.dumps(doc))
     for pod in pods(docs):
-        made = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod.name}, "spec": pod.spec}
-        yield from core_faults(json.dumps(made))
+        document = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod.name}, "spec": pod.spec}
+        yield from core_errors(json.dumps(document))
 
 
 @functools.cache

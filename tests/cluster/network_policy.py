@@ -1,4 +1,4 @@
-"""Kubernetes' NetworkPolicies as a network that enforces them reads them: may this one speak to that one?"""
+"""Evaluate Kubernetes' NetworkPolicies: which connections would a network that enforces them allow?"""
 
 import ipaddress
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from kuberay import Doc
 
 
 class Peer(NamedTuple):
-    """A Pod by its namespace and labels, or what lies outside the cluster by its address."""
+    """A Pod, by namespace and labels, or a host outside the cluster, by address."""
 
     name: str
     namespace: str = ""
@@ -23,43 +23,43 @@ def admits(docs: list[Doc], source: Peer, target: Peer, port: int, protocol: str
     )
 
 
-def _side(docs: list[Doc], way: str, own: Peer, other: Peer, port: int, protocol: str) -> bool:
-    policies = [one for one in _policies(docs, own) if way in one["policyTypes"]]
-    field, ends = ("egress", "to") if way == "Egress" else ("ingress", "from")
+def _side(docs: list[Doc], direction: str, own: Peer, other: Peer, port: int, protocol: str) -> bool:
+    policies = [policy for policy in _policies(docs, own) if direction in policy["policyTypes"]]
+    field, ends = ("egress", "to") if direction == "Egress" else ("ingress", "from")
     rules = [rule for policy in policies for rule in policy.get(field, [])]
     return not policies or any(
-        _fits_port(rule.get("ports"), port, protocol)
-        and (not rule.get(ends) or any(_fits_peer(end, own, other) for end in rule[ends]))
+        _port_matches(rule.get("ports"), port, protocol)
+        and (not rule.get(ends) or any(_peer_matches(end, own, other) for end in rule[ends]))
         for rule in rules
     )
 
 
 def _policies(docs: list[Doc], own: Peer) -> Iterator[Doc]:
     for doc in docs:
-        here = doc["kind"] == "NetworkPolicy" and doc["metadata"]["namespace"] == own.namespace
-        if here and _selects(doc["spec"]["podSelector"], own.labels):
+        in_namespace = doc["kind"] == "NetworkPolicy" and doc["metadata"]["namespace"] == own.namespace
+        if in_namespace and _selects(doc["spec"]["podSelector"], own.labels):
             yield doc["spec"]
 
 
-def _fits_port(ports: Iterable[Doc] | None, port: int, protocol: str) -> bool:
-    return not ports or any(one["port"] == port and one.get("protocol", "TCP") == protocol for one in ports)
+def _port_matches(ports: Iterable[Doc] | None, port: int, protocol: str) -> bool:
+    return not ports or any(entry["port"] == port and entry.get("protocol", "TCP") == protocol for entry in ports)
 
 
-def _fits_peer(end: Doc, own: Peer, other: Peer) -> bool:
+def _peer_matches(end: Doc, own: Peer, other: Peer) -> bool:
     if "ipBlock" in end:
         network = ipaddress.ip_network(end["ipBlock"]["cidr"])
         return bool(other.address) and ipaddress.ip_address(other.address) in network
     if not other.namespace:
         return False
     if "namespaceSelector" in end:
-        at_home = _selects(end["namespaceSelector"], {"kubernetes.io/metadata.name": other.namespace})
+        in_namespace = _selects(end["namespaceSelector"], {"kubernetes.io/metadata.name": other.namespace})
     else:
-        at_home = own.namespace == other.namespace
-    return at_home and _selects(end.get("podSelector", {}), other.labels)
+        in_namespace = own.namespace == other.namespace
+    return in_namespace and _selects(end.get("podSelector", {}), other.labels)
 
 
 def _selects(selector: Doc, labels: dict[str, str]) -> bool:
-    same = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
-    rest = selector.get("matchExpressions", [])
-    assert all(one["operator"] == "In" for one in rest), "no other operator is used"
-    return same and all(labels.get(one["key"]) in one["values"] for one in rest)
+    labels_match = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    expressions = selector.get("matchExpressions", [])
+    assert all(expression["operator"] == "In" for expression in expressions), "other operators are not implemented"
+    return labels_match and all(labels.get(expression["key"]) in expression["values"] for expression in expressions)

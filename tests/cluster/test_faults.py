@@ -1,4 +1,4 @@
-"""A run on four hosts when one of them is taken away; `make faults` plays nine more faults."""
+"""A run on four hosts, one of which is preempted; `make faults` injects nine more faults."""
 
 import subprocess
 import sys
@@ -12,10 +12,10 @@ import pytest
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
 def test_a_drained_node_costs_no_step() -> None:
-    """The faults' own checks: every report once, and the scores of the undisturbed run."""
+    """By the checks of faults.py: every report once, and the scores of the undisturbed run."""
     if reason := hosts.possible():
         pytest.skip(reason)
-    command = [sys.executable, str(Path(__file__).with_name("faults.py")), "drain"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "faults.py"), "drain"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| a node drained as a spot preemption |" in done.stdout

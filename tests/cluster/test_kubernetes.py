@@ -1,4 +1,4 @@
-"""cluster/kubernetes: every overlay rendered and checked, and every check shown to reject a manifest broken for it."""
+"""cluster/kubernetes: every overlay passes every check, and every check rejects manifests broken on purpose."""
 
 import json
 import re
@@ -14,56 +14,58 @@ from kuberay_rules import RULES
 from kubernetes_broken import BROKEN
 from kubernetes_code import AGREEMENTS
 from kubernetes_promises import PROMISES
-from kubernetes_schemas import SCHEMAS, core_faults
+from kubernetes_schemas import SCHEMAS, core_errors
 
 CHECKS: tuple[Rule, ...] = (*SCHEMAS, *RULES, *PROMISES, *AGREEMENTS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_overlay_passes(overlay: str, check: Rule) -> None:
+def test_overlay_passes(overlay: str, check: Rule) -> None:
     assert list(check(render(overlay))) == []
 
 
 @pytest.mark.parametrize(
-    ("check", "where", "edits", "told"), BROKEN, ids=[f"{one[0].__name__}-{one[3]}" for one in BROKEN]
+    ("check", "where", "edits", "message"),
+    BROKEN,
+    ids=[f"{check.__name__}-{message}" for check, _, _, message in BROKEN],
 )
-def test_the_check_rejects_what_is_broken(check: Rule, where: str, edits: dict[str, Any], told: str) -> None:
-    faults = list(check(broken(where, edits)))
-    assert any(told in fault for fault in faults), faults
+def test_check_rejects_broken_manifest(check: Rule, where: str, edits: dict[str, Any], message: str) -> None:
+    errors = list(check(broken(where, edits)))
+    assert any(message in error for error in errors), errors
 
 
-def test_every_check_is_shown_to_reject() -> None:
+def test_every_check_has_a_broken_example() -> None:
     assert {check for check, *_ in BROKEN} == set(CHECKS)
 
 
-def test_the_namespace_refuses_pods_with_rights() -> None:
+def test_namespace_refuses_privileged_pods() -> None:
     doc = yaml.safe_load((FOLDER / "namespace.yaml").read_text())
-    assert core_faults(json.dumps(doc)) == ()
+    assert core_errors(json.dumps(doc)) == ()
     assert doc["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name not in ("cpu", "gpu")])
-def test_a_job_brings_its_cluster_and_no_other_is_left(overlay: str) -> None:
+def test_job_overlay_has_no_separate_cluster(overlay: str) -> None:
     kinds = [doc["kind"] for doc in render(overlay)]
     assert "RayCluster" not in kinds
     assert sum(kind in ("RayJob", "RayCronJob") for kind in kinds) == 1
 
 
-def test_no_two_overlays_of_jobs_take_each_others_names() -> None:
-    """They share base/; beyond it each has names of its own, so that one can be deleted while another runs."""
-    made = [(doc["kind"], doc["metadata"]["name"]) for name in ("train", "sweep", "predict") for doc in render(name)]
-    assert sorted(name for kind, name in made if kind == "RayJob") == ["predict", "sweep", "train"]
+def test_job_names_differ_between_overlays() -> None:
+    """Overlays share base/; their jobs have different names, so that one can be deleted while another runs."""
+    names = [(doc["kind"], doc["metadata"]["name"]) for name in ("train", "sweep", "predict") for doc in render(name)]
+    assert sorted(name for kind, name in names if kind == "RayJob") == ["predict", "sweep", "train"]
 
 
-def test_the_readme_names_what_is_there() -> None:
+def test_paths_in_the_readme_exist() -> None:
     text = (FOLDER / "README.md").read_text()
     assert set(re.findall(r"overlays/([a-z-]+)", text)) == set(OVERLAYS)
     for path in re.findall(r"cluster/kubernetes/[\w./-]+", text):
         assert (FOLDER.parents[1] / path).exists(), path
 
 
-def test_the_readmes_sed_leaves_no_placeholder(tmp_path: Path) -> None:
+def test_sed_in_the_readme_replaces_every_placeholder(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "cluster" / "kubernetes")
     (command,) = re.findall(r"(?s)```\n(grep .*?)```", (FOLDER / "README.md").read_text())
     subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True)

@@ -1,6 +1,6 @@
-"""A Pod's container as far as a machine without Kubernetes has one: its user, its mounts and nothing else writable.
+"""A Pod's container reproduced without Kubernetes: its user, its mounts, a read-only root.
 
-Ray starts there, the job of overlays/train runs twice (a retry goes on), and SIGTERM drains the node.
+Ray starts there, the job of overlays/train runs twice (a retry resumes), and SIGTERM drains the node.
 """
 
 import os
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from kuberay import ROOT, jobs, pods, render
 
-# The root is a tmpfs with the system, the interpreter and the project bound into it, made read-only. $1: where; $2: the
-# dataset; $3: folders to bind, over $4, those that the Pod may write to: the project may lie in /tmp.
+# The root is a tmpfs with the system, the interpreter and the project bound into it, made read-only. $1: its path;
+# $2: the dataset; $3: folders to bind; $4: folders that the Pod may write to. Those are mounted first, as the
+# project may be in /tmp.
 CONTAINER = """
 set -e
 ip link set lo up
@@ -53,14 +54,14 @@ done
 RAY_AUTH_TOKEN=wrong ray job list --address http://127.0.0.1:8265 2>&1 | grep -qi authentication \\
   && echo "unauthenticated calls refused: yes"
 grep -rlE "Read-only file system|Permission denied" /tmp/ray/session_latest/logs \\
-  | sed "s/^/log that met a closed door: /"
+  | sed "s/^/log with a permission error: /"
 kill -TERM $node; wait $node; cat /tmp/node.log; ls /tmp/bucket/runs/paper
 """
 
 SMALL = "--crop 40 40 --model.features 4 8 --phases.0.epochs 1 --loop.precision float32"
 
 
-def _possible() -> bool:
+def _has_namespaces() -> bool:
     if sys.platform != "linux" or os.geteuid() != 0 or not (shutil.which("unshare") and shutil.which("ip")):
         return False
     return subprocess.run(["unshare", "-m", "-n", "-p", "-f", "true"], capture_output=True).returncode == 0
@@ -68,15 +69,15 @@ def _possible() -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # it sees no other Ray, and none sees it: namespaces of its own
-def test_ray_and_a_job_need_no_more_than_the_pod_gives(tiny_dataset: str, tmp_path: Path) -> None:
-    if not _possible():
-        pytest.skip("needs Linux, util-linux, iproute2 and a root that may make namespaces")
+@pytest.mark.timeout(1200)  # in its own namespaces, so it may run in parallel with other tests of Ray
+def test_ray_and_a_job_run_within_the_limits_of_the_pod(tiny_dataset: str, tmp_path: Path) -> None:
+    if not _has_namespaces():
+        pytest.skip("needs Linux, util-linux, iproute2 and root with the right to create namespaces")
     overlay = render("train")
     (job,) = jobs(overlay)
     (head,) = [pod for pod in pods(overlay) if pod.name == "head"]
     writable = [mount["mountPath"] for mount in head.spec["containers"][0]["volumeMounts"]]
-    env = {one["name"]: one["value"] for one in head.spec["containers"][0]["env"]} | {
+    env = {variable["name"]: variable["value"] for variable in head.spec["containers"][0]["env"]} | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}/usr/bin:/usr/sbin:/bin:/sbin",
         "HOME": "/home/ray",
         "NODE": NODE,
@@ -85,15 +86,15 @@ def test_ray_and_a_job_need_no_more_than_the_pod_gives(tiny_dataset: str, tmp_pa
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
     }
-    bound = " ".join(dict.fromkeys([sys.base_prefix, sys.prefix, str(ROOT)]))
+    bind_folders = " ".join(dict.fromkeys([sys.base_prefix, sys.prefix, str(ROOT)]))
     command = ["unshare", "-m", "-n", "-p", "-f", "--propagation", "private", "bash", "-c", CONTAINER, "container"]
-    command += [str(tmp_path), tiny_dataset, bound, " ".join(writable)]
+    command += [str(tmp_path), tiny_dataset, bind_folders, " ".join(writable)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1100)
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told
-    assert [told.count(f"touch: cannot touch '{path}'") for path in ("/app/jobs/x", "/usr/x", "/x")] == [1, 1, 1]
-    assert told.count("succeeded") == 2
-    assert "unauthenticated calls refused: yes" in told
-    assert "log that met a closed door" not in told, told
-    assert "received SIGTERM. Draining for up to 3.0 seconds" in told
-    assert "report.html" in told
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert [output.count(f"touch: cannot touch '{path}'") for path in ("/app/jobs/x", "/usr/x", "/x")] == [1, 1, 1]
+    assert output.count("succeeded") == 2
+    assert "unauthenticated calls refused: yes" in output
+    assert "log with a permission error" not in output, output
+    assert "received SIGTERM. Draining for up to 3.0 seconds" in output
+    assert "report.html" in output

@@ -29,9 +29,9 @@ from raylivecell.training.train import train
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
 CONFIG = (FOLDER / "prometheus.yml").read_text()
-BOARD = json.loads((FOLDER / "grafana-dashboard.json").read_text())
-OURS = {f"ray_{gauges.PREFIX}{name}" for name in gauges.OF_RUN | gauges.OF_SWEEP}
-RAYS = {
+DASHBOARD = json.loads((FOLDER / "grafana-dashboard.json").read_text())
+OUR_METRICS = {f"ray_{gauges.PREFIX}{name}" for name in gauges.OF_RUN | gauges.OF_SWEEP}
+RAY_METRICS = {
     "ray_node_cpu_utilization",
     "ray_node_gpus_utilization",
     "ray_node_mem_used_host",
@@ -39,7 +39,7 @@ RAYS = {
     "ray_object_store_memory",
     "ray_resources",
 }
-NEEDS_GPU = {"ray_node_gpus_utilization"}
+GPU_METRICS = {"ray_node_gpus_utilization"}
 RUN, SWEEP = "watched", "searched"
 DEADLINE_S = 60
 RECIPE = Recipe(
@@ -55,55 +55,57 @@ SPACE = SweepConfig(
 )
 
 
-def expressions(board: dict[str, Any]) -> dict[str, str]:
-    """Every query of the panels, by "TITLE REF"."""
+def expressions(dashboard: dict[str, Any]) -> dict[str, str]:
+    """Queries of the panels: "TITLE REF" -> query."""
     return {
         f"{panel['title']} {target['refId']}": target["expr"]
-        for panel in board["panels"]
+        for panel in dashboard["panels"]
         for target in panel.get("targets", [])
     }
 
 
 def names(expression: str) -> set[str]:
-    """The metrics that a query asks for."""
+    """Metrics in a query."""
     return set(re.findall(r"\bray_\w+", expression))
 
 
-def problems(board: dict[str, Any]) -> list[str]:
-    """What is wrong with a dashboard, so far as that can be told without Grafana."""
-    found = []
-    ids = [panel["id"] for panel in board["panels"]]
-    found += [f"panel id {one} twice" for one in set(ids) if ids.count(one) > 1]
-    variables = {one["name"] for one in board["templating"]["list"]}
-    for panel in board["panels"]:
-        place = panel["gridPos"]
-        if place["x"] + place["w"] > 24:
-            found.append(f"{panel['title']} is wider than the dashboard")
+def problems(dashboard: dict[str, Any]) -> list[str]:
+    """Errors in a dashboard that can be detected without Grafana."""
+    errors = []
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    errors += [f"panel id {number} twice" for number in set(ids) if ids.count(number) > 1]
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    for panel in dashboard["panels"]:
+        position = panel["gridPos"]
+        if position["x"] + position["w"] > 24:
+            errors.append(f"{panel['title']} is wider than the dashboard")
         legends = " ".join(target.get("legendFormat", "") for target in panel.get("targets", []))
         queries = " ".join(target["expr"] for target in panel.get("targets", []))
         grouped = {word.strip() for group in re.findall(r"by \(([^)]*)\)", queries) for word in group.split(",")}
-        found += [
+        errors += [
             f"{panel['title']}: no {label}" for label in re.findall(r"{{(\w+)}}", legends) if label not in grouped
         ]
-    for name in re.findall(r"\$\{?(\w+)", json.dumps(board)):
+    for name in re.findall(r"\$\{?(\w+)", json.dumps(dashboard)):
         if name not in variables and name != "__all":
-            found.append(f"no variable {name}")
-    found += [
+            errors.append(f"no variable {name}")
+    errors += [
         f"{title}: no metric {name}"
-        for title, expression in expressions(board).items()
-        for name in names(expression) - OURS - RAYS
+        for title, expression in expressions(dashboard).items()
+        for name in names(expression) - OUR_METRICS - RAY_METRICS
     ]
-    return found + [f"{name} is in no panel" for name in OURS - names(" ".join(expressions(board).values()))]
+    return errors + [
+        f"{name} is in no panel" for name in OUR_METRICS - names(" ".join(expressions(dashboard).values()))
+    ]
 
 
-def test_the_dashboard_is_well_formed() -> None:
-    assert problems(BOARD) == []
-    assert BOARD["schemaVersion"] == 42, "the last of this kind of dashboard"
-    assert expressions(BOARD)
+def test_dashboard_is_well_formed() -> None:
+    assert problems(DASHBOARD) == []
+    assert DASHBOARD["schemaVersion"] == 42, "the last version of this JSON format"
+    assert expressions(DASHBOARD)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ('"id": 3,', '"id": 2,', "panel id 2 twice"),
         ("ray_raylivecell_val_msa", "ray_raylivecell_msa", "no metric ray_raylivecell_msa"),
@@ -113,10 +115,10 @@ def test_the_dashboard_is_well_formed() -> None:
         ('"x": 16', '"x": 17', "wider"),
     ],
 )
-def test_a_broken_dashboard_is_found(old: str, new: str, told: str) -> None:
-    text = json.dumps(BOARD)
+def test_broken_dashboard_is_rejected(old: str, new: str, message: str) -> None:
+    text = json.dumps(DASHBOARD)
     assert old in text
-    assert any(told in problem for problem in problems(json.loads(text.replace(old, new))))
+    assert any(message in problem for problem in problems(json.loads(text.replace(old, new))))
 
 
 def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -127,33 +129,33 @@ def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def by_http(config: str) -> str:
-    """The configuration as its comments tell to change it for another machine."""
+    """The configuration changed for another machine, as its comments describe."""
     head, tail = config.split("    # http_sd_configs:")
     head = re.sub(r"    file_sd_configs:\n.*\n", "", head)
     return head + "    # http_sd_configs:".replace("# ", "") + tail.replace("    # ", "    ")
 
 
 @pytest.mark.parametrize("config", [CONFIG, by_http(CONFIG)], ids=["list", "http"])
-def test_the_configuration_is_one_of_prometheus(config: str, tmp_path: Path) -> None:
+def test_prometheus_accepts_the_configuration(config: str, tmp_path: Path) -> None:
     (tmp_path / "prometheus.yml").write_text(config)
-    checked = promtool("check", "config", "--syntax-only", str(tmp_path / "prometheus.yml"))
-    assert checked.returncode == 0, checked.stderr
+    done = promtool("check", "config", "--syntax-only", str(tmp_path / "prometheus.yml"))
+    assert done.returncode == 0, done.stderr
     (tmp_path / "prometheus.yml").write_text(config.replace("_sd_configs", "_sd_config"))
     assert promtool("check", "config", "--syntax-only", str(tmp_path / "prometheus.yml")).returncode != 0
 
 
-def test_every_query_is_one_of_prometheus(tmp_path: Path) -> None:
-    def checked(queries: dict[str, str]) -> int:
+def test_prometheus_accepts_every_query(tmp_path: Path) -> None:
+    def check(queries: dict[str, str]) -> int:
         rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(queries.values())]
         (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
         return promtool("check", "rules", str(tmp_path / "rules.yml")).returncode
 
-    assert checked(expressions(BOARD)) == 0
-    for title, query in expressions(BOARD).items():
-        assert checked({title: query.replace(")", "", 1)}) != 0, title
+    assert check(expressions(DASHBOARD)) == 0
+    for title, query in expressions(DASHBOARD).items():
+        assert check({title: query.replace(")", "", 1)}) != 0, title
 
 
-def test_a_run_is_named_by_its_folder_and_a_trial_by_its_sweep_too() -> None:
+def test_run_label_is_the_folder_name_and_for_trials_the_path_in_the_sweep() -> None:
     def name(out: str, sweep: str | None = None) -> str:
         return Job(RECIPE, out, None, 0, sweep=sweep).name()  # type: ignore[arg-type]
 
@@ -163,60 +165,61 @@ def test_a_run_is_named_by_its_folder_and_a_trial_by_its_sweep_too() -> None:
 
 
 def test_gauges_are_set_with_all_their_tags(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[tuple[str, ...], float] = {}
+    values: dict[tuple[str, ...], float] = {}
 
-    def note(gauge: Any, value: float, tags: dict[str, str]) -> None:
+    def record(gauge: Any, value: float, tags: dict[str, str]) -> None:
         assert tuple(tags) == gauge.info["tag_keys"]
-        told[(gauge.info["name"], *tags.values())] = value
+        values[(gauge.info["name"], *tags.values())] = value
 
-    monkeypatch.setattr("ray.util.metrics.Gauge.set", note)
+    monkeypatch.setattr("ray.util.metrics.Gauge.set", record)
     gauges.show_run("one", {"loss": 0.5, "val_dice": 0.75, "epoch": 3, "lr": 0.1})
     trials = {"complete": 2, "pruned": 1, "fail": 0}
     gauges.show_sweep("two", trials, None)
     expected: dict[tuple[str, ...], float] = {("raylivecell_loss", "one"): 0.5, ("raylivecell_val_dice", "one"): 0.75}
-    assert told == expected | {("raylivecell_sweep_trials", "two", state): count for state, count in trials.items()}
+    assert values == expected | {("raylivecell_sweep_trials", "two", state): count for state, count in trials.items()}
 
 
 class Prometheus(NamedTuple):
-    """A real one, on this machine."""
+    """A Prometheus server on this machine."""
 
     url: str
     config: Path
 
-    def ask(self, path: str, **query: Any) -> Any:
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=10) as answer:
-            return json.load(answer)["data"]
+    def query(self, path: str, **parameters: Any) -> Any:
+        with urllib.request.urlopen(
+            f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=10
+        ) as response:
+            return json.load(response)["data"]
 
     def series(self, expression: str, since: float) -> list[dict[str, Any]]:
-        """As Grafana asks for a panel: values of each second from `since` to now."""
-        found = self.ask("query_range", query=expression, start=since, end=time.time(), step=1)
-        return found["result"]
+        """A panel's query as Grafana sends it: a value per second from `since` to now."""
+        return self.query("query_range", query=expression, start=since, end=time.time(), step=1)["result"]
 
-    def up(self, by: str) -> int:
-        """Targets found through `by` that answer."""
-        targets = self.ask("targets", state="active")["activeTargets"]
-        return sum(one["health"] == "up" and by in one["discoveredLabels"] for one in targets)
+    def healthy_targets(self, label: str) -> int:
+        """Number of targets with the discovery label `label` that answer."""
+        targets = self.query("targets", state="active")["activeTargets"]
+        return sum(target["health"] == "up" and label in target["discoveredLabels"] for target in targets)
 
     def reload(self, config: str) -> None:
         self.config.write_text(config)
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/-/reload", method="POST"), timeout=10)
 
 
-def until(what: str, ask: Callable[[], Any]) -> Any:
-    """What `ask` answers, once that is something."""
+def until(what: str, attempt: Callable[[], Any]) -> Any:
+    """Call `attempt` until its result is true; returns that result."""
     end, pause, last = time.monotonic() + DEADLINE_S, threading.Event(), None
     while time.monotonic() < end:
         try:
-            if answer := ask():
-                return answer
+            if result := attempt():
+                return result
         except OSError as error:
             last = error
         pause.wait(0.2)
     raise AssertionError(f"not within {DEADLINE_S} s: {what} ({last})")
 
 
-def quick(config: str) -> str:
-    """The configuration, but with a scrape each second."""
+def every_second(config: str) -> str:
+    """The configuration with a scrape interval of one second."""
     return config.replace("scrape_interval: 10s", "scrape_interval: 1s")
 
 
@@ -227,23 +230,23 @@ def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> I
         missing("no Prometheus: install Debian's package prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     nodes = Path(ray._private.worker._global_node.get_session_dir_path()).parent / "prom_metrics_service_discovery.json"
-    (config := folder / "prometheus.yml").write_text(quick(CONFIG).replace(f"/tmp/ray/{nodes.name}", str(nodes)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (config := folder / "prometheus.yml").write_text(every_second(CONFIG).replace(f"/tmp/ray/{nodes.name}", str(nodes)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder}/data", "--web.enable-lifecycle"]
     with (
         open(folder / "log", "w") as log,
-        subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log) as running,
+        subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log) as process,
     ):
         server = Prometheus(f"http://{address}", config)
-        until("Prometheus scrapes Ray's nodes", lambda: server.up("__meta_filepath"))
+        until("Prometheus scrapes Ray's nodes", lambda: server.healthy_targets("__meta_filepath"))
         yield server
-        running.terminate()
+        process.terminate()
 
 
-class Watched(NamedTuple):
-    """What Prometheus has seen."""
+class Scraped(NamedTuple):
+    """A run and a sweep that Prometheus has scraped: start time, last row of the run, best value of the sweep."""
 
     since: float
     last: dict[str, Any]
@@ -251,64 +254,64 @@ class Watched(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def watched(prometheus: Prometheus, tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """The run `watched` and the sweep `searched`: no other test on this cluster has these names."""
-    folder, since = tmp_path_factory.mktemp("watched"), time.time()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # as in every job of a cluster
+def scraped(prometheus: Prometheus, tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Scraped:
+    """Train and sweep under names that no other test on this cluster uses."""
+    folder, since = tmp_path_factory.mktemp("scraped"), time.time()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # as in every job of a cluster
         last = train(tiny_dataset, str(folder / RUN), RECIPE)
     study = sweep(tiny_dataset, str(folder / SWEEP), RECIPE, SPACE, trials=2)
-    return Watched(since, last, study.best_value)
+    return Scraped(since, last, study.best_value)
 
 
 @pytest.mark.slow
-def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus, watched: Watched) -> None:
+def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus, scraped: Scraped) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
-    for title, expression in expressions(BOARD).items():
-        if gpus or not names(expression) & NEEDS_GPU:
+    for title, expression in expressions(DASHBOARD).items():
+        if gpus or not names(expression) & GPU_METRICS:
             query = expression.replace("$run", f"({RUN}|{SWEEP})")
-            until(f"{title}: {query}", lambda query=query: prometheus.series(query, watched.since))
-    assert not prometheus.series(f"ray_{gauges.PREFIX}accuracy", watched.since)
+            until(f"{title}: {query}", lambda query=query: prometheus.series(query, scraped.since))
+    assert not prometheus.series(f"ray_{gauges.PREFIX}accuracy", scraped.since)
 
 
 @pytest.mark.slow
-def test_what_it_scraped_is_what_the_run_reported(prometheus: Prometheus, watched: Watched) -> None:
+def test_scraped_values_are_those_that_the_run_reported(prometheus: Prometheus, scraped: Scraped) -> None:
     def last(name: str, *labels: str) -> float:
-        (series,) = prometheus.series(f"max by (run) (ray_{gauges.PREFIX}{name}{{{','.join(labels)}}})", watched.since)
+        (series,) = prometheus.series(f"max by (run) (ray_{gauges.PREFIX}{name}{{{','.join(labels)}}})", scraped.since)
         return float(series["values"][-1][1])
 
-    assert watched.last["step"] == 4
-    for name in gauges.OF_RUN.keys() & watched.last.keys():
-        until(name, lambda name=name: last(name, f'run="{RUN}"') == pytest.approx(watched.last[name]))
-    until("best", lambda: last(gauges.SWEEP_BEST, f'run="{SWEEP}"') == pytest.approx(watched.best))
+    assert scraped.last["step"] == 4
+    for name in gauges.OF_RUN.keys() & scraped.last.keys():
+        until(name, lambda name=name: last(name, f'run="{RUN}"') == pytest.approx(scraped.last[name]))
+    until("best", lambda: last(gauges.SWEEP_BEST, f'run="{SWEEP}"') == pytest.approx(scraped.best))
     until("trials", lambda: last(gauges.SWEEP_TRIALS, f'run="{SWEEP}"', 'state="complete"') == 2)
 
 
 @pytest.mark.slow
-def test_the_choice_of_runs_holds_the_run_and_the_sweep(prometheus: Prometheus, watched: Watched) -> None:
-    (variable,) = (one for one in BOARD["templating"]["list"] if one["name"] == "run")
+def test_variable_run_lists_the_run_and_the_sweep(prometheus: Prometheus, scraped: Scraped) -> None:
+    (variable,) = (entry for entry in DASHBOARD["templating"]["list"] if entry["name"] == "run")
     selector, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]
-    found = prometheus.ask(f"label/{label}/values", **{"match[]": selector})
-    assert {RUN, SWEEP, f"{SWEEP}/trials/0000", f"{SWEEP}/trials/0001"} <= set(found)
-    shown = {re.search(variable["regex"].strip("/"), one).group(1) for one in found}  # type: ignore[union-attr]
-    assert {RUN, SWEEP} <= shown
-    assert not any("/" in one for one in shown)
+    values = prometheus.query(f"label/{label}/values", **{"match[]": selector})
+    assert {RUN, SWEEP, f"{SWEEP}/trials/0000", f"{SWEEP}/trials/0001"} <= set(values)
+    options = {re.search(variable["regex"].strip("/"), value).group(1) for value in values}  # type: ignore[union-attr]
+    assert {RUN, SWEEP} <= options
+    assert not any("/" in option for option in options)
 
 
 @pytest.mark.slow
-def test_the_nodes_are_found_from_another_machine_too(prometheus: Prometheus, tmp_path: Path) -> None:
+def test_nodes_are_discovered_from_another_machine(prometheus: Prometheus, tmp_path: Path) -> None:
     token = "".join(get_auth_headers_if_auth_enabled({}).values()).removeprefix("Bearer ")
     (tmp_path / "token").write_text(token)
-    config = quick(by_http(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
+    config = every_second(by_http(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
     prometheus.reload(config.replace("http://HEAD:8265", str(session.dashboard())))
-    until("Prometheus scrapes what the dashboard lists", lambda: prometheus.up("__meta_url"))
+    until("Prometheus scrapes what the dashboard lists", lambda: prometheus.healthy_targets("__meta_url"))
 
 
 @pytest.mark.slow
-def test_the_dashboard_tells_of_the_run(watched: Watched) -> None:
+def test_ray_dashboard_lists_the_run(scraped: Scraped) -> None:
     request = urllib.request.Request(f"{session.dashboard()}/api/train/v2/runs/v1")
     for name, value in get_auth_headers_if_auth_enabled({}).items():
         request.add_header(name, value)
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        runs = {run["name"]: run["status"] for run in json.load(answer)["train_runs"]}
+    with urllib.request.urlopen(request, timeout=10) as response:
+        runs = {run["name"]: run["status"] for run in json.load(response)["train_runs"]}
     assert runs[RUN] == "FINISHED"

@@ -1,4 +1,4 @@
-"""The whole way with nothing on a local disk: data, run, scores and masks at s3:// URIs, as a job on a cluster."""
+"""All stages with data, run, scores and masks at s3:// URIs, nothing on a local disk, as a job on a cluster."""
 
 import csv
 import json
@@ -18,9 +18,9 @@ fields = "--batch-size 4 --crop 32 40 --model.features 4 8 --loop.report-steps 4
 train = ["train", "--data", at + "data", "--out", at + "runs/one", *fields, "--recipe", RECIPE]
 assert cli.main(train) == 0
 assert cli.main(train) == 2, "a folder in use is refused"
-assert cli.main([*train, "--resume"]) == 0
+assert cli.main([*train, "--resume", "always"]) == 0
 assert cli.main(["evaluate", "--checkpoint", at + "runs/one", "--data", at + "data", "--out", at + "scores"]) == 0
-predict = ["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "found"]
+predict = ["predict", "--checkpoint", at + "runs/one", "--images", at + "images", "--out", at + "cells"]
 assert cli.main(predict) == 0
 from raylivecell.core import storage
 storage.write_bytes(at + "images/z.png", b"no image")
@@ -31,7 +31,7 @@ from raylivecell.cli import main as cli
 at = "s3://cells/"
 sweep = ["sweep", "--data", at + "data", "--out", at + "runs/sweep", "--recipe", RECIPE, "--retries", "0"]
 assert cli.main([*sweep, "--trials", "2"]) == 0
-assert cli.main([*sweep, "--trials", "3", "--resume"]) == 0
+assert cli.main([*sweep, "--trials", "3", "--resume", "always"]) == 0
 """
 RECIPE = "phases: [{steps: 8}]\n"
 KINDS = {"labels": ".tif", "masks": ".png", "overlays": ".png"}
@@ -39,7 +39,7 @@ SMALL = "batch_size: 4\ncrop: [32, 40]\nmodel: {features: [4, 8]}\nloop: {report
 
 
 def run_job(code: str, recipe: Path, s3: S3) -> subprocess.CompletedProcess[str]:
-    """`code` as a job on the session's cluster."""
+    """Run `code` as a job on the session's cluster."""
     done = run_apart(code.replace("RECIPE", repr(str(recipe))), env=s3.env | joined(s3.env))
     assert done.returncode == 0, done.stderr
     return done
@@ -65,8 +65,8 @@ def test_train_evaluate_and_predict(tiny_dataset: str, ray_cluster: None, s3: S3
     assert scores["images"] == 3
     pictures = [f"{kind}/{name}" for kind, end in KINDS.items() for name in (f"a{end}", f"deep/b{end}")]
     tables = ["cells.csv", "coco.json", "images.csv", "predict.json", "recipe.yaml"]
-    assert s3.names("found/") == sorted(f"found/{name}" for name in [*pictures, *tables])
-    rows = list(csv.DictReader(s3.read("found/images.csv").decode().splitlines()))
+    assert s3.names("cells/") == sorted(f"cells/{name}" for name in [*pictures, *tables])
+    rows = list(csv.DictReader(s3.read("cells/images.csv").decode().splitlines()))
     assert [row["file"] for row in rows] == ["a.png", "deep/b.png", "z.png"]
     assert not any(row["error"] for row in rows[:2])
     assert rows[2]["error"]

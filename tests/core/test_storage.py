@@ -126,14 +126,14 @@ SECRETS = [
         "prepare --source {} --out o",
         "prepare --source s --out={}",
         "train --data {} --out o",
-        "sweep --data d --out {} --resume",
+        "sweep --data d --out {} --resume always",
         "evaluate --data d --out o --predictions {}",
         "predict --checkpoint {} --images i --out o",
         "check --data {}",
         "export --checkpoint {} --out m.onnx",
         "submit train --data {} --out s3://cells/runs",
         "submit --env STORE={} train --data s3://cells/data",
-        "submit sweep --data s3://cells/data --resume --out {}",
+        "submit sweep --data s3://cells/data --resume always --out {}",
     ],
 )
 def test_a_secret_in_a_uri_is_refused_and_not_shown(

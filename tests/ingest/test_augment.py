@@ -385,11 +385,12 @@ def test_the_direct_form_does_what_augment_does_but_in_two_passes() -> None:
             assert (np.abs(ours.astype(int) - direct) <= 3).mean() > 0.97
 
 
-def test_bench_gives_each_figure_beside_its_rival() -> None:
-    from raylivecell.bench.augment import bench_augment
+def test_bench_compares_each_figure_with_its_baseline() -> None:
+    from raylivecell.bench import augment as bench_augment
+    from raylivecell.bench.figures import Options
 
     threads = cv2.getNumThreads()
-    result = bench_augment((64, 80), sigma=6, alpha=50, repeats=3)
+    result = bench_augment.bench(Options(repeats=3), (64, 80), sigma=6, alpha=50)
     assert cv2.getNumThreads() == threads
     assert len(result["milliseconds"]) == 7
     assert len(result["ratio"]) == 3

@@ -81,7 +81,7 @@ def test_downloaded_files(tmp_path: Path) -> None:
     training.send_signal(signal.SIGTERM)
     text = training.communicate(timeout=60)[0]
     assert training.returncode == 143, text
-    assert text.splitlines()[-1] == "raylivecell: terminated; resume with --resume"
+    assert text.splitlines()[-1] == "raylivecell: terminated; resume with --resume always"
     assert "Traceback" not in text
     assert psutil.wait_procs(started, timeout=30)[1] == []
     assert sorted(marks.iterdir()) == []

@@ -170,7 +170,7 @@ def test_a_study_file_is_never_seen_without_its_tables(tmp_path: Path, killed_be
 def test_a_study_in_use_or_out_of_reach_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
     searching(tmp_path).suggest("a")  # killed before its first trial, a sweep may just be started again
-    with pytest.raises(UserError, match="continue it with --resume"):
+    with pytest.raises(UserError, match="continue it with --resume always"):
         opened(tmp_path)
     with pytest.raises(UserError, match=r"cannot open Optuna's storage: .*--storage"):
         study.open_study("sqlite:////nowhere/at/all/study.db", "one", Recipe(), CONFIG, False)

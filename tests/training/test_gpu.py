@@ -62,7 +62,7 @@ def test_no_step_waits_for_it(gpu: torch.device) -> None:
 
 
 def test_bfloat16_learns_as_float32(gpu: torch.device) -> None:
-    assert bench_step.loss_off(bench_step.recipe(gpu), gpu) < 1e-2
+    assert bench_step.loss_difference(bench_step.recipe(gpu), gpu) < 1e-2
 
 
 def test_augment_on_it_as_on_torch_s_cpu(gpu: torch.device) -> None:
