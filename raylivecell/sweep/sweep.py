@@ -25,12 +25,12 @@ from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
 from raylivecell.runtime import prometheus, session
 from raylivecell.sweep import final_seeds, report, space, space_check, statistics, tune
+from raylivecell.sweep.board import TrialTable
 from raylivecell.sweep.search import Search
 from raylivecell.sweep.space import SweepConfig
 from raylivecell.sweep.study import StudyFile, finished, folder_of, left_running, open_study
 from raylivecell.sweep.trial import SweepContext
 from raylivecell.training import preflight
-from raylivecell.training.display import TrialTable
 
 BEST = progress.FOLDER + "best"
 

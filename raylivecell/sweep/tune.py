@@ -18,10 +18,10 @@ from raylivecell.runs import folder
 from raylivecell.runs import progress as run_state
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
+from raylivecell.sweep.board import TrialTable
 from raylivecell.sweep.space import SearchConfig
 from raylivecell.sweep.study import end_of
 from raylivecell.sweep.trial import OneWorker, SweepContext, several_workers
-from raylivecell.training.display import TrialTable
 
 # What a trial's training may take of the CPUs: a CPU that augments feeds some four that train (520x704: 3 ms an image).
 TRAIN_SHARE = 0.8
