@@ -33,7 +33,7 @@ from raylivecell.recipe import LoopConfig, PhaseConfig, Recipe
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.training import ray_train
-from raylivecell.training.job import Job
+from raylivecell.training.job import TrainJob
 
 # Steps of a whole run between two looks at the clock; the first such part is warm-up.
 RUN_PART = 20
@@ -98,7 +98,7 @@ class _Bench:
         self.recipe = self.step.model_copy(update={"phases": phases, "loop": LoopConfig(report_steps=RUN_PART)})
         self.frames = frames.frames(images)
         self.samples = frames.samples(self.frames)
-        self.job = Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
+        self.job = TrainJob(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
         self.source = self._source(PARTS * RUN_PART)
         self.planes = torch.from_numpy(blocks.load(self.source.plan.rows(0), self.source))
         self.waits: list[float] = []
@@ -140,7 +140,7 @@ class _Bench:
     def _run(self, recipe: Recipe) -> float:
         """As `raylivecell train` does it, reports and all."""
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
+            job = TrainJob(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
             told = Path(folder, "processes.jsonl")
             ray_train.fit(ray_train.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_Accounts(str(told))]))

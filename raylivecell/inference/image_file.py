@@ -27,7 +27,7 @@ MAX_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
-class Job:
+class PredictJob:
     """What is the same for all images."""
 
     model: str
@@ -44,7 +44,7 @@ class Job:
         return not self.model.endswith(segmenter.ONNX)
 
 
-def load(job: Job, device: str | None = None) -> Segmenter:
+def load(job: PredictJob, device: str | None = None) -> Segmenter:
     """The job's network, with its threshold."""
     network = segmenter.load(job.model, job.tta, device)
     if job.threshold is not None:
@@ -52,7 +52,7 @@ def load(job: Job, device: str | None = None) -> Segmenter:
     return network
 
 
-def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
+def segment_file(job: PredictJob, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
     """Segment an image and write its pictures.
 
     Args:
@@ -112,7 +112,7 @@ PICTURES: dict[str, tuple[str, Callable[[NDArray[np.uint8], Cells], bytes]]] = {
 """The outputs that are a file an image, in a folder of their name: suffix, and the file of an image (H, W)."""
 
 
-def _lines(job: Job, file: str, image: NDArray[np.uint8], cells: Cells) -> tuple[str, list[str]]:
+def _lines(job: PredictJob, file: str, image: NDArray[np.uint8], cells: Cells) -> tuple[str, list[str]]:
     """The image's share of cells.csv and of coco.json."""
     table, records = "", []
     if "cells" in job.write:

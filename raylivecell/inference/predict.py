@@ -29,7 +29,7 @@ from raylivecell.core.version import __version__
 from raylivecell.data import sources
 from raylivecell.images import formats
 from raylivecell.inference import actors, image_file, results, segmenter
-from raylivecell.inference.image_file import OUTPUTS, PICTURES, Job, Output
+from raylivecell.inference.image_file import OUTPUTS, PICTURES, Output, PredictJob
 from raylivecell.runs import progress as run_state
 from raylivecell.runtime import session
 
@@ -88,7 +88,7 @@ def predict(
     out, images_uri = storage.absolute(out), storage.absolute(images_uri)
     model, weights = _model(storage.absolute(model_uri))
     root, files = _image_files(images_uri, out, follow_links)
-    job = Job(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold)
+    job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold)
     network = image_file.load(job, "cpu")
     _claim(out, _settings(job, images_uri, weights, network), overwrite)  # before the work: may we?
     if not storage.exists(storage.join(out, RECIPE)):
@@ -106,7 +106,7 @@ def output_names(files: Sequence[str]) -> list[str]:
     """
     short = [posixpath.splitext(file)[0] for file in files]
     written = [unicodedata.normalize("NFC", name).casefold() for name in short]
-    folders = {part for name in written for part in accumulate(name.split("/")[:-1], posixpath.join)}
+    folders = {folder for name in written for folder in accumulate(name.split("/")[:-1], posixpath.join)}
     ends = {end for end, _ in PICTURES.values()}
     shared = len(set(written)) < len(written) or any(name + end in folders for name in written for end in ends)
     return list(files) if shared else short
@@ -115,18 +115,18 @@ def output_names(files: Sequence[str]) -> list[str]:
 class _Predictor:
     """Paths of images -> the same: what is found is written. An actor with a network."""
 
-    def __init__(self, job: Job, names: Mapping[str, str], versions: Mapping[str, str]) -> None:
+    def __init__(self, job: PredictJob, names: Mapping[str, str], versions: Mapping[str, str]) -> None:
         actors.use_threads(job.with_torch)
         self.job, self.names, self.versions, self.network = job, names, versions, image_file.load(job)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         for file in batch["item"].tolist():
-            found = image_file.part(self.job, self.network, file, self.names[file], self.versions[file])
+            found = image_file.segment_file(self.job, self.network, file, self.names[file], self.versions[file])
             results.write(self.job.out, self.versions[file], found)
         return {"item": batch["item"].tolist()}
 
 
-def _segment(job: Job, files: Mapping[str, pafs.FileInfo]) -> None:
+def _segment(job: PredictJob, files: Mapping[str, pafs.FileInfo]) -> None:
     """Everything that is not there yet, and the tables."""
     names = dict(zip(files, output_names(list(files))))
     versions = {file: results.version(file, names[file], info.size, info.mtime_ns) for file, info in files.items()}
@@ -194,7 +194,7 @@ def _claim(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
     storage.write_json(where, settings)
 
 
-def _settings(job: Job, images_uri: str, weights: str, network: segmenter.Segmenter) -> dict[str, Any]:
+def _settings(job: PredictJob, images_uri: str, weights: str, network: segmenter.Segmenter) -> dict[str, Any]:
     """What the results depend on: what predict.json holds. A model is known by its checksum."""
     return {
         "model": {"uri": job.model, "sha256": hashlib.sha256(storage.read_bytes(weights)).hexdigest()},

@@ -69,7 +69,7 @@ def latest(run: str) -> str | None:
     return max(_complete(run), key=lambda folder: (load_state(folder).step, folder), default=None)
 
 
-def keep(run: str, steps: Collection[int]) -> None:
+def delete_all_but(run: str, steps: Collection[int]) -> None:
     """Delete all checkpoints in the folder `run` but those named for `steps`."""
     kept = {name(step) for step in steps}
     for found in storage.list_names(run):
@@ -77,7 +77,7 @@ def keep(run: str, steps: Collection[int]) -> None:
             storage.delete(storage.join(run, found))
 
 
-def keep_best(run: str) -> None:
+def delete_all_but_best(run: str) -> None:
     """Delete all checkpoints in the folder `run` but the best."""
     if not _complete(run):
         return

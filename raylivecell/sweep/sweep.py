@@ -216,7 +216,7 @@ def _search(
 def _tidy(out: str, study: optuna.Study) -> None:
     """A trial keeps its best checkpoint only: also one whose processes outlived its end by a moment."""
     for trial in finished(study):
-        progress.keep_best(storage.join(out, folder_of(trial.number)))
+        progress.delete_all_but_best(storage.join(out, folder_of(trial.number)))
 
 
 def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:

@@ -176,6 +176,6 @@ class TrialProgress(tune.Callback):
         self._end(trial, None)
 
     def _end(self, trial: Any, result: dict[str, Any] | None) -> None:
-        run_state.keep_best(storage.join(self.out, trial.config["job"]["folder"]))
+        run_state.delete_all_but_best(storage.join(self.out, trial.config["job"]["folder"]))
         self.board.end(self._name(trial), end_of(result).name.lower(), (result or {}).get("failed"))
         self.changed()

@@ -16,7 +16,7 @@ SCORE_COLUMN = "rank"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """What every worker of a run is told."""
 
     recipe: Recipe
@@ -41,7 +41,7 @@ class Job:
         """The name of the run's folder; of a trial, from the sweep's on."""
         return addresses.relative(self.out, addresses.parent(self.sweep or self.out)) or addresses.name(self.out)
 
-    def plan(self) -> SampleSchedule:
+    def schedule(self) -> SampleSchedule:
         """The order of the run."""
         return SampleSchedule(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
 
@@ -50,7 +50,7 @@ class Job:
         samples, recipe = self.samples, self.recipe
         source = Source(
             samples.train,
-            self.plan(),
+            self.schedule(),
             recipe.augment,
             recipe.crop,
             samples.frame,

@@ -14,14 +14,14 @@ from raylivecell.core.process_settings import environment
 from raylivecell.runs import folder, progress
 from raylivecell.runtime import ray_internals, session
 from raylivecell.runtime.ray_errors import as_user_errors
-from raylivecell.training.job import SCORE_COLUMN, Job
+from raylivecell.training.job import SCORE_COLUMN, TrainJob
 
 # How often Ray Train's controller looks at its workers, seconds; at Ray's 2 s a two-worker run takes 8 s longer.
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
 
 def trainer(
-    job: Job,
+    job: TrainJob,
     workers: int | tuple[int, int],
     cpus: float,
     gpus: float,
@@ -51,7 +51,7 @@ def trainer(
     )
 
 
-def _work(config: dict[str, Job]) -> Any:
+def _work(config: dict[str, TrainJob]) -> Any:
     """The training function: start the worker's stream, then import torch and train.
 
     The stream needs no torch: its tasks' processes start while this one imports it (5 s with MONAI).
@@ -65,7 +65,7 @@ def _work(config: dict[str, Job]) -> Any:
     return work(job, last, stream)
 
 
-def _last_checkpoint(job: Job) -> str | None:
+def _last_checkpoint(job: TrainJob) -> str | None:
     """URI of the checkpoint to resume from; none: from the start.
 
     Of a resumed run of which Ray's list of checkpoints was lost (`run_folder`), the latest complete one in its folder.

@@ -76,12 +76,12 @@ def train(
     samples = open_samples(data, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
     from raylivecell.training import ray_train  # Ray Train, 0.6 s, while tasks decode the samples
-    from raylivecell.training.job import Job
+    from raylivecell.training.job import TrainJob
 
     marks.append(("samples sent", time.time()))
     watched = not session.started_here()
-    job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks), resumed=resume)
-    with ProgressDisplay(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
+    job = TrainJob(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks), resumed=resume)
+    with ProgressDisplay(job.schedule().steps, lambda: ray.get(mailbox.read.remote())):
         try:
             failed = ray_train.fit(ray_train.trainer(job, workers, cpus, gpus, retries))
         except UserError as error:

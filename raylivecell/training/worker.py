@@ -35,7 +35,7 @@ from raylivecell.runs.run_log import RunLog
 from raylivecell.runtime import prometheus
 from raylivecell.scoring import instance_scores, pixel_scores
 from raylivecell.training import gloo, loop
-from raylivecell.training.job import SCORE_COLUMN, Job
+from raylivecell.training.job import SCORE_COLUMN, TrainJob
 
 # Seconds between two live progress messages: a remote call each.
 TICK_S = 1.0
@@ -53,7 +53,7 @@ class RankContext:
     threads: int
 
 
-def work(job: Job, last: str | None, stream: ingest.Stream) -> dict[str, Any] | None:
+def work(job: TrainJob, last: str | None, stream: ingest.Stream) -> dict[str, Any] | None:
     """Train as one of Ray Train's workers; {"step", "samples"} where the loss was not finite, else none.
 
     Args:
@@ -72,7 +72,7 @@ def work(job: Job, last: str | None, stream: ingest.Stream) -> dict[str, Any] | 
     journal: RunLog | None = None
     try:
         for training in reports(job, place, last, stream):
-            row = report_row(training.state, job.plan()) if training.state.reported() else {SCORE_COLUMN: -1.0}
+            row = report_row(training.state, job.schedule()) if training.state.reported() else {SCORE_COLUMN: -1.0}
             if place.rank != 0:
                 ray.train.report(row)
                 continue
@@ -89,14 +89,14 @@ def work(job: Job, last: str | None, stream: ingest.Stream) -> dict[str, Any] | 
     return None
 
 
-def save(folder: str, training: loop.TrainState, job: Job) -> None:
+def save(folder: str, training: loop.TrainState, job: TrainJob) -> None:
     """Write a checkpoint of the job's training into `folder`."""
     data, rule = job.samples.provenance, job.samples.intensity
     checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule)
 
 
 def reports(
-    job: Job, place: RankContext, last: str | None, stream: ingest.Stream | None = None
+    job: TrainJob, place: RankContext, last: str | None, stream: ingest.Stream | None = None
 ) -> Iterator[loop.TrainState]:
     """Train as one of the job's workers; gives the training after each new row of its history.
 
@@ -116,7 +116,7 @@ def reports(
     torch.set_num_threads(1 if place.device.type == "cuda" else place.threads)
     torch.backends.cudnn.benchmark = True  # crops are all of one size: the fastest of cuDNN's ways for it is looked for
     values, state = checkpoint.load_training(last) if last else (None, progress.Progress())
-    recipe, plan = job.recipe, job.plan()
+    recipe, plan = job.recipe, job.schedule()
     samples = job.samples
     stream = stream or job.stream(state.step, place.rank, place.ranks)
     batches = tensors(stream)
@@ -254,13 +254,13 @@ class _Validation:
         return [*counts, pixel_scores.dice(counts), msa, 1]
 
 
-def _send_progress(job: Job, message: dict[str, Any]) -> None:
+def _send_progress(job: TrainJob, message: dict[str, Any]) -> None:
     """Send a message to the driver without waiting for it."""
     if job.progress is not None:
         job.progress.send.remote(message)
 
 
-def _ticker(job: Job, rank: int, marks: Sequence[tuple[str, float]]) -> Callable[[int, float], None]:
+def _ticker(job: TrainJob, rank: int, marks: Sequence[tuple[str, float]]) -> Callable[[int, float], None]:
     """Rank 0 tells the driver of its steps, and once how long the parts took that lay before the end of the first."""
     last = [0.0]
 

@@ -279,9 +279,9 @@ from raylivecell.inference.segmenter import Segmenter
 out = sys.argv[1]
 network = Segmenter(lambda image: image[None] / np.float32(255), "foreground", InstanceConfig(), "")
 cv2.imwrite(out + "/a.png", np.add.outer(np.arange(30), np.full(40, 200)).astype(np.uint8))
-job = predictor.Job(out + "/m.onnx", out, out, predictor.OUTPUTS, False, None)
+job = predictor.PredictJob(out + "/m.onnx", out, out, predictor.OUTPUTS, False, None)
 assert not job.with_torch
-part = predictor.part(job, network, "a.png", "a", "1")
+part = predictor.segment_file(job, network, "a.png", "a", "1")
 assert part.row["cells"] == len(part.records) == 1, part
 """
 

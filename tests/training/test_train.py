@@ -26,7 +26,7 @@ from raylivecell.recipe import LoopConfig, ModelConfig, OptimizerConfig, PhaseCo
 from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runtime import session
 from raylivecell.training import gloo, loop, preflight, ray_train, worker
-from raylivecell.training.job import Job
+from raylivecell.training.job import TrainJob
 from raylivecell.training.train import train
 
 RECIPE = Recipe(
@@ -61,8 +61,8 @@ def plain_loop(data: str, recipe: Recipe) -> loop.TrainState:
     """The recipe trained in this process by the loop alone, on samples read as Ray Data's tasks read them."""
     rows, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
     cells = recipe.targets != "foreground"
-    job = Job(recipe, "", dataset.Samples(rows, val, (48, 48), cells=cells), stream_memory=0)
-    plan, cpu = job.plan(), torch.device("cpu")
+    job = TrainJob(recipe, "", dataset.Samples(rows, val, (48, 48), cells=cells), stream_memory=0)
+    plan, cpu = job.schedule(), torch.device("cpu")
     source = blocks.Source(rows, plan, recipe.augment, recipe.crop, (48, 48), targets=recipe.targets)
     batches = ({"planes": torch.from_numpy(blocks.load(plan.rows(step), source))} for step in range(plan.steps))
     scores = worker._Validation(job.samples, worker.RankContext(0, 1, cpu, 1), recipe.targets).scores
@@ -217,7 +217,7 @@ def told(file: Path) -> UserCallback:
 def test_ray_trains_controller_loads_no_torch(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     """It starts before any worker, and with torch would 1.7 s later; in a notebook, which has an event loop, too."""
     recipe = RECIPE.model_copy(update={"phases": (PhaseConfig(steps=1),)})
-    job = Job(recipe, str(tmp_path / "run"), dataset.open_samples(tiny_dataset), stream_memory=2**27)
+    job = TrainJob(recipe, str(tmp_path / "run"), dataset.open_samples(tiny_dataset), stream_memory=2**27)
     handler = signal.getsignal(signal.SIGINT)
 
     async def notebook() -> None:
