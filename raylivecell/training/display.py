@@ -2,25 +2,25 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from raylivecell.core.console import PLAIN_EVERY_S, console
 
-# Seconds between two looks for messages: two remote calls, which with those that send them took 4 % of a core at 0.5.
-LOOK_S = 1.0
+# Seconds between two polls for messages: at 0.5 s polling and sending took 4 % of a core.
+POLL_S = 1.0
 
 
 class ProgressDisplay:
-    """Shows the messages that come out of `take` until it is left.
+    """Context manager that displays the messages returned by `read_messages`.
 
-    {"step", "images_per_s"}: the bar; {"row": metrics}: a line; {"start": parts}: `describe_start`.
+    {"step", "images_per_s"} updates the bar, {"row": metrics} and {"start": phases} print a line.
     """
 
-    def __init__(self, steps: int, take: Any) -> None:
-        self.steps, self.take = steps, take
+    def __init__(self, steps: int, read_messages: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        self.steps, self.read_messages = steps, read_messages
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._listen, daemon=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -40,10 +40,10 @@ class ProgressDisplay:
 
     def _listen(self) -> None:
         while not self.stop.is_set():
-            for message in self.take():
+            for message in self.read_messages():
                 self._show(message)
-            self.stop.wait(LOOK_S)
-        for message in self.take():
+            self.stop.wait(POLL_S)
+        for message in self.read_messages():
             self._show(message)
 
     def _show(self, message: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class ProgressDisplay:
 
 
 def describe(row: dict[str, Any], steps: int) -> str:
-    """A row of the history in one line."""
+    """Format a row of the history as one line."""
     parts = [f"step {row['step']}/{steps}", f"epoch {row['epoch']}", f"loss {row['loss']:.4f}"]
     if "val_dice" in row:
         parts.append(f"val dice {row['val_dice']:.4f} iou {row['val_iou']:.4f}")
@@ -70,8 +70,8 @@ def describe(row: dict[str, Any], steps: int) -> str:
     return "  ".join(parts)
 
 
-def describe_start(parts: Sequence[tuple[str, float]]) -> str:
-    """The time to the first optimiser step and its parts, (name, seconds) in their order, in one line."""
-    total = sum(seconds for _, seconds in parts)
-    shown = [f"{name} {seconds:.1f}" for name, seconds in parts if seconds >= 0.05]
+def describe_start(phases: Sequence[tuple[str, float]]) -> str:
+    """Format the time to the first optimiser step and its phases, (name, seconds) in order, as one line."""
+    total = sum(seconds for _, seconds in phases)
+    shown = [f"{name} {seconds:.1f}" for name, seconds in phases if seconds >= 0.05]
     return f"first step after {total:.1f} s: {', '.join(shown)}"
