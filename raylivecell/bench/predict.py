@@ -76,7 +76,9 @@ def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Calla
     maps, config = _maps(image, labels), instances.default("distance")
     found = instances.segment(maps, "distance", config)
     cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.foreground)
-    part = results.ImageResult({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
+    part = results.ImageResult(
+        results.ImageRow("x"), measure.lines("x", measure.measure(found, image), cells.scores), []
+    )
     return {
         "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),

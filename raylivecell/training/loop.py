@@ -181,7 +181,7 @@ class _StepStats:
         self.losses = torch.zeros(len(LOSSES), device=device)
         self.first_step: int | None = None
         self.unchecked: list[Tensor] = []
-        self.waited, self.begin = 0.0, time.perf_counter()
+        self.waited, self.started_at = 0.0, time.perf_counter()
 
     def add(self, step: int, losses: Tensor) -> None:
         if self.first_step is None:
@@ -203,13 +203,13 @@ class _StepStats:
 
     def images_per_s(self, done: int) -> float:
         steps = done - (self.first_step if self.first_step is not None else done)
-        return steps * self.schedule.batch_size / (time.perf_counter() - self.begin)
+        return steps * self.schedule.batch_size / (time.perf_counter() - self.started_at)
 
     def row(self, step: int, lr: float) -> dict[str, Any]:
         """Row of the history: means of the sums over steps and ranks."""
         self.check(step)
         assert self.first_step is not None
-        seconds = time.perf_counter() - self.begin
+        seconds = time.perf_counter() - self.started_at
         ranks = self.sum_over_ranks(torch.ones(1, device=self.device))
         losses = (self.sum_over_ranks(self.losses) / ranks / (step + 1 - self.first_step)).tolist()
         return {

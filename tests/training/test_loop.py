@@ -29,7 +29,7 @@ def batches(start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         yield {"planes": images()[SCHEDULE.rows(step)[:, 1]]}
 
 
-def begin(ema: float = 0.0) -> loop.TrainState:
+def new_state(ema: float = 0.0) -> loop.TrainState:
     torch.manual_seed(0)
     config = OptimizerConfig(lr=1e-2, ema_decay=ema, clip_norm=1.0)
     return loop.start(build_model(ModelConfig(features=(4, 8))), config, SCHEDULE.steps)
@@ -52,7 +52,7 @@ def run(
 
 
 def test_loss_falls_and_every_epoch_is_reported() -> None:
-    training = begin()
+    training = new_state()
     assert len(run(training, batches())) == 4
     losses = [row["loss"] for row in training.state.history]
     assert losses[-1] < 0.7 * losses[0]
@@ -62,9 +62,9 @@ def test_loss_falls_and_every_epoch_is_reported() -> None:
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_resumed_run_ends_with_the_same_weights(ema: float) -> None:
-    uninterrupted = begin(ema)
+    uninterrupted = new_state(ema)
     second = run(uninterrupted, batches())[1]
-    resumed = begin(ema)
+    resumed = new_state(ema)
     resumed.load(second.state_dict(), second.state)
     run(resumed, batches(resumed.state.step))
     for a, b in zip(uninterrupted.network().state_dict().values(), resumed.network().state_dict().values()):
@@ -89,13 +89,13 @@ def test_optimizer_steps_equal_those_of_torch_adamw(amsgrad: bool) -> None:
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_run_resumed_from_a_checkpoint_between_reports_ends_with_the_same_weights(ema: float) -> None:
     """Requested at step 5, within an epoch of 3 steps, and at step 3, which is reported anyway and yielded once."""
-    uninterrupted = begin(ema)
+    uninterrupted = new_state(ema)
     yielded = run(uninterrupted, batches(), checkpoint_requested=lambda step: step in (3, 5))
     assert [training.state.step for training in yielded] == [3, 5, 6, 9, 12]
     early = yielded[1]
     assert [row["step"] for row in early.state.history] == [3]
     assert [training.state.score() for training in yielded] == [0.5, -1.0, 0.5, 0.5, 0.5], "never the best checkpoint"
-    resumed = begin(ema)
+    resumed = new_state(ema)
     resumed.load(early.state_dict(), early.state)
     run(resumed, batches(early.state.step))
     for a, b in zip(uninterrupted.network().state_dict().values(), resumed.network().state_dict().values()):
@@ -104,7 +104,7 @@ def test_a_run_resumed_from_a_checkpoint_between_reports_ends_with_the_same_weig
 
 
 def test_averaged_weights_lag_behind_the_weights() -> None:
-    training = begin(0.999)
+    training = new_state(0.999)
     first = copy.deepcopy(training.model.state_dict())
     run(training, batches())
     name = "head.weight"
@@ -113,7 +113,7 @@ def test_averaged_weights_lag_behind_the_weights() -> None:
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_samples_of_the_batch() -> None:
-    training = begin()
+    training = new_state()
 
     def batches_with_nan_weights() -> Iterator[dict[str, torch.Tensor]]:
         for step, batch in enumerate(batches()):
@@ -136,5 +136,5 @@ def test_a_non_finite_loss_on_another_rank_stops_this_rank_at_the_same_step() ->
         return values + 1.0 if len(calls) == 3 else values
 
     with pytest.raises(loop.NonFiniteLoss) as caught:
-        run(begin(), batches(), sum_over_ranks=sum_over_ranks)
+        run(new_state(), batches(), sum_over_ranks=sum_over_ranks)
     assert caught.value.step == 2
