@@ -22,7 +22,7 @@ from raylivecell.training import preflight
 
 Row = dict[str, Any]
 # Items in a block: enough to hide Ray Data's 10 ms a task, few enough to spread small sets and show progress.
-BLOCK_ITEMS = 8
+BLOCK = 8
 # Consecutive pools that may lose an actor before any result.
 MAX_FAILURES = 3
 
@@ -44,7 +44,7 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
         RuntimeError: a result is lost or duplicated.
         UserError: as raised in an actor.
     """
-    resources = placement.actor_pool(len(items), BLOCK_ITEMS, session.machines(), use_gpus)
+    resources = placement.actor_pool(len(items), BLOCK, session.machines(), use_gpus)
     position = {item: i for i, item in enumerate(items)}
     with as_user_errors(), quiet_data():
         rows = list(track(_every_row(actor, arguments, items, resources), what, len(items)))
@@ -73,7 +73,7 @@ def _every_row(actor: type, arguments: dict[str, Any], items: Sequence[Any], res
 def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> Iterator[Row]:
     count, cpus, gpus = resources
     # The items are in the object store already: no read task competes with the actors for CPUs.
-    blocks = min(len(items), max(count, -(-len(items) // BLOCK_ITEMS)))
+    blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
     with data_settings():
         dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ from raylivecell.runtime import prometheus as gauges
 from raylivecell.runtime import session
 from raylivecell.sweep.space import Dimension, SweepConfig
 from raylivecell.sweep.sweep import sweep
-from raylivecell.training.job import Job
+from raylivecell.training.job import TrainJob
 from raylivecell.training.train import train
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
@@ -155,7 +155,7 @@ def test_every_query_is_one_of_prometheus(tmp_path: Path) -> None:
 
 def test_a_run_is_named_by_its_folder_and_a_trial_by_its_sweep_too() -> None:
     def name(out: str, sweep: str | None = None) -> str:
-        return Job(RECIPE, out, None, 0, sweep=sweep).name()  # type: ignore[arg-type]
+        return TrainJob(RECIPE, out, None, 0, sweep=sweep).name()  # type: ignore[arg-type]
 
     assert name("s3://cells/runs/one") == name("/runs/one") == "one"
     assert name("s3://cells/sweeps/two/trials/0003", "s3://cells/sweeps/two") == "two/trials/0003"
