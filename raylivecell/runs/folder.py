@@ -37,9 +37,9 @@ def check_resumable(out: str, data: str, resume: bool) -> bool:
     if in_use and not resume and failure(out) is not None:
         return False
     if resume and not in_use:
-        raise UserError(f"nothing to resume at {out}; leave --resume away to start there")
+        raise UserError(f"nothing to resume at {out}; leave out --resume always to start a run there")
     if in_use and not resume:
-        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume")
+        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume always")
     if in_use:
         _check_snapshot(storage.join(out, SNAPSHOT))
         old, new = storage.read_json(storage.join(out, DATA)), shards.provenance(data)

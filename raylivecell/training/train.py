@@ -109,7 +109,7 @@ def _check_run_folder(out: str, data: str, recipe: Recipe, resume: bool) -> None
     old = recipes.load(storage.join(out, folder.RECIPE))
     changed = ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(recipe, name))
     if changed:
-        restart = ", or start again without --resume" if folder.failure(out) else ""
+        restart = ", or start again without --resume always" if folder.failure(out) else ""
         raise UserError(
             f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml{restart}"
         )
@@ -123,7 +123,7 @@ def _record_failure(out: str, reason: str, hint: str = "") -> UserError:
         folder.mark_failed(out, folder.Failure(reason, saved))
     except (OSError, UserError):  # perhaps of the same disk or network: the user must still see the reason
         return UserError(f"{reason}{hint}")
-    resumed = f", and --resume continues after step {saved}" if saved else ""
+    resumed = f", and --resume always continues after step {saved}" if saved else ""
     return UserError(f"{reason}{hint}; the same command then starts again and keeps the files of this run{resumed}")
 
 

@@ -40,7 +40,7 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
     for number in (1, 2):
         error = train._record_failure(str(out), "loss not finite at step 41", "; lower optimizer.lr")
         assert "; lower optimizer.lr; the same command then starts again" in str(error)
-        assert ("--resume continues after step 40" in str(error)) == bool(steps)
+        assert ("--resume always continues after step 40" in str(error)) == bool(steps)
         assert folder.failure(str(out)) == Failure("loss not finite at step 41", steps)
         assert check.run_name(str(out)).level == "warn"
         assert folder.check_resumable(str(out), tiny_dataset, resume=True)
@@ -68,7 +68,7 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
 def test_a_failed_run_is_not_resumed_with_another_recipe(tiny_dataset: str, tmp_path: Path) -> None:
     start_run(tmp_path, tiny_dataset, 0)
     other = RECIPE.model_copy(update={"seed": 5})
-    for failed, hint in ((False, f"{tmp_path}/recipe.yaml"), (True, "or start again without --resume")):
+    for failed, hint in ((False, f"{tmp_path}/recipe.yaml"), (True, "or start again without --resume always")):
         if failed:
             folder.mark_failed(str(tmp_path), Failure("loss not finite at step 3", 0))
         with pytest.raises(UserError, match=re.escape(hint) + "$"):
