@@ -81,7 +81,8 @@ def _stages(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Cal
     maps, config = _maps(image, labels), instances.default("distance")
     segmented = instances.segment(maps, "distance", config)
     cells = Cells(segmented, instances.scores(segmented, maps[0]), maps[0] > config.foreground)
-    part = results.ImageResult({"file": "x"}, measure.lines("x", measure.measure(segmented, image), cells.scores), [])
+    table = measure.lines("x", measure.measure(segmented, image), cells.scores)
+    part = results.ImageResult(results.ImageRow("x"), table, [])
     return {
         "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),

@@ -33,7 +33,7 @@ from raylivecell.recipe import LoopConfig, PhaseConfig, Recipe
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.training import ray_train
-from raylivecell.training.job import Job
+from raylivecell.training.job import TrainJob
 
 # Steps per measured interval of a complete run; the first interval is warm-up.
 RUN_INTERVAL_STEPS = 20
@@ -95,7 +95,7 @@ class _Setup:
         )
         self.frames = frames.frames(images)
         self.samples = frames.samples(self.frames)
-        self.job = Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
+        self.job = TrainJob(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
         self.source = self._source(INTERVALS * RUN_INTERVAL_STEPS)
         self.planes = torch.from_numpy(blocks.load(self.source.plan.rows(0), self.source))
         self.data_waits: list[float] = []
@@ -137,7 +137,7 @@ class _Setup:
     def _run(self, recipe: Recipe) -> float:
         """Images/s of a run as `raylivecell train` does it, reports included."""
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
+            job = TrainJob(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
             log = Path(folder, "processes.jsonl")
             ray_train.fit(ray_train.trainer(job, 1, 1.0, gpus, retries=0, callbacks=[_CpuTimeLog(str(log))]))

@@ -136,7 +136,7 @@ def is_partial(name: str) -> bool:
     return _PARTIAL.fullmatch(name) is not None
 
 
-def sweep(uri: str | Path) -> None:
+def remove_partial_files(uri: str | Path) -> None:
     """Delete what killed writers of this module left under the folder `uri`, on a local disk."""
     filesystem, path = open_uri(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):

@@ -1,6 +1,6 @@
-"""A function with a costly start (a network to load) over many items: Ray Data with a pool of actors.
+"""Apply a function with a costly start (a network to load) to many items: Ray Data with a pool of actors.
 
-Every item comes back exactly once, or the run fails.
+Every item is returned exactly once, or the run fails.
 """
 
 import os
@@ -23,61 +23,61 @@ from raylivecell.training import preflight
 Row = dict[str, Any]
 # Items in a block: enough to hide Ray Data's 10 ms a task, few enough to spread small sets and show progress.
 BLOCK = 8
-# Pools in a row that may lose an actor without a result.
-DEATHS = 3
+# Consecutive pools that may lose an actor before any result.
+MAX_FAILURES = 3
 
 Pool = tuple[int, float, int]
-"""Actors; CPUs and GPUs of each."""
+"""Number of actors; CPUs and GPUs of each."""
 
 
 def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str, use_gpus: bool = True) -> list[Row]:
-    """A row for each of `items`, in their order.
+    """Compute a row for each of `items`, in their order.
 
     Args:
-        actor: a class made with `arguments`; called with {"item": array} it gives columns, "item" among them.
-        arguments: of the class.
+        actor: a class; an instance maps {"item": array} to columns, "item" among them.
+        arguments: of the class's constructor.
         items: distinct ints or strings.
-        what: shown while it runs.
-        use_gpus: one an actor, where there are some.
+        what: title of the progress display.
+        use_gpus: one per actor, if the cluster has any.
 
     Raises:
-        RuntimeError: if a result is lost or doubled.
+        RuntimeError: a result is lost or duplicated.
         UserError: as raised in an actor.
     """
     resources = placement.actor_pool(len(items), BLOCK, session.machines(), use_gpus)
-    place = {item: i for i, item in enumerate(items)}
+    position = {item: i for i, item in enumerate(items)}
     with as_user_errors(), quiet_data():
         rows = list(track(_every_row(actor, arguments, items, resources), what, len(items)))
-    rows.sort(key=lambda row: place[row["item"]])
+    rows.sort(key=lambda row: position[row["item"]])
     if [row["item"] for row in rows] != list(items):
-        raise RuntimeError(f"{what}: {len(rows)} results for {len(items)} images: some are lost or doubled")
+        raise RuntimeError(f"{what}: {len(rows)} results for {len(items)} images: some are lost or duplicated")
     return rows
 
 
 def _every_row(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> Iterator[Row]:
-    """A row for each of `items` as they come; where an actor dies, its items and those that wait go to a new pool."""
-    waiting, failures = dict.fromkeys(items), 0
-    while waiting:
+    """Rows in order of completion; if an actor dies, a new pool computes the items without a row."""
+    remaining, failures = dict.fromkeys(items), 0
+    while remaining:
         try:
-            for row in _rows(actor, arguments, list(waiting), resources):
-                waiting.pop(row["item"], None)
+            for row in _rows(actor, arguments, list(remaining), resources):
+                remaining.pop(row["item"], None)
                 failures = 0
                 yield row
             return
         except ray.exceptions.RayActorError:
             failures += 1
-            if failures == DEATHS:
+            if failures == MAX_FAILURES:
                 raise
 
 
 def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> Iterator[Row]:
     count, cpus, gpus = resources
-    # The index is in the object store already: no read task competes with the actors for the CPUs.
+    # The items are in the object store already: no read task competes with the actors for CPUs.
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
     with data_settings():
         dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
     with warnings.catch_warnings():
-        # Ray 2.60 has no other way to pass max_restarts; this one goes in 2.64.
+        # Ray 2.60 has no other way to pass max_restarts; Ray 2.64 removes this one.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         results = dataset.map_batches(
             actor,
@@ -86,7 +86,7 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
             fn_constructor_kwargs=arguments,
             num_cpus=cpus,
             num_gpus=gpus,
-            # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an "E"
+            # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an error
             # line in each run); `_every_row` starts a new pool instead.
             ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
         )
@@ -94,9 +94,10 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
 
 
 def use_threads(with_torch: bool = True) -> None:
-    """In an actor: as many torch threads as it has CPUs, and one for the spared CPU; OpenCV without its own.
+    """Set an actor's threads: for torch its CPUs plus one, for the CPU kept free; one for OpenCV.
 
-    UserError where Ray gives it a GPU that torch does not see: it would silently run on CPUs.
+    Raises:
+        UserError: Ray assigns a GPU that torch does not see: the actor would silently run on CPUs.
     """
     cv2.setNumThreads(1)
     if with_torch:
@@ -109,5 +110,5 @@ def use_threads(with_torch: bool = True) -> None:
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Rows of the same keys as what an actor gives back for a block."""
+    """Convert rows with the same keys to the columns that an actor returns for a block."""
     return {name: [row[name] for row in rows] for name in rows[0]}

@@ -1,7 +1,7 @@
-"""The thresholds that turn a network's maps into cells, chosen on validation images.
+"""Tune the watershed thresholds on validation images.
 
-One value after the other is tried over a grid while the others stay, and kept where the mean mSA of the images grows;
-in rounds, until a round changes nothing. A full grid would hold 6,000 points, this takes some 50 of them.
+Coordinate search on a grid: each threshold in turn is set to the value with the highest mean mSA, in rounds until none
+changes. This evaluates some 50 points; the full grid has 6,000.
 """
 
 from collections.abc import Sequence
@@ -23,30 +23,27 @@ GRID: dict[str, tuple[float, ...]] = {
 ROUNDS = 3
 
 Case = tuple[Maps, instance_scores.Labels]
-"""Maps float32 (C, H, W) of an image, and its true labels (H, W)."""
+"""Maps float32 (C, H, W) of an image, and its ground-truth labels (H, W)."""
 
 
 def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, float]:
-    """The best thresholds found for `cases`, and the mean mSA with them; at least that of the defaults."""
+    """The best thresholds on `cases`, and their mean mSA, which is at least that of the defaults."""
     best = watershed.default(targets)
     score = mean_msa(cases, targets, best)
-    steps = track(_candidates(), "calibrating", ROUNDS * sum(map(len, GRID.values())))
+    candidates = [(turn, name, value) for turn in range(ROUNDS) for name, values in GRID.items() for value in values]
+    steps = track(candidates, "calibrating", len(candidates))
     changed: dict[int, bool] = {}
     for turn, name, value in steps:
-        tried = best.model_copy(update={name: value})
-        if tried == best or (turn and not changed.get(turn - 1)):
+        config = best.model_copy(update={name: value})
+        if config == best or (turn and not changed.get(turn - 1)):
             continue
-        found = mean_msa(cases, targets, tried)
-        if found > score:
-            best, score, changed[turn] = tried, found, True
+        msa = mean_msa(cases, targets, config)
+        if msa > score:
+            best, score, changed[turn] = config, msa, True
     return best, score
 
 
 def mean_msa(cases: Sequence[Case], targets: Targets, config: InstanceConfig) -> float:
-    """Mean over images of the mSA of the cells that `config` makes of their maps."""
+    """Mean over images of the mSA of the cells that the watershed with `config` makes from their maps."""
     pairs = (instance_scores.overlaps(watershed.segment(maps, targets, config), truth) for maps, truth in cases)
-    return float(np.mean([instance_scores.segmentation_accuracy(one).mean() for one in pairs]))
-
-
-def _candidates() -> list[tuple[int, str, float]]:
-    return [(turn, name, value) for turn in range(ROUNDS) for name, values in GRID.items() for value in values]
+    return float(np.mean([instance_scores.segmentation_accuracy(overlaps).mean() for overlaps in pairs]))

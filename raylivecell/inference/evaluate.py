@@ -1,14 +1,14 @@
-"""Whole images of a split in, scores of their pixels and their cells out, by Ray Data batch inference.
+"""Score the pixels and cells of a split's uncropped images, by Ray Data batch inference.
 
-1. With `calibrate`, the thresholds that make cells are first chosen on validation images and kept in the checkpoint.
+1. With `calibrated`, the watershed thresholds are first tuned on validation images and saved in the checkpoint.
 2. A pool of actors, each with the network loaded once, scores block after block of the split's images.
 3. The driver checks that each image came back exactly once, adds up, and writes metrics.json and report.html.
 
-Instead of a network, a COCO results file can be scored: any other tool's cells, by the same rules.
+Instead of a network, a COCO results file can be scored: cells of any other tool, by the same rules.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -50,7 +50,7 @@ def evaluate(
     seed: int = 0,
     calibrated: bool = False,
 ) -> dict[str, Any]:
-    """Score a checkpoint on whole images of a split; writes metrics.json, report.html and recipe.yaml into `out`.
+    """Score a checkpoint on a split's uncropped images; writes metrics.json, report.html and recipe.yaml into `out`.
 
     Args:
         checkpoint_uri: a checkpoint's folder, or a run's (then its best).
@@ -59,45 +59,81 @@ def evaluate(
         out: URI of a folder.
         tta: average the maps of the four flips.
         seed: of the bootstrap intervals.
-        calibrated: first choose the thresholds on the validation images and keep them in the checkpoint.
+        calibrated: first tune the thresholds on the validation images and save them in the checkpoint.
 
     Returns:
-        What metrics.json holds: `scores.summarise`'s fields, what was scored with what, and `per_image` rows.
+        The content of metrics.json: `scores.summarise`'s fields, model and data, and `per_image` rows.
 
     Raises:
         UserError: no checkpoint, no dataset, or no image in the split.
     """
     folder, data = progress.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
-    rows = _rows_of(data, split)
-    rule = _rule_between(data, folder)
+    rows = _list_rows(data, split)
+    rule = _conversion(data, folder)
     recipe = recipes.load(storage.join(folder, progress.RECIPE))
     _check_no_run(out)
-    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # before the work: may we?
+    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # fails early if not writable
     if calibrated:
         _calibrate(folder, data, tta, rule)
     session.connect()
-    scored = actors.run(
-        _Scorer, {"folder": folder, "rows": tuple(rows), "tta": tta, "rule": rule}, list(range(len(rows))), "evaluate"
-    )
-    config = checkpoint.load_instances(folder, recipe.targets)
+    arguments = {"folder": folder, "rows": tuple(rows), "tta": tta, "rule": rule}
+    scored = actors.run(_NetworkScorer, arguments, list(range(len(rows))), "evaluate")
     about = {
         "tta": tta,
         "checkpoint": {"uri": folder, "sha256": _sha256(storage.join(folder, progress.MODEL))},
         "targets": recipe.targets,
-        "thresholds": config.model_dump(),
+        "thresholds": checkpoint.load_instances(folder, recipe.targets).model_dump(),
     }
-    result = _result(scored, data, split, seed, about)
     model = segmenter.load(folder, tta)
-    drawn = evaluation.chosen(result["per_image"])
-    samples = ((item, shards.read_row(rows[item], PIXELS)) for item in track(drawn, "pictures", len(drawn)))
-    found = {item: _found(model, _frame(sample, rule))[0] for item, sample in samples}
     show_warnings({row["file_name"]: row["warnings"] for row in scored}, f"{out}/metrics.json")
-    _hand_over(out, result, rows, found)
-    return result
+
+    def predict(item: int) -> Prediction:
+        return _predict(model, _frame(shards.read_row(rows[item], PIXELS), rule))[0]
+
+    return _write_results(out, data, split, seed, rows, scored, about, predict)
 
 
-def _rule_between(data: str, folder: str) -> Intensity | None:
-    """What brings the dataset's images to the scale of the checkpoint; None: nothing. UserError where nothing can."""
+def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0) -> dict[str, Any]:
+    """Score a COCO results file of any tool as `evaluate` scores a checkpoint.
+
+    Args:
+        predictions_uri: JSON: a list of {"image_id" or "file_name", "segmentation", "score"}; `coco_results.read` says
+            how records identify images. An image without a record has no cells.
+        data: URI of a prepared dataset.
+        split: train, val or test.
+        out: URI of a folder.
+        seed: of the bootstrap intervals.
+
+    Raises:
+        UserError: no such file; no usable record; a name that may mean several images.
+    """
+    data, predictions_uri = storage.absolute(data), storage.absolute(predictions_uri)
+    rows = _list_rows(data, split)
+    _check_no_run(out)
+    images = [_image(row) for row in rows]
+    results = coco_results.read(predictions_uri, images, lambda: _sources_of_other_splits(split, data))
+    for line in results.lines():
+        console.print(line, soft_wrap=True, markup=False)
+    session.connect()
+    arguments = {"rows": tuple(rows), "predictions": tuple(results.cells)}
+    scored = actors.run(_FileScorer, arguments, list(range(len(rows))), "evaluate")
+    about = {"predictions": {"uri": predictions_uri, "sha256": _sha256(predictions_uri), **results.summary()}}
+
+    def predict(item: int) -> Prediction:
+        return painted(*results.cells[item], images[item].size)
+
+    return _write_results(out, data, split, seed, rows, scored, about, predict)
+
+
+def _list_rows(data: str, split: str) -> shards.Rows:
+    rows = shards.list_rows(data, split)
+    if not rows:
+        raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")
+    return rows
+
+
+def _conversion(data: str, folder: str) -> Intensity | None:
+    """The rule that converts the dataset's images to the checkpoint's scale, None if equal; UserError if impossible."""
     try:
         return intensity.between(shards.intensity(data), checkpoint.load_intensity(folder))
     except ValueError as error:
@@ -107,73 +143,38 @@ def _rule_between(data: str, folder: str) -> Intensity | None:
         ) from error
 
 
-def _frame(sample: Mapping[str, Any], rule: Intensity | None) -> Frame:
-    """A prepared image on the network's scale."""
-    image, padding = sample["image"], sample["padding"]
-    return intensity.to_uint8(image, rule, padding) if rule else Frame(image, padding)
-
-
 def _check_no_run(out: str) -> None:
     if "metrics.jsonl" in storage.list_names(out):
         raise UserError(f"{out} holds a run, whose report this would replace; choose another --out")
 
 
-def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0) -> dict[str, Any]:
-    """Score anybody's COCO results file as `evaluate` scores a checkpoint.
-
-    Args:
-        predictions_uri: JSON: a list of {"image_id" or "file_name", "segmentation", "score"}; how they name an image:
-            `coco_results.read`. An image that the file does not name has no cell.
-        data: URI of a prepared dataset.
-        split: train, val or test.
-        out: URI of a folder.
-        seed: of the bootstrap intervals.
-
-    Raises:
-        UserError: no such file; no record that can be used; a name that may mean several images.
-    """
-    data, predictions_uri = storage.absolute(data), storage.absolute(predictions_uri)
-    rows = _rows_of(data, split)
-    _check_no_run(out)
-    images = [_image(row) for row in rows]
-    results = coco_results.read(predictions_uri, images, lambda: _sources_but_of(split, data))
-    for line in results.lines():
-        console.print(line, soft_wrap=True, markup=False)
-    session.connect()
-    arguments = {"rows": tuple(rows), "predictions": tuple(results.cells)}
-    scored = actors.run(_Comparer, arguments, list(range(len(rows))), "evaluate")
-    about = {"predictions": {"uri": predictions_uri, "sha256": _sha256(predictions_uri), **results.summary()}}
-    result = _result(scored, data, split, seed, about)
-    drawn = evaluation.chosen(result["per_image"])
-    found = {item: painted(*results.cells[item], images[item].size) for item in drawn}
-    _hand_over(out, result, rows, found)
-    return result
-
-
-def painted(rles: Sequence[Rle], ranks: np.ndarray, size: tuple[int, int]) -> Prediction:
-    """Cells that may overlap as what is scored: of two that claim a pixel, the one of the higher score has it."""
-    labels = np.zeros(size, np.int32)
-    for number in np.argsort(ranks, kind="stable").tolist():
-        labels[decode(rles[number]) != 0] = number + 1
-    return Prediction(labels != 0, labels, rles, ranks)
-
-
-def score_table(result: Mapping[str, Any]) -> Table:
-    """Scores by cell type and in all, with their 95 % intervals, to print in 80 columns."""
-    table = Table(
-        title=f"{result['images']} images of {result['split']}, with 95 % intervals", box=SIMPLE_HEAD, padding=(0, 1)
+def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> None:
+    """Tune the thresholds on validation images and save them in the checkpoint `folder`."""
+    rows = _list_rows(data, "val")
+    sample_rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CALIBRATION_IMAGES)).astype(int)]
+    network, recipe = checkpoint.load_network(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cases = []
+    for row in track(sample_rows, "maps", len(sample_rows)):
+        sample = shards.read_row(row, [*PIXELS, "labels"])
+        cases.append((forward.maps_of_frame(network, _frame(sample, rule), tta), sample["labels"]))
+    default_msa = calibrate.mean_msa(cases, recipe.targets, watershed.default(recipe.targets))
+    config, msa = calibrate.calibrate(cases, recipe.targets)
+    calibration = {
+        "images": len(cases),
+        "val_msa": msa,
+        "val_msa_of_defaults": default_msa,
+        "tta": tta,
+        "data": shards.provenance(data),
+    }
+    checkpoint.save_instances(folder, config, calibration)
+    thresholds = ", ".join(f"{name} {value:g}" for name, value in config.model_dump().items())
+    console.print(
+        f"thresholds on {len(cases)} validation images: {thresholds}; mSA {msa:.4f} (defaults {default_msa:.4f})"
     )
-    for name in ("", "images", "mean Dice", "mSA", "AP50", "AP"):
-        table.add_column(name, justify="right" if name else "left")
-    kinds = result["per_cell_type"]
-    for name, values in [*kinds.items(), ("all", result)]:
-        cells = [_score(values, statistic) for statistic in ("mean_image_dice", "msa", "ap50", "ap")]
-        table.add_row(name, str(values["images"]), *cells, end_section=name == list(kinds)[-1])
-    return table
 
 
-class _Scorer:
-    """Sample ids -> a row each; an actor with a network."""
+class _NetworkScorer:
+    """Actor with a network: scores the samples with the given numbers, one row each."""
 
     def __init__(self, folder: str, rows: tuple[shards.Row, ...], tta: bool, rule: Intensity | None) -> None:
         actors.use_threads()
@@ -184,12 +185,39 @@ class _Scorer:
 
     def _score(self, item: int) -> actors.Row:
         sample = shards.read_row(self.rows[item], SAMPLE)
-        found, warnings = _found(self.model, _frame(sample, self.rule))
-        return {**_scored(item, sample, found), "warnings": warnings}
+        prediction, warnings = _predict(self.model, _frame(sample, self.rule))
+        return {**_score_row(item, sample, prediction), "warnings": warnings}
 
 
-class _Comparer:
-    """Sample ids -> a row each; an actor with somebody's cells."""
+def _frame(sample: Mapping[str, Any], rule: Intensity | None) -> Frame:
+    """A prepared image on the network's scale."""
+    image, padding = sample["image"], sample["padding"]
+    return intensity.to_uint8(image, rule, padding) if rule else Frame(image, padding)
+
+
+def _predict(model: segmenter.Segmenter, frame: Frame) -> tuple[Prediction, list[str]]:
+    """The predicted cells of an image, and its warnings."""
+    cells = model.segment_frame(frame)
+    return Prediction(cells.foreground, cells.labels, encode(cells.labels), cells.scores), list(cells.warnings)
+
+
+def _image(row: shards.Row) -> coco_results.Image:
+    """The names by which a results file may identify the image of a row."""
+    sample = shards.read_row(row, ["source", "file_name", "annotation"])
+    identity = sample["annotation"].rpartition("#")[2]
+    return coco_results.Image(sample["source"], sample["file_name"], identity, (sample["height"], sample["width"]))
+
+
+def _sources_of_other_splits(split: str, data: str) -> Iterator[str]:
+    """Paths of the images of the dataset's other splits."""
+    for other in shards.SPLITS:
+        if other != split:
+            for row in shards.list_rows(data, other):
+                yield shards.read_row(row, ["source"])["source"]
+
+
+class _FileScorer:
+    """Actor with the cells of a COCO results file: scores the samples with the given numbers, one row each."""
 
     def __init__(self, rows: tuple[shards.Row, ...], predictions: tuple[tuple[Sequence[Any], np.ndarray], ...]) -> None:
         self.rows, self.predictions = rows, predictions
@@ -199,71 +227,42 @@ class _Comparer:
 
     def _score(self, item: int) -> actors.Row:
         sample = shards.read_row(self.rows[item], SAMPLE)
-        return _scored(item, sample, painted(*self.predictions[item], sample["labels"].shape))
+        return _score_row(item, sample, painted(*self.predictions[item], sample["labels"].shape))
 
 
-def _found(model: segmenter.Segmenter, frame: Frame) -> tuple[Prediction, list[str]]:
-    """The cells of an image, and its warnings."""
-    cells = model.segment_frame(frame)
-    return Prediction(cells.foreground, cells.labels, encode(cells.labels), cells.scores), list(cells.warnings)
+def painted(rles: Sequence[Rle], confidences: np.ndarray, size: tuple[int, int]) -> Prediction:
+    """Draw cells that may overlap as disjoint labels: the cell with the higher score keeps a shared pixel."""
+    labels = np.zeros(size, np.int32)
+    for index in np.argsort(confidences, kind="stable").tolist():
+        labels[decode(rles[index]) != 0] = index + 1
+    return Prediction(labels != 0, labels, rles, confidences)
 
 
-def _scored(item: int, sample: dict[str, Any], found: Prediction) -> actors.Row:
+def _score_row(item: int, sample: dict[str, Any], prediction: Prediction) -> actors.Row:
     size = list(sample["labels"].shape)
     truth = GroundTruth(sample["labels"], [{"size": size, "counts": counts} for counts in sample["outlines"]])
-    row, matches = scores.of_image(found, truth)
+    row, matches = scores.of_image(prediction, truth)
     about = {name: sample[name] for name in ("file_name", "source", "cell_type", "height", "width")}
     return {"item": item, **about, **row, "matches": matches}
 
 
-def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> None:
-    """Choose the thresholds on validation images and keep them in the checkpoint `folder`."""
-    rows = _rows_of(data, "val")
-    chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), CALIBRATION_IMAGES)).astype(int)]
-    network, recipe = checkpoint.load_network(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    cases = []
-    for row in track(chosen, "maps", len(chosen)):
-        sample = shards.read_row(row, [*PIXELS, "labels"])
-        cases.append((forward.maps_of_frame(network, _frame(sample, rule), tta), sample["labels"]))
-    before = calibrate.mean_msa(cases, recipe.targets, watershed.default(recipe.targets))
-    config, msa = calibrate.calibrate(cases, recipe.targets)
-    told = {
-        "images": len(cases),
-        "val_msa": msa,
-        "val_msa_of_defaults": before,
-        "tta": tta,
-        "data": shards.provenance(data),
-    }
-    checkpoint.save_instances(folder, config, told)
-    named = ", ".join(f"{name} {value:g}" for name, value in config.model_dump().items())
-    console.print(f"thresholds on {len(cases)} validation images: {named}; mSA {msa:.4f} (defaults {before:.4f})")
+def _write_results(
+    out: str,
+    data: str,
+    split: str,
+    seed: int,
+    rows: Sequence[shards.Row],
+    scored: Sequence[actors.Row],
+    about: Mapping[str, Any],
+    predict: Callable[[int], Prediction],
+) -> dict[str, Any]:
+    """Write report.html, overlays/ and metrics.json, print the table; returns the content of metrics.json.
 
-
-def _rows_of(data: str, split: str) -> shards.Rows:
-    rows = shards.list_rows(data, split)
-    if not rows:
-        raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")
-    return rows
-
-
-def _image(row: shards.Row) -> coco_results.Image:
-    """What a results file may call the image of a row."""
-    sample = shards.read_row(row, ["source", "file_name", "annotation"])
-    identity = sample["annotation"].rpartition("#")[2]
-    return coco_results.Image(sample["source"], sample["file_name"], identity, (sample["height"], sample["width"]))
-
-
-def _sources_but_of(split: str, data: str) -> Iterator[str]:
-    """Paths of the images of the dataset's other splits."""
-    for other in (one for one in shards.SPLITS if one != split):
-        for row in shards.list_rows(data, other):
-            yield shards.read_row(row, ["source"])["source"]
-
-
-def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, about: Mapping[str, Any]) -> dict[str, Any]:
+    `scored` has a row for each of `rows`; `predict` gives the prediction for the image of a row by its number.
+    """
     matches = [row["matches"] for row in scored]
     per_image = [{name: value for name, value in row.items() if name != "matches"} for row in scored]
-    return {
+    result = {
         **scores.summarise(per_image, matches, seed),
         "split": split,
         **about,
@@ -272,23 +271,36 @@ def _result(scored: Sequence[actors.Row], data: str, split: str, seed: int, abou
         "date": date.today().isoformat(),
         "per_image": per_image,
     }
-
-
-def _hand_over(out: str, result: dict[str, Any], rows: Sequence[shards.Row], found: Mapping[int, Prediction]) -> None:
-    """report.html, overlays/, metrics.json and the table on the terminal."""
-    evaluation.write(out, result, rows, found)
+    items = evaluation.chosen(per_image)
+    predictions = {item: predict(item) for item in track(items, "pictures", len(items))}
+    evaluation.write(out, result, rows, predictions)
     storage.write_json(storage.join(out, "metrics.json"), result)
     console.print(score_table(result))
     console.print(f"written: {out}/metrics.json, report.html", soft_wrap=True, markup=False)
+    return result
+
+
+def score_table(result: Mapping[str, Any]) -> Table:
+    """Scores by cell type and over all images, with their 95 % intervals, in 80 columns."""
+    table = Table(
+        title=f"{result['images']} images of {result['split']}, with 95 % intervals", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for name in ("", "images", "mean Dice", "mSA", "AP50", "AP"):
+        table.add_column(name, justify="right" if name else "left")
+    cell_types = result["per_cell_type"]
+    for name, values in [*cell_types.items(), ("all", result)]:
+        texts = [_format_score(values, statistic) for statistic in ("mean_image_dice", "msa", "ap50", "ap")]
+        table.add_row(name, str(values["images"]), *texts, end_section=name == list(cell_types)[-1])
+    return table
+
+
+def _format_score(values: Mapping[str, Any], statistic: str) -> str:
+    if values[statistic] is None:
+        return "-"
+    interval = values["intervals"][statistic]
+    limits = f" ({interval[0]:.3f}-{interval[1]:.3f})".replace("0.", ".") if interval else ""
+    return f"{values[statistic]:.3f}{limits}"
 
 
 def _sha256(uri: str) -> str:
     return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
-
-
-def _score(values: Mapping[str, Any], statistic: str) -> str:
-    if values[statistic] is None:
-        return "-"
-    interval = values["intervals"][statistic]
-    spread = f" ({interval[0]:.3f}-{interval[1]:.3f})".replace("0.", ".") if interval else ""
-    return f"{values[statistic]:.3f}{spread}"

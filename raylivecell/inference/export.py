@@ -1,12 +1,12 @@
 """A checkpoint as one file for other programs: ONNX, or torch.export's .pt2.
 
-The graph holds the whole way from grey values to maps, normalisation and sigmoid included:
+The graph maps grey levels to probability maps, normalisation and sigmoid included:
 
-    image   float32 (B, 1, H, W), grey values 0 to 255, any B, H and W; .pt2: H and W over 2 to the number of levels
+    image   float32 (B, 1, H, W), grey levels 0 to 255, any B, H and W; .pt2: H and W over 2 to the number of levels
     maps    float32 (B, C, H, W), 0 to 1, channels as `recipe.CHANNELS`
 
-Beside it lies, as text, what a user of the file must know: `ABOUT`. What was written is opened again and compared with
-the network before it is handed over.
+The file also holds metadata, as text: `ABOUT`. Before it is saved, the exported model is loaded and compared with the
+network.
 """
 
 import contextlib
@@ -44,18 +44,18 @@ ABOUT = (
     "data_name",
     "data_sha256",
 )
-"""Keys of the text in the file: version, recipe as YAML, outputs, the rule that makes grey levels of stored images and
-the thresholds (both JSON), provenance of the data."""
+"""Keys of the metadata: version, recipe as YAML, outputs, intensity rule and thresholds (both JSON), provenance of the
+data."""
 NORMALISATION = "in the graph: asinh((image - {background}) / {scale}) of grey levels 0 to 255, see intensity"
 TOLERANCE = 1e-4
-# Of the check: one size that every level halves evenly, and one that none does.
+# Image sizes of the comparison: one divisible by 2 at every level, and one that is not.
 SIZES = ((256, 320), (333, 434))
 FILE = "about.json"
 Maps = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
-class _Whole(nn.Module):
-    """From grey values to maps."""
+class _MapNetwork(nn.Module):
+    """The network with a sigmoid: grey levels to maps."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -69,21 +69,21 @@ def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
     """Write the network of a checkpoint, or of a run (its best), to the file `out` (.onnx or .pt2).
 
     Returns:
-        `file`, `bytes`, and `difference`: the largest between the file's maps and the network's, at two sizes.
+        `file`, `bytes`, and `difference`: the largest between the file's maps and the network's, at two image sizes.
 
     Raises:
-        UserError: no checkpoint; another kind of file; maps that differ by 1e-4 or more (then nothing is written).
+        UserError: no checkpoint; another suffix; maps that differ by 1e-4 or more (then nothing is written).
     """
     suffix = "." + str(out).rpartition(".")[2]
     if suffix not in WRITERS:
-        raise UserError(f"--out {out}: the name says what to write: .onnx, or .pt2 (torch.export)")
+        raise UserError(f"--out {out}: the suffix selects the format: .onnx, or .pt2 (torch.export)")
     folder = progress.find(storage.absolute(checkpoint_uri))
     network, recipe = checkpoint.load_model(folder)
-    whole = _Whole(network).eval()
+    model = _MapNetwork(network).eval()
     write, read = WRITERS[suffix]
     with _quiet():
-        data = write(whole, _about(folder, recipe))
-        difference = _difference(whole, read(data))
+        data = write(model, _about(folder, recipe))
+        difference = _difference(model, read(data))
     if not difference < TOLERANCE:
         raise UserError(f"{out} would differ from the network by {difference:.2g} (probability); nothing is written")
     storage.write_bytes(storage.absolute(out), data)
@@ -118,20 +118,20 @@ def _example() -> tuple[Tensor]:
     return (torch.full((2, 1, 61, 75), 128.0),)
 
 
-def _write_onnx(whole: nn.Module, about: dict[str, str]) -> bytes:
+def _write_onnx(model: nn.Module, about: dict[str, str]) -> bytes:
     try:
         import onnx
-        import onnxruntime  # noqa: F401  # `_read_onnx` needs it: say so before the work
-        import onnxscript  # noqa: F401  # torch.onnx needs it, and says so in many lines
+        import onnxruntime  # noqa: F401  # `_read_onnx` needs it: fail before the export
+        import onnxscript  # noqa: F401  # torch.onnx needs it; its own message has many lines
     except ImportError as error:
         needs = "onnx, onnxscript and onnxruntime"
         raise UserError(f"writing ONNX needs {needs}: pip install 'raylivecell[export]'") from error
     buffer = io.BytesIO()
     names = {"input_names": [onnx_model.INPUT], "output_names": [onnx_model.OUTPUT]}
-    torch.onnx.export(whole, _example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]
-    model = onnx.load_from_string(buffer.getvalue())
-    onnx.helper.set_model_props(model, about)
-    return model.SerializeToString()
+    torch.onnx.export(model, _example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]
+    exported = onnx.load_from_string(buffer.getvalue())
+    onnx.helper.set_model_props(exported, about)
+    return exported.SerializeToString()
 
 
 def _read_onnx(data: bytes) -> Maps:
@@ -141,9 +141,9 @@ def _read_onnx(data: bytes) -> Maps:
     return lambda image: session.run([onnx_model.OUTPUT], {onnx_model.INPUT: image})[0]
 
 
-def _write_pt2(whole: nn.Module, about: dict[str, str]) -> bytes:
+def _write_pt2(model: nn.Module, about: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
-    program = torch.export.export(whole, _example(), dynamic_shapes=_shapes())
+    program = torch.export.export(model, _example(), dynamic_shapes=_shapes())
     torch.export.save(program, buffer, extra_files={FILE: json.dumps(about)})
     return buffer.getvalue()
 
@@ -160,22 +160,22 @@ WRITERS: dict[str, tuple[Callable[[nn.Module, dict[str, str]], bytes], Callable[
 
 
 @torch.no_grad()
-def _difference(whole: nn.Module, maps: Maps) -> float:
-    """The largest difference between the maps of the network and those of the file, over SIZES; NaN where one is."""
+def _difference(model: nn.Module, maps: Maps) -> float:
+    """Largest difference between the maps of the network and of the file, over SIZES; NaN if any is NaN."""
     rng = np.random.default_rng(0)
-    found = []
+    differences = []
     for size in SIZES:
         image = np.clip(rng.normal(128, 12, (2, 1, *size)), 0, 255).round().astype(np.float32)
-        expected = whole(torch.from_numpy(image)).numpy()
-        found.append(np.abs(maps(image) - expected).max())
-    return float(np.max(found))  # Python's max would lose a NaN
+        expected = model(torch.from_numpy(image)).numpy()
+        differences.append(np.abs(maps(image) - expected).max())
+    return float(np.max(differences))  # Python's max would lose a NaN
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's notes on its own exporters from the terminal; errors still come."""
+    """Suppress the notes that torch's exporters print; errors are still raised."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -183,5 +183,5 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before):
+        for logger, level in zip(loggers, levels):
             logger.setLevel(level)

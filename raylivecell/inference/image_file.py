@@ -1,4 +1,4 @@
-"""One image file -> its cells, their pictures and what the tables hold of them: the work of `predict`, without Ray."""
+"""Segment one image file for `predict`, without Ray: its pictures, and its rows of the tables."""
 
 import io
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from raylivecell.annotations import rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
 from raylivecell.images import formats
-from raylivecell.inference import results as parts
-from raylivecell.inference import segmenter
-from raylivecell.inference.results import ImageResult
+from raylivecell.inference import results, segmenter
+from raylivecell.inference.results import ImageResult, ImageRow
 from raylivecell.inference.segmenter import Cells, Segmenter
 from raylivecell.reports import overlay
 from raylivecell.scoring import average_precision
@@ -27,8 +26,8 @@ MAX_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is the same for all images."""
+class PredictJob:
+    """Model, folders and settings of a `predict` run."""
 
     model: str
     root: str
@@ -44,7 +43,7 @@ class Job:
         return not self.model.endswith(segmenter.ONNX)
 
 
-def load(job: Job, device: str | None = None) -> Segmenter:
+def load(job: PredictJob, device: str | None = None) -> Segmenter:
     """The job's network, with its threshold."""
     network = segmenter.load(job.model, job.tta, device)
     if job.threshold is not None:
@@ -52,48 +51,59 @@ def load(job: Job, device: str | None = None) -> Segmenter:
     return network
 
 
-def part(job: Job, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
+def segment_file(job: PredictJob, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
     """Segment an image and write its pictures.
 
     Args:
-        job: of all images.
-        network: `load`'s.
+        job: the settings.
+        network: from `load`.
         file: path of the image in `job.root`.
-        name: what its outputs are called.
-        version: of the image, as `results.version`.
+        name: path of its outputs without suffix.
+        version: `results.version` of the image.
     """
-    told = {"file": file, "version": version}
     try:
         pixels = formats.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
     except formats.UnreadableImageError as error:
-        return ImageResult({**told, "error": _line(error)}, "", [])
+        return ImageResult(ImageRow(file, error=_one_line(error), version=version))
     except FileNotFoundError:
-        return ImageResult(
-            {"file": file, "error": "no such file: deleted, a broken link, or a name that is not UTF-8"}, "", []
-        )
-    except OSError as error:  # perhaps it can be read another time: not this version's fault
-        return ImageResult({"file": file, "error": _line(error)}, "", [])
+        return ImageResult(ImageRow(file, error="no such file: deleted, a broken link, or a name that is not UTF-8"))
+    except OSError as error:  # without a version: the next run tries to read it again
+        return ImageResult(ImageRow(file, error=_one_line(error)))
     frame = network.frame(pixels)
     image, cells = frame.levels, network.segment_frame(frame)
-    places: dict[str, Any] = {kind: f"{kind}/{name}{end}" for kind, (end, _) in PICTURES.items() if kind in job.write}
-    for kind, place in places.items():
-        storage.write_bytes(storage.join(job.out, place), PICTURES[kind][1](image, cells))
-    found: dict[str, Any] = {
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "cells": len(cells.scores),
-        "gain": frame.gain,
-        "warning": "; ".join(cells.warnings),
-    }
-    found["confluence"] = round(float((cells.labels != 0).sum()) / max(1, frame.own_pixels), 6)
-    found["foreground_pixels"] = int(cells.foreground.sum())
-    return ImageResult({**told, **found, **places}, *_lines(job, file, image, cells))
+    pictures: dict[str, Any] = {kind: f"{kind}/{name}{end}" for kind, (end, _) in PICTURES.items() if kind in job.write}
+    for kind, path in pictures.items():
+        storage.write_bytes(storage.join(job.out, path), PICTURES[kind][1](image, cells))
+    row = ImageRow(
+        file,
+        height=image.shape[0],
+        width=image.shape[1],
+        cells=len(cells.scores),
+        confluence=round(float((cells.labels != 0).sum()) / max(1, frame.own_pixels), 6),
+        foreground_pixels=int(cells.foreground.sum()),
+        gain=frame.gain,
+        warning="; ".join(cells.warnings),
+        version=version,
+        **pictures,
+    )
+    table, records = "", []
+    if "cells" in job.write:
+        table = measure.lines(file, measure.measure(cells.labels, image), cells.scores)
+    if "coco" in job.write:
+        # `evaluate --predictions` identifies the image by its path: its number in the annotation file is another.
+        detections = average_precision.results(0, rle.encode(cells.labels), cells.scores)
+        records = [results.record({**detection, "file_name": file}) for detection in detections]
+    return ImageResult(row, table, records)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def label_tiff(labels: NDArray[np.int32]) -> bytes:
-    """A TIFF of labels (H, W): grayscale, deflated, uint16 with ImageJ's metadata.
+    """Encode labels (H, W) as a TIFF: grayscale, deflated, uint16 with ImageJ's metadata.
 
-    Above 65,535 cells uint32 without them: ImageJ has no such type of its own, it shows the numbers as floats.
+    Above 65,535 cells uint32 without that metadata: ImageJ has no such type and would read the numbers as floats.
     """
     deep = labels.max(initial=0) > np.iinfo(np.uint16).max
     buffer = io.BytesIO()
@@ -109,20 +119,4 @@ PICTURES: dict[str, tuple[str, Callable[[NDArray[np.uint8], Cells], bytes]]] = {
     "masks": (".png", lambda _, cells: overlay.png(cells.foreground.astype(np.uint8) * 255)),
     "overlays": (".png", lambda image, cells: overlay.png(overlay.outlined(image, cells.labels))),
 }
-"""The outputs that are a file an image, in a folder of their name: suffix, and the file of an image (H, W)."""
-
-
-def _lines(job: Job, file: str, image: NDArray[np.uint8], cells: Cells) -> tuple[str, list[str]]:
-    """The image's share of cells.csv and of coco.json."""
-    table, records = "", []
-    if "cells" in job.write:
-        table = measure.lines(file, measure.measure(cells.labels, image), cells.scores)
-    if "coco" in job.write:
-        results = average_precision.results(0, rle.encode(cells.labels), cells.scores)
-        # By its path `evaluate --predictions` knows the image, whose number in the annotation file is another.
-        records = [parts.record({**result, "file_name": file}) for result in results]
-    return table, records
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+"""Outputs with one file per image, in a folder of their name: suffix, and encoder of an image (H, W) and its cells."""

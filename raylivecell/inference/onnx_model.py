@@ -14,11 +14,11 @@ from raylivecell.recipe import CHANNELS, Targets
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"
-"""Key of the version in the file's metadata; what else is there, `export` says."""
+"""Key of the version in the file's metadata; `export.ABOUT` lists the others."""
 
 
 class OnnxModel:
-    """Made by `load`."""
+    """A network in an ONNX file, from `load`."""
 
     def __init__(self, session: Any, about: dict[str, str]) -> None:
         self.session, self.about = session, about
@@ -28,7 +28,7 @@ class OnnxModel:
         self.recipe_text = about["recipe"]
 
     def maps(self, image: NDArray[np.uint8]) -> Maps:
-        """What `recipe.CHANNELS` names in each pixel, float32 (C, H, W), 0 to 1.
+        """Maps of an image, channels as `recipe.CHANNELS`, float32 (C, H, W), 0 to 1.
 
         `image`: uint8 (H, W), on the network's scale.
         """
@@ -36,7 +36,7 @@ class OnnxModel:
 
 
 def load(uri: str) -> OnnxModel:
-    """The network in the file at `uri`; UserError where it is none that `raylivecell export` wrote."""
+    """The network in the file at `uri`; UserError if `raylivecell export` did not write it."""
     data = _read(uri)
     try:
         import onnxruntime
@@ -44,7 +44,7 @@ def load(uri: str) -> OnnxModel:
         raise UserError("ONNX files need onnxruntime: pip install 'raylivecell[export]'") from error
     try:
         options = onnxruntime.SessionOptions()
-        # Ray gives a process this variable with the number of its CPUs; 0: all of the machine.
+        # Ray sets this variable to the CPUs of the process; 0: all of the machine.
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own errors have no common public base
@@ -55,8 +55,8 @@ def load(uri: str) -> OnnxModel:
     with storage.validating(uri, "export the checkpoint again"):
         if about["targets"] not in CHANNELS:
             raise UserError(f"{uri} is of raylivecell {about[MARK]}, with targets {about['targets']}: update this one")
-        if [one.name for one in (*session.get_inputs(), *session.get_outputs())] != [INPUT, OUTPUT]:
-            raise ValueError(f"it does not make {OUTPUT} of {INPUT}")
+        if [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())] != [INPUT, OUTPUT]:
+            raise ValueError(f"its input and output are not {INPUT} and {OUTPUT}")
         return OnnxModel(session, about)
 
 

@@ -1,12 +1,12 @@
-"""What `predict` has found so far: a part an image, and the tables that are merged of them in bounded memory.
+"""Results of `predict`: a file for each image, and the tables merged from them in bounded memory.
 
-    .parts/KEY.json    an image's row, cells and COCO records, written once its pictures are
-    .parts/before/     the tables of an earlier, whole run, whose images are not segmented again
-    images.csv         a row an image, written last: where it is, the tables are whole
-    cells.csv          a row a cell
-    coco.json          a list of COCO results, a line a cell
+    .parts/KEY.json    an image's row, cells and COCO records, written after its pictures
+    .parts/before/     tables of an earlier complete run, whose images are not segmented again
+    images.csv         one row per image, written last: its presence means that all tables are complete
+    cells.csv          one row per cell
+    coco.json          a list of COCO results, one line per cell
 
-Killed at any moment, what is there is enough to go on from: `begin` names the rest, `merge` makes the same tables.
+A run killed at any moment can be resumed: `pending` lists the images left, `merge` writes the same tables.
 """
 
 import csv
@@ -23,202 +23,222 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 from raylivecell.cells import measure
 from raylivecell.core import storage
 
-FOLDER, BEFORE = ".parts", ".parts/before"
+FOLDER, PREVIOUS = ".parts", ".parts/before"
 IMAGES, CELLS, COCO = "images.csv", "cells.csv", "coco.json"
-COLUMNS = (
-    "file",
-    "image_id",
-    "height",
-    "width",
-    "cells",
-    "confluence",
-    "foreground_pixels",
-    "gain",
-    "labels",
-    "masks",
-    "overlays",
-    "warning",
-    "error",
-    "version",
-)
-"""Of images.csv. `version` tells whether a file is still the one that was segmented."""
-NEEDED = ("file", "image_id", "cells", "confluence", "error", "version")
 FORMAT = 2
-"""Of what a part holds: the parts and tables of another one are not used."""
-AHEAD = 16
-"""Parts read at once: an object store answers in some 20 ms, whatever is asked."""
+"""Format version of result files; results and tables of another version are not used."""
+READ_AHEAD = 16
+"""Result files read concurrently: each request to an object store takes some 20 ms."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ImageResult(NamedTuple):
-    """What was found in one image."""
+class ImageRow(NamedTuple):
+    """A row of images.csv; None: an empty field. Of an image that cannot be read `file`, `error`, maybe `version`."""
 
-    row: Mapping[str, Any]
-    """Of images.csv, without image_id; of an image that cannot be read `file`, `error` and perhaps `version`."""
-    cells: str
+    file: str
+    image_id: int | None = None
+    height: int | None = None
+    width: int | None = None
+    cells: int | None = None
+    confluence: float | None = None
+    foreground_pixels: int | None = None
+    gain: float | None = None
+    labels: str | None = None
+    masks: str | None = None
+    overlays: str | None = None
+    warning: str | None = None
+    error: str | None = None
+    version: str | None = None
+    """Identifies the version of the file that was segmented, as `version`."""
+
+
+REQUIRED = ("file", "image_id", "cells", "confluence", "error", "version")
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("image_id", "height", "width", "cells", "foreground_pixels"), int),
+    **dict.fromkeys(("confluence", "gain"), float),
+}
+
+
+class ImageResult(NamedTuple):
+    """The rows of one image in the tables."""
+
+    row: ImageRow
+    """Its image_id is set by `merge`."""
+    cells: str = ""
     """Lines of cells.csv."""
-    records: Sequence[str]
+    records: Sequence[str] = ()
     """COCO results as JSON, each without its image_id and its opening brace."""
 
 
 def version(file: str, name: str, size: int, changed: Any) -> str:
-    """What tells an image file, as it now is, and the name of its outputs from any other: 16 characters."""
+    """Hash of an image file's path, output name, size and modification time: 16 characters."""
     return hashlib.sha256(json.dumps([FORMAT, file, name, size, changed]).encode()).hexdigest()[:16]
 
 
-def write(out: str, key: str, part: ImageResult) -> None:
-    """Keep an image's part."""
-    storage.write_bytes(storage.join(out, FOLDER, f"{key}.json"), json.dumps(part).encode())
-
-
-def record(result: Mapping[str, Any]) -> str:
-    """A COCO result as a part keeps it."""
-    return json.dumps({name: value for name, value in result.items() if name != "image_id"})[1:]
-
-
 def is_complete(out: str, versions: Mapping[str, str]) -> bool:
-    """Whether the tables in `out` are of these images, by name, in these versions, and of no others."""
-    where = storage.join(out, IMAGES)
-    return storage.exists(where) and {row["file"]: row["version"] for row in _table(where)} == dict(versions)
+    """Whether the tables in `out` hold exactly these images, file -> version."""
+    uri = storage.join(out, IMAGES)
+    return storage.exists(uri) and {row.file: row.version for row in _read_rows(uri)} == dict(versions)
 
 
-def begin(out: str, versions: Mapping[str, str]) -> list[str]:
-    """Those of the images, by name, that have no part yet; an earlier run's tables in `out` are set aside as parts."""
-    _set_aside(out)
-    known = _keys(out)
-    before = storage.join(out, BEFORE, IMAGES)
-    if storage.exists(before):
-        known |= {row["version"] for row in _table(before)}
-    return [file for file, key in versions.items() if key not in known]
+def pending(out: str, versions: Mapping[str, str]) -> list[str]:
+    """Files of `versions` that have no result yet; archives an earlier run's tables in `out`."""
+    _archive_previous(out)
+    finished: set[str | None] = {*_finished_versions(out)}
+    previous = storage.join(out, PREVIOUS, IMAGES)
+    if storage.exists(previous):
+        finished |= {row.version for row in _read_rows(previous)}
+    return [file for file, version in versions.items() if version not in finished]
 
 
-def merge(out: str, versions: Mapping[str, str], wanted: Collection[str]) -> None:
-    """Write the tables of the images, in the order of `versions`, which is by name; of `cells` and `coco` if wanted."""
-    with ExitStack() as stack:
+def _archive_previous(out: str) -> None:
+    """Move the tables of a complete run to `PREVIOUS`; if killed between two moves, the next call resumes.
 
-        def table(name: str) -> IO[bytes]:
-            return stack.enter_context(storage.writing(storage.join(out, name)))
-
-        images = table(IMAGES)  # entered first, left last: written when the others are
-        cells = table(CELLS) if "cells" in wanted else None
-        coco = table(COCO) if "coco" in wanted else None
-        images.write(_csv([COLUMNS]).encode())
-        if cells:
-            cells.write(_csv([measure.COLUMNS]).encode())
-        mark = b"[\n"
-        for number, part in enumerate(_parts(out, versions), 1):
-            row = {**part.row, "image_id": number}
-            images.write(_csv([[row.get(name, "") for name in COLUMNS]]).encode())
-            if cells:
-                cells.write(part.cells.encode())
-            if coco:
-                for tail in part.records:
-                    coco.write(mark + f'{{"image_id": {number}, {tail}'.encode())
-                    mark = b",\n"
-        if coco:
-            coco.write(b"\n]\n" if mark == b",\n" else b"[]\n")
-
-
-def clear(out: str) -> None:
-    """Delete the parts, for the tables hold everything, and what killed writers left."""
-    storage.sweep(out)
-    storage.delete(storage.join(out, FOLDER))
-
-
-def rows(out: str) -> Iterator[dict[str, str]]:
-    """images.csv, row by row."""
-    return _table(storage.join(out, IMAGES))
-
-
-def _set_aside(out: str) -> None:
-    """Move the tables of a whole run to `BEFORE`; if killed between two moves, the next call makes the others.
-
-    images.csv, which says that all are whole, goes first: without it, `out` holds no table that is not set aside or
-    about to be written anew.
+    images.csv, which marks the tables as complete, is moved first: without it, every table in `out` is archived or
+    about to be rewritten.
     """
-    before = storage.join(out, BEFORE)
+    previous = storage.join(out, PREVIOUS)
     if storage.exists(storage.join(out, IMAGES)):
-        storage.delete(before)
-        storage.move(storage.join(out, IMAGES), storage.join(before, IMAGES))
-    if not storage.exists(storage.join(before, IMAGES)):
+        storage.delete(previous)
+        storage.move(storage.join(out, IMAGES), storage.join(previous, IMAGES))
+    if not storage.exists(storage.join(previous, IMAGES)):
         return
     for name in (CELLS, COCO):
-        here, there = storage.join(out, name), storage.join(before, name)
-        if storage.exists(here) and not storage.exists(there):
-            storage.move(here, there)
+        source, target = storage.join(out, name), storage.join(previous, name)
+        if storage.exists(source) and not storage.exists(target):
+            storage.move(source, target)
 
 
-def _keys(out: str) -> set[str]:
+def _finished_versions(out: str) -> set[str]:
     return {name.removesuffix(".json") for name in storage.list_names(storage.join(out, FOLDER))}
 
 
-def _parts(out: str, versions: Mapping[str, str]) -> Iterator[ImageResult]:
-    """The part of each image, in order: its own, or what the earlier run's tables tell."""
-    own = _keys(out)
-    before = _before(storage.join(out, BEFORE))
+def write(out: str, version: str, result: ImageResult) -> None:
+    """Write an image's result file."""
+    row = {name: value for name, value in result.row._asdict().items() if value is not None}
+    data = json.dumps([row, result.cells, result.records]).encode()
+    storage.write_bytes(storage.join(out, FOLDER, f"{version}.json"), data)
+
+
+def record(result: Mapping[str, Any]) -> str:
+    """A COCO result as `ImageResult.records` holds it."""
+    return json.dumps({name: value for name, value in result.items() if name != "image_id"})[1:]
+
+
+def merge(out: str, versions: Mapping[str, str], tables: Collection[str]) -> None:
+    """Write images.csv, and of `cells` and `coco` those in `tables`, in the order of `versions`: by file name."""
+    with ExitStack() as stack:
+
+        def open_table(name: str) -> IO[bytes]:
+            return stack.enter_context(storage.writing(storage.join(out, name)))
+
+        images = open_table(IMAGES)  # opened first, closed last: complete after the others
+        cells = open_table(CELLS) if "cells" in tables else None
+        coco = open_table(COCO) if "coco" in tables else None
+        images.write(_csv([ImageRow._fields]).encode())
+        if cells:
+            cells.write(_csv([measure.COLUMNS]).encode())
+        separator = b"[\n"
+        for number, result in enumerate(_read_results(out, versions), 1):
+            images.write(_csv([result.row._replace(image_id=number)]).encode())
+            if cells:
+                cells.write(result.cells.encode())
+            if coco:
+                for tail in result.records:
+                    coco.write(separator + f'{{"image_id": {number}, {tail}'.encode())
+                    separator = b",\n"
+        if coco:
+            coco.write(b"\n]\n" if separator == b",\n" else b"[]\n")
+
+
+def _read_results(out: str, versions: Mapping[str, str]) -> Iterator[ImageResult]:
+    """The result of each image, in order: from its own file, else from the previous run's tables."""
+    finished = _finished_versions(out)
+    previous = _previous_results(storage.join(out, PREVIOUS))
 
     def read(file: str) -> ImageResult | None:
-        if versions[file] not in own:
+        if versions[file] not in finished:
             return None
-        where = storage.join(out, FOLDER, f"{versions[file]}.json")
-        with storage.validating(where, "delete it, and its image is segmented again"):
-            found = ImageResult(*storage.read_json(where))
-            if found.row["file"] != file or not all(isinstance(one, str) for one in (found.cells, *found.records)):
-                raise ValueError(f"it is not of {file}")
-        return found
+        uri = storage.join(out, FOLDER, f"{versions[file]}.json")
+        with storage.validating(uri, "delete it, and its image is segmented again"):
+            row, cells, records = storage.read_json(uri)
+            if row["file"] != file or not all(isinstance(text, str) for text in (cells, *records)):
+                raise ValueError(f"not the result of {file}")
+            return ImageResult(ImageRow(**row), cells, records)
 
-    for file, part in zip(versions, _ahead(read, versions)):
-        found = part or next((one for one in before if one.row["file"] == file), None)
-        if found is None:
-            raise RuntimeError(f"what was found in {file} is lost; start anew with --overwrite")
-        yield found
+    for file, own in zip(versions, _read_ahead(read, versions)):
+        result = own or next((result for result in previous if result.row.file == file), None)
+        if result is None:
+            raise RuntimeError(f"the result of {file} is lost; start again with --overwrite")
+        yield result
 
 
-def _before(folder: str) -> Iterator[ImageResult]:
-    """Parts of the tables in `folder`, in their order; none where there are no tables."""
+def _read_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of each item, in order, `READ_AHEAD` of them running in threads."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        futures: deque[Future[Result]] = deque()
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > READ_AHEAD:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+
+
+def _previous_results(folder: str) -> Iterator[ImageResult]:
+    """Results in the tables of `folder`, in their order; nothing if there are no tables."""
     if not storage.exists(storage.join(folder, IMAGES)):
         return
-    cells = _Groups(csv.reader(_lines(folder, CELLS)), lambda cell: cell[0])
-    records = _Groups(_lines(folder, COCO), lambda line: line.partition(",")[0].rpartition(" ")[2])
-    for row in _table(storage.join(folder, IMAGES)):
-        tails = [line.partition(", ")[2].rstrip(",\n") for line in records.take(row["image_id"])]
-        yield ImageResult(row, _csv(cells.take(row["file"])), tails)
+    cells = _GroupReader(csv.reader(_body_lines(folder, CELLS)), lambda cell: cell[0])
+    records = _GroupReader(_body_lines(folder, COCO), lambda line: line.partition(",")[0].rpartition(" ")[2])
+    for row in _read_rows(storage.join(folder, IMAGES)):
+        tails = [line.partition(", ")[2].rstrip(",\n") for line in records.read(str(row.image_id))]
+        yield ImageResult(row, _csv(cells.read(row.file)), tails)
 
 
-class _Groups(Generic[Item]):
-    """Neighbouring items of one name, asked for in the order of names."""
+class _GroupReader(Generic[Item]):
+    """Reads runs of consecutive items with the same key, requested in the order of the keys."""
 
-    def __init__(self, items: Iterable[Item], name: Callable[[Item], str]) -> None:
-        self.groups = groupby(items, name)
-        self.name, self.items = next(self.groups, ("", iter(())))
+    def __init__(self, items: Iterable[Item], key: Callable[[Item], str]) -> None:
+        self.groups = groupby(items, key)
+        self.key, self.items = next(self.groups, ("", iter(())))
 
-    def take(self, name: str) -> list[Item]:
-        if self.name != name:
+    def read(self, key: str) -> list[Item]:
+        if self.key != key:
             return []
-        found = list(self.items)
-        self.name, self.items = next(self.groups, ("", iter(())))
-        return found
+        items = list(self.items)
+        self.key, self.items = next(self.groups, ("", iter(())))
+        return items
 
 
-def _lines(folder: str, name: str) -> Iterator[str]:
-    """The lines of a table after its head; none where it is not there."""
-    where = storage.join(folder, name)
-    if storage.exists(where):
-        lines = iter(_text(where))
+def _body_lines(folder: str, name: str) -> Iterator[str]:
+    """The lines of a table after its first; nothing if there is no such table."""
+    uri = storage.join(folder, name)
+    if storage.exists(uri):
+        lines = iter(_open_text(uri))
         next(lines)
         yield from (line for line in lines if line != "]\n")
 
 
-def _table(uri: str) -> Iterator[dict[str, str]]:
-    with storage.validating(uri, "start anew with --overwrite"):
-        for row in csv.DictReader(_text(uri)):
-            if any(row.get(name) is None for name in NEEDED):
-                raise ValueError(f"a row lacks one of {', '.join(NEEDED)}")
-            yield row
+def rows(out: str) -> Iterator[ImageRow]:
+    """images.csv, row by row."""
+    return _read_rows(storage.join(out, IMAGES))
 
 
-def _text(uri: str) -> IO[str]:
+def _read_rows(uri: str) -> Iterator[ImageRow]:
+    with storage.validating(uri, "start again with --overwrite"):
+        for fields in csv.DictReader(_open_text(uri)):
+            if any(fields.get(name) is None for name in REQUIRED):
+                raise ValueError(f"a row lacks one of {', '.join(REQUIRED)}")
+            if not fields["file"] or not (fields["error"] or (fields["cells"] and fields["confluence"])):
+                raise ValueError("a row has no file, or neither cells nor an error")
+            yield ImageRow(
+                **{name: _PARSERS.get(name, str)(fields[name]) for name in ImageRow._fields if fields.get(name)}
+            )
+
+
+def _open_text(uri: str) -> IO[str]:
     filesystem, path = storage.open_uri(uri)
     return io.TextIOWrapper(filesystem.open_input_stream(path), "utf-8", newline="")
 
@@ -229,13 +249,7 @@ def _csv(lines: Iterable[Iterable[Any]]) -> str:
     return buffer.getvalue()
 
 
-def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function` of each item, in order, `AHEAD` of them under way in threads."""
-    with ThreadPoolExecutor(AHEAD) as pool:
-        pending: deque[Future[Result]] = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+def clear(out: str) -> None:
+    """Delete the result files, which the tables now contain, and the partial files of killed writers."""
+    storage.remove_partial_files(out)
+    storage.delete(storage.join(out, FOLDER))

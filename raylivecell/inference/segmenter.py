@@ -1,10 +1,10 @@
-"""A trained network on images in this process, without a cluster: what notebooks use, and the actors of `predict`.
+"""A trained network on images in this process, without a cluster: for notebooks, and for the actors of `predict`.
 
     model = raylivecell.load("runs/cells")
     cells = model.segment("well_A1.tif")  # or its pixels as stored, uint8 or uint16 (H, W)
     cells.labels, cells.scores
 
-From an ONNX file it runs without torch.
+With an ONNX file it runs without torch.
 """
 
 from collections.abc import Callable
@@ -29,20 +29,20 @@ ONNX = ".onnx"
 
 
 class Cells(NamedTuple):
-    """What was found in an image (H, W)."""
+    """The cells of an image (H, W)."""
 
     labels: watershed.Labels
     """int32 (H, W): 0 background, 1 to N."""
     scores: NDArray[np.float64]
     """(N,), 0 to 1: each cell's mean foreground probability."""
     foreground: NDArray[np.bool_]
-    """(H, W): where the foreground's probability is over `InstanceConfig.foreground`; never in padding."""
+    """(H, W): where the foreground probability is over `InstanceConfig.foreground`; never in padding."""
     warnings: tuple[str, ...] = ()
-    """What is unusual about the image for this network: a kind, a colon, and the figures."""
+    """Unusual properties of the image for this network: a kind, a colon, and the figures."""
 
 
 class Segmenter:
-    """Made by `load`."""
+    """A network with its thresholds and intensity rule, from `load`."""
 
     def __init__(
         self,
@@ -59,17 +59,17 @@ class Segmenter:
         """The cells of a grey image of any size.
 
         Args:
-            image: pixels as the file stores them, uint8 or uint16 (H, W), or the path or URI of an image file. The
-                network's intensity rule brings them to its scale: do not scale them first.
+            image: pixels as stored in the file, uint8 or uint16 (H, W), or the path or URI of an image file. The
+                network's intensity rule converts them to its scale: do not scale them first.
 
         Raises:
             TypeError, ValueError: anything else.
-            UserError: a file that holds no picture.
+            UserError: a file that is not an image.
         """
         return self.segment_frame(self.frame(image))
 
     def frame(self, image: Grey | str | Path) -> Frame:
-        """The image on the network's scale."""
+        """Convert the image to the network's scale."""
         if isinstance(image, str | Path):
             image = _read(str(image))
         if not isinstance(image, np.ndarray):
@@ -79,17 +79,17 @@ class Segmenter:
         return intensity.to_uint8(image.astype(image.dtype.newbyteorder("="), copy=False), self.intensity)
 
     def segment_frame(self, frame: Frame) -> Cells:
-        """The cells of an image on the network's scale; none where it is not usable, and none in padding.
+        """The cells of an image on the network's scale; none in padding, and none if the frame is not usable.
 
-        Up to `windows.WHOLE_PIXELS` in one piece; larger images in overlapping windows, in bounded memory.
+        Up to `windows.WHOLE_PIXELS` in one pass; larger images in overlapping windows, in bounded memory.
         """
         if not frame.usable:
-            none = np.zeros(frame.levels.shape, np.int32)
-            return Cells(none, np.zeros(0), none.astype(np.bool_), frame.warnings)
+            labels = np.zeros(frame.levels.shape, np.int32)
+            return Cells(labels, np.zeros(0), labels.astype(np.bool_), frame.warnings)
         if frame.padding is None:
             cells = self._cells(frame.levels)
         else:
-            cells = self._cells_beside_padding(frame.levels, frame.padding)
+            cells = self._cells_without_padding(frame.levels, frame.padding)
         share = float(cells.foreground.sum()) / frame.own_pixels
         return cells._replace(warnings=(*frame.warnings, *intensity.share_warning(share, self.intensity)))
 
@@ -98,14 +98,14 @@ class Segmenter:
             return Cells(*strips.segment(self.network, image, self.targets, self.config))
         return self._cells_of_maps(self.network(image))
 
-    def _cells_beside_padding(self, image: NDArray[np.uint8], padding: NDArray[np.bool_]) -> Cells:
-        """The cells of an image of which the network sees all but the padding, as in `forward.logits_of_picture`."""
+    def _cells_without_padding(self, image: NDArray[np.uint8], padding: NDArray[np.bool_]) -> Cells:
+        """The cells of an image whose padding is hidden from the network, as in `forward.logits_of_picture`."""
         window, picture = grey_levels.without_padding(image, padding)
         if picture.size > windows.WHOLE_PIXELS:
-            return _outside(_placed(self._cells(picture), window, image.shape), padding, self.config.smallest)
-        found = self.network(picture)
-        maps = np.zeros((len(found), *image.shape), np.float32)
-        maps[(slice(None), *window)] = found
+            return _mask_padding(_embed(self._cells(picture), window, image.shape), padding, self.config.smallest)
+        window_maps = self.network(picture)
+        maps = np.zeros((len(window_maps), *image.shape), np.float32)
+        maps[(slice(None), *window)] = window_maps
         maps[:, padding] = 0
         return self._cells_of_maps(maps)
 
@@ -114,20 +114,20 @@ class Segmenter:
         return Cells(labels, watershed.scores(labels, maps[0]), maps[0] > self.config.foreground)
 
 
-def _placed(cells: Cells, window: tuple[slice, slice], shape: tuple[int, ...]) -> Cells:
-    """The cells of a window of an image as those of the image."""
+def _embed(cells: Cells, window: tuple[slice, slice], shape: tuple[int, ...]) -> Cells:
+    """Embed the cells of a window in an image of `shape`."""
     labels, foreground = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
     labels[window], foreground[window] = cells.labels, cells.foreground
     return Cells(labels, cells.scores, foreground)
 
 
-def _outside(cells: Cells, padding: NDArray[np.bool_], smallest: int) -> Cells:
-    """`cells` without the pixels in padding; a cell of which fewer than `smallest` pixels are left is left out."""
+def _mask_padding(cells: Cells, padding: NDArray[np.bool_], smallest: int) -> Cells:
+    """Remove pixels in padding, and cells with fewer than `smallest` pixels left."""
     labels = np.where(padding, 0, cells.labels)
-    kept = np.bincount(labels.ravel(), minlength=len(cells.scores) + 1) >= max(1, smallest)
-    kept[0] = False
-    numbers = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
-    return Cells(numbers[labels], cells.scores[kept[1:]], cells.foreground & ~padding)
+    keep = np.bincount(labels.ravel(), minlength=len(cells.scores) + 1) >= max(1, smallest)
+    keep[0] = False
+    numbers = np.where(keep, np.cumsum(keep), 0).astype(np.int32)
+    return Cells(numbers[labels], cells.scores[keep[1:]], cells.foreground & ~padding)
 
 
 def _read(uri: str) -> Grey:
@@ -140,15 +140,15 @@ def _read(uri: str) -> Grey:
 
 
 def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
-    """The network of a checkpoint, of a run (its best checkpoint), or in an ONNX file.
+    """Load the network of a checkpoint, of a run (its best checkpoint), or of an ONNX file.
 
     Args:
         uri: a folder, or a file whose name ends in .onnx.
         flips: average over the image and its three flips.
-        device: of torch; default: cuda where there is one. ONNX runs on the CPU.
+        device: torch's device; default: cuda if available. ONNX runs on the CPU.
 
     Raises:
-        UserError: nothing there, or not a network of ours.
+        UserError: no network there, or not one of raylivecell.
     """
     if str(uri).endswith(ONNX):
         from raylivecell.inference.onnx_model import load as load_onnx
@@ -163,8 +163,8 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
     from raylivecell.runs import checkpoint
 
     folder = progress.find(storage.absolute(uri))
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, settings = checkpoint.load_network(folder, place)
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, settings = checkpoint.load_network(folder, torch_device)
     return Segmenter(
         lambda image: forward.maps(model, image, flips),
         settings.targets,
@@ -175,7 +175,7 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
 
 
 def intensity_rule(uri: str) -> Intensity:
-    """The intensity rule of the dataset, checkpoint, run or ONNX file at `uri`; UserError where there is none."""
+    """The intensity rule of the dataset, checkpoint, run or ONNX file at `uri`; UserError if there is none."""
     uri = storage.absolute(uri).rstrip("/")
     if uri.endswith(ONNX):
         from raylivecell.inference.onnx_model import load as load_onnx
@@ -193,7 +193,7 @@ def intensity_rule(uri: str) -> Intensity:
 
 def _flipped(network: Callable[[NDArray[np.uint8]], Maps]) -> Callable[[NDArray[np.uint8]], Maps]:
     def mean(image: NDArray[np.uint8]) -> Maps:
-        turned = [network(np.ascontiguousarray(image[::y, ::x]))[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
-        return np.mean(turned, axis=0, dtype=np.float32)
+        maps = [network(np.ascontiguousarray(image[::y, ::x]))[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
+        return np.mean(maps, axis=0, dtype=np.float32)
 
     return mean

@@ -1,14 +1,14 @@
-"""A checkpoint: a folder of plain files, readable without running anything that a stranger wrote.
+"""A checkpoint: a folder of plain files. Loading an untrusted checkpoint executes no code.
 
-    model.safetensors   the weights to use (averaged ones, where the recipe asks for them)
+    model.safetensors   the weights to use (averaged, if the recipe says so)
     training.pt         optimiser, schedule, raw weights, RNG: tensors and primitives, opened with weights_only=True
-    state.json          steps done, best score so far, the history of metrics
+    state.json          steps done, the history of metrics
     recipe.yaml         the recipe
-    data.json           name, licence, citation and fingerprint of the data that it was trained on
-    intensity.json      how stored images become the grey levels that it was trained on
-    instances.json      thresholds that make cells of its maps, where `evaluate --calibrate` has chosen them
+    data.json           name, licence, citation and SHA-256 of the training data
+    intensity.json      rule from stored pixel values to the grey levels of training
+    instances.json      watershed thresholds, if `evaluate --calibrate` has tuned them
 
-A run folder holds `checkpoint_*` folders; the best of them is the one whose state.json has the highest score.
+A run folder holds `checkpoint_*` folders; the best is the one whose state.json has the highest score.
 """
 
 import io
@@ -50,10 +50,10 @@ def save(
 
     Args:
         folder: URI.
-        model: the network to keep.
-        training: `loop.Training.state_dict`.
-        state: how far it has come.
-        recipe: of the run.
+        model: the network whose weights are used.
+        training: `loop.TrainState.state_dict`.
+        state: steps done and history.
+        recipe: the run's recipe.
         data: `shards.provenance` of the dataset.
         rule: `shards.intensity` of the dataset; default: LIVECell's.
     """
@@ -71,26 +71,26 @@ def save(
 
 
 def _tensor_names(model: nn.Module) -> list[str]:
-    """Names of the network's tensors in its state_dict, one for each: MONAI's DynUNet has two for the same module."""
+    """One name for each tensor in the network's state_dict: MONAI's DynUNet has two names for some modules."""
     state_dict = model.state_dict()
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # without duplicates
-    return [name for name in names if name in state_dict]  # without buffers that are not kept
+    return [name for name in names if name in state_dict]  # without non-persistent buffers
 
 
 def copy(folder: str, target: str) -> None:
-    """Copy a checkpoint's files; the one that makes it whole comes last."""
-    there = [file for file in (DATA, INSTANCES) if storage.exists(storage.join(folder, file))]
-    for file in (*there, INTENSITY, MODEL, TRAINING, STATE, RECIPE):
+    """Copy a checkpoint's files; recipe.yaml, which marks it as complete, last."""
+    optional = [file for file in (DATA, INSTANCES) if storage.exists(storage.join(folder, file))]
+    for file in (*optional, INTENSITY, MODEL, TRAINING, STATE, RECIPE):
         storage.write_bytes(storage.join(target, file), _read(folder, file))
 
 
 def load_training(folder: str) -> tuple[dict[str, Any], Progress]:
-    """What `save` was given as `training` (on the CPU) and `state`."""
+    """The `training` (on the CPU) and `state` passed to `save`."""
     data = io.BytesIO(_read(folder, TRAINING))
     try:
-        with zipfile.ZipFile(data) as members:  # torch would also take its older forms, and unpack a zip bomb
+        with zipfile.ZipFile(data) as members:  # torch.load also reads older formats and unpacks zip bombs
             if any(member.file_size > member.compress_size for member in members.infolist()):
-                raise UserError(f"{folder}/{TRAINING} is compressed, as no checkpoint's is; resume from another one")
+                raise UserError(f"{folder}/{TRAINING} is compressed, which no checkpoint is; resume from another one")
         data.seek(0)
         training = torch.load(data, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -104,12 +104,12 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
     recipe, rule = recipes.load(storage.join(folder, RECIPE)), load_intensity(folder)
     try:
         weights = safetensors.torch.load(_read(folder, MODEL))
-        with torch.device("meta"):  # a stranger's recipe may ask for terabytes: the memory taken is the file's
+        with torch.device("meta"):  # an untrusted recipe may ask for terabytes: allocate the size of the file only
             model = build_model(recipe.model, recipe.outputs, rule)
         if weights.keys() != set(names := _tensor_names(model)):
-            other = sorted(weights.keys() ^ set(names))
-            raise KeyError(f"{len(other)} tensors are missing or not the network's: {', '.join(other[:3])}")
-        model.load_state_dict(weights, assign=True, strict=False)  # second names of shared tensors are not in the file
+            mismatched = sorted(weights.keys() ^ set(names))
+            raise KeyError(f"{len(mismatched)} tensors are missing or not the network's: {', '.join(mismatched[:3])}")
+        model.load_state_dict(weights, assign=True, strict=False)  # the file lacks second names of shared tensors
     except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}"
@@ -118,48 +118,48 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
 
 
 def load_network(uri: str, device: torch.device) -> tuple[nn.Module, recipes.Recipe]:
-    """`load_model` on `device`, in the recipe's memory format: ready to predict with."""
+    """`load_model` on `device`, in the recipe's memory format."""
     model, recipe = load_model(uri)
     return to_device(model, recipe, device), recipe
 
 
-def save_instances(folder: str, config: InstanceConfig, told: dict[str, Any]) -> None:
-    """Keep the thresholds that make cells of the network's maps, and what is `told` of how they were found."""
-    storage.write_json(storage.join(folder, INSTANCES), {"thresholds": config.model_dump(), **told})
+def save_instances(folder: str, config: InstanceConfig, calibration: dict[str, Any]) -> None:
+    """Save the watershed thresholds, and `calibration`: how they were tuned."""
+    storage.write_json(storage.join(folder, INSTANCES), {"thresholds": config.model_dump(), **calibration})
 
 
 def load_instances(folder: str, targets: Targets) -> InstanceConfig:
-    """What `save_instances` kept, or the values to begin with."""
+    """The thresholds saved by `save_instances`, else the defaults."""
     try:
         values = storage.read_json(storage.join(folder, INSTANCES))
     except FileNotFoundError:
         return watershed.default(targets)
-    with storage.validating(storage.join(folder, INSTANCES), "delete it and choose thresholds anew with --calibrate"):
+    with storage.validating(storage.join(folder, INSTANCES), "delete it and run --calibrate again"):
         thresholds = values["thresholds"]
     return settings.validate(InstanceConfig, thresholds, storage.join(folder, INSTANCES))
 
 
 def load_intensity(folder: str) -> Intensity:
-    """What `save` was given as `rule`; UserError where the folder holds none."""
-    place = storage.join(folder, INTENSITY)
+    """The `rule` passed to `save`; UserError if the folder holds none."""
+    uri = storage.join(folder, INTENSITY)
     try:
-        values = storage.read_json(place)
+        values = storage.read_json(uri)
     except FileNotFoundError as error:
         raise UserError(
             f"checkpoint {folder} has no {INTENSITY}: an older raylivecell wrote it; prepare the data and train again"
         ) from error
-    with storage.validating(place, "use another checkpoint"):
+    with storage.validating(uri, "use another checkpoint"):
         return Intensity.model_validate(values)
 
 
 def load_data(folder: str) -> dict[str, Any]:
-    """What `save` was given as `data`; "not stated" for what it was not."""
+    """The `data` passed to `save`; "not stated" for missing values."""
     try:
-        told = storage.read_json(storage.join(folder, DATA))
+        values = storage.read_json(storage.join(folder, DATA))
     except FileNotFoundError:
-        told = {}
+        values = {}
     with storage.validating(storage.join(folder, DATA), "use another checkpoint"):
-        stated = {name: str(value) for name, value in told.items()}
+        stated = {name: str(value) for name, value in values.items()}
     return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | stated
 
 

@@ -1,9 +1,9 @@
-"""The folder of a run or a sweep: begun with one recipe on one dataset, and gone on with only by the same.
+"""The folder of a run or a sweep: started with one recipe on one dataset, and resumed only with the same.
 
-recipe.yaml   the recipe; that it is there says that the folder is taken
+recipe.yaml   the recipe; its presence marks the folder as in use
 data.json     `shards.provenance` of the dataset
-failed.json   why the run ended early, where the user must change something: it is resumed, or started again
-failed-1/ ... files of runs that failed, before another was started in the folder
+failed.json   why the run ended early, if the user must change something before resuming or restarting it
+failed-1/ ... files of failed runs, moved there when another was started in the folder
 """
 
 import itertools
@@ -19,7 +19,7 @@ RECIPE, DATA, FAILED = "recipe.yaml", "data.json", "failed.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the run's checkpoints."""
 WRITTEN = (RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tensorboard")
-"""What a run writes, besides its checkpoints."""
+"""Files of a run, besides its checkpoints."""
 
 
 def holds_run(out: str) -> bool:
@@ -28,57 +28,57 @@ def holds_run(out: str) -> bool:
 
 
 def check_resumable(out: str, data: str, resume: bool) -> bool:
-    """Whether a run in `out` is resumed, on the dataset at `data`; a run that failed is not, unless that is asked for.
+    """Whether to resume a run in `out` on the dataset at `data`; a failed run only if `resume`.
 
     Raises:
-        UserError: one is there that nobody asked to resume; none is there to resume; it was begun on other data.
+        UserError: `out` holds a run and not `resume`; `resume` and no run; the run was started on other data.
     """
-    used = holds_run(out)
-    if used and not resume and failure(out) is not None:
+    in_use = holds_run(out)
+    if in_use and not resume and failure(out) is not None:
         return False
-    if resume and not used:
+    if resume and not in_use:
         raise UserError(f"nothing to resume at {out}; leave out --resume always to start a run there")
-    if used and not resume:
+    if in_use and not resume:
         raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume always")
-    if used:
+    if in_use:
         _check_snapshot(storage.join(out, SNAPSHOT))
-        begun, now = storage.read_json(storage.join(out, DATA)), shards.provenance(data)
+        old, new = storage.read_json(storage.join(out, DATA)), shards.provenance(data)
         with storage.validating(storage.join(out, DATA), "choose another --out"):
-            same, uri = begun["sha256"] == now["sha256"], begun["uri"]
+            same, uri = old["sha256"] == new["sha256"], old["uri"]
         if not same:
-            raise UserError(f"{out} was begun on the dataset of {uri}, which {data} is not; resume it on that")
-    return used
+            raise UserError(f"{out} was started on the dataset at {uri}, and {data} is another; resume it on the first")
+    return in_use
 
 
-def _check_snapshot(where: str) -> None:
-    """UserError where Ray's list names a folder elsewhere: by these names it reads checkpoints and deletes old ones.
+def _check_snapshot(uri: str) -> None:
+    """Check that Ray's list names checkpoints in the run folder only: Ray reads and deletes the folders it names.
 
-    Ray writes the list in place: a kill may leave half of it. It is deleted then, and workers take the last complete
-    checkpoint of the folder.
+    Ray writes the list in place: a kill may truncate it. It is then deleted, and workers resume from the last complete
+    checkpoint in the folder.
     """
     try:
-        left: list[Any] = [storage.read_json(where)] if storage.exists(where) else []
+        stack: list[Any] = [storage.read_json(uri)] if storage.exists(uri) else []
     except UserError:
-        if storage.read_bytes(where)[:1] not in (b"", b"{"):  # nothing that Ray began to write
+        if storage.read_bytes(uri)[:1] not in (b"", b"{"):  # not a truncated list of Ray's
             raise
-        storage.delete(where)
-        console.print(f"{where} was cut off by a kill; resuming from the last complete checkpoint", soft_wrap=True)
+        storage.delete(uri)
+        console.print(f"{uri} was truncated by a kill; resuming from the last complete checkpoint", soft_wrap=True)
         return
-    while left:
-        value = left.pop()
+    while stack:
+        value = stack.pop()
         if isinstance(value, dict):
             name = value.get("checkpoint_dir_name")
             if name is not None and not re.fullmatch(r"checkpoint_[\w.-]+", str(name)):
-                raise UserError(f"{where} names a checkpoint {str(name)[:80]!r}, outside the run; choose another --out")
+                raise UserError(f"{uri} names a checkpoint {str(name)[:80]!r}, outside the run; choose another --out")
             value = list(value.values())
-        left += value if isinstance(value, list) else []
+        stack += value if isinstance(value, list) else []
 
 
 def ray_storage(out: str) -> dict[str, Any]:
-    """The folder `out` as Ray's `RunConfig` takes it: an opened filesystem and plain paths.
+    """Arguments of Ray's `RunConfig` for the folder `out`: an opened filesystem and plain paths.
 
-    Ray would parse a path as a URI, which a name that is not ASCII ends with a traceback. The run's name is a label of
-    Ray's metrics, which are ASCII: a folder of another name is the path, and the name is ".", the same folder.
+    Ray would parse a path as a URI, which fails with a traceback for names that are not ASCII. The run's name becomes a
+    label of Ray's metrics, which must be ASCII: for other names the folder is the path, and the run's name is ".".
     """
     name = addresses.name(out)
     filesystem, folder = storage.open_uri(addresses.parent(out) if name.isascii() else out)
@@ -86,7 +86,7 @@ def ray_storage(out: str) -> dict[str, Any]:
 
 
 def initialise(out: str, data: str, recipe: str) -> None:
-    """Take the folder for `recipe` (YAML) and the dataset at `data`."""
+    """Mark the folder as in use by `recipe` (YAML) and the dataset at `data`."""
     storage.write_json(storage.join(out, DATA), shards.provenance(data))
     storage.write_bytes(storage.join(out, RECIPE), recipe.encode())
 
@@ -96,28 +96,28 @@ class Failure(NamedTuple):
 
     reason: str
     saved: int
-    """Steps in its last checkpoint; 0: it has none."""
+    """Steps in its last checkpoint; 0: no checkpoint."""
 
 
 def mark_failed(out: str, failed: Failure) -> None:
-    """Note that the run in `out` ended early by something that the user must change."""
+    """Record that the run in `out` ended early because of something that the user must change."""
     storage.write_json(storage.join(out, FAILED), failed._asdict())
 
 
 def failure(out: str) -> Failure | None:
-    """Why the run in `out` ended early; none where it did not, or was resumed."""
-    where = storage.join(out, FAILED)
-    if not storage.exists(where):
+    """Why the run in `out` ended early; None if it did not, or was resumed."""
+    uri = storage.join(out, FAILED)
+    if not storage.exists(uri):
         return None
-    values = storage.read_json(where)
-    with storage.validating(where, "choose another --out"):
+    values = storage.read_json(uri)
+    with storage.validating(uri, "choose another --out"):
         return Failure(str(values["reason"]), int(values["saved"]))
 
 
 def reopen(out: str, resume: bool) -> str | None:
-    """Make the folder of a failed run ready to be resumed, or else empty for a new run; what is done, in one line.
+    """Prepare the folder of a failed run to be resumed, or clear it for a new run; returns a line about it, if failed.
 
-    Files of a failed run that is not resumed are moved to `failed-1/` in the folder, or the next free number.
+    Without `resume` the files of the failed run are moved to `failed-1/` in the folder, or the next free number.
     """
     failed = failure(out)
     if failed is None:
@@ -127,10 +127,10 @@ def reopen(out: str, resume: bool) -> str | None:
         after = f"after step {failed.saved}" if failed.saved else "from the start: it has no checkpoint"
         return f"the run at {out} failed ({failed.reason}); resuming it {after}"
     names = storage.list_names(out)
-    number = next(one for one in itertools.count(1) if f"failed-{one}" not in names)
-    # Last what says that the folder is taken, and by a failed run: a kill in between leaves no old files in a free one.
-    written = [one for one in names if one in WRITTEN or one.startswith("checkpoint_")]
-    for name in sorted(written, key=lambda one: (one == FAILED, one == RECIPE)):
+    number = next(number for number in itertools.count(1) if f"failed-{number}" not in names)
+    # The markers of a folder in use and of a failed run last: a kill in between leaves no old files in a free folder.
+    written = [name for name in names if name in WRITTEN or name.startswith("checkpoint_")]
+    for name in sorted(written, key=lambda name: (name == FAILED, name == RECIPE)):
         _move(storage.join(out, name), storage.join(out, f"failed-{number}", name))
     return f"the run at {out} failed ({failed.reason}); starting again, its files are kept in failed-{number}"
 

@@ -1,4 +1,4 @@
-"""What a run writes as it goes, besides checkpoints: metrics.jsonl and TensorBoard's events, in its folder."""
+"""A run's log in its folder: metrics.jsonl and TensorBoard events."""
 
 import json
 import os
@@ -11,25 +11,28 @@ from raylivecell.core import storage
 
 
 class RunLog:
-    """Of the run in the folder `out` (a URI), from `step` on. Whole files each time: object stores cannot append."""
+    """Log of the run in the folder `out` (a URI) from `step` on.
+
+    Each write replaces the complete files: object stores cannot append.
+    """
 
     def __init__(self, out: str, step: int) -> None:
         self.out = out
         self.folder = tempfile.TemporaryDirectory(prefix="tensorboard-")
-        self.board = SummaryWriter(self.folder.name, purge_step=step or None)
+        self.writer = SummaryWriter(self.folder.name, purge_step=step or None)
 
     def write(self, history: list[dict[str, Any]]) -> None:
-        """The whole history to metrics.jsonl, its last row to TensorBoard."""
+        """Write the complete history to metrics.jsonl and its last row to TensorBoard."""
         lines = "".join(json.dumps(row) + "\n" for row in history)
         storage.write_bytes(storage.join(self.out, "metrics.jsonl"), lines.encode())
         for name, value in history[-1].items():
-            self.board.add_scalar(name, value, history[-1]["step"])
-        self.board.flush()
+            self.writer.add_scalar(name, value, history[-1]["step"])
+        self.writer.flush()
         for name in os.listdir(self.folder.name):
             with open(os.path.join(self.folder.name, name), "rb") as events:
                 storage.write_bytes(storage.join(self.out, "tensorboard", name), events.read())
 
     def close(self) -> None:
-        """Delete what was only for the way."""
-        self.board.close()
+        """Close TensorBoard's writer and delete its temporary folder."""
+        self.writer.close()
         self.folder.cleanup()

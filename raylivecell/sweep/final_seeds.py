@@ -22,10 +22,10 @@ from raylivecell.runs import folder as run_folder
 from raylivecell.runs.progress import validation_score
 from raylivecell.sweep import space, statistics
 from raylivecell.sweep import tune as tuner
+from raylivecell.sweep.board import TrialTable
 from raylivecell.sweep.space import ELASTIC, OBJECTIVES, SweepConfig
 from raylivecell.sweep.study import values
 from raylivecell.sweep.trial import SweepContext
-from raylivecell.training.display import TrialTable
 
 FOLDER = "final"
 Scores = dict[str, dict[int, float]]

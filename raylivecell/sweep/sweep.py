@@ -25,12 +25,12 @@ from raylivecell.runs import checkpoint, progress
 from raylivecell.runs import folder as run_folder
 from raylivecell.runtime import prometheus, session
 from raylivecell.sweep import final_seeds, report, space, space_check, statistics, tune
+from raylivecell.sweep.board import TrialTable
 from raylivecell.sweep.search import Search
 from raylivecell.sweep.space import SweepConfig
 from raylivecell.sweep.study import StudyFile, finished, folder_of, left_running, open_study
 from raylivecell.sweep.trial import SweepContext
 from raylivecell.training import preflight
-from raylivecell.training.display import TrialTable
 
 BEST = progress.FOLDER + "best"
 
@@ -216,7 +216,7 @@ def _search(
 def _tidy(out: str, study: optuna.Study) -> None:
     """A trial keeps its best checkpoint only: also one whose processes outlived its end by a moment."""
     for trial in finished(study):
-        progress.keep_best(storage.join(out, folder_of(trial.number)))
+        progress.delete_all_but_best(storage.join(out, folder_of(trial.number)))
 
 
 def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:

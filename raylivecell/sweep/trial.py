@@ -28,7 +28,7 @@ from raylivecell.runs.run_log import RunLog
 from raylivecell.runtime import prometheus
 from raylivecell.sweep import space
 from raylivecell.training import loop, preflight, ray_train
-from raylivecell.training.job import Job
+from raylivecell.training.job import TrainJob
 from raylivecell.training.worker import RankContext, report_row, reports, save
 
 Result = dict[str, Any]
@@ -55,13 +55,13 @@ class SweepContext:
     timed: bool
     """Whether milliseconds an image are measured at the end."""
 
-    def job(self, config: dict[str, Any]) -> Job:
+    def job(self, config: dict[str, Any]) -> TrainJob:
         """The run that a trial's config asks for; UserError where its values are no recipe that can be trained."""
         asked = config["job"]
         recipe = space.apply(self.recipe, asked["values"])
         preflight.batch_divides(recipe.batch_size, self.workers, "--sweep.workers-per-trial")
         folder = storage.join(self.out, asked["folder"])
-        return Job(recipe, folder, self.samples, self.stream_memory, self.threads, sweep=self.out)
+        return TrainJob(recipe, folder, self.samples, self.stream_memory, self.threads, sweep=self.out)
 
 
 class OneWorker(tune.Trainable):
@@ -111,7 +111,7 @@ class OneWorker(tune.Trainable):
     def _result(self, training: loop.TrainState | None) -> Result:
         """Of the row just made; without one, the trial had ended before it was taken up again."""
         state = training.state if training else progress.load_state(self.last or "")
-        row = report_row(state, self.job.plan())
+        row = report_row(state, self.job.schedule())
         row["done"] = row["step"] >= row["steps"]
         if row["done"] and self.shared.timed:
             network = training.network() if training else checkpoint.load_model(self.job.out)[0]
@@ -123,7 +123,7 @@ class OneWorker(tune.Trainable):
         folder = storage.join(self.job.out, progress.name(state.step))
         save(folder, training, self.job)
         best = max(state.history, key=lambda row: (progress.validation_score(row), row["step"]))["step"]
-        progress.keep(self.job.out, {best, state.step})
+        progress.delete_all_but(self.job.out, {best, state.step})
         self.journal = self.journal or RunLog(self.job.out, state.step)
         self.journal.write(state.history)
 
@@ -153,7 +153,7 @@ def several_workers(config: dict[str, Any], shared: SweepContext) -> None:
     # The whole history is in the metrics file, also that of a run which had ended before it was taken up again.
     lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
     state = progress.Progress(len(lines), [json.loads(line) for line in lines])
-    row = report_row(state, job.plan())
+    row = report_row(state, job.schedule())
     if shared.timed:
         row["ms_per_image"] = ms_per_image(checkpoint.load_model(job.out)[0], shared.samples)
     tune.report(row)

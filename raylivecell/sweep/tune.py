@@ -18,10 +18,10 @@ from raylivecell.runs import folder
 from raylivecell.runs import progress as run_state
 from raylivecell.runtime import placement
 from raylivecell.runtime.placement import Machine
+from raylivecell.sweep.board import TrialTable
 from raylivecell.sweep.space import SearchConfig
 from raylivecell.sweep.study import end_of
 from raylivecell.sweep.trial import OneWorker, SweepContext, several_workers
-from raylivecell.training.display import TrialTable
 
 # What a trial's training may take of the CPUs: a CPU that augments feeds some four that train (520x704: 3 ms an image).
 TRAIN_SHARE = 0.8
@@ -176,6 +176,6 @@ class TrialProgress(tune.Callback):
         self._end(trial, None)
 
     def _end(self, trial: Any, result: dict[str, Any] | None) -> None:
-        run_state.keep_best(storage.join(self.out, trial.config["job"]["folder"]))
+        run_state.delete_all_but_best(storage.join(self.out, trial.config["job"]["folder"]))
         self.board.end(self._name(trial), end_of(result).name.lower(), (result or {}).get("failed"))
         self.changed()

@@ -1,11 +1,14 @@
-"""`train`: the loop, and Ray Train around it.
+"""`train`: the training loop, and Ray Train around it.
 
-1. preflight       what would fail or hang, found before the start
+1. preflight       checks before the start, of what would fail or hang
 2. train           the driver: checks, Ray, cached samples, the run, the report
-   display         what the console shows meanwhile
+   display         progress on the console
 3. ray_train       workers, resources, retries
-   job             what each worker is given
-   gloo, messages  how workers form a group, and report to the driver
+   job             the recipe, samples and settings that each worker receives
+   messages        progress messages from workers to the driver
 4. worker          one training process: stream, network, loop, checkpoints
-5. loop            the training loop: no Ray, no command line
+   ranks, gloo     what the processes exchange, and how they form a group
+   validation      scores on the validation images
+   preemption      checkpoints when a node is about to be removed
+5. loop            the training loop, without Ray
 """

@@ -1,10 +1,10 @@
-"""How training processes without GPUs form a torch process group, over gloo.
+"""The torch process group of training processes without GPUs, over gloo.
 
-Gloo asks the machine for the address of its own host name. Where /etc/hosts has that as 127.0.0.1 (Debian's installer
-writes it so), processes on two machines look for each other on their own loopback: "Gloo connectFullMesh failed,
-Connection refused". Ray knows the address at which the other nodes reach this one.
+Gloo resolves the machine's host name. If /etc/hosts maps that to 127.0.0.1 (as Debian's installer does), processes on
+two machines connect to their own loopback: "Gloo connectFullMesh failed, Connection refused". Ray knows the address at
+which other nodes reach this one.
 
-The workers do it themselves: Ray Train's TorchConfig would import torch in its controller, before there are any workers
+Workers form the group themselves: Ray Train's TorchConfig would import torch in its controller before any worker starts
 (1.7 s of each start).
 """
 
@@ -18,8 +18,36 @@ import ray.train.collective
 import ray.util
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
-# An operation of the group fails after this time.
+# Time limit of each operation of the group.
 TIMEOUT_S = 600
+
+
+def join_process_group() -> None:
+    """Join torch's process group at rank 0's address; does nothing for a single process.
+
+    The process stays a member until it ends: leaving the group would wait for ranks that have died.
+    """
+    context = ray.train.get_context()
+    if context.get_world_size() == 1:
+        return
+    from torch import distributed
+
+    set_interface()
+    url = ray.train.collective.broadcast_from_rank_zero(rendezvous_url() if context.get_world_rank() == 0 else None)
+    distributed.init_process_group(
+        "gloo",
+        init_method=url,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )
+
+
+def set_interface() -> None:
+    """Make gloo in this process use Ray's network interface, unless the user has set one."""
+    name = interface(ray.util.get_node_ip_address())
+    if name:
+        os.environ.setdefault(VARIABLE, name)
 
 
 def interface(address: str) -> str | None:
@@ -31,39 +59,11 @@ def interface(address: str) -> str | None:
     return None
 
 
-def choose() -> None:
-    """Let gloo in this process use the interface that Ray uses, unless the user has set one."""
-    name = interface(ray.util.get_node_ip_address())
-    if name:
-        os.environ.setdefault(VARIABLE, name)
-
-
-def rendezvous() -> str:
-    """URL at which the group can meet: this node's address, which Ray knows, and a free port on it."""
+def rendezvous_url() -> str:
+    """URL for the group's rendezvous: this node's address, as Ray knows it, and a free port."""
     address = ray.util.get_node_ip_address()
     ipv6 = ":" in address
-    with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET) as bound:
-        bound.bind(("", 0))
-        port = bound.getsockname()[1]
+    with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET) as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
     return f"tcp://[{address}]:{port}" if ipv6 else f"tcp://{address}:{port}"
-
-
-def join() -> None:
-    """Make this training process a member of torch's process group, which meets at rank 0; a single one needs none.
-
-    It stays a member until it ends: to leave the group would be to wait for ranks that have died.
-    """
-    context = ray.train.get_context()
-    if context.get_world_size() == 1:
-        return
-    from torch import distributed
-
-    choose()
-    url = ray.train.collective.broadcast_from_rank_zero(rendezvous() if context.get_world_rank() == 0 else None)
-    distributed.init_process_group(
-        "gloo",
-        init_method=url,
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )

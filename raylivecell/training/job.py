@@ -1,14 +1,15 @@
-"""What each training worker is given. Apart from worker.py, so that a driver need not import torch."""
+"""The job that each training worker receives. Apart from worker.py, so that a driver need not import torch."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray.actor import ActorHandle
 
 from raylivecell.core import addresses
-from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.blocks import Source
 from raylivecell.ingest.dataset import Samples
 from raylivecell.ingest.order import SampleSchedule
+from raylivecell.ingest.stream import Stream
 from raylivecell.recipe import Recipe
 
 SCORE_COLUMN = "rank"
@@ -16,8 +17,8 @@ SCORE_COLUMN = "rank"
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker of a run is told."""
+class TrainJob:
+    """A run's recipe, samples and settings, the same for every worker."""
 
     recipe: Recipe
     out: str
@@ -25,32 +26,32 @@ class Job:
     stream_memory: int
     """Bytes of the object store for the streams of all workers together."""
     threads: int | None = None
-    """torch's threads in each worker; none: the machine's cores shared among the workers on it."""
-    progress: ActorHandle | None = None
-    """A `messages.Mailbox` that rank 0 sends its progress to."""
-    watched: bool = False
-    """Whether the cluster is asked for nodes that are about to go away."""
-    marks: tuple[tuple[str, float], ...] = ()
-    """What the driver had done by when, seconds since 1970."""
+    """torch's threads in each worker; None: the machine's cores divided among its workers."""
+    mailbox: ActorHandle | None = None
+    """A `messages.Mailbox` for rank 0's progress."""
+    poll_preemption: bool = False
+    """Whether workers poll for nodes that are about to be removed."""
+    startup: tuple[tuple[str, float], ...] = ()
+    """Start-up phases of the driver and when each ended, seconds since 1970."""
     resumed: bool = False
     """Whether the run in `out` is continued."""
     sweep: str | None = None
     """Folder of the sweep that the run is a trial of."""
 
     def name(self) -> str:
-        """The name of the run's folder; of a trial, from the sweep's on."""
+        """The name of the run's folder; for a trial, its path from the sweep's folder on."""
         return addresses.relative(self.out, addresses.parent(self.sweep or self.out)) or addresses.name(self.out)
 
-    def plan(self) -> SampleSchedule:
-        """The order of the run."""
+    def schedule(self) -> SampleSchedule:
+        """The sample order of the run."""
         return SampleSchedule(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
 
-    def stream(self, step: int, rank: int = 0, ranks: int = 1) -> ingest.Stream:
-        """The batches of `rank` from `step` on: it starts its tasks at once."""
+    def stream(self, step: int, rank: int = 0, ranks: int = 1) -> Stream:
+        """The batches of `rank` from `step` on; its tasks start immediately."""
         samples, recipe = self.samples, self.recipe
         source = Source(
             samples.train,
-            self.plan(),
+            self.schedule(),
             recipe.augment,
             recipe.crop,
             samples.frame,
@@ -59,4 +60,9 @@ class Job:
             samples.task_cpus,
             samples.intensity.background_level,
         )
-        return ingest.Stream(source, step, rank, ranks, self.stream_memory // ranks)
+        return Stream(source, step, rank, ranks, self.stream_memory // ranks)
+
+    def send_progress(self, message: dict[str, Any]) -> None:
+        """Send a message to the driver without waiting for it."""
+        if self.mailbox is not None:
+            self.mailbox.send.remote(message)

@@ -1,8 +1,8 @@
-"""The training loop. Knows no Ray, no cluster, no command line.
+"""The training loop, without Ray, cluster or command line.
 
-1. Take a batch; its wait is counted as time lost to data.
-2. Forward on the device (the network normalises), loss, backward, clip, step, schedule, average.
-3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, hand over to the caller.
+1. Get a batch; the wait counts as time lost to data.
+2. Forward on the device (the network normalises), loss, backward, clip, optimiser step, schedule, average.
+3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, yield to the caller.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from raylivecell.network.transfer import DeviceTransfer
 from raylivecell.recipe import LoopConfig, LossConfig, OptimizerConfig
 from raylivecell.runs.progress import Progress
 
-# Reading a loss from a GPU waits for it: there, a bad loss is looked for once in so many steps.
+# Reading a loss waits for the GPU: losses on GPUs are checked for NaN and infinity only once in this many steps.
 GPU_CHECK_STEPS = 20
-# Names of `losses.Loss`'s parts in the history.
+# Names of the parts of `segmentation_loss` in the history.
 LOSSES = ("loss", "bce", "dice_loss", "aux_loss")
 
 
 class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite at `step`, in a batch of the samples `samples`."""
+    """The loss became NaN or infinite at `step`, in the batch of the samples `samples`."""
 
     def __init__(self, step: int, samples: list[int]) -> None:
         super().__init__(f"loss is not finite at step {step}, samples {samples}")
@@ -38,7 +38,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass
 class TrainState:
-    """What training changes: the network, its average, the optimiser, the schedule, and how far it has come."""
+    """All that training changes: network, averaged network, optimiser, learning-rate schedule and progress."""
 
     model: nn.Module
     average: AveragedModel | None
@@ -48,11 +48,11 @@ class TrainState:
     state: Progress
 
     def network(self) -> nn.Module:
-        """The network to validate and keep."""
+        """The network to validate and save."""
         return self.average.module if self.average is not None else self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """All but `state` and `network()`'s weights where those are the model's own: tensors and primitives."""
+        """Everything but `state`, as tensors and primitives."""
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -62,7 +62,7 @@ class TrainState:
         }
 
     def load(self, values: dict[str, Any], state: Progress) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore a `state_dict`."""
         self.model.load_state_dict(values["model"])
         if self.average is not None:
             self.average.load_state_dict(values["average"])
@@ -73,7 +73,7 @@ class TrainState:
 
 
 def start(model: nn.Module, config: OptimizerConfig, steps: int) -> TrainState:
-    """Training of `model` from its present weights over `steps`."""
+    """State to train `model` from its present weights over `steps`."""
     optimizer, scheduler = build_optimizer(model, config, steps)
     average = None
     if config.ema_decay:
@@ -85,7 +85,7 @@ def run(
     training: TrainState,
     forward: nn.Module,
     batches: Iterator[dict[str, Tensor]],
-    plan: SampleSchedule,
+    schedule: SampleSchedule,
     config: LoopConfig,
     loss_config: LossConfig,
     validate: Callable[[nn.Module], dict[str, float]],
@@ -93,56 +93,57 @@ def run(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     checkpoint_requested: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[TrainState]:
-    """Train from `training.state.step` to `plan.steps`; gives `training` after each new row of its history.
+    """Train from `training.state.step` to `schedule.steps`; yields `training` after each new row of its history.
 
-    It is given between reports too, without a new row, where `checkpoint_requested` asks for that.
+    It is also yielded between reports, without a new row, when `checkpoint_requested` returns True.
 
     Args:
-        training: what is changed, in place.
-        forward: the network to call: `training.model`, or it wrapped (DDP, compiled).
+        training: changed in place.
+        forward: the network to call: `training.model`, or a wrapper of it (DDP, compiled).
         batches: {"planes": uint8 (b, 2 + C, H, W) as of `draw_target_maps`; anything else} from the present step on,
             this rank's share of each.
-        plan: the order that `batches` follows.
-        config: how to compute.
-        loss_config: what to minimise.
+        schedule: the sample order that `batches` follows.
+        config: report interval, precision and memory format.
+        loss_config: the loss and its weights.
         validate: network -> metrics named `val_*`, equal on every rank.
-        tick: called after each step with steps done and images/s (all ranks') since the last report.
-        sum_over_ranks: the sum of a tensor over all ranks.
+        on_step: called after each step with steps done and images/s (of all ranks) since the last report.
+        sum_over_ranks: returns the sum of a tensor over all ranks.
+        checkpoint_requested: called with steps done; the same result on every rank.
 
     Raises:
         NonFiniteLoss: on every rank at the same step, naming the global batch's samples.
     """
     device = next(training.model.parameters()).device
     send = DeviceTransfer(device)
-    meter = _StepStats(plan, sum_over_ranks, device)
+    stats = _StepStats(schedule, sum_over_ranks, device)
     forward.train()
-    for step in range(training.state.step, plan.steps):
+    for step in range(training.state.step, schedule.steps):
         begin = time.perf_counter()
         planes = send(next(batches)["planes"])
-        meter.waited += time.perf_counter() - begin
+        stats.waited += time.perf_counter() - begin
         with _precision(config.precision, device):
             logits = forward(planes[:, :1].contiguous(memory_format=_memory_format(config)))
         loss = segmentation_loss(logits, planes[:, 1:], loss_config)
-        meter.add(step, torch.stack(loss).detach())
+        stats.add(step, torch.stack(loss).detach())
         _update(training, loss.total)
         training.state.step = step + 1
-        on_step(step + 1, meter.images_per_s(step + 1))
-        if _report_due(plan, step, config.report_steps):
-            row = meter.row(step, float(training.scheduler.get_last_lr()[0]))
+        on_step(step + 1, stats.images_per_s(step + 1))
+        if _report_due(schedule, step, config.report_steps):
+            row = stats.row(step, float(training.scheduler.get_last_lr()[0]))
             begin = time.perf_counter()
             row |= validate(training.network())
             row["validation_seconds"] = time.perf_counter() - begin
             forward.train()
             training.state.history.append(row)
             yield training
-            meter = _StepStats(plan, sum_over_ranks, device)
+            stats = _StepStats(schedule, sum_over_ranks, device)
         elif checkpoint_requested(step + 1):
-            meter.check(step)
+            stats.check(step)
             yield training
 
 
 def _update(training: TrainState, loss: Tensor) -> None:
-    """One step of the optimiser, the schedule and the average."""
+    """Step the optimiser, the learning-rate schedule and the average."""
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if training.clip_norm is not None:
@@ -153,10 +154,10 @@ def _update(training: TrainState, loss: Tensor) -> None:
         training.average.update_parameters(training.model)
 
 
-def _report_due(plan: SampleSchedule, step: int, every: int | None) -> bool:
+def _report_due(schedule: SampleSchedule, step: int, every: int | None) -> bool:
     if every is None:
-        return plan.epoch_ends(step)
-    return (step + 1) % every == 0 or step + 1 == plan.steps
+        return schedule.epoch_ends(step)
+    return (step + 1) % every == 0 or step + 1 == schedule.steps
 
 
 def _memory_format(config: LoopConfig) -> torch.memory_format:
@@ -164,21 +165,23 @@ def _memory_format(config: LoopConfig) -> torch.memory_format:
 
 
 def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    wanted = precision == "bfloat16" or (
+    bfloat16 = precision == "bfloat16" or (
         precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
-    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
 class _StepStats:
-    """Sums since the last report, kept on the device; a bad loss is found here, on all ranks at the same step."""
+    """Sums since the last report, kept on the device; detects non-finite losses at the same step on all ranks."""
 
-    def __init__(self, plan: SampleSchedule, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self.plan, self.sum_over_ranks, self.device = plan, sum_over_ranks, device
+    def __init__(
+        self, schedule: SampleSchedule, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        self.schedule, self.sum_over_ranks, self.device = schedule, sum_over_ranks, device
         self.losses = torch.zeros(len(LOSSES), device=device)
         self.first_step: int | None = None
         self.unchecked: list[Tensor] = []
-        self.waited, self.begin = 0.0, time.perf_counter()
+        self.waited, self.started_at = 0.0, time.perf_counter()
 
     def add(self, step: int, losses: Tensor) -> None:
         if self.first_step is None:
@@ -189,31 +192,31 @@ class _StepStats:
             self.check(step)
 
     def check(self, step: int) -> None:
-        """Raise NonFiniteLoss on every rank if any rank's loss was bad at a step not yet checked."""
+        """Raise NonFiniteLoss on every rank if any rank's loss was not finite at a step not yet checked."""
         if not self.unchecked:
             return
-        bad = self.sum_over_ranks((~torch.isfinite(torch.stack(self.unchecked))).float()).nonzero()
-        if len(bad):
-            at = step - len(self.unchecked) + 1 + int(bad[0, 0])
-            raise NonFiniteLoss(at, sorted({int(i) for i in self.plan.rows(at)[:, SAMPLE]}))
+        non_finite = self.sum_over_ranks((~torch.isfinite(torch.stack(self.unchecked))).float()).nonzero()
+        if len(non_finite):
+            failed_step = step - len(self.unchecked) + 1 + int(non_finite[0, 0])
+            raise NonFiniteLoss(failed_step, sorted({int(i) for i in self.schedule.rows(failed_step)[:, SAMPLE]}))
         self.unchecked = []
 
     def images_per_s(self, done: int) -> float:
         steps = done - (self.first_step if self.first_step is not None else done)
-        return steps * self.plan.batch_size / (time.perf_counter() - self.begin)
+        return steps * self.schedule.batch_size / (time.perf_counter() - self.started_at)
 
     def row(self, step: int, lr: float) -> dict[str, Any]:
-        """The history's row: means over steps and ranks of what was summed."""
+        """Row of the history: means of the sums over steps and ranks."""
         self.check(step)
         assert self.first_step is not None
-        seconds = time.perf_counter() - self.begin
+        seconds = time.perf_counter() - self.started_at
         ranks = self.sum_over_ranks(torch.ones(1, device=self.device))
         losses = (self.sum_over_ranks(self.losses) / ranks / (step + 1 - self.first_step)).tolist()
         return {
-            "epoch": int(self.plan.rows(step)[-1, EPOCH]) + int(self.plan.epoch_ends(step)),
+            "epoch": int(self.schedule.rows(step)[-1, EPOCH]) + int(self.schedule.epoch_ends(step)),
             "step": step + 1,
-            "samples": (step + 1) * self.plan.batch_size,
-            **{name: loss for name, loss in zip(LOSSES, losses) if loss or name != "aux_loss"},  # 0: none is learnt
+            "samples": (step + 1) * self.schedule.batch_size,
+            **{name: loss for name, loss in zip(LOSSES, losses) if loss or name != "aux_loss"},  # 0: no auxiliary maps
             "lr": lr,
             "images_per_s": self.images_per_s(step + 1),
             "data_wait_fraction": self.waited / seconds,

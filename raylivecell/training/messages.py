@@ -1,4 +1,4 @@
-"""Progress messages from training workers to the driver, through one actor: sent without waiting, read in batches."""
+"""Progress messages from training workers to the driver through an actor: sent without waiting, read in batches."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ Message = dict[str, Any]
 
 
 class Mailbox:
-    """Messages in the order of their arrival, until they are read once."""
+    """A queue of messages in order of arrival."""
 
     def __init__(self) -> None:
         self.waiting: list[Message] = []
@@ -20,15 +20,16 @@ class Mailbox:
         self.waiting.append(message)
 
     def read(self) -> list[Message]:
-        """The messages since the last call."""
+        """Remove and return all messages."""
         messages, self.waiting = self.waiting, []
         return messages
 
 
 def open_mailbox() -> ActorHandle:
-    """A Mailbox as an actor that reserves no CPU; it ends with the driver.
+    """Start a Mailbox actor that reserves no CPU and ends with the driver.
 
-    On the driver's node: elsewhere it would be lost with a node that is drained or fails, while the run continues.
+    It runs on the driver's node: elsewhere it would be lost with a node that is drained or fails while the run
+    continues.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote  # its annotations do not name this strategy

@@ -1,4 +1,4 @@
-"""What would fail or hang, told before anything is spent."""
+"""Checks before a run starts, of what would otherwise fail or hang later."""
 
 import math
 import os
@@ -12,54 +12,54 @@ from raylivecell.data import shards
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import placement, session
 
-# Seconds in which a process of the cluster must have started and looked for a compiler or a GPU.
-LOOK_S = 60.0
+# Time limit for a task on the cluster that looks for a compiler or a GPU, start of its process included.
+PROBE_S = 60.0
 
 
 def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 1.0) -> float:
-    """CPUs to reserve for each worker, so that Ray Data keeps some (runtime/placement.py): else the run would hang.
+    """CPUs to reserve for each worker such that Ray Data keeps some (runtime/placement.py): else the run would hang.
 
     Args:
-        workers: of one run, or of all trials at once.
-        flag: what the user sets them by.
-        gpus_per_worker: GPUs of each, on a cluster that has some.
+        workers: number of workers in one run, or in all concurrent trials.
+        flag: the command-line flag that sets it.
+        gpus_per_worker: GPUs of each worker, on a cluster with GPUs.
 
     Raises:
-        UserError: where they leave no CPU for Ray Data.
+        UserError: they leave no CPU for Ray Data.
     """
     machines = session.machines()
-    share = placement.worker_cpus(workers, machines, gpus_per_worker)
-    if not share:
+    cpus = placement.worker_cpus(workers, machines, gpus_per_worker)
+    if not cpus:
         total, most = sum(machine.cpus for machine in machines), placement.most_workers(machines, gpus_per_worker)
         hint = f"use {flag} {most}" if most >= 1 else "give Ray at least 1 CPU on each machine with a GPU, and 1 more"
         raise UserError(f"{workers} workers would leave no CPU for Ray Data on {total:g} CPUs; {hint}")
-    return share
+    return cpus
 
 
 def worker_gpus(workers: int | tuple[int, int]) -> float:
-    """GPUs of each worker: one, where the cluster has any; UserError where it has too few for the least of workers."""
-    least = workers if isinstance(workers, int) else workers[0]
+    """GPUs per worker: 1 on a cluster with GPUs, else 0; UserError if it has fewer GPUs than the minimum of workers."""
+    minimum = workers if isinstance(workers, int) else workers[0]
     gpus = placement.gpu_slots(session.machines())
-    if 0 < gpus < least:
+    if 0 < gpus < minimum:
         hint = f"use --workers {gpus}, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
-        raise UserError(f"{least} workers, but {gpus} GPUs; {hint}")
+        raise UserError(f"{minimum} workers, but {gpus} GPUs; {hint}")
     return 1.0 if gpus else 0.0
 
 
 def demo_workers(batch_size: int, at_most: int = 2) -> int:
-    """Workers for a small run on whatever cluster this is: as many as have room, that share the batch equally."""
+    """Workers for a small run on any cluster: as many as fit and divide the batch equally."""
     machines = session.machines()
     most = min(at_most, placement.gpu_slots(machines) or at_most, placement.most_workers(machines))
     return next((count for count in range(most, 1, -1) if batch_size % count == 0), 1)
 
 
 def state_api() -> None:
-    """UserError where Ray's State API gives no answer: Ray Train asks it before it frees a stopped run's workers."""
-    from ray.util.state import list_nodes  # 0.2 s of the start of every run that asks nothing
+    """Check that Ray's State API answers: Ray Train needs it to free the workers of a stopped run."""
+    from ray.util.state import list_nodes  # 0.2 s to import: not for runs that skip this check
 
     try:
         list_nodes(limit=1, timeout=20)
-    except Exception as error:  # of its own, of the network, of two clusters on one machine
+    except Exception as error:  # Ray's own errors, the network's, or two clusters on one machine
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"Ray's State API gives no answer ({reason}): trials of several workers that are stopped early would keep "
@@ -68,18 +68,18 @@ def state_api() -> None:
 
 
 def batch_divides(batch_size: int, workers: int | tuple[int, int], flag: str = "--workers") -> None:
-    """UserError unless every worker can take an equal share of each batch; `flag`: what the user sets them by."""
+    """Check that the workers can divide each batch equally; `flag` sets their number on the command line."""
     counts = [workers] if isinstance(workers, int) else range(workers[0], workers[1] + 1)
-    wrong = [count for count in counts if batch_size % count]
-    if wrong:
+    indivisible = [count for count in counts if batch_size % count]
+    if indivisible:
         raise UserError(
-            f"a batch of {batch_size} cannot be shared equally by {wrong[0]} workers; "
+            f"a batch of {batch_size} cannot be shared equally by {indivisible[0]} workers; "
             f"set batch_size to a multiple of {math.lcm(*counts)}, or change {flag}"
         )
 
 
 def samples_fit(data: str, recipe: Recipe) -> None:
-    """UserError where there is nothing to train on, or images of several sizes that would have to share a batch."""
+    """Check that there are training images, and that images of several sizes need not share a batch."""
     if not shards.list_rows(data, "train"):
         raise UserError(f"dataset at {data} has no training images; its train split is empty")
     sizes = len(shards.image_sizes(data, "train"))
@@ -87,14 +87,14 @@ def samples_fit(data: str, recipe: Recipe) -> None:
         raise UserError(f"images of {sizes} sizes in {data}/train cannot share a batch; set the recipe's crop")
     if sizes > 1 and recipe.augment.device == "cuda":
         raise UserError(
-            f"images of {sizes} sizes in {data}/train cannot be sent to a GPU whole; set augment.device: cpu"
+            f"images of {sizes} sizes in {data}/train cannot be sent to a GPU uncropped; set augment.device: cpu"
         )
 
 
 def network(recipe: Recipe) -> str | None:
-    """A line about a network of MONAI, None for our U-Net; UserError where it does not take the recipe's options.
+    """Describe a MONAI network in a line, None for our U-Net; UserError if it rejects the recipe's options.
 
-    In the driver, before anything is written: MONAI and torch take 5 s to import, our U-Net needs neither here.
+    Runs in the driver, before anything is written. MONAI and torch take 5 s to import; our U-Net needs neither here.
     """
     if recipe.model.name == "unet":
         return None
@@ -104,7 +104,7 @@ def network(recipe: Recipe) -> str | None:
 
 
 def hardware(recipe: Recipe) -> None:
-    """UserError where the recipe needs a GPU or a compiler and the cluster has none."""
+    """Check that the cluster has the GPU or the compiler that the recipe needs."""
     if not placement.gpu_slots(session.machines()):
         if recipe.augment.device == "cuda":
             raise UserError("augment.device is cuda, and this cluster has no GPU; set augment.device: cpu")
@@ -118,14 +118,14 @@ def hardware(recipe: Recipe) -> None:
 
 
 def _check_compiler() -> None:
-    """UserError where a process of the cluster does not find the compiler that torch.compile starts."""
+    """Check that a task on the cluster finds the compiler that torch.compile starts."""
     gpu = bool(placement.gpu_slots(session.machines()))
     task = ray.remote(num_cpus=0, num_gpus=0.01 if gpu else 0)(find_compiler)
     try:
-        found = ray.get(task.remote(gpu), timeout=LOOK_S)
-    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run waits for them too
+        compiler = ray.get(task.remote(gpu), timeout=PROBE_S)
+    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run will wait for them too
         return
-    if not found:
+    if not compiler:
         names = "gcc" if gpu else "g++"
         raise UserError(f"loop.compile needs a compiler on each machine; install {names}, or set loop.compile: false")
 
@@ -140,31 +140,31 @@ def find_compiler(gpu: bool) -> str | None:
 
 
 def gpus_work() -> None:
-    """UserError where Ray has GPUs and torch sees none in a process that is given one.
+    """Check on one machine that torch sees the GPU that Ray assigns; `check` does this on all machines.
 
-    torch for CPUs on a machine with an NVIDIA driver is the usual case; workers would fail at their first kernel, after
-    the samples were decoded. One machine is asked; `check` asks them all.
+    The usual cause is CPU-only torch on a machine with an NVIDIA driver; workers would fail at their first kernel,
+    after the samples were decoded.
     """
     if not placement.gpu_slots(session.machines()):
         return
-    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(_blind)
+    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(_blind_address)
     try:
-        address = ray.get(task.remote(), timeout=LOOK_S)
-    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run waits for them too
+        address = ray.get(task.remote(), timeout=PROBE_S)
+    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run will wait for them too
         return
     if address:
         raise UserError(blind_gpu(address))
 
 
-def _blind() -> str | None:
-    """The address of this machine where torch sees no GPU."""
+def _blind_address() -> str | None:
+    """This machine's address if torch sees no GPU."""
     import torch
 
     return None if torch.cuda.is_available() else ray.util.get_node_ip_address()
 
 
 def blind_gpu(address: str) -> str:
-    """What is wrong with a machine whose GPU torch does not see, and the fix."""
+    """Error message for a machine whose GPU torch does not see, with the fix."""
     return (
         f"Ray has a GPU on {address}, and torch sees none; install torch for CUDA there and look at the driver, or set "
         "CUDA_VISIBLE_DEVICES= (a cluster: start Ray with --num-gpus=0) to use CPUs"

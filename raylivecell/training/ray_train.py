@@ -1,4 +1,4 @@
-"""Ray Train for a run: workers and their resources, the run's folder, the retries. Imports no torch."""
+"""Ray Train for a run: workers and their resources, the run folder, retries. Imports no torch."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,27 +14,30 @@ from raylivecell.core.process_settings import environment
 from raylivecell.runs import folder, progress
 from raylivecell.runtime import ray_internals, session
 from raylivecell.runtime.ray_errors import as_user_errors
-from raylivecell.training.job import SCORE_COLUMN, Job
+from raylivecell.training.job import SCORE_COLUMN, TrainJob
 
-# How often Ray Train's controller looks at its workers, seconds; at Ray's 2 s a two-worker run takes 8 s longer.
+# Seconds between the controller's polls of its workers; with Ray's default, 2 s, a two-worker run takes 8 s longer.
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
 
 def trainer(
-    job: Job,
+    job: TrainJob,
     workers: int | tuple[int, int],
     cpus: float,
     gpus: float,
     retries: int,
     callbacks: Sequence[UserCallback] = (),
 ) -> Any:
-    """The trainer of Ray Train for `job`, whose folder is the run's, with `cpus` and `gpus` for each of `workers`."""
+    """Ray Train's trainer for `job` in its run folder, with `cpus` and `gpus` for each of `workers`."""
+    backend = BackendConfig()  # without GPUs the workers form their group themselves: training/gloo.py
+    if gpus:
+        from ray.train.torch import TorchConfig
+
+        backend = TorchConfig(backend="nccl", timeout_s=600)
     return ray_internals.data_parallel_trainer()(
-        _work,
+        _run_worker,
         train_loop_config={"job": job},
-        backend_config=_nccl()
-        if gpus
-        else BackendConfig(),  # without GPUs the workers form their group: training/gloo.py
+        backend_config=backend,
         scaling_config=ScalingConfig(
             num_workers=cast(Any, workers),
             use_gpu=gpus > 0,
@@ -51,59 +54,46 @@ def trainer(
     )
 
 
-def _work(config: dict[str, Job]) -> Any:
+def _run_worker(config: dict[str, TrainJob]) -> Any:
     """The training function: start the worker's stream, then import torch and train.
 
     The stream needs no torch: its tasks' processes start while this one imports it (5 s with MONAI).
     """
     job, context = config["job"], ray.train.get_context()
-    last = _last_checkpoint(job)
-    step = progress.load_state(last).step if last else 0
-    stream = job.stream(step, context.get_world_rank(), context.get_world_size())
-    from raylivecell.training.worker import work
-
-    return work(job, last, stream)
-
-
-def _last_checkpoint(job: Job) -> str | None:
-    """URI of the checkpoint to resume from; none: from the start.
-
-    Of a resumed run of which Ray's list of checkpoints was lost (`run_folder`), the latest complete one in its folder.
-    """
     last = ray.train.get_checkpoint()
     if last is not None:
-        return storage.join(job.out, addresses.name(last.path))
-    return progress.latest(job.out) if job.resumed else None
+        resume_from: str | None = storage.join(job.out, addresses.name(last.path))
+    else:  # a resumed run may have lost Ray's list of checkpoints (`folder.check_resumable`)
+        resume_from = progress.latest(job.out) if job.resumed else None
+    step = progress.load_state(resume_from).step if resume_from else 0
+    stream = job.stream(step, context.get_world_rank(), context.get_world_size())
+    from raylivecell.training.worker import run_worker
 
-
-def _nccl() -> BackendConfig:
-    from ray.train.torch import TorchConfig
-
-    return TorchConfig(backend="nccl", timeout_s=600)
+    return run_worker(job, resume_from, stream)
 
 
 def fit(trainer: Any) -> dict[str, Any] | None:
-    """Run to the end; what rank 0 returned. An error the user can fix, found in a worker, is raised as a UserError."""
+    """Run `trainer` to its end; returns rank 0's result. A worker's error that the user can fix becomes a UserError."""
     with as_user_errors(), environment(**_ray_train_settings()):
         return cast(Any, _without_signal_handler(trainer.fit)).return_value
 
 
 def _ray_train_settings() -> dict[str, str]:
-    """Environment variables that Ray Train reads when a run starts, and passes on to its own processes."""
+    """Environment variables that Ray Train reads when a run starts and copies to its own processes."""
     settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_INTERVAL_S}
     if session.started_here():
         return settings | {session.PREEMPTION_WATCHER: "0"}
     if ray.get_runtime_context().get_actor_id() is None:  # a driver, not a trial of a sweep
-        # Runs, their workers and errors at /api/train/v2/runs/v1 of the dashboard's address.
+        # The dashboard then serves runs, their workers and errors at /api/train/v2/runs/v1.
         settings |= {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
     return settings
 
 
 def _without_signal_handler(function: Callable[[], Any]) -> Any:
-    """Call `function` in a thread, from which Ray Train cannot replace the process's handler of Ctrl-C.
+    """Call `function` in a thread, where Ray Train cannot replace the process's Ctrl-C handler.
 
-    Its own ends the process with exit code 0 or 1 and stays installed after the run. Ctrl-C raises KeyboardInterrupt
-    here instead; the run ends with the driver.
+    Ray Train's handler exits the process with code 0 or 1 and stays installed after the run. With this one Ctrl-C
+    raises KeyboardInterrupt here; the run ends with the driver.
     """
     if threading.current_thread() is not threading.main_thread():
         return function()
@@ -112,7 +102,7 @@ def _without_signal_handler(function: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             result.set_result(function())
-        except BaseException as error:  # whatever it is, it is raised in the caller
+        except BaseException as error:  # any error is raised in the caller
             result.set_exception(error)
 
     threading.Thread(target=run, name="ray-train", daemon=True).start()

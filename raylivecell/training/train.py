@@ -1,16 +1,15 @@
 """A training run from its driver: checks, Ray, decoded samples, Ray Train around the loop, the report.
 
-1. The driver checks what would fail or hang, keeps decoded samples in the object store where they fit, and starts Ray
+1. The driver checks what would fail or hang, caches decoded samples in the object store if they fit, and starts Ray
    Train (training/ray_train.py), whose run folder is --out.
-2. Each worker (training/worker.py) streams its batches, takes up the last checkpoint and runs the loop.
-3. The driver shows progress meanwhile and ends with report.html.
+2. Each worker (training/worker.py) streams its batches, loads the last checkpoint and runs the loop.
+3. The driver displays progress and at the end writes report.html.
 
-What needs Ray Data, Ray Train or a plotting library is imported where it is used: while Ray starts, or at the end.
+Ray Data, Ray Train and plotting libraries are imported where they are used: while Ray starts, or at the end.
 """
 
 import json
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -39,95 +38,97 @@ def train(
     retries: int = 3,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Train `recipe` on the dataset at `data`; the last row of metrics.
+    """Train `recipe` on the dataset at `data`; returns the last row of metrics.
 
     Args:
         data: URI of a prepared dataset.
         out: URI of the run's folder: checkpoint_*/, metrics.jsonl, tensorboard/, recipe.yaml, report.html.
         recipe: what to train.
-        workers: training processes, or (least, most) for a run that grows and shrinks with the cluster.
+        workers: training processes, or (min, max) for a run that grows and shrinks with the cluster.
         resume: continue the run in `out` from its last checkpoint, instead of refusing a folder in use.
         retries: how often the run restarts from its last checkpoint after a worker died.
-        began: when the command began, seconds since 1970, for what is told of the time to the first step; default: now.
+        began: when the command began, seconds since 1970, for the reported time to the first step; default: now.
 
     Raises:
         UserError: no such data; `out` in use, or nothing there to resume; too few CPUs; a loss not finite.
     """
-    marks = [("", began or time.time()), ("imports", time.time())]
+    startup = [("", began or time.time()), ("imports", time.time())]
     data, out = storage.absolute(data), storage.absolute(out)
     preflight.batch_divides(recipe.batch_size, workers)
     preflight.samples_fit(data, recipe)
     if line := preflight.network(recipe):
         console.print(line, markup=False, soft_wrap=True)
-    _check_unused(out, data, recipe, resume)
-    marks.append(("dataset", time.time()))
+    _check_run_folder(out, data, recipe, resume)
+    startup.append(("dataset", time.time()))
     session.connect()
-    marks.append(("Ray", time.time()))
+    startup.append(("Ray", time.time()))
     from raylivecell.ingest.dataset import open_samples, stream_budget_bytes
 
     preflight.hardware(recipe)
     most = workers if isinstance(workers, int) else workers[1]
     gpus, cpus = preflight.worker_gpus(workers), preflight.worker_cpus(most)
     preflight.gpus_work()
-    if reopened := folder.reopen(out, resume):
-        console.print(reopened, soft_wrap=True, markup=False)
+    if line := folder.reopen(out, resume):
+        console.print(line, soft_wrap=True, markup=False)
     folder.initialise(out, data, recipes.dump(recipe))
-    store = stream_budget_bytes()
+    stream_memory = stream_budget_bytes()
     samples = open_samples(data, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
     from raylivecell.training import ray_train  # Ray Train, 0.6 s, while tasks decode the samples
-    from raylivecell.training.job import Job
+    from raylivecell.training.job import TrainJob
 
-    marks.append(("samples sent", time.time()))
-    watched = not session.started_here()
-    job = Job(recipe, out, samples, store, progress=mailbox, watched=watched, marks=tuple(marks), resumed=resume)
-    with ProgressDisplay(job.plan().steps, lambda: ray.get(mailbox.read.remote())):
+    startup.append(("samples sent", time.time()))
+    job = TrainJob(
+        recipe,
+        out,
+        samples,
+        stream_memory,
+        mailbox=mailbox,
+        poll_preemption=not session.started_here(),
+        startup=tuple(startup),
+        resumed=resume,
+    )
+    with ProgressDisplay(job.schedule().steps, lambda: ray.get(mailbox.read.remote())):
         try:
             failed = ray_train.fit(ray_train.trainer(job, workers, cpus, gpus, retries))
         except UserError as error:
-            raise _failure(out, str(error), "") from error
+            raise _record_failure(out, str(error)) from error
     if failed:
-        raise _loss_not_finite(out, failed["step"], [samples.train[number] for number in failed["samples"]])
-    return _finish(data, out, recipe)
+        batch = [shards.read_row(samples.train[index], ["file_name"]) for index in failed["samples"]]
+        names = ", ".join(sorted({sample["file_name"] for sample in batch}))
+        reason = f"the loss became NaN or infinite at step {failed['step']}, in the batch of {names}"
+        hint = "; lower optimizer.lr or set optimizer.clip_norm, and look at those images"
+        raise _record_failure(out, reason, hint)
+    return _write_report(data, out, recipe)
 
 
-def _loss_not_finite(out: str, step: int, batch: Sequence[shards.Row]) -> UserError:
-    names = sorted({shards.read_row(row, ["file_name"])["file_name"] for row in batch})
-    hint = "; lower optimizer.lr or set optimizer.clip_norm, and look at those images"
-    return _failure(out, f"the loss became NaN or infinite at step {step}, in the batch of {', '.join(names)}", hint)
+def _check_run_folder(out: str, data: str, recipe: Recipe, resume: bool) -> None:
+    """Check that `out` is unused, or holds a run to resume with the same recipe: Ray resumes any run it finds there."""
+    if not folder.check_resumable(out, data, resume):
+        return
+    old = recipes.load(storage.join(out, folder.RECIPE))
+    changed = ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(recipe, name))
+    if changed:
+        restart = ", or start again without --resume always" if folder.failure(out) else ""
+        raise UserError(
+            f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml{restart}"
+        )
 
 
-def _failure(out: str, reason: str, hint: str) -> UserError:
-    """Note in `out` that the run failed, which frees the folder; the error that says how to go on."""
+def _record_failure(out: str, reason: str, hint: str = "") -> UserError:
+    """Record in `out` that the run failed, which frees the folder; returns the error, with how to continue."""
     try:
         last = progress.latest(out)
         saved = progress.load_state(last).step if last else 0
         folder.mark_failed(out, folder.Failure(reason, saved))
-    except (OSError, UserError):  # of the same disk or network, perhaps: the user must read the reason
+    except (OSError, UserError):  # perhaps of the same disk or network: the user must still see the reason
         return UserError(f"{reason}{hint}")
     resumed = f", and --resume always continues after step {saved}" if saved else ""
     return UserError(f"{reason}{hint}; the same command then starts again and keeps the files of this run{resumed}")
 
 
-def _check_unused(out: str, data: str, recipe: Recipe, resume: bool) -> None:
-    """Ray resumes a folder in use without a word: UserError, unless that is meant and the recipe is the run's."""
-    if not folder.check_resumable(out, data, resume):
-        return
-    changed = _changed(recipes.load(storage.join(out, folder.RECIPE)), recipe)
-    if changed:
-        again = ", or start again without --resume always" if folder.failure(out) else ""
-        raise UserError(
-            f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml{again}"
-        )
-
-
-def _changed(old: Recipe, new: Recipe) -> str:
-    """Names of the parts in which two recipes differ."""
-    return ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(new, name))
-
-
-def _finish(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
-    """Write report.html from what the run left; the last row of metrics."""
+def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
+    """Write report.html from the run's files; returns the last row of metrics."""
     from raylivecell.reports import pictures, training  # torch and matplotlib
     from raylivecell.runs import checkpoint
 

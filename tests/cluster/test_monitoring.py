@@ -24,7 +24,7 @@ from raylivecell.runtime import prometheus as gauges
 from raylivecell.runtime import session
 from raylivecell.sweep.space import Dimension, SweepConfig
 from raylivecell.sweep.sweep import sweep
-from raylivecell.training.job import Job
+from raylivecell.training.job import TrainJob
 from raylivecell.training.train import train
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
@@ -157,7 +157,7 @@ def test_prometheus_accepts_every_query(tmp_path: Path) -> None:
 
 def test_run_label_is_the_folder_name_and_for_trials_the_path_in_the_sweep() -> None:
     def name(out: str, sweep: str | None = None) -> str:
-        return Job(RECIPE, out, None, 0, sweep=sweep).name()  # type: ignore[arg-type]
+        return TrainJob(RECIPE, out, None, 0, sweep=sweep).name()  # type: ignore[arg-type]
 
     assert name("s3://cells/runs/one") == name("/runs/one") == "one"
     assert name("s3://cells/sweeps/two/trials/0003", "s3://cells/sweeps/two") == "two/trials/0003"

@@ -191,7 +191,7 @@ def test_only_what_writers_of_this_project_left_is_swept(tmp_path: Path) -> None
     others = [".mine.partial", "x.partial", f"{'ab' * 16}.partial", ".y.1234.partial"]
     for name in others:
         (tmp_path / "a" / name).touch()
-    storage.sweep(tmp_path)
+    storage.remove_partial_files(tmp_path)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(others)
 
 

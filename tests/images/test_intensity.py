@@ -271,17 +271,17 @@ def test_every_path_gives_the_same_cells(kind: str, network_of_set: Any, tmp_pat
     rows = prepared(tmp_path, images, rule)
     model, onnx = segmenter.load(folder, device="cpu"), segmenter.load(str(tmp_path / "model.onnx"))
     assert model.intensity == onnx.intensity == rule
-    job = image_file.Job(folder, str(tmp_path), str(tmp_path / "out"), ("labels",), False, None)
+    job = image_file.PredictJob(folder, str(tmp_path), str(tmp_path / "out"), ("labels",), False, None)
     for row, (name, image) in zip(rows, images.items()):
-        found, _ = evaluate._found(model, evaluate._frame(shards.read_row(row, evaluate.SAMPLE), None))
-        part = image_file.part(job, model, name, name, "1")
+        found, _ = evaluate._predict(model, evaluate._frame(shards.read_row(row, evaluate.SAMPLE), None))
+        part = image_file.segment_file(job, model, name, name, "1")
         labels = tifffile.imread(tmp_path / "out/labels" / f"{name}.tif")
-        assert part.row["cells"] == labels.max() == found.labels.max() > 0
+        assert part.row.cells == labels.max() == found.labels.max() > 0
         np.testing.assert_array_equal(labels, found.labels)
         np.testing.assert_array_equal(model.segment(image).labels, labels)
         np.testing.assert_array_equal(model.segment(tmp_path / name).labels, labels)
         assert (onnx.segment(image).labels != labels).mean() < 0.01
-        assert bool(part.row["warning"]) == (name in ("padded.tif", "dark.tif"))
+        assert bool(part.row.warning) == (name in ("padded.tif", "dark.tif"))
         other = choose([measured(store(image)) for image in FRAMES[:2]])  # another set of the same kind
         if between := intensity.between(other, rule):
             again = evaluate._frame(shards.read_row(row, evaluate.SAMPLE), between)

@@ -1,4 +1,4 @@
-"""Scores of whole images: none lost, none twice, the same for a network's cells and for a file that holds them."""
+"""`evaluate`: every image scored once, with equal scores for a network and for a COCO file of its cells."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ SPLITS = {"test": 10, "val": 3}
 
 
 def sample(index: int) -> dict[str, Any]:
-    """Bright disks that overlap here and there, as a row of a dataset."""
+    """A dataset row: an image of bright disks, some of which overlap."""
     shape, rng = SIZES[index % len(SIZES)], np.random.default_rng(index)
     labels, outlines = np.zeros(shape, np.uint16), []
     for label in range(1, 7):
@@ -37,9 +37,9 @@ def sample(index: int) -> dict[str, Any]:
         cv2.circle(cell, centre, int(rng.integers(4, 8)), 1, -1)
         labels[cell > 0] = label
         outlines.append(coco_mask.encode(np.asfortranarray(cell))["counts"])
-    shown = np.unique(labels[labels > 0])  # a cell may lie under others
-    outlines = [outlines[label - 1] for label in shown]
-    labels = np.searchsorted(shown, labels).astype(np.uint16) + (labels > 0)
+    visible = np.unique(labels[labels > 0])  # some cells are hidden by others
+    outlines = [outlines[label - 1] for label in visible]
+    labels = np.searchsorted(visible, labels).astype(np.uint16) + (labels > 0)
     image = np.clip(128 + 50 * (labels > 0) + rng.normal(0, 8, shape), 0, 255).astype(np.uint8)
     kind = ["A172", "BV2"][index % 2]
     about = {"file_name": f"{kind}_{index}.tif", "cell_type": kind, "source": "s", "sha256": "0"}
@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> str:
-    """A checkpoint of a network with random weights that tells cells apart."""
+    """A checkpoint of an instance network with random weights."""
     torch.manual_seed(3)
     recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
     folder = str(tmp_path / "checkpoint")
@@ -74,7 +74,7 @@ def saved(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("tta", [pytest.param(True, id="tta"), pytest.param(False, id="ray", marks=pytest.mark.ray)])
-def test_a_network_and_a_file_of_its_cells_score_the_same(
+def test_a_network_and_a_coco_file_of_its_cells_have_equal_scores(
     request: pytest.FixtureRequest, saved: str, data: str, tmp_path: Path, tta: bool
 ) -> None:
     request.getfixturevalue("one_process" if tta else "ray_cluster")
@@ -86,7 +86,7 @@ def test_a_network_and_a_file_of_its_cells_score_the_same(
         counts = pixel_scores.mask_counts(cells.foreground, sample(index)["labels"])
         row = result["per_image"][index]
         assert row["file_name"] == sample(index)["file_name"]
-        # A pixel whose logit is 0 to the last bit may fall either way with another number of threads.
+        # A pixel whose logit is exactly 0 may change sides with another number of threads.
         assert max(abs(row[name] - counts[name]) for name in pixel_scores.COUNTS) <= 2
         records += average_precision.results(1000 + index, rle.encode(cells.labels), cells.scores)
     assert sum(row["cells"] for row in result["per_image"]) == len(records) > 20
@@ -98,20 +98,22 @@ def test_a_network_and_a_file_of_its_cells_score_the_same(
     assert {p.name for p in (tmp_path / "compared").iterdir()} == {"metrics.json", "report.html", "overlays"}
 
 
-def test_what_an_evaluation_leaves(one_process: None, saved: str, data: str, tmp_path: Path) -> None:
+def test_evaluate_writes_scores_report_and_calibrated_thresholds(
+    one_process: None, saved: str, data: str, tmp_path: Path
+) -> None:
     out = tmp_path / "scores"
     before = checkpoint.load_instances(saved, "distance")
     result = evaluate.evaluate(saved, data, "test", str(out), calibrated=True)
-    told = json.loads(Path(saved, checkpoint.INSTANCES).read_text())
-    assert told["val_msa"] >= told["val_msa_of_defaults"]
-    assert told["images"] == SPLITS["val"]
+    calibration = json.loads(Path(saved, checkpoint.INSTANCES).read_text())
+    assert calibration["val_msa"] >= calibration["val_msa_of_defaults"]
+    assert calibration["images"] == SPLITS["val"]
     assert checkpoint.load_instances(saved, "distance") != before
-    assert result["thresholds"] == told["thresholds"]
+    assert result["thresholds"] == calibration["thresholds"]
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(result))
     assert len(result["checkpoint"]["sha256"]) == len(result["data"]["sha256"]) == 64
     assert {p.name for p in out.iterdir()} == {"metrics.json", "recipe.yaml", "report.html", "overlays"}
     page = (out / "report.html").read_text()
-    assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
+    assert "http" not in page.replace("http-equiv", ""), "the page loads nothing from the network"
     assert page.count("<figure") == len(list((out / "overlays").iterdir())) == 6
     assert {kind: score["images"] for kind, score in result["per_cell_type"].items()} == {"A172": 5, "BV2": 5}
     kinds = result["per_cell_type"].values()
@@ -120,7 +122,9 @@ def test_what_an_evaluation_leaves(one_process: None, saved: str, data: str, tmp
     assert low <= result["msa"] <= high
 
 
-def test_the_truth_itself_is_perfect_though_cells_overlap(one_process: None, data: str, tmp_path: Path) -> None:
+def test_the_ground_truth_scores_perfectly_despite_overlapping_cells(
+    one_process: None, data: str, tmp_path: Path
+) -> None:
     records = []
     for index in range(SPLITS["test"]):
         row = sample(index)
@@ -130,11 +134,11 @@ def test_the_truth_itself_is_perfect_though_cells_overlap(one_process: None, dat
     file.write_text(json.dumps(records[:-1]))
     result = evaluate.compare(str(file), data, "test", str(tmp_path / "out"))
     assert result["dice"] > 0.97
-    assert result["ap50"] == pytest.approx(1 - 1 / 101, abs=0.011), "all but the one left out"
+    assert result["ap50"] == pytest.approx(1 - 1 / 101, abs=0.011), "all cells but the one omitted"
     assert result["afnr"] == pytest.approx(1 / len(records))
 
 
-def test_scores_of_two_label_images() -> None:
+def test_scores_of_label_images() -> None:
     truth = sample(0)["labels"]
     assert scores.score(truth, truth)["msa"] == scores.score(truth, truth)["dice"] == 1
     assert scores.score(truth * 0, truth)["msa"] == 0
@@ -142,7 +146,7 @@ def test_scores_of_two_label_images() -> None:
         scores.score(truth, truth[1:])
 
 
-def test_mistakes_are_told_before_anything_starts(saved: str, data: str, tmp_path: Path) -> None:
+def test_user_errors_are_reported_before_anything_is_written(saved: str, data: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="no images in its split train"):
         evaluate.evaluate(saved, data, "train", out)

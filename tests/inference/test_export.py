@@ -1,4 +1,4 @@
-"""One file for other programs: the same maps at any size, with what a user of it must know, and no torch to run it."""
+"""`export`: a file with the same maps at any size and with metadata; ONNX runs without torch."""
 
 import json
 import subprocess
@@ -23,14 +23,14 @@ DATA = {"name": "disks", "licence": "CC0", "citation": "nobody", "sha256": "ab" 
 
 
 def save(folder: Path, **fields: Any) -> str:
-    """A checkpoint with random weights, and statistics of a norm that are not those it begins with."""
+    """A checkpoint with random weights and non-default BatchNorm statistics."""
     torch.manual_seed(1)
-    whole = recipe.parse({"crop": [64, 64], **fields}, "test")
-    network = build_model(whole.model, whole.outputs)
+    parsed = recipe.parse({"crop": [64, 64], **fields}, "test")
+    network = build_model(parsed.model, parsed.outputs)
     for module in network.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             torch.nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]
-    checkpoint.save(str(folder), network, {}, Progress(), whole, DATA)
+    checkpoint.save(str(folder), network, {}, Progress(), parsed, DATA)
     checkpoint.save_instances(str(folder), InstanceConfig(foreground=0.2, prominence=0.01, smallest=1), {})
     return str(folder)
 
@@ -46,21 +46,21 @@ def save(folder: Path, **fields: Any) -> str:
         (".pt2", "boundary", {"name": "BasicUNet", "options": {"features": [4, 4, 4, 8, 8, 4]}}),
     ],
 )
-def test_a_file_gives_the_networks_maps_at_any_size(
+def test_an_exported_file_computes_the_maps_of_the_network_at_any_size(
     tmp_path: Path, suffix: str, targets: str, model: dict[str, Any]
 ) -> None:
     saved, file = save(tmp_path / "run", targets=targets, model=model), tmp_path / f"model{suffix}"
-    told = export.export(saved, str(file))
-    assert told["bytes"] == file.stat().st_size
-    assert told["difference"] < 1e-4
+    summary = export.export(saved, str(file))
+    assert summary["bytes"] == file.stat().st_size
+    assert summary["difference"] < 1e-4
     maps = export.WRITERS[suffix][1](file.read_bytes())
     network = checkpoint.load_model(saved)[0]
     for size in ((64, 64), (57, 90), (16, 23)):
         image = np.random.default_rng(0).integers(90, 170, size).astype(np.uint8)
         expected = forward.maps(network, image)
-        got = maps(image[None, None].astype(np.float32))[0]
-        assert got.shape == (len(expected), *size)
-        np.testing.assert_allclose(got, expected, atol=1e-4)
+        exported_maps = maps(image[None, None].astype(np.float32))[0]
+        assert exported_maps.shape == (len(expected), *size)
+        np.testing.assert_allclose(exported_maps, expected, atol=1e-4)
     batch = np.random.default_rng(0).uniform(90, 170, (3, 1, 33, 20)).astype(np.float32)
     np.testing.assert_allclose(maps(batch)[2:], maps(batch[2:]), atol=1e-4)
 
@@ -74,22 +74,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return saved, str(folder / "model.onnx")
 
 
-def test_what_a_user_must_know_is_inside(exported: tuple[str, str], tmp_path: Path) -> None:
+def test_exported_files_hold_the_metadata(exported: tuple[str, str], tmp_path: Path) -> None:
     saved, file = exported
     model = onnx_model.load(file)
     assert model.targets == "distance"
     assert model.thresholds == InstanceConfig(foreground=0.2, prominence=0.01, smallest=1).model_dump()
     assert recipe.parse(recipe.yaml.safe_load(model.recipe_text), "inside") == checkpoint.load_model(saved)[1]
-    told = {name: model.about[name] for name in ("licence", "citation", "data_name", "data_sha256")}
-    assert list(told.values()) == ["CC0", "nobody", "disks", "ab" * 32]
+    provenance = [model.about[name] for name in ("licence", "citation", "data_name", "data_sha256")]
+    assert provenance == ["CC0", "nobody", "disks", "ab" * 32]
     assert json.loads(model.about["channels"]) == ["foreground", "centre_distance", "boundary_distance"]
     export.export(saved, str(tmp_path / "model.pt2"))
-    inside = {export.FILE: ""}
-    torch.export.load(tmp_path / "model.pt2", extra_files=inside)
-    assert json.loads(inside[export.FILE]) == model.about
+    metadata = {export.FILE: ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=metadata)
+    assert json.loads(metadata[export.FILE]) == model.about
 
 
-def test_cells_are_the_same_without_torch(exported: tuple[str, str]) -> None:
+def test_onnx_without_torch_finds_the_same_cells(exported: tuple[str, str]) -> None:
     saved, file = exported
     code = (
         "import sys, numpy as np\n"
@@ -104,36 +104,36 @@ def test_cells_are_the_same_without_torch(exported: tuple[str, str]) -> None:
     image = np.random.default_rng(0).integers(90, 170, (61, 75)).astype(np.uint8)
     expected = segmenter.load(saved, flips=True, device="cpu").segment(image).labels
     assert expected.max() > 1
-    assert (np.load(target) == expected).mean() > 0.99, "maps agree to 1e-6: a tie may fall the other way"
+    assert (np.load(target) == expected).mean() > 0.99, "maps agree to 1e-6: ties may differ"
 
 
-@pytest.mark.parametrize(("wrong", "told"), [(2e-4, r"0\.0002"), (float("nan"), "nan")])
-def test_a_file_that_differs_is_not_handed_over(
-    exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float, told: str
+@pytest.mark.parametrize(("error", "message"), [(2e-4, r"0\.0002"), (float("nan"), "nan")])
+def test_a_file_that_differs_from_the_network_is_not_written(
+    exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, message: str
 ) -> None:
     read = export.WRITERS[".onnx"][1]
-    given = Path(exported[1]).read_bytes()
-    writers = {".pt2": (lambda *_: given, lambda data: lambda image: read(data)(image) + np.float32(wrong))}
+    data = Path(exported[1]).read_bytes()
+    writers = {".pt2": (lambda *_: data, lambda data: lambda image: read(data)(image) + np.float32(error))}
     monkeypatch.setattr(export, "WRITERS", writers)
-    with pytest.raises(UserError, match=f"would differ from the network by {told}"):
+    with pytest.raises(UserError, match=f"would differ from the network by {message}"):
         export.export(exported[0], str(tmp_path / "model.pt2"))
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_told(exported: tuple[str, str], tmp_path: Path) -> None:
+def test_user_errors_are_reported(exported: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.onnx, or \.pt2"):
         export.export(exported[0], str(tmp_path / "model.pth"))
     with pytest.raises(UserError, match="no checkpoint"):
         export.export(str(tmp_path), str(tmp_path / "model.onnx"))
     with pytest.raises(UserError, match="no model at"):
         onnx_model.load(str(tmp_path / "none.onnx"))
-    (tmp_path / "text.onnx").write_text("no network")
+    (tmp_path / "text.onnx").write_text("not a network")
     with pytest.raises(UserError, match="is no ONNX file"):
         onnx_model.load(str(tmp_path / "text.onnx"))
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named(
+def test_a_missing_package_is_reported_with_the_install_command(
     exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -145,26 +145,25 @@ def test_a_missing_package_is_named(
             onnx_model.load(exported[1])
 
 
-def test_provenance_and_thresholds_go_with_a_copy(exported: tuple[str, str], tmp_path: Path) -> None:
+def test_a_copied_checkpoint_keeps_provenance_and_thresholds(exported: tuple[str, str], tmp_path: Path) -> None:
     copied = str(tmp_path / "copy")
     checkpoint.copy(exported[0], copied)
     assert checkpoint.load_data(copied) == DATA
     assert checkpoint.load_instances(copied, "distance").foreground == 0.2
 
 
-def test_what_is_not_known_of_the_data_is_said(exported: tuple[str, str], tmp_path: Path) -> None:
+def test_missing_provenance_is_exported_as_not_stated(exported: tuple[str, str], tmp_path: Path) -> None:
     bare = str(tmp_path / "bare")
     checkpoint.copy(exported[0], bare)
     (tmp_path / "bare" / checkpoint.DATA).unlink()
     assert checkpoint.load_data(bare) == dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated")
     about = export._about(bare, checkpoint.load_model(bare)[1])
     assert [about[name] for name in ("licence", "data_sha256")] == ["not stated", "not stated"]
-    again = str(tmp_path / "again")
-    checkpoint.copy(bare, again)
-    assert not (tmp_path / "again" / checkpoint.DATA).exists()
+    checkpoint.copy(bare, str(tmp_path / "second"))
+    assert not (tmp_path / "second" / checkpoint.DATA).exists()
 
 
-def test_another_programs_file_is_refused(exported: tuple[str, str], tmp_path: Path) -> None:
+def test_onnx_files_of_other_programs_or_versions_are_rejected(exported: tuple[str, str], tmp_path: Path) -> None:
     import onnx
 
     model = onnx.load(exported[1])

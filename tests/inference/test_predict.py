@@ -1,4 +1,4 @@
-"""Images in, cells out: nothing lost, nothing twice, nothing overwritten, and nothing done again."""
+"""`predict`: no image lost, duplicated or segmented again, and no output overwritten."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @given(st.lists(st.text("abAB./", min_size=1, max_size=6), max_size=8, unique=True))
-def test_no_two_images_share_an_output(stems: list[str]) -> None:
+def test_no_two_images_share_an_output_name(stems: list[str]) -> None:
     files = sorted({s.strip("/.") + suffix for s in stems if s.strip("/.") for suffix in (".tif", ".png")})
     names = predict.output_names(files)
     assert len({name.lower() for name in names}) == len({file.lower() for file in files})
@@ -62,7 +62,7 @@ def test_no_two_images_share_an_output(stems: list[str]) -> None:
     assert [name.rpartition("/")[0] for name in names] == [file.rpartition("/")[0] for file in files]
 
 
-def test_output_names_keep_suffixes_only_where_they_must() -> None:
+def test_output_names_keep_suffixes_only_if_ambiguous() -> None:
     assert predict.output_names(["a.tif", "x/a.tif"]) == ["a", "x/a"]
     assert predict.output_names(["a.tif", "a.png", "b.tif"]) == ["a.tif", "a.png", "b.tif"]
     assert predict.output_names(["a.tif", "A.tif"]) == ["a.tif", "A.tif"]
@@ -71,21 +71,21 @@ def test_output_names_keep_suffixes_only_where_they_must() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 4), (2, 90)])
-@pytest.mark.parametrize("most", [0, 7, 65_535, 65_536])
-def test_labels_as_tiff(shape: tuple[int, int], most: int) -> None:
-    labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % (most + 1)
-    labels[-1, -1] = most
+@pytest.mark.parametrize("highest", [0, 7, 65_535, 65_536])
+def test_label_tiffs_hold_every_cell_number(shape: tuple[int, int], highest: int) -> None:
+    labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % (highest + 1)
+    labels[-1, -1] = highest
     data = image_file.label_tiff(labels)
     assert data == image_file.label_tiff(labels)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         (page,) = file.pages
         assert (page.shape, page.photometric.name, page.samplesperpixel) == (shape, "MINISBLACK", 1)
         assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
-        assert (page.dtype, file.is_imagej) == ((np.uint16, True) if most < 65_536 else (np.uint32, False))
+        assert (page.dtype, file.is_imagej) == ((np.uint16, True) if highest < 65_536 else (np.uint32, False))
         np.testing.assert_array_equal(page.asarray(), labels)
 
 
-def test_mistakes_are_told_before_anything_starts(saved: str, tmp_path: Path) -> None:
+def test_user_errors_are_reported_before_anything_is_written(saved: str, tmp_path: Path) -> None:
     out, images = str(tmp_path / "out"), str(tmp_path / "images")
     write_frames(tmp_path / "images", range(1))
     with pytest.raises(UserError, match="no images at"):
@@ -107,14 +107,16 @@ def test_mistakes_are_told_before_anything_starts(saved: str, tmp_path: Path) ->
     assert [path.name for path in Path(out).rglob("*")] == ["labels"]
 
 
-@pytest.mark.parametrize("given", ["", "--checkpoint {saved} --model {saved}"])
-def test_one_model(given: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["predict", *given.format(saved=saved).split(), "--images", saved, "--out", str(tmp_path)]) == 2
+@pytest.mark.parametrize("options", ["", "--checkpoint {saved} --model {saved}"])
+def test_exactly_one_model_must_be_given(
+    options: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["predict", *options.format(saved=saved).split(), "--images", saved, "--out", str(tmp_path)]) == 2
     assert "give either --checkpoint, or --model" in capsys.readouterr().err
 
 
 def write_images(folder: Path) -> dict[str, np.ndarray]:
-    """Images of every kind, by relative path; the 8-bit gray each stands for."""
+    """Write images of every format; returns their 8-bit grey levels by relative path."""
     (folder / "deep" / "er").mkdir(parents=True)
     gray = {name: disks((48, 64), i) for i, name in enumerate("abcd")}
     tifffile.imwrite(folder / "a.tif", gray["a"])
@@ -138,24 +140,26 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def files_in(out: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of change of every file, by relative path."""
-    found = [path for path in out.rglob("*") if path.is_file()]
-    return {path.relative_to(out).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+    """Content and modification time of every file, by relative path."""
+    paths = [path for path in out.rglob("*") if path.is_file()]
+    return {path.relative_to(out).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
 def contents(out: Path) -> dict[str, bytes]:
     return {name: data for name, (data, _) in files_in(out).items()}
 
 
-def check_image(out: Path, row: dict[str, str], cells: list[dict[str, str]], records: list[dict], told: Any) -> None:
-    """What was written of an image against what the network says of it."""
+def check_image(
+    out: Path, row: dict[str, str], cells: list[dict[str, str]], records: list[dict], expected: Any
+) -> None:
+    """Compare the outputs of an image with the network's cells."""
     shape = (int(row["height"]), int(row["width"]))
     labels = tifffile.imread(out / row["labels"])
     mask = cv2.imread(str(out / row["masks"]), cv2.IMREAD_UNCHANGED)
-    assert labels.shape == mask.shape == shape == told.labels.shape
-    # A pixel whose value is on the threshold may fall either way with another number of threads.
-    assert ((labels != 0) != (told.labels != 0)).mean() < 1e-3
-    assert ((mask == 255) != told.foreground).mean() < 1e-3
+    assert labels.shape == mask.shape == shape == expected.labels.shape
+    # A pixel exactly on the threshold may change sides with another number of threads.
+    assert ((labels != 0) != (expected.labels != 0)).mean() < 1e-3
+    assert ((mask == 255) != expected.foreground).mean() < 1e-3
     assert set(np.unique(mask)) <= {0, 255}
     assert int(row["foreground_pixels"]) == (mask == 255).sum()
     assert float(row["confluence"]) == pytest.approx((labels != 0).mean(), abs=1e-6)
@@ -170,10 +174,10 @@ def check_image(out: Path, row: dict[str, str], cells: list[dict[str, str]], rec
 
 
 @pytest.mark.ray
-def test_a_folder_of_anything(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, saved: str, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     expected = write_images(folder)
-    out = folder / "result"  # inside the images' folder: results must not become inputs
+    out = folder / "result"  # inside the folder of the images: outputs must not become inputs
     summary = predict.predict(saved, str(folder), str(out))
     rows = {row["file"]: row for row in read_csv(out / "images.csv")}
     assert list(rows) == sorted(rows) == sorted(expected.keys() | {"cut.tif", "stack.tif"})
@@ -184,9 +188,9 @@ def test_a_folder_of_anything(ray_cluster: None, saved: str, tmp_path: Path) -> 
     network = segmenter.load(saved)
     for file, image in expected.items():
         row = rows[file]
-        mine = [cell for cell in cells if cell["file"] == file]
-        told = [record for record in records if record["image_id"] == int(row["image_id"])]
-        check_image(out, row, mine, told, network.segment(image))
+        image_cells = [cell for cell in cells if cell["file"] == file]
+        image_records = [record for record in records if record["image_id"] == int(row["image_id"])]
+        check_image(out, row, image_cells, image_records, network.segment(image))
     assert len(cells) == len(records) == summary["cells"] > 50
     pictures = {row[kind] for row in rows.values() for kind in ("labels", "masks", "overlays")} - {""}
     assert contents(out).keys() == pictures | TABLES
@@ -206,7 +210,7 @@ def write_frames(folder: Path, numbers: range) -> None:
         cv2.imwrite(str(folder / f"frame-{i:02d}.png"), disks((48, 64), i))
 
 
-def test_settings_and_new_images(one_process: None, saved: str, tmp_path: Path) -> None:
+def test_other_settings_are_rejected_and_new_images_are_added(one_process: None, saved: str, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     write_frames(images, range(3, 5))
     options: dict[str, Any] = {"write": ("cells", "labels"), "threshold": 0.4}
@@ -223,7 +227,7 @@ def test_settings_and_new_images(one_process: None, saved: str, tmp_path: Path) 
     assert files_in(out) == first
     write_frames(images, range(3))
     stamp = (images / "frame-03.png").stat()
-    os.utime(images / "frame-03.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 10**9))  # changed, for all we know
+    os.utime(images / "frame-03.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 10**9))  # counts as changed
     assert predict.predict(saved, str(images), str(out), **options)["images"] == 5
     now, name = files_in(out), "labels/frame-0{}.tif"
     assert now[name.format(4)] == first[name.format(4)]
@@ -238,9 +242,9 @@ COMMAND = "import sys; from raylivecell.cli import main as cli; sys.exit(cli.mai
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_killed_it_goes_on(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+def test_a_killed_predict_resumes(ray_cluster: None, saved: str, tmp_path: Path) -> None:
     images, out, fresh = tmp_path / "images", tmp_path / "out", tmp_path / "fresh"
-    write_frames(images, range(80))  # more than the actor has at hand when it loses its driver
+    write_frames(images, range(80))  # more than an actor holds when its driver dies
     arguments = ["predict", "--model", saved, "--images", str(images), "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | joined())
     until("a result", lambda: process.poll() is not None or bool(list((out / ".parts").glob("*.json"))), pause=0.01)
@@ -256,7 +260,7 @@ def test_killed_it_goes_on(ray_cluster: None, saved: str, tmp_path: Path) -> Non
     assert contents(out) == contents(fresh)
 
 
-def test_of_one_file_and_of_none_readable(one_process: None, saved: str, tmp_path: Path) -> None:
+def test_a_single_file_and_a_folder_without_a_readable_image(one_process: None, saved: str, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "one.png"), disks((40, 40), 0))
     summary = predict.predict(saved, str(tmp_path / "one.png"), str(tmp_path / "out"), tta=True, threshold=0.3)
     assert summary["images"] == summary["segmented"] == 1
@@ -273,19 +277,19 @@ import sys
 sys.modules["torch"] = None
 import cv2, numpy as np
 from raylivecell.inference import predict
-from raylivecell.inference import image_file as predictor
+from raylivecell.inference import image_file
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.inference.segmenter import Segmenter
 out = sys.argv[1]
 network = Segmenter(lambda image: image[None] / np.float32(255), "foreground", InstanceConfig(), "")
 cv2.imwrite(out + "/a.png", np.add.outer(np.arange(30), np.full(40, 200)).astype(np.uint8))
-job = predictor.Job(out + "/m.onnx", out, out, predictor.OUTPUTS, False, None)
+job = image_file.PredictJob(out + "/m.onnx", out, out, image_file.OUTPUTS, False, None)
 assert not job.with_torch
-part = predictor.part(job, network, "a.png", "a", "1")
-assert part.row["cells"] == len(part.records) == 1, part
+result = image_file.segment_file(job, network, "a.png", "a", "1")
+assert result.row.cells == len(result.records) == 1, result
 """
 
 
-def test_an_actor_of_an_onnx_model_needs_no_torch(tmp_path: Path) -> None:
-    done = run_apart(WITHOUT_TORCH, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_predicting_with_an_onnx_model_needs_no_torch(tmp_path: Path) -> None:
+    process = run_apart(WITHOUT_TORCH, str(tmp_path))
+    assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""What `predict` keeps of each image: whenever it is stopped, it ends with the tables of an undisturbed run."""
+"""Result files and tables of `predict`: a run killed at any time and resumed writes the same tables."""
 
 import csv
 import json
@@ -12,37 +12,38 @@ from hypothesis import strategies as st
 
 from raylivecell.cells import measure
 from raylivecell.core import storage
-from raylivecell.inference import results as parts
+from raylivecell.inference import results
+from raylivecell.inference.results import ImageResult, ImageRow
 
 FILES = ['a, "1".tif', "b.tif", "deep/c.png", "new\nline.tif", "z.tif"]
-ALL = ("cells", "coco")
+TABLES = ("cells", "coco")
 
 
-class Stopped(Exception):
-    """The power is cut."""
+class Killed(Exception):
+    """Stands for the death of the process."""
 
 
-def part(file: str, version: str) -> parts.ImageResult:
-    """Of an image with as many cells as its place in `FILES`, so the first has none; z.tif cannot be read."""
+def image_result(file: str, version: str) -> ImageResult:
+    """Result of an image with as many cells as its index in `FILES`, so the first has none; z.tif cannot be read."""
     if file == "z.tif":
-        return parts.ImageResult({"file": file, "version": version, "error": "cut off"}, "", [])
+        return ImageResult(ImageRow(file, error="truncated", version=version))
     count = FILES.index(file)
-    lines = parts._csv([[file, label, version, *"0" * 10] for label in range(1, count + 1)])
-    results = [{"image_id": 0, "category_id": 1, "segmentation": {"counts": "a, b"}, "score": 0.5}] * count
-    row = {"file": file, "version": version, "height": 3, "cells": count, "confluence": 0.25}
-    return parts.ImageResult(row, lines, [parts.record(result) for result in results])
+    lines = results._csv([[file, label, version, *"0" * 10] for label in range(1, count + 1)])
+    detections = [{"image_id": 0, "category_id": 1, "segmentation": {"counts": "a, b"}, "score": 0.5}] * count
+    row = ImageRow(file, version=version, height=3, cells=count, confluence=0.25)
+    return ImageResult(row, lines, [results.record(detection) for detection in detections])
 
 
 def run(out: str, versions: Mapping[str, str]) -> list[str]:
-    """What `predict` does; the files that it segments."""
-    waiting = []
-    if not parts.is_complete(out, versions):
-        waiting = parts.begin(out, versions)
-        for file in waiting:
-            parts.write(out, versions[file], part(file, versions[file]))
-        parts.merge(out, versions, ALL)
-    parts.clear(out)
-    return waiting
+    """Do what `predict` does; returns the files that it segments."""
+    pending = []
+    if not results.is_complete(out, versions):
+        pending = results.pending(out, versions)
+        for file in pending:
+            results.write(out, versions[file], image_result(file, versions[file]))
+        results.merge(out, versions, TABLES)
+    results.clear(out)
+    return pending
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -50,10 +51,10 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 def versions_of(files: list[str], version: str = "1") -> dict[str, str]:
-    return {file: parts.version(file, file, 3, version) for file in files}
+    return {file: results.version(file, file, 3, version) for file in files}
 
 
-def test_the_tables(tmp_path: Path) -> None:
+def test_tables_hold_every_image_and_cell_in_order(tmp_path: Path) -> None:
     versions = versions_of(FILES)
     assert run(str(tmp_path), versions) == FILES
     assert set(tree(tmp_path)) == {"images.csv", "cells.csv", "coco.json"}
@@ -62,7 +63,7 @@ def test_the_tables(tmp_path: Path) -> None:
     assert [(row["file"], row["image_id"], row["cells"]) for row in rows] == [
         (file, str(i + 1), str(i) if i < 4 else "") for i, file in enumerate(FILES)
     ]
-    assert [row["error"] for row in rows] == ["", "", "", "", "cut off"]
+    assert [row["error"] for row in rows] == ["", "", "", "", "truncated"]
     with open(tmp_path / "cells.csv", newline="") as stream:
         cells = list(csv.DictReader(stream))
     assert tuple(cells[0]) == measure.COLUMNS
@@ -72,24 +73,24 @@ def test_the_tables(tmp_path: Path) -> None:
     assert records[0] == {"image_id": 2, "category_id": 1, "segmentation": {"counts": "a, b"}, "score": 0.5}
 
 
-def test_without_cells_and_without_tables(tmp_path: Path) -> None:
+def test_tables_without_cells_and_only_the_image_table(tmp_path: Path) -> None:
     run(str(tmp_path / "none"), versions_of([FILES[0]]))
     assert json.loads((tmp_path / "none" / "coco.json").read_text()) == []
     assert (tmp_path / "none" / "cells.csv").read_text().count("\n") == 1
     versions = versions_of(FILES)
-    for file in parts.begin(str(tmp_path / "few"), versions):
-        parts.write(str(tmp_path / "few"), versions[file], part(file, versions[file]))
-    parts.merge(str(tmp_path / "few"), versions, ())
-    parts.clear(str(tmp_path / "few"))
-    assert set(tree(tmp_path / "few")) == {"images.csv"}
+    for file in results.pending(str(tmp_path / "images_only"), versions):
+        results.write(str(tmp_path / "images_only"), versions[file], image_result(file, versions[file]))
+    results.merge(str(tmp_path / "images_only"), versions, ())
+    results.clear(str(tmp_path / "images_only"))
+    assert set(tree(tmp_path / "images_only")) == {"images.csv"}
 
 
-def test_only_what_is_new_is_done(tmp_path: Path) -> None:
+def test_only_new_or_changed_images_are_segmented(tmp_path: Path) -> None:
     out = str(tmp_path)
     assert run(out, versions_of(FILES[1:3])) == FILES[1:3]
     before = (tmp_path / "images.csv").stat().st_mtime_ns
     assert run(out, versions_of(FILES[1:3])) == []
-    assert (tmp_path / "images.csv").stat().st_mtime_ns == before  # not even the tables
+    assert (tmp_path / "images.csv").stat().st_mtime_ns == before  # the tables are not rewritten
     assert run(out, versions_of(FILES)) == [FILES[0], *FILES[3:]]
     changed = versions_of(FILES) | versions_of(FILES[2:3], "2")
     assert run(out, changed) == FILES[2:3]
@@ -99,38 +100,38 @@ def test_only_what_is_new_is_done(tmp_path: Path) -> None:
     assert tree(fresh) == {name: data for name, data in tree(tmp_path).items() if not name.startswith("fresh")}
 
 
-def test_an_image_that_could_not_be_had_is_tried_again(tmp_path: Path) -> None:
+def test_an_image_that_could_not_be_opened_is_tried_again(tmp_path: Path) -> None:
     out, versions = str(tmp_path), versions_of(FILES[:2])
-    parts.begin(out, versions)
-    parts.write(out, versions[FILES[0]], parts.ImageResult({"file": FILES[0], "error": "no such host"}, "", []))
-    parts.write(out, versions[FILES[1]], part(FILES[1], versions[FILES[1]]))
-    parts.merge(out, versions, ALL)
-    parts.clear(out)
-    assert [row["error"] for row in parts.rows(out)] == ["no such host", ""]
+    results.pending(out, versions)
+    results.write(out, versions[FILES[0]], ImageResult(ImageRow(FILES[0], error="no such host")))
+    results.write(out, versions[FILES[1]], image_result(FILES[1], versions[FILES[1]]))
+    results.merge(out, versions, TABLES)
+    results.clear(out)
+    assert [row.error for row in results.rows(out)] == ["no such host", None]
     assert run(out, versions) == [FILES[0]]
-    assert [row["error"] for row in parts.rows(out)] == ["", ""]
+    assert [row.error for row in results.rows(out)] == [None, None]
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ground")
+def parent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
 
-class Cut:
-    """Stops the process, as it were, at the n-th change of a file."""
+class KillSwitch:
+    """Raises `Killed` at the n-th change of a file."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.left: int | None = None
+        self.changes_left: int | None = None
         for name in ("write_bytes", "move", "delete"):
             patch.setattr(storage, name, self.counted(getattr(storage, name)))
         patch.setattr(storage.os, "replace", self.counted(storage.os.replace))
 
     def counted(self, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            if self.left is not None:
-                self.left -= 1
-                if self.left < 0:
-                    raise Stopped
+            if self.changes_left is not None:
+                self.changes_left -= 1
+                if self.changes_left < 0:
+                    raise Killed
             return function(*arguments)
 
         return call
@@ -138,20 +139,22 @@ class Cut:
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.sets(st.sampled_from(FILES), min_size=1), st.integers(0, 25)), min_size=1, max_size=5))
-def test_stopped_anywhere_it_ends_the_same(ground: Path, runs: list[tuple[set[str], int]]) -> None:
-    """Runs over these images or those, each stopped after so many changes of files, then one over all."""
-    out = ground / f"{len(list(ground.iterdir()))}"
+def test_runs_killed_at_any_file_change_end_with_the_same_tables(
+    parent_folder: Path, runs: list[tuple[set[str], int]]
+) -> None:
+    """Runs over subsets of the images, each killed after N file changes, then one over all images."""
+    out = parent_folder / f"{len(list(parent_folder.iterdir()))}"
     with pytest.MonkeyPatch.context() as patch:
-        cut = Cut(patch)
+        kill_switch = KillSwitch(patch)
         for files, changes in runs:
-            cut.left = changes
+            kill_switch.changes_left = changes
             try:
                 run(str(out), versions_of(sorted(files)))
-            except Stopped:
+            except Killed:
                 continue
-        cut.left = None
+        kill_switch.changes_left = None
         run(str(out), versions_of(FILES))
-        assert parts.is_complete(str(out), versions_of(FILES))
+        assert results.is_complete(str(out), versions_of(FILES))
         run(str(out / "fresh"), versions_of(FILES))
     fresh = tree(out / "fresh")
     assert {name: data for name, data in tree(out).items() if not name.startswith("fresh")} == fresh

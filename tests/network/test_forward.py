@@ -15,7 +15,8 @@ from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import Progress
 from raylivecell.scoring import instance_scores
-from raylivecell.training import worker
+from raylivecell.training.ranks import RankContext
+from raylivecell.training.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,8 @@ def assert_scored_as_segmented(
     """A worker's validation scores the cells that `Segmenter` finds."""
     sample = ValidationSample(frame.levels, labels, frame.padding)
     samples = SimpleNamespace(val=[None], val_sample=lambda number: sample)
-    place = worker.RankContext(0, 1, torch.device("cpu"), 1)
-    scores = worker._Validation(samples, place, recipe.targets).scores(network)  # type: ignore[arg-type]
+    place = RankContext(0, 1, torch.device("cpu"), 1)
+    scores = Validation(samples, place, recipe.targets).scores(network)  # type: ignore[arg-type]
     cells = segmenter.load(saved).segment_frame(frame)
     found, truth = cells.foreground, labels != 0
     assert scores["val_dice"] == pytest.approx(2 * (found & truth).sum() / (found.sum() + truth.sum()))

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, and nothing that a stranger wrote is run."""
+"""Checkpoints are restored unchanged, and loading an untrusted one executes no code."""
 
 import pickle
 from pathlib import Path
@@ -25,7 +25,7 @@ def save(folder: Path, score: float, steps: int = 3) -> loop.TrainState:
     return training
 
 
-def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_is_restored_unchanged(tmp_path: Path) -> None:
     training = save(tmp_path, 0.5)
     model, recipe = checkpoint.load_model(str(tmp_path))
     values, state = checkpoint.load_training(str(tmp_path))
@@ -34,13 +34,15 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert state == progress.Progress(3, [{"step": 3, "val_mean_image_dice": 0.5}])
     for a, b in zip(model.parameters(), training.model.parameters()):
         assert torch.equal(a, b)
-    again = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
-    again.load(values, state)
-    for a, b in zip(again.optimizer.state_dict()["state"].values(), training.optimizer.state_dict()["state"].values()):
+    restored = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
+    restored.load(values, state)
+    for a, b in zip(
+        restored.optimizer.state_dict()["state"].values(), training.optimizer.state_dict()["state"].values()
+    ):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_is_its_best_whole_checkpoint(tmp_path: Path) -> None:
+def test_find_returns_the_best_complete_checkpoint_of_a_run(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint_1", 0.9)
     save(tmp_path / "checkpoint_2", 0.7)
     save(tmp_path / "checkpoint_3", 0.95)
@@ -48,12 +50,12 @@ def test_a_run_is_its_best_whole_checkpoint(tmp_path: Path) -> None:
     assert progress.find(str(tmp_path)).endswith("checkpoint_1")
 
 
-def test_no_checkpoint_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.load_model(str(tmp_path))
 
 
-def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
     save(tmp_path, 0.5)
     text = (tmp_path / "recipe.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text(text.replace("- 4\n  - 8", "- 4\n  - 16"))
@@ -62,7 +64,7 @@ def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """A pickle that writes a file when it is opened."""
+    """Unpickling this creates a file."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -72,16 +74,16 @@ class Hostile:
 
 
 @pytest.mark.parametrize("name", [checkpoint.TRAINING, progress.MODEL])
-def test_a_hostile_pickle_is_not_run(tmp_path: Path, name: str) -> None:
+def test_a_malicious_pickle_is_not_executed(tmp_path: Path, name: str) -> None:
     save(tmp_path, 0.5)
-    marker = tmp_path / "it ran"
+    marker = tmp_path / "executed"
     (tmp_path / name).write_bytes(pickle.dumps(Hostile(str(marker))))
     with pytest.raises(UserError, match=name):
         checkpoint.load_training(str(tmp_path)) if name == checkpoint.TRAINING else checkpoint.load_model(str(tmp_path))
     assert not marker.exists()
 
 
-def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "deep" / "file"
     storage.write_bytes(str(target), b"old")
 
@@ -95,12 +97,14 @@ def test_writes_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.name for path in target.parent.iterdir()] == ["file"]
 
 
-def test_the_latest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
-    """Names are in order below a million steps only; of equal scores the later is the best."""
+def test_the_latest_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
+    """Names sort by steps only below a million; of equal scores the later checkpoint is the best."""
     for steps in (999_999, 1_000_000, 200_000):
         save(tmp_path / progress.name(steps), 0.5, steps)
     assert progress.latest(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
     assert progress.find(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")
     (tmp_path / "checkpoint_1000000" / "recipe.yaml").unlink()
-    assert progress.latest(str(tmp_path)) == str(tmp_path / "checkpoint_999999"), "one that is cut off is none"
+    assert progress.latest(str(tmp_path)) == str(tmp_path / "checkpoint_999999"), (
+        "an incomplete checkpoint does not count"
+    )
     assert progress.latest(str(tmp_path / "none")) is None

@@ -1,4 +1,4 @@
-"""A run that failed by something to change frees its folder, and loses nothing."""
+"""A failed run frees its folder without losing a file."""
 
 import re
 from pathlib import Path
@@ -18,8 +18,8 @@ from raylivecell.training import train
 RECIPE = Recipe(model=ModelConfig(features=(2, 4)))
 
 
-def begun(out: Path, data: str, steps: int) -> None:
-    """A run that saved a checkpoint after `steps` (0: none)."""
+def start_run(out: Path, data: str, steps: int) -> None:
+    """Write the files of a run with a checkpoint after `steps` (0: none)."""
     folder.initialise(str(out), data, recipes.dump(RECIPE))
     (out / folder.SNAPSHOT).write_text("{}")
     (out / "notes.txt").write_text("the user's own")
@@ -33,12 +33,12 @@ def begun(out: Path, data: str, steps: int) -> None:
 @pytest.mark.parametrize("steps", [0, 40])
 def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_path: Path, steps: int) -> None:
     out = tmp_path / "run"
-    begun(out, tiny_dataset, steps)
+    start_run(out, tiny_dataset, steps)
     with pytest.raises(UserError, match="holds a run already"):
         folder.check_resumable(str(out), tiny_dataset, resume=False)
-    assert folder.reopen(str(out), resume=True) is None, "a run that was cut off is resumed without a word"
+    assert folder.reopen(str(out), resume=True) is None, "an interrupted run is resumed without a message"
     for number in (1, 2):
-        error = train._failure(str(out), "loss not finite at step 41", "; lower optimizer.lr")
+        error = train._record_failure(str(out), "loss not finite at step 41", "; lower optimizer.lr")
         assert "; lower optimizer.lr; the same command then starts again" in str(error)
         assert ("--resume always continues after step 40" in str(error)) == bool(steps)
         assert folder.failure(str(out)) == Failure("loss not finite at step 41", steps)
@@ -52,11 +52,11 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
             == f"the run at {out} failed (loss not finite at step 41); starting again, its files are kept in "
             + (f"failed-{number}")
         )
-        kept = {Path("notes.txt"), *(path for path in before if path.parts[0].startswith("failed-"))}
-        moved = {Path(f"failed-{number}") / path for path in before - kept}
-        assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == kept | moved
-        assert not folder.holds_run(str(out)), "nothing is left that Ray or a reader would take for the new run's"
-        begun(out, tiny_dataset, steps)
+        unmoved = {Path("notes.txt"), *(path for path in before if path.parts[0].startswith("failed-"))}
+        moved = {Path(f"failed-{number}") / path for path in before - unmoved}
+        assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == unmoved | moved
+        assert not folder.holds_run(str(out)), "no file is left that could be mistaken for the new run's"
+        start_run(out, tiny_dataset, steps)
     folder.mark_failed(str(out), Failure("disk full", steps))
     line = folder.reopen(str(out), resume=True)
     assert line is not None
@@ -66,10 +66,10 @@ def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_pat
 
 
 def test_a_failed_run_is_not_resumed_with_another_recipe(tiny_dataset: str, tmp_path: Path) -> None:
-    begun(tmp_path, tiny_dataset, 0)
+    start_run(tmp_path, tiny_dataset, 0)
     other = RECIPE.model_copy(update={"seed": 5})
     for failed, hint in ((False, f"{tmp_path}/recipe.yaml"), (True, "or start again without --resume always")):
         if failed:
             folder.mark_failed(str(tmp_path), Failure("loss not finite at step 3", 0))
         with pytest.raises(UserError, match=re.escape(hint) + "$"):
-            train._check_unused(str(tmp_path), tiny_dataset, other, resume=True)
+            train._check_run_folder(str(tmp_path), tiny_dataset, other, resume=True)

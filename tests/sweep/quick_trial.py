@@ -9,7 +9,7 @@ from raylivecell.network import forward
 from raylivecell.runs import checkpoint, progress
 from raylivecell.sweep import trial
 from raylivecell.training import loop
-from raylivecell.training.job import Job
+from raylivecell.training.job import TrainJob
 
 BEST_LR = 3e-3
 
@@ -17,9 +17,9 @@ BEST_LR = 3e-3
 def quick_trial() -> type[trial.OneWorker]:
     """The class to set as `tune.OneWorker`; it is made here, so that Ray sends it by value: workers have no tests."""
 
-    def row(job: Job, step: int) -> dict[str, float]:
+    def row(job: TrainJob, step: int) -> dict[str, float]:
         """A score that rises with the steps and is best at BEST_LR; the seed changes it a little."""
-        recipe, plan = job.recipe, job.plan()
+        recipe, plan = job.recipe, job.schedule()
         score = 0.9 - 0.1 * abs(math.log10(recipe.optimizer.lr / BEST_LR)) - 0.2 * (1 - step / plan.steps)
         score += 1e-3 * math.sin(recipe.seed + recipe.loss.bce_weight)
         scores = dict.fromkeys(("val_dice", "val_iou", "val_mean_image_dice"), score)
@@ -29,11 +29,11 @@ def quick_trial() -> type[trial.OneWorker]:
             ("seconds", "validation_seconds"), 0.1
         )
 
-    def reports(job: Job, place: object, last: str | None) -> Iterator[loop.TrainState]:
+    def reports(job: TrainJob, place: object, last: str | None) -> Iterator[loop.TrainState]:
         """Take the place of `worker.reports`."""
         torch.set_num_threads(1)
         values, state = checkpoint.load_training(last) if last else (None, progress.Progress())
-        plan, every = job.plan(), job.recipe.loop.report_steps or 1
+        plan, every = job.schedule(), job.recipe.loop.report_steps or 1
         training = loop.start(forward.build(job.recipe, torch.device("cpu")), job.recipe.optimizer, plan.steps)
         if values is not None:
             training.load(values, state)

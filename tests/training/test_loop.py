@@ -1,4 +1,4 @@
-"""The training loop without Ray: learning, resuming, averaging, bad losses."""
+"""The training loop without Ray: learning, resuming, averaging, non-finite losses."""
 
 import copy
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from raylivecell.network.unet import build_model
 from raylivecell.recipe import LoopConfig, LossConfig, ModelConfig, OptimizerConfig, PhaseConfig
 from raylivecell.training import loop
 
-PLAN = SampleSchedule(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
+SCHEDULE = SampleSchedule(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
 
 
 def images() -> torch.Tensor:
-    """Six bright squares on a dark ground: uint8 (6, 3, 16, 16)."""
+    """Six bright squares on a dark background: uint8 (6, 3, 16, 16)."""
     planes = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
     planes[:, 0] = 100
     for i in range(6):
@@ -25,24 +25,24 @@ def images() -> torch.Tensor:
 
 
 def batches(start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    for step in range(start, PLAN.steps):
-        yield {"planes": images()[PLAN.rows(step)[:, 1]]}
+    for step in range(start, SCHEDULE.steps):
+        yield {"planes": images()[SCHEDULE.rows(step)[:, 1]]}
 
 
-def begin(ema: float = 0.0) -> loop.TrainState:
+def new_state(ema: float = 0.0) -> loop.TrainState:
     torch.manual_seed(0)
     config = OptimizerConfig(lr=1e-2, ema_decay=ema, clip_norm=1.0)
-    return loop.start(build_model(ModelConfig(features=(4, 8))), config, PLAN.steps)
+    return loop.start(build_model(ModelConfig(features=(4, 8))), config, SCHEDULE.steps)
 
 
 def run(
-    training: loop.TrainState, batches_: Iterator[dict[str, torch.Tensor]], **options: object
+    training: loop.TrainState, batch_iterator: Iterator[dict[str, torch.Tensor]], **options: object
 ) -> list[loop.TrainState]:
     reports = loop.run(
         training,
         training.model,
-        batches_,
-        PLAN,
+        batch_iterator,
+        SCHEDULE,
         LoopConfig(),
         LossConfig(),
         validate=lambda network: {"val_mean_image_dice": 0.5},
@@ -51,8 +51,8 @@ def run(
     return [copy.deepcopy(report) for report in reports]
 
 
-def test_the_loss_falls_and_every_epoch_is_reported() -> None:
-    training = begin()
+def test_loss_falls_and_every_epoch_is_reported() -> None:
+    training = new_state()
     assert len(run(training, batches())) == 4
     losses = [row["loss"] for row in training.state.history]
     assert losses[-1] < 0.7 * losses[0]
@@ -62,21 +62,21 @@ def test_the_loss_falls_and_every_epoch_is_reported() -> None:
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_resumed_run_ends_with_the_same_weights(ema: float) -> None:
-    whole = begin(ema)
-    second = run(whole, batches())[1]
-    resumed = begin(ema)
+    uninterrupted = new_state(ema)
+    second = run(uninterrupted, batches())[1]
+    resumed = new_state(ema)
     resumed.load(second.state_dict(), second.state)
     run(resumed, batches(resumed.state.step))
-    for a, b in zip(whole.network().state_dict().values(), resumed.network().state_dict().values()):
+    for a, b in zip(uninterrupted.network().state_dict().values(), resumed.network().state_dict().values()):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_its_optimizer_steps_as_torchs(amsgrad: bool) -> None:
+def test_optimizer_steps_equal_those_of_torch_adamw(amsgrad: bool) -> None:
     ours, theirs = (build_model(ModelConfig(features=(4, 8))) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     config = OptimizerConfig(lr=1e-2, betas=(0.8, 0.95), amsgrad=amsgrad)
-    mine, _ = build_optimizer(ours, config, PLAN.steps)
+    mine, _ = build_optimizer(ours, config, SCHEDULE.steps)
     adam = torch.optim.AdamW(theirs.parameters(), 1e-2, (0.8, 0.95), weight_decay=0, amsgrad=amsgrad, fused=True)
     for batch in batches():
         for network, optimizer in ((ours, mine), (theirs, adam)):
@@ -87,35 +87,35 @@ def test_its_optimizer_steps_as_torchs(amsgrad: bool) -> None:
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_run_saved_between_two_reports_ends_with_the_same_weights(ema: float) -> None:
-    """Asked for at step 5, in the middle of an epoch of 3; at step 3 it is reported anyway, and not given twice."""
-    whole = begin(ema)
-    given = run(whole, batches(), checkpoint_requested=lambda step: step in (3, 5))
-    assert [one.state.step for one in given] == [3, 5, 6, 9, 12]
-    early = given[1]
+def test_a_run_resumed_from_a_checkpoint_between_reports_ends_with_the_same_weights(ema: float) -> None:
+    """Requested at step 5, within an epoch of 3 steps, and at step 3, which is reported anyway and yielded once."""
+    uninterrupted = new_state(ema)
+    yielded = run(uninterrupted, batches(), checkpoint_requested=lambda step: step in (3, 5))
+    assert [training.state.step for training in yielded] == [3, 5, 6, 9, 12]
+    early = yielded[1]
     assert [row["step"] for row in early.state.history] == [3]
-    assert [one.state.score() for one in given] == [0.5, -1.0, 0.5, 0.5, 0.5], "it is never taken for the best"
-    resumed = begin(ema)
+    assert [training.state.score() for training in yielded] == [0.5, -1.0, 0.5, 0.5, 0.5], "never the best checkpoint"
+    resumed = new_state(ema)
     resumed.load(early.state_dict(), early.state)
     run(resumed, batches(early.state.step))
-    for a, b in zip(whole.network().state_dict().values(), resumed.network().state_dict().values()):
+    for a, b in zip(uninterrupted.network().state_dict().values(), resumed.network().state_dict().values()):
         assert torch.equal(a, b)
     assert [row["step"] for row in resumed.state.history] == [3, 6, 9, 12]
 
 
-def test_the_average_lags_behind_the_weights() -> None:
-    training = begin(0.999)
+def test_averaged_weights_lag_behind_the_weights() -> None:
+    training = new_state(0.999)
     first = copy.deepcopy(training.model.state_dict())
     run(training, batches())
     name = "head.weight"
-    moved = (training.model.state_dict()[name] - first[name]).norm()
-    assert (training.network().state_dict()[name] - first[name]).norm() < 0.2 * moved
+    distance = (training.model.state_dict()[name] - first[name]).norm()
+    assert (training.network().state_dict()[name] - first[name]).norm() < 0.2 * distance
 
 
-def test_a_bad_loss_stops_the_run_and_names_the_batch() -> None:
-    training = begin()
+def test_a_non_finite_loss_stops_the_run_and_names_the_samples_of_the_batch() -> None:
+    training = new_state()
 
-    def poisoned() -> Iterator[dict[str, torch.Tensor]]:
+    def batches_with_nan_weights() -> Iterator[dict[str, torch.Tensor]]:
         for step, batch in enumerate(batches()):
             if step == 4:
                 with torch.no_grad():
@@ -123,12 +123,12 @@ def test_a_bad_loss_stops_the_run_and_names_the_batch() -> None:
             yield batch
 
     with pytest.raises(loop.NonFiniteLoss) as caught:
-        run(training, poisoned())
+        run(training, batches_with_nan_weights())
     assert caught.value.step == 4
-    assert caught.value.samples == sorted(PLAN.rows(4)[:, 1].tolist())
+    assert caught.value.samples == sorted(SCHEDULE.rows(4)[:, 1].tolist())
 
 
-def test_a_bad_loss_of_another_rank_stops_this_one_at_the_same_step() -> None:
+def test_a_non_finite_loss_on_another_rank_stops_this_rank_at_the_same_step() -> None:
     calls = []
 
     def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -136,5 +136,5 @@ def test_a_bad_loss_of_another_rank_stops_this_one_at_the_same_step() -> None:
         return values + 1.0 if len(calls) == 3 else values
 
     with pytest.raises(loop.NonFiniteLoss) as caught:
-        run(begin(), batches(), sum_over_ranks=sum_over_ranks)
+        run(new_state(), batches(), sum_over_ranks=sum_over_ranks)
     assert caught.value.step == 2

@@ -1,4 +1,4 @@
-"""Training on Ray: one worker and two agree, a killed run goes on as if nothing had been, mistakes are told."""
+"""Training on Ray: one and two workers agree, a killed run resumes with equal results, user errors are reported."""
 
 import asyncio
 import json
@@ -25,9 +25,11 @@ from raylivecell.network import forward
 from raylivecell.recipe import LoopConfig, ModelConfig, OptimizerConfig, PhaseConfig, Recipe
 from raylivecell.runs import checkpoint, folder, progress
 from raylivecell.runtime import session
-from raylivecell.training import gloo, loop, preflight, ray_train, worker
-from raylivecell.training.job import Job
+from raylivecell.training import gloo, loop, preflight, ray_train
+from raylivecell.training.job import TrainJob
+from raylivecell.training.ranks import RankContext
 from raylivecell.training.train import train
+from raylivecell.training.validation import Validation
 
 RECIPE = Recipe(
     batch_size=4,
@@ -58,70 +60,69 @@ def one_worker(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.Te
 
 
 def plain_loop(data: str, recipe: Recipe) -> loop.TrainState:
-    """The recipe trained in this process by the loop alone, on samples read as Ray Data's tasks read them."""
+    """Train the recipe in this process with the loop alone, on samples read as Ray Data's tasks read them."""
     rows, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
     cells = recipe.targets != "foreground"
-    job = Job(recipe, "", dataset.Samples(rows, val, (48, 48), cells=cells), stream_memory=0)
-    plan, cpu = job.plan(), torch.device("cpu")
-    source = blocks.Source(rows, plan, recipe.augment, recipe.crop, (48, 48), targets=recipe.targets)
-    batches = ({"planes": torch.from_numpy(blocks.load(plan.rows(step), source))} for step in range(plan.steps))
-    scores = worker._Validation(job.samples, worker.RankContext(0, 1, cpu, 1), recipe.targets).scores
+    job = TrainJob(recipe, "", dataset.Samples(rows, val, (48, 48), cells=cells), stream_memory=0)
+    schedule, cpu = job.schedule(), torch.device("cpu")
+    source = blocks.Source(rows, schedule, recipe.augment, recipe.crop, (48, 48), targets=recipe.targets)
+    batches = ({"planes": torch.from_numpy(blocks.load(schedule.rows(step), source))} for step in range(schedule.steps))
+    scores = Validation(job.samples, RankContext(0, 1, cpu, 1), recipe.targets).scores
     torch.manual_seed(recipe.seed)
-    training = loop.start(forward.build(recipe, cpu), recipe.optimizer, plan.steps)
-    for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, validate=scores):
+    training = loop.start(forward.build(recipe, cpu), recipe.optimizer, schedule.steps)
+    for _ in loop.run(training, training.model, batches, schedule, recipe.loop, recipe.loss, validate=scores):
         pass
     return training
 
 
 def check_folder(run: Path) -> None:
-    """What a run promises to leave."""
+    """Check the files that a finished run leaves."""
     rows = history(run)
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert (run / "report.html").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir())
     assert (run / "recipe.yaml").exists()
-    kept = [path for path in run.glob("checkpoint_*") if path.is_dir()]
-    assert 1 <= len(kept) <= 3, "the best, the last, and one whose report the kill cut off"
+    checkpoints = [path for path in run.glob("checkpoint_*") if path.is_dir()]
+    assert 1 <= len(checkpoints) <= 3, "the best, the last, and one whose report was interrupted by the kill"
     _, state = checkpoint.load_training(progress.find(str(run)))
     assert state.score() == max(row["val_msa"] for row in rows)
 
 
-def test_two_workers_one_of_them_killed_train_as_the_plain_loop(
-    tiny_dataset: str, ray_cluster: None, tmp_path: Path
-) -> None:
-    """Cells told apart, weights averaged: the same history and the same weights; nothing is done twice or left out."""
-    # At the learning rate of the other tests rounding grows until the two differ by 3e-3 in single weights, in one
-    # process without Ray as here; at this one they differ by 1e-7. In float64 both are 4e-16.
+def test_two_workers_with_one_killed_equal_the_plain_loop(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+    """An instance recipe with averaged weights: equal history and weights, no step repeated or skipped."""
+    # At the other tests' learning rate rounding errors grow to 3e-3 in single weights, in one process without Ray too;
+    # at this one to 1e-7. In float64 both are 4e-16.
     slow = OptimizerConfig(lr=2e-3, ema_decay=0.9)
     recipe, run = RECIPE.model_copy(update={"targets": "distance", "optimizer": slow}), tmp_path / "two \u00fc"
     thread, killed = kill_at(run, 4, "RayTrainWorker", most=1)
     train(tiny_dataset, str(run), recipe, workers=2)
     thread.join()
     assert killed
-    plain = plain_loop(tiny_dataset, recipe)
-    for mine, row in zip(history(run), plain.state.history, strict=True):
+    expected_run = plain_loop(tiny_dataset, recipe)
+    for row, expected_row in zip(history(run), expected_run.state.history, strict=True):
         for name in ("loss", "bce", "dice_loss", "aux_loss", "val_dice", "val_iou", "val_mean_image_dice", "val_msa"):
-            assert mine[name] == pytest.approx(row[name], abs=1e-5), (row["step"], name)
-    assert plain.state.history[-1]["loss"] < plain.state.history[0]["loss"]
-    assert plain.average is not None
-    expected = {**plain.model.state_dict(), **{f"average {k}": v for k, v in plain.average.state_dict().items()}}
+            assert row[name] == pytest.approx(expected_row[name], abs=1e-5), (row["step"], name)
+    assert expected_run.state.history[-1]["loss"] < expected_run.state.history[0]["loss"]
+    assert expected_run.average is not None
+    expected = {f"average {name}": value for name, value in expected_run.average.state_dict().items()}
+    expected |= expected_run.model.state_dict()
     for name, value in weights(run).items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5, msg=name)
     check_folder(run)
 
 
 @pytest.mark.slow
-def test_evaluate_finds_what_two_workers_with_batchnorm_reported(
+def test_evaluate_reproduces_the_scores_that_two_workers_with_batchnorm_reported(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
-    """Each rank's BatchNorm has seen other images: all must validate the network that is saved."""
+    """Each rank's BatchNorm statistics differ: all ranks must validate the network that is saved."""
     run = tmp_path / "batchnorm"
     fields = {"model": ModelConfig(features=(4, 8)), "phases": (PhaseConfig(steps=6),), "loop": LoopConfig()}
     fields["targets"] = "distance"
     last = train(tiny_dataset, str(run), RECIPE.model_copy(update=fields), workers=2)
-    found = evaluate(str(run), tiny_dataset, "val", str(run / "scores"))
+    scores = evaluate(str(run), tiny_dataset, "val", str(run / "scores"))
     for name in ("dice", "iou", "mean_image_dice", "msa"):
-        assert found[name] == pytest.approx(last[f"val_{name}"], abs=1e-6)
+        assert scores[name] == pytest.approx(last[f"val_{name}"], abs=1e-6)
 
 
 DRIVER = """
@@ -134,20 +135,20 @@ train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=1)
 
 @pytest.mark.slow
 def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
-    run = tmp_path / "stopped"
+    run = tmp_path / "killed"
     command = [sys.executable, "-c", DRIVER, tiny_dataset, str(run), str(one_worker / "recipe.yaml")]
     driver = subprocess.Popen(command, env=os.environ | joined())
     until("reports", lambda: driver.poll() is not None or len(history(run)) >= 7, 300, pause=0.01)
-    assert driver.poll() is None, "the run ended by itself"
+    assert driver.poll() is None, "the run ended before it was killed"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    # What a kill in the middle of Ray's own writing leaves, as was seen once.
+    # A kill while Ray writes its snapshot truncates it, as seen once.
     (run / folder.SNAPSHOT).write_text((run / folder.SNAPSHOT).read_text()[:20])
     with pytest.raises(UserError, match="holds a run already"):
         train(tiny_dataset, str(run), RECIPE)
     with pytest.raises(UserError, match=r"another recipe \(batch_size\)"):
         train(tiny_dataset, str(run), RECIPE.model_copy(update={"batch_size": 2}), resume=True)
-    with pytest.raises(UserError, match=f"begun on the dataset of {tiny_dataset}"):
+    with pytest.raises(UserError, match=f"started on the dataset at {tiny_dataset}"):
         train(write_tiny_dataset(tmp_path / "other", 11), str(run), RECIPE, resume=True)
     train(tiny_dataset, str(run), RECIPE, resume=True)
     assert len(history(run)) == 20
@@ -155,25 +156,25 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_
         assert torch.equal(value, weights(run)[name]), name
 
 
-def test_a_bad_loss_names_its_images(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+def test_a_non_finite_loss_names_the_images_of_its_batch(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"optimizer": OptimizerConfig(lr=1e30)})
     with pytest.raises(UserError, match=r"NaN or infinite at step \d+, in the batch of A172_Phase_train_\d+.tif"):
         train(tiny_dataset, str(tmp_path / "bad"), recipe)
 
 
-def test_a_shard_cut_short_while_training_is_named(
+def test_a_shard_truncated_during_training_is_named(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the dataset was looked at and before its images were read; it is too large to be kept in memory."""
+    """Truncated after the dataset was opened and before its images were read; too large for the sample cache."""
     data, fit = write_tiny_dataset(tmp_path / "data"), ray_train.fit
     (shard,) = (tmp_path / "data" / "train").glob("*.parquet")
 
-    def cut_then_fit(run: Any) -> Any:
+    def truncate_then_fit(run: Any) -> Any:
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
         return fit(run)
 
     monkeypatch.setattr(dataset, "CACHE_SHARE", 0)
-    monkeypatch.setattr(ray_train, "fit", cut_then_fit)
+    monkeypatch.setattr(ray_train, "fit", truncate_then_fit)
     with pytest.raises(
         UserError, match=rf"cannot read shard {re.escape(str(shard))}: .*run `raylivecell prepare` again"
     ):
@@ -189,7 +190,7 @@ def test_a_shard_cut_short_while_training_is_named(
         ({"resume": True}, "nothing to resume"),
     ],
 )
-def test_a_mistake_is_told_and_nothing_is_left(
+def test_user_errors_are_reported_before_anything_is_written(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -197,63 +198,65 @@ def test_a_mistake_is_told_and_nothing_is_left(
     assert not (tmp_path / "run").exists()
 
 
-def test_workers_leave_a_cpu_for_data(ray_cluster: None) -> None:
+def test_workers_leave_a_cpu_for_ray_data(ray_cluster: None) -> None:
     total = ray.cluster_resources()["CPU"]
     for workers in range(1, 2 * int(total - 1) + 1):
         assert preflight.worker_cpus(workers) * workers <= total - 1
 
 
-def told(file: Path) -> UserCallback:
-    """Writes which process controls the run, and whether that has loaded torch."""
+def process_info_callback(file: Path) -> UserCallback:
+    """A callback that writes the controller's process id, and whether that process has loaded torch."""
 
-    class Told(UserCallback):  # sent by value: workers cannot import this file
+    class ProcessInfo(UserCallback):  # sent by value: workers cannot import this file
         def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
             file.write_text(json.dumps([os.getpid(), "torch" in sys.modules]))
 
-    return Told()
+    return ProcessInfo()
 
 
 @pytest.mark.slow
-def test_ray_trains_controller_loads_no_torch(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
-    """It starts before any worker, and with torch would 1.7 s later; in a notebook, which has an event loop, too."""
+def test_ray_train_controller_loads_no_torch(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+    """With torch the workers would start 1.7 s later. Run as in a notebook, within an event loop."""
     recipe = RECIPE.model_copy(update={"phases": (PhaseConfig(steps=1),)})
-    job = Job(recipe, str(tmp_path / "run"), dataset.open_samples(tiny_dataset), stream_memory=2**27)
+    job = TrainJob(recipe, str(tmp_path / "run"), dataset.open_samples(tiny_dataset), stream_memory=2**27)
     handler = signal.getsignal(signal.SIGINT)
 
     async def notebook() -> None:
-        ray_train.fit(ray_train.trainer(job, 1, 0.5, 0, 0, [told(tmp_path / "there")]))
+        ray_train.fit(ray_train.trainer(job, 1, 0.5, 0, 0, [process_info_callback(tmp_path / "info.json")]))
 
     asyncio.run(notebook())
-    pid, loaded = json.loads((tmp_path / "there").read_text())
+    pid, loaded = json.loads((tmp_path / "info.json").read_text())
     assert pid != os.getpid()
     assert not loaded
-    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C after a run is the caller's again"
+    assert signal.getsignal(signal.SIGINT) is handler, "the caller's Ctrl-C handler is restored after a run"
 
 
-def test_a_driver_needs_no_torch_before_its_report() -> None:
-    """It would take 1.1 s of every run's start."""
+def test_the_driver_does_not_import_torch_before_its_report() -> None:
+    """The import would take 1.1 s of every start."""
     modules = "training.train", "training.ray_train", "training.job", "ingest.dataset", "recipe"
     imports = ", ".join(f"raylivecell.{module}" for module in modules)
-    done = run_apart(f"import sys, {imports}; sys.exit('torch' in sys.modules)")
-    assert done.returncode == 0, done.stderr
+    process = run_apart(f"import sys, {imports}; sys.exit('torch' in sys.modules)")
+    assert process.returncode == 0, process.stderr
 
 
-def test_a_ray_is_known_to_be_ones_own(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not session.started_here(), "the tests did, not `connect`"
+def test_started_here_is_true_only_in_the_process_that_started_ray(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not session.started_here(), "the tests started Ray, not `connect`"
     monkeypatch.setattr(session, "_started_here", True)
     assert session.started_here()
-    assert not ray.get(ray.remote(session.started_here).remote()), "a process of its workers did not start it"
+    assert not ray.get(ray.remote(session.started_here).remote()), "a worker process did not start Ray"
 
 
-def test_processes_speak_over_the_interface_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_uses_the_network_interface_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gloo.interface("127.0.0.1") == "lo" or os.name != "posix"
-    assert gloo.interface("203.0.113.7") is None, "an address of documentation (RFC 5737): nobody's"
+    assert gloo.interface("203.0.113.7") is None, "an address reserved for documentation (RFC 5737)"
     monkeypatch.setattr(gloo.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     for before, after in (("", gloo.interface("127.0.0.1")), ("ib0", "ib0")):
         monkeypatch.setenv(gloo.VARIABLE, before)
         if not before:
             monkeypatch.delenv(gloo.VARIABLE)
-        gloo.choose()
+        gloo.set_interface()
         assert os.environ[gloo.VARIABLE] == after
 
 
