@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylivecell.annotations.json_stream import BrokenJsonError, JsonText, OtherJsonError, Reader, kind_of_other, walk
+from raylivecell.annotations.rle import run_lengths
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0)?")
 
@@ -344,35 +345,3 @@ def decode_cells(payload: bytes) -> list[CellRecord]:
                 cell.runs.append(((height, width), run_lengths(data)))
         cells.append(cell)
     return cells
-
-
-def run_lengths(text: bytes) -> NDArray[np.int64]:
-    """Run lengths of COCO's compressed RLE text; may be negative where the text is damaged.
-
-    Format (cocoapi, maskApi.c, rleToString): 5 bits a character from 48 on, least first, bit 6 = more follow, sign
-    in the last character's bit 5; from the fourth run on, each is a difference to the run two before.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        if shift > 60:  # no image is so large; the number would grow with the text, and each step's time with it
-            return np.array([-1], np.int64)
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    return np.array([max(min(run, 2**40), -1) for run in runs], np.int64)
-
-
-def mask_of_runs(size: tuple[int, int], runs: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """bool (H, W) of one RLE; None where the runs do not fill the frame exactly."""
-    height, width = size
-    if (runs < 0).any() or int(runs.sum()) != height * width:
-        return None
-    values = (np.arange(len(runs)) % 2).astype(bool)
-    return np.repeat(values, runs).reshape(width, height).T

@@ -26,3 +26,13 @@ def test_a_patch_is_encoded_as_the_whole_frame(mask: np.ndarray, top: int, left:
     frame = np.zeros(shape, np.uint8, order="F")
     frame[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
     assert rle.encode_patch(mask, top, left, shape) == coco_mask.encode(frame)
+
+
+def test_damaged_rle_decodes_to_no_mask() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        runs = rle.run_lengths(rng.integers(0, 256, rng.integers(0, 40), dtype=np.uint8).tobytes())
+        mask = rle.mask_of_runs((5, 7), runs)
+        assert mask is None or mask.shape == (5, 7)
+    assert rle.mask_of_runs((5, 7), np.array([40, -5])) is None
+    assert rle.mask_of_runs((5, 7), np.array([34])) is None

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from raylivecell.annotations import coco, drawing
+from raylivecell.annotations.rle import run_lengths
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects as outlines
 from raylivecell.data import defects, draw, plan, shards
@@ -281,7 +282,7 @@ def test_rle_and_polygons_draw_the_same(folder: Folder, tmp_path: Path) -> None:
 def record(number: int, corners: np.ndarray, as_rle: bool) -> tuple[coco.CellRecord, np.ndarray]:
     """A cell as its polygon or as run lengths, and its mask (H, W) by pycocotools."""
     (rle,) = coco_mask.frPyObjects([corners.ravel().tolist()], HEIGHT, WIDTH)
-    polygons, runs = [corners.astype(np.float32)], [((HEIGHT, WIDTH), coco.run_lengths(rle["counts"]))]
+    polygons, runs = [corners.astype(np.float32)], [((HEIGHT, WIDTH), run_lengths(rle["counts"]))]
     cell = coco.CellRecord(number, False, [] if as_rle else polygons, runs if as_rle else [])
     return cell, coco_mask.decode(rle).astype(bool)
 
