@@ -543,7 +543,7 @@ def test_chosen_categories_are_the_cells(folder: Folder, tmp_path: Path, capsys:
         data["annotations"][0]["category_id"] = 2
     told = prepare(folder.write(), str(tmp_path / "all"))
     assert counts(told)["train"] == (2, 2 * N)
-    assert f"2 categories are all taken as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
+    assert f"all 2 categories are used as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
     told = prepare(folder.write(), str(tmp_path / "cells"), PrepareConfig(categories=("cell",)))
     assert counts(told)["train"] == (2, 2 * N - 1)
     assert "warning" not in capsys.readouterr().err
