@@ -99,7 +99,7 @@ def evaluate(
 def _rule_between(data: str, folder: str) -> Intensity | None:
     """What brings the dataset's images to the scale of the checkpoint; None: nothing. UserError where nothing can."""
     try:
-        return intensity.between(shards.intensity(data), checkpoint.load_intensity(folder))
+        return intensity.conversion(shards.intensity(data), checkpoint.load_intensity(folder))
     except ValueError as error:
         raise UserError(
             f"dataset at {data} does not fit the checkpoint {folder}: {error}; "
