@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ExifTags import Base as Tag
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.images.channels import grey_of_palette, grey_of_rgb
@@ -36,7 +37,7 @@ _OTHER_PHOTOMETRICS = {
 }
 _SAMPLE_FORMATS = {1: "u", 2: "i", 4: "u"}
 _OTHER_FORMATS = {3: "floating-point", 5: "complex integer", 6: "complex"}
-_STK_PLANES, _NIH_HEADER = 33629, 43314
+_STK_PLANES, _NIH_HEADER, _IMAGE_DEPTH = 33629, 43314, 32997  # tags without a name in Pillow
 _MAX_SUBIFDS, _MAX_TEXT = 64, 2**22
 _OME_PIXELS = re.compile(rb"<(?:\w{1,20}:)?Pixels\s([^<>]{0,4000})>")
 _OME_SIZES = {axis: re.compile(rb"\bSize%s\s?=\s?[\"'](\d{1,9})[\"']" % axis.encode()) for axis in "CTZ"}
@@ -57,7 +58,7 @@ def decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
         UnreadableImageError: unsupported or damaged.
     """
     directory = _find_image(read_directories(data))
-    if reason := orientation_problem(directory.number(274, 1)):
+    if reason := orientation_problem(directory.number(Tag.Orientation, 1)):
         raise UnsupportedImageError(reason)
     photometric, layout = _layout(directory)
     if max(layout.width * layout.height, layout.padded_pixels) > max_pixels:
@@ -89,7 +90,7 @@ def _find_image(directories: Iterable[Directory]) -> Directory:
         raise DamagedImageError("TIFF file without an image, or with reduced copies and masks only")
     if count > 1:
         raise UnsupportedImageError(f"holds {count} images; save each as a file of its own")
-    for offset in image.numbers(330)[:_MAX_SUBIFDS]:
+    for offset in image.numbers(Tag.SubIFDs)[:_MAX_SUBIFDS]:
         sub, _ = read_directory(image.data, image.order, image.big, offset)
         if not _is_auxiliary(sub) and _area(sub) >= _area(image):
             raise UnsupportedImageError("holds another image in a sub-directory (SubIFD); save only one")
@@ -97,24 +98,27 @@ def _find_image(directories: Iterable[Directory]) -> Directory:
 
 
 def _area(directory: Directory) -> int:
-    return directory.number(256, 0) * directory.number(257, 0)
+    return directory.number(Tag.ImageWidth, 0) * directory.number(Tag.ImageLength, 0)
 
 
 def _is_auxiliary(directory: Directory) -> bool:
     """Return whether the directory is a thumbnail, a pyramid level or a transparency mask."""
-    return bool(directory.number(254, 0) & 0b101) or directory.number(255, 0) == 2
+    return bool(directory.number(Tag.NewSubfileType, 0) & 0b101) or directory.number(Tag.SubfileType, 0) == 2
 
 
 def _layout(directory: Directory) -> tuple[int, Layout]:
     """Read the photometric interpretation and the layout of the samples; refuse unsupported ones."""
-    photometric, samples = directory.number(262, -1), directory.number(277, 1)
+    photometric, samples = directory.number(Tag.PhotometricInterpretation, -1), directory.number(Tag.SamplesPerPixel, 1)
     if photometric == -1:
         raise DamagedImageError("no PhotometricInterpretation tag: 0 could be black or white")
     if photometric not in _CHANNELS:
         name = _OTHER_PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
         raise UnsupportedImageError(f"{name}; save it as grey or RGB")
     _refuse_channels(directory, photometric, samples)
-    bits, sample_format = _uniform_value(directory, 258, samples), _uniform_value(directory, 339, samples)
+    bits, sample_format = (
+        _uniform_value(directory, Tag.BitsPerSample, samples),
+        _uniform_value(directory, Tag.SampleFormat, samples),
+    )
     if sample_format not in _SAMPLE_FORMATS:
         name = _OTHER_FORMATS.get(sample_format, f"sample format {sample_format}")
         raise UnsupportedImageError(f"{bits}-bit {name} pixels; save it as 8 or 16 bit")
@@ -135,12 +139,12 @@ def _refuse_channels(directory: Directory, photometric: int, samples: int) -> No
         raise UnsupportedImageError(f"{samples} channels (LSM); save one channel as a file of its own")
     if samples > channels + 1 or (channels == 1 and samples == 2 and not _has_alpha(directory)):
         raise UnsupportedImageError(f"{samples} channels; save one channel as a file of its own")
-    if photometric == CMYK and directory.number(332, 1) != 1:
+    if photometric == CMYK and directory.number(Tag.InkSet, 1) != 1:
         raise UnsupportedImageError("inks other than CMYK; save it as grey or RGB")
 
 
 def _has_alpha(directory: Directory) -> bool:
-    return directory.number(338, 0) in (1, 2)
+    return directory.number(Tag.ExtraSamples, 0) in (1, 2)
 
 
 def _uniform_value(directory: Directory, code: int, samples: int) -> int:
@@ -154,10 +158,10 @@ def _uniform_value(directory: Directory, code: int, samples: int) -> int:
 def _refuse_stack(directory: Directory, layout: Layout) -> None:
     """Refuse planes without a directory of their own, and metadata that counts more planes than directories."""
     planes, source = max(
-        (directory.number(32997, 1), "ImageDepth"),
+        (directory.number(_IMAGE_DEPTH, 1), "ImageDepth"),
         (directory.count(_STK_PLANES), "MetaMorph STK"),
         (_nih_planes(directory), "NIH Image"),
-        *(_described_planes(text, layout) for text in directory.texts(270, _MAX_TEXT)),
+        *(_described_planes(text, layout) for text in directory.texts(Tag.ImageDescription, _MAX_TEXT)),
     )
     if planes > 1:
         raise UnsupportedImageError(f"holds {planes} planes ({source}); save each as a file of its own")
@@ -242,7 +246,7 @@ def _to_uint8_or_uint16(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
 
 def _palette(directory: Directory, bits: int) -> NDArray[np.uint8]:
     """Read the colours (2^bits, 3); a 16-bit map with only 8-bit values is used unscaled, as by libtiff."""
-    values = np.array(directory.numbers(320), np.int64)
+    values = np.array(directory.numbers(Tag.ColorMap), np.int64)
     if len(values) != 3 * 2**bits:
         raise DamagedImageError(f"palette of {len(values) // 3} colours for {bits}-bit pixels")
     return (values if values.max() < 256 else values >> 8).reshape(3, -1).T.astype(np.uint8)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import TiffImagePlugin
+from PIL.ExifTags import Base as Tag
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.images import jpeg
@@ -84,22 +85,22 @@ class Layout:
     @classmethod
     def of(cls, directory: Directory, samples: int, bits: int, kind: str) -> "Layout":
         """Read the layout from the tags; raise UnreadableImageError if it is not supported."""
-        width, height = directory.number(256, 0), directory.number(257, 0)
+        width, height = directory.number(Tag.ImageWidth, 0), directory.number(Tag.ImageLength, 0)
         if width < 1 or height < 1:
             raise DamagedImageError(f"image size {width} x {height}")
-        tiled = bool(directory.numbers(322))
-        rows = min(directory.number(278, 0), height) or height
-        size = (directory.number(322, 0), directory.number(323, 0)) if tiled else (width, rows)
+        tiled = bool(directory.numbers(Tag.TileWidth))
+        rows = min(directory.number(Tag.RowsPerStrip, 0), height) or height
+        size = (directory.number(Tag.TileWidth, 0), directory.number(Tag.TileLength, 0)) if tiled else (width, rows)
         if min(size) < 1:
             raise DamagedImageError(f"tile size {size[0]} x {size[1]}")
-        planar = directory.number(284, 1)
+        planar = directory.number(Tag.PlanarConfiguration, 1)
         if planar not in (1, 2):
             raise DamagedImageError(f"planar configuration {planar}")
-        compression, predictor = directory.number(259, 1), directory.number(317, 1)
+        compression, predictor = directory.number(Tag.Compression, 1), directory.number(Tag.Predictor, 1)
         if compression == JPEG or (compression == NONE and directory.count(LSM)):  # LSM files wrongly state a predictor
             predictor = 1
         _refuse_coding(compression, predictor, bits, samples)
-        reverse = directory.number(266, 1) == 2 and compression != JPEG
+        reverse = directory.number(Tag.FillOrder, 1) == 2 and compression != JPEG
         is_planar = planar == 2 and samples > 1
         return cls(width, height, samples, bits, kind, compression, predictor, is_planar, *size, tiled, reverse)
 
@@ -166,7 +167,8 @@ def read_samples(directory: Directory, layout: Layout, ycbcr: bool) -> NDArray[A
 
 def _segments(directory: Directory, layout: Layout) -> Iterator[bytes]:
     """Yield the stored bytes of each strip or tile, in tag order."""
-    offsets, sizes = (directory.numbers(code) for code in ((324, 325) if layout.tiled else (273, 279)))
+    location = (Tag.TileOffsets, Tag.TileByteCounts) if layout.tiled else (Tag.StripOffsets, Tag.StripByteCounts)
+    offsets, sizes = (directory.numbers(tag) for tag in location)
     down, across = layout.grid
     count = down * across * (layout.samples if layout.planar else 1)
     if layout.compression == NONE and not any(sizes):
@@ -190,7 +192,9 @@ def _decompress(directory: Directory, layout: Layout, segments: Sequence[bytes])
     if size > _MAX_SEGMENT_BYTES:
         raise UnsupportedImageError(f"compressed strip or tile of {size >> 20} MiB; save it in strips of a few rows")
     step = max(1, _CHUNK_BYTES // size)
-    options = {code: directory.number(code, 0) for code in (292, 293) if directory.numbers(code)}
+    options: dict[int, int] = {
+        tag: directory.number(tag, 0) for tag in (Tag.T4Options, Tag.T6Options) if directory.numbers(tag)
+    }
     chunks = []
     for first in range(0, len(segments), step):
         chunk = segments[first : first + step]
@@ -210,11 +214,18 @@ def _libtiff(layout: Layout, segments: Sequence[bytes], rows: int, options: dict
     """Decompress segments to rows of bytes, as the strips of a TIFF whose pixels are bytes (CCITT: bits)."""
     fax = layout.compression in _FAX
     width = layout.segment_width if fax else layout.row_bytes
-    tags: dict[int, list[int]] = {256: [width], 257: [rows], 258: [1 if fax else 8], 259: [layout.compression]}
-    tags |= {262: [1], 277: [1], 278: [layout.segment_rows]}
+    tags: dict[int, list[int]] = {
+        Tag.ImageWidth: [width],
+        Tag.ImageLength: [rows],
+        Tag.BitsPerSample: [1 if fax else 8],
+        Tag.Compression: [layout.compression],
+        Tag.PhotometricInterpretation: [1],
+        Tag.SamplesPerPixel: [1],
+        Tag.RowsPerStrip: [layout.segment_rows],
+    }
     tags |= {code: [value] for code, value in options.items() if fax}
     if _libtiff_undoes_predictor(layout):
-        tags[317] = [2]
+        tags[Tag.Predictor] = [2]
     with TiffImagePlugin.TiffImageFile(io.BytesIO(_build_tiff(tags, segments))) as image:
         pixels = np.asarray(image)
     return np.packbits(pixels, axis=1) if fax else pixels
@@ -233,8 +244,8 @@ def _build_tiff(tags: dict[int, list[int]], strips: Sequence[bytes]) -> bytes:
     offsets = list(accumulate(sizes[:-1], initial=start))
     if start + sum(sizes) >= 2**32:
         raise UnsupportedImageError("over 4 GB of compressed pixels; cut it into tiles")
-    tags = {**tags, 273: offsets, 279: sizes}
-    arrays = {273: entries_end, 279: entries_end + 4 * len(strips)}
+    tags = {**tags, Tag.StripOffsets: offsets, Tag.StripByteCounts: sizes}
+    arrays: dict[int, int] = {Tag.StripOffsets: entries_end, Tag.StripByteCounts: entries_end + 4 * len(strips)}
     entries = b"".join(
         struct.pack("<HHII", code, 4, len(values), values[0] if len(values) == 1 else arrays[code])
         for code, values in sorted(tags.items())
@@ -281,6 +292,6 @@ def _assemble(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
 
 
 def _decode_jpegs(directory: Directory, layout: Layout, segments: Sequence[bytes], ycbcr: bool) -> NDArray[np.uint8]:
-    tables = b"".join(directory.texts(347, 2**16))
+    tables = b"".join(directory.texts(Tag.JPEGTables, 2**16))
     shapes = [(layout.rows(i, 1), layout.segment_width, layout.segment_samples) for i in range(len(segments))]
     return np.concatenate([jpeg.decode_segment(s, tables, shape, ycbcr) for s, shape in zip(segments, shapes)])
