@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from raylivecell.core.errors import UnsupportedImageError
 
 _HUE_RATIO = 8
-_MIN_RAMP, _MAX_STEP, _DIP, _MIN_RISE = 64, 32, 2, 16
+_MIN_COLOURS, _MAX_STEP, _MAX_DIP, _MIN_RISE = 64, 32, 2, 16
+"""Of a colour ramp: number of colours; largest step of a channel, largest fall and least total rise of luma."""
 
 
 def grey_of_rgb(rgb: NDArray[Any]) -> NDArray[Any]:
@@ -69,11 +70,11 @@ def grey_of_palette(indices: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDA
 def _ramp(table: NDArray[np.uint8]) -> int:
     """Return 1 for a colour ramp of rising luma, -1 for falling luma, else 0."""
     inner = table[1:-1].astype(np.float64)
-    if len(table) < _MIN_RAMP or np.abs(np.diff(inner, axis=0)).max() > _MAX_STEP:
+    if len(table) < _MIN_COLOURS or np.abs(np.diff(inner, axis=0)).max() > _MAX_STEP:
         return 0
     luma = inner @ (0.299, 0.587, 0.114)
     for sign in (1, -1):
         rising = sign * luma
-        if (rising >= np.maximum.accumulate(rising) - _DIP).all() and rising[-1] - rising[0] >= _MIN_RISE:
+        if (rising >= np.maximum.accumulate(rising) - _MAX_DIP).all() and rising[-1] - rising[0] >= _MIN_RISE:
             return sign
     return 0

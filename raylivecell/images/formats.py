@@ -36,7 +36,7 @@ MAX_PIXELS = 2**26
 
 _FORMATS = ("PNG", "JPEG", "BMP")  # Pillow has fifty more; for PostScript it runs Ghostscript
 _SUPPORTED = {"TIFF image", "PNG image", "JPEG image", "BMP image"}
-_GRAY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
+_GREY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "LA", "La", "RGBa", "P", "PA", "CMYK", "YCbCr"}
 
 
@@ -111,7 +111,7 @@ def _decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
             raise UnsupportedImageError(f"{width} x {height} is more than {max_pixels} pixels; cut it into tiles")
         if (frames := getattr(image, "n_frames", 1)) != 1:
             raise UnsupportedImageError(f"holds {frames} images; save each as a file of its own")
-        if image.mode not in _COLOUR | _GRAY:
+        if image.mode not in _COLOUR | _GREY:
             raise UnsupportedImageError(f"pixel format {image.mode}; save it as 8 or 16 bit grey")
         deep = any(";16" in str(tile[3]) for tile in image.tile)
         image.load()

@@ -17,8 +17,8 @@ _BASELINE = {0xC0, 0xC1, 0xC2}
 _ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
 
 
-class Frame(NamedTuple):
-    """JPEG frame header."""
+class FrameHeader(NamedTuple):
+    """Header of a JPEG frame."""
 
     kind: int
     """Marker: 0xC0 baseline, 0xC2 progressive, 0xC3 lossless, 0xF7 JPEG-LS, ..."""
@@ -28,16 +28,16 @@ class Frame(NamedTuple):
     components: int
 
 
-def frame_of(data: bytes) -> Frame | None:
+def frame_of(data: bytes) -> FrameHeader | None:
     """Read the frame header of a JPEG stream; None if there is none before the first scan."""
     for marker, start, end in _markers(data):
         if marker in _FRAMES and start + 6 <= min(end, len(data)):
             bits, height, width, components = struct.unpack_from(">BHHB", data, start)
-            return Frame(marker, bits, height, width, components)
+            return FrameHeader(marker, bits, height, width, components)
     return None
 
 
-def refuse_frame(frame: Frame) -> None:
+def refuse_frame(frame: FrameHeader) -> None:
     """Raise UnsupportedImageError for an unsupported kind of JPEG."""
     if frame.bits != 8:
         raise UnsupportedImageError(f"{frame.bits}-bit JPEG; save it as 8 or 16 bit TIFF or PNG")
