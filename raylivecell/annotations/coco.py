@@ -1,8 +1,8 @@
 """Annotation files in COCO's format, read in one pass: `annotations` and `images` in any order, as lists or dicts.
 
-1. `json_stream.walk` cuts the text into records
-2. `read_annotations` keeps what images say, and spills each cell's outline to a temporary file, 4 bytes a coordinate
-3. `Annotations.payload` gives back one image's cells, `decode_cells` makes arrays of them
+1. `json_stream.iter_records` splits the text into records
+2. `read_annotations` keeps image records in memory and spills outlines to a temporary file, 4 bytes a coordinate
+3. `Annotations.payload` returns the encoded cells of one image, `decode_cells` converts them to arrays
 """
 
 import array
@@ -18,13 +18,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell.annotations.json_stream import BrokenJsonError, JsonText, OtherJsonError, Reader, kind_of_other, walk
+from raylivecell.annotations.json_stream import (
+    BrokenJsonError,
+    JsonText,
+    NotCocoError,
+    Reader,
+    describe_object,
+    iter_records,
+)
+from raylivecell.annotations.rle import run_lengths
 
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0)?")
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0)?")
 
 
 class BadRecordError(ValueError):
-    """A record with a missing or ill-typed field; the message says which."""
+    """A record with a missing or invalid field; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class ImageEntry:
 
 @dataclass
 class Annotations:
-    """One COCO file, read: its images in memory, its cells in a temporary file."""
+    """Contents of one COCO file: its images in memory, its cells in a temporary file."""
 
     name: str
     images: list[ImageEntry] = field(default_factory=list)
@@ -47,142 +55,152 @@ class Annotations:
     licences: list[dict[str, Any]] = field(default_factory=list)
     categories: dict[int | str, str] = field(default_factory=dict)
     bad: list[tuple[str, int | str | None, str]] = field(default_factory=list)
-    """(section, id or None, reason) of each record that could not be used."""
+    """(section, id or None, reason) of each unusable record."""
     broken: BrokenJsonError | None = None
-    """Where the text ended early, if it did."""
+    """The error at which reading stopped; None if the file is complete."""
     last_image: int | str | None = None
-    """Image id of the last whole annotation: where `broken`, the image that surely lacks some."""
+    """Image id of the last complete annotation: if `broken`, this image certainly lacks annotations."""
     sha256: str = ""
     size: int = 0
     """Bytes of the file."""
 
     def __post_init__(self) -> None:
         self._spill = tempfile.TemporaryFile(prefix="raylivecell-")  # noqa: SIM115  # lives as long as this object
-        self._keys: dict[int | str, int] = {}
-        self._kinds: dict[int | str, int] = {}
-        self._owners, self._kind, self._crowd = array.array("l"), array.array("l"), array.array("B")
-        self._chosen: NDArray[np.bool_] | None = None
-        self._starts = array.array("q", [0])
-        self._order: NDArray[np.int64] | None = None
+        # Ids are numbered in order of appearance; each cell has the number of its image and of its category.
+        self._image_numbers: dict[int | str, int] = {}
+        self._category_numbers: dict[int | str, int] = {}
+        self._cell_image, self._cell_category = array.array("l"), array.array("l")
+        self._cell_crowd = array.array("B")
+        self._cell_starts = array.array("q", [0])  # offsets in the temporary file
+        self._selected: NDArray[np.bool_] | None = None
+        self._by_image: NDArray[np.int64] | None = None
 
     def add_cell(self, image_id: int | str, category_id: int | str, crowd: bool, record: bytes) -> None:
-        """Spill one encoded cell of image `image_id`; neither id need be known yet."""
-        self._owners.append(self._keys.setdefault(image_id, len(self._keys)))
-        self._kind.append(self._kinds.setdefault(category_id, len(self._kinds)))
-        self._crowd.append(crowd)
-        self._starts.append(self._starts[-1] + self._spill.write(record))
+        """Spill one encoded cell of image `image_id`; image and category may follow later in the file."""
+        self._cell_image.append(self._image_numbers.setdefault(image_id, len(self._image_numbers)))
+        self._cell_category.append(self._category_numbers.setdefault(category_id, len(self._category_numbers)))
+        self._cell_crowd.append(crowd)
+        self._cell_starts.append(self._cell_starts[-1] + self._spill.write(record))
 
-    def choose(self, category_ids: Collection[int | str]) -> None:
-        """Leave the annotations of all other categories out of what the methods below return."""
-        self._chosen = np.array([kind in category_ids for kind in self._kinds], bool)
-        self._order = None
+    def select(self, category_ids: Collection[int | str]) -> None:
+        """Restrict the methods below to annotations of these categories."""
+        self._selected = np.array([category in category_ids for category in self._category_numbers], bool)
+        self._by_image = None
 
     def counts(self) -> dict[int | str, int]:
-        """Cells by image id, of ids that `images` does not hold too."""
-        counted = np.bincount(np.asarray(self._owners, np.int64)[self._taken()], minlength=len(self._keys))
-        return {image_id: int(counted[key]) for image_id, key in self._keys.items()}
+        """Count cells by image id, including ids that are missing from `images`."""
+        images = np.asarray(self._cell_image, np.int64)[self._selected_cells()]
+        counts = np.bincount(images, minlength=len(self._image_numbers))
+        return {image_id: int(counts[number]) for image_id, number in self._image_numbers.items()}
 
     def crowds(self) -> int:
-        """How many of the cells have iscrowd set."""
-        return int(np.asarray(self._crowd)[self._taken()].sum())
+        """Count the cells with iscrowd set."""
+        return int(np.asarray(self._cell_crowd)[self._selected_cells()].sum())
 
     def category_counts(self) -> dict[int | str, tuple[int, int]]:
-        """(images, annotations) by category id, chosen or not; ids that `categories` does not hold too."""
-        owners, kinds = np.asarray(self._owners, np.int64), np.asarray(self._kind, np.int64)
-        pairs = np.unique(np.stack([kinds, owners]), axis=1)[0]
-        images, cells = (np.bincount(some, minlength=len(self._kinds)).tolist() for some in (pairs, kinds))
-        counted = {kind: (images[key], cells[key]) for kind, key in self._kinds.items()}
-        return dict.fromkeys(self.categories, (0, 0)) | counted
+        """Count (images, annotations) by category id, selected or not, including ids missing from `categories`."""
+        images, categories = (np.asarray(numbers, np.int64) for numbers in (self._cell_image, self._cell_category))
+        category_of_pair = np.unique(np.stack([categories, images]), axis=1)[0]
+        length = len(self._category_numbers)
+        image_counts, cell_counts = (np.bincount(x, minlength=length).tolist() for x in (category_of_pair, categories))
+        counts = {
+            category: (image_counts[number], cell_counts[number]) for category, number in self._category_numbers.items()
+        }
+        return dict.fromkeys(self.categories, (0, 0)) | counts
 
     def payload(self, image_id: int | str) -> bytes:
-        """The encoded cells of one image, in the order of the file: input of `decode_cells`."""
-        parts = []
+        """Return the encoded cells of one image in file order, the input of `decode_cells`."""
+        records = []
         for cell in self._cells_of(image_id).tolist():
-            self._spill.seek(self._starts[cell])
-            parts.append(self._spill.read(self._starts[cell + 1] - self._starts[cell]))
-        return b"".join(parts)
+            self._spill.seek(self._cell_starts[cell])
+            records.append(self._spill.read(self._cell_starts[cell + 1] - self._cell_starts[cell]))
+        return b"".join(records)
 
     def category(self, image_id: int | str) -> str:
-        """The name of the category of most of an image's cells (of equals the first in the file); "" where none."""
+        """Return the most frequent category name of an image's cells (ties: the first in the file); "" if none."""
         cells = self._cells_of(image_id)
         if not len(cells):
             return ""
-        kinds, counts = np.unique(np.asarray(self._kind, np.int64)[cells], return_counts=True)
-        return self.categories.get(list(self._kinds)[kinds[np.argmax(counts)]], "")
+        numbers, counts = np.unique(np.asarray(self._cell_category, np.int64)[cells], return_counts=True)
+        return self.categories.get(list(self._category_numbers)[numbers[np.argmax(counts)]], "")
 
     def _cells_of(self, image_id: int | str) -> NDArray[np.int64]:
-        """Numbers of an image's cells, ascending: the order of the file."""
-        if self._order is None:
-            taken = self._taken()
-            owners = np.asarray(self._owners, np.int64)
-            self._order = taken[np.argsort(owners[taken], kind="stable")]
-            self._firsts = np.searchsorted(owners[self._order], np.arange(len(self._keys) + 1))
-        key = self._keys.get(image_id)
-        return self._order[:0] if key is None else self._order[self._firsts[key] : self._firsts[key + 1]]
+        """Indices of an image's cells, ascending, which is file order."""
+        if self._by_image is None:
+            selected = self._selected_cells()
+            images = np.asarray(self._cell_image, np.int64)
+            self._by_image = selected[np.argsort(images[selected], kind="stable")]
+            self._image_starts = np.searchsorted(images[self._by_image], np.arange(len(self._image_numbers) + 1))
+        number = self._image_numbers.get(image_id)
+        if number is None:
+            return self._by_image[:0]
+        return self._by_image[self._image_starts[number] : self._image_starts[number + 1]]
 
-    def _taken(self) -> NDArray[np.int64]:
-        """Numbers of the cells whose category is chosen."""
-        kinds = np.asarray(self._kind, np.int64)
-        return np.arange(len(kinds)) if self._chosen is None else np.flatnonzero(self._chosen[kinds])
+    def _selected_cells(self) -> NDArray[np.int64]:
+        """Indices of the cells in selected categories."""
+        categories = np.asarray(self._cell_category, np.int64)
+        if self._selected is None:
+            return np.arange(len(categories))
+        return np.flatnonzero(self._selected[categories])
 
 
 def read_annotations(stream: Reader, name: str) -> Annotations:
-    """Read the COCO file `name` from `stream`, in one pass and in any order of its sections and records.
+    """Read the COCO file `name` from `stream` in one pass.
 
-    A record that cannot be used is listed in `bad`; `broken` says where text breaks off or that it is no COCO file.
+    Unusable records are listed in `bad`; `broken` is set for truncated or invalid JSON and for other formats.
     """
     text = JsonText(stream, name)
-    read = Annotations(name)
+    annotations = Annotations(name)
     try:
-        for section, key, record in walk(text):
-            _keep(read, section, key, record)
+        for section, key, record in iter_records(text):
+            _add_record(annotations, section, key, record)
         if "images" not in text.sections:
-            raise OtherJsonError(name, kind_of_other(text.sections))
+            raise NotCocoError(name, describe_object(text.sections))
     except BrokenJsonError as error:
-        read.broken = error
-        while text.refill():  # the checksum is of the whole file
+        annotations.broken = error
+        while text.refill():  # the checksum covers the complete file
             text.at = len(text.buffer)
-    read.sha256, read.size = text.sha256.hexdigest(), text.size
-    return read
+    annotations.sha256, annotations.size = text.sha256.hexdigest(), text.size
+    return annotations
 
 
-def _keep(read: Annotations, section: str, key: str | None, record: Any) -> None:
-    """Add one record of the file to `read`."""
+def _add_record(annotations: Annotations, section: str, key: str | None, record: Any) -> None:
     try:
         if section == "annotations":
-            read.last_image = _keep_cell(read, key, record)
+            annotations.last_image = _add_cell(annotations, key, record)
         elif section == "images":
-            read.images.append(_image_entry(key, record))
+            annotations.images.append(_parse_image(key, record))
         elif section == "info" and key is not None:
-            read.info[key] = record
+            annotations.info[key] = record
         elif section == "licenses" and isinstance(record, dict):
-            read.licences.append(record)
+            annotations.licences.append(record)
         elif section == "categories" and isinstance(record, dict):
-            _keep_category(read, record)
+            _add_category(annotations, record)
     except BadRecordError as error:
-        named = record.get("id", key) if isinstance(record, dict) else key
-        read.bad.append((section, named if isinstance(named, int | str) else None, str(error)))
+        record_id = record.get("id", key) if isinstance(record, dict) else key
+        annotations.bad.append((section, record_id if isinstance(record_id, int | str) else None, str(error)))
 
 
-def _keep_category(read: Annotations, record: dict[str, Any]) -> None:
-    identity, name = _identity(record.get("id"), "id"), str(record.get("name") or "")
-    if read.categories.setdefault(identity, name) != name:
-        raise BadRecordError(f"category {identity} is both {_short(read.categories[identity])} and {_short(name)}")
+def _add_category(annotations: Annotations, record: dict[str, Any]) -> None:
+    category_id, name = _parse_id(record.get("id"), "id"), str(record.get("name") or "")
+    previous = annotations.categories.setdefault(category_id, name)
+    if previous != name:
+        raise BadRecordError(f"category {category_id} is both {_shorten(previous)} and {_shorten(name)}")
 
 
-def _identity(value: Any, what: str) -> int | str:
-    """An id: 7, 7.0, "7" and "7.0" are one id, for converters write them side by side."""
+def _parse_id(value: Any, field_name: str) -> int | str:
+    """Normalise an id: 7, 7.0, "7" and "7.0" are equal, since converters mix them."""
     if type(value) is int:  # nearly all
         return value
     if isinstance(value, str):
-        return int(value.removesuffix(".0")) if _WHOLE.fullmatch(value) else value
+        return int(value.removesuffix(".0")) if _INTEGER.fullmatch(value) else value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise BadRecordError(f"{what} is {_short(value)}, not an integer or text")
+    raise BadRecordError(f"{field_name} is {_shorten(value)}, not an integer or text")
 
 
-def _number(value: Any) -> float | None:
-    """A finite number, also one in text; None for anything else."""
+def _parse_number(value: Any) -> float | None:
+    """Convert a number or its text to a finite float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -192,74 +210,76 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _flag(value: Any) -> bool:
-    """`iscrowd`: 0 or 1, as a number, text, a boolean or nothing."""
+def _parse_crowd(value: Any) -> bool:
+    """Parse `iscrowd`: 0 or 1 as a number, text or boolean; absent means 0."""
     if value is None or value == 0:
         return False
     number = {"": 0.0, "none": 0.0, "null": 0.0, "false": 0.0, "true": 1.0}.get(
-        str(value).strip().lower(), _number(value)
+        str(value).strip().lower(), _parse_number(value)
     )
     if number not in (0, 1):
-        raise BadRecordError(f"iscrowd is {_short(value)}, neither 0 nor 1")
+        raise BadRecordError(f"iscrowd is {_shorten(value)}, neither 0 nor 1")
     return bool(number)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _image_entry(key: str | None, record: Any) -> ImageEntry:
+def _parse_image(key: str | None, record: Any) -> ImageEntry:
     if not isinstance(record, dict):
-        raise BadRecordError(f"the record is {_short(record)}, not an object")
+        raise BadRecordError(f"the record is {_shorten(record)}, not an object")
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
-        raise BadRecordError(f"file_name is {_short(name)}, not text")
-    width, height = (_extent(record.get(side)) for side in ("width", "height"))
-    return ImageEntry(_identity(record.get("id", key), "id"), name, width, height)
+        raise BadRecordError(f"file_name is {_shorten(name)}, not text")
+    width, height = (_parse_side(record.get(side)) for side in ("width", "height"))
+    return ImageEntry(_parse_id(record.get("id", key), "id"), name, width, height)
 
 
-def _extent(value: Any) -> int | None:
-    """A width or height in pixels, also in text; None where it is not stated (0 stands for that too)."""
-    number = 0.0 if value in (None, "") else _number(value)
+def _parse_side(value: Any) -> int | None:
+    """Parse a width or height in pixels, also as text; None if absent or 0."""
+    number = 0.0 if value in (None, "") else _parse_number(value)
     if number is None or not 0 <= number < 2**31:
-        raise BadRecordError(f"width or height is {_short(value)}, not a positive number")
+        raise BadRecordError(f"width or height is {_shorten(value)}, not a positive number")
     return int(number) or None
 
 
-def _keep_cell(read: Annotations, key: str | None, record: Any) -> int | str:
+def _add_cell(annotations: Annotations, key: str | None, record: Any) -> int | str:
+    """Parse and add one cell; return its image id."""
     if not isinstance(record, dict):
-        raise BadRecordError(f"the record is {_short(record)}, not an object")
-    image_id = _identity(record.get("image_id"), "image_id")
-    cell_id = _identity(record.get("id", key), "id")
-    category_id = "" if record.get("category_id") is None else _identity(record["category_id"], "category_id")
-    crowd = _flag(record.get("iscrowd"))
-    read.add_cell(image_id, category_id, crowd, encode_cell(cell_id, crowd, _parts(record.get("segmentation"))))
+        raise BadRecordError(f"the record is {_shorten(record)}, not an object")
+    image_id = _parse_id(record.get("image_id"), "image_id")
+    cell_id = _parse_id(record.get("id", key), "id")
+    category_id = "" if record.get("category_id") is None else _parse_id(record["category_id"], "category_id")
+    crowd = _parse_crowd(record.get("iscrowd"))
+    parts = _parse_segmentation(record.get("segmentation"))
+    annotations.add_cell(image_id, category_id, crowd, encode_cell(cell_id, crowd, parts))
     return image_id
 
 
 _POLYGON, _COUNTS, _TEXT = 0, 1, 2
-_HEADER = struct.Struct("<IBI")  # bytes of the id as JSON; crowd; parts
-_PART = struct.Struct("<BIII")  # kind, height, width, bytes
+_HEADER = struct.Struct("<IBI")  # length of the id as JSON in bytes; crowd; number of parts
+_PART = struct.Struct("<BIII")  # kind, height, width, length in bytes
 
 
-def _parts(segmentation: Any) -> list[tuple[int, int, int, bytes]]:
-    """The outline(s) of one record as (kind, height, width, bytes): polygons, RLE, or a list of either."""
+def _parse_segmentation(segmentation: Any) -> list[tuple[int, int, int, bytes]]:
+    """Parse polygons, an RLE, or a list of both into (kind, height, width, bytes) of each part."""
     if isinstance(segmentation, dict):
         segmentation = [segmentation]
     if segmentation is None:
-        raise BadRecordError("no segmentation: a box alone draws no cell")
+        raise BadRecordError("no segmentation; a bounding box alone is not a cell outline")
     if not isinstance(segmentation, list):
-        raise BadRecordError(f"segmentation is {_short(segmentation)}, neither polygons nor RLE")
-    if segmentation and all(_number(value) is not None for value in segmentation):
-        segmentation = [segmentation]  # one polygon without the list around it
-    return [_rle_part(part) if isinstance(part, dict) else _polygon_part(part) for part in segmentation]
+        raise BadRecordError(f"segmentation is {_shorten(segmentation)}, neither polygons nor RLE")
+    if segmentation and all(_parse_number(value) is not None for value in segmentation):
+        segmentation = [segmentation]  # one polygon without an enclosing list
+    return [_parse_rle(part) if isinstance(part, dict) else _parse_polygon(part) for part in segmentation]
 
 
-def _polygon_part(part: Any) -> tuple[int, int, int, bytes]:
-    """A polygon: x1, y1, x2, y2, ... or [x1, y1], [x2, y2], ...; numbers in text are taken as such."""
+def _parse_polygon(part: Any) -> tuple[int, int, int, bytes]:
+    """Parse x1, y1, x2, y2, ... or [x1, y1], [x2, y2], ...; numbers may be text."""
     if not isinstance(part, list):
-        raise BadRecordError(f"a polygon is {_short(part)}, not a list of numbers")
+        raise BadRecordError(f"a polygon is {_shorten(part)}, not a list of numbers")
     if part and all(isinstance(point, list) and len(point) == 2 for point in part):
         part = [value for point in part for value in point]
     if len(part) % 2:
@@ -267,71 +287,69 @@ def _polygon_part(part: Any) -> tuple[int, int, int, bytes]:
     try:
         return _POLYGON, 0, 0, array.array("f", part).tobytes()
     except (TypeError, OverflowError) as error:
-        numbers = [_number(value) for value in part]
+        numbers = [_parse_number(value) for value in part]
         if None in numbers:
-            raise BadRecordError("a polygon holds something that is not a number") from error
+            raise BadRecordError("a polygon holds a value that is not a number") from error
     try:
         return _POLYGON, 0, 0, array.array("f", map(float, part)).tobytes()
     except OverflowError as error:
         raise BadRecordError("a polygon holds a number that is too large") from error
 
 
-def _rle_part(part: dict[str, Any]) -> tuple[int, int, int, bytes]:
+def _parse_rle(part: dict[str, Any]) -> tuple[int, int, int, bytes]:
     counts = part.get("counts")
-    height, width = _frame(part.get("size"))
+    height, width = _parse_size(part.get("size"))
     if isinstance(counts, str) and counts.isascii():
-        if counts[:2] in ("b'", 'b"') and counts[-1] == counts[1]:  # Python's bytes as text; no RLE has quotes
+        if counts[:2] in ("b'", 'b"') and counts[-1] == counts[1]:  # repr() of Python bytes; RLE text has no quotes
             counts = counts[2:-1].replace("\\\\", "\\")
         return _TEXT, height, width, counts.encode()
     try:
         return _COUNTS, height, width, array.array("I", counts).tobytes()  # type: ignore[arg-type]  # caught below
     except (TypeError, OverflowError) as error:
-        numbers = [_number(value) for value in (counts if isinstance(counts, list) else [None])]
+        numbers = [_parse_number(value) for value in (counts if isinstance(counts, list) else [None])]
         runs = [int(number) for number in numbers if number is not None and number.is_integer() and 0 <= number < 2**32]
         if len(runs) < len(numbers):
-            raise BadRecordError(
-                f"the counts of an RLE are {_short(counts)}, neither text nor whole numbers"
-            ) from error
+            raise BadRecordError(f"the counts of an RLE are {_shorten(counts)}, neither text nor integers") from error
     return _COUNTS, height, width, array.array("I", runs).tobytes()
 
 
-def _frame(size: Any) -> tuple[int, int]:
-    """(height, width) of an RLE."""
-    numbers = [_number(value) for value in (size if isinstance(size, list) else [])]
+def _parse_size(size: Any) -> tuple[int, int]:
+    """Parse the (height, width) of an RLE."""
+    numbers = [_parse_number(value) for value in (size if isinstance(size, list) else [])]
     sides = [int(number) for number in numbers if number is not None and number.is_integer() and 0 < number < 2**31]
     if len(numbers) != 2 or len(sides) != 2:
-        raise BadRecordError(f"the size of an RLE is {_short(size)}, not [height, width]")
+        raise BadRecordError(f"the size of an RLE is {_shorten(size)}, not [height, width]")
     return sides[0], sides[1]
 
 
 def encode_cell(cell_id: int | str, crowd: bool, parts: list[tuple[int, int, int, bytes]]) -> bytes:
-    """One cell as the bytes that `decode_cells` reads."""
-    name = json.dumps(cell_id).encode()
+    """Encode one cell for `decode_cells`."""
+    id_json = json.dumps(cell_id).encode()
     body = b"".join(_PART.pack(kind, h, w, len(data)) + data for kind, h, w, data in parts)
-    return _HEADER.pack(len(name), crowd, len(parts)) + name + body
+    return _HEADER.pack(len(id_json), crowd, len(parts)) + id_json + body
 
 
 @dataclass(frozen=True)
 class CellRecord:
-    """One annotation: what the JSON says, not yet checked against an image."""
+    """One annotation, not yet checked against its image."""
 
     id: int | str
     crowd: bool
     polygons: list[NDArray[np.float32]]
-    """Each (V, 2), x and y in pixels; V may be under 3 and values may be infinite."""
+    """Each (V, 2), x and y in pixels; V may be below 3, and values may be infinite."""
     runs: list[tuple[tuple[int, int], NDArray[np.int64]]]
-    """Each ((height, width), run lengths, column-major, background first); not yet checked to fill the frame."""
+    """Each ((height, width), run lengths, column-major, background first); they may not fill the image."""
 
 
 def decode_cells(payload: bytes) -> list[CellRecord]:
-    """The cells in the bytes that `Annotations.payload` gave."""
+    """Decode the cells in an `Annotations.payload`."""
     cells, at = [], 0
     while at < len(payload):
-        name, crowd, count = _HEADER.unpack_from(payload, at)
+        id_length, crowd, part_count = _HEADER.unpack_from(payload, at)
         at += _HEADER.size
-        cell = CellRecord(json.loads(payload[at : at + name]), bool(crowd), [], [])
-        at += name
-        for _ in range(count):
+        cell = CellRecord(json.loads(payload[at : at + id_length]), bool(crowd), [], [])
+        at += id_length
+        for _ in range(part_count):
             kind, height, width, length = _PART.unpack_from(payload, at)
             at += _PART.size
             data = payload[at : at + length]
@@ -344,35 +362,3 @@ def decode_cells(payload: bytes) -> list[CellRecord]:
                 cell.runs.append(((height, width), run_lengths(data)))
         cells.append(cell)
     return cells
-
-
-def run_lengths(text: bytes) -> NDArray[np.int64]:
-    """Run lengths of COCO's compressed RLE text; may be negative where the text is damaged.
-
-    Format (cocoapi, maskApi.c, rleToString): 5 bits a character from 48 on, least first, bit 6 = more follow, sign
-    in the last character's bit 5; from the fourth run on, each is a difference to the run two before.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        if shift > 60:  # no image is so large; the number would grow with the text, and each step's time with it
-            return np.array([-1], np.int64)
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    return np.array([max(min(run, 2**40), -1) for run in runs], np.int64)
-
-
-def mask_of_runs(size: tuple[int, int], runs: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """bool (H, W) of one RLE; None where the runs do not fill the frame exactly."""
-    height, width = size
-    if (runs < 0).any() or int(runs.sum()) != height * width:
-        return None
-    values = (np.arange(len(runs)) % 2).astype(bool)
-    return np.repeat(values, runs).reshape(width, height).T

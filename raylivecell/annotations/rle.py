@@ -1,5 +1,11 @@
-"""Masks of cells as COCO's compressed run lengths: some 60 bytes a cell, and cells may overlap."""
+"""Masks as COCO's run-length encoding (RLE): some 60 bytes a cell, and cells may overlap.
 
+1. `encode...`, `compress`         label image, patch, polygons or run lengths -> compressed RLE
+2. `decode`                        compressed RLE -> mask
+3. `run_lengths`, `mask_of_runs`   untrusted RLE -> run lengths -> mask; pycocotools may crash on these or never end
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,49 +13,92 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 Rle = dict[str, Any]
-"""{"size": [H, W], "counts": bytes}: run lengths down the columns, background first."""
+"""{"size": [H, W], "counts": bytes}: compressed run lengths, column-major, background first."""
 
 
 def encode(labels: NDArray[np.integer[Any]]) -> list[Rle]:
-    """A mask for each label of an image (H, W), 0 background, in ascending order; labels need not be consecutive."""
+    """Encode the mask of each label of an image (H, W), 0 background, in ascending order; labels may have gaps."""
     if not labels.any():
         return []
     flat = labels.T.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    ends, owner = np.append(starts[1:], flat.size), flat[starts]
-    inside = np.flatnonzero(owner)
-    inside = inside[np.argsort(owner[inside], kind="stable")]
-    owner = owner[inside]
-    cells = np.split(inside, np.flatnonzero(owner[1:] != owner[:-1]) + 1)
-    return [_compressed(starts[cell], ends[cell], labels.shape) for cell in cells]
+    ends, run_labels = np.append(starts[1:], flat.size), flat[starts]
+    foreground = np.flatnonzero(run_labels)
+    foreground = foreground[np.argsort(run_labels[foreground], kind="stable")]
+    run_labels = run_labels[foreground]
+    cells = np.split(foreground, np.flatnonzero(run_labels[1:] != run_labels[:-1]) + 1)
+    return [_compress_intervals(starts[cell], ends[cell], labels.shape) for cell in cells]
 
 
 def encode_patch(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> Rle:
-    """A mask of 0 and 1 (h, w) that lies at (top, left) of a frame of `shape` (H, W), as a mask of the frame."""
+    """Encode a mask of 0 and 1 (h, w), placed at (top, left), as a mask of the image `shape` (H, W)."""
     height, width = mask.shape
     columns = np.zeros((width, height + 2), np.int8)  # a 0 before and after each column
     columns[:, 1:-1] = mask.T
-    turns = np.flatnonzero(np.diff(columns.ravel()))
-    x, y = np.divmod(turns, height + 2)
-    places = (left + x) * shape[0] + top + y
-    starts, ends = places[::2], places[1::2]
-    if height == shape[0]:  # a run to the frame's bottom may go on at its top
-        joined = np.flatnonzero(starts[1:] == ends[:-1])
-        starts, ends = np.delete(starts, joined + 1), np.delete(ends, joined)
-    return _compressed(starts, ends, shape)
+    edges = np.flatnonzero(np.diff(columns.ravel()))
+    x, y = np.divmod(edges, height + 2)
+    positions = (left + x) * shape[0] + top + y
+    starts, ends = positions[::2], positions[1::2]
+    if height == shape[0]:  # a run that reaches the bottom may continue at the top of the next column
+        continued = np.flatnonzero(starts[1:] == ends[:-1])
+        starts, ends = np.delete(starts, continued + 1), np.delete(ends, continued)
+    return _compress_intervals(starts, ends, shape)
+
+
+def encode_polygons(polygons: Iterable[np.ndarray], shape: tuple[int, int]) -> Rle:
+    """Encode the union of polygons, each (V, 2) of finite x and y in pixels, as a mask of the image `shape` (H, W)."""
+    height, width = shape
+    limit = np.array((width, height))  # pycocotools' time and memory grow with the length of an edge
+    flat = [np.clip(polygon, -limit, 2 * limit).ravel().tolist() for polygon in polygons]
+    return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
+
+
+def compress(runs: NDArray[np.integer[Any]], shape: tuple[int, ...]) -> Rle:
+    """Compress run lengths that fill the image `shape` (H, W)."""
+    height, width = shape
+    return coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
 
 
 def decode(rle: Rle) -> NDArray[np.uint8]:
-    """A mask's pixels, uint8 (H, W), 1 inside."""
+    """Decode a mask: uint8 (H, W), 1 inside."""
     return coco_mask.decode(rle)
 
 
-def _compressed(starts: NDArray[np.int64], ends: NDArray[np.int64], shape: tuple[int, ...]) -> Rle:
-    """A mask of the runs [starts, ends) of a frame (H, W), column after column."""
-    height, width = shape
+def run_lengths(text: bytes) -> NDArray[np.int64]:
+    """Decode the run lengths in COCO's compressed RLE text; those of damaged text may be negative.
+
+    Format (cocoapi, maskApi.c, rleToString): 5 bits a character, offset 48, least significant first, bit 6 set if more
+    follow, sign in bit 5 of the last character; from the fourth run on, the difference to the run two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        if shift > 60:  # no image is so large; without a limit the number and the time per step grow with the text
+            return np.array([-1], np.int64)
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    return np.array([max(min(run, 2**40), -1) for run in runs], np.int64)
+
+
+def mask_of_runs(size: tuple[int, int], runs: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    """Decode run lengths into a mask, bool `size` (H, W); None if they do not fill it exactly."""
+    height, width = size
+    if (runs < 0).any() or int(runs.sum()) != height * width:
+        return None
+    values = (np.arange(len(runs)) % 2).astype(bool)
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _compress_intervals(starts: NDArray[np.int64], ends: NDArray[np.int64], shape: tuple[int, ...]) -> Rle:
+    """Compress a mask of pixels [start, end), counted column-major, of the image `shape` (H, W)."""
     edges = np.empty(2 * len(starts) + 2, np.int64)
-    edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, ends, height * width
-    counts = np.diff(edges)
-    if counts[-1] == 0:
-        counts = counts[:-1]
-    return coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, ends, shape[0] * shape[1]
+    runs = np.diff(edges)
+    return compress(runs if runs[-1] else runs[:-1], shape)

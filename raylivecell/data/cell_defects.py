@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from raylivecell.annotations.coco import CellRecord, mask_of_runs
+from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import Cell, Patch
+from raylivecell.annotations.rle import Rle, decode, encode_patch, encode_polygons, mask_of_runs
 from raylivecell.data.defects import DefectRules, rule_of
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
@@ -87,7 +88,7 @@ def _usable(
         if rules.out_of_bounds == "drop":
             return None, defects
     if masks:
-        masks += [coco_mask.decode(_rle([polygon], shape)).astype(bool) for polygon in drawable]
+        masks += [decode(encode_polygons([polygon], shape)).astype(bool) for polygon in drawable]
         return _patch(np.logical_or.reduce(masks)), defects
     return drawable, defects
 
@@ -171,13 +172,8 @@ def _box(cell: Cell) -> tuple[float, float, float, float]:
     return (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
 
 
-def _rle(cell: Cell, shape: tuple[int, int]) -> dict[str, object]:
-    """pycocotools' form of a cell in its image."""
-    height, width = shape
+def _rle(cell: Cell, shape: tuple[int, int]) -> Rle:
+    """Encode a cell as a mask of its image (H, W)."""
     if isinstance(cell, Patch):
-        mask = np.zeros(shape, np.uint8, order="F")
-        mask[cell.top : cell.top + cell.mask.shape[0], cell.left : cell.left + cell.mask.shape[1]] = cell.mask
-        return coco_mask.encode(mask)
-    far = np.array((width, height))  # time and memory grow with an edge's length
-    flat = [np.clip(polygon, -far, 2 * far).ravel().tolist() for polygon in cell]
-    return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
+        return encode_patch(cell.mask, cell.top, cell.left, shape)
+    return encode_polygons(cell, shape)

@@ -1,18 +1,18 @@
-"""Names of file formats by their first bytes, for messages about files whose name says something else."""
+"""Detection of file formats by their first bytes, for messages about files with a wrong suffix."""
 
 import re
 
-_STARTS: tuple[tuple[str, str], ...] = (
+_SIGNATURES: tuple[tuple[str, str], ...] = (
     (r"(II\*\0|MM\0\*|II\+\0|MM\0\+)", "TIFF image"),
     (r"\x89PNG\r\n\x1a\n", "PNG image"),
     (r"\xff\xd8\xff", "JPEG image"),
     (r"BM", "BMP image"),
     (r"GIF8[79]a", "GIF image"),
     (r"RIFF....WEBP", "WebP image"),
-    (r"RIFF....AVI ", "AVI film"),
+    (r"RIFF....AVI ", "AVI video"),
     (r"....ftyp(avif|avis)", "AVIF image"),
     (r"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "HEIC image"),
-    (r"....ftyp", "MP4 or QuickTime film"),
+    (r"....ftyp", "MP4 or QuickTime video"),
     (r"(\0\0\0\x0cjP  |\xff\x4f\xff\x51)", "JPEG 2000 image"),
     (r"(\0\0\0\x0cJXL |\xff\x0a)", "JPEG XL image"),
     (r"II\xbc", "JPEG XR image"),
@@ -39,10 +39,10 @@ _STARTS: tuple[tuple[str, str], ...] = (
     (r"\s*<(\?xml|!DOCTYPE|html|svg|OME)", "XML or HTML file"),
     (r"\s*[{\[]\s*[\"{\[\]}\d]", "JSON file"),
 )
-_PATTERNS = tuple((re.compile(start.encode("latin-1"), re.DOTALL), name) for start, name in _STARTS)
+_PATTERNS = tuple((re.compile(signature.encode("latin-1"), re.DOTALL), name) for signature, name in _SIGNATURES)
 
 
 def kind_of(data: bytes) -> str | None:
-    """Name of the format that `data` starts like; None where it is none of those known."""
+    """Return the name of the format of `data`; None if unknown."""
     head = data[:512]
     return next((name for pattern, name in _PATTERNS if pattern.match(head)), None)

@@ -1,14 +1,14 @@
-"""Image files to gray pixels: TIFF, PNG, JPEG or BMP; 8 or 16 bit; refused where a reading would be a guess.
+"""Decoding of image files to grey pixels: TIFF, PNG, JPEG or BMP; 8 or 16 bit; ambiguous files are refused.
 
-TIFF is read by `tiff`, from its tags; the rest by Pillow, which knows a file's size before its pixels and fails on a
-file that is cut off. The rules that hold for every format:
+TIFF is decoded by `tiff`; the other formats by Pillow, which reads the size before the pixels and fails on truncated
+files. Rules for all formats:
 
-- Pixels are those of the stored raster. A file with an orientation tag (TIFF, EXIF, XMP) other than 1 is refused:
-  programs differ in whether they turn it (Fiji does not, browsers do), so labels drawn on it may be turned or not.
-- One file is one picture. Several pages, planes, frames or channels are refused with their number; thumbnails, pyramid
-  levels, masks and alpha are left out.
-- Colour is its luma; one hue is its brightest channel (`channels.gray_of_rgb`); a palette is the gray it shows, or its
-  indices where it is a ramp (`channels.gray_of_palette`).
+- Pixels are those of the stored raster. A file with an orientation tag (TIFF, EXIF, XMP) other than 1 is refused: some
+  programs apply it (browsers), others do not (Fiji), so labels drawn on the image may be rotated or not.
+- One file is one image. Several pages, planes, frames or channels are refused with their number; thumbnails, pyramid
+  levels, masks and alpha are ignored.
+- Colour becomes luma; one hue its brightest channel (`channels.grey_of_rgb`); a palette the grey it displays, or its
+  indices if it is a ramp (`channels.grey_of_palette`).
 """
 
 import io
@@ -26,64 +26,64 @@ from PIL import ExifTags, Image, ImageFile
 
 from raylivecell.core.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
 from raylivecell.images import file_kinds, jpeg, tiff
-from raylivecell.images.channels import gray_of_palette, gray_of_rgb
+from raylivecell.images.channels import grey_of_palette, grey_of_rgb
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
-"""Names of image files end so, in any case."""
+"""Suffixes of image files, in any case."""
 
 MAX_PIXELS = 2**26
-"""Larger pictures (8192 x 8192) are refused before they are decoded: a few kB of file can claim gigabytes."""
+"""8192 x 8192. Larger images are refused before decoding: a file of a few kB can declare gigabytes."""
 
-_FORMATS = ("PNG", "JPEG", "BMP")  # Pillow knows fifty more; for PostScript it runs Ghostscript
+_FORMATS = ("PNG", "JPEG", "BMP")  # Pillow has fifty more; for PostScript it runs Ghostscript
 _SUPPORTED = {"TIFF image", "PNG image", "JPEG image", "BMP image"}
-_GRAY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
+_GREY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "LA", "La", "RGBa", "P", "PA", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """One decoded image file."""
 
     pixels: np.ndarray
     """uint8 or uint16 (H, W), of the stored raster, black 0."""
     colour: bool
-    """Whether the file holds colour, alpha or palette channels."""
+    """Whether the file has colour, alpha or a palette."""
 
     @property
     def deep(self) -> bool:
-        """Whether the pixels are 16 bit."""
+        """Whether the pixels have 16 bits."""
         return self.pixels.dtype == np.uint16
 
 
 def is_image_name(name: str) -> bool:
-    """Whether `name` ends as an image file's does and is not hidden (macOS copies hold `._name.tif`)."""
+    """Return whether `name` has an image suffix and is not hidden (copies from macOS contain `._name.tif`)."""
     return name.lower().endswith(SUFFIXES) and not name.rsplit("/", 1)[-1].startswith(".")
 
 
-def decode(data: bytes, most: int = MAX_PIXELS) -> Picture:
-    """Decode the one picture in the bytes of an image file.
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """Decode an image file that holds one image.
 
     Args:
         data: the file.
-        most: pixels; at most 2^27, as Pillow itself refuses pictures not much larger.
+        max_pixels: at most 2^27, since Pillow itself refuses slightly larger images.
 
     Raises:
-        UnsupportedImageError: a sound file of a kind that is not read; the message starts with "unsupported: ".
-        DamagedImageError: a file that is cut off or contradicts itself; the message starts with "damaged: ".
+        UnsupportedImageError: an intact file of an unsupported kind; the message starts with "unsupported: ".
+        DamagedImageError: a truncated or contradictory file; the message starts with "damaged: ".
     """
     kind = file_kinds.kind_of(data)
     if kind not in _SUPPORTED:
-        raise _no_image(data, kind)
+        raise _unsupported_format(data, kind)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that MAX_PIXELS refuses anyway
-            pixels, colour = tiff.decode(data, most) if kind == "TIFF image" else _decode(data, most)
-            return Picture(np.ascontiguousarray(pixels), colour)
+            warnings.simplefilter("ignore")  # about unusual metadata, and sizes that MAX_PIXELS refuses
+            pixels, colour = tiff.decode(data, max_pixels) if kind == "TIFF image" else _decode(data, max_pixels)
+            return DecodedImage(np.ascontiguousarray(pixels), colour)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise UnsupportedImageError(f"more than {most} pixels; cut it into tiles") from error
-    # Readers raise any of these on broken bytes.
+        raise UnsupportedImageError(f"more than {max_pixels} pixels; cut it into tiles") from error
+    # Decoders raise any of these on damaged files.
     except (
         *(OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError),
         *(struct.error, zlib.error, lzma.LZMAError, cv2.error),
@@ -91,40 +91,40 @@ def decode(data: bytes, most: int = MAX_PIXELS) -> Picture:
         if (frame := jpeg.frame_of(data)) and kind == "JPEG image":
             jpeg.refuse_frame(frame)
         detail = "" if type(error).__name__ == "UnidentifiedImageError" else f" ({error})"
-        raise DamagedImageError(f"incomplete or broken {kind}{detail}") from error
+        raise DamagedImageError(f"incomplete or corrupt {kind}{detail}") from error
 
 
-def _no_image(data: bytes, kind: str | None) -> UnreadableImageError:
-    """Say what a file is that is none of the supported formats."""
+def _unsupported_format(data: bytes, kind: str | None) -> UnreadableImageError:
+    """Build the error for a file in none of the supported formats."""
     if not data.strip(b"\0"):
-        return DamagedImageError("the file holds only zero bytes" if data else "the file is empty")
+        return DamagedImageError("the file contains only zero bytes" if data else "the file is empty")
     return UnsupportedImageError(
-        f"{kind or 'no known image format'}, whatever its name says; use TIFF, PNG, JPEG or BMP"
+        f"{kind or 'not a known image format'}, judged by its content; use TIFF, PNG, JPEG or BMP"
     )
 
 
-def _decode(data: bytes, most: int) -> tuple[NDArray[Any], bool]:
-    """Gray pixels (H, W) of a PNG, JPEG or BMP file, and whether it holds colour, alpha or a palette."""
+def _decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
+    """Decode PNG, JPEG or BMP: grey pixels (H, W), and whether the file has colour, alpha or a palette."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
-        if width * height > most:
-            raise UnsupportedImageError(f"{width} x {height} is more than {most} pixels; cut it into tiles")
-        if (pictures := getattr(image, "n_frames", 1)) != 1:
-            raise UnsupportedImageError(f"holds {pictures} images; save each as a file of its own")
-        if image.mode not in _COLOUR | _GRAY:
-            raise UnsupportedImageError(f"pixels of kind {image.mode}; save it as 8 or 16 bit gray")
+        if width * height > max_pixels:
+            raise UnsupportedImageError(f"{width} x {height} is more than {max_pixels} pixels; cut it into tiles")
+        if (frames := getattr(image, "n_frames", 1)) != 1:
+            raise UnsupportedImageError(f"holds {frames} images; save each as a file of its own")
+        if image.mode not in _COLOUR | _GREY:
+            raise UnsupportedImageError(f"pixel format {image.mode}; save it as 8 or 16 bit grey")
         deep = any(";16" in str(tile[3]) for tile in image.tile)
         image.load()
-        if reason := tiff.orientation_refused(_orientation(image)):
+        if reason := tiff.orientation_problem(_orientation(image)):
             raise UnsupportedImageError(reason)
         if image.mode in _COLOUR:
-            return _gray(image, deep, data), True
+            return _to_grey(image, deep, data), True
         pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16), False
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """The EXIF or XMP orientation; 1 without one, and where EXIF cannot be read: no viewer turns by it then."""
+    """Return the EXIF or XMP orientation; 1 if it is absent, or unreadable so that no viewer applies it."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, struct.error):
@@ -132,13 +132,13 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _gray(image: ImageFile.ImageFile, deep: bool, data: bytes) -> NDArray[Any]:
+def _to_grey(image: ImageFile.ImageFile, deep: bool, data: bytes) -> NDArray[Any]:
     if image.mode == "P" and (table := image.getpalette("RGB")):
-        return gray_of_palette(np.asarray(image), np.array(table, np.uint8).reshape(-1, 3))
+        return grey_of_palette(np.asarray(image), np.array(table, np.uint8).reshape(-1, 3))
     if not deep:
-        return np.asarray(gray_of_rgb(np.asarray(image.convert("RGB"))))
-    # Pillow keeps only 8 bits of 16-bit colour. It has decoded the file, which shows that the file is complete.
+        return np.asarray(grey_of_rgb(np.asarray(image.convert("RGB"))))
+    # Pillow reduces 16-bit colour to 8 bits. That it decoded the file shows that the file is complete.
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
     if bgr is None or bgr.dtype != np.uint16:
-        raise UnsupportedImageError("16-bit colour of a kind that cannot be read; save it as 16 bit gray")
-    return np.asarray(gray_of_rgb(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)))
+        raise UnsupportedImageError("16-bit colour in an unsupported layout; save it as 16 bit grey")
+    return np.asarray(grey_of_rgb(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)))

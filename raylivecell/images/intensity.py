@@ -1,11 +1,12 @@
-"""How a stored image (uint8 or uint16) becomes the network's 8-bit scale: the one rule, for every command.
+"""Intensity rule: the map from stored images (uint8 or uint16) to the network's 8-bit scale, shared by all commands.
 
-1. `choose`    the rule of a set, from robust statistics of its training images: `prepare` stores it in dataset.json
-2. `to_uint8`  an image -> grey levels 0 to 255, by the rule; its padding; what is unusual about it
+1. `choose`    computes the rule of a dataset from robust statistics of its training images; `prepare` stores it in
+               dataset.json
+2. `to_uint8`  applies a rule: image -> grey levels 0 to 255, padding, warnings
 
-Checkpoints (intensity.json) and exported files carry the rule; `predict`, `evaluate`, ONNX and the Python API apply it.
-An image inside the range of the training images is mapped by the rule alone. One whose background is outside is
-multiplied first, so that it has the set's background, and a warning says so. No Ray, no torch.
+Checkpoints (intensity.json) and exported files contain the rule; `predict`, `evaluate`, ONNX and the Python API apply
+it. An image within the range of the training images is mapped by the rule alone. An image whose background is outside
+is first multiplied so that it has the dataset's background, with a warning. No Ray, no torch.
 """
 
 import math
@@ -22,45 +23,45 @@ from raylivecell.images.grey_levels import Grey, Measures, measure, padding_mask
 Range = tuple[float, float]
 
 LIVECELL_SPREAD, LIVECELL_SCALE = 60.0, 5.0
-"""Grey levels between LIVECell's 1st and 99th percentile, median over images; the scale at which it is learnt best."""
+"""Difference of LIVECell's 99th and 1st percentile in grey levels, median over images; the scale that trains best."""
 MIN_LEVELS = 64
-"""A 16-bit set keeps its bit depth's own scale if its pixels use so many of the 256 levels; else it is stretched."""
+"""A 16-bit dataset keeps the scale of its bit depth if its pixels use this many of 256 levels; else it is stretched."""
 MAX_GAIN = 4.0
-"""An image that must be multiplied by more, or divided by more, holds no usable picture."""
+"""An image is unusable if it would have to be multiplied or divided by more."""
 MIN_CONTRAST = 4.0
-"""Nor does one that must be multiplied and then has under a quarter of the least spread of the training images."""
-FAR_SPREAD, FAR_SHARE = 2.0, 0.3
-"""A warning is given where the spread is outside the training images' by this factor, the foreground share by this."""
+"""An image that must be multiplied is unusable if its spread is below 1/4 of the training images' minimum."""
+FAR_SPREAD, FAR_FOREGROUND = 2.0, 0.3
+"""Warn if the spread is outside the training range by this factor, or the foreground fraction by this difference."""
 
 
 class Intensity(StrictModel):
-    """The rule of a set, and the range of its training images; grey values are stored ones. Default: LIVECell's."""
+    """Rule of a dataset, and the range of its training images, in stored grey values. Default: LIVECell."""
 
     rule: Literal["linear"] = "linear"
-    """`linear`: from `low` (level 0) to `high` (over level 255), rounded down, clipped."""
+    """`linear`: `low` maps to 0 and `high` to 256, rounded down, clipped to 255."""
     depth: Literal[8, 16] = 8
-    """Bits of the set's files; images of the other depth are first multiplied to have the set's background."""
+    """Bits of the dataset's files; images of the other depth are first multiplied to have the dataset's background."""
     low: float = Field(0.0, ge=0, le=2**17)
     high: float = Field(256.0, ge=1, le=2**17)
     background: float = Field(128.0, ge=0, le=2**16)
     """Median over the training images."""
     backgrounds: Range = (0.0, 65535.0)
-    """Least and largest."""
+    """Minimum and maximum."""
     medians: Range = (0.0, 65535.0)
-    """Of the images' medians."""
+    """Minimum and maximum of the image medians."""
     spread: float = Field(LIVECELL_SPREAD, ge=0, le=2**16)
-    """From the 1st to the 99th percentile, median over the training images."""
+    """Difference of the 99th and 1st percentile, median over the training images."""
     spreads: Range = (0.0, 65535.0)
-    """Least and largest."""
+    """Minimum and maximum."""
     foreground: Range = (0.0, 1.0)
-    """Least and largest share of an image's pixels in cells."""
+    """Minimum and maximum fraction of an image's pixels in cells."""
 
     @model_validator(mode="after")
-    def _finite(self) -> "Intensity":
+    def _check_range(self) -> "Intensity":
         values = [self.low, self.high, self.background, self.spread]
         values += [*self.backgrounds, *self.medians, *self.spreads, *self.foreground]
         if not all(math.isfinite(value) for value in values) or self.high - self.low < 1:
-            raise ValueError("low and high must be 1 apart, and all values finite")
+            raise ValueError("high must exceed low by 1 or more, and all values must be finite")
         return self
 
     @property
@@ -70,32 +71,32 @@ class Intensity(StrictModel):
 
     @property
     def background_level(self) -> int:
-        """The background on the 8-bit scale: the network's zero."""
-        # Rounding down costs continuous values half a level and shifted 8-bit values none: a quarter fits both.
-        lost = 0.25 if self.depth == 16 else 0.0
-        return min(255, max(0, round((self.background - self.low) / self.unit - lost)))
+        """Background on the 8-bit scale: the zero of the network input."""
+        # Rounding down lowers continuous values by half a level, shifted 8-bit values by none: a quarter suits both.
+        rounding = 0.25 if self.depth == 16 else 0.0
+        return min(255, max(0, round((self.background - self.low) / self.unit - rounding)))
 
     @property
     def scale(self) -> float:
-        """Levels from the background over which the network's input is about linear: 5 for LIVECell.
+        """Levels around the background in which the network input is about linear: 5 for LIVECell.
 
-        It follows the spread in steps of two, so that sets like LIVECell share LIVECell's own.
+        Proportional to the spread, rounded to a power of two, so that datasets like LIVECell get the same value.
         """
         steps = round(math.log2(max(self.spread / self.unit, 1.0) / LIVECELL_SPREAD))
         return LIVECELL_SCALE * 2.0 ** min(3, max(-2, steps))
 
     @property
     def by_background(self) -> bool:
-        """Whether the background tells the exposure: not where cells are bright on a dark ground."""
+        """Whether the background measures the exposure; not if cells are bright on a dark background."""
         return self.background >= self.spread / 2
 
     @property
     def as_stored(self) -> bool:
-        """Whether 8-bit images inside the range are taken as they are."""
+        """Whether 8-bit images within the range are used unchanged."""
         return (self.depth, self.low, self.high) == (8, 0.0, 256.0)
 
     def on_levels(self) -> "Intensity":
-        """The same ranges for images that are on the 8-bit scale already."""
+        """Return the same ranges for images already on the 8-bit scale."""
 
         def level(value: float) -> float:
             return max(0.0, (value - self.low) / self.unit)
@@ -111,100 +112,99 @@ class Intensity(StrictModel):
 
 
 LIVECELL = Intensity()
-"""LIVECell's rule, with a range that every image is in."""
+"""LIVECell's rule, with a range that contains every image."""
 
 
 class Frame(NamedTuple):
-    """An image on the network's scale."""
+    """An image on the network's 8-bit scale."""
 
     levels: NDArray[np.uint8]
-    """(H, W); padding has the background's level."""
+    """(H, W); padding has the level of the background."""
     padding: NDArray[np.bool_] | None = None
-    """(H, W), where the frame is padding; None: nowhere."""
+    """(H, W), True in padding; None if there is none."""
     gain: float = 1.0
-    """Factor of the stored values before the rule was applied."""
+    """Factor applied to the stored values before the rule."""
     usable: bool = True
-    """Whether the file holds a picture: else it has no cell."""
+    """False for failed exposures, which are segmented as empty."""
     warnings: tuple[str, ...] = ()
-    """What is unusual: a kind, a colon, and the figures."""
+    """Each `KIND: DETAILS`."""
 
     @property
     def own_pixels(self) -> int:
-        """Pixels that are not padding."""
+        """Number of pixels outside padding."""
         return self.levels.size - (0 if self.padding is None else int(self.padding.sum()))
 
 
 class Fit(NamedTuple):
-    """How an image fits a rule."""
+    """How a rule applies to an image; fields as in `Frame`."""
 
     gain: float
     usable: bool
     warnings: tuple[str, ...]
 
 
-def between(prepared: Intensity, wanted: Intensity) -> Intensity | None:
-    """The rule that brings images prepared by one rule to the scale of another; None: they are on it.
+def conversion(prepared: Intensity, target: Intensity) -> Intensity | None:
+    """Return the rule that converts images prepared by one rule to the scale of another; None if it is the same.
 
     Raises:
-        ValueError: prepared from 16-bit images by another map, so that the stored values are lost.
+        ValueError: prepared from 16-bit images by another map; the stored values are lost.
     """
-    if prepared.model_dump(exclude={"foreground"}) == wanted.model_dump(exclude={"foreground"}):
+    if prepared.model_dump(exclude={"foreground"}) == target.model_dump(exclude={"foreground"}):
         return None
     if prepared.as_stored:
-        return wanted
-    ends = [(rule.depth, rule.low, rule.high) for rule in (prepared, wanted)]
-    if ends[0] == ends[1]:
-        return wanted.on_levels()
-    raise ValueError("its 16-bit images were brought to 8 bits in another way")
+        return target
+    maps = [(rule.depth, rule.low, rule.high) for rule in (prepared, target)]
+    if maps[0] == maps[1]:
+        return target.on_levels()
+    raise ValueError("its 16-bit images were converted to 8 bits by another map")
 
 
 def choose(images: Sequence[Measures]) -> Intensity:
-    """The rule of a set from its training images' measures, each image with the same weight.
+    """Compute the rule of a dataset from the measures of its training images, each with the same weight.
 
-    Extreme images move nothing: the fifth to the next are left out at both ends of a range from five images on, and
-    before that those whose background is over 1.5 times the set's, or under 1 / 1.5. A set of both depths takes the
-    depth of most of its images.
+    Outliers have no influence: images whose background is over 1.5 times the median, or under 1/1.5 of it, are ignored,
+    then ranges are trimmed (`trimmed_range`). A dataset of both bit depths gets the more frequent one.
     """
-    pictures = [one for one in images if not one.fault]
-    deep = [one for one in pictures if one.depth == 16]
-    mine = deep if 2 * len(deep) > len(pictures) else [one for one in pictures if one.depth == 8]
-    if not mine:
+    usable = [image for image in images if not image.fault]
+    deep = [image for image in usable if image.depth == 16]
+    majority = deep if 2 * len(deep) > len(usable) else [image for image in usable if image.depth == 8]
+    if not majority:
         return LIVECELL
-    mine = _without_odd(mine)
-    low, high = _ends(mine) if mine[0].depth == 16 else (0.0, 256.0)
+    majority = _without_outliers(majority)
+    low, high = _map_range(majority) if majority[0].depth == 16 else (0.0, 256.0)
     return Intensity(
-        depth=16 if mine[0].depth == 16 else 8,
+        depth=16 if majority[0].depth == 16 else 8,
         low=low,
         high=high,
-        background=float(np.median([one.background for one in mine])),
-        backgrounds=trimmed_range([one.background for one in mine]),
-        medians=trimmed_range([one.median for one in mine]),
-        spread=float(np.median([one.spread for one in mine])),
-        spreads=trimmed_range([one.spread for one in mine]),
+        background=float(np.median([image.background for image in majority])),
+        backgrounds=trimmed_range([image.background for image in majority]),
+        medians=trimmed_range([image.median for image in majority]),
+        spread=float(np.median([image.spread for image in majority])),
+        spreads=trimmed_range([image.spread for image in majority]),
     )
 
 
 def trimmed_range(values: Sequence[float]) -> Range:
-    """Least and largest of `values`, from five values on without the extreme 2.5 % (at least one) at each end."""
+    """Minimum and maximum of `values`; of five or more, without 2.5 % (at least one) at each end."""
     ordered = sorted(values)
-    cut = max(1, len(ordered) // 40) if len(ordered) >= 5 else 0
-    return float(ordered[cut]), float(ordered[-1 - cut])
+    trim = max(1, len(ordered) // 40) if len(ordered) >= 5 else 0
+    return float(ordered[trim]), float(ordered[-1 - trim])
 
 
-def _without_odd(images: list[Measures]) -> list[Measures]:
-    middle = float(np.median([one.background for one in images]))
-    if middle < float(np.median([one.spread for one in images])) / 2:
-        return images  # on a dark ground the background's ratio says nothing
-    return [one for one in images if middle / 1.5 <= one.background <= middle * 1.5] or images
+def _without_outliers(images: list[Measures]) -> list[Measures]:
+    median = float(np.median([image.background for image in images]))
+    if median < float(np.median([image.spread for image in images])) / 2:
+        return images  # ratios of a dark background are meaningless
+    return [image for image in images if median / 1.5 <= image.background <= median * 1.5] or images
 
 
-def _ends(images: Sequence[Measures]) -> Range:
-    """Stored values of level 0 and of the level after 255, of 16-bit images.
+def _map_range(images: Sequence[Measures]) -> Range:
+    """Return the stored values that map to 0 and 256, for 16-bit images.
 
-    Where the pixels use enough levels of their bit depth (a power of two over the 99.9th percentile), that is the
-    scale: 8-bit data stored as 257 x or shifted come back exactly. Else half their range is left free at both ends.
+    If the pixels use enough levels of their bit depth (a power of two above the 99.9th percentile), that is the scale,
+    and 8-bit data stored as 257 x or shifted are restored exactly. Else half their range is left free at both ends.
     """
-    first, last = trimmed_range([one.low for one in images])[0], trimmed_range([one.high for one in images])[1]
+    first, last = trimmed_range([image.low for image in images])[0], trimmed_range([image.high for image in images])[1]
     used = max(last - first, 1.0)
     bits = min(16, max(8, int(last + used / 16).bit_length()))
     if used * 256 / 2**bits >= MIN_LEVELS:
@@ -213,27 +213,27 @@ def _ends(images: Sequence[Measures]) -> Range:
 
 
 def fit(image: Measures, rule: Intensity) -> Fit:
-    """How an image with these measures is brought to the rule's scale."""
-    padded = (f"padding: {100 * image.padding:.0f} % of the frame is left out",) if image.padding else ()
+    """Determine how an image with these measures is mapped by a rule."""
+    padding = (f"padding: {100 * image.padding:.0f} % of the image is ignored",) if image.padding else ()
     if image.fault:
-        return Fit(1.0, False, (f"no usable picture: {image.fault}", *padded))
+        return Fit(1.0, False, (f"unusable image: {image.fault}", *padding))
     gain = _gain(image, rule)
     if gain != 1.0 and (problem := _unusable(image, gain, rule)):
-        return Fit(1.0, False, (f"no usable picture: {problem}", *padded))
-    return Fit(gain, True, (*_remarks(image, gain, rule), *padded))
+        return Fit(1.0, False, (f"unusable image: {problem}", *padding))
+    return Fit(gain, True, (*_warnings(image, gain, rule), *padding))
 
 
 def _gain(image: Measures, rule: Intensity) -> float:
-    """1 for an image inside the range; else what gives it the set's background, a power of two where that will do."""
-    same = image.depth == rule.depth
+    """Return 1 for images within the range, else the factor to the dataset's background, preferably a power of two."""
+    same_depth = image.depth == rule.depth
     if not rule.by_background:
-        # Exposure cannot be told from cells: only another bit depth is corrected, by the spread.
-        return 1.0 if same else _power_of_two(rule.spread / max(image.spread, 1.0))
-    if same and _inside(image, 1.0, rule):
+        # Exposure cannot be distinguished from cells: only another bit depth is corrected, by the spread.
+        return 1.0 if same_depth else _power_of_two(rule.spread / max(image.spread, 1.0))
+    if same_depth and _inside(image, 1.0, rule):
         return 1.0
     ratio = rule.background / max(image.background, 0.01)
     power = _power_of_two(ratio)
-    return power if (not same or image.depth == 16) and _inside(image, power, rule) else ratio
+    return power if (not same_depth or image.depth == 16) and _inside(image, power, rule) else ratio
 
 
 def _power_of_two(ratio: float) -> float:
@@ -241,79 +241,79 @@ def _power_of_two(ratio: float) -> float:
 
 
 def _inside(image: Measures, gain: float, rule: Intensity) -> bool:
-    """Whether background or median, times `gain`, is the training images', to within the network's linear range.
+    """Return whether background or median, times `gain`, is in the training range, plus the network's linear range.
 
-    Either will do: in a sheet of cells the median is the cells' level, and the calmest blocks may be a dark corner. A
-    frame that is darker as a whole has both outside.
+    One of them suffices: in a confluent layer the median is the grey level of cells, and the most uniform blocks may be
+    a dark corner. An image that is darker everywhere has both outside.
     """
     margin = rule.scale * rule.unit
     pairs = ((image.background, rule.backgrounds), (image.median, rule.medians))
-    return any(least - margin <= value * gain <= most + margin for value, (least, most) in pairs)
+    return any(low - margin <= value * gain <= high + margin for value, (low, high) in pairs)
 
 
 def _unusable(image: Measures, gain: float, rule: Intensity) -> str:
-    """Why an image that must be multiplied by `gain` is no picture; empty where it is one."""
+    """Return why an image that must be multiplied by `gain` is unusable; empty if it is usable."""
     if image.spread * gain * MIN_CONTRAST < rule.spreads[0]:
         return f"almost no contrast: spread {image.spread:g}, background {image.background:g}"
-    bit_depth = _power_of_two(gain) == gain and image.depth == 16
-    if image.depth == rule.depth and not bit_depth and not 1 / MAX_GAIN <= gain <= MAX_GAIN:
+    other_bit_depth = _power_of_two(gain) == gain and image.depth == 16
+    if image.depth == rule.depth and not other_bit_depth and not 1 / MAX_GAIN <= gain <= MAX_GAIN:
         return f"background {image.background:g} is {_times(gain)} away from the training images'"
     if gain / rule.unit > MAX_GAIN:
         return f"background {image.background:g} of a {image.depth}-bit file is almost black"
     return ""
 
 
-def _remarks(image: Measures, gain: float, rule: Intensity) -> tuple[str, ...]:
-    """Warnings of a usable image: its background or spread is far from the training images'."""
-    remarks = []
-    wanted, given = rule.backgrounds, f"background {image.background:g}"
+def _warnings(image: Measures, gain: float, rule: Intensity) -> tuple[str, ...]:
+    """Warn about a usable image whose background or spread is far from the training images'."""
+    warnings = []
+    (low, high), background = rule.backgrounds, f"background {image.background:g}"
     if gain != 1.0 and (image.depth == rule.depth or _power_of_two(gain) != gain):
-        theirs = f"training images have {wanted[0]:g} to {wanted[1]:g} ({rule.depth} bit)"
-        remarks.append(f"scaled to the background of the training images: {given}, {theirs}, {_times(gain)}")
+        expected = f"training images have {low:g} to {high:g} ({rule.depth} bit)"
+        warnings.append(f"scaled to the background of the training images: {background}, {expected}, {_times(gain)}")
     elif gain == 1.0 and not _inside(image, 1.0, rule):
-        remarks.append(f"background far from the training images': {given}, theirs {wanted[0]:g} to {wanted[1]:g}")
-    spread, (least, most) = image.spread * gain, rule.spreads
-    if not least / FAR_SPREAD <= spread <= most * FAR_SPREAD:
-        remarks.append(f"spread far from the training images': {spread:g}, theirs {least:g} to {most:g}")
-    return tuple(remarks)
+        warnings.append(f"background far from the training images': {background}, theirs {low:g} to {high:g}")
+    spread, (low, high) = image.spread * gain, rule.spreads
+    if not low / FAR_SPREAD <= spread <= high * FAR_SPREAD:
+        warnings.append(f"spread far from the training images': {spread:g}, theirs {low:g} to {high:g}")
+    return tuple(warnings)
 
 
 def _times(gain: float) -> str:
     return f"x {gain:.3g}" if gain >= 1 else f"/ {1 / gain:.3g}"
 
 
-def share_warning(share: float, rule: Intensity) -> tuple[str, ...]:
-    """A warning where the foreground found, as a share 0 to 1, is far from the training images'."""
-    least, most = rule.foreground
-    if least - FAR_SHARE <= share <= most + FAR_SHARE:
+def foreground_warning(fraction: float, rule: Intensity) -> tuple[str, ...]:
+    """Warn if the segmented foreground fraction is far from the training images'."""
+    low, high = rule.foreground
+    if low - FAR_FOREGROUND <= fraction <= high + FAR_FOREGROUND:
         return ()
-    return (f"foreground far from the training images': {share:.2f}, theirs {least:.2f} to {most:.2f}",)
+    return (f"foreground far from the training images': {fraction:.2f}, theirs {low:.2f} to {high:.2f}",)
 
 
 def to_uint8(pixels: Grey, rule: Intensity, padding: NDArray[np.bool_] | None = None) -> Frame:
-    """Bring a stored image to the network's scale: the one function that does.
+    """Map a stored image to the network's 8-bit scale; the only function that does.
 
     Args:
-        pixels: uint8 or uint16 (H, W), never written; levels may share its memory.
-        rule: the set's.
-        padding: where the frame is padding, if known; default: found here.
+        pixels: uint8 or uint16 (H, W), not modified; the result may share its memory.
+        rule: rule of the dataset.
+        padding: `padding_mask` of the image; computed by default.
     """
     pixels = np.ascontiguousarray(pixels)
     padding = padding_mask(pixels) if padding is None else padding
     image = measure(pixels, padding)
-    found = fit(image, rule)
-    levels = apply(pixels, rule, found.gain)
+    image_fit = fit(image, rule)
+    levels = apply(pixels, rule, image_fit.gain)
     if padding is not None:
         centre = np.array([[round(image.background)]], pixels.dtype)
-        levels = np.where(padding, apply(centre, rule, found.gain)[0, 0], levels)
-    return Frame(levels, padding, found.gain, found.usable, found.warnings)
+        levels = np.where(padding, apply(centre, rule, image_fit.gain)[0, 0], levels)
+    return Frame(levels, padding, image_fit.gain, image_fit.usable, image_fit.warnings)
 
 
 def apply(pixels: Grey, rule: Intensity, gain: float = 1.0) -> NDArray[np.uint8]:
-    """Grey levels of stored pixels times `gain`; 8-bit pixels of an 8-bit set come back as they are."""
+    """Map stored pixels times `gain` to grey levels; 8-bit pixels of an 8-bit dataset are unchanged."""
     if gain == 1.0 and rule.as_stored and pixels.dtype == np.uint8:
         return pixels.astype(np.uint8, copy=False)
-    # The middle of each stored value, rounded down: 257 x and shifted 8-bit values come back exactly.
+    # The centre of each stored value, rounded down: 257 x and shifted 8-bit values are restored exactly.
     centres = (np.arange(2 ** (8 * pixels.dtype.itemsize)) + 0.5) * gain
     table = np.clip(np.floor((centres - rule.low) / rule.unit), 0, 255).astype(np.uint8)
     levels: NDArray[np.uint8] = np.take(table, pixels)

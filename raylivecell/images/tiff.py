@@ -1,8 +1,8 @@
-"""TIFF files to gray pixels: tags first, pixels only where the tags leave one meaning.
+"""Decoding of TIFF files to grey pixels; pixels are decoded only if the tags are unambiguous.
 
-1. The directory of the one full picture (`read_directories`, `_only_picture`); more pictures or planes are refused.
-2. What its tags say of the pixels (`_layout`), and whether that is supported, before anything is decoded.
-3. The samples (`tiff_segments`), then gray as a viewer shows it (`_gray`).
+1. Find the directory of the one full-size image (`read_directories`, `_find_image`); stacks are refused.
+2. Read the pixel layout from its tags (`_layout`) and refuse unsupported ones before decoding.
+3. Decode the samples (`tiff_segments`), then convert to grey as viewers display it (`_to_grey`).
 """
 
 import itertools
@@ -16,9 +16,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ExifTags import Base as Tag
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
-from raylivecell.images.channels import gray_of_palette, gray_of_rgb
+from raylivecell.images.channels import grey_of_palette, grey_of_rgb
 from raylivecell.images.tiff_segments import JPEG, LSM, Layout, read_samples
 from raylivecell.images.tiff_tags import Directory, read_directories, read_directory
 
@@ -36,131 +37,134 @@ _OTHER_PHOTOMETRICS = {
 }
 _SAMPLE_FORMATS = {1: "u", 2: "i", 4: "u"}
 _OTHER_FORMATS = {3: "floating-point", 5: "complex integer", 6: "complex"}
-_STK_PLANES, _NIH_HEADER = 33629, 43314
+_STK_PLANES, _NIH_HEADER, _IMAGE_DEPTH = 33629, 43314, 32997  # tags without a name in Pillow
 _MAX_SUBIFDS, _MAX_TEXT = 64, 2**22
 _OME_PIXELS = re.compile(rb"<(?:\w{1,20}:)?Pixels\s([^<>]{0,4000})>")
 _OME_SIZES = {axis: re.compile(rb"\bSize%s\s?=\s?[\"'](\d{1,9})[\"']" % axis.encode()) for axis in "CTZ"}
 _OME_FILES = re.compile(rb"\bFileName\s?=\s?[\"']([^\"'<>]{1,1000})[\"']|<(?:\w{1,20}:)?BinaryOnly\b")
 
 
-def decode(data: bytes, most: int) -> tuple[NDArray[Any], bool]:
-    """The picture of a TIFF file: uint8 or uint16 (H, W), and whether it holds colour, alpha or palette.
+def decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
+    """Decode a TIFF file to uint8 or uint16 (H, W), and return whether it has colour, alpha or a palette.
 
-    MINISWHITE is inverted over its bit depth. 1, 2 and 4 bits are spread over 0 to 255; 9 to 15 bits stay as they are;
-    signed and wider integers are read where every value fits uint16. Alpha is left out.
+    MINISWHITE is inverted over its bit depth. 1, 2 and 4 bits are scaled to 0..255; 9 to 15 bits are unchanged; signed
+    and wider integers are accepted if every value fits uint16. Alpha is ignored.
 
     Args:
         data: the file.
-        most: pixels, padding of tiles included.
+        max_pixels: includes padding of tiles.
 
     Raises:
         UnreadableImageError: unsupported or damaged.
     """
-    directory = _only_picture(read_directories(data))
-    if orientation_refused(directory.number(274, 1)):
-        raise UnsupportedImageError(orientation_refused(directory.number(274, 1)))
+    directory = _find_image(read_directories(data))
+    if reason := orientation_problem(directory.number(Tag.Orientation, 1)):
+        raise UnsupportedImageError(reason)
     photometric, layout = _layout(directory)
-    if max(layout.width * layout.height, layout.padded_pixels) > most:
+    if max(layout.width * layout.height, layout.padded_pixels) > max_pixels:
         raise UnsupportedImageError(
-            f"{layout.width} x {layout.height} is more than {most} pixels (with its tiles); cut it into tiles"
+            f"{layout.width} x {layout.height} is more than {max_pixels} pixels with tile padding; cut it into tiles"
         )
     _refuse_stack(directory, layout)
     samples = read_samples(directory, layout, ycbcr=photometric == YCBCR)
-    return _gray(directory, photometric, layout, samples)
+    return _to_grey(directory, photometric, layout, samples)
 
 
-def orientation_refused(orientation: int) -> str:
-    """Reason to refuse an orientation tag; empty for 1 and for values outside 2 to 8, which viewers ignore."""
+def orientation_problem(orientation: int) -> str:
+    """Return the reason to refuse an orientation tag; empty for 1 and values outside 2 to 8, which viewers ignore."""
     if not 2 <= orientation <= 8:
         return ""
     return (
-        f"orientation tag {orientation}: some programs turn the image by it, others do not, so that labels may not "
+        f"orientation tag {orientation}: some programs rotate the image by it, others do not, so that labels may not "
         "match; save it upright, or remove the tag (exiftool -Orientation=)"
     )
 
 
-def _only_picture(directories: Iterable[Directory]) -> Directory:
-    """The one directory that is neither a reduced copy nor a mask."""
-    picture, count = None, 0
+def _find_image(directories: Iterable[Directory]) -> Directory:
+    """Return the one directory that is neither a reduced copy nor a mask."""
+    image, count = None, 0
     for directory in directories:
         if not _is_auxiliary(directory):
-            picture, count = picture or directory, count + 1
-    if picture is None:
-        raise DamagedImageError("TIFF file without an image, or with reduced copies and masks alone")
+            image, count = image or directory, count + 1
+    if image is None:
+        raise DamagedImageError("TIFF file without an image, or with reduced copies and masks only")
     if count > 1:
         raise UnsupportedImageError(f"holds {count} images; save each as a file of its own")
-    for offset in picture.numbers(330)[:_MAX_SUBIFDS]:
-        sub, _ = read_directory(picture.data, picture.order, picture.big, offset)
-        if not _is_auxiliary(sub) and _area(sub) >= _area(picture):
-            raise UnsupportedImageError("holds another image in a sub-directory (SubIFD); save it alone")
-    return picture
+    for offset in image.numbers(Tag.SubIFDs)[:_MAX_SUBIFDS]:
+        sub, _ = read_directory(image.data, image.order, image.big, offset)
+        if not _is_auxiliary(sub) and _area(sub) >= _area(image):
+            raise UnsupportedImageError("holds another image in a sub-directory (SubIFD); save only one")
+    return image
 
 
 def _area(directory: Directory) -> int:
-    return directory.number(256, 0) * directory.number(257, 0)
+    return directory.number(Tag.ImageWidth, 0) * directory.number(Tag.ImageLength, 0)
 
 
 def _is_auxiliary(directory: Directory) -> bool:
-    """Whether the directory is a thumbnail, a pyramid's level or a transparency mask."""
-    return bool(directory.number(254, 0) & 0b101) or directory.number(255, 0) == 2
+    """Return whether the directory is a thumbnail, a pyramid level or a transparency mask."""
+    return bool(directory.number(Tag.NewSubfileType, 0) & 0b101) or directory.number(Tag.SubfileType, 0) == 2
 
 
 def _layout(directory: Directory) -> tuple[int, Layout]:
-    """Photometric interpretation and layout of the samples; refused where it is not one of those supported."""
-    photometric, samples = directory.number(262, -1), directory.number(277, 1)
+    """Read the photometric interpretation and the layout of the samples; refuse unsupported ones."""
+    photometric, samples = directory.number(Tag.PhotometricInterpretation, -1), directory.number(Tag.SamplesPerPixel, 1)
     if photometric == -1:
-        raise DamagedImageError("no PhotometricInterpretation tag: 0 may be black or white")
+        raise DamagedImageError("no PhotometricInterpretation tag: 0 could be black or white")
     if photometric not in _CHANNELS:
         name = _OTHER_PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
-        raise UnsupportedImageError(f"{name}; save it as gray or RGB")
+        raise UnsupportedImageError(f"{name}; save it as grey or RGB")
     _refuse_channels(directory, photometric, samples)
-    bits, sample_format = _same(directory, 258, samples), _same(directory, 339, samples)
+    bits, sample_format = (
+        _uniform_value(directory, Tag.BitsPerSample, samples),
+        _uniform_value(directory, Tag.SampleFormat, samples),
+    )
     if sample_format not in _SAMPLE_FORMATS:
         name = _OTHER_FORMATS.get(sample_format, f"sample format {sample_format}")
         raise UnsupportedImageError(f"{bits}-bit {name} pixels; save it as 8 or 16 bit")
     layout = Layout.of(directory, samples, bits, _SAMPLE_FORMATS[sample_format])
     if photometric == YCBCR and layout.compression != JPEG:
-        raise UnsupportedImageError("YCbCr colour without JPEG compression; save it as gray or RGB")
+        raise UnsupportedImageError("YCbCr colour without JPEG compression; save it as grey or RGB")
     if photometric in (PALETTE, CMYK) and bits > 8:
-        raise UnsupportedImageError(f"{bits}-bit palette or CMYK colour; save it as gray or RGB")
+        raise UnsupportedImageError(f"{bits}-bit palette or CMYK colour; save it as grey or RGB")
     return photometric, layout
 
 
 def _refuse_channels(directory: Directory, photometric: int, samples: int) -> None:
-    """Refuse channels that are neither colour nor alpha."""
+    """Refuse channels other than colour and alpha."""
     channels = _CHANNELS[photometric]
     if samples < channels:
-        raise DamagedImageError(f"{samples} samples a pixel where its colour takes {channels}")
+        raise DamagedImageError(f"{samples} samples a pixel, but its colour space needs {channels}")
     if directory.count(LSM) and samples > 1:
         raise UnsupportedImageError(f"{samples} channels (LSM); save one channel as a file of its own")
     if samples > channels + 1 or (channels == 1 and samples == 2 and not _has_alpha(directory)):
         raise UnsupportedImageError(f"{samples} channels; save one channel as a file of its own")
-    if photometric == CMYK and directory.number(332, 1) != 1:
-        raise UnsupportedImageError("inks other than CMYK; save it as gray or RGB")
+    if photometric == CMYK and directory.number(Tag.InkSet, 1) != 1:
+        raise UnsupportedImageError("inks other than CMYK; save it as grey or RGB")
 
 
 def _has_alpha(directory: Directory) -> bool:
-    return directory.number(338, 0) in (1, 2)
+    return directory.number(Tag.ExtraSamples, 0) in (1, 2)
 
 
-def _same(directory: Directory, code: int, samples: int) -> int:
-    """The value of a tag that has one value a sample, 1 where it is absent."""
+def _uniform_value(directory: Directory, code: int, samples: int) -> int:
+    """Return the value of a tag with one value per sample, 1 if absent; refuse samples that differ."""
     values = set(directory.numbers(code)[:samples]) or {1}
     if len(values) > 1:
-        raise UnsupportedImageError(f"channels that differ in depth or kind (TIFF tag {code}); save it as gray")
+        raise UnsupportedImageError(f"channels of different depth or type (TIFF tag {code}); save it as grey")
     return values.pop()
 
 
 def _refuse_stack(directory: Directory, layout: Layout) -> None:
-    """Refuse planes that have no directory of their own, and directories that were left out."""
-    planes, kind = max(
-        (directory.number(32997, 1), "ImageDepth"),
+    """Refuse planes without a directory of their own, and metadata that counts more planes than directories."""
+    planes, source = max(
+        (directory.number(_IMAGE_DEPTH, 1), "ImageDepth"),
         (directory.count(_STK_PLANES), "MetaMorph STK"),
         (_nih_planes(directory), "NIH Image"),
-        *(_described_planes(text, layout) for text in directory.texts(270, _MAX_TEXT)),
+        *(_described_planes(text, layout) for text in directory.texts(Tag.ImageDescription, _MAX_TEXT)),
     )
     if planes > 1:
-        raise UnsupportedImageError(f"holds {planes} planes ({kind}); save each as a file of its own")
+        raise UnsupportedImageError(f"holds {planes} planes ({source}); save each as a file of its own")
 
 
 def _nih_planes(directory: Directory) -> int:
@@ -169,7 +173,7 @@ def _nih_planes(directory: Directory) -> int:
 
 
 def _described_planes(text: bytes, layout: Layout) -> tuple[int, str]:
-    """Number of planes that an image description counts, and whose description it is."""
+    """Return the number of planes according to an image description, and the program or format that wrote it."""
     if text.startswith(b"ImageJ="):
         counts = {key: int(value) for key, value in re.findall(rb"(?m)^(\w{1,20})=(\d{1,9})\s*?$", text[:4096])}
         product = math.prod(counts.get(key, 1) for key in (b"channels", b"slices", b"frames"))
@@ -182,16 +186,16 @@ def _described_planes(text: bytes, layout: Layout) -> tuple[int, str]:
 
 
 def _shaped_planes(text: bytes, layout: Layout) -> int:
-    """Planes in the shape that tifffile describes; 1 where it is not this image's."""
+    """Count planes in the shape that tifffile describes; 1 if the shape does not match this image."""
     match = re.search(rb'"shape"\s?:\s?(\[[\d\s,]{1,500}\])', text)
     shape = json.loads(match[1]) if match and re.fullmatch(rb"\[\s*\d{1,9}(\s*,\s*\d{1,9})*\s*\]", match[1]) else []
     size = layout.width * layout.height * layout.samples
-    follows = (layout.height, layout.width) in itertools.pairwise(shape)
-    return math.prod(shape) // size if follows else 1
+    matches = (layout.height, layout.width) in itertools.pairwise(shape)
+    return math.prod(shape) // size if matches else 1
 
 
 def _ome_planes(text: bytes, samples: int) -> int:
-    """Planes that OME-XML counts in all its images; 1 where it spreads them over several files, each read alone."""
+    """Count planes in all images of OME-XML; 1 if they are in several files, since each file is decoded alone."""
     files = {match[1] for match in _OME_FILES.finditer(text)}
     if len(files) > 1 or None in files:
         return 1
@@ -202,45 +206,47 @@ def _ome_planes(text: bytes, samples: int) -> int:
     return planes
 
 
-def _gray(directory: Directory, photometric: int, layout: Layout, samples: NDArray[Any]) -> tuple[NDArray[Any], bool]:
-    """`samples` (H, W, S) as gray (H, W), and whether they are colour, alpha or palette."""
+def _to_grey(
+    directory: Directory, photometric: int, layout: Layout, samples: NDArray[Any]
+) -> tuple[NDArray[Any], bool]:
+    """Convert `samples` (H, W, S) to grey (H, W), and return whether they have colour, alpha or a palette."""
     channels = _CHANNELS[photometric]
     if samples.shape[2] > channels and not _has_alpha(directory) and np.ptp(samples[..., -1]):
-        raise UnsupportedImageError(f"{samples.shape[2]} channels, the last of unknown meaning; save it as gray or RGB")
-    picture = samples[..., :channels]
+        raise UnsupportedImageError(f"{samples.shape[2]} channels, the last of unknown meaning; save it as grey or RGB")
+    pixels = samples[..., :channels]
     if photometric == PALETTE:
-        return gray_of_palette(np.ascontiguousarray(picture[..., 0]), _palette(directory, layout.bits)), True
+        return grey_of_palette(np.ascontiguousarray(pixels[..., 0]), _palette(directory, layout.bits)), True
     if photometric == MINISWHITE:
-        picture = _inverted(picture, layout)
-    picture = _depth(picture, layout.bits)
+        pixels = _invert(pixels, layout)
+    pixels = _to_uint8_or_uint16(pixels, layout.bits)
     if channels == 1:
-        return picture[..., 0], samples.shape[2] > 1
+        return pixels[..., 0], samples.shape[2] > 1
     if photometric == CMYK:
-        picture = np.asarray(Image.fromarray(np.ascontiguousarray(picture), "CMYK").convert("RGB"))
-    return np.asarray(gray_of_rgb(np.ascontiguousarray(picture))), True
+        pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels), "CMYK").convert("RGB"))
+    return np.asarray(grey_of_rgb(np.ascontiguousarray(pixels))), True
 
 
-def _inverted(picture: NDArray[Any], layout: Layout) -> NDArray[Any]:
+def _invert(pixels: NDArray[Any], layout: Layout) -> NDArray[Any]:
     if layout.kind != "u" or layout.bits > 16:
         raise UnsupportedImageError(f"inverted {layout.bits}-bit pixels (MINISWHITE); save it as 8 or 16 bit")
-    return picture.dtype.type(2**layout.bits - 1) - picture
+    return pixels.dtype.type(2**layout.bits - 1) - pixels
 
 
-def _depth(picture: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Integers as uint8 or uint16; refused where a value does not fit."""
+def _to_uint8_or_uint16(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
+    """Convert integers to uint8 or uint16; refuse values that do not fit."""
     if bits < 8:
-        return cv2.LUT(picture, (np.arange(256) * 255 // (2**bits - 1)).astype(np.uint8)).reshape(picture.shape)
-    if picture.dtype in (np.uint8, np.uint16):
-        return picture
-    low, high = int(picture.min()), int(picture.max())
+        return cv2.LUT(pixels, (np.arange(256) * 255 // (2**bits - 1)).astype(np.uint8)).reshape(pixels.shape)
+    if pixels.dtype in (np.uint8, np.uint16):
+        return pixels
+    low, high = int(pixels.min()), int(pixels.max())
     if low < 0 or high > 65535:
         raise UnsupportedImageError(f"values from {low} to {high} do not fit 16 bits; save it as 8 or 16 bit")
-    return picture.astype(np.uint8 if bits == 8 else np.uint16)
+    return pixels.astype(np.uint8 if bits == 8 else np.uint16)
 
 
 def _palette(directory: Directory, bits: int) -> NDArray[np.uint8]:
-    """Colours (2^bits, 3); 8-bit values that stand in the 16-bit map are taken as such, as libtiff does."""
-    values = np.array(directory.numbers(320), np.int64)
+    """Read the colours (2^bits, 3); a 16-bit map with only 8-bit values is used unscaled, as by libtiff."""
+    values = np.array(directory.numbers(Tag.ColorMap), np.int64)
     if len(values) != 3 * 2**bits:
-        raise DamagedImageError(f"palette of {len(values) // 3} colours for {bits} bits")
+        raise DamagedImageError(f"palette of {len(values) // 3} colours for {bits}-bit pixels")
     return (values if values.max() < 256 else values >> 8).reshape(3, -1).T.astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Samples of one TIFF image from its strips or tiles.
+"""Decoding of the samples of one TIFF image from its strips or tiles.
 
-Strips and tiles are decompressed by libtiff (LZW: 2.5 times as fast as imagecodecs), through Pillow, which is given a
-small TIFF of our own that holds them as rows of bytes: its rules for what the bytes mean are not used.
+Strips and tiles are decompressed by libtiff (LZW: 2.5 times as fast as imagecodecs) through Pillow: they are wrapped as
+rows of bytes in a minimal TIFF, so that Pillow's interpretation of the pixels is not used.
 """
 
 import io
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import TiffImagePlugin
+from PIL.ExifTags import Base as Tag
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.images import jpeg
@@ -22,12 +23,12 @@ from raylivecell.images.tiff_tags import Directory
 
 NONE, JPEG, LZMA = 1, 7, 34925
 LSM = 34412
-"""The tag of Zeiss LSM files."""
+"""Tag that marks Zeiss LSM files."""
 _FAX = {2: "CCITT RLE", 3: "CCITT group 3", 4: "CCITT group 4"}
 _LIBTIFF = {5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 50000: "Zstandard"}
 _PREDICTED = {5, 8, 32946, 50000, LZMA}
-"""With the others libtiff ignores the predictor and tifffile does not."""
-_OTHERS = {
+"""With other compressions libtiff ignores the predictor, tifffile applies it."""
+_UNSUPPORTED = {
     6: "old-style JPEG",
     9: "JBIG",
     10: "JBIG",
@@ -45,7 +46,7 @@ _OTHERS = {
     34712: "JPEG 2000",
     34887: "LERC",
     34892: "lossy JPEG of DNG",
-    34926: "Zstandard of an old kind",
+    34926: "old-style Zstandard",
     34927: "WebP",
     34933: "PNG",
     34934: "JPEG XR",
@@ -57,25 +58,25 @@ _SUPPORTED = "none, LZW, deflate, PackBits, Zstandard, LZMA, JPEG, CCITT"
 _LZMA_MEMORY = 2**28
 _CHUNK_BYTES = 2**26
 _MAX_SEGMENT_BYTES = 178_956_970
-"""Pillow refuses larger ones; 8192 x 8192 pixels of 16 bit are 134 MB."""
-_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+"""Limit of Pillow; 8192 x 8192 pixels of 16 bits are 134 MB."""
+_BIT_REVERSAL = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _READABLE_BITS = {*range(8, 17), 1, 2, 4, 32, 64}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an image's samples are and how they are stored."""
+    """Storage layout of the samples of an image."""
 
     width: int
     height: int
     samples: int
     bits: int
     kind: str
-    """`u` or `i`: unsigned, signed."""
+    """`u` for unsigned or `i` for signed."""
     compression: int
     predictor: int
     planar: bool
-    """Whether each sample has strips or tiles of its own."""
+    """Whether each sample has its own strips or tiles."""
     segment_width: int
     segment_rows: int
     tiled: bool
@@ -83,23 +84,23 @@ class Layout:
 
     @classmethod
     def of(cls, directory: Directory, samples: int, bits: int, kind: str) -> "Layout":
-        """The layout that the tags describe; UnreadableImageError where it is not supported."""
-        width, height = directory.number(256, 0), directory.number(257, 0)
+        """Read the layout from the tags; raise UnreadableImageError if it is not supported."""
+        width, height = directory.number(Tag.ImageWidth, 0), directory.number(Tag.ImageLength, 0)
         if width < 1 or height < 1:
-            raise DamagedImageError(f"a size of {width} x {height}")
-        tiled = bool(directory.numbers(322))
-        rows = min(directory.number(278, 0), height) or height
-        size = (directory.number(322, 0), directory.number(323, 0)) if tiled else (width, rows)
+            raise DamagedImageError(f"image size {width} x {height}")
+        tiled = bool(directory.numbers(Tag.TileWidth))
+        rows = min(directory.number(Tag.RowsPerStrip, 0), height) or height
+        size = (directory.number(Tag.TileWidth, 0), directory.number(Tag.TileLength, 0)) if tiled else (width, rows)
         if min(size) < 1:
-            raise DamagedImageError(f"tiles of {size[0]} x {size[1]}")
-        planar = directory.number(284, 1)
+            raise DamagedImageError(f"tile size {size[0]} x {size[1]}")
+        planar = directory.number(Tag.PlanarConfiguration, 1)
         if planar not in (1, 2):
             raise DamagedImageError(f"planar configuration {planar}")
-        compression, predictor = directory.number(259, 1), directory.number(317, 1)
+        compression, predictor = directory.number(Tag.Compression, 1), directory.number(Tag.Predictor, 1)
         if compression == JPEG or (compression == NONE and directory.count(LSM)):  # LSM files wrongly state a predictor
             predictor = 1
         _refuse_coding(compression, predictor, bits, samples)
-        reverse = directory.number(266, 1) == 2 and compression != JPEG
+        reverse = directory.number(Tag.FillOrder, 1) == 2 and compression != JPEG
         is_planar = planar == 2 and samples > 1
         return cls(width, height, samples, bits, kind, compression, predictor, is_planar, *size, tiled, reverse)
 
@@ -110,33 +111,33 @@ class Layout:
 
     @property
     def padded_pixels(self) -> int:
-        """Pixels of all segments of a plane."""
+        """Pixels of all segments of a plane, including padding."""
         down, across = self.grid
         rows = down * self.segment_rows if self.tiled else self.height
         return rows * across * self.segment_width
 
     @property
     def segment_samples(self) -> int:
-        """Samples of a pixel that a segment holds."""
+        """Samples per pixel in a segment."""
         return 1 if self.planar else self.samples
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a decompressed row of a segment."""
+        """Bytes of one decompressed row of a segment."""
         return -(-self.segment_width * self.segment_samples * self.bits // 8)
 
     def rows(self, first: int, count: int) -> int:
-        """Rows that `count` segments of a plane store from segment `first` on: the last strip may be short."""
+        """Count the rows in `count` segments of a plane from segment `first`; the last strip may be shorter."""
         rows = count * self.segment_rows
         return rows if self.tiled else min(rows, self.height - first * self.segment_rows)
 
 
 def _refuse_coding(compression: int, predictor: int, bits: int, samples: int) -> None:
     if compression not in {NONE, JPEG, LZMA, *_FAX, *_LIBTIFF}:
-        name = _OTHERS.get(compression, f"number {compression}")
+        name = _UNSUPPORTED.get(compression, f"number {compression}")
         raise UnsupportedImageError(f"TIFF compression {name}; save it with one of: {_SUPPORTED}")
     if compression in _FAX and (bits, samples) != (1, 1):
-        raise DamagedImageError(f"{_FAX[compression]} compression of {samples} x {bits} bits")
+        raise DamagedImageError(f"{_FAX[compression]} compression with {samples} samples of {bits} bits")
     if compression == JPEG and bits != 8:
         raise UnsupportedImageError(f"{bits}-bit JPEG compression; save it with another compression")
     if bits not in _READABLE_BITS:
@@ -146,16 +147,16 @@ def _refuse_coding(compression: int, predictor: int, bits: int, samples: int) ->
 
 
 def read_samples(directory: Directory, layout: Layout, ycbcr: bool) -> NDArray[Any]:
-    """The samples (H, W, S) in native byte order; those under 8 bits as uint8, of 9 to 15 bits as uint16.
+    """Decode the samples (H, W, S) in native byte order; below 8 bits as uint8, 9 to 15 bits as uint16.
 
     Raises:
-        UnreadableImageError: a segment that is missing, outside the file or too short.
+        UnreadableImageError: a segment is missing, outside the file or too short.
     """
-    stored = list(_segments(directory, layout))
-    share = len(stored) // (layout.samples if layout.planar else 1)
+    all_segments = list(_segments(directory, layout))
+    plane_length = len(all_segments) // (layout.samples if layout.planar else 1)
     planes = []
-    for first in range(0, len(stored), share):
-        segments = stored[first : first + share]
+    for first in range(0, len(all_segments), plane_length):
+        segments = all_segments[first : first + plane_length]
         if layout.compression == JPEG:
             rows = _decode_jpegs(directory, layout, segments, ycbcr)
         else:
@@ -165,31 +166,35 @@ def read_samples(directory: Directory, layout: Layout, ycbcr: bool) -> NDArray[A
 
 
 def _segments(directory: Directory, layout: Layout) -> Iterator[bytes]:
-    """The stored bytes of each strip or tile, in the order of their tags."""
-    offsets, sizes = (directory.numbers(code) for code in ((324, 325) if layout.tiled else (273, 279)))
+    """Yield the stored bytes of each strip or tile, in tag order."""
+    location = (Tag.TileOffsets, Tag.TileByteCounts) if layout.tiled else (Tag.StripOffsets, Tag.StripByteCounts)
+    offsets, sizes = (directory.numbers(tag) for tag in location)
     down, across = layout.grid
     count = down * across * (layout.samples if layout.planar else 1)
     if layout.compression == NONE and not any(sizes):
         sizes = tuple(layout.rows(i % (down * across), 1) * layout.row_bytes for i in range(min(count, len(offsets))))
     if len(offsets) != count or len(sizes) != count:
-        raise DamagedImageError(f"{len(offsets)} strips or tiles with {len(sizes)} sizes, where {count} are needed")
+        raise DamagedImageError(f"{len(offsets)} strips or tiles with {len(sizes)} sizes, expected {count}")
     for i, (offset, size) in enumerate(zip(offsets, sizes)):
         if size < 1 or offset < 8 or offset + size > len(directory.data):
-            raise DamagedImageError(f"strip or tile {i + 1} of {count} is not in the file: it is cut off")
+            raise DamagedImageError(f"strip or tile {i + 1} of {count} is outside the file, which is truncated")
         segment = directory.data[offset : offset + size]
-        yield segment.translate(_REVERSED) if layout.reversed_bits else segment
+        yield segment.translate(_BIT_REVERSAL) if layout.reversed_bits else segment
 
 
 def _decompress(directory: Directory, layout: Layout, segments: Sequence[bytes]) -> NDArray[np.uint8]:
-    """The segments of a plane as rows of bytes (rows, row bytes)."""
+    """Decompress the segments of a plane to rows of bytes (rows, row bytes)."""
     if layout.compression in (NONE, LZMA):
-        plain = [_plain(segment, layout.rows(i, 1) * layout.row_bytes, layout) for i, segment in enumerate(segments)]
-        return np.concatenate(plain).reshape(-1, layout.row_bytes)
+        sizes = [layout.rows(i, 1) * layout.row_bytes for i in range(len(segments))]
+        raw = [_raw_bytes(segment, size, layout) for segment, size in zip(segments, sizes)]
+        return np.concatenate(raw).reshape(-1, layout.row_bytes)
     size = layout.segment_rows * layout.row_bytes
     if size > _MAX_SEGMENT_BYTES:
         raise UnsupportedImageError(f"compressed strip or tile of {size >> 20} MiB; save it in strips of a few rows")
     step = max(1, _CHUNK_BYTES // size)
-    options = {code: directory.number(code, 0) for code in (292, 293) if directory.numbers(code)}
+    options: dict[int, int] = {
+        tag: directory.number(tag, 0) for tag in (Tag.T4Options, Tag.T6Options) if directory.numbers(tag)
+    }
     chunks = []
     for first in range(0, len(segments), step):
         chunk = segments[first : first + step]
@@ -197,43 +202,50 @@ def _decompress(directory: Directory, layout: Layout, segments: Sequence[bytes])
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
-def _plain(segment: bytes, size: int, layout: Layout) -> NDArray[np.uint8]:
+def _raw_bytes(segment: bytes, size: int, layout: Layout) -> NDArray[np.uint8]:
     if layout.compression == LZMA:
         segment = lzma.LZMADecompressor(memlimit=_LZMA_MEMORY).decompress(segment, size)
     if len(segment) < size:
-        raise DamagedImageError(f"strip or tile of {len(segment)} bytes, where {size} are needed")
+        raise DamagedImageError(f"strip or tile of {len(segment)} bytes, expected {size}")
     return np.frombuffer(segment, np.uint8, size)
 
 
 def _libtiff(layout: Layout, segments: Sequence[bytes], rows: int, options: dict[int, int]) -> NDArray[np.uint8]:
-    """Rows of bytes of compressed segments, decompressed as strips of a TIFF of bytes (CCITT: of bits)."""
+    """Decompress segments to rows of bytes, as the strips of a TIFF whose pixels are bytes (CCITT: bits)."""
     fax = layout.compression in _FAX
     width = layout.segment_width if fax else layout.row_bytes
-    tags: dict[int, list[int]] = {256: [width], 257: [rows], 258: [1 if fax else 8], 259: [layout.compression]}
-    tags |= {262: [1], 277: [1], 278: [layout.segment_rows]}
+    tags: dict[int, list[int]] = {
+        Tag.ImageWidth: [width],
+        Tag.ImageLength: [rows],
+        Tag.BitsPerSample: [1 if fax else 8],
+        Tag.Compression: [layout.compression],
+        Tag.PhotometricInterpretation: [1],
+        Tag.SamplesPerPixel: [1],
+        Tag.RowsPerStrip: [layout.segment_rows],
+    }
     tags |= {code: [value] for code, value in options.items() if fax}
-    if _predicted_by_libtiff(layout):
-        tags[317] = [2]
-    with TiffImagePlugin.TiffImageFile(io.BytesIO(_tiff(tags, segments))) as image:
+    if _libtiff_undoes_predictor(layout):
+        tags[Tag.Predictor] = [2]
+    with TiffImagePlugin.TiffImageFile(io.BytesIO(_build_tiff(tags, segments))) as image:
         pixels = np.asarray(image)
     return np.packbits(pixels, axis=1) if fax else pixels
 
 
-def _predicted_by_libtiff(layout: Layout) -> bool:
-    """Whether libtiff undoes the predictor (8-bit gray): 1 ms faster on a LIVECell image than NumPy."""
+def _libtiff_undoes_predictor(layout: Layout) -> bool:
+    """Return whether libtiff undoes the predictor (8-bit grey): 1 ms faster on a LIVECell image than NumPy."""
     return layout.predictor == 2 and layout.bits == 8 and layout.segment_samples == 1 and layout.compression in _LIBTIFF
 
 
-def _tiff(tags: dict[int, list[int]], strips: Sequence[bytes]) -> bytes:
-    """A little-endian TIFF of these strips."""
+def _build_tiff(tags: dict[int, list[int]], strips: Sequence[bytes]) -> bytes:
+    """Build a little-endian TIFF with these strips."""
     sizes = [len(strip) for strip in strips]
     entries_end = 8 + 2 + 12 * (len(tags) + 2) + 4
     start = entries_end + (8 * len(strips) if len(strips) > 1 else 0)
     offsets = list(accumulate(sizes[:-1], initial=start))
     if start + sum(sizes) >= 2**32:
         raise UnsupportedImageError("over 4 GB of compressed pixels; cut it into tiles")
-    tags = {**tags, 273: offsets, 279: sizes}
-    arrays = {273: entries_end, 279: entries_end + 4 * len(strips)}
+    tags = {**tags, Tag.StripOffsets: offsets, Tag.StripByteCounts: sizes}
+    arrays: dict[int, int] = {Tag.StripOffsets: entries_end, Tag.StripByteCounts: entries_end + 4 * len(strips)}
     entries = b"".join(
         struct.pack("<HHII", code, 4, len(values), values[0] if len(values) == 1 else arrays[code])
         for code, values in sorted(tags.items())
@@ -243,13 +255,13 @@ def _tiff(tags: dict[int, list[int]], strips: Sequence[bytes]) -> bytes:
 
 
 def _unpack(rows: NDArray[np.uint8], layout: Layout, order: str) -> NDArray[Any]:
-    """Rows of bytes as samples (rows, segment width, samples of a segment)."""
+    """Convert rows of bytes to samples (rows, segment width, samples of a segment)."""
     shape = (len(rows), layout.segment_width, layout.segment_samples)
     if layout.bits in (8, 16, 32, 64):
         dtype = np.dtype(f"{order}{layout.kind}{layout.bits // 8}")
         values = rows.view(dtype).reshape(shape)
         values = values.astype(dtype.newbyteorder("="), copy=False)
-        if layout.predictor == 2 and not _predicted_by_libtiff(layout):
+        if layout.predictor == 2 and not _libtiff_undoes_predictor(layout):
             values = np.cumsum(values, axis=1, dtype=values.dtype)
         return values
     if layout.kind != "u":
@@ -261,7 +273,7 @@ def _unpack(rows: NDArray[np.uint8], layout: Layout, order: str) -> NDArray[Any]
 
 
 def _unpack_bits(rows: NDArray[np.uint8], count: int, bits: int) -> NDArray[Any]:
-    """`count` numbers of `bits` bits from each row of bytes, most significant bit first."""
+    """Unpack `count` numbers of `bits` bits from each row of bytes, most significant bit first."""
     size = 8 if bits < 8 else 16
     stream = np.unpackbits(rows, axis=1)[:, : count * bits].reshape(len(rows), count, bits)
     padded = np.zeros((len(rows), count, size), np.uint8)
@@ -271,7 +283,7 @@ def _unpack_bits(rows: NDArray[np.uint8], count: int, bits: int) -> NDArray[Any]
 
 
 def _assemble(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """Segments one below the other -> (H, W, samples of a segment)."""
+    """Arrange vertically stacked segments to (H, W, samples of a segment)."""
     if layout.tiled:
         (down, across), samples = layout.grid, rows.shape[2]
         tiles = rows.reshape(down, across, layout.segment_rows, layout.segment_width, samples).swapaxes(1, 2)
@@ -280,6 +292,6 @@ def _assemble(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
 
 
 def _decode_jpegs(directory: Directory, layout: Layout, segments: Sequence[bytes], ycbcr: bool) -> NDArray[np.uint8]:
-    tables = b"".join(directory.texts(347, 2**16))
+    tables = b"".join(directory.texts(Tag.JPEGTables, 2**16))
     shapes = [(layout.rows(i, 1), layout.segment_width, layout.segment_samples) for i in range(len(segments))]
     return np.concatenate([jpeg.decode_segment(s, tables, shape, ycbcr) for s, shape in zip(segments, shapes)])

@@ -1,7 +1,7 @@
-"""Tags of TIFF and BigTIFF files as they are stored.
+"""Reader for the tags of TIFF and BigTIFF files.
 
-Not by tifffile: it repairs contradictory tags, which hides damage, and it reads metadata of many vendors eagerly, which
-has no bound for an untrusted file. Here only the requested tags are read, and nothing is copied.
+It replaces tifffile, which repairs contradictory tags, so that damage goes unnoticed, and eagerly reads metadata of
+many vendors, without a limit for untrusted files. This reader parses only the requested tags and copies nothing.
 """
 
 import struct
@@ -12,23 +12,23 @@ from typing import NamedTuple
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 
 MAX_DIRECTORIES = 10_000
-"""A file with more is refused without counting them."""
+"""Files with more are refused without counting the rest."""
 _MAX_ENTRIES = 4096
-"""More tags than any writer's directory."""
+"""More tags than any known writer puts into a directory."""
 _MAX_VALUES = 2**22
-"""More values than any tag that is read here; as Python integers they fill 150 MB."""
+"""More values than any tag read here has; as Python integers they need 150 MB."""
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 _TEXT = (1, 2, 7)
 _HEADERS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
 
 
 class Entry(NamedTuple):
-    """One tag: where its values are."""
+    """Location of the values of one tag."""
 
     kind: int
-    """Number of the values' type."""
+    """TIFF number of the value type."""
     values: int
-    """How many."""
+    """Number of values."""
     start: int
     """Position of the values in the file."""
 
@@ -40,14 +40,14 @@ class Directory:
     data: bytes
     """The complete file."""
     order: str
-    """`<` or `>`, as in struct."""
+    """Byte order, `<` or `>` as in struct."""
     big: bool
     """Whether the file is a BigTIFF."""
     entries: dict[int, list[Entry]]
-    """By tag number; some writers repeat the image description."""
+    """By tag number; some writers store several image descriptions."""
 
     def numbers(self, code: int) -> tuple[int, ...]:
-        """Values of an integer tag; empty where it is absent. DamagedImageError where it cannot be read."""
+        """Return the values of an integer tag, empty if absent; raise DamagedImageError if it is invalid."""
         if code not in self.entries:
             return ()
         kind, count, start = self.entries[code][0]
@@ -61,31 +61,31 @@ class Directory:
         return struct.unpack_from(f"{self.order}{count}{_INTEGERS[kind]}", self.data, start)
 
     def number(self, code: int, default: int) -> int:
-        """First value of an integer tag, `default` where it is absent."""
+        """Return the first value of an integer tag, `default` if absent."""
         return (self.numbers(code) or (default,))[0]
 
     def count(self, code: int) -> int:
-        """Number of values of a tag, 0 where it is absent."""
+        """Return the number of values of a tag, 0 if absent."""
         return self.entries[code][0].values if code in self.entries else 0
 
-    def texts(self, code: int, most: int) -> list[bytes]:
-        """Starts, of at most `most` bytes, of the first four text tags of that number."""
+    def texts(self, code: int, max_bytes: int) -> list[bytes]:
+        """Return the first `max_bytes` bytes of each of the first four text tags with this number."""
         entries = [entry for entry in self.entries.get(code, [])[:4] if entry.kind in _TEXT]
-        return [self.data[entry.start : entry.start + min(entry.values, most)] for entry in entries]
+        return [self.data[entry.start : entry.start + min(entry.values, max_bytes)] for entry in entries]
 
 
 def read_directories(data: bytes) -> Iterator[Directory]:
-    """The directories of a file's main chain, in order.
+    """Yield the directories of the main chain of a file.
 
     Raises:
-        UnreadableImageError: a chain that is broken, circular or longer than MAX_DIRECTORIES.
+        UnreadableImageError: the chain is broken, circular or longer than MAX_DIRECTORIES.
     """
     order, big = _HEADERS[data[:4]]
     offset = _unpack(data, f"{order}Q" if big else f"{order}I", 8 if big else 4)
     seen: set[int] = set()
     while offset:
         if offset in seen:
-            raise DamagedImageError("TIFF directories that form a circle")
+            raise DamagedImageError("TIFF directories form a circle")
         if len(seen) == MAX_DIRECTORIES:
             raise UnsupportedImageError(f"holds over {MAX_DIRECTORIES} images; save each as a file of its own")
         seen.add(offset)
@@ -94,23 +94,23 @@ def read_directories(data: bytes) -> Iterator[Directory]:
 
 
 def read_directory(data: bytes, order: str, big: bool, offset: int) -> tuple[Directory, int]:
-    """The directory at `offset`, and the offset of the next one, 0 after the last."""
-    number, form, room = ("Q", f"{order}HHQQ", 8) if big else ("H", f"{order}HHII", 4)
-    count = _unpack(data, order + number, offset)
-    start, size = offset + struct.calcsize(f"={number}"), struct.calcsize(form)
+    """Read the directory at `offset`, and the offset of the next one, 0 after the last."""
+    count_format, entry_format, inline_size = ("Q", f"{order}HHQQ", 8) if big else ("H", f"{order}HHII", 4)
+    count = _unpack(data, order + count_format, offset)
+    start, size = offset + struct.calcsize(f"={count_format}"), struct.calcsize(entry_format)
     end = start + count * size
     if count > _MAX_ENTRIES or end > len(data):
-        raise DamagedImageError("TIFF directory that reaches beyond the end of the file")
+        raise DamagedImageError("TIFF directory reaches beyond the end of the file")
     entries: dict[int, list[Entry]] = {}
-    for code, kind, values, value in struct.iter_unpack(form, data[start:end]):
+    for code, kind, values, value in struct.iter_unpack(entry_format, data[start:end]):
         start += size
         letter = _INTEGERS.get(kind, "B" if kind in _TEXT else "")
-        inline = letter and values * struct.calcsize(f"={letter}") <= room
-        entries.setdefault(code, []).append(Entry(kind, values, start - room if inline else value))
+        inline = letter and values * struct.calcsize(f"={letter}") <= inline_size
+        entries.setdefault(code, []).append(Entry(kind, values, start - inline_size if inline else value))
     return Directory(data, order, big, entries), _unpack(data, order + ("Q" if big else "I"), end)
 
 
-def _unpack(data: bytes, form: str, offset: int) -> int:
-    if offset + struct.calcsize(form) > len(data):
-        raise DamagedImageError("TIFF file that is cut off: a directory is beyond its end")
-    return int(struct.unpack_from(form, data, offset)[0])
+def _unpack(data: bytes, number_format: str, offset: int) -> int:
+    if offset + struct.calcsize(number_format) > len(data):
+        raise DamagedImageError("TIFF file is truncated: a directory is beyond its end")
+    return int(struct.unpack_from(number_format, data, offset)[0])

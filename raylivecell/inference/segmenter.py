@@ -91,7 +91,7 @@ class Segmenter:
         else:
             cells = self._cells_without_padding(frame.levels, frame.padding)
         share = float(cells.foreground.sum()) / frame.own_pixels
-        return cells._replace(warnings=(*frame.warnings, *intensity.share_warning(share, self.intensity)))
+        return cells._replace(warnings=(*frame.warnings, *intensity.foreground_warning(share, self.intensity)))
 
     def _cells(self, image: NDArray[np.uint8]) -> Cells:
         if image.size > windows.WHOLE_PIXELS:

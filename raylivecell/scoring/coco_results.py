@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
-from raylivecell.annotations.coco import run_lengths
-from raylivecell.annotations.rle import Rle
+from raylivecell.annotations.rle import Rle, compress, encode_polygons, run_lengths
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 
@@ -358,7 +356,7 @@ def _mask(segmentation: Any, size: tuple[int, int]) -> Rle:
     pixels = size[0] * size[1]
     if not ((runs >= 0) & (runs <= pixels)).all() or runs.sum() != pixels:
         raise BadRecord(f"its RLE does not fill the image {stated} (height, width)")
-    return coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)
+    return compress(runs, size)
 
 
 def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Rle:
@@ -367,6 +365,4 @@ def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Rle:
     corners = [polygon for polygon in corners if len(polygon) >= 3]
     if not corners or not all(np.isfinite(polygon).all() for polygon in corners):
         raise ValueError("no polygon of three corners, or one that is not finite")
-    far = np.array((size[1], size[0]))  # pycocotools' time and memory grow with an edge's length
-    flat = [np.clip(polygon, -far, 2 * far).ravel().tolist() for polygon in corners]
-    return coco_mask.merge(coco_mask.frPyObjects(flat, *size))
+    return encode_polygons(corners, size)

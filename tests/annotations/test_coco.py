@@ -1,4 +1,4 @@
-"""The streaming reader of COCO files against `json.loads` and pycocotools."""
+"""Streaming reader of COCO files, compared with `json.loads` and pycocotools."""
 
 import io
 import json
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from raylivecell.annotations import categories, coco, json_stream
+from raylivecell.annotations import categories, coco, json_stream, rle
 from raylivecell.annotations.json_stream import BrokenJsonError
 from raylivecell.core.errors import UserError
 
 
-def record(number: int, image: int, outline: Any, **more: Any) -> dict[str, Any]:
-    return {"id": number, "image_id": image, "category_id": 1, "segmentation": outline, "iscrowd": 0, **more}
+def record(cell_id: int, image: int, outline: Any, **fields: Any) -> dict[str, Any]:
+    return {"id": cell_id, "image_id": image, "category_id": 1, "segmentation": outline, "iscrowd": 0, **fields}
 
 
 def dataset() -> dict[str, Any]:
@@ -39,7 +39,7 @@ def dataset() -> dict[str, Any]:
 
 def read(data: Any) -> coco.Annotations:
     text = data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=False).encode()
-    return coco.read_annotations(io.BytesIO(text), "some.json")
+    return coco.read_annotations(io.BytesIO(text), "cells.json")
 
 
 def cells_of(annotations: coco.Annotations, image: int | str) -> list[coco.CellRecord]:
@@ -48,12 +48,14 @@ def cells_of(annotations: coco.Annotations, image: int | str) -> list[coco.CellR
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 4096])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_equals_json_loads_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None) -> None:
+def test_records_equal_json_loads_for_any_chunk(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None
+) -> None:
     monkeypatch.setattr(json_stream, "CHUNK", chunk)
     data = dataset()
     text = json_stream.JsonText(io.BytesIO(json.dumps(data, indent=indent, ensure_ascii=False).encode()), "x")
     rebuilt: dict[str, Any] = {}
-    for section, key, value in json_stream.walk(text):
+    for section, key, value in json_stream.iter_records(text):
         if key is not None:
             rebuilt.setdefault(section, {})[key] = value
         elif isinstance(data[section], list):
@@ -63,61 +65,60 @@ def test_equals_json_loads_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch, c
     assert rebuilt == data
 
 
-def test_order_of_sections_and_dict_or_list_make_no_difference() -> None:
+def test_section_order_and_type_do_not_matter() -> None:
     data = dataset()
     as_dict = data | {"annotations": {str(cell["id"]): cell for cell in data["annotations"]}}
     shuffled = list(data.items())
     random.Random(1).shuffle(shuffled)
-    plain = read(data)
-    for other in (read(as_dict), read(dict(shuffled)), read(dict(reversed(data.items())))):
-        assert other.images == plain.images
-        assert other.counts() == plain.counts() == {1: 9, 2: 9, 3: 9}
+    reference = read(data)
+    for variant in (read(as_dict), read(dict(shuffled)), read(dict(reversed(data.items())))):
+        assert variant.images == reference.images
+        assert variant.counts() == reference.counts() == {1: 9, 2: 9, 3: 9}
         for image in (1, 2, 3):
-            assert other.payload(image) == plain.payload(image)
-    assert plain.info["description"] == data["info"]["description"]
-    assert plain.licences == data["licenses"]
+            assert variant.payload(image) == reference.payload(image)
+    assert reference.info["description"] == data["info"]["description"]
+    assert reference.licences == data["licenses"]
 
 
-def test_cells_come_back_as_float32_in_file_order() -> None:
+def test_cells_are_float32_in_file_order() -> None:
     data = dataset()
     annotations = read(data)
     for image in (1, 2, 3):
         expected = [cell for cell in data["annotations"] if cell["image_id"] == image]
         got = cells_of(annotations, image)
         assert [cell.id for cell in got] == [cell["id"] for cell in expected]
-        for one, other in zip(got, expected):
-            np.testing.assert_array_equal(one.polygons[0].ravel(), np.float32(other["segmentation"][0]))
+        for cell, annotation in zip(got, expected):
+            np.testing.assert_array_equal(cell.polygons[0].ravel(), np.float32(annotation["segmentation"][0]))
     assert annotations.payload(77) == b""
 
 
-def test_every_truncation_is_told_with_its_byte() -> None:
+def test_truncation_is_reported_with_its_byte() -> None:
     text = json.dumps(dataset(), ensure_ascii=False).encode()
-    whole = read(text)
-    assert whole.broken is None
+    assert read(text).broken is None
     for cut in range(0, len(text), 5):
-        found = read(text[:cut]).broken
-        assert found is not None
-        assert found.position <= cut
-        assert f"at byte {found.position}" in str(found)
+        error = read(text[:cut]).broken
+        assert error is not None
+        assert error.position <= cut
+        assert f"at byte {error.position}" in str(error)
 
 
-def test_records_before_a_break_are_kept() -> None:
+def test_records_before_a_truncation_are_read() -> None:
     text = json.dumps(dataset()).encode()
-    place = text.index(b'{"id": 120,')
-    annotations = read(text[: place + 30])
+    position = text.index(b'{"id": 120,')
+    annotations = read(text[: position + 30])
     assert sum(annotations.counts().values()) == 20
     assert annotations.broken is not None
-    assert annotations.broken.position == place
+    assert annotations.broken.position == position
     assert annotations.last_image == 1 + 19 % 3
 
 
-def test_text_that_is_no_json_is_told_where() -> None:
+def test_invalid_json_is_reported_with_its_byte() -> None:
     text = json.dumps(dataset(), ensure_ascii=False).encode()
-    place = text.index(b'"image_id"')
-    broken = read(text[:place] + b"<html>" + text[place:]).broken
-    assert broken is not None
-    assert broken.position == place
-    for bad in (
+    position = text.index(b'"image_id"')
+    error = read(text[:position] + b"<html>" + text[position:]).broken
+    assert error is not None
+    assert error.position == position
+    for invalid in (
         b"[]",
         b"",
         b"x",
@@ -127,15 +128,15 @@ def test_text_that_is_no_json_is_told_where() -> None:
         b"\xff\xfe",
         b'{"a":' + b"[" * 100_000,
     ):
-        assert read(bad).broken is not None
-    assert isinstance(broken, BrokenJsonError)
+        assert read(invalid).broken is not None
+    assert isinstance(error, BrokenJsonError)
 
 
-def test_a_byte_order_mark_is_no_defect() -> None:
+def test_byte_order_mark_is_accepted() -> None:
     assert read(b"\xef\xbb\xbf" + json.dumps(dataset()).encode()).broken is None
 
 
-def test_bad_records_are_named_and_the_rest_is_read() -> None:
+def test_bad_records_are_listed_and_the_others_read() -> None:
     data = dataset()
     square = [[1, 1, 5, 1, 5, 5]]
     data["annotations"] += [
@@ -159,13 +160,13 @@ def test_bad_records_are_named_and_the_rest_is_read() -> None:
         {"file_name": "y"},
     ]
     annotations = read(data)
-    named = {identity for section, identity, _ in annotations.bad if section == "annotations"}
-    assert named == {900, 901, 902, 903, 904, 905, 906, 907, 908, 909, None}
-    assert [identity for section, identity, _ in annotations.bad if section == "images"] == [8, 9, 10, None, None]
+    bad_cells = {record_id for section, record_id, _ in annotations.bad if section == "annotations"}
+    assert bad_cells == {900, 901, 902, 903, 904, 905, 906, 907, 908, 909, None}
+    assert [record_id for section, record_id, _ in annotations.bad if section == "images"] == [8, 9, 10, None, None]
     assert annotations.counts() == read(dataset()).counts()
 
 
-def test_text_ids_are_taken() -> None:
+def test_ids_may_be_text() -> None:
     data = dataset()
     data["images"] = [{"id": "a", "file_name": "A.tif"}]
     data["annotations"] = [record(1, 0, [[0, 0, 4, 0, 4, 4]]) | {"id": "c\u00e9ll", "image_id": "a"}]
@@ -175,7 +176,7 @@ def test_text_ids_are_taken() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_compressed_and_plain_rle_equal_pycocotools(seed: int) -> None:
+def test_compressed_and_uncompressed_rle_equal_pycocotools(seed: int) -> None:
     rng = np.random.default_rng(seed)
     mask = rng.random((rng.integers(1, 60), rng.integers(1, 90))) < rng.choice([0.02, 0.5, 0.98])
     encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -192,24 +193,14 @@ def test_compressed_and_plain_rle_equal_pycocotools(seed: int) -> None:
     first, second, third = cells_of(read(data), 1)
     for cell in (first, second, third):
         ((got_size, got_runs),) = cell.runs
-        got = coco.mask_of_runs(got_size, got_runs)
+        got = rle.mask_of_runs(got_size, got_runs)
         assert got is not None
         np.testing.assert_array_equal(got, mask)
     assert (first.crowd, second.crowd) == (False, True)
     assert len(third.polygons) == 1
 
 
-def test_damaged_rle_is_no_mask() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        runs = coco.run_lengths(rng.integers(0, 256, rng.integers(0, 40), dtype=np.uint8).tobytes())
-        mask = coco.mask_of_runs((5, 7), runs)
-        assert mask is None or mask.shape == (5, 7)
-    assert coco.mask_of_runs((5, 7), np.array([40, -5])) is None
-    assert coco.mask_of_runs((5, 7), np.array([34])) is None
-
-
-def test_category_is_that_of_most_cells() -> None:
+def test_category_of_an_image_is_the_most_frequent() -> None:
     data = dataset()
     data["annotations"] = [record(i, 1, [[0, 0, 4, 0, 4, 4]]) | {"category_id": 1 + (i > 2)} for i in range(9)]
     data["categories"] = [{"id": 1, "name": "round"}, {"id": 2, "name": "flat"}]
@@ -231,22 +222,22 @@ print(cells, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_memory_is_a_small_part_of_the_file(tmp_path: Path) -> None:
+def test_memory_is_a_fraction_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "big.json"
     outline = json.dumps([np.random.default_rng(0).uniform(0, 700, 80).round(2).tolist()])
     cells = 60_000
     with open(path, "w") as stream:
         stream.write('{"annotations": [')
-        one = '{"id": %d, "image_id": %d, "category_id": 1, "segmentation": ' + outline + "}"
-        stream.write(", ".join(one % (i, i % 200) for i in range(cells)))
+        template = '{"id": %d, "image_id": %d, "category_id": 1, "segmentation": ' + outline + "}"
+        stream.write(", ".join(template % (i, i % 200) for i in range(cells)))
         images = [{"id": i, "file_name": f"A_Phase_{i}.tif", "width": 704, "height": 520} for i in range(200)]
         stream.write(f'], "images": {json.dumps(images)}}}')
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
-    counted, grown_kib = map(int, done.stdout.split())
-    assert counted == cells
-    # 40 MB of JSON would be 250 MB of Python objects. Measured: 22 MB, most of it the 4 MB buffers.
+    process = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
+    cell_count, growth_kib = map(int, process.stdout.split())
+    assert cell_count == cells
+    # 40 MB of JSON are 250 MB as Python objects. Measured: 22 MB, most of it buffers of 4 MB.
     assert path.stat().st_size > 35e6
-    assert grown_kib < 45_000
+    assert growth_kib < 45_000
 
 
 def test_real_files(livecell_mini: Path) -> None:
@@ -265,10 +256,10 @@ def test_real_files(livecell_mini: Path) -> None:
             )
 
 
-def test_values_as_converters_write_them() -> None:
-    """Numbers as text or floats, points in pairs, a polygon without its list, Python's bytes: all are read."""
+def test_values_of_other_converters_are_read() -> None:
+    """Numbers as text or floats, points in pairs, a polygon without its list, repr() of Python bytes are all read."""
     square = [1, 1, 5, 1, 5, 5]
-    odd: list[Any] = [
+    cells_json: list[Any] = [
         {"id": "1", "image_id": "7", "category_id": "1", "iscrowd": "0", "segmentation": [square]},
         {
             "id": 2.0,
@@ -281,10 +272,10 @@ def test_values_as_converters_write_them() -> None:
         {"id": 4, "image_id": 7, "iscrowd": None, "segmentation": [[[1, 1], [5, 1], [5, 5]]]},
     ]
     rles: list[Any] = [{"size": ["2", 3.0], "counts": ["1", 2.0, 3]}, [{"size": [2, 3], "counts": "b'123'"}]]
-    odd += [{"id": 10 + i, "image_id": 7, "segmentation": rle, "iscrowd": "1"} for i, rle in enumerate(rles)]
+    cells_json += [{"id": 10 + i, "image_id": 7, "segmentation": value, "iscrowd": "1"} for i, value in enumerate(rles)]
     sizes: list[Any] = [("50", 40.0), (0, None), ("", "0")]
-    pictures = [{"id": str(7 + i), "file_name": "x", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
-    annotations = read({"images": pictures, "annotations": odd, "categories": [{"id": "1", "name": "cell"}]})
+    images = [{"id": str(7 + i), "file_name": "x", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+    annotations = read({"images": images, "annotations": cells_json, "categories": [{"id": "1", "name": "cell"}]})
     assert annotations.bad == []
     assert [(image.id, image.width, image.height) for image in annotations.images] == [
         (7, 50, 40),
@@ -301,12 +292,12 @@ def test_values_as_converters_write_them() -> None:
     assert annotations.crowds() == 2
 
 
-def test_values_that_cannot_be_meant_are_named() -> None:
+def test_invalid_values_are_reported() -> None:
     wrong = {"iscrowd": "maybe", "category_id": 1.5, "image_id": True}
     cells = [record(i, 1, [[1, 1, 5, 1, 5, 5]]) | {key: value} for i, (key, value) in enumerate(wrong.items())]
-    pictures = [{"id": 1, "file_name": "x", "width": -3, "height": 4}]
-    twice = [{"id": 1, "name": "cell"}, {"id": 1.0, "name": "debris"}]
-    annotations = read({"images": pictures, "annotations": cells, "categories": twice})
+    images = [{"id": 1, "file_name": "x", "width": -3, "height": 4}]
+    duplicate_categories = [{"id": 1, "name": "cell"}, {"id": 1.0, "name": "debris"}]
+    annotations = read({"images": images, "annotations": cells, "categories": duplicate_categories})
     reasons = " ".join(reason for _, _, reason in annotations.bad)
     assert annotations.counts() == {}
     for text in ("'maybe'", "1.5", "True", "-3", "both 'cell' and 'debris'"):
@@ -315,7 +306,7 @@ def test_values_that_cannot_be_meant_are_named() -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("chunk", [1, 5, 4096])
-def test_unicode_in_any_form(encoding: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unicode_encodings(encoding: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_stream, "CHUNK", chunk)
     text = json.dumps(dataset(), ensure_ascii=False).encode(encoding)
     annotations = read(text)
@@ -326,25 +317,25 @@ def test_unicode_in_any_form(encoding: str, chunk: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (json.dumps(dataset(), ensure_ascii=False).encode("latin-1"), "not UTF-8 text: byte 0xe9"),
         (b'[{"image_id": 1, "segmentation": [], "score": 1}]', "a list of COCO results"),
         (b'[{"data": {}, "annotations": []}]', "Label Studio"),
         (b'{"shapes": [], "imagePath": "a.png", "imageData": null}', "a LabelMe file"),
-        (b'{"_via_img_metadata": {}, "_via_settings": {}}', "a project of VIA"),
+        (b'{"_via_img_metadata": {}, "_via_settings": {}}', "a VIA project"),
         (b'{"type": "FeatureCollection", "features": []}', "GeoJSON"),
         (b'{"annotations": [], "b": 1}', "an object of annotations, b"),
         (b"{}", "an empty object"),
     ],
 )
-def test_json_that_is_no_coco_file_is_named(text: bytes, told: str) -> None:
-    broken = read(text).broken
-    assert told in str(broken)
-    assert "truncated" not in str(broken)
+def test_other_json_formats_are_named(text: bytes, message: str) -> None:
+    error = read(text).broken
+    assert message in str(error)
+    assert "truncated" not in str(error)
 
 
-def test_categories_are_chosen_by_name_or_id() -> None:
+def test_categories_are_selected_by_name_or_id() -> None:
     data = dataset()
     data["annotations"] = [
         record(i, 1, [[0, 0, 4, 0, 4, 4]]) | {"category_id": kind} for i, kind in enumerate([1, 2, 2, 3, 9])
@@ -353,7 +344,7 @@ def test_categories_are_chosen_by_name_or_id() -> None:
     data["categories"] = [{"id": i, "name": name} for i, name in enumerate([*names, "1"], 1)]
     other = data | {"categories": [{"id": 2, "name": "cell"}]}
 
-    def counted(*wanted: str) -> tuple[list[int | str], list[int | str]]:
+    def selected_cells(*wanted: str) -> tuple[list[int | str], list[int | str]]:
         files = [read(data), read(other)]
         rows = categories.choose(files, wanted)
         assert sum(row["annotations"] for row in rows) == 10
@@ -361,17 +352,17 @@ def test_categories_are_chosen_by_name_or_id() -> None:
         assert chosen == {row["name"] for row in rows} or wanted
         return tuple([cell.id for cell in cells_of(file, 1)] for file in files)  # type: ignore[return-value]
 
-    assert counted() == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
-    assert counted("cell") == ([0], [1, 2])
-    assert counted("debris", "SCALE_BAR") == ([1, 2, 3], [])
-    assert counted("9") == ([4], [4])
-    for wanted, told in (
+    assert selected_cells() == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    assert selected_cells("cell") == ([0], [1, 2])
+    assert selected_cells("debris", "SCALE_BAR") == ([1, 2, 3], [])
+    assert selected_cells("9") == ([4], [4])
+    for wanted, message in (
         ("celll", "did you mean cell"),
-        ("nucleus", "the set has 1, 3, 9, Debris"),
+        ("nucleus", "the dataset has 1, 3, 9, Debris"),
         ("2", "Debris or cell"),
     ):
-        with pytest.raises(UserError, match=told):
-            counted(wanted)
+        with pytest.raises(UserError, match=message):
+            selected_cells(wanted)
     line = categories.notice(categories.choose([read(data)], ()), ())
     assert "9 (1 of an unlisted category)" in line
     assert "Debris (2)" in line

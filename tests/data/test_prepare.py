@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from raylivecell.annotations import coco, drawing
+from raylivecell.annotations.rle import run_lengths
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects as outlines
 from raylivecell.data import defects, draw, plan, shards
@@ -281,7 +282,7 @@ def test_rle_and_polygons_draw_the_same(folder: Folder, tmp_path: Path) -> None:
 def record(number: int, corners: np.ndarray, as_rle: bool) -> tuple[coco.CellRecord, np.ndarray]:
     """A cell as its polygon or as run lengths, and its mask (H, W) by pycocotools."""
     (rle,) = coco_mask.frPyObjects([corners.ravel().tolist()], HEIGHT, WIDTH)
-    polygons, runs = [corners.astype(np.float32)], [((HEIGHT, WIDTH), coco.run_lengths(rle["counts"]))]
+    polygons, runs = [corners.astype(np.float32)], [((HEIGHT, WIDTH), run_lengths(rle["counts"]))]
     cell = coco.CellRecord(number, False, [] if as_rle else polygons, runs if as_rle else [])
     return cell, coco_mask.decode(rle).astype(bool)
 
@@ -542,7 +543,7 @@ def test_chosen_categories_are_the_cells(folder: Folder, tmp_path: Path, capsys:
         data["annotations"][0]["category_id"] = 2
     told = prepare(folder.write(), str(tmp_path / "all"))
     assert counts(told)["train"] == (2, 2 * N)
-    assert f"2 categories are all taken as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
+    assert f"all 2 categories are used as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
     told = prepare(folder.write(), str(tmp_path / "cells"), PrepareConfig(categories=("cell",)))
     assert counts(told)["train"] == (2, 2 * N - 1)
     assert "warning" not in capsys.readouterr().err

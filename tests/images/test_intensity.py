@@ -1,4 +1,4 @@
-"""One intensity rule: robust against odd pixels and images, exact on 8 bits, and the same on every path."""
+"""Intensity rule: robust to outlier pixels and images, exact on 8 bits, the same in all commands."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from raylivecell.runs.progress import Progress
 
 
 def frame(seed: int, background: float = 128, cells: int = 9, shape: tuple[int, int] = (120, 160)) -> np.ndarray:
-    """A phase-contrast-like image, uint8: noise on the background, grey cells with bright rims."""
+    """Simulate a phase-contrast image, uint8: noise on the background, grey cells with bright rims."""
     rng = np.random.default_rng(seed)
     image = np.full(shape, background, np.float32)
     for _ in range(cells):
@@ -51,7 +51,7 @@ STORED: dict[str, Any] = {
 }
 
 
-def test_eight_bits_are_taken_as_they_are_and_livecell_keeps_its_zero() -> None:
+def test_eight_bits_are_unchanged_and_livecell_keeps_its_zero() -> None:
     assert (RULE.depth, RULE.background_level, RULE.scale) == (8, 128, 5)
     for image in FRAMES:
         result = to_uint8(image, RULE)
@@ -59,7 +59,7 @@ def test_eight_bits_are_taken_as_they_are_and_livecell_keeps_its_zero() -> None:
         assert (result.gain, result.usable, result.padding, result.warnings) == (1, True, None, ())
 
 
-def test_real_livecell_comes_through_bit_by_bit(livecell_mini: Path) -> None:
+def test_real_livecell_is_unchanged(livecell_mini: Path) -> None:
     images = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(livecell_mini.rglob("*.tif"))]
     rule = choose([measured(image) for image in images])
     assert (rule.background_level, rule.scale) == (128, 5)
@@ -70,28 +70,28 @@ def test_real_livecell_comes_through_bit_by_bit(livecell_mini: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", ["257", "shifted"])
-def test_eight_bit_data_in_sixteen_bits_come_back_exactly(stored: str) -> None:
+def test_eight_bit_data_stored_in_sixteen_bits_are_restored(stored: str) -> None:
     deep = [STORED[stored](image) for image in FRAMES]
     rule = choose([measured(image) for image in deep])
     assert (rule.depth, rule.background_level, rule.scale) == (16, 128, 5)
-    for rules in (rule, RULE):  # of a set of its own kind, and of an 8-bit set
+    for applied in (rule, RULE):  # of a 16-bit and of an 8-bit dataset
         for image, original in zip(deep, FRAMES):
-            result = to_uint8(image, rules)
+            result = to_uint8(image, applied)
             assert result.warnings == ()
             np.testing.assert_array_equal(result.levels, original)
 
 
 @pytest.mark.parametrize("stored", list(STORED))
-def test_one_hot_pixel_or_one_odd_image_moves_nothing(stored: str) -> None:
+def test_outlier_pixels_and_images_have_no_influence(stored: str) -> None:
     deep = [STORED[stored](image) for image in FRAMES]
     rule = choose([measured(image) for image in deep])
     levels = to_uint8(deep[0], rule).levels
-    assert len(np.unique(levels)) > 60, "the levels are used"
+    assert len(np.unique(levels)) > 60, "over 60 of 256 levels are used"
     hot = deep[0].copy()
     hot[5, 5] = 65535
     assert (to_uint8(hot, rule).levels != levels).sum() <= 1
-    for odd in (hot, np.zeros_like(hot), np.full_like(hot, 65535), deep[0] // 4):
-        other = choose([measured(image) for image in [*deep, odd]])
+    for outlier in (hot, np.zeros_like(hot), np.full_like(hot, 65535), deep[0] // 4):
+        other = choose([measured(image) for image in [*deep, outlier]])
         assert (other.low, other.high) == (rule.low, rule.high)
         assert other.background == pytest.approx(rule.background, rel=0.001)
         assert (to_uint8(deep[1], other).levels == to_uint8(deep[1], rule).levels).all()
@@ -102,7 +102,7 @@ def test_one_hot_pixel_or_one_odd_image_moves_nothing(stored: str) -> None:
     st.sampled_from([256.0, 4096.0, 65536.0]),
     st.floats(0.1, 4),
 )
-def test_levels_rise_with_stored_values(values: list[int], high: float, gain: float) -> None:
+def test_levels_increase_with_stored_values(values: list[int], high: float, gain: float) -> None:
     pixels = np.array([sorted(values)], np.uint16)
     levels = intensity.apply(pixels, Intensity(depth=16, low=high / 8, high=high), gain)
     assert levels.dtype == np.uint8
@@ -110,22 +110,22 @@ def test_levels_rise_with_stored_values(values: list[int], high: float, gain: fl
 
 
 @given(st.floats(0.4, 0.85))
-def test_a_darker_frame_is_brought_to_the_background_and_named(factor: float) -> None:
+def test_darker_image_is_scaled_to_the_background_with_a_warning(factor: float) -> None:
     result = to_uint8(np.floor(FRAMES[0] * factor).astype(np.uint8), RULE)
     assert result.gain == pytest.approx(1 / factor, rel=0.03)
     assert result.warnings[0].startswith("scaled to the background of the training images: ")
     assert abs(float(np.median(result.levels)) - 128) <= 3
 
 
-def test_a_sheet_of_cells_is_no_darker_frame() -> None:
-    """The median is the cells' own level; what is left of the background says that nothing is wrong."""
-    sheet = frame(1, 128, cells=0)
+def test_confluent_layer_is_not_scaled() -> None:
+    """The median is the level of the cells; the remaining background shows a normal exposure."""
+    image = frame(1, 128, cells=0)
     rng = np.random.default_rng(0)
-    sheet[:, :150] = np.clip(rng.normal(85, 9, (120, 150)), 1, 254)
-    assert abs(float(np.median(sheet)) - 128) > 30
-    result = to_uint8(sheet, RULE)
+    image[:, :150] = np.clip(rng.normal(85, 9, (120, 150)), 1, 254)
+    assert abs(float(np.median(image)) - 128) > 30
+    result = to_uint8(image, RULE)
     assert result.gain == 1
-    np.testing.assert_array_equal(result.levels, sheet)
+    np.testing.assert_array_equal(result.levels, image)
 
 
 @pytest.mark.parametrize(
@@ -142,33 +142,33 @@ def test_a_sheet_of_cells_is_no_darker_frame() -> None:
         np.zeros((1, 1), np.uint8),
     ],
 )
-def test_a_failed_frame_has_no_cell(failed: np.ndarray) -> None:
+def test_failed_exposure_has_no_cell(failed: np.ndarray) -> None:
     network = segmenter.Segmenter(lambda image: np.ones((1, *image.shape), np.float32), "foreground", CONFIG, "", RULE)
     cells = network.segment(failed)
     assert not cells.labels.any()
     assert not cells.foreground.any()
     assert len(cells.scores) == 0
-    assert cells.warnings[0].startswith("no usable picture: ")
+    assert cells.warnings[0].startswith("unusable image: ")
 
 
 CONFIG = segmenter.InstanceConfig()
 
 
 def padded(image: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """A frame with padding, and where it is."""
+    """Return an image with padding, and its padding mask."""
     mask = np.ones_like(image)
     if kind == "stitched":
         return np.pad(image, ((0, 90), (0, 140))), np.pad(mask, ((0, 90), (0, 140))) == 0
     if kind == "white":
         return np.pad(image, ((20, 0), (0, 0)), constant_values=255), np.pad(mask, ((20, 0), (0, 0))) == 0
     matrix = cv2.getRotationMatrix2D((80, 60), 15, 0.9)
-    turned, inside = (cv2.warpAffine(plane, matrix, (160, 120), flags=cv2.INTER_NEAREST) for plane in (image, mask))
-    return turned, inside == 0
+    rotated, inside = (cv2.warpAffine(plane, matrix, (160, 120), flags=cv2.INTER_NEAREST) for plane in (image, mask))
+    return rotated, inside == 0
 
 
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("kind", ["stitched", "white", "rotated"])
-def test_padding_is_no_cell(kind: str, deep: bool) -> None:
+def test_padding_has_no_cell(kind: str, deep: bool) -> None:
     image, padding = padded(FRAMES[0], kind)
     stored = image.astype(np.uint16) * 257 if deep else image
     network = segmenter.Segmenter(
@@ -180,17 +180,17 @@ def test_padding_is_no_cell(kind: str, deep: bool) -> None:
     assert result.own_pixels == (~padding).sum()
     assert set(np.unique(result.levels[padding])) <= {127, 128, 129}
     np.testing.assert_array_equal(result.levels[~padding], image[~padding])
-    (rows, columns), picture = without_padding(result.levels, padding)
-    np.testing.assert_array_equal(picture[~padding[rows, columns]], image[~padding])
+    (rows, columns), pixels = without_padding(result.levels, padding)
+    np.testing.assert_array_equal(pixels[~padding[rows, columns]], image[~padding])
     assert padding[rows, columns].mean() < (0.4 if kind == "rotated" else 1e-9)
-    assert abs(float(picture.std()) - float(image[~padding].std())) < 4, "mirrored, not flat"
+    assert abs(float(pixels.std()) - float(image[~padding].std())) < 4, "mirrored, not constant"
     cells = network.segment(stored)
     assert not cells.foreground[padding].any()
     assert not cells.labels[padding].any()
     assert cells.labels.max() == len(cells.scores) == 1
 
 
-def test_bright_cells_on_exact_zeros_are_no_padding() -> None:
+def test_bright_cells_on_exact_zeros_are_not_padding() -> None:
     image = np.zeros((120, 160), np.uint8)
     for seed in range(12):
         y, x = np.random.default_rng(seed).integers(10, 110, 2)
@@ -202,7 +202,7 @@ def test_bright_cells_on_exact_zeros_are_no_padding() -> None:
     np.testing.assert_array_equal(to_uint8(image // 2, rule).levels, image // 2)
 
 
-def test_a_set_of_both_depths_takes_that_of_most_and_the_others_follow() -> None:
+def test_dataset_of_both_depths_uses_the_more_frequent_one() -> None:
     mixed = [*FRAMES[:4], *(STORED["257"](image) for image in FRAMES[4:])]
     rule = choose([measured(image) for image in mixed])
     assert rule.as_stored
@@ -210,7 +210,7 @@ def test_a_set_of_both_depths_takes_that_of_most_and_the_others_follow() -> None
         np.testing.assert_array_equal(to_uint8(image, rule).levels, original)
 
 
-def test_prepare_names_what_is_no_picture_or_unusual() -> None:
+def test_prepare_reports_unusable_and_unusual_images() -> None:
     entry = Entry("train", "a.json", None, "", 1, "A172")  # type: ignore[arg-type]
     images = {"good": FRAMES[0], "dark": FRAMES[1] // 2, "black": FRAMES[2] * 0}
     entries, facts = [], {}
@@ -218,14 +218,17 @@ def test_prepare_names_what_is_no_picture_or_unusual() -> None:
         listed = type("Image", (), {"file_name": name, "id": 1})()
         entries.append(Entry(entry.split, entry.annotation, listed, name, 1, "A172"))
         facts[name] = draw.ImageInfo(measures=tuple(measured(image)))
-    kept, found = set_intensity.judge_levels(entries, facts, RULE, DefectRules())
-    assert [one.path for one in kept] == ["good", "dark"]
-    assert [(one.defect, one.file_name) for one in found] == [("odd_intensity", "dark"), ("no_picture", "black")]
+    remaining, reported = set_intensity.judge_levels(entries, facts, RULE, DefectRules())
+    assert [entry.path for entry in remaining] == ["good", "dark"]
+    assert [(defect.defect, defect.file_name) for defect in reported] == [
+        ("odd_intensity", "dark"),
+        ("no_picture", "black"),
+    ]
 
 
 @pytest.fixture(scope="module")
 def network_of_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Checkpoint of a random network with the rule of a set, by the set's kind."""
+    """Save a checkpoint of a random network with the rule of a dataset, by the kind of dataset."""
 
     def save(kind: str, rule: Intensity) -> str:
         torch.manual_seed(3)
@@ -239,13 +242,13 @@ def network_of_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def prepared(folder: Path, images: dict[str, np.ndarray], rule: Intensity) -> list[shards.Row]:
-    """Rows of the images as `prepare` writes them."""
+    """Write a shard of the images as `prepare` does, and return its rows."""
     jobs = []
     for name, image in images.items():
         tifffile.imwrite(folder / name, image)
         sha256 = draw.examine(str(folder / name)).sha256
-        one = {"path": name, "file_name": name, "sha256": sha256, "split": "test", "cell_type": "x", "scale": (1, 1)}
-        jobs.append(one | {"annotation": "a.json", "id": 1, "cells_bytes": 0})
+        entry = {"path": name, "file_name": name, "sha256": sha256, "split": "test", "cell_type": "x", "scale": (1, 1)}
+        jobs.append(entry | {"annotation": "a.json", "id": 1, "cells_bytes": 0})
     job = {"source": str(folder), "out": str(folder), "file": "test/part-00000.parquet", "images": jobs}
     job |= {"cells": str(folder / "cells"), "account": str(folder / "account"), "border_sigma": 5.0}
     (folder / "cells").write_bytes(b"")
@@ -254,8 +257,8 @@ def prepared(folder: Path, images: dict[str, np.ndarray], rule: Intensity) -> li
 
 
 @pytest.mark.parametrize("kind", ["stored", "shifted", "offset"])
-def test_every_path_gives_the_same_cells(kind: str, network_of_set: Any, tmp_path: Path) -> None:
-    """Evaluate on a prepared set, predict on the same files, an array, and ONNX."""
+def test_all_commands_give_the_same_cells(kind: str, network_of_set: Any, tmp_path: Path) -> None:
+    """Compare evaluate on a prepared dataset, predict on the same files, arrays, and ONNX."""
     store = STORED.get(kind, lambda image: image)
     rule = choose([measured(store(image)) for image in FRAMES])
     images = {
@@ -273,27 +276,27 @@ def test_every_path_gives_the_same_cells(kind: str, network_of_set: Any, tmp_pat
     assert model.intensity == onnx.intensity == rule
     job = image_file.PredictJob(folder, str(tmp_path), str(tmp_path / "out"), ("labels",), False, None)
     for row, (name, image) in zip(rows, images.items()):
-        found, _ = evaluate._predict(model, evaluate._frame(shards.read_row(row, evaluate.SAMPLE), None))
+        prediction, _ = evaluate._predict(model, evaluate._frame(shards.read_row(row, evaluate.SAMPLE), None))
         part = image_file.segment_file(job, model, name, name, "1")
         labels = tifffile.imread(tmp_path / "out/labels" / f"{name}.tif")
-        assert part.row.cells == labels.max() == found.labels.max() > 0
-        np.testing.assert_array_equal(labels, found.labels)
+        assert part.row.cells == labels.max() == prediction.labels.max() > 0
+        np.testing.assert_array_equal(labels, prediction.labels)
         np.testing.assert_array_equal(model.segment(image).labels, labels)
         np.testing.assert_array_equal(model.segment(tmp_path / name).labels, labels)
         assert (onnx.segment(image).labels != labels).mean() < 0.01
         assert bool(part.row.warning) == (name in ("padded.tif", "dark.tif"))
-        other = choose([measured(store(image)) for image in FRAMES[:2]])  # another set of the same kind
-        if between := intensity.between(other, rule):
-            again = evaluate._frame(shards.read_row(row, evaluate.SAMPLE), between)
-            assert (again.levels != to_uint8(image, rule).levels).mean() < 0.01
+        other = choose([measured(store(image)) for image in FRAMES[:2]])  # another dataset of the same kind
+        if conversion := intensity.conversion(other, rule):
+            converted = evaluate._frame(shards.read_row(row, evaluate.SAMPLE), conversion)
+            assert (converted.levels != to_uint8(image, rule).levels).mean() < 0.01
 
 
-def test_sets_of_other_maps_are_not_mixed(network_of_set: Any, tmp_path: Path) -> None:
+def test_datasets_with_other_maps_are_refused(network_of_set: Any, tmp_path: Path) -> None:
     shifted, offset = (choose([measured(STORED[kind](image)) for image in FRAMES]) for kind in ("shifted", "offset"))
-    assert intensity.between(shifted, shifted) is None
-    assert intensity.between(RULE, shifted) == shifted, "8-bit images are there as stored"
-    with pytest.raises(ValueError, match="in another way"):
-        intensity.between(shifted, offset)
+    assert intensity.conversion(shifted, shifted) is None
+    assert intensity.conversion(RULE, shifted) == shifted, "8-bit images are stored unchanged"
+    with pytest.raises(ValueError, match="by another map"):
+        intensity.conversion(shifted, offset)
     folder = network_of_set("other", offset)
     assert segmenter.intensity_rule(folder) == offset
     (Path(folder) / checkpoint.INTENSITY).unlink()
@@ -301,13 +304,13 @@ def test_sets_of_other_maps_are_not_mixed(network_of_set: Any, tmp_path: Path) -
         segmenter.load(folder)
 
 
-@pytest.mark.parametrize("broken", [{"low": 5, "high": 5}, {"background": float("nan")}, {"rule": "magic"}, {"x": 1}])
-def test_a_broken_rule_is_refused(broken: dict[str, Any]) -> None:
+@pytest.mark.parametrize("invalid", [{"low": 5, "high": 5}, {"background": float("nan")}, {"rule": "magic"}, {"x": 1}])
+def test_invalid_rule_is_refused(invalid: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="validation error"):
-        Intensity.model_validate(broken)
+        Intensity.model_validate(invalid)
 
 
-def test_one_line_for_each_kind_of_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_per_kind_of_warning(capsys: pytest.CaptureFixture[str]) -> None:
     show_warnings({f"{i}.tif": ["padding: 3 %", "spread far: 9"][: 1 + (i > 997)] for i in range(1000)}, "images.csv")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [

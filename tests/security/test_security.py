@@ -274,7 +274,7 @@ def test_a_source(name: str, tmp_path: Path, marker: Path, capsys: pytest.Captur
     Image.new("L", (32, 32)).save(source / "x.png")
     (source / name).write_bytes(pickled(marker))
     if name == "x.png":
-        assert "no known image format" in str(draw.examine(str(source / name)).error)
+        assert "not a known image format" in str(draw.examine(str(source / name)).error)
     else:
         assert "train.json" in refused(capsys, f"prepare --source {source} --out {tmp_path}/o")
     assert not marker.exists()

@@ -33,11 +33,11 @@ REFUSED = {
     },
     "annotations": {
         "a deep record": "cannot be read",
-        "a deep start": "is no COCO file",
+        "a deep start": "is not a COCO file",
         "deep info": "cannot be read",
         "a long number": "cannot be read",
         "a wide mask": "0 [] ['",
-        "a long run": "whole numbers",
+        "a long run": "nor integers",
         "a run without end": "0 [] ['",
         "a far polygon": "0 [] ['",
         "a large polygon": "['",
