@@ -5,7 +5,6 @@ true cells' outlines, with the cells that were found, and the errors in colour: 
 one share half of their union (IoU 0.5), the threshold of SA50 and AP50.
 """
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,21 +64,18 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[i
         sample = shards.read_row(rows[item], ["image", "labels", "file_name"])
         data = jpeg(panels(sample["image"], sample["labels"], found[item].labels))
         storage.write_bytes(storage.join(out, "overlays", f"{_stem(title)}.jpg"), data)
-        pictures.append(page.figure(title, page.data_uri(data, "jpeg")))
-    body = [
-        page.grid("tiles", [page.tile(label, _value(result[name])) for name, label in COLUMNS]),
-        "<h2>Scores</h2>",
-        f'<div class="card">{_table(result)}</div>',
-        f"<details><summary>What the scores mean</summary>{_MEANINGS}</details>",
-        "<h2>Each cell type's best, median and worst image</h2>",
-        f'<p class="soft">{_LEGEND}</p>',
-        page.grid("pictures", pictures),
-        f'<p class="soft">{html.escape(_origin(result))}</p>',
-        f'<p class="soft">Licence of the images: {html.escape(result["data"]["licence"])}</p>',
-    ]
-    title = f"{result['images']} images of {result['split']}"
-    text = page.page(title, "Cells found, and how well", body)
-    storage.write_bytes(storage.join(out, "report.html"), text.encode())
+        pictures.append((title, data))
+    text = page.render(
+        "evaluation",
+        f"{result['images']} images of {result['split']}",
+        "Cells found, and how well",
+        headline=[(label, _value(result[name])) for name, label in COLUMNS],
+        scores=_table(result),
+        pictures=page.images(pictures, "jpeg"),
+        origin=_origin(result),
+        licence=result["data"]["licence"],
+    )
+    storage.write_bytes(storage.join(out, "report.html"), text)
 
 
 def _origin(result: Result) -> str:
@@ -89,24 +85,6 @@ def _origin(result: Result) -> str:
     settings += ["averaged over flips"] if result.get("tta") else []
     parts = [f"Scored: {scored['uri']} (sha256 {scored['sha256'][:12]})", *settings]
     return f"{', '.join(parts)}; raylivecell {result['raylivecell']}, {result['date']}"
-
-
-_LEGEND = (
-    "From left to right: true cells; cells found; errors. Green edge: right, IoU 0.5 or more. Vermilion: found, but no "
-    "such cell. Blue: a cell that was missed. Where both lie over each other, brown."
-)
-_MEANINGS = "".join(
-    f"<p>{text}</p>"
-    for text in (
-        "Dice, IoU: of pixels. A network's are those of its foreground, a results file's those of its cells' union.",
-        "SA50: TP / (TP + FP + FN) of cells, right at an IoU of 0.5 or more; mSA: the mean over IoU 0.50 to 0.95. PQ: "
-        "panoptic quality, the mean IoU of right cells times their F1.",
-        "AP, AP50, AP75: LIVECell's COCO protocol, up to 2,000 cells an image, ranked by score. AFNR: the share of "
-        "true cells missed, the mean over IoU 0.50 to 0.95.",
-        "Count error: |found - true| / true, confluence error: |covered - truly covered| of the area; means of images.",
-        "In brackets: 95 % bootstrap intervals over images; of two or three images they are no more than their range.",
-    )
-)
 
 
 def panels(image: NDArray[np.uint8], truth: NDArray[Any], found: NDArray[Any]) -> NDArray[np.uint8]:
@@ -147,7 +125,7 @@ def _stem(title: str) -> str:
     return f"{kind}-{rest.split(':', 1)[0]}".replace("/", "_")
 
 
-def _table(result: Result) -> str:
+def _table(result: Result) -> page.Table:
     head = ["cell type", "images", "true cells", *(label for _, label in COLUMNS)]
     kinds = [*result["per_cell_type"].items(), ("all", result)]
     rows = [
@@ -155,7 +133,7 @@ def _table(result: Result) -> str:
         for name, one in kinds
     ]
     macro = ["mean of types", "", "", *(_value(result["macro"][key]) for key, _ in COLUMNS)]
-    return page.table(head, [*rows, macro])
+    return page.Table(head, [*rows, macro])
 
 
 def _with_interval(values: Result, name: str) -> str:

@@ -3,9 +3,8 @@
 One file that needs no network and no script; drawn from the study alone, so that it can be drawn again at any time.
 """
 
-import html
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -26,7 +25,6 @@ from raylivecell.sweep.study import finished, folder_of, values
 MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to its end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
 STRENGTH = {"augment.elastic.alpha_x", "augment.elastic.sigma"}
 PICTURES = 2
-RINGS = "A dot trained to its end, a triangle was stopped early; a red ring is the start, a pink one the best."
 
 
 def write(
@@ -49,25 +47,26 @@ def write(
         best: the trial handed over.
         confirmed: validation Dice of runs with fresh seeds, by contender.
     """
-    name = addresses.name(out)
-    body = [
-        page.grid("tiles", [page.tile(label, value) for label, value in headline(study, config, best)]),
-        "<h2>The search</h2>",
-        page.grid("curves", _figures([_history(study, config), *_front(study, config)])),
-        *_confirmed(confirmed),
-        *_elastic(study),
-        *_importances(study),
-        "<h2>Each field</h2>",
-        f'<p class="soft">{RINGS}</p>',
-        page.grid("curves", _figures(_slices(study, config, best))),
-        "<h2>The best recipe</h2>",
-        page.table(["field", "start", "best"], _changes(recipe, values(best, recipe, config))),
-        *_pictures(out, data, study, config, best),
-        "<h2>All trials</h2>",
-        _trials(study, recipe, config),
-    ]
-    subtitle = "Search for a better recipe with Ray Tune and Optuna"
-    storage.write_bytes(storage.join(out, "report.html"), page.page(f"Sweep {name}", subtitle, body).encode())
+    rows = statistics.trial_rows(study, recipe, config)
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
+    columns += ["failed"] if any(row["failed"] for row in rows) else []
+    text = page.render(
+        "sweep",
+        f"Sweep {addresses.name(out)}",
+        "Search for a better recipe with Ray Tune and Optuna",
+        headline=headline(study, config, best),
+        search=_embedded([_history(study, config), *_front(study, config)]),
+        final_seeds=_final_seeds_table(confirmed) if confirmed else None,
+        final_seed_figures=_embedded([_final_seeds_figure(confirmed)]) if confirmed else [],
+        comparisons=_comparisons(study),
+        importance=_embedded(_importances(study)),
+        least_trials=statistics.LEAST_TRIALS,
+        fields=_embedded(_slices(study, config, best)),
+        changes=page.Table(["field", "start", "best"], _changes(recipe, values(best, recipe, config))),
+        pictures=_pictures(out, data, study, config, best),
+        trials=page.number_table(rows, columns),
+    )
+    storage.write_bytes(storage.join(out, "report.html"), text)
 
 
 def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, str]]:
@@ -89,8 +88,8 @@ def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> lis
     ]
 
 
-def _figures(drawn: Sequence[tuple[str, bytes]]) -> list[str]:
-    return [page.figure(title, page.data_uri(svg, "svg+xml")) for title, svg in drawn]
+def _embedded(figures: Sequence[tuple[str, bytes]]) -> list[page.Image]:
+    return page.images(figures, "svg+xml")
 
 
 def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
@@ -136,35 +135,45 @@ def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
     return [("Pareto front: numbers are trials", page.svg(figure))]
 
 
-def _confirmed(confirmed: dict[str, list[float]]) -> list[str]:
-    """Runs with fresh seeds: each contender's scores, mean and spread, and its difference to the start by seed."""
-    if not confirmed:
-        return []
+def _ordered(confirmed: Mapping[str, list[float]]) -> list[tuple[str, list[float]]]:
+    """Candidates with their scores, the starting recipe first."""
+    return sorted(confirmed.items(), key=lambda entry: entry[0] != "start")
+
+
+def _final_seeds_table(confirmed: Mapping[str, list[float]]) -> page.Table:
+    """Each candidate's scores with fresh seeds: mean, standard deviation, difference to the start by seed."""
     start = confirmed.get("start", [])
     rows = []
-    ordered = sorted(confirmed.items(), key=lambda one: one[0] != "start")
-    for name, scores in ordered:
+    for name, scores in _ordered(confirmed):
         gains = np.subtract(scores, start) if len(scores) == len(start) and name != "start" else np.array([])
-        spread = f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
+        deviation = f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         gain = f"{gains.mean():+.4f} ({gains.min():+.4f} to {gains.max():+.4f})" if len(gains) else ""
-        each = ", ".join(f"{one:.4f}" for one in scores)
-        rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", spread, gain, each])
-    figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(rows))
-    for place, scores in enumerate(score for _, score in ordered):
+        by_seed = ", ".join(f"{score:.4f}" for score in scores)
+        rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", deviation, gain, by_seed])
+    head = ["trained anew", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
+    return page.Table(head, rows)
+
+
+def _final_seeds_figure(confirmed: Mapping[str, list[float]]) -> tuple[str, bytes]:
+    figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(confirmed))
+    for place, (_, scores) in enumerate(_ordered(confirmed)):
         axes.plot(scores, [place] * len(scores), "o", color=BLUE, alpha=0.7)
         axes.plot(np.mean(scores), place, "|", color=BLACK, markersize=18, markeredgewidth=2)
-    axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel="validation Dice")
+    names = [name.replace("-", " ") for name, _ in _ordered(confirmed)]
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="validation Dice")
     axes.invert_yaxis()
-    head = ["trained anew", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
-    return [
-        "<h2>Confirmed with fresh seeds</h2>",
-        '<p class="soft">The score by which a trial was chosen flatters it. These runs were not chosen.</p>',
-        page.table(head, rows),
-        page.grid("curves", _figures([("Each run, and the mean", page.svg(figure))])),
-    ]
+    return "Each run, and the mean", page.svg(figure)
 
 
-def _elastic(study: optuna.Study) -> list[str]:
+class Comparison(NamedTuple):
+    """A section of the report: a field at its off value against the other values."""
+
+    question: str
+    verdict: str
+    figures: list[page.Image]
+
+
+def _comparisons(study: optuna.Study) -> list[Comparison]:
     """Elastic deformation off against on, at the step that every trial reached."""
     groups = statistics.elastic_groups(study)
     if not groups:
@@ -182,11 +191,7 @@ def _elastic(study: optuna.Study) -> list[str]:
     drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
     if len(strength) > 2:
         drawn.append(("How strong", page.svg(_strength(strength, study))))
-    return [
-        "<h2>Is elastic deformation worth it?</h2>",
-        f"<p>{html.escape(said)}</p>",
-        page.grid("curves", _figures(drawn)),
-    ]
+    return [Comparison("Is elastic deformation worth it?", said, _embedded(drawn))]
 
 
 def _groups(groups: Sequence[Group]) -> Any:
@@ -219,12 +224,11 @@ def _strength(trials: Sequence[FrozenTrial], study: optuna.Study) -> Any:
     return figure
 
 
-def _importances(study: optuna.Study) -> list[str]:
-    """Bars of what each parameter matters, with intervals and what chance alone gives."""
+def _importances(study: optuna.Study) -> list[tuple[str, bytes]]:
+    """Bar chart of each parameter's importance, with interval and chance level; [] for too few trials."""
     found = statistics.importances(study)
     if not found:
-        few = f"Fewer than {statistics.LEAST_TRIALS} trials can be compared: too few to say."
-        return ["<h2>What matters</h2>", f'<p class="soft">{few}</p>']
+        return []
     figure, axes = page.axes_of(6.4, 1.0 + 0.32 * len(found))
     places = np.arange(len(found))
     axes.barh(places, [one.value for one in found], color=BLUE, height=0.6)
@@ -237,15 +241,7 @@ def _importances(study: optuna.Study) -> list[str]:
     axes.set(yticks=places, yticklabels=[f"{one.name} ({one.trials})" for one in found], xlabel="importance")
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9)
-    note = (
-        "The part of the scores' variance that a field alone explains (fANOVA), with 90 % bootstrap intervals; in "
-        "brackets the trials that have the field. A bar short of the red mark says nothing."
-    )
-    return [
-        "<h2>What matters</h2>",
-        f'<p class="soft">{note}</p>',
-        page.grid("curves", _figures([("Importance", page.svg(figure))])),
-    ]
+    return [("Importance", page.svg(figure))]
 
 
 def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, bytes]]:
@@ -275,22 +271,14 @@ def _changes(recipe: Recipe, chosen: space.Values) -> list[list[str]]:
     return [[path, page.number(space.get(recipe, path)), page.number(value)] for path, value in chosen.items()]
 
 
-def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[str]:
-    """What the best and the worst trial find on the same validation images."""
+def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[page.Image]:
+    """Segmentations of the best and the worst trial on the same validation images."""
     pick = min if OBJECTIVES[config.objectives[0]].mode == "max" else max
     scored = [trial for trial in finished(study) if statistics.score(trial) is not None]
     worst = pick(scored, key=lambda trial: statistics.score(trial) or 0.0)
-    figures = []
+    panels = []
     for name, trial in {"Best": best, "Worst": worst}.items():
         network, _ = checkpoint.load_model(storage.join(out, folder_of(trial.number)))
         for title, png in pictures.overlays(network, data, "val", PICTURES):
-            figures.append(page.figure(f"{name}, trial {trial.number}: {title}", page.data_uri(png, "png")))
-    return ["<h2>What the best and the worst trial find</h2>", page.grid("pictures", figures)]
-
-
-def _trials(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
-    rows = statistics.trial_rows(study, recipe, config)
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
-    columns += ["failed"] if any(row["failed"] for row in rows) else []
-    cells = [[page.number(row.get(name)) for name in columns] for row in rows]
-    return f'<details class="card"><summary>{len(rows)} trials</summary>{page.table(columns, cells)}</details>'
+            panels.append((f"{name}, trial {trial.number}: {title}", png))
+    return page.images(panels, "png")

@@ -325,7 +325,7 @@ def test_the_package_in_the_image_is_whole(image: Path) -> None:
     (site,) = (image / "venv").glob("lib/python*/site-packages")
 
     def files(folder: Path) -> set[str]:
-        found = (path for suffix in ("*.py", "*.yaml") for path in folder.rglob(suffix))
+        found = (path for suffix in ("*.py", "*.yaml", "*.j2") for path in folder.rglob(suffix))
         return {str(path.relative_to(folder)) for path in found}
 
     assert files(site / "raylivecell") == files(ROOT / "raylivecell")
