@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylivecell.annotations.rle import Rle
-from raylivecell.scoring import average_precision, instance_scores, pixel_scores
+from raylivecell.scoring import average_precision, bootstrap, instance_scores, pixel_scores
 from raylivecell.scoring.average_precision import Matches
 
 # Means over images; of errors, of their size.
 MEANS = ("msa", "sa50", "sa75", "pq")
 ERRORS = ("count_error", "confluence_error")
-RESAMPLES = 2000
 
 
 class Prediction(NamedTuple):
@@ -122,12 +121,9 @@ def _summary(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed
 
 
 def _interval(values: NDArray[np.float64], seed: int) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean over images."""
-    if len(values) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
+    """95 % interval of the mean over images."""
+    bounds = bootstrap.interval(np.mean, values, seed=seed)
+    return None if bounds is None else bounds.tolist()
 
 
 def _macro(kinds: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

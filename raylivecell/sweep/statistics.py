@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
 from raylivecell.recipe import Recipe
+from raylivecell.scoring import bootstrap
 from raylivecell.sweep.space import ELASTIC, SweepConfig
 from raylivecell.sweep.study import finished, values
 
@@ -127,34 +129,37 @@ def _importances(
     """Of the parameters `names` among `trials`, which all have them."""
     if len(trials) < LEAST_TRIALS:
         return []
-    rng, count = np.random.default_rng(seed), len(trials)
-    values_ = np.array([scores[trial.number] for trial in trials])
-    whole = _fanova(names, trials, values_)
-    drawn, shuffled = [], []
-    for _ in range(RESAMPLES):
-        chosen = rng.integers(count, size=count)
-        drawn.append(_fanova(names, [trials[i] for i in chosen], values_[chosen]))
-        shuffled.append(_fanova(names, trials, rng.permutation(values_)))
-    found = []
-    for name in names:
-        low, high = np.quantile([one[name] for one in drawn], [0.05, 0.95]).tolist()
-        chance = float(np.quantile([one[name] for one in shuffled], 0.95))
-        found.append(Importance(name, whole[name], low, high, chance, count))
-    return found
+    labels = np.array([scores[trial.number] for trial in trials])
+    values_ = _fanova(names, trials, labels)
+
+    def resampled(indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        return _fanova(names, [trials[i] for i in indices], labels[indices])
+
+    bounds = bootstrap.interval(
+        resampled, np.arange(len(trials)), seed=seed, resamples=RESAMPLES, level=0.9, vectorized=False
+    )
+    assert bounds is not None
+    rng = np.random.default_rng(seed)
+    shuffled = [_fanova(names, trials, rng.permutation(labels)) for _ in range(RESAMPLES)]
+    chance = np.quantile(shuffled, 0.95, axis=0)
+    return [
+        Importance(name, float(value), float(low), float(high), float(level), len(trials))
+        for name, value, (low, high), level in zip(names, values_, bounds, chance)
+    ]
 
 
-def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: np.ndarray) -> dict[str, float]:
+def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Importance of each parameter; 0 for one that never changed."""
-    kept = [name for name in names if len({str(trial.params[name]) for trial in trials}) > 1]
-    if not kept or np.ptp(scores) == 0:
-        return dict.fromkeys(names, 0.0)
+    varied = [name for name in names if len({str(trial.params[name]) for trial in trials}) > 1]
+    if not varied or np.ptp(scores) == 0:
+        return np.zeros(len(names))
     study = optuna.create_study()
     for trial, score_ in zip(trials, scores):
-        params = {name: trial.params[name] for name in kept}
-        distributions = {name: trial.distributions[name] for name in kept}
+        params = {name: trial.params[name] for name in varied}
+        distributions = {name: trial.distributions[name] for name in varied}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=float(score_)))
-    found = FanovaImportanceEvaluator(n_trees=TREES, seed=0).evaluate(study, params=kept)
-    return {name: float(found.get(name, 0.0)) for name in names}
+    importance = FanovaImportanceEvaluator(n_trees=TREES, seed=0).evaluate(study, params=varied)
+    return np.array([importance.get(name, 0.0) for name in names])
 
 
 def elastic_groups(study: optuna.Study, seed: int = 0) -> list[Group]:
@@ -170,22 +175,22 @@ def elastic_groups(study: optuna.Study, seed: int = 0) -> list[Group]:
 
 
 def group(name: str, scores: Sequence[float], seed: int = 0) -> Group:
-    """Mean and interval of some scores."""
-    means = _bootstrap_means(scores, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Group(name, list(scores), float(np.mean(scores)), float(low), float(high))
+    """Summarize the scores of two trials or more: mean and its interval."""
+    bounds = bootstrap.interval(np.mean, scores, seed=seed)
+    assert bounds is not None
+    return Group(name, list(scores), float(np.mean(scores)), *bounds.tolist())
 
 
 def difference(a: Group, b: Group, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of b less that of a, and its 95 % bootstrap interval."""
-    drawn = _bootstrap_means(b.scores, seed) - _bootstrap_means(a.scores, seed + 1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return b.mean - a.mean, float(low), float(high)
+    """Mean of `b` minus mean of `a`, and its 95 % bootstrap interval."""
 
+    def gain(b: NDArray[np.float64], a: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return b.mean(axis) - a.mean(axis)
 
-def _bootstrap_means(scores: Sequence[float], seed: int, resamples: int = 2000) -> np.ndarray:
-    drawn = np.random.default_rng(seed).integers(len(scores), size=(resamples, len(scores)))
-    return np.asarray(scores)[drawn].mean(axis=1)
+    bounds = bootstrap.interval(gain, b.scores, a.scores, seed=seed)
+    assert bounds is not None
+    low, high = bounds.tolist()
+    return b.mean - a.mean, low, high
 
 
 def time_spent(study: optuna.Study) -> tuple[float, float]:
