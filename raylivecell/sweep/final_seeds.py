@@ -1,8 +1,9 @@
 """Start and best trained again with fresh seeds: the score by which a trial was chosen is too high.
 
-The candidates are the starting recipe, the best trial's, and that without elastic deformation (or, where it has none,
-with that of the best trial that has). Each run's folder is that of a trial, with the run's recipe.yaml:
-final/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to their end.
+The candidates are the starting recipe, the best trial's, and for each field of `compare_off` the best trial's with it
+off (or, if it is off there, on as in the best trial that has it on). Each run has a folder as a trial has, with the
+run's recipe.yaml: final/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to
+their end.
 """
 
 import json
@@ -15,14 +16,14 @@ from optuna.trial import FrozenTrial
 from ray import tune
 
 from raylivecell import recipe as recipes
-from raylivecell.core import settings, storage
+from raylivecell.core import storage
 from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder as run_folder
 from raylivecell.runs.progress import validation_score
 from raylivecell.sweep import space, statistics
 from raylivecell.sweep import tune as tuner
-from raylivecell.sweep.space import ELASTIC, OBJECTIVES, SweepConfig
+from raylivecell.sweep.space import OBJECTIVES, SweepConfig
 from raylivecell.sweep.study import values
 from raylivecell.sweep.trial import SweepContext
 from raylivecell.training.display import TrialTable
@@ -38,36 +39,38 @@ def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: F
     A candidate whose recipe is that of an earlier one is left out: the best trial may be the starting recipe.
     """
     name, chosen = f"trial-{best.number}", values(best, recipe, config)
-    listed: dict[str, space.Values] = {"start": {}, name: chosen}
-    if ELASTIC in space.searched_fields(config):
+    candidates: dict[str, space.Values] = {"start": {}, name: chosen}
+    searched = set(space.searched_fields(config))
+    for path, off in config.compare_off.items():
+        if path not in searched:
+            continue
         # A conditional field that the trial did not use has the value of the starting recipe.
-        if space.get(space.apply(recipe, chosen), ELASTIC) > 0:
-            listed[f"{name}-elastic-off"] = {**chosen, ELASTIC: 0.0}
-        elif other := _best_with_elastic(recipe, config, study):
-            deformed = space.apply(recipe, values(other, recipe, config))
-            fields = {path: space.get(deformed, path) for path in settings.field_paths(Recipe) if _is_elastic(path)}
-            listed[f"{name}-elastic-of-{other.number}"] = {**chosen, **fields}
-    trained: dict[str, Recipe] = {}
-    for one, fields in listed.items():
+        if not space.is_equal(space.get(space.apply(recipe, chosen), path), off):
+            candidates[f"{name}-{path}-off"] = {**chosen, **dict.fromkeys(space.tied_fields(config, path), off)}
+        elif other := _best_with(path, off, recipe, config, study):
+            source = space.apply(recipe, values(other, recipe, config))
+            switched = [path, *space.strength_fields(config, path)]
+            fields = {field: space.get(source, field) for one in switched for field in space.tied_fields(config, one)}
+            candidates[f"{name}-{path}-of-{other.number}"] = {**chosen, **fields}
+    trained: list[Recipe] = []
+    distinct = {}
+    for candidate, fields in candidates.items():
         changed = space.apply(recipe, fields)
-        if changed not in trained.values():
-            trained[one] = changed
-    return {one: listed[one] for one in trained}
+        if changed not in trained:
+            trained.append(changed)
+            distinct[candidate] = fields
+    return distinct
 
 
-def _is_elastic(path: str) -> bool:
-    return path.startswith(ELASTIC.removesuffix("p"))
-
-
-def _best_with_elastic(recipe: Recipe, config: SweepConfig, study: optuna.Study) -> FrozenTrial | None:
-    """The best finished trial by the first objective, the earliest of equals, whose recipe deforms."""
+def _best_with(path: str, off: Any, recipe: Recipe, config: SweepConfig, study: optuna.Study) -> FrozenTrial | None:
+    """The best finished trial by the first objective, the earliest of equals, in which the field `path` is on."""
     sign = 1 if OBJECTIVES[config.objectives[0]].mode == "max" else -1
-    deforming = [
+    trials = [
         trial
         for trial in statistics.complete(study)
-        if space.get(space.apply(recipe, values(trial, recipe, config)), ELASTIC) > 0
+        if not space.is_equal(space.get(space.apply(recipe, values(trial, recipe, config)), path), off)
     ]
-    return max(deforming, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
+    return max(trials, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
 
 def run(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,7 +24,6 @@ from raylivecell.sweep.statistics import Group
 from raylivecell.sweep.study import finished, folder_of, values
 
 MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to its end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
-STRENGTH = {"augment.elastic.alpha_x", "augment.elastic.sigma"}
 PICTURES = 2
 
 
@@ -58,7 +58,7 @@ def write(
         search=_embedded([_history(study, config), *_front(study, config)]),
         final_seeds=_final_seeds_table(confirmed) if confirmed else None,
         final_seed_figures=_embedded([_final_seeds_figure(confirmed)]) if confirmed else [],
-        comparisons=_comparisons(study),
+        comparisons=_comparisons(study, config),
         importance=_embedded(_importances(study)),
         least_trials=statistics.LEAST_TRIALS,
         fields=_embedded(_slices(study, config, best)),
@@ -166,35 +166,39 @@ def _final_seeds_figure(confirmed: Mapping[str, list[float]]) -> tuple[str, byte
 
 
 class Comparison(NamedTuple):
-    """A section of the report: a field at its off value against the other values."""
+    """A section of the report: trials with a field at its off value against those with it on."""
 
-    question: str
+    field: str
+    off: Any
     verdict: str
     figures: list[page.Image]
 
 
-def _comparisons(study: optuna.Study) -> list[Comparison]:
-    """Elastic deformation off against on, at the step that every trial reached."""
-    groups = statistics.elastic_groups(study)
-    if not groups:
-        return []
-    at = statistics.early_scores(study)[0]
-    gain, low, high = statistics.difference(groups[0], groups[1])
-    verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse for certain"
-    said = (
-        f"On is {verdict}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} trials "
-        f"without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial had. "
-        "The other fields differ too from trial to trial."
-    )
-    comparable = statistics.early_scores(study)[1]
-    strength = [t for t in finished(study) if t.params.keys() >= STRENGTH and t.number in comparable]
-    drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
-    if len(strength) > 2:
-        drawn.append(("How strong", page.svg(_strength(strength, study))))
-    return [Comparison("Is elastic deformation worth it?", said, _embedded(drawn))]
+def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
+    """Compare off with on for each field of `compare_off`, at the step that every trial reached."""
+    sections = []
+    at, scores = statistics.early_scores(study)
+    for path, off in config.compare_off.items():
+        groups = statistics.off_on_groups(study, path, off)
+        if not groups:
+            continue
+        gain, low, high = statistics.difference(groups[0], groups[1])
+        effect = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse for certain"
+        verdict = (
+            f"On is {effect}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} "
+            f"trials without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial "
+            "had. The other fields differ too from trial to trial."
+        )
+        figures = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
+        strength = space.strength_fields(config, path)[:2]
+        trials = [t for t in finished(study) if t.number in scores and t.params.keys() >= set(strength)]
+        if len(strength) == 2 and len(trials) > 2 and all(config.space[name].choices is None for name in strength):
+            figures.append(("How strong", page.svg(_strength(trials, scores, strength, config))))
+        sections.append(Comparison(path, off, verdict, _embedded(figures)))
+    return sections
 
 
-def _groups(groups: Sequence[Group]) -> Any:
+def _groups(groups: Sequence[Group]) -> Figure:
     figure, axes = page.axes_of()
     rng = np.random.default_rng(0)
     for place, one in enumerate(groups):
@@ -207,20 +211,19 @@ def _groups(groups: Sequence[Group]) -> Any:
     return figure
 
 
-def _strength(trials: Sequence[FrozenTrial], study: optuna.Study) -> Any:
+def _strength(
+    trials: Sequence[FrozenTrial], scores: Mapping[int, float], fields: Sequence[str], config: SweepConfig
+) -> Figure:
+    """Scores as colours over the two fields that are searched only while a field is on."""
     figure, axes = page.axes_of()
-    scores = statistics.early_scores(study)[1]
-    points = [
-        (t.params["augment.elastic.alpha_x"], t.params["augment.elastic.sigma"], scores[t.number])
-        for t in trials
-        if t.number in scores
-    ]
-    alpha, sigma, colour = zip(*points)
-    marks = axes.scatter(alpha, sigma, c=colour, cmap="viridis", s=36)
+    x, y = ([trial.params[name] for trial in trials] for name in fields)
+    marks = axes.scatter(x, y, c=[scores[trial.number] for trial in trials], cmap="viridis", s=36)
     figure.colorbar(marks, ax=axes, label="validation Dice")
-    axes.set(xlabel="alpha", ylabel="sigma", xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        page.log_axis(axis)
+    axes.set(xlabel=fields[0], ylabel=fields[1])
+    for name, axis, set_scale in zip(fields, (axes.xaxis, axes.yaxis), (axes.set_xscale, axes.set_yscale)):
+        if config.space[name].log:
+            set_scale("log")
+            page.log_axis(axis)
     return figure
 
 

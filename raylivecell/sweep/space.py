@@ -5,9 +5,9 @@
       model.norm: {choices: [batch, group]}
       augment.elastic.p: {low: 0.0, high: 1.0, step: 0.25}
       augment.elastic.alpha_x:
-        {low: 50, high: 1000, log: true, also: [augment.elastic.alpha_y], when: {augment.elastic.p: {above: 0}}}
+        {low: 50, high: 1000, log: true, tied_to: [augment.elastic.alpha_y], when: {augment.elastic.p: {above: 0}}}
     shares:
-      - {fields: [loss.background_weight, loss.cell_weight], least: 0.1}
+      - {fields: [loss.background_weight, loss.cell_weight], min: 0.1}
 
 1. `suggest` asks a trial (Optuna's, or anything with its suggest_* methods) for the values of all fields: first the
    shares, then the fields in their order. A condition (`when`) is evaluated on the trial's own values.
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from raylivecell import recipe as recipes
 from raylivecell.core import settings
@@ -39,24 +39,25 @@ Values = dict[str, Any]
 
 
 class Condition(StrictModel):
-    """What another field's value must be."""
+    """A condition on another field's value."""
 
+    model_config = ConfigDict(populate_by_name=True)
     above: float | None = None
     """Greater than this."""
-    among: tuple[Any, ...] | None = None
+    in_: tuple[Any, ...] | None = Field(None, alias="in")
     """One of these."""
 
     @model_validator(mode="after")
-    def _one(self) -> "Condition":
-        if (self.above is None) == (self.among is None):
-            raise ValueError("give a condition either above or among")
+    def _above_or_in(self) -> "Condition":
+        if (self.above is None) == (self.in_ is None):
+            raise ValueError("give a condition either above or in")
         return self
 
     def holds(self, value: Any) -> bool:
         """Whether `value` meets the condition; null is never above a number."""
         if self.above is not None:
             return is_number(value) and value > self.above
-        return _label(value) in [_label(one) for one in self.among or ()]
+        return any(is_equal(value, choice) for choice in self.in_ or ())
 
 
 class Dimension(StrictModel):
@@ -69,8 +70,8 @@ class Dimension(StrictModel):
     step: float | None = Field(None, gt=0)
     """Only low, low + step, low + 2 step, ..."""
     choices: tuple[Any, ...] | None = Field(None, min_length=2)
-    also: tuple[str, ...] = ()
-    """Fields that take the same value."""
+    tied_to: tuple[str, ...] = ()
+    """Fields that get the same value."""
     when: dict[str, Condition] = Field(default_factory=dict)
     """Searched only while these fields are so; else the field keeps its value of the starting recipe."""
 
@@ -92,8 +93,8 @@ class Shares(StrictModel):
     fields: tuple[str, ...] = Field(min_length=2)
     sum: float | None = Field(None, gt=0)
     """What they share; none: what they add up to in the starting recipe."""
-    least: float = Field(0.0, ge=0)
-    """The least that one of them may be."""
+    min: float = Field(0.0, ge=0)
+    """Lower bound of each field."""
 
 
 class Objective(NamedTuple):
@@ -121,11 +122,12 @@ DEFAULT_SPACE = {
     "loss.border_weight": Dimension(low=0, high=10, step=1),
     ELASTIC: Dimension(low=0, high=1, step=0.25),
     "augment.elastic.alpha_x": Dimension(
-        low=50, high=1500, log=True, also=("augment.elastic.alpha_y",), when=_DEFORMED
+        low=50, high=1500, log=True, tied_to=("augment.elastic.alpha_y",), when=_DEFORMED
     ),
     "augment.elastic.sigma": Dimension(low=4, high=40, log=True, when=_DEFORMED),
 }
-DEFAULT_SHARES = (Shares(fields=("loss.background_weight", "loss.cell_weight"), least=0.1),)
+DEFAULT_SHARES = (Shares(fields=("loss.background_weight", "loss.cell_weight"), min=0.1),)
+DEFAULT_COMPARE_OFF: Values = {ELASTIC: 0.0}
 
 
 class SearchConfig(StrictModel):
@@ -162,6 +164,9 @@ class SweepConfig(SearchConfig):
     """Fields and their ranges."""
     shares: tuple[Shares, ...] = DEFAULT_SHARES
     """Fields that share a fixed sum."""
+    compare_off: Values = DEFAULT_COMPARE_OFF
+    """Fields with the value that switches each off. If such a field is searched, the report compares the trials with it
+    off and on, and `--final-seeds` trains the best recipe with it switched, too."""
 
 
 def load(uri: str) -> tuple[Recipe, SweepConfig]:
@@ -174,7 +179,7 @@ def load(uri: str) -> tuple[Recipe, SweepConfig]:
 def searched_fields(config: SweepConfig) -> Iterator[str]:
     """Paths of all searched fields."""
     for path, dimension in config.space.items():
-        yield from (path, *dimension.also)
+        yield from (path, *dimension.tied_to)
     for shares in config.shares:
         yield from shares.fields
 
@@ -188,7 +193,7 @@ def suggest(trial: "BaseTrial", recipe: Recipe, config: SweepConfig) -> Values:
     for path, dimension in config.space.items():
         if _holds(dimension, tree):
             value = _ask(trial, path, dimension, get(recipe, path))
-            values |= _write(tree, dict.fromkeys((path, *dimension.also), value))
+            values |= _write(tree, dict.fromkeys((path, *dimension.tied_to), value))
     return values
 
 
@@ -265,6 +270,23 @@ def _label(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two values of a field are equal, each as the recipe or as Optuna stores it."""
+    return _label(a) == _label(b)
+
+
+def tied_fields(config: SweepConfig, path: str) -> tuple[str, ...]:
+    """A field and those that get its value."""
+    return (path, *(config.space[path].tied_to if path in config.space else ()))
+
+
+def strength_fields(config: SweepConfig, path: str) -> list[str]:
+    """Fields that are searched only while the field `path` of `compare_off` is on."""
+    conditions = {name: dimension.when.get(path) for name, dimension in config.space.items()}
+    off = config.compare_off[path]
+    return [name for name, condition in conditions.items() if condition is not None and not condition.holds(off)]
+
+
 def is_complete(dimension: Dimension, start_value: Any) -> bool:
     """Whether a field is searched over whole numbers: its value is one, and the range's ends and step are."""
     ends = (dimension.low, dimension.high, dimension.step or 1)
@@ -311,7 +333,7 @@ def _is_same(recipe: Recipe, path: str, choice: Any) -> bool:
 
 
 def _check_same(recipe: Recipe, path: str, dimension: Dimension) -> None:
-    for other in dimension.also:
+    for other in dimension.tied_to:
         if get(recipe, other) != get(recipe, path):
             raise UserError(
                 f"sweep.space: {other} shall be {path}, but the recipe starts with {get(recipe, other)} and "
@@ -320,15 +342,15 @@ def _check_same(recipe: Recipe, path: str, dimension: Dimension) -> None:
 
 
 def parts_of(shares: Shares, recipe: Recipe) -> tuple[list[float], float]:
-    """The starting recipe's values of the fields, and what is left to share above `least` each."""
+    """The starting recipe's values of the fields, and what is left to share above `min` each."""
     parts = [get(recipe, path) for path in shares.fields]
     for path, part in zip(shares.fields, parts):
         if not isinstance(part, float):
             raise UserError(f"sweep.shares: {path} is {part!r} in the recipe; only fractions can share a sum")
     total = sum(parts) if shares.sum is None else shares.sum
-    free = total - shares.least * len(parts)
+    free = total - shares.min * len(parts)
     if free <= 0:
-        raise UserError(f"sweep.shares: {len(parts)} fields of at least {shares.least:g} exceed {total:g}; lower least")
+        raise UserError(f"sweep.shares: {len(parts)} fields of at least {shares.min:g} exceed {total:g}; lower min")
     return parts, free
 
 
@@ -350,27 +372,27 @@ def _broken(shares: Shares, recipe: Recipe, cuts: Sequence[float]) -> Values:
     values: Values = {}
     for place, (path, u) in enumerate(zip(shares.fields, cuts)):
         part = left * (1 - (1 - u) ** (1 / (len(shares.fields) - 1 - place)))
-        values[path] = round(shares.least + part, DIGITS)
+        values[path] = round(shares.min + part, DIGITS)
         left -= part
-    values[shares.fields[-1]] = round(shares.least + max(0.0, min(left, free)), DIGITS)
+    values[shares.fields[-1]] = round(shares.min + max(0.0, min(left, free)), DIGITS)
     return values
 
 
 def _start_of_shares(shares: Shares, recipe: Recipe) -> dict[str, float]:
     parts, left = parts_of(shares, recipe)
-    total = left + shares.least * len(parts)
-    if not math.isclose(sum(parts), total, rel_tol=1e-6) or min(parts) < shares.least:
+    total = left + shares.min * len(parts)
+    if not math.isclose(sum(parts), total, rel_tol=1e-6) or min(parts) < shares.min:
         given = ", ".join(f"{path} {part:g}" for path, part in zip(shares.fields, parts))
-        raise UserError(f"sweep.shares: the recipe starts with {given}, not shares of {total:g} over {shares.least:g}")
+        raise UserError(f"sweep.shares: the recipe starts with {given}, not shares of {total:g} over {shares.min:g}")
     parameters = {}
     for place, (path, part) in enumerate(zip(shares.fields[:-1], parts)):
-        share = min(1.0, (part - shares.least) / left) if left > 0 else 0.0
+        share = min(1.0, (part - shares.min) / left) if left > 0 else 0.0
         parameters[_share_name(path)] = 1 - (1 - share) ** (len(parts) - 1 - place)
-        left -= part - shares.least
+        left -= part - shares.min
     return parameters
 
 
 def dump(recipe: Recipe, config: SweepConfig) -> str:
     """Starting recipe and search as the YAML that `load` reads."""
-    search = {recipes.SWEEP: config.model_dump(mode="json", exclude_none=True)}
+    search = {recipes.SWEEP: config.model_dump(mode="json", exclude_none=True, by_alias=True)}
     return recipes.dump(recipe) + yaml.safe_dump(search, sort_keys=False)

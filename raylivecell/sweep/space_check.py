@@ -16,7 +16,8 @@ def check(recipe: Recipe, config: SweepConfig) -> None:
 
     Raises:
         UserError: an unknown field, one searched twice, a condition on a field that is searched later, an objective
-            that the recipe's targets do not have, a start outside its range, a range with values that no recipe takes.
+            that the recipe's targets do not have, a start outside its range, a range or an off value that no recipe
+            takes.
     """
     _check_fields(recipe, config)
     for place, (path, dimension) in enumerate(config.space.items()):
@@ -27,7 +28,9 @@ def check(recipe: Recipe, config: SweepConfig) -> None:
     for _ in variants(recipe, config):
         pass
     for shares in config.shares:
-        _check_least(recipe, shares)
+        _check_min(recipe, shares)
+    for path, off in config.compare_off.items():
+        space.apply(recipe, dict.fromkeys(space.tied_fields(config, path), off), "sweep.compare_off")
 
 
 def _check_fields(recipe: Recipe, config: SweepConfig) -> None:
@@ -53,9 +56,9 @@ def _check_condition(
     """UserError where the condition of the field `path`, number `place`, cannot be evaluated when it is asked for."""
     value = space.get(recipe, other)
     if condition.above is not None and value is not None and not space.is_number(value):
-        raise UserError(f"sweep.space: {path} needs {other} above a number, and it is {value!r}; use among")
+        raise UserError(f"sweep.space: {path} needs {other} above a number, and it is {value!r}; use in")
     for later, dimension in list(config.space.items())[place:]:
-        if any(_overlap(field, other) for field in (later, *dimension.also)):
+        if any(_overlap(field, other) for field in (later, *dimension.tied_to)):
             hint = "a field cannot hang on itself" if later == path else f"put {later} before it"
             raise UserError(f"sweep.space: {path} hangs on {other}; {hint}")
 
@@ -85,9 +88,9 @@ def variants(recipe: Recipe, config: SweepConfig) -> Iterator[tuple[str, Recipe]
     for path, dimension in config.space.items():
         for value in _extremes(path, dimension, space.get(recipe, path)):
             try:
-                yield path, space.apply(recipe, dict.fromkeys((path, *dimension.also), value), "sweep.space")
+                yield path, space.apply(recipe, dict.fromkeys((path, *dimension.tied_to), value), "sweep.space")
             except UserError as error:
-                if _is_refused(error, (path, *dimension.also)):
+                if _is_refused(error, (path, *dimension.tied_to)):
                     raise
 
 
@@ -103,15 +106,15 @@ def _extremes(path: str, dimension: Dimension, start_value: Any) -> list[Any]:
     return [int(low), int(high)]
 
 
-def _check_least(recipe: Recipe, shares: Shares) -> None:
+def _check_min(recipe: Recipe, shares: Shares) -> None:
     """UserError where one of the fields may not have the least, or the largest, part."""
     for path in shares.fields:
-        for part in (shares.least, shares.least + space.parts_of(shares, recipe)[1]):
+        for part in (shares.min, shares.min + space.parts_of(shares, recipe)[1]):
             try:
                 space.apply(recipe, {path: part}, "sweep.shares")
             except UserError as error:
                 if _is_refused(error, (path,)):
-                    raise UserError(f"{error}; raise least, or change sum") from error
+                    raise UserError(f"{error}; raise min, or change sum") from error
 
 
 def _is_refused(error: UserError, paths: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What a study says, as numbers: a row a trial, what each field matters, elastic deformation off against on.
+"""Statistics of a study: the table of trials, the importance of each field, a field's off value against its others.
 
 Trials that ASHA stopped cannot be compared with those that trained to their end; all of them can be compared by their
 scores at the last step that every one of them reached. `early_scores` gives those.
@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raylivecell.recipe import Recipe
 from raylivecell.scoring import bootstrap
-from raylivecell.sweep.space import ELASTIC, SweepConfig
+from raylivecell.sweep.space import SweepConfig, is_equal
 from raylivecell.sweep.study import finished, values
 
 RESAMPLES = 50
@@ -162,13 +162,13 @@ def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: NDArray
     return np.array([importance.get(name, 0.0) for name in names])
 
 
-def elastic_groups(study: optuna.Study, seed: int = 0) -> list[Group]:
-    """Early scores of the trials with elastic deformation off and on; [] unless there are two of each."""
+def off_on_groups(study: optuna.Study, path: str, off: Any, seed: int = 0) -> list[Group]:
+    """Early scores of the trials with the field `path` off and on; [] unless there are two of each."""
     scores = early_scores(study)[1]
     sides: dict[str, list[float]] = {"off": [], "on": []}
     for trial in finished(study):
-        if trial.number in scores and ELASTIC in trial.params:
-            sides["on" if trial.params[ELASTIC] > 0 else "off"].append(scores[trial.number])
+        if trial.number in scores and path in trial.params:
+            sides["off" if is_equal(trial.params[path], off) else "on"].append(scores[trial.number])
     if min(len(side) for side in sides.values()) < 2:
         return []
     return [group(name, side, seed) for name, side in sides.items()]

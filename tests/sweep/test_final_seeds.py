@@ -31,7 +31,7 @@ RECIPE = Recipe(
     model=ModelConfig(features=(2, 4)),
     loop=LoopConfig(report_steps=5),
 )
-IN_GROUP = {"model.norm": Condition(among=("group",))}
+IN_GROUP = {"model.norm": Condition(in_=("group",))}
 CONDITIONAL = SweepConfig(
     space={
         "model.norm": Dimension(choices=("batch", "group")),
@@ -84,8 +84,8 @@ def test_a_trial_without_the_deformation_field_has_the_starting_recipes(tmp_path
     params = {"model.norm": "batch", "augment.elastic.alpha_x": RECIPE.augment.elastic.alpha_x}
     made = study_of(CONDITIONAL, trial(CONDITIONAL, params, [0.9]))
     named = final_seeds.candidates(RECIPE, CONDITIONAL, made, made.trials[0])
-    assert list(named) == ["start", "trial-0-elastic-off"], "and trial 0 is the starting recipe itself"
-    assert space.apply(RECIPE, named["trial-0-elastic-off"]).augment.elastic.p == 0
+    assert list(named) == ["start", "trial-0-augment.elastic.p-off"], "and trial 0 is the starting recipe itself"
+    assert space.apply(RECIPE, named["trial-0-augment.elastic.p-off"]).augment.elastic.p == 0
 
 
 @pytest.mark.parametrize(("objectives", "expected"), [(("dice",), 2), (("ms_per_image",), 1)])
@@ -99,26 +99,50 @@ def test_a_trial_without_deformation_is_compared_with_the_best_that_deforms(
     ]
     made = study_of(config, trial(config, {"model.norm": "group", ELASTIC: 0.0}, [0.9]), *deforming)
     named = final_seeds.candidates(RECIPE, config, made, made.trials[0])
-    name = f"trial-0-elastic-of-{expected}"
+    name = f"trial-0-augment.elastic.p-of-{expected}"
     assert list(named) == ["start", "trial-0", name]
     changed = space.apply(RECIPE, named[name]).augment.elastic
     assert (changed.p, changed.alpha_x) == (0.5, 100.0 * expected)
+
+
+def test_each_searched_field_of_compare_off_adds_a_candidate() -> None:
+    """Off writes the off value into tied fields too; a field that is not searched is left out."""
+    config = SweepConfig(
+        space={
+            "loss.border_weight": Dimension(low=0, high=9, tied_to=("loss.aux_weight",)),
+            "optimizer.clip_norm": Dimension(choices=(None, 1.0)),
+        },
+        shares=(),
+        compare_off={"loss.border_weight": 0.0, "optimizer.clip_norm": None, ELASTIC: 0.0},
+    )
+    trials = [
+        trial(config, {"loss.border_weight": 4.0, "optimizer.clip_norm": None}, [0.9]),
+        trial(config, {"loss.border_weight": 0.0, "optimizer.clip_norm": 1.0}, [0.8]),
+    ]
+    searched = study_of(config, *trials)
+    candidates = final_seeds.candidates(RECIPE, config, searched, searched.trials[0])
+    assert {name: list(values.values()) for name, values in candidates.items()} == {
+        "start": [],
+        "trial-0": [4.0, 4.0, None],
+        "trial-0-loss.border_weight-off": [0.0, 0.0, None],
+        "trial-0-optimizer.clip_norm-of-1": [4.0, 4.0, 1.0],
+    }
 
 
 def test_candidates_are_compared_over_the_seeds_that_all_finished(tmp_path: Path) -> None:
     for name, each in {
         "start": [[0.5], [0.6], [0.1]],
         "trial-3": [None, [0.7, 0.65], [0.9]],  # crashed before a report with seed 1
-        "trial-3-elastic-off": [[0.9], [0.8], [0.85]],
+        "trial-3-augment.elastic.p-off": [[0.9], [0.8], [0.85]],
     }.items():
         for seed, scores in enumerate(each, 1):
-            # The last got half as far as the others.
-            write_confirming(tmp_path, name, seed, scores, 5 if (name, seed) == ("trial-3-elastic-off", 3) else STEPS)
-    names = ["start", "trial-3", "trial-3-elastic-off"]
+            interrupted = (name, seed) == ("trial-3-augment.elastic.p-off", 3)
+            write_confirming(tmp_path, name, seed, scores, STEPS // 2 if interrupted else STEPS)
+    names = ["start", "trial-3", "trial-3-augment.elastic.p-off"]
     found = final_seeds.scores(str(tmp_path), names, samples=8)
-    assert found == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-elastic-off": {2: 0.8}}
+    assert found == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-augment.elastic.p-off": {2: 0.8}}
     folder, why = final_seeds.winner(str(tmp_path), found, "validation Dice")
-    assert folder == str(tmp_path / "final" / "trial-3-elastic-off-seed2"), "a seed, not a place in a list"
+    assert folder == str(tmp_path / "final" / "trial-3-augment.elastic.p-off-seed2"), "a seed, not a place in a list"
     assert progress.find(folder)
     assert "with fresh seeds 2" in why
     assert final_seeds.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "one that was never begun"

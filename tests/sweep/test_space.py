@@ -61,7 +61,7 @@ def test_shares_are_spread_evenly_over_the_simplex() -> None:
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.5), (0.5, 0.5, 2.0), (2.0, 0.5, 0.5)])
 def test_the_start_of_shares_comes_back(weights: tuple[float, float, float]) -> None:
     recipe = space.apply(Recipe(), dict(zip(WEIGHTS, weights)))
-    config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, least=0.25),))
+    config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, min=0.25),))
     values = space.suggest(FixedTrial(space.start(recipe, config)), recipe, config)
     assert [values[path] for path in WEIGHTS] == pytest.approx(weights)
 
@@ -91,6 +91,13 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(space.dump(recipe, config))
     assert space.load(str(tmp_path / "recipe.yaml")) == (recipe, config)
     assert recipes.load(tmp_path / "recipe.yaml") == recipe, "train takes the file as it is"
+    when = {"model.norm": Condition(in_=("group",))}
+    config = SweepConfig(
+        space={"optimizer.clip_norm": Dimension(choices=(None, 1.0), when=when)},
+        compare_off={"optimizer.clip_norm": None},
+    )
+    (tmp_path / "recipe.yaml").write_text(space.dump(recipe, config))
+    assert space.load(str(tmp_path / "recipe.yaml")) == (recipe, config)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,7 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
         ({"space": {"model.norm": {"choices": ["group", "sync_batch"]}}}, "batch, not among its choices"),
         ({"space": {"model.norm": {"low": 0, "high": 1}}}, "'batch' in the recipe, not a number"),
         ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "sum": 3}]}, "not shares of 3"),
-        ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "least": 2}]}, "lower least"),
+        ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "min": 2}]}, "lower min"),
         ({"shares": [{"fields": ["optimizer.lr", "loss.cell_weight"]}]}, "optimizer.lr is searched twice"),
         (
             {
@@ -119,10 +126,10 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
             },
             "put augment.elastic.p before it",
         ),
-        ({"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {}}}}}, "either above or among"),
+        ({"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {}}}}}, "either above or in"),
         (
             {"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {"above": 0}}}}},
-            "needs model.norm above a number, and it is 'batch'; use among",
+            "needs model.norm above a number, and it is 'batch'; use in",
         ),
         (
             {"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"optimizer.lr": {"above": 0}}}}},
@@ -132,7 +139,7 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
             {
                 "space": {
                     "optimizer.lr": {"low": 1e-4, "high": 1, "when": {"loss.aux_weight": {"above": 0}}},
-                    "loss.border_weight": {"low": 0, "high": 1, "also": ["loss.aux_weight"]},
+                    "loss.border_weight": {"low": 0, "high": 1, "tied_to": ["loss.aux_weight"]},
                 }
             },
             "put loss.border_weight before it",
@@ -162,9 +169,11 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
         ),
         ({"space": {"batch_size": {"low": 1, "high": 4.5}}}, "batch_size takes whole numbers"),
         ({"shares": [{"fields": ["loss.cell_weight", "model.norm"]}]}, "model.norm is 'batch' in the recipe; only"),
+        ({"compare_off": {"augment.elastic.prob": 0.0}}, "unknown field augment.elastic.prob"),
+        ({"compare_off": {"augment.elastic.p": -1}}, "sweep.compare_off: augment.elastic.p: Input should be greater"),
         (
             {"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"]}]},
-            "greater than 0 (got 0.0); raise least",
+            "greater than 0 (got 0.0); raise min",
         ),
     ],
 )
@@ -178,11 +187,11 @@ def test_a_mistake_is_named_with_its_mend(part: dict, told: str, tmp_path: Path)
 
 # Fields, the values that each may be given, and conditions on each that hold for some of them.
 SPACES: dict[str, tuple[Dimension, tuple[Condition, ...]]] = {
-    "model.norm": (Dimension(choices=("batch", "group")), (Condition(among=("group",)),)),
-    "optimizer.clip_norm": (Dimension(choices=(None, 1.0, 5.0)), (Condition(above=0), Condition(among=(None,)))),
-    "model.features": (Dimension(choices=([8, 16], [64, 128, 256, 512])), (Condition(among=([8, 16], (4,))),)),
-    "augment.elastic.p": (Dimension(low=0, high=1, step=0.5), (Condition(above=0), Condition(among=(0.5, 1)))),
-    "loss.border_weight": (Dimension(low=0, high=9, also=("loss.aux_weight",)), (Condition(above=4),)),
+    "model.norm": (Dimension(choices=("batch", "group")), (Condition(in_=("group",)),)),
+    "optimizer.clip_norm": (Dimension(choices=(None, 1.0, 5.0)), (Condition(above=0), Condition(in_=(None,)))),
+    "model.features": (Dimension(choices=([8, 16], [64, 128, 256, 512])), (Condition(in_=([8, 16], (4,))),)),
+    "augment.elastic.p": (Dimension(low=0, high=1, step=0.5), (Condition(above=0), Condition(in_=(0.5, 1)))),
+    "loss.border_weight": (Dimension(low=0, high=9, tied_to=("loss.aux_weight",)), (Condition(above=4),)),
     "phases.0.epochs": (Dimension(low=5, high=15), (Condition(above=9.5),)),
 }
 ON_OTHERS = {
@@ -191,7 +200,7 @@ ON_OTHERS = {
     "loss.aux_weight": (Condition(above=5),),  # takes another field's value
     "loss.cell_weight": (Condition(above=1),),  # has a share of a sum
     "loss.background_weight": (Condition(above=1.0),),
-    "optimizer.amsgrad": (Condition(among=(True,)), Condition(among=(False,))),  # is not searched
+    "optimizer.amsgrad": (Condition(in_=(True,)), Condition(in_=(False,))),  # is not searched
 }
 
 
@@ -211,7 +220,7 @@ def searches(draw: st.DrawFn) -> SweepConfig:
         others = draw(st.lists(st.sampled_from(sorted(known)), max_size=2, unique=True))
         when = {one: draw(st.sampled_from(known[one])) for one in others}
         fields[path] = SPACES[path][0].model_copy(update={"when": when})
-    return SweepConfig(space=fields, shares=(Shares(fields=WEIGHTS[:2], least=0.1),))
+    return SweepConfig(space=fields, shares=(Shares(fields=WEIGHTS[:2], min=0.1),))
 
 
 @settings(max_examples=60)
@@ -243,7 +252,7 @@ def _part(tree: Any, name: str) -> Any:
 
 def test_a_condition_reads_the_starting_recipe_where_its_field_is_not_searched() -> None:
     config = SweepConfig(
-        space={"model.features.0": Dimension(low=8, high=64, when={"model.norm": Condition(among=("group",))})},
+        space={"model.features.0": Dimension(low=8, high=64, when={"model.norm": Condition(in_=("group",))})},
         shares=(),
     )
     assert asked(config, Recipe(), 1) == [{}]

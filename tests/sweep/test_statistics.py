@@ -73,7 +73,7 @@ def test_what_matters_stands_out_of_chance_and_what_does_not_is_not_claimed(monk
 
 def test_too_few_trials_say_nothing() -> None:
     assert statistics.importances(made(6, 0.0)) == []
-    assert statistics.elastic_groups(made(3, 0.0)) == []
+    assert statistics.off_on_groups(made(3, 0.0), ELASTIC, 0.0) == []
 
 
 @pytest.mark.parametrize("gain", [-0.1, 0.0, 0.1])
@@ -81,7 +81,7 @@ def test_off_against_on_contains_the_truth(gain: float) -> None:
     """Over 40 studies a 95 % interval misses the truth four times at most (binomial, p < 0.05 for five)."""
     missed = 0
     for seed in range(40):
-        off, on = statistics.elastic_groups(made(40, gain, seed))
+        off, on = statistics.off_on_groups(made(40, gain, seed), ELASTIC, 0.0)
         _, low, high = statistics.difference(off, on)
         missed += not low <= gain <= high
     assert missed <= 4

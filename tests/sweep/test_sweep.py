@@ -54,7 +54,7 @@ CONFIG = SweepConfig(
         "loss.bce_weight": Dimension(low=0, high=1),
         "augment.elastic.p": Dimension(low=0, high=1, step=0.5),
         "augment.elastic.alpha_x": Dimension(
-            low=50, high=1500, log=True, also=("augment.elastic.alpha_y",), when=ELASTIC_ON
+            low=50, high=1500, log=True, tied_to=("augment.elastic.alpha_y",), when=ELASTIC_ON
         ),
         "augment.elastic.sigma": Dimension(low=4, high=40, log=True, when=ELASTIC_ON),
     }
