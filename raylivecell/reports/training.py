@@ -1,9 +1,4 @@
-"""Figures and the HTML report of a run: one file that needs no network, no script and no other file.
-
-1. `curves`: metrics over training as small SVG figures.
-2. `panel`: an image beside its segmentation, with a title and the colours in words, as PNG.
-3. `write_run_report`: scores, curves, pictures, recipe, dataset and licence on one page, all embedded.
-"""
+"""report.html of a training run: scores, curves, pictures, recipe, dataset and licence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,9 +50,9 @@ def write_run_report(
     Args:
         out_uri: the run's folder.
         recipe_yaml: the recipe as text.
-        history: a row a report, oldest first, as the loop makes them; `val_*` may be absent.
-        overlays: pictures to show with their titles.
-        dataset: the dataset's `dataset.json`, or none where it is not known.
+        history: rows of the training loop, one per report, oldest first; `val_*` may be absent.
+        overlays: pictures with their titles.
+        dataset: the dataset's `dataset.json`, or None.
     """
     columns = list(dict.fromkeys(name for row in history for name in row))
     page_bytes = page.render(
@@ -78,7 +73,7 @@ def write_run_report(
 
 
 def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
-    """The run in a few figures: label and value; best scores are those of the checkpoint that is kept."""
+    """Summary figures of the run: label and value; best scores are those of the best checkpoint."""
     if not history:
         return []
     tiles = []
@@ -108,20 +103,20 @@ def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
 def curves(history: Sequence[Row]) -> list[tuple[str, bytes]]:
     """Title and SVG of each figure of `CURVES` for which the history has values.
 
-    Over epochs where each report ends one, else over steps.
+    The x axis is the epoch if each report ends one, else the step.
     """
     epochs = [row["epoch"] for row in history]
     axis = "epoch" if len(set(epochs)) == len(epochs) else "step"
-    drawn = []
+    figures = []
     for title, unit, lines in CURVES:
         present = [line for line in lines if any(line[0] in row for row in history)]
         if present:
-            drawn.append((title, page.svg(_curve(history, axis, unit, present))))
-    return drawn
+            figures.append((title, page.svg(_curve(history, axis, unit, present))))
+    return figures
 
 
 def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """A line for each column; a report without the column leaves no point, and no gap."""
+    """Plot a line for each column, through the reports that have it."""
     figure, axes = page.axes_of()
     marker = "o" if len(history) <= 30 else ""  # single points must show; hundreds would hide the line
     for column, name, colour in lines:

@@ -1,12 +1,13 @@
-"""Scores of a segmentation: pixels are counted per image, counts are added, ratios are taken last.
+"""Pixel scores: count pixels per image, add the counts, take ratios last.
 
-A count is four whole numbers an image, in the order of `COUNTS`: tp, fp, fn, tn. They add up over batches, workers and
-cell types without rounding, so one worker and N give the same score. With P the predicted and T the true cell pixels:
+The counts of an image are four integers, in the order of `COUNTS`: tp, fp, fn, tn. They add up over batches,
+workers and cell types without rounding, so one worker and N give the same score. With P the predicted and T the true
+cell pixels:
 
     Dice = 2 |P and T| / (|P| + |T|) = 2 tp / (2 tp + fp + fn)        (Dice 1945; the F1 of pixels)
     IoU  = |P and T| / |P or T|      = tp / (tp + fp + fn)            (Jaccard 1912)
 
-An image without a cell in truth and in prediction is right: Dice = IoU = 1.
+An image without cells in truth and prediction is right: Dice = IoU = 1.
 """
 
 from collections.abc import Iterable
@@ -23,10 +24,10 @@ COUNTS = ("tp", "fp", "fn", "tn")
 
 @torch.no_grad()
 def pixel_counts(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Counts of each image, on the logits' device: a pixel is cell where its logit is over 0 (probability over 0.5).
+    """Count each image's pixels on the logits' device: a pixel is cell if its logit is over 0 (probability over 0.5).
 
     Args:
-        logits: float (B, C, H, W), the first channel that of the foreground.
+        logits: float (B, C, H, W), channel 0 is the foreground.
         truth: (B, H, W) bool or integer, cell where not 0.
 
     Returns:
@@ -36,8 +37,8 @@ def pixel_counts(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"logits {tuple(logits.shape)} and truth {tuple(truth.shape)}: want (B, C, H, W) and (B, H, W)"
         )
-    said, cell = logits[:, 0] > 0, truth != 0
-    pairs = (said & cell, said & ~cell, ~said & cell, ~said & ~cell)
+    predicted, cell = logits[:, 0] > 0, truth != 0
+    pairs = (predicted & cell, predicted & ~cell, ~predicted & cell, ~predicted & ~cell)
     return torch.stack([pair.sum(dim=(1, 2)) for pair in pairs], dim=1)
 
 
@@ -45,13 +46,13 @@ def mask_counts(prediction: NDArray[Any], truth: NDArray[Any]) -> dict[str, int]
     """Counts of one image as Python ints, by name; both (H, W), cell where not 0."""
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
-    said, cell = prediction != 0, truth != 0
-    tp, said_n, cell_n = (int(np.count_nonzero(part)) for part in (said & cell, said, cell))
-    return {"tp": tp, "fp": said_n - tp, "fn": cell_n - tp, "tn": said.size - said_n - cell_n + tp}
+    predicted, cell = prediction != 0, truth != 0
+    tp, positives, cells = (int(np.count_nonzero(mask)) for mask in (predicted & cell, predicted, cell))
+    return {"tp": tp, "fp": positives - tp, "fn": cells - tp, "tn": predicted.size - positives - cells + tp}
 
 
 def as_counts(rows: Iterable[dict[str, Any]]) -> NDArray[np.int64]:
-    """Rows that hold tp, fp, fn, tn as one int64 array (N, 4)."""
+    """Counts of rows with tp, fp, fn and tn, int64 (N, 4)."""
     return np.array([[row[name] for name in COUNTS] for row in rows], np.int64).reshape(-1, len(COUNTS))
 
 

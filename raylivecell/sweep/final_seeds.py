@@ -1,4 +1,4 @@
-"""Start and best trained again with fresh seeds: the score by which a trial was chosen is too high.
+"""Train the starting and the best recipe again with fresh seeds: the score that selected a trial is biased upwards.
 
 The candidates are the starting recipe, the best trial's, and for each field of `compare_off` the best trial's with it
 off (or, if it is off there, on as in the best trial that has it on). Each run has a folder as a trial has, with the
@@ -34,9 +34,9 @@ Scores = dict[str, dict[int, float]]
 
 
 def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: FrozenTrial) -> dict[str, space.Values]:
-    """Recipes to train again, as values of fields, by names that say which trial they are of.
+    """Recipes to train again, as field values, by candidate name.
 
-    A candidate whose recipe is that of an earlier one is left out: the best trial may be the starting recipe.
+    A recipe that is listed already is left out: the best trial may be the starting recipe.
     """
     name, chosen = f"trial-{best.number}", values(best, recipe, config)
     candidates: dict[str, space.Values] = {"start": {}, name: chosen}
@@ -50,7 +50,8 @@ def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: F
         elif other := _best_with(path, off, recipe, config, study):
             source = space.apply(recipe, values(other, recipe, config))
             switched = [path, *space.strength_fields(config, path)]
-            fields = {field: space.get(source, field) for one in switched for field in space.tied_fields(config, one)}
+            paths = [tied for field in switched for tied in space.tied_fields(config, field)]
+            fields = {field: space.get(source, field) for field in paths}
             candidates[f"{name}-{path}-of-{other.number}"] = {**chosen, **fields}
     trained: list[Recipe] = []
     distinct = {}
@@ -74,9 +75,9 @@ def _best_with(path: str, off: Any, recipe: Recipe, config: SweepConfig, study: 
 
 
 def run(
-    shared: SweepContext, chosen: Mapping[str, space.Values], seeds: int, room: tuner.TrialResources, retries: int
+    shared: SweepContext, chosen: Mapping[str, space.Values], seeds: int, resources: tuner.TrialResources, retries: int
 ) -> None:
-    """Train each candidate to its end with each of `seeds` fresh seeds, where that is not done yet."""
+    """Train each candidate to its end with each of `seeds` fresh seeds, unless that run has finished before."""
     jobs: list[dict[str, Any]] = [
         {"folder": f"{FOLDER}/{name}-seed{seed}", "values": {**fields, "seed": shared.recipe.seed + seed}}
         for seed in range(1, seeds + 1)
@@ -86,13 +87,13 @@ def run(
         text = recipes.dump(space.apply(shared.recipe, job["values"]))
         storage.write_bytes(storage.join(shared.out, job["folder"], run_folder.RECIPE), text.encode())
     samples = len(shared.samples.train)
-    left = [job for job in jobs if _score(storage.join(shared.out, job["folder"]), samples) is None]
-    if left:
+    unfinished = [job for job in jobs if _score(storage.join(shared.out, job["folder"]), samples) is None]
+    if unfinished:
         with TrialTable(
-            len(jobs), len(jobs) - len(left), None, space.SCORES[shared.recipe.targets], "confirming"
+            len(jobs), len(jobs) - len(unfinished), None, space.SCORES[shared.recipe.targets], "fresh seeds"
         ) as board:
-            entries = {"job": tune.grid_search(left)}
-            tuner.run(shared, room, retries, [tuner.TrialProgress(board, shared.out)], param_space=entries)
+            entries = {"job": tune.grid_search(unfinished)}
+            tuner.run(shared, resources, retries, [tuner.TrialProgress(board, shared.out)], param_space=entries)
 
 
 def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scores:
@@ -100,58 +101,59 @@ def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scor
 
     Args:
         out: the sweep's folder.
-        names: of the candidates.
-        samples: training images of the dataset, which with the recipe decide a run's steps.
+        names: candidates.
+        samples: number of training images, which with the recipe gives a run's steps.
 
     Returns:
-        A candidate that finished with no seed is left out. {} where a candidate was never begun, or no seed is left.
+        Without candidates that finished with no seed. {} if a candidate was never started, or no common seed is left.
     """
-    begun = {name: _seeds(out, name) for name in names}
-    if not all(begun.values()):
+    started = {name: _seeds(out, name) for name in names}
+    if not all(started.values()):
         return {}
-    found: Scores = {}
-    for name, seeds in begun.items():
-        each = {seed: _score(folder_of(out, name, seed), samples) for seed in seeds}
-        found[name] = {seed: score for seed, score in each.items() if score is not None}
-    finished = {name: each for name, each in found.items() if each}
-    common = set.intersection(*(set(each) for each in finished.values())) if finished else set()
-    return {name: {seed: each[seed] for seed in sorted(common)} for name, each in finished.items()} if common else {}
+    finished: Scores = {}
+    for name, seeds in started.items():
+        by_seed = {seed: _score(folder_of(out, name, seed), samples) for seed in seeds}
+        by_seed_finished = {seed: score for seed, score in by_seed.items() if score is not None}
+        if by_seed_finished:
+            finished[name] = by_seed_finished
+    common = sorted(set.intersection(*map(set, finished.values()))) if finished else []
+    return {name: {seed: by_seed[seed] for seed in common} for name, by_seed in finished.items()} if common else {}
 
 
 def _score(folder: str, samples: int) -> float | None:
-    """Best validation score of a run; none unless it trained to its end."""
+    """Best validation score of a run; None unless it trained to its end."""
     if not {"metrics.jsonl", run_folder.RECIPE} <= set(storage.list_names(folder)):
         return None
     recipe = recipes.load(storage.join(folder, run_folder.RECIPE))
     where = storage.join(folder, "metrics.jsonl")
-    with storage.validating(where, "delete that run's folder, and it is trained again"):
+    with storage.validating(where, "delete that run's folder to train it again"):
         history = [json.loads(line) for line in storage.read_bytes(where).splitlines()]
         steps = SampleSchedule(recipe.seed, samples, recipe.batch_size, recipe.phases).steps
         return max(validation_score(row) for row in history) if history and history[-1]["step"] >= steps else None
 
 
-def winner(out: str, confirmed: Scores, unit: str) -> tuple[str, str]:
-    """The candidate with the highest mean: the folder of its best run, and why, in words.
+def winner(out: str, final_scores: Scores, unit: str) -> tuple[str, str]:
+    """Folder of the best run of the candidate with the highest mean, and the reason in words.
 
     Args:
         out: the sweep's folder.
-        confirmed: what `scores` returned, not empty.
-        unit: what the scores are, such as validation Dice.
+        final_scores: result of `scores`, not empty.
+        unit: name of the score, such as validation Dice.
     """
-    means = {name: float(np.mean(list(each.values()))) for name, each in confirmed.items()}
-    name = max(means, key=lambda one: means[one])
-    seed = max(confirmed[name], key=lambda one: confirmed[name][one])
-    listed = ", ".join(f"{one} {mean:.4f}" for one, mean in means.items())
-    seeds = ", ".join(str(one) for one in confirmed[name])
+    means = {name: float(np.mean(list(by_seed.values()))) for name, by_seed in final_scores.items()}
+    name = max(means, key=lambda name: means[name])
+    seed = max(final_scores[name], key=lambda seed: final_scores[name][seed])
+    listed = ", ".join(f"{candidate} {mean:.4f}" for candidate, mean in means.items())
+    seeds = ", ".join(map(str, final_scores[name]))
     return folder_of(out, name, seed), f"{name}; mean {unit} with fresh seeds {seeds}: {listed}"
 
 
 def folder_of(out: str, name: str, seed: int) -> str:
-    """The folder of a candidate's run with a seed."""
+    """Folder of a candidate's run with a seed."""
     return storage.join(out, FOLDER, f"{name}-seed{seed}")
 
 
 def _seeds(out: str, name: str) -> list[int]:
-    """Seeds with which a candidate was begun."""
+    """Seeds with which training of a candidate has started."""
     heads = [folder.rpartition("-seed") for folder in storage.list_names(storage.join(out, FOLDER))]
     return sorted(int(seed) for head, _, seed in heads if head == name and seed.isdecimal())

@@ -1,6 +1,6 @@
-"""report.html of a sweep: what was tried, what mattered, is elastic deformation worth it, what do best and worst see.
+"""report.html of a sweep: scores, importance of the fields, off against on, segmentations of best and worst trial.
 
-One file that needs no network and no script; drawn from the study alone, so that it can be drawn again at any time.
+The report is made from the study and the trials' folders alone, so that it can be made again at any time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def write(
     config: SweepConfig,
     study: optuna.Study,
     best: FrozenTrial,
-    confirmed: dict[str, list[float]],
+    final_scores: dict[str, list[float]],
 ) -> None:
     """Write OUT/report.html.
 
@@ -44,8 +44,8 @@ def write(
         recipe: the starting recipe.
         config: the search.
         study: its trials.
-        best: the trial handed over.
-        confirmed: validation Dice of runs with fresh seeds, by contender.
+        best: the best trial.
+        final_scores: validation scores of the runs with fresh seeds, by candidate.
     """
     rows = statistics.trial_rows(study, recipe, config)
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
@@ -56,8 +56,8 @@ def write(
         "Search for a better recipe with Ray Tune and Optuna",
         headline=headline(study, config, best),
         search=_embedded([_history(study, config), *_front(study, config)]),
-        final_seeds=_final_seeds_table(confirmed) if confirmed else None,
-        final_seed_figures=_embedded([_final_seeds_figure(confirmed)]) if confirmed else [],
+        final_seeds=_final_seeds_table(final_scores) if final_scores else None,
+        final_seed_figures=_embedded([_final_seeds_figure(final_scores)]) if final_scores else [],
         comparisons=_comparisons(study, config),
         importance=_embedded(_importances(study)),
         least_trials=statistics.LEAST_TRIALS,
@@ -70,7 +70,7 @@ def write(
 
 
 def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, str]]:
-    """The sweep in a few figures: label and value."""
+    """Summary figures of the sweep: label and value."""
     unit = OBJECTIVES[config.objectives[0]].unit
     first = next((statistics.score(trial) for trial in finished(study) if trial.number == 0), None)
     states = [trial.state for trial in finished(study)]
@@ -110,16 +110,16 @@ def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
 
 
 def _points(axes: Axes, trials: Sequence[tuple[Any, FrozenTrial]]) -> None:
-    """A mark for each trial that has a score, at its place on the x axis."""
+    """Plot a mark for each trial that has a score."""
     for state, (marker, colour, label) in MARKS.items():
         places = [(x, statistics.score(trial)) for x, trial in trials if trial.state is state]
-        places = [place for place in places if place[1] is not None]
+        places = [(x, score) for x, score in places if score is not None]
         if places:
             axes.plot(*zip(*places), marker, color=colour, markersize=5, alpha=0.8, label=label)
 
 
 def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
-    """Two objectives against each other: all trials, and those that none beats in both."""
+    """Plot two objectives against each other, with the Pareto front."""
     if len(config.objectives) < 2:
         return []
     figure, axes = page.axes_of(6.4, 3.0)
@@ -129,37 +129,37 @@ def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
     axes.plot(*zip(*front), "o-", color=BLUE, markersize=5, label="Pareto front")
     for trial in study.best_trials:
         axes.annotate(str(trial.number), trial.values[1::-1], xytext=(4, 4), textcoords="offset points", fontsize=8)
-    first, second = (OBJECTIVES[one].unit for one in config.objectives[:2])
+    first, second = (OBJECTIVES[name].unit for name in config.objectives[:2])
     axes.set(xlabel=second, ylabel=first)
     axes.legend(frameon=False, fontsize=9)
     return [("Pareto front: numbers are trials", page.svg(figure))]
 
 
-def _ordered(confirmed: Mapping[str, list[float]]) -> list[tuple[str, list[float]]]:
+def _ordered(final_scores: Mapping[str, list[float]]) -> list[tuple[str, list[float]]]:
     """Candidates with their scores, the starting recipe first."""
-    return sorted(confirmed.items(), key=lambda entry: entry[0] != "start")
+    return sorted(final_scores.items(), key=lambda entry: entry[0] != "start")
 
 
-def _final_seeds_table(confirmed: Mapping[str, list[float]]) -> page.Table:
+def _final_seeds_table(final_scores: Mapping[str, list[float]]) -> page.Table:
     """Each candidate's scores with fresh seeds: mean, standard deviation, difference to the start by seed."""
-    start = confirmed.get("start", [])
+    start = final_scores.get("start", [])
     rows = []
-    for name, scores in _ordered(confirmed):
+    for name, scores in _ordered(final_scores):
         gains = np.subtract(scores, start) if len(scores) == len(start) and name != "start" else np.array([])
         deviation = f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         gain = f"{gains.mean():+.4f} ({gains.min():+.4f} to {gains.max():+.4f})" if len(gains) else ""
         by_seed = ", ".join(f"{score:.4f}" for score in scores)
         rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", deviation, gain, by_seed])
-    head = ["trained anew", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
+    head = ["trained again", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
     return page.Table(head, rows)
 
 
-def _final_seeds_figure(confirmed: Mapping[str, list[float]]) -> tuple[str, bytes]:
-    figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(confirmed))
-    for place, (_, scores) in enumerate(_ordered(confirmed)):
+def _final_seeds_figure(final_scores: Mapping[str, list[float]]) -> tuple[str, bytes]:
+    figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(final_scores))
+    for place, (_, scores) in enumerate(_ordered(final_scores)):
         axes.plot(scores, [place] * len(scores), "o", color=BLUE, alpha=0.7)
         axes.plot(np.mean(scores), place, "|", color=BLACK, markersize=18, markeredgewidth=2)
-    names = [name.replace("-", " ") for name, _ in _ordered(confirmed)]
+    names = [name.replace("-", " ") for name, _ in _ordered(final_scores)]
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel="validation Dice")
     axes.invert_yaxis()
     return "Each run, and the mean", page.svg(figure)
@@ -201,12 +201,12 @@ def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
 def _groups(groups: Sequence[Group]) -> Figure:
     figure, axes = page.axes_of()
     rng = np.random.default_rng(0)
-    for place, one in enumerate(groups):
-        jitter = place + rng.uniform(-0.08, 0.08, len(one.scores))
-        axes.plot(jitter, one.scores, "o", color=BLUE, alpha=0.5, markersize=5)
-        error = [[one.mean - one.low], [one.high - one.mean]]
-        axes.errorbar(place + 0.25, one.mean, error, fmt="s", color=BLACK, capsize=4)
-    axes.set(xticks=range(len(groups)), xticklabels=[one.name for one in groups], ylabel="validation Dice")
+    for place, group in enumerate(groups):
+        jitter = place + rng.uniform(-0.08, 0.08, len(group.scores))
+        axes.plot(jitter, group.scores, "o", color=BLUE, alpha=0.5, markersize=5)
+        error = [[group.mean - group.low], [group.high - group.mean]]
+        axes.errorbar(place + 0.25, group.mean, error, fmt="s", color=BLACK, capsize=4)
+    axes.set(xticks=range(len(groups)), xticklabels=[group.name for group in groups], ylabel="validation Dice")
     axes.set_xlim(-0.4, len(groups) - 0.3)
     return figure
 
@@ -229,28 +229,28 @@ def _strength(
 
 def _importances(study: optuna.Study) -> list[tuple[str, bytes]]:
     """Bar chart of each parameter's importance, with interval and chance level; [] for too few trials."""
-    found = statistics.importances(study)
-    if not found:
+    importances = statistics.importances(study)
+    if not importances:
         return []
-    figure, axes = page.axes_of(6.4, 1.0 + 0.32 * len(found))
-    places = np.arange(len(found))
-    axes.barh(places, [one.value for one in found], color=BLUE, height=0.6)
+    figure, axes = page.axes_of(6.4, 1.0 + 0.32 * len(importances))
+    places = np.arange(len(importances))
+    axes.barh(places, [bar.value for bar in importances], color=BLUE, height=0.6)
     error = [
-        [max(0.0, one.value - one.low) for one in found],
-        [max(0.0, one.high - one.value) for one in found],
+        [max(0.0, bar.value - bar.low) for bar in importances],
+        [max(0.0, bar.high - bar.value) for bar in importances],
     ]
-    axes.errorbar([one.value for one in found], places, xerr=error, fmt="none", color=BLACK, capsize=3)
-    axes.plot([one.chance for one in found], places, "|", color=RED, markersize=16, label="chance alone, 95 %")
-    axes.set(yticks=places, yticklabels=[f"{one.name} ({one.trials})" for one in found], xlabel="importance")
+    axes.errorbar([bar.value for bar in importances], places, xerr=error, fmt="none", color=BLACK, capsize=3)
+    axes.plot([bar.chance for bar in importances], places, "|", color=RED, markersize=16, label="chance alone, 95 %")
+    axes.set(yticks=places, yticklabels=[f"{bar.name} ({bar.trials})" for bar in importances], xlabel="importance")
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9)
     return [("Importance", page.svg(figure))]
 
 
 def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, bytes]]:
-    """Score over each parameter; the start and the best stand out by rings."""
+    """Plot the score over each parameter, with rings around the starting and the best trial."""
     names = dict.fromkeys(name for trial in finished(study) for name in trial.params)
-    drawn = []
+    figures = []
     for name in names:
         figure, axes = page.axes_of()
         having = [trial for trial in finished(study) if name in trial.params]
@@ -266,8 +266,8 @@ def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list
             axes.set_xscale("log")
             page.log_axis(axes.xaxis)
         axes.set_ylabel(OBJECTIVES[config.objectives[0]].unit)
-        drawn.append((name, page.svg(figure)))
-    return drawn
+        figures.append((name, page.svg(figure)))
+    return figures
 
 
 def _changes(recipe: Recipe, chosen: space.Values) -> list[list[str]]:
