@@ -1,4 +1,4 @@
-"""Counts add up, ratios come last, and MONAI agrees."""
+"""Pixel counts add up, ratios are taken last, and MONAI gives the same scores."""
 
 import numpy as np
 import pytest
@@ -30,26 +30,26 @@ def test_torch_and_numpy_count_the_same(seed: int) -> None:
 def test_agrees_with_monai(seed: int) -> None:
     logits, truth = random_batch(seed)
     counts = pixel_scores.pixel_counts(logits, truth).numpy()
-    said, cell = (logits > 0).float(), truth[:, None].float()
-    monai_dice = DiceMetric(include_background=True, reduction="none")(said, cell)[:, 0].numpy()
-    monai_iou = MeanIoU(include_background=True, reduction="none")(said, cell)[:, 0].numpy()
+    predicted, cell = (logits > 0).float(), truth[:, None].float()
+    monai_dice = DiceMetric(include_background=True, reduction="none")(predicted, cell)[:, 0].numpy()
+    monai_iou = MeanIoU(include_background=True, reduction="none")(predicted, cell)[:, 0].numpy()
     np.testing.assert_allclose(pixel_scores.image_dice(counts), monai_dice, rtol=1e-6)
     np.testing.assert_allclose([pixel_scores.iou(row) for row in counts], monai_iou, rtol=1e-6)
     np.testing.assert_allclose([pixel_scores.dice(row) for row in counts], monai_dice, rtol=1e-6)
     assert pixel_scores.mean_image_dice(counts) == pytest.approx(monai_dice.mean(), rel=1e-6)
     # Sums over pixels = one image made of all images side by side.
     joined = DiceMetric(include_background=True, reduction="none")(
-        said.reshape(1, 1, -1, 41), cell.reshape(1, 1, -1, 41)
+        predicted.reshape(1, 1, -1, 41), cell.reshape(1, 1, -1, 41)
     )
     assert pixel_scores.dice(counts) == pytest.approx(joined.item(), rel=1e-6)
 
 
 def test_split_into_batches_changes_nothing() -> None:
     logits, truth = random_batch(7, images=6)
-    whole = pixel_scores.pixel_counts(logits, truth)
+    counts = pixel_scores.pixel_counts(logits, truth)
     parts = torch.cat([pixel_scores.pixel_counts(logits[i : i + 2], truth[i : i + 2]) for i in (0, 2, 4)])
-    assert torch.equal(whole, parts)
-    assert pixel_scores.dice(whole) == pixel_scores.dice(parts.sum(dim=0)) == pixel_scores.dice(parts.flip(0))
+    assert torch.equal(counts, parts)
+    assert pixel_scores.dice(counts) == pixel_scores.dice(parts.sum(dim=0)) == pixel_scores.dice(parts.flip(0))
 
 
 def test_both_empty_is_one_and_one_empty_is_zero() -> None:

@@ -55,7 +55,7 @@ def write_run(folder: Path, recipe: Recipe, scores: list[float], steps: int = ST
 
 
 def write_final_run(out: Path, name: str, seed: int, scores: list[float] | None, steps: int = STEPS) -> None:
-    """A final_runs run; `scores` none: begun, and crashed before its first report."""
+    """Write a run with a fresh seed; `scores` None: it crashed before its first report."""
     folder, recipe = out / "final" / f"{name}-seed{seed}", RECIPE.model_copy(update={"seed": seed})
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipes.dump(recipe))
