@@ -67,7 +67,7 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Map
     text = page.render(
         "evaluation",
         f"{result['images']} images of {result['split']}",
-        "Cells found, and how well",
+        "Segmentation of cells, compared with the ground truth",
         headline=[(label, _value(result[name])) for name, label in COLUMNS],
         scores=_table(result),
         pictures=page.images(pictures, "jpeg"),

@@ -39,23 +39,23 @@ def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: F
     A recipe that is listed already is left out: the best trial may be the starting recipe.
     """
     name, chosen = f"trial-{best.number}", values(best, recipe, config)
-    candidates: dict[str, space.Values] = {"start": {}, name: chosen}
+    listed: dict[str, space.Values] = {"start": {}, name: chosen}
     searched = set(space.searched_fields(config))
     for path, off in config.compare_off.items():
         if path not in searched:
             continue
         # A conditional field that the trial did not use has the value of the starting recipe.
         if not space.is_equal(space.get(space.apply(recipe, chosen), path), off):
-            candidates[f"{name}-{path}-off"] = {**chosen, **dict.fromkeys(space.tied_fields(config, path), off)}
+            listed[f"{name}-{path}-off"] = {**chosen, **dict.fromkeys(space.tied_fields(config, path), off)}
         elif other := _best_with(path, off, recipe, config, study):
             source = space.apply(recipe, values(other, recipe, config))
             switched = [path, *space.strength_fields(config, path)]
             paths = [tied for field in switched for tied in space.tied_fields(config, field)]
             fields = {field: space.get(source, field) for field in paths}
-            candidates[f"{name}-{path}-of-{other.number}"] = {**chosen, **fields}
+            listed[f"{name}-{path}-of-{other.number}"] = {**chosen, **fields}
     trained: list[Recipe] = []
     distinct = {}
-    for candidate, fields in candidates.items():
+    for candidate, fields in listed.items():
         changed = space.apply(recipe, fields)
         if changed not in trained:
             trained.append(changed)

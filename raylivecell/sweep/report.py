@@ -84,7 +84,7 @@ def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> lis
         ("stopped early", str(states.count(TrialState.PRUNED))),
         ("failed", str(states.count(TrialState.FAIL))),
         ("time of all trials", page.duration(wall)),
-        ("of it training", f"{share:.0%}"),
+        ("spent on training", f"{share:.0%}"),
     ]
 
 
@@ -150,7 +150,7 @@ def _final_seeds_table(final_scores: Mapping[str, list[float]]) -> page.Table:
         gain = f"{gains.mean():+.4f} ({gains.min():+.4f} to {gains.max():+.4f})" if len(gains) else ""
         by_seed = ", ".join(f"{score:.4f}" for score in scores)
         rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", deviation, gain, by_seed])
-    head = ["trained again", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
+    head = ["candidate", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
     return page.Table(head, rows)
 
 
@@ -183,11 +183,11 @@ def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
         if not groups:
             continue
         gain, low, high = statistics.difference(groups[0], groups[1])
-        effect = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse for certain"
+        effect = "better" if low > 0 else "worse" if high < 0 else "neither clearly better nor clearly worse"
         verdict = (
             f"On is {effect}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} "
             f"trials without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial "
-            "had. The other fields differ too from trial to trial."
+            "reached. The other fields also differ between trials."
         )
         figures = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
         strength = space.strength_fields(config, path)[:2]
