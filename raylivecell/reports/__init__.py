@@ -1,8 +1,8 @@
-"""HTML reports and pictures: one file each, no network, no script. No Ray.
+"""HTML reports and pictures. Each is one file that loads nothing and runs no script. No Ray.
 
-page               parts of an HTML page
-overlay            masks and cells drawn on images
-pictures           a sample next to its segmentation, as PNG
-training           the report of a run
-evaluation         the report of an evaluation
+page               Jinja2 templates, and the figures and tables that all reports share
+overlay            draws masks and cells on images
+pictures           a sample beside its segmentation, as PNG
+training           report of a training run
+evaluation         report of an evaluation
 """

@@ -1,11 +1,9 @@
 """report.html of an evaluation: scores by cell type, and each type's best, median and worst image.
 
-One file that needs no network, no script and no other file. A picture shows an image three times: as it is with the
-true cells' outlines, with the cells that were found, and the errors in colour: a cell is right where it and a true
-one share half of their union (IoU 0.5), the threshold of SA50 and AP50.
+A picture shows an image three times: with outlines of the true cells, with outlines of the predicted cells, and with
+the errors in colour. A cell is right if its IoU with a true cell is at least 0.5, the threshold of SA50 and AP50.
 """
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,56 +32,53 @@ COLUMNS = (
     ("count_error", "count error"),
     ("confluence_error", "confluence error"),
 )
-PARTNER = 0.5
+MIN_IOU = 0.5
 """IoU from which a cell is right."""
 JPEG_QUALITY = 88
 
 
 def chosen(per_image: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Item and title of the pictures: each cell type's best, median and worst image by mSA."""
+    """Item and title of each picture: the best, median and worst image of each cell type by mSA."""
     titles: dict[int, str] = {}
     for kind in sorted({row["cell_type"] for row in per_image}):
         rows = sorted((row for row in per_image if row["cell_type"] == kind), key=lambda row: row["msa"])
-        named = {"best": rows[-1], "median": rows[len(rows) // 2], "worst": rows[0]} if rows[1:] else {"only": rows[0]}
-        for name, row in named.items():  # an image has one name: best before median before worst
+        ranked = {"best": rows[-1], "median": rows[len(rows) // 2], "worst": rows[0]} if rows[1:] else {"only": rows[0]}
+        for name, row in ranked.items():  # each image once: best before median before worst
             scores = f"mSA {row['msa']:.3f}, Dice {row['dice']:.3f}, {row['cells']} found, {row['true_cells']} true"
             titles.setdefault(row["item"], f"{kind}, {name}: {row['file_name']}   {scores}")
     return titles
 
 
-def write(out: str, result: Result, rows: Sequence[shards.Row], found: Mapping[int, Prediction]) -> None:
+def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Mapping[int, Prediction]) -> None:
     """Write report.html and overlays/ into the folder `out`.
 
     Args:
         out: URI of a folder.
-        result: what metrics.json holds.
-        rows: of the split, in the order of items.
-        found: what was found in the images that `chosen` names.
+        result: content of metrics.json.
+        rows: rows of the split, in the order of items.
+        predictions: of the images in `chosen`, by item.
     """
     pictures = []
     for item, title in chosen(result["per_image"]).items():
         sample = shards.read_row(rows[item], ["image", "labels", "file_name"])
-        data = jpeg(panels(sample["image"], sample["labels"], found[item].labels))
+        data = jpeg(panels(sample["image"], sample["labels"], predictions[item].labels))
         storage.write_bytes(storage.join(out, "overlays", f"{_stem(title)}.jpg"), data)
-        pictures.append(page.figure(title, page.data_uri(data, "jpeg")))
-    body = [
-        page.grid("tiles", [page.tile(label, _value(result[name])) for name, label in COLUMNS]),
-        "<h2>Scores</h2>",
-        f'<div class="card">{_table(result)}</div>',
-        f"<details><summary>What the scores mean</summary>{_MEANINGS}</details>",
-        "<h2>Each cell type's best, median and worst image</h2>",
-        f'<p class="soft">{_LEGEND}</p>',
-        page.grid("pictures", pictures),
-        f'<p class="soft">{html.escape(_origin(result))}</p>',
-        f'<p class="soft">Licence of the images: {html.escape(result["data"]["licence"])}</p>',
-    ]
-    title = f"{result['images']} images of {result['split']}"
-    text = page.page(title, "Cells found, and how well", body)
-    storage.write_bytes(storage.join(out, "report.html"), text.encode())
+        pictures.append((title, data))
+    text = page.render(
+        "evaluation",
+        f"{result['images']} images of {result['split']}",
+        "Segmentation of cells, compared with the ground truth",
+        headline=[(label, _value(result[name])) for name, label in COLUMNS],
+        scores=_table(result),
+        pictures=page.images(pictures, "jpeg"),
+        origin=_origin(result),
+        licence=result["data"]["licence"],
+    )
+    storage.write_bytes(storage.join(out, "report.html"), text)
 
 
 def _origin(result: Result) -> str:
-    """What was scored, how and when, in a line."""
+    """What was scored, with which settings, and when, in one line."""
     scored = result.get("checkpoint") or result["predictions"]
     settings = [f"{name} {value}" for name, value in result.get("thresholds", {}).items()]
     settings += ["averaged over flips"] if result.get("tta") else []
@@ -91,71 +86,53 @@ def _origin(result: Result) -> str:
     return f"{', '.join(parts)}; raylivecell {result['raylivecell']}, {result['date']}"
 
 
-_LEGEND = (
-    "From left to right: true cells; cells found; errors. Green edge: right, IoU 0.5 or more. Vermilion: found, but no "
-    "such cell. Blue: a cell that was missed. Where both lie over each other, brown."
-)
-_MEANINGS = "".join(
-    f"<p>{text}</p>"
-    for text in (
-        "Dice, IoU: of pixels. A network's are those of its foreground, a results file's those of its cells' union.",
-        "SA50: TP / (TP + FP + FN) of cells, right at an IoU of 0.5 or more; mSA: the mean over IoU 0.50 to 0.95. PQ: "
-        "panoptic quality, the mean IoU of right cells times their F1.",
-        "AP, AP50, AP75: LIVECell's COCO protocol, up to 2,000 cells an image, ranked by score. AFNR: the share of "
-        "true cells missed, the mean over IoU 0.50 to 0.95.",
-        "Count error: |found - true| / true, confluence error: |covered - truly covered| of the area; means of images.",
-        "In brackets: 95 % bootstrap intervals over images; of two or three images they are no more than their range.",
-    )
-)
-
-
-def panels(image: NDArray[np.uint8], truth: NDArray[Any], found: NDArray[Any]) -> NDArray[np.uint8]:
-    """True cells, found cells and errors side by side, RGB uint8 (H, 3 W + 16, 3); all (H, W)."""
+def panels(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:
+    """True cells, predicted cells and errors side by side, RGB uint8 (H, 3 W + 16, 3); arguments (H, W)."""
     gap = np.full((image.shape[0], 8, 3), 255, np.uint8)
-    return np.hstack([outlined(image, truth), gap, outlined(image, found), gap, errors(image, truth, found)])
+    return np.hstack([outlined(image, truth), gap, outlined(image, prediction), gap, errors(image, truth, prediction)])
 
 
-def errors(image: NDArray[np.uint8], truth: NDArray[Any], found: NDArray[Any]) -> NDArray[np.uint8]:
+def errors(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:
     """The image with right cells' edges, wrong and missed cells in colour, RGB uint8 (H, W, 3)."""
-    right, hit = _partners(found, truth)
+    right, hit = _matched(prediction, truth)
     canvas = np.repeat(image[..., None], 3, axis=2)
     tint(canvas, (truth != 0) & ~hit, MISSED)
-    tint(canvas, (found != 0) & ~right, FALSE)
-    canvas[edges(np.where(right, found, 0))] = FOUND
+    tint(canvas, (prediction != 0) & ~right, FALSE)
+    canvas[edges(np.where(right, prediction, 0))] = FOUND
     return canvas
 
 
-def _partners(found: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Pixels of the found cells that are right, and of the true cells that are found."""
-    pairs = instance_scores.overlaps(found, truth)
-    near = pairs.iou >= PARTNER
-    names = [np.unique(labels[labels != 0]) for labels in (found, truth)]
-    return np.isin(found, names[0][pairs.prediction[near]]), np.isin(truth, names[1][pairs.truth[near]])
+def _matched(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Masks of the predicted cells that are right, and of the true cells that are found."""
+    pairs = instance_scores.overlaps(prediction, truth)
+    matched = pairs.iou >= MIN_IOU
+    predicted, true = (np.unique(labels[labels != 0]) for labels in (prediction, truth))
+    return np.isin(prediction, predicted[pairs.prediction[matched]]), np.isin(truth, true[pairs.truth[matched]])
 
 
 def jpeg(image: NDArray[np.uint8]) -> bytes:
-    """JPEG of an RGB image (H, W, 3): a tenth of the PNG, for pages of many pictures."""
-    done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    if not done:
+    """JPEG of an RGB image (H, W, 3), a tenth of the PNG's size."""
+    encoded, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not encoded:
         raise ValueError(f"no JPEG of an image of shape {image.shape}")
     return data.tobytes()
 
 
 def _stem(title: str) -> str:
-    """`A172-best` of a picture's title."""
+    """File stem of a picture from its title, such as `A172-best`."""
     kind, _, rest = title.partition(", ")
     return f"{kind}-{rest.split(':', 1)[0]}".replace("/", "_")
 
 
-def _table(result: Result) -> str:
+def _table(result: Result) -> page.Table:
     head = ["cell type", "images", "true cells", *(label for _, label in COLUMNS)]
-    kinds = [*result["per_cell_type"].items(), ("all", result)]
+    parts = [*result["per_cell_type"].items(), ("all", result)]
     rows = [
-        [name, str(one["images"]), f"{one['true_cells']:,}", *(_with_interval(one, key) for key, _ in COLUMNS)]
-        for name, one in kinds
+        [name, str(part["images"]), f"{part['true_cells']:,}", *(_with_interval(part, key) for key, _ in COLUMNS)]
+        for name, part in parts
     ]
     macro = ["mean of types", "", "", *(_value(result["macro"][key]) for key, _ in COLUMNS)]
-    return page.table(head, [*rows, macro])
+    return page.Table(head, [*rows, macro])
 
 
 def _with_interval(values: Result, name: str) -> str:

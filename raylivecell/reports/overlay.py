@@ -1,7 +1,7 @@
-"""Masks and cells drawn on images: outlines of what is found, or in colours how far it agrees with the truth.
+"""Draw masks and cells on images: outlines of cells, or the agreement of a prediction with the truth in colours.
 
-The colours are near Okabe and Ito's (2008) and differ in lightness too: told apart in every common form of colour
-blindness, and on LIVECell's mid-gray background.
+The colours are near Okabe and Ito's (2008) and differ in lightness, too: distinguishable with every common form of
+colour blindness, and on LIVECell's mid-gray background.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Rgb = tuple[int, int, int]
 FOUND: Rgb = (40, 222, 165)
-"""Bluish green: the edge of what is cell in truth and prediction."""
+"""Bluish green: edge of the pixels that are cell in truth and prediction."""
 FALSE: Rgb = (230, 85, 0)
 """Vermilion: predicted, but not cell."""
 MISSED: Rgb = (0, 90, 230)
@@ -28,13 +28,13 @@ OUTLINES: tuple[Rgb, ...] = (
 )
 """Yellow, sky blue, orange, green, pink, white: cells' outlines; neighbours differ. Most cells are yellow or blue."""
 NEAR = 2
-"""Cells are neighbours with so many pixels or fewer between them."""
-BAND = 1024  # rows looked at together: a mosaic in whole would need 12 bytes a pixel
-TINT = 0.55  # the colour's share in a tinted pixel: the image stays legible under it
+"""Cells are neighbours if at most this number of pixels is between them."""
+BAND = 1024  # rows processed at once: a complete mosaic would need 12 bytes per pixel
+TINT = 0.55  # weight of the colour in a tinted pixel: the image stays visible
 
 
 def overlay(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:
-    """The image with the agreement of two masks drawn on it (`LEGEND`), RGB uint8 (H, W, 3).
+    """Draw the agreement of two masks on an image (`LEGEND`), RGB uint8 (H, W, 3).
 
     Args:
         image: uint8 (H, W).
@@ -42,15 +42,15 @@ def overlay(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[A
         prediction: (H, W), cell where not 0.
     """
     canvas = np.repeat(image[..., None], 3, axis=2)
-    said, cell = prediction != 0, truth != 0
-    tint(canvas, said & ~cell, FALSE)
-    tint(canvas, cell & ~said, MISSED)
-    canvas[edges(cell & said)] = FOUND
+    predicted, cell = prediction != 0, truth != 0
+    tint(canvas, predicted & ~cell, FALSE)
+    tint(canvas, cell & ~predicted, MISSED)
+    canvas[edges(cell & predicted)] = FOUND
     return canvas
 
 
 def outlined(image: NDArray[np.uint8], labels: NDArray[Any]) -> NDArray[np.uint8]:
-    """The image with every cell's outline in its own pixels, neighbours in other colours, RGB uint8 (H, W, 3).
+    """Draw each cell's outline within its own pixels, neighbours in different colours, RGB uint8 (H, W, 3).
 
     Args:
         image: uint8 (H, W).
@@ -64,40 +64,40 @@ def outlined(image: NDArray[np.uint8], labels: NDArray[Any]) -> NDArray[np.uint8
 
 
 def edges(labels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Pixels of cells with a 4-neighbour of another label, bool (H, W); the image's border is no label."""
-    found = np.zeros(labels.shape, np.bool_)
+    """Pixels of cells with a 4-neighbour of another label, bool (H, W); the image's border does not count."""
+    edge = np.zeros(labels.shape, np.bool_)
     for here, there in (np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1]):
         differ = labels[here] != labels[there]
-        found[here] |= differ
-        found[there] |= differ
-    return found & (labels != 0)
+        edge[here] |= differ
+        edge[there] |= differ
+    return edge & (labels != 0)
 
 
 def tint(canvas: NDArray[np.uint8], where: NDArray[np.bool_], colour: Rgb) -> None:
-    """Colour the pixels (H, W) of an RGB image (H, W, 3), in place, so that it shows through."""
+    """Blend a colour into the pixels (H, W) of an RGB image (H, W, 3), in place."""
     canvas[where] = np.rint((1 - TINT) * canvas[where] + TINT * np.array(colour)).astype(np.uint8)
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
     """PNG of a gray (H, W) or RGB (H, W, 3) image."""
-    done, data = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])
-    if not done:
+    encoded, data = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])
+    if not encoded:
         raise ValueError(f"no PNG of an image of shape {image.shape}")
     return data.tobytes()
 
 
 def _colours(labels: NDArray[Any]) -> NDArray[np.uint8]:
-    """A colour for each label, index into `OUTLINES`: the first that no neighbour of a lower label has.
+    """Colour of each label as index into `OUTLINES`: the first that no neighbour with a lower label has.
 
-    Where neighbours have them all, any: cells lie in a plane, so that more than six seldom meet.
+    If neighbours have all six, label modulo six: in a plane, more than six cells seldom meet.
     """
     neighbours: list[list[int]] = [[] for _ in range(int(labels.max()) + 1)]
     for low, high in _neighbours(labels).tolist():
         neighbours[high].append(low)
     colours = np.zeros(len(neighbours), np.uint8)
     for label, others in enumerate(neighbours):
-        taken = {int(colours[other]) for other in others}
-        free = (one for one in range(len(OUTLINES)) if one not in taken)
+        used = {int(colours[other]) for other in others}
+        free = (colour for colour in range(len(OUTLINES)) if colour not in used)
         colours[label] = next(free, label % len(OUTLINES))
     return colours
 
@@ -105,13 +105,13 @@ def _colours(labels: NDArray[Any]) -> NDArray[np.uint8]:
 def _neighbours(labels: NDArray[Any]) -> NDArray[np.int64]:
     """Pairs of labels with `NEAR` pixels or fewer between them, the lower first, (N, 2)."""
     reach = np.ones((NEAR + 2, NEAR + 2), np.uint8)
-    found = []
+    codes = []
     for top in range(0, len(labels), BAND):
         plane = labels[top : top + BAND + NEAR + 1].astype(np.float32)
         highest = cv2.dilate(plane, reach)
         plane[plane == 0] = np.inf
         lowest = cv2.erode(plane, reach)
-        two = lowest < highest
-        found.append(np.unique(lowest[two].astype(np.int64) << 32 | highest[two].astype(np.int64)))
-    pairs = np.unique(np.concatenate(found))
+        mixed = lowest < highest
+        codes.append(np.unique(lowest[mixed].astype(np.int64) << 32 | highest[mixed].astype(np.int64)))
+    pairs = np.unique(np.concatenate(codes))
     return np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=1)

@@ -1,14 +1,14 @@
-"""The parts of an HTML page that needs no network, no script and no other file; used by the reports.
+"""Render the HTML reports from templates/*.html.j2, and the tables and figures that all reports share.
 
-All text given is escaped; what is named HTML is not.
+Each page is one file that loads nothing and runs no script. Jinja2 escapes every value.
 """
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -18,107 +18,83 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from raylivecell.core.version import __version__
 
-# Okabe and Ito (2008): told apart in every common form of colour blindness.
+# Okabe and Ito (2008): distinguishable with every common form of colour blindness.
 BLACK, BLUE, GREEN, RED, PINK, GRAY = "#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#9aa5b1"
 LINES = "#e1e6ec"
-STYLE = """
-:root{--ink:#1c2430;--soft:#5b6675;--line:#e1e6ec;--back:#f5f7f9}
-*{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);
-  font:15px/1.5 system-ui,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif}
-main{max-width:1160px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:25px;margin:0}h2{font-size:18px;margin:36px 0 12px}
-p{margin:6px 0}.soft{color:var(--soft)}
-.grid{display:grid;gap:14px}.tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin-top:18px}
-.curves{grid-template-columns:repeat(auto-fit,minmax(320px,1fr))}
-.card{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 14px}
-.tile b{display:block;font-size:24px;font-weight:600;font-variant-numeric:tabular-nums}
-img{display:block;max-width:100%;height:auto;margin:0 auto}
-figure{margin:0}figcaption{color:var(--soft);margin-bottom:8px;overflow-wrap:anywhere}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:4px 12px;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left;padding-left:0}
-.wide{overflow-x:auto}
-pre{margin:10px 0 0;font:13px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;overflow-x:auto}
-summary{cursor:pointer;font-weight:600}
-@media print{body{background:#fff}.card{break-inside:avoid}}
-"""
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("raylivecell.reports"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def page(title: str, subtitle: str, body: Iterable[str]) -> str:
-    """A whole HTML page; `title` and `subtitle` are text, `body` is HTML."""
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    top = f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape(subtitle)} &middot; raylivecell {__version__}</p>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
-        f"<body><main>{top}\n" + "\n".join(body) + "\n</main></body></html>\n"
-    )
+class Image(NamedTuple):
+    """A titled image that is embedded in the page."""
+
+    title: str
+    uri: str
+    """Data URI."""
+
+
+class Table(NamedTuple):
+    """Cells of a table as text."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def render(template: str, title: str, subtitle: str, **values: Any) -> bytes:
+    """Fill in templates/TEMPLATE.html.j2; UTF-8."""
+    page = ENVIRONMENT.get_template(f"{template}.html.j2")
+    return page.render(title=title, subtitle=subtitle, version=__version__, **values).encode()
+
+
+def images(data: Iterable[tuple[str, bytes]], kind: str) -> list[Image]:
+    """Embed titled image files of one `kind`: png, jpeg or svg+xml."""
+    return [Image(title, f"data:image/{kind};base64,{base64.b64encode(file).decode()}") for title, file in data]
 
 
 def log_axis(axis: Axis) -> None:
-    """A logarithmic axis with 1, 2 and 5 of each decade in plain numbers."""
+    """Label 1, 2 and 5 of each decade of a logarithmic axis in plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def axes_of(width: float = 4.6, height: float = 2.7) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one pair of axes, in the reports' manner."""
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    axes = drawn.add_subplot()
+    """Create a figure of `width` x `height` inches with one pair of axes in the reports' style."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
     axes.grid(color=LINES)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return drawn, axes
+    return figure, axes
 
 
 def number(value: Any) -> str:
-    """A cell of a table: floats to four digits, nothing for none."""
+    """Format a table cell: floats to four digits, empty for None."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def number_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Table:
+    """Table of `columns`, one line per row; a value that a row lacks stays empty."""
+    return Table(columns, [[number(row.get(name)) for name in columns] for row in rows])
+
+
 def duration(seconds: float) -> str:
-    """In words, to the second."""
+    """Format hours and minutes, or minutes and seconds below one hour."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """HTML of a table of text."""
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{top}</tr>{lines}</table></div>'
-
-
-def tile(label: str, value: str) -> str:
-    """HTML of a figure in large type over its label."""
-    return f'<div class="card tile"><b>{html.escape(value)}</b><span class="soft">{html.escape(label)}</span></div>'
-
-
-def figure(title: str, source: str) -> str:
-    """HTML of a picture (a data URI) under its title."""
-    text = html.escape(title)
-    return f'<figure class="card"><figcaption>{text}</figcaption><img src="{source}" alt="{text}"></figure>'
-
-
-def grid(kind: str, cells: Iterable[str]) -> str:
-    """HTML of cells side by side; `kind`: tiles, curves or pictures."""
-    return f'<div class="grid {kind}">' + "".join(cells) + "</div>"
-
-
 def svg(figure: Figure) -> bytes:
-    """The figure as SVG, the same bytes for the same figure."""
+    """Draw a figure as SVG; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    # No date and no random ids in it: the same run gives the same bytes.
+    # Without a date and with fixed element ids, the same run gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "raylivecell"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return buffer.getvalue()
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    """The bytes of an image of `kind` (png, svg+xml) as a URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

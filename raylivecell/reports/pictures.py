@@ -17,32 +17,32 @@ from raylivecell.scoring import pixel_scores
 
 
 def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
-    """Title and PNG of up to `count` images of a split, spread evenly over it: image beside truth and prediction."""
+    """Title and PNG of up to `count` evenly spaced images of a split: image beside truth and prediction."""
     rows = shards.list_rows(data, split)
-    chosen = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
-    return [picture(network, rows[i], flips) for i in chosen]
+    indices = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
+    return [picture(network, rows[i], flips) for i in indices]
 
 
 def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
     """Title (file, Dice, IoU) and PNG of one sample: the image beside truth and prediction."""
     sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
-    found = forward.logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
-    counts = pixel_scores.as_counts([pixel_scores.mask_counts(found, sample["foreground"])])
+    prediction = forward.logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
+    counts = pixel_scores.as_counts([pixel_scores.mask_counts(prediction, sample["foreground"])])
     title = f"{sample['file_name']}   Dice {pixel_scores.dice(counts):.3f}   IoU {pixel_scores.iou(counts):.3f}"
-    return title, panel(sample["image"], sample["foreground"], found)
+    return title, panel(sample["image"], sample["foreground"], prediction)
 
 
 def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], title: str = "") -> bytes:
-    """The image and, beside it, its segmentation, with title and legend; PNG with one pixel an image pixel.
+    """Draw the image and, beside it, its segmentation, with title and legend; PNG at the image's own scale.
 
     Args:
         image: uint8 (H, W).
         truth: (H, W), cell where not 0.
         prediction: (H, W), cell where not 0.
-        title: one line; none where whoever shows the picture prints one.
+        title: one line; empty if the page shows the title itself.
     """
     height, width = image.shape
-    across = max(width, 320)  # narrower, title and legend would not fit
+    across = max(width, 320)  # a narrower picture has no space for title and legend
     gap, head, foot = 10, 34 if title else 0, 34
     total_w, total_h = 2 * across + gap, head + height + foot
     figure = Figure(figsize=(total_w / 100, total_h / 100), dpi=100)

@@ -1,11 +1,5 @@
-"""Figures and the HTML report of a run: one file that needs no network, no script and no other file.
+"""report.html of a training run: scores, curves, pictures, recipe, dataset and licence."""
 
-1. `curves`: metrics over training as small SVG figures.
-2. `panel`: an image beside its segmentation, with a title and the colours in words, as PNG.
-3. `write_run_report`: scores, curves, pictures, recipe, dataset and licence on one page, all embedded.
-"""
-
-import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,29 +50,30 @@ def write_run_report(
     Args:
         out_uri: the run's folder.
         recipe_yaml: the recipe as text.
-        history: a row a report, oldest first, as the loop makes them; `val_*` may be absent.
-        overlays: pictures to show with their titles.
-        dataset: the dataset's `dataset.json`, or none where it is not known.
+        history: rows of the training loop, one per report, oldest first; `val_*` may be absent.
+        overlays: pictures with their titles.
+        dataset: the dataset's `dataset.json`, or None.
     """
-    name = addresses.name(out_uri)
-    figures = [page.figure(title, page.data_uri(svg, "svg+xml")) for title, svg in curves(history)]
-    body = [
-        page.grid("tiles", [page.tile(label, value) for label, value in headline(history)]),
-        "<h2>Training</h2>",
-        page.grid("curves", figures) if figures else '<p class="soft">Nothing was reported.</p>',
-        *_pictures(overlays),
-        *(_dataset(dataset) if dataset is not None else []),
-        "<h2>Recipe</h2>",
-        f'<details class="card"><summary>Every field</summary><pre>{html.escape(recipe_yaml)}</pre></details>',
-        "<h2>All reports</h2>",
-        f'<details class="card"><summary>{len(history)} rows</summary>{_history_table(history)}</details>',
-    ]
-    page_bytes = page.page(f"Run {name}", "Training of a U-Net on cells in phase contrast", body).encode()
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    page_bytes = page.render(
+        "training",
+        f"Run {addresses.name(out_uri)}",
+        "Training of a U-Net on cells in phase contrast",
+        headline=headline(history),
+        curves=page.images(curves(history), "svg+xml"),
+        overlays=page.images(overlays, "png"),
+        dataset=dataset,
+        splits=_splits(dataset or {}),
+        cell_types=_cell_types(dataset or {}),
+        defects=_defects(dataset or {}),
+        recipe=recipe_yaml,
+        history=page.number_table(history, columns),
+    )
     storage.write_bytes(storage.join(out_uri, "report.html"), page_bytes)
 
 
 def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
-    """The run in a few figures: label and value; best scores are those of the checkpoint that is kept."""
+    """Summary figures of the run: label and value; best scores are those of the best checkpoint."""
     if not history:
         return []
     tiles = []
@@ -108,20 +103,20 @@ def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
 def curves(history: Sequence[Row]) -> list[tuple[str, bytes]]:
     """Title and SVG of each figure of `CURVES` for which the history has values.
 
-    Over epochs where each report ends one, else over steps.
+    The x axis is the epoch if each report ends one, else the step.
     """
     epochs = [row["epoch"] for row in history]
     axis = "epoch" if len(set(epochs)) == len(epochs) else "step"
-    drawn = []
+    figures = []
     for title, unit, lines in CURVES:
         present = [line for line in lines if any(line[0] in row for row in history)]
         if present:
-            drawn.append((title, page.svg(_curve(history, axis, unit, present))))
-    return drawn
+            figures.append((title, page.svg(_curve(history, axis, unit, present))))
+    return figures
 
 
 def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """A line for each column; a report without the column leaves no point, and no gap."""
+    """Plot a line for each column, through the reports that have it."""
     figure, axes = page.axes_of()
     marker = "o" if len(history) <= 30 else ""  # single points must show; hundreds would hide the line
     for column, name, colour in lines:
@@ -142,46 +137,25 @@ def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[s
     return figure
 
 
-def _pictures(overlays: Sequence[Picture]) -> list[str]:
-    if not overlays:
-        return []
-    figures = [page.figure(title, page.data_uri(data, "png")) for title, data in overlays]
-    return ["<h2>What the network finds</h2>", page.grid("pictures", figures)]
-
-
-def _dataset(dataset: dict[str, Any]) -> list[str]:
-    """Counts, licence and citation of the dataset; parts that its `dataset.json` does not have are left out."""
-    splits = dataset.get("splits", {})
-    counts = [
+def _splits(dataset: dict[str, Any]) -> page.Table:
+    rows = [
         [name, f"{split['images']:,}", f"{split['cells']:,}" if "cells" in split else ""]
-        for name, split in splits.items()
+        for name, split in dataset.get("splits", {}).items()
     ]
-    parts = [
-        "<h2>Dataset</h2>",
-        '<div class="card">',
-        f"<p><b>{html.escape(str(dataset.get('name', 'unnamed')))}</b></p>",
-    ]
-    parts.append(page.table(["split", "images", "cells"], counts))
-    kinds = dataset.get("cell_types", {})
-    if kinds:
-        head = ["cell type", *(f"images, {name}" for name in splits), "cells", "foreground"]
-        parts.append(page.table(head, [_kind(name, kind, list(splits)) for name, kind in kinds.items()]))
-    defects = {name: n for name, n in dataset.get("defects", {}).get("counts", {}).items() if n}
-    if defects:
-        found = ", ".join(f"{name} {n:,}" for name, n in defects.items())
-        parts.append(f"<p>Defects found and handled: {html.escape(found)} (each named in dataset.json).</p>")
-    parts.append(f"<p>Licence of the images: <b>{html.escape(str(dataset.get('licence') or 'not stated'))}</b></p>")
-    if dataset.get("citation"):
-        parts.append(f'<p class="soft">{html.escape(str(dataset["citation"]))}</p>')
-    return [*parts, "</div>"]
+    return page.Table(["split", "images", "cells"], rows)
 
 
-def _kind(name: str, kind: dict[str, Any], splits: Sequence[str]) -> list[str]:
-    images = [f"{kind.get('images', {}).get(split, 0):,}" for split in splits]
-    share = kind.get("foreground_share")
-    return [name, *images, f"{kind.get('cells', 0):,}", "" if share is None else f"{share:.1%}"]
+def _cell_types(dataset: dict[str, Any]) -> page.Table:
+    splits = list(dataset.get("splits", {}))
+    head = ["cell type", *(f"images, {split}" for split in splits), "cells", "foreground"]
+    rows = []
+    for name, counts in dataset.get("cell_types", {}).items():
+        images = [f"{counts.get('images', {}).get(split, 0):,}" for split in splits]
+        fraction = counts.get("foreground_share")
+        rows.append([name, *images, f"{counts.get('cells', 0):,}", "" if fraction is None else f"{fraction:.1%}"])
+    return page.Table(head, rows)
 
 
-def _history_table(history: Sequence[Row]) -> str:
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    return page.table(columns, [[page.number(row.get(name)) for name in columns] for row in history])
+def _defects(dataset: dict[str, Any]) -> str:
+    counts = dataset.get("defects", {}).get("counts", {})
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)

@@ -1,8 +1,9 @@
-"""How good a segmentation is, by pixels and by cells. No torch, no Ray.
+"""Scores of a segmentation, by pixels and by cells. No Ray.
 
-pixel_scores       Dice and IoU from counted pixels
+pixel_scores       Dice and IoU from pixel counts
 instance_scores    mSA, panoptic quality, counts, from two label images
 average_precision  LIVECell's COCO protocol
-coco_results       COCO results files of any tool
-scores             all of it for one image, and for many with intervals
+coco_results       reads COCO results files of any tool
+bootstrap          percentile intervals, for these and for sweeps
+scores             all scores of an image, and of a set of images with intervals
 """

@@ -1,14 +1,14 @@
 """LIVECell's COCO protocol: average precision and recall of instances that are ranked by a score and may overlap.
 
-Of COCO's own rules (pycocotools' COCOeval, against which the tests hold this) LIVECell changes three: one category,
+LIVECell changes three of COCO's rules (pycocotools' COCOeval, the reference of the tests): one category,
 up to 2,000 detections an image, and areas split at 18^2 and 31^2 pixels (Edlund et al. 2021). IoU and area are those of
 masks.
 
     AP     precision interpolated at 101 recalls, mean over IoU 0.50, 0.55, ..., 0.95
     AFNR   average false-negative ratio: mean over the same IoU of 1 - recall
 
-COCOeval visits every pair of cells forty times in Python; here only pairs that share half of their union are visited,
-and most of those at once: an image of 300 cells takes some milliseconds.
+COCOeval loops over every pair of cells forty times in Python. Here only pairs with an IoU of at least 0.5 are
+processed, most of them vectorised: an image of 300 cells takes some milliseconds.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from raylivecell.annotations.rle import Rle
+from raylivecell.scoring import bootstrap
 
-# As COCOeval makes them: an IoU or a recall may equal one to the last bit.
+# Computed as in COCOeval, because an IoU or a recall may equal a threshold to the last bit.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MOST = 2000
-"""Detections of an image that count: the best ones."""
+"""Number of best detections of an image that count."""
 AREAS = ((0.0, 1e10), (0.0, 324.0), (324.0, 961.0), (961.0, 1e10))
-"""All, small, medium, large: least and largest area in pixels, both included."""
+"""All, small, medium, large: smallest and largest area in pixels, inclusive."""
 AVERAGE, FIRST, SECOND = slice(None), 0, 5  # thresholds of AP, AP50, AP75
 PRECISIONS: tuple[tuple[str, int, slice], ...] = (
     ("ap", 0, AVERAGE),
@@ -37,72 +38,71 @@ PRECISIONS: tuple[tuple[str, int, slice], ...] = (
     ("apl", 3, AVERAGE),
 )
 CATEGORY = 1
-LEVEL = 0.95
 
 
 class Matches(NamedTuple):
-    """An image's detections, best first, against its true cells."""
+    """Detections of an image, best first, matched with its true cells."""
 
     scores: NDArray[np.float64]
     """(D,)"""
     matched: NDArray[np.bool_]
-    """(4, 10, D): by area range and IoU threshold, whether the detection has a true cell."""
+    """(4, 10, D): whether the detection has a true cell, by area range and IoU threshold."""
     ignored: NDArray[np.bool_]
-    """(4, 10, D): whether it counts for nothing, being of another size."""
+    """(4, 10, D): whether the detection is ignored, because it is outside the area range."""
     truths: NDArray[np.int64]
-    """(4,): true cells of each area range."""
+    """(4,): number of true cells in each area range."""
 
 
 def match(prediction: Sequence[Rle], scores: NDArray[np.float64], truth: Sequence[Rle]) -> Matches:
-    """Detections and true cells of one image, paired as COCOeval pairs them.
+    """Match the detections and true cells of one image as COCOeval does.
 
-    Best first, each detection takes the free true cell that it overlaps most, if their IoU reaches the threshold; one
-    of the area range before one of another size.
+    Best first, each detection is matched with the free true cell of the largest IoU that reaches the threshold; cells
+    in the area range go before others.
     """
     order = np.argsort(-scores, kind="stable")[:MOST]
-    found = [prediction[i] for i in order.tolist()]
+    detections = [prediction[i] for i in order.tolist()]
     true_area = _areas(truth)
     outside = np.array([(true_area < low) | (true_area > high) for low, high in AREAS])
-    matched = np.zeros((len(AREAS), len(THRESHOLDS), len(found)), bool)
+    matched = np.zeros((len(AREAS), len(THRESHOLDS), len(detections)), bool)
     ignored = np.zeros_like(matched)
-    if found and truth:
-        iou = coco_mask.iou(found, list(truth), [0] * len(truth))
+    if detections and truth:
+        iou = coco_mask.iou(detections, list(truth), [0] * len(truth))
         _pair(iou, outside, matched, ignored)
-    area = _areas(found)
-    odd = np.array([(area < low) | (area > high) for low, high in AREAS])
-    ignored |= ~matched & odd[:, None]
+    area = _areas(detections)
+    unmatched_outside = np.array([(area < low) | (area > high) for low, high in AREAS])
+    ignored |= ~matched & unmatched_outside[:, None]
     return Matches(scores[order].astype(np.float64), matched, ignored, (~outside).sum(1))
 
 
 def _areas(rles: Sequence[Rle]) -> NDArray[np.float64]:
-    # One at a time: given over 255 together, pycocotools 2.0.11 raises OverflowError under numpy 2.
+    # One by one: with more than 255 masks in one call, pycocotools 2.0.11 raises OverflowError under numpy 2.
     return np.array([coco_mask.area(rle) for rle in rles], np.float64)
 
 
 def _pair(
     iou: NDArray[np.float64], outside: NDArray[np.bool_], matched: NDArray[np.bool_], ignored: NDArray[np.bool_]
 ) -> None:
-    """Fill `matched` and `ignored` (4, 10, D) from `iou` (D, G) and whether truths are of another size (4, G)."""
+    """Fill `matched` and `ignored` (4, 10, D) from `iou` (D, G) and whether truths are outside the area (4, G)."""
     limits = np.minimum(THRESHOLDS, 1 - 1e-10)
     rows, columns = np.nonzero(iou >= limits[0])
     if not len(rows):
         return
     alone = (np.bincount(rows)[rows] == 1) & (np.bincount(columns)[columns] == 1)
-    one, other = rows[alone], columns[alone]
-    # Pairs of cells that have no other candidate: all at once.
-    hit = iou[one, other] >= limits[:, None]
-    matched[:, :, one] = hit
-    ignored[:, :, one] = hit & outside[:, other][:, None]
+    detections, truths = rows[alone], columns[alone]
+    # Pairs of cells without another candidate: vectorised.
+    hit = iou[detections, truths] >= limits[:, None]
+    matched[:, :, detections] = hit
+    ignored[:, :, detections] = hit & outside[:, truths][:, None]
     if alone.all():
         return
     contested = _by_detection(rows[~alone], columns[~alone], iou)
     for area in range(len(outside)):
         for level, limit in enumerate(limits.tolist()):
-            taken: set[int] = set()
+            used: set[int] = set()
             for detection, candidates in contested:
-                best = _best(candidates, limit, taken, outside[area])
+                best = _best(candidates, limit, used, outside[area])
                 if best is not None:
-                    taken.add(best)
+                    used.add(best)
                     matched[area, level, detection] = True
                     ignored[area, level, detection] = outside[area, best]
 
@@ -110,7 +110,7 @@ def _pair(
 def _by_detection(
     rows: NDArray[np.intp], columns: NDArray[np.intp], iou: NDArray[np.float64]
 ) -> list[tuple[int, list[tuple[int, float]]]]:
-    """(detection, its candidates in the order of the truth with their IoU), best detection first."""
+    """(detection, its candidates with IoU in the order of the truth), best detection first."""
     groups: dict[int, list[tuple[int, float]]] = {}
     for row, column in zip(rows.tolist(), columns.tolist()):
         groups.setdefault(row, []).append((column, float(iou[row, column])))
@@ -118,14 +118,14 @@ def _by_detection(
 
 
 def _best(
-    candidates: Iterable[tuple[int, float]], limit: float, taken: set[int], outside: NDArray[np.bool_]
+    candidates: Iterable[tuple[int, float]], limit: float, used: set[int], outside: NDArray[np.bool_]
 ) -> int | None:
-    """The free candidate of the largest IoU, the last of equals; one of the area range if there is one."""
+    """Free candidate of the largest IoU, the last of equals; those in the area range first."""
     best: int | None = None
-    for wanted in (False, True):
+    for is_outside in (False, True):
         largest = limit
         for truth, value in candidates:
-            if truth not in taken and bool(outside[truth]) == wanted and value >= largest:
+            if truth not in used and bool(outside[truth]) == is_outside and value >= largest:
                 best, largest = truth, value
         if best is not None:
             return best
@@ -136,7 +136,7 @@ def average_precision(matches: Sequence[Matches]) -> dict[str, float | None]:
     """`ap`, `ap50`, `ap75`, `aps`, `apm`, `apl`, `ar100`, `ar500`, `ar2000` and `afnr`, 0 to 1.
 
     AP of small, medium and large cells by the areas of AREAS; AR with the best 100, 500 and 2,000 detections of each
-    image. None where there is no such true cell.
+    image. None if there is no such true cell.
     """
     table = _Table(matches)
     weights = np.ones(len(matches))
@@ -150,26 +150,26 @@ def average_precision(matches: Sequence[Matches]) -> dict[str, float | None]:
 
 
 def interval(matches: Sequence[Matches], seed: int = 0, resamples: int = 200) -> dict[str, list[float] | None]:
-    """95 % percentile bootstrap intervals over images of `ap`, `ap50`, `ap75` and `afnr`; None under two images.
+    """95 % bootstrap intervals over images of `ap`, `ap50`, `ap75` and `afnr`; None without two images or a true cell.
 
     200 resamples settle a bound to about a fifth of the interval's width; of 1,564 images of 300 cells they take
     ten seconds.
     """
     names = ("ap", "ap50", "ap75", "afnr")
-    if len(matches) < 2:
+    if not any(image.truths[0] for image in matches):
         return dict.fromkeys(names)
-    table, rng = _Table(matches), np.random.default_rng(seed)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(resamples):
-        drawn = rng.integers(len(matches), size=len(matches))
-        weights = np.bincount(drawn, minlength=len(matches)).astype(np.float64)
+    table = _Table(matches)
+
+    def statistics(indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        weights = np.bincount(indices, minlength=len(matches)).astype(np.float64)
         precision, recall = table.precision(0, weights), _mean(table.recall(MOST, weights))
-        if precision is not None and recall is not None:
-            values = (precision.mean(), precision[FIRST].mean(), precision[SECOND].mean(), 1 - recall)
-            for name, value in zip(names, values):
-                found[name].append(float(value))
-    bounds = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    return {name: [float(b) for b in np.quantile(values, bounds)] if values else None for name, values in found.items()}
+        if precision is None or recall is None:  # no true cell in the resampled images
+            return np.full(len(names), np.nan)
+        return np.array([precision.mean(), precision[FIRST].mean(), precision[SECOND].mean(), 1 - recall])
+
+    indices = np.arange(len(matches))
+    bounds = bootstrap.interval(statistics, indices, seed=seed, resamples=resamples, vectorized=False)
+    return dict.fromkeys(names) if bounds is None else dict(zip(names, bounds.tolist()))
 
 
 def _mean(values: NDArray[np.float64] | None) -> float | None:
@@ -177,38 +177,38 @@ def _mean(values: NDArray[np.float64] | None) -> float | None:
 
 
 class _Table:
-    """The detections of many images, best first; images may be weighted, for the bootstrap."""
+    """Detections of many images, best first; the bootstrap weights images."""
 
     def __init__(self, matches: Sequence[Matches]) -> None:
-        scores = np.concatenate([one.scores for one in matches])
+        scores = np.concatenate([match.scores for match in matches])
         order = np.argsort(-scores, kind="stable")
-        self.image = np.repeat(np.arange(len(matches)), [len(one.scores) for one in matches])[order]
-        self.place = np.concatenate([np.arange(len(one.scores)) for one in matches])[order]
-        self.counted = ~np.concatenate([one.ignored for one in matches], axis=2)[..., order]
-        right = np.concatenate([one.matched for one in matches], axis=2)[..., order] & self.counted
+        self.image = np.repeat(np.arange(len(matches)), [len(match.scores) for match in matches])[order]
+        self.place = np.concatenate([np.arange(len(match.scores)) for match in matches])[order]
+        self.counted = ~np.concatenate([match.ignored for match in matches], axis=2)[..., order]
+        right = np.concatenate([match.matched for match in matches], axis=2)[..., order] & self.counted
         self.right = [[np.flatnonzero(level) for level in area] for area in right]
-        self.truths = np.stack([one.truths for one in matches])
+        self.truths = np.stack([match.truths for match in matches])
 
     def precision(self, area: int, weights: NDArray[np.float64], levels: slice = AVERAGE) -> NDArray[np.float64] | None:
-        """Precision at RECALLS for each IoU threshold of `levels`, (T, 101); none where there is no true cell."""
+        """Precision at RECALLS for each IoU threshold of `levels`, (T, 101); None without a true cell."""
         truths = float(self.truths[:, area] @ weights)
         if not truths:
             return None
         weight = weights[self.image]
         table = np.zeros((len(THRESHOLDS[levels]), len(RECALLS)))
         for row, right, counted in zip(table, self.right[area][levels], self.counted[area, levels]):
-            # Precision rises only where a detection is right: the others are counted, and no more.
-            found = np.cumsum(weight[right])
-            precision = found / (np.cumsum(weight * counted)[right] + np.spacing(1))
+            # Precision is needed only at right detections: the others just count in the denominator.
+            true_positives = np.cumsum(weight[right])
+            precision = true_positives / (np.cumsum(weight * counted)[right] + np.spacing(1))
             # The best precision at this recall or a higher one.
             precision = np.maximum.accumulate(precision[::-1])[::-1]
-            places = np.searchsorted(found / truths, RECALLS, side="left")
-            within = places < len(found)
+            places = np.searchsorted(true_positives / truths, RECALLS, side="left")
+            within = places < len(true_positives)
             row[within] = precision[places[within]]
         return table
 
     def recall(self, most: int, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
-        """Share of all true cells found by the best `most` detections of each image, by threshold, (10,)."""
+        """Fraction of all true cells found by the best `most` detections of each image, by threshold, (10,)."""
         truths = float(self.truths[:, 0] @ weights)
         if not truths:
             return None

@@ -1,13 +1,13 @@
-"""Scores of instances, cell by cell, between two label images: mean segmentation accuracy, panoptic quality, counts.
+"""Instance scores of one label image against another: mean segmentation accuracy, panoptic quality, counts.
 
-A predicted cell is right at a threshold where its intersection over union with a true cell reaches it; each cell has
-one partner at the most. With tp, fp and fn the numbers of right, wrong and missed cells:
+A predicted cell is right at a threshold if its intersection over union with a true cell reaches it; each cell has at
+most one partner. With tp, fp and fn the numbers of right, wrong and missed cells:
 
-    SA(t)  = tp / (tp + fp + fn)                   (the PASCAL VOC of cells; Cellpose's "average precision")
+    SA(t)  = tp / (tp + fp + fn)                   (as in PASCAL VOC; Cellpose's "average precision")
     mSA    = mean of SA(t) over t = 0.50, 0.55, ..., 0.95
     PQ     = (sum of the partners' IoU) / (tp + fp / 2 + fn / 2) at 0.5      (Kirillov et al. 2019)
 
-An image without a cell in truth and in prediction is right: all scores are 1.
+An image without cells in truth and prediction is right: all scores are 1.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Overlaps(NamedTuple):
     """Pairs of cells that share pixels."""
 
     cells: int
-    """Of the prediction."""
+    """Number of predicted cells."""
     true_cells: int
     prediction: NDArray[np.int64]
     """(K,) row of each pair's predicted cell, 0 to cells - 1."""
@@ -38,25 +38,25 @@ class Overlaps(NamedTuple):
 def overlaps(prediction: Labels, truth: Labels) -> Overlaps:
     """Pairs of overlapping cells of two label images (H, W), 0 background; labels need not be consecutive.
 
-    One pass over the pixels, and a table of the pairs that occur: 460 thousand cells need no matrix.
+    One pass over the pixels and a table of the pairs that occur: no matrix even for 460 thousand cells.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
-    said_names, said = np.unique(prediction, return_inverse=True)
-    true_names, true = np.unique(truth, return_inverse=True)
-    said, true = said.ravel(), true.ravel()
-    shift_said, shift_true = int(0 in said_names), int(0 in true_names)
-    said_area, true_area = np.bincount(said)[shift_said:], np.bincount(true)[shift_true:]
-    codes, shared = np.unique(said.astype(np.int64) * len(true_names) + true, return_counts=True)
-    rows, columns = codes // len(true_names) - shift_said, codes % len(true_names) - shift_true
+    predicted_labels, predicted = np.unique(prediction, return_inverse=True)
+    true_labels, true = np.unique(truth, return_inverse=True)
+    predicted, true = predicted.ravel(), true.ravel()
+    shift_predicted, shift_true = int(0 in predicted_labels), int(0 in true_labels)
+    predicted_area, true_area = np.bincount(predicted)[shift_predicted:], np.bincount(true)[shift_true:]
+    codes, shared = np.unique(predicted.astype(np.int64) * len(true_labels) + true, return_counts=True)
+    rows, columns = codes // len(true_labels) - shift_predicted, codes % len(true_labels) - shift_true
     both = (rows >= 0) & (columns >= 0)
     rows, columns, shared = rows[both], columns[both], shared[both]
-    iou = shared / (said_area[rows] + true_area[columns] - shared)
-    return Overlaps(len(said_area), len(true_area), rows, columns, iou)
+    iou = shared / (predicted_area[rows] + true_area[columns] - shared)
+    return Overlaps(len(predicted_area), len(true_area), rows, columns, iou)
 
 
 def true_positives(pairs: Overlaps, threshold: float) -> int:
-    """Most cells that can have a partner of IoU `threshold` or more, each one partner at the most."""
+    """Size of the largest one-to-one matching of cells with an IoU of at least `threshold`."""
     near = pairs.iou >= threshold - 1e-12
     if not near.any():
         return 0
@@ -74,7 +74,7 @@ def segmentation_accuracy(pairs: Overlaps) -> NDArray[np.float64]:
 
 
 def panoptic_quality(pairs: Overlaps) -> float:
-    """PQ at IoU over 0.5, where partners are unique by themselves."""
+    """PQ at IoU over 0.5, where partners are always unique."""
     if pairs.cells + pairs.true_cells == 0:
         return 1.0
     matched = pairs.iou[pairs.iou > 0.5]
@@ -82,10 +82,10 @@ def panoptic_quality(pairs: Overlaps) -> float:
 
 
 def instance_scores(prediction: Labels, truth: Labels) -> dict[str, float]:
-    """Of one image: `msa`, `sa50`, `sa75`, `pq`, `cells`, `true_cells`, `count_error` and `confluence_error`.
+    """Scores of one image: `msa`, `sa50`, `sa75`, `pq`, `cells`, `true_cells`, `count_error` and `confluence_error`.
 
-    `count_error` is predicted less true cells, as a part of the true ones (of 1, where there is none);
-    `confluence_error` predicted less true part of the pixels that are cell.
+    `count_error` is (predicted - true cells) / true cells (/ 1 without true cells); `confluence_error` is the predicted
+    minus the true fraction of pixels that are cell.
     """
     pairs = overlaps(prediction, truth)
     accuracy = segmentation_accuracy(pairs)

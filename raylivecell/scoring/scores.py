@@ -1,9 +1,9 @@
-"""What an image's segmentation is worth, pixel by pixel and cell by cell; and of many images, with intervals.
+"""All scores of an image, by pixels and by cells, and of a set of images, with intervals.
 
-Pixels are counted, added and divided last (metrics). mSA and its like are of an image, and averaged over images
-(instance_metrics). AP and the false-negative ratio follow LIVECell's COCO protocol, over all cells of all images
-(coco_protocol). Each is given for all images, for each cell type, and as the mean over types (`macro`), in which a type
-of few images weighs as much as one of many.
+Pixel counts are added over images and divided last (pixel_scores). mSA and similar scores are computed per image and
+averaged (instance_scores). AP and the false-negative ratio follow LIVECell's COCO protocol, over all cells of all
+images (average_precision). Each is given for all images, for each cell type, and as the mean over types (`macro`), in
+which a type of few images has the same weight as one of many.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,17 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylivecell.annotations.rle import Rle
-from raylivecell.scoring import average_precision, instance_scores, pixel_scores
+from raylivecell.scoring import average_precision, bootstrap, instance_scores, pixel_scores
 from raylivecell.scoring.average_precision import Matches
 
-# Means over images; of errors, of their size.
+# Means over images; of the absolute values of ERRORS.
 MEANS = ("msa", "sa50", "sa75", "pq")
 ERRORS = ("count_error", "confluence_error")
-RESAMPLES = 2000
 
 
 class Prediction(NamedTuple):
-    """What is said of an image (H, W)."""
+    """Prediction for an image (H, W)."""
 
     foreground: NDArray[np.bool_]
     labels: NDArray[np.integer[Any]]
@@ -31,25 +30,25 @@ class Prediction(NamedTuple):
     rles: Sequence[Rle]
     """Cells as COCO masks, which may overlap."""
     scores: NDArray[np.float64]
-    """Of each of `rles`, by which they are ranked."""
+    """Score of each of `rles`, by which they are ranked."""
 
 
 class GroundTruth(NamedTuple):
-    """What is true of it."""
+    """Ground truth of an image (H, W)."""
 
     labels: NDArray[np.integer[Any]]
-    """0 background; disjoint: of overlapping cells the smaller has the pixel."""
+    """0 background; disjoint: a pixel of overlapping cells belongs to the smaller one."""
     rles: Sequence[Rle]
-    """Whole cells."""
+    """Complete cells, which may overlap."""
 
 
-def of_image(found: Prediction, truth: GroundTruth) -> tuple[dict[str, Any], Matches]:
-    """Counts of pixels, `dice`, `iou`, `instance_scores.instance_scores`; and what `coco_protocol` makes of it."""
-    counts = pixel_scores.mask_counts(found.foreground, truth.labels)
+def of_image(prediction: Prediction, truth: GroundTruth) -> tuple[dict[str, Any], Matches]:
+    """Pixel counts, `dice`, `iou`, `instance_scores.instance_scores`; and the matches of `average_precision`."""
+    counts = pixel_scores.mask_counts(prediction.foreground, truth.labels)
     pixels = [counts[name] for name in pixel_scores.COUNTS]
     row = {**counts, "dice": pixel_scores.dice(pixels), "iou": pixel_scores.iou(pixels)}
-    row |= instance_scores.instance_scores(found.labels, truth.labels)
-    return row, average_precision.match(found.rles, found.scores, truth.rles)
+    row |= instance_scores.instance_scores(prediction.labels, truth.labels)
+    return row, average_precision.match(prediction.rles, prediction.scores, truth.rles)
 
 
 def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> dict[str, float]:
@@ -57,15 +56,15 @@ def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> 
 
     Returns:
         `dice` and `iou` of the pixels in cells, `msa`, `sa50`, `sa75`, `pq`, `cells`, `true_cells`, `count_error`,
-        `confluence_error`: see `instance_metrics`.
+        `confluence_error`: see `instance_scores`.
 
     Raises:
         TypeError: not arrays.
-        ValueError: where their shapes differ.
+        ValueError: different shapes.
     """
     if not isinstance(labels, np.ndarray) or not isinstance(truth, np.ndarray):
         wrong = type(truth if isinstance(labels, np.ndarray) else labels).__name__
-        raise TypeError(f"a {wrong} is no label image; give two arrays of integers (H, W), the labels found and true")
+        raise TypeError(f"a {wrong} is no label image; give two integer arrays (H, W), predicted and true labels")
     counts = pixel_scores.mask_counts(labels, truth)
     pixels = [counts[name] for name in pixel_scores.COUNTS]
     return {
@@ -79,8 +78,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], see
     """Scores of a set of images: in all, `per_cell_type`, and `macro`, the mean over cell types.
 
     Args:
-        rows: of `of_image`, with `file_name` and `cell_type`; any order.
-        matches: of `of_image`, in the order of `rows`.
+        rows: from `of_image`, with `file_name` and `cell_type`; any order.
+        matches: from `of_image`, in the order of `rows`.
         seed: of the bootstrap.
 
     Returns:
@@ -89,7 +88,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], see
     """
     if not rows:
         raise ValueError("no image to summarise")
-    # Sorted, so that the bootstrap's draws do not hang on the order in which workers finish.
+    # Sorted, so that the intervals do not depend on the order in which workers finish.
     order = sorted(range(len(rows)), key=lambda i: str(rows[i]["file_name"]))
     kinds = sorted({str(row["cell_type"]) for row in rows})
     by_kind = {kind: [i for i in order if rows[i]["cell_type"] == kind] for kind in kinds}
@@ -122,16 +121,13 @@ def _summary(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed
 
 
 def _interval(values: NDArray[np.float64], seed: int) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean over images."""
-    if len(values) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
+    """95 % interval of the mean over images."""
+    bounds = bootstrap.interval(np.mean, values, seed=seed)
+    return None if bounds is None else bounds.tolist()
 
 
 def _macro(kinds: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Means over cell types; of those that have a value, none where none has."""
+    """Means over the cell types that have a value; None if no type has one."""
     names = [name for name in kinds[0] if name not in ("images", "cells", "true_cells", "intervals")]
-    known = {name: [kind[name] for kind in kinds if kind[name] is not None] for name in names}
-    return {name: float(np.mean(values)) if values else None for name, values in known.items()}
+    values = {name: [kind[name] for kind in kinds if kind[name] is not None] for name in names}
+    return {name: float(np.mean(column)) if column else None for name, column in values.items()}

@@ -1,8 +1,9 @@
-"""Start and best trained again with fresh seeds: the score by which a trial was chosen is too high.
+"""Train the starting and the best recipe again with fresh seeds: the score that selected a trial is biased upwards.
 
-The candidates are the starting recipe, the best trial's, and that without elastic deformation (or, where it has none,
-with that of the best trial that has). Each run's folder is that of a trial, with the run's recipe.yaml:
-final/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to their end.
+The candidates are the starting recipe, the best trial's, and for each field of `compare_off` the best trial's with it
+off (or, if it is off there, on as in the best trial that has it on). Each run has a folder as a trial has, with the
+run's recipe.yaml: final/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to
+their end.
 """
 
 import json
@@ -15,7 +16,7 @@ from optuna.trial import FrozenTrial
 from ray import tune
 
 from raylivecell import recipe as recipes
-from raylivecell.core import settings, storage
+from raylivecell.core import storage
 from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder as run_folder
@@ -23,7 +24,7 @@ from raylivecell.runs.progress import validation_score
 from raylivecell.sweep import space, statistics
 from raylivecell.sweep import tune as tuner
 from raylivecell.sweep.board import TrialTable
-from raylivecell.sweep.space import ELASTIC, OBJECTIVES, SweepConfig
+from raylivecell.sweep.space import OBJECTIVES, SweepConfig
 from raylivecell.sweep.study import values
 from raylivecell.sweep.trial import SweepContext
 
@@ -33,47 +34,50 @@ Scores = dict[str, dict[int, float]]
 
 
 def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: FrozenTrial) -> dict[str, space.Values]:
-    """Recipes to train again, as values of fields, by names that say which trial they are of.
+    """Recipes to train again, as field values, by candidate name.
 
-    A candidate whose recipe is that of an earlier one is left out: the best trial may be the starting recipe.
+    A recipe that is listed already is left out: the best trial may be the starting recipe.
     """
     name, chosen = f"trial-{best.number}", values(best, recipe, config)
     listed: dict[str, space.Values] = {"start": {}, name: chosen}
-    if ELASTIC in space.searched_fields(config):
+    searched = set(space.searched_fields(config))
+    for path, off in config.compare_off.items():
+        if path not in searched:
+            continue
         # A conditional field that the trial did not use has the value of the starting recipe.
-        if space.get(space.apply(recipe, chosen), ELASTIC) > 0:
-            listed[f"{name}-elastic-off"] = {**chosen, ELASTIC: 0.0}
-        elif other := _best_with_elastic(recipe, config, study):
-            deformed = space.apply(recipe, values(other, recipe, config))
-            fields = {path: space.get(deformed, path) for path in settings.field_paths(Recipe) if _is_elastic(path)}
-            listed[f"{name}-elastic-of-{other.number}"] = {**chosen, **fields}
-    trained: dict[str, Recipe] = {}
-    for one, fields in listed.items():
+        if not space.is_equal(space.get(space.apply(recipe, chosen), path), off):
+            listed[f"{name}-{path}-off"] = {**chosen, **dict.fromkeys(space.tied_fields(config, path), off)}
+        elif other := _best_with(path, off, recipe, config, study):
+            source = space.apply(recipe, values(other, recipe, config))
+            switched = [path, *space.strength_fields(config, path)]
+            paths = [tied for field in switched for tied in space.tied_fields(config, field)]
+            fields = {field: space.get(source, field) for field in paths}
+            listed[f"{name}-{path}-of-{other.number}"] = {**chosen, **fields}
+    trained: list[Recipe] = []
+    distinct = {}
+    for candidate, fields in listed.items():
         changed = space.apply(recipe, fields)
-        if changed not in trained.values():
-            trained[one] = changed
-    return {one: listed[one] for one in trained}
+        if changed not in trained:
+            trained.append(changed)
+            distinct[candidate] = fields
+    return distinct
 
 
-def _is_elastic(path: str) -> bool:
-    return path.startswith(ELASTIC.removesuffix("p"))
-
-
-def _best_with_elastic(recipe: Recipe, config: SweepConfig, study: optuna.Study) -> FrozenTrial | None:
-    """The best finished trial by the first objective, the earliest of equals, whose recipe deforms."""
+def _best_with(path: str, off: Any, recipe: Recipe, config: SweepConfig, study: optuna.Study) -> FrozenTrial | None:
+    """The best finished trial by the first objective, the earliest of equals, in which the field `path` is on."""
     sign = 1 if OBJECTIVES[config.objectives[0]].mode == "max" else -1
-    deforming = [
+    trials = [
         trial
         for trial in statistics.complete(study)
-        if space.get(space.apply(recipe, values(trial, recipe, config)), ELASTIC) > 0
+        if not space.is_equal(space.get(space.apply(recipe, values(trial, recipe, config)), path), off)
     ]
-    return max(deforming, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
+    return max(trials, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
 
 def run(
-    shared: SweepContext, chosen: Mapping[str, space.Values], seeds: int, room: tuner.TrialResources, retries: int
+    shared: SweepContext, chosen: Mapping[str, space.Values], seeds: int, resources: tuner.TrialResources, retries: int
 ) -> None:
-    """Train each candidate to its end with each of `seeds` fresh seeds, where that is not done yet."""
+    """Train each candidate to its end with each of `seeds` fresh seeds, unless that run has finished before."""
     jobs: list[dict[str, Any]] = [
         {"folder": f"{FOLDER}/{name}-seed{seed}", "values": {**fields, "seed": shared.recipe.seed + seed}}
         for seed in range(1, seeds + 1)
@@ -83,13 +87,13 @@ def run(
         text = recipes.dump(space.apply(shared.recipe, job["values"]))
         storage.write_bytes(storage.join(shared.out, job["folder"], run_folder.RECIPE), text.encode())
     samples = len(shared.samples.train)
-    left = [job for job in jobs if _score(storage.join(shared.out, job["folder"]), samples) is None]
-    if left:
+    unfinished = [job for job in jobs if _score(storage.join(shared.out, job["folder"]), samples) is None]
+    if unfinished:
         with TrialTable(
-            len(jobs), len(jobs) - len(left), None, space.SCORES[shared.recipe.targets], "confirming"
+            len(jobs), len(jobs) - len(unfinished), None, space.SCORES[shared.recipe.targets], "fresh seeds"
         ) as board:
-            entries = {"job": tune.grid_search(left)}
-            tuner.run(shared, room, retries, [tuner.TrialProgress(board, shared.out)], param_space=entries)
+            entries = {"job": tune.grid_search(unfinished)}
+            tuner.run(shared, resources, retries, [tuner.TrialProgress(board, shared.out)], param_space=entries)
 
 
 def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scores:
@@ -97,58 +101,59 @@ def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scor
 
     Args:
         out: the sweep's folder.
-        names: of the candidates.
-        samples: training images of the dataset, which with the recipe decide a run's steps.
+        names: candidates.
+        samples: number of training images, which with the recipe gives a run's steps.
 
     Returns:
-        A candidate that finished with no seed is left out. {} where a candidate was never begun, or no seed is left.
+        Without candidates that finished with no seed. {} if a candidate was never started, or no common seed is left.
     """
-    begun = {name: _seeds(out, name) for name in names}
-    if not all(begun.values()):
+    started = {name: _seeds(out, name) for name in names}
+    if not all(started.values()):
         return {}
-    found: Scores = {}
-    for name, seeds in begun.items():
-        each = {seed: _score(folder_of(out, name, seed), samples) for seed in seeds}
-        found[name] = {seed: score for seed, score in each.items() if score is not None}
-    finished = {name: each for name, each in found.items() if each}
-    common = set.intersection(*(set(each) for each in finished.values())) if finished else set()
-    return {name: {seed: each[seed] for seed in sorted(common)} for name, each in finished.items()} if common else {}
+    finished: Scores = {}
+    for name, seeds in started.items():
+        by_seed = {seed: _score(folder_of(out, name, seed), samples) for seed in seeds}
+        by_seed_finished = {seed: score for seed, score in by_seed.items() if score is not None}
+        if by_seed_finished:
+            finished[name] = by_seed_finished
+    common = sorted(set.intersection(*map(set, finished.values()))) if finished else []
+    return {name: {seed: by_seed[seed] for seed in common} for name, by_seed in finished.items()} if common else {}
 
 
 def _score(folder: str, samples: int) -> float | None:
-    """Best validation score of a run; none unless it trained to its end."""
+    """Best validation score of a run; None unless it trained to its end."""
     if not {"metrics.jsonl", run_folder.RECIPE} <= set(storage.list_names(folder)):
         return None
     recipe = recipes.load(storage.join(folder, run_folder.RECIPE))
     where = storage.join(folder, "metrics.jsonl")
-    with storage.validating(where, "delete that run's folder, and it is trained again"):
+    with storage.validating(where, "delete that run's folder to train it again"):
         history = [json.loads(line) for line in storage.read_bytes(where).splitlines()]
         steps = SampleSchedule(recipe.seed, samples, recipe.batch_size, recipe.phases).steps
         return max(validation_score(row) for row in history) if history and history[-1]["step"] >= steps else None
 
 
-def winner(out: str, confirmed: Scores, unit: str) -> tuple[str, str]:
-    """The candidate with the highest mean: the folder of its best run, and why, in words.
+def winner(out: str, final_scores: Scores, unit: str) -> tuple[str, str]:
+    """Folder of the best run of the candidate with the highest mean, and the reason in words.
 
     Args:
         out: the sweep's folder.
-        confirmed: what `scores` returned, not empty.
-        unit: what the scores are, such as validation Dice.
+        final_scores: result of `scores`, not empty.
+        unit: name of the score, such as validation Dice.
     """
-    means = {name: float(np.mean(list(each.values()))) for name, each in confirmed.items()}
-    name = max(means, key=lambda one: means[one])
-    seed = max(confirmed[name], key=lambda one: confirmed[name][one])
-    listed = ", ".join(f"{one} {mean:.4f}" for one, mean in means.items())
-    seeds = ", ".join(str(one) for one in confirmed[name])
+    means = {name: float(np.mean(list(by_seed.values()))) for name, by_seed in final_scores.items()}
+    name = max(means, key=lambda name: means[name])
+    seed = max(final_scores[name], key=lambda seed: final_scores[name][seed])
+    listed = ", ".join(f"{candidate} {mean:.4f}" for candidate, mean in means.items())
+    seeds = ", ".join(map(str, final_scores[name]))
     return folder_of(out, name, seed), f"{name}; mean {unit} with fresh seeds {seeds}: {listed}"
 
 
 def folder_of(out: str, name: str, seed: int) -> str:
-    """The folder of a candidate's run with a seed."""
+    """Folder of a candidate's run with a seed."""
     return storage.join(out, FOLDER, f"{name}-seed{seed}")
 
 
 def _seeds(out: str, name: str) -> list[int]:
-    """Seeds with which a candidate was begun."""
+    """Seeds with which training of a candidate has started."""
     heads = [folder.rpartition("-seed") for folder in storage.list_names(storage.join(out, FOLDER))]
     return sorted(int(seed) for head, _, seed in heads if head == name and seed.isdecimal())

@@ -1,15 +1,15 @@
-"""report.html of a sweep: what was tried, what mattered, is elastic deformation worth it, what do best and worst see.
+"""report.html of a sweep: scores, importance of the fields, off against on, segmentations of best and worst trial.
 
-One file that needs no network and no script; drawn from the study alone, so that it can be drawn again at any time.
+The report is made from the study and the trials' folders alone, so that it can be made again at any time.
 """
 
-import html
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
@@ -24,9 +24,7 @@ from raylivecell.sweep.statistics import Group
 from raylivecell.sweep.study import finished, folder_of, values
 
 MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to its end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
-STRENGTH = {"augment.elastic.alpha_x", "augment.elastic.sigma"}
 PICTURES = 2
-RINGS = "A dot trained to its end, a triangle was stopped early; a red ring is the start, a pink one the best."
 
 
 def write(
@@ -36,7 +34,7 @@ def write(
     config: SweepConfig,
     study: optuna.Study,
     best: FrozenTrial,
-    confirmed: dict[str, list[float]],
+    final_scores: dict[str, list[float]],
 ) -> None:
     """Write OUT/report.html.
 
@@ -46,32 +44,33 @@ def write(
         recipe: the starting recipe.
         config: the search.
         study: its trials.
-        best: the trial handed over.
-        confirmed: validation Dice of runs with fresh seeds, by contender.
+        best: the best trial.
+        final_scores: validation scores of the runs with fresh seeds, by candidate.
     """
-    name = addresses.name(out)
-    body = [
-        page.grid("tiles", [page.tile(label, value) for label, value in headline(study, config, best)]),
-        "<h2>The search</h2>",
-        page.grid("curves", _figures([_history(study, config), *_front(study, config)])),
-        *_confirmed(confirmed),
-        *_elastic(study),
-        *_importances(study),
-        "<h2>Each field</h2>",
-        f'<p class="soft">{RINGS}</p>',
-        page.grid("curves", _figures(_slices(study, config, best))),
-        "<h2>The best recipe</h2>",
-        page.table(["field", "start", "best"], _changes(recipe, values(best, recipe, config))),
-        *_pictures(out, data, study, config, best),
-        "<h2>All trials</h2>",
-        _trials(study, recipe, config),
-    ]
-    subtitle = "Search for a better recipe with Ray Tune and Optuna"
-    storage.write_bytes(storage.join(out, "report.html"), page.page(f"Sweep {name}", subtitle, body).encode())
+    rows = statistics.trial_rows(study, recipe, config)
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
+    columns += ["failed"] if any(row["failed"] for row in rows) else []
+    text = page.render(
+        "sweep",
+        f"Sweep {addresses.name(out)}",
+        "Search for a better recipe with Ray Tune and Optuna",
+        headline=headline(study, config, best),
+        search=_embedded([_history(study, config), *_front(study, config)]),
+        final_seeds=_final_seeds_table(final_scores) if final_scores else None,
+        final_seed_figures=_embedded([_final_seeds_figure(final_scores)]) if final_scores else [],
+        comparisons=_comparisons(study, config),
+        importance=_embedded(_importances(study)),
+        least_trials=statistics.LEAST_TRIALS,
+        fields=_embedded(_slices(study, config, best)),
+        changes=page.Table(["field", "start", "best"], _changes(recipe, values(best, recipe, config))),
+        pictures=_pictures(out, data, study, config, best),
+        trials=page.number_table(rows, columns),
+    )
+    storage.write_bytes(storage.join(out, "report.html"), text)
 
 
 def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, str]]:
-    """The sweep in a few figures: label and value."""
+    """Summary figures of the sweep: label and value."""
     unit = OBJECTIVES[config.objectives[0]].unit
     first = next((statistics.score(trial) for trial in finished(study) if trial.number == 0), None)
     states = [trial.state for trial in finished(study)]
@@ -85,12 +84,12 @@ def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> lis
         ("stopped early", str(states.count(TrialState.PRUNED))),
         ("failed", str(states.count(TrialState.FAIL))),
         ("time of all trials", page.duration(wall)),
-        ("of it training", f"{share:.0%}"),
+        ("spent on training", f"{share:.0%}"),
     ]
 
 
-def _figures(drawn: Sequence[tuple[str, bytes]]) -> list[str]:
-    return [page.figure(title, page.data_uri(svg, "svg+xml")) for title, svg in drawn]
+def _embedded(figures: Sequence[tuple[str, bytes]]) -> list[page.Image]:
+    return page.images(figures, "svg+xml")
 
 
 def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
@@ -111,16 +110,16 @@ def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
 
 
 def _points(axes: Axes, trials: Sequence[tuple[Any, FrozenTrial]]) -> None:
-    """A mark for each trial that has a score, at its place on the x axis."""
+    """Plot a mark for each trial that has a score."""
     for state, (marker, colour, label) in MARKS.items():
         places = [(x, statistics.score(trial)) for x, trial in trials if trial.state is state]
-        places = [place for place in places if place[1] is not None]
+        places = [(x, score) for x, score in places if score is not None]
         if places:
             axes.plot(*zip(*places), marker, color=colour, markersize=5, alpha=0.8, label=label)
 
 
 def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
-    """Two objectives against each other: all trials, and those that none beats in both."""
+    """Plot two objectives against each other, with the Pareto front."""
     if len(config.objectives) < 2:
         return []
     figure, axes = page.axes_of(6.4, 3.0)
@@ -130,128 +129,128 @@ def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
     axes.plot(*zip(*front), "o-", color=BLUE, markersize=5, label="Pareto front")
     for trial in study.best_trials:
         axes.annotate(str(trial.number), trial.values[1::-1], xytext=(4, 4), textcoords="offset points", fontsize=8)
-    first, second = (OBJECTIVES[one].unit for one in config.objectives[:2])
+    first, second = (OBJECTIVES[name].unit for name in config.objectives[:2])
     axes.set(xlabel=second, ylabel=first)
     axes.legend(frameon=False, fontsize=9)
     return [("Pareto front: numbers are trials", page.svg(figure))]
 
 
-def _confirmed(confirmed: dict[str, list[float]]) -> list[str]:
-    """Runs with fresh seeds: each contender's scores, mean and spread, and its difference to the start by seed."""
-    if not confirmed:
-        return []
-    start = confirmed.get("start", [])
+def _ordered(final_scores: Mapping[str, list[float]]) -> list[tuple[str, list[float]]]:
+    """Candidates with their scores, the starting recipe first."""
+    return sorted(final_scores.items(), key=lambda entry: entry[0] != "start")
+
+
+def _final_seeds_table(final_scores: Mapping[str, list[float]]) -> page.Table:
+    """Each candidate's scores with fresh seeds: mean, standard deviation, difference to the start by seed."""
+    start = final_scores.get("start", [])
     rows = []
-    ordered = sorted(confirmed.items(), key=lambda one: one[0] != "start")
-    for name, scores in ordered:
+    for name, scores in _ordered(final_scores):
         gains = np.subtract(scores, start) if len(scores) == len(start) and name != "start" else np.array([])
-        spread = f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
+        deviation = f"{np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         gain = f"{gains.mean():+.4f} ({gains.min():+.4f} to {gains.max():+.4f})" if len(gains) else ""
-        each = ", ".join(f"{one:.4f}" for one in scores)
-        rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", spread, gain, each])
-    figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(rows))
-    for place, scores in enumerate(score for _, score in ordered):
+        by_seed = ", ".join(f"{score:.4f}" for score in scores)
+        rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", deviation, gain, by_seed])
+    head = ["candidate", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
+    return page.Table(head, rows)
+
+
+def _final_seeds_figure(final_scores: Mapping[str, list[float]]) -> tuple[str, bytes]:
+    figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(final_scores))
+    for place, (_, scores) in enumerate(_ordered(final_scores)):
         axes.plot(scores, [place] * len(scores), "o", color=BLUE, alpha=0.7)
         axes.plot(np.mean(scores), place, "|", color=BLACK, markersize=18, markeredgewidth=2)
-    axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], xlabel="validation Dice")
+    names = [name.replace("-", " ") for name, _ in _ordered(final_scores)]
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="validation Dice")
     axes.invert_yaxis()
-    head = ["trained anew", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
-    return [
-        "<h2>Confirmed with fresh seeds</h2>",
-        '<p class="soft">The score by which a trial was chosen flatters it. These runs were not chosen.</p>',
-        page.table(head, rows),
-        page.grid("curves", _figures([("Each run, and the mean", page.svg(figure))])),
-    ]
+    return "Each run, and the mean", page.svg(figure)
 
 
-def _elastic(study: optuna.Study) -> list[str]:
-    """Elastic deformation off against on, at the step that every trial reached."""
-    groups = statistics.elastic_groups(study)
-    if not groups:
-        return []
-    at = statistics.early_scores(study)[0]
-    gain, low, high = statistics.difference(groups[0], groups[1])
-    verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse for certain"
-    said = (
-        f"On is {verdict}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} trials "
-        f"without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial had. "
-        "The other fields differ too from trial to trial."
-    )
-    comparable = statistics.early_scores(study)[1]
-    strength = [t for t in finished(study) if t.params.keys() >= STRENGTH and t.number in comparable]
-    drawn = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
-    if len(strength) > 2:
-        drawn.append(("How strong", page.svg(_strength(strength, study))))
-    return [
-        "<h2>Is elastic deformation worth it?</h2>",
-        f"<p>{html.escape(said)}</p>",
-        page.grid("curves", _figures(drawn)),
-    ]
+class Comparison(NamedTuple):
+    """A section of the report: trials with a field at its off value against those with it on."""
+
+    field: str
+    off: Any
+    verdict: str
+    figures: list[page.Image]
 
 
-def _groups(groups: Sequence[Group]) -> Any:
+def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
+    """Compare off with on for each field of `compare_off`, at the step that every trial reached."""
+    sections = []
+    at, scores = statistics.early_scores(study)
+    for path, off in config.compare_off.items():
+        groups = statistics.off_on_groups(study, path, off)
+        if not groups:
+            continue
+        gain, low, high = statistics.difference(groups[0], groups[1])
+        effect = "better" if low > 0 else "worse" if high < 0 else "neither clearly better nor clearly worse"
+        verdict = (
+            f"On is {effect}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} "
+            f"trials without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial "
+            "reached. The other fields also differ between trials."
+        )
+        figures = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
+        strength = space.strength_fields(config, path)[:2]
+        trials = [t for t in finished(study) if t.number in scores and t.params.keys() >= set(strength)]
+        if len(strength) == 2 and len(trials) > 2 and all(config.space[name].choices is None for name in strength):
+            figures.append(("How strong", page.svg(_strength(trials, scores, strength, config))))
+        sections.append(Comparison(path, off, verdict, _embedded(figures)))
+    return sections
+
+
+def _groups(groups: Sequence[Group]) -> Figure:
     figure, axes = page.axes_of()
     rng = np.random.default_rng(0)
-    for place, one in enumerate(groups):
-        jitter = place + rng.uniform(-0.08, 0.08, len(one.scores))
-        axes.plot(jitter, one.scores, "o", color=BLUE, alpha=0.5, markersize=5)
-        error = [[one.mean - one.low], [one.high - one.mean]]
-        axes.errorbar(place + 0.25, one.mean, error, fmt="s", color=BLACK, capsize=4)
-    axes.set(xticks=range(len(groups)), xticklabels=[one.name for one in groups], ylabel="validation Dice")
+    for place, group in enumerate(groups):
+        jitter = place + rng.uniform(-0.08, 0.08, len(group.scores))
+        axes.plot(jitter, group.scores, "o", color=BLUE, alpha=0.5, markersize=5)
+        error = [[group.mean - group.low], [group.high - group.mean]]
+        axes.errorbar(place + 0.25, group.mean, error, fmt="s", color=BLACK, capsize=4)
+    axes.set(xticks=range(len(groups)), xticklabels=[group.name for group in groups], ylabel="validation Dice")
     axes.set_xlim(-0.4, len(groups) - 0.3)
     return figure
 
 
-def _strength(trials: Sequence[FrozenTrial], study: optuna.Study) -> Any:
+def _strength(
+    trials: Sequence[FrozenTrial], scores: Mapping[int, float], fields: Sequence[str], config: SweepConfig
+) -> Figure:
+    """Scores as colours over the two fields that are searched only while a field is on."""
     figure, axes = page.axes_of()
-    scores = statistics.early_scores(study)[1]
-    points = [
-        (t.params["augment.elastic.alpha_x"], t.params["augment.elastic.sigma"], scores[t.number])
-        for t in trials
-        if t.number in scores
-    ]
-    alpha, sigma, colour = zip(*points)
-    marks = axes.scatter(alpha, sigma, c=colour, cmap="viridis", s=36)
+    x, y = ([trial.params[name] for trial in trials] for name in fields)
+    marks = axes.scatter(x, y, c=[scores[trial.number] for trial in trials], cmap="viridis", s=36)
     figure.colorbar(marks, ax=axes, label="validation Dice")
-    axes.set(xlabel="alpha", ylabel="sigma", xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        page.log_axis(axis)
+    axes.set(xlabel=fields[0], ylabel=fields[1])
+    for name, axis, set_scale in zip(fields, (axes.xaxis, axes.yaxis), (axes.set_xscale, axes.set_yscale)):
+        if config.space[name].log:
+            set_scale("log")
+            page.log_axis(axis)
     return figure
 
 
-def _importances(study: optuna.Study) -> list[str]:
-    """Bars of what each parameter matters, with intervals and what chance alone gives."""
-    found = statistics.importances(study)
-    if not found:
-        few = f"Fewer than {statistics.LEAST_TRIALS} trials can be compared: too few to say."
-        return ["<h2>What matters</h2>", f'<p class="soft">{few}</p>']
-    figure, axes = page.axes_of(6.4, 1.0 + 0.32 * len(found))
-    places = np.arange(len(found))
-    axes.barh(places, [one.value for one in found], color=BLUE, height=0.6)
+def _importances(study: optuna.Study) -> list[tuple[str, bytes]]:
+    """Bar chart of each parameter's importance, with interval and chance level; [] for too few trials."""
+    importances = statistics.importances(study)
+    if not importances:
+        return []
+    figure, axes = page.axes_of(6.4, 1.0 + 0.32 * len(importances))
+    places = np.arange(len(importances))
+    axes.barh(places, [bar.value for bar in importances], color=BLUE, height=0.6)
     error = [
-        [max(0.0, one.value - one.low) for one in found],
-        [max(0.0, one.high - one.value) for one in found],
+        [max(0.0, bar.value - bar.low) for bar in importances],
+        [max(0.0, bar.high - bar.value) for bar in importances],
     ]
-    axes.errorbar([one.value for one in found], places, xerr=error, fmt="none", color=BLACK, capsize=3)
-    axes.plot([one.chance for one in found], places, "|", color=RED, markersize=16, label="chance alone, 95 %")
-    axes.set(yticks=places, yticklabels=[f"{one.name} ({one.trials})" for one in found], xlabel="importance")
+    axes.errorbar([bar.value for bar in importances], places, xerr=error, fmt="none", color=BLACK, capsize=3)
+    axes.plot([bar.chance for bar in importances], places, "|", color=RED, markersize=16, label="chance alone, 95 %")
+    axes.set(yticks=places, yticklabels=[f"{bar.name} ({bar.trials})" for bar in importances], xlabel="importance")
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9)
-    note = (
-        "The part of the scores' variance that a field alone explains (fANOVA), with 90 % bootstrap intervals; in "
-        "brackets the trials that have the field. A bar short of the red mark says nothing."
-    )
-    return [
-        "<h2>What matters</h2>",
-        f'<p class="soft">{note}</p>',
-        page.grid("curves", _figures([("Importance", page.svg(figure))])),
-    ]
+    return [("Importance", page.svg(figure))]
 
 
 def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, bytes]]:
-    """Score over each parameter; the start and the best stand out by rings."""
+    """Plot the score over each parameter, with rings around the starting and the best trial."""
     names = dict.fromkeys(name for trial in finished(study) for name in trial.params)
-    drawn = []
+    figures = []
     for name in names:
         figure, axes = page.axes_of()
         having = [trial for trial in finished(study) if name in trial.params]
@@ -267,30 +266,22 @@ def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list
             axes.set_xscale("log")
             page.log_axis(axes.xaxis)
         axes.set_ylabel(OBJECTIVES[config.objectives[0]].unit)
-        drawn.append((name, page.svg(figure)))
-    return drawn
+        figures.append((name, page.svg(figure)))
+    return figures
 
 
 def _changes(recipe: Recipe, chosen: space.Values) -> list[list[str]]:
     return [[path, page.number(space.get(recipe, path)), page.number(value)] for path, value in chosen.items()]
 
 
-def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[str]:
-    """What the best and the worst trial find on the same validation images."""
+def _pictures(out: str, data: str, study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[page.Image]:
+    """Segmentations of the best and the worst trial on the same validation images."""
     pick = min if OBJECTIVES[config.objectives[0]].mode == "max" else max
     scored = [trial for trial in finished(study) if statistics.score(trial) is not None]
     worst = pick(scored, key=lambda trial: statistics.score(trial) or 0.0)
-    figures = []
+    panels = []
     for name, trial in {"Best": best, "Worst": worst}.items():
         network, _ = checkpoint.load_model(storage.join(out, folder_of(trial.number)))
         for title, png in pictures.overlays(network, data, "val", PICTURES):
-            figures.append(page.figure(f"{name}, trial {trial.number}: {title}", page.data_uri(png, "png")))
-    return ["<h2>What the best and the worst trial find</h2>", page.grid("pictures", figures)]
-
-
-def _trials(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
-    rows = statistics.trial_rows(study, recipe, config)
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
-    columns += ["failed"] if any(row["failed"] for row in rows) else []
-    cells = [[page.number(row.get(name)) for name in columns] for row in rows]
-    return f'<details class="card"><summary>{len(rows)} trials</summary>{page.table(columns, cells)}</details>'
+            panels.append((f"{name}, trial {trial.number}: {title}", png))
+    return page.images(panels, "png")

@@ -1,7 +1,7 @@
 """Ray Tune's search algorithm for a sweep: each Ray trial is a trial of the Optuna study, by `ask` and `tell`.
 
-Other than Ray's OptunaSearch, it resumes a trial that a killed driver left running, under its number and with its
-parameters, and reports a stopped trial as pruned and a bad one as failed.
+Unlike Ray's OptunaSearch, it resumes a trial that a killed driver left running, with its number and parameters, and
+reports a stopped trial as pruned and a failed one as failed.
 """
 
 import time
@@ -17,7 +17,7 @@ from raylivecell.sweep import space
 from raylivecell.sweep.space import OBJECTIVES, SweepConfig
 from raylivecell.sweep.study import end_of, folder_of
 
-# Of a trial's last result, what the study keeps as attributes of the trial.
+# Fields of a trial's last result that the study stores as the trial's attributes.
 ATTRIBUTES = ("steps", "step", "training_seconds", "failed")
 
 
@@ -25,10 +25,10 @@ class Search(Searcher):
     """Suggests the study's trials and reports their results to it. A trial's config: {"job": {"folder", "values"}}.
 
     Args:
-        study: asked and told.
-        recipe: what a trial's values change.
+        study: where trials are created and reported.
+        recipe: the starting recipe.
         config: the space to search, and the objectives.
-        left_running: trials of a killed driver, which are suggested first.
+        left_running: trials of a killed driver; they are suggested first.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Search(Searcher):
         self.ended: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune would write a pickle, with the storage's password in it, that nobody reads."""
+        """Nothing: Tune would write a pickle, with the storage's password in it, that nothing reads."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
@@ -82,7 +82,7 @@ class Search(Searcher):
         self.ended.add(trial_id)
         trial, state = self.trials[trial_id], end_of(None if error else result)
         if result and state is not TrialState.FAIL:
-            self.on_trial_result(trial_id, result)  # Tune leaves out the last one
+            self.on_trial_result(trial_id, result)  # Tune does not pass on the last result
         attributes = {name: result[name] for name in ATTRIBUTES if result and name in result}
         if state is TrialState.FAIL:
             attributes.setdefault("failed", "crashed")

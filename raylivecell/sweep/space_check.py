@@ -1,4 +1,4 @@
-"""Checks of a search space against the recipe that a sweep starts from, before anything is spent."""
+"""Check a search space against the starting recipe, before any trial runs."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -16,27 +16,30 @@ def check(recipe: Recipe, config: SweepConfig) -> None:
 
     Raises:
         UserError: an unknown field, one searched twice, a condition on a field that is searched later, an objective
-            that the recipe's targets do not have, a start outside its range, a range with values that no recipe takes.
+            that the recipe's targets do not have, a starting value outside its range, a range or an off value that no
+            recipe accepts.
     """
     _check_fields(recipe, config)
     for place, (path, dimension) in enumerate(config.space.items()):
         for other, condition in dimension.when.items():
             _check_condition(recipe, config, place, path, other, condition)
     _check_objectives(recipe, config)
-    space.start(recipe, config)
+    space.start_parameters(recipe, config)
     for _ in variants(recipe, config):
         pass
     for shares in config.shares:
-        _check_least(recipe, shares)
+        _check_min(recipe, shares)
+    for path, off in config.compare_off.items():
+        space.apply(recipe, dict.fromkeys(space.tied_fields(config, path), off), "sweep.compare_off")
 
 
 def _check_fields(recipe: Recipe, config: SweepConfig) -> None:
-    """UserError for a field that does not exist, that is searched twice, or that is part of another searched field."""
+    """Raise UserError for a field that does not exist, is searched twice, or is part of another searched field."""
     seen: list[str] = []
     for path in space.searched_fields(config):
         space.get(recipe, path)
         if path in seen:
-            raise UserError(f"sweep: {path} is searched twice; name it once")
+            raise UserError(f"sweep: {path} is searched twice; list it once")
         for other in seen:
             if _overlap(path, other):
                 raise UserError(
@@ -44,79 +47,79 @@ def _check_fields(recipe: Recipe, config: SweepConfig) -> None:
                 )
         seen.append(path)
     if "targets" in seen:
-        raise UserError("sweep.space: targets decides what trials are judged by; sweep each of its values apart")
+        raise UserError("sweep.space: targets decides the objective; run one sweep for each of its values")
 
 
 def _check_condition(
     recipe: Recipe, config: SweepConfig, place: int, path: str, other: str, condition: Condition
 ) -> None:
-    """UserError where the condition of the field `path`, number `place`, cannot be evaluated when it is asked for."""
+    """Raise UserError if the condition of the field `path`, number `place`, cannot be evaluated when it is needed."""
     value = space.get(recipe, other)
     if condition.above is not None and value is not None and not space.is_number(value):
-        raise UserError(f"sweep.space: {path} needs {other} above a number, and it is {value!r}; use among")
+        raise UserError(f"sweep.space: {path} needs {other} above a number, and it is {value!r}; use in")
     for later, dimension in list(config.space.items())[place:]:
-        if any(_overlap(field, other) for field in (later, *dimension.also)):
-            hint = "a field cannot hang on itself" if later == path else f"put {later} before it"
-            raise UserError(f"sweep.space: {path} hangs on {other}; {hint}")
+        if any(_overlap(field, other) for field in (later, *dimension.tied_to)):
+            hint = "a field cannot depend on itself" if later == path else f"put {later} before it"
+            raise UserError(f"sweep.space: {path} depends on {other}; {hint}")
 
 
 def _check_objectives(recipe: Recipe, config: SweepConfig) -> None:
-    """UserError for an objective named twice, or one that the recipe's targets do not have."""
+    """Raise UserError for an objective listed twice, or one that the recipe's targets do not have."""
     if len(set(config.objectives)) < len(config.objectives):
-        raise UserError(f"sweep.objectives: {', '.join(config.objectives)} names one twice; name it once")
-    judged = space.SCORES[recipe.targets].lower()
-    other = "msa" if judged == "dice" else "dice"
+        raise UserError(f"sweep.objectives: {', '.join(config.objectives)} lists one twice; list it once")
+    score = space.SCORES[recipe.targets].lower()
+    other = "msa" if score == "dice" else "dice"
     if other in config.objectives:
-        raise UserError(f"sweep.objectives: a recipe of targets {recipe.targets} is judged by {judged}, not by {other}")
+        raise UserError(f"sweep.objectives: a recipe of targets {recipe.targets} has the score {score}, not {other}")
 
 
 def variants(recipe: Recipe, config: SweepConfig) -> Iterator[tuple[str, Recipe]]:
-    """The recipe with one searched field changed: to each of its choices, to either end of its range.
+    """Recipes with one searched field changed: to each of its choices, or to either end of its range.
 
-    What refuses one of these would refuse trials. A value that does not fit the rest of the recipe is left out, because
-    it may fit other trials.
+    A check that fails for one of these would fail for trials. A value that does not fit the rest of the recipe is left
+    out, because it may fit in other trials.
 
     Yields:
         The field's path, and the changed recipe.
 
     Raises:
-        UserError: a value that the field never takes, such as a negative learning rate.
+        UserError: a value that the field never accepts, such as a negative learning rate.
     """
     for path, dimension in config.space.items():
         for value in _extremes(path, dimension, space.get(recipe, path)):
             try:
-                yield path, space.apply(recipe, dict.fromkeys((path, *dimension.also), value), "sweep.space")
+                yield path, space.apply(recipe, dict.fromkeys((path, *dimension.tied_to), value), "sweep.space")
             except UserError as error:
-                if _is_refused(error, (path, *dimension.also)):
+                if _is_refused(error, (path, *dimension.tied_to)):
                     raise
 
 
 def _extremes(path: str, dimension: Dimension, start_value: Any) -> list[Any]:
-    """The choices of a field, or the ends of its range; of the batch size every value, as workers must divide it."""
+    """The choices of a field, or the ends of its range; every value of the batch size, as workers must divide it."""
     if dimension.choices is not None:
         return list(dimension.choices)
     low, high = float(dimension.low or 0), float(dimension.high or 0)
-    if not space.is_complete(dimension, start_value):
+    if not space.is_whole_range(dimension, start_value):
         return [low, high]
     if path == "batch_size" and not dimension.log:
         return list(range(int(low), int(high) + 1, int(dimension.step or 1)))
     return [int(low), int(high)]
 
 
-def _check_least(recipe: Recipe, shares: Shares) -> None:
-    """UserError where one of the fields may not have the least, or the largest, part."""
+def _check_min(recipe: Recipe, shares: Shares) -> None:
+    """Raise UserError if a field does not accept its smallest or its largest share."""
     for path in shares.fields:
-        for part in (shares.least, shares.least + space.parts_of(shares, recipe)[1]):
+        for part in (shares.min, shares.min + space.parts_of(shares, recipe)[1]):
             try:
                 space.apply(recipe, {path: part}, "sweep.shares")
             except UserError as error:
                 if _is_refused(error, (path,)):
-                    raise UserError(f"{error}; raise least, or change sum") from error
+                    raise UserError(f"{error}; raise min, or change sum") from error
 
 
 def _is_refused(error: UserError, paths: Collection[str]) -> bool:
-    """Whether one of the fields never takes the value, whatever the rest of the recipe is: no `value_error`, which
-    validators raise that may compare fields."""
+    """Whether a field never accepts the value, whatever the rest of the recipe is: no `value_error`, which validators
+    that compare fields may raise."""
     if not isinstance(error.__cause__, ValidationError):
         return False
     first = error.__cause__.errors()[0]

@@ -1,7 +1,7 @@
-"""What a study says, as numbers: a row a trial, what each field matters, elastic deformation off against on.
+"""Statistics of a study: the table of trials, the importance of each field, a field's off value against its others.
 
-Trials that ASHA stopped cannot be compared with those that trained to their end; all of them can be compared by their
-scores at the last step that every one of them reached. `early_scores` gives those.
+Trials that ASHA stopped cannot be compared with those that trained to their end. `early_scores` compares all of them by
+their scores at the last step that every trial reached.
 """
 
 import csv
@@ -11,21 +11,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
 from raylivecell.recipe import Recipe
-from raylivecell.sweep.space import ELASTIC, SweepConfig
+from raylivecell.scoring import bootstrap
+from raylivecell.sweep.space import SweepConfig, is_equal
 from raylivecell.sweep.study import finished, values
 
 RESAMPLES = 50
 TREES = 32
-# Fewer scores say nothing of what matters.
+# With fewer scores, importances are noise.
 LEAST_TRIALS = 8
 
 
 class Importance(NamedTuple):
-    """Part of the scores' variance that a parameter alone explains, 0 to 1 (fANOVA, Hutter et al. 2014)."""
+    """Fraction of the scores' variance that a parameter alone explains, 0 to 1 (fANOVA, Hutter et al. 2014)."""
 
     name: str
     value: float
@@ -33,12 +35,12 @@ class Importance(NamedTuple):
     high: float
     """90 % bootstrap interval over trials."""
     chance: float
-    """What it exceeds in one of twenty studies whose scores are shuffled."""
+    """Importance that is exceeded in one of twenty studies with shuffled scores."""
     trials: int
 
 
 class Group(NamedTuple):
-    """Scores of some trials, their mean and its 95 % bootstrap interval."""
+    """Scores of a group of trials, their mean and its 95 % bootstrap interval."""
 
     name: str
     scores: list[float]
@@ -53,7 +55,7 @@ def complete(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def score(trial: FrozenTrial) -> float | None:
-    """The first objective, or where the trial was stopped its last report; none where it failed."""
+    """First objective; for a stopped trial the score of its last report; None for a failed one."""
     if trial.state is TrialState.COMPLETE:
         return trial.values[0]
     if trial.state is TrialState.FAIL:
@@ -62,22 +64,22 @@ def score(trial: FrozenTrial) -> float | None:
 
 
 def trial_rows(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> list[dict[str, Any]]:
-    """A row a finished trial, by number: state, objectives, steps, seconds, values of the fields, why it failed."""
+    """One row per finished trial, by number: state, objectives, steps, seconds, field values, failure."""
     front = {trial.number for trial in study.best_trials}
     rows = []
     for trial in finished(study):
-        told = trial.user_attrs
+        attributes = trial.user_attrs
         scores = trial.values if trial.values else [score(trial), *[None] * (len(config.objectives) - 1)]
         row = {"trial": trial.number, "state": trial.state.name.lower(), **dict(zip(config.objectives, scores))}
         if len(config.objectives) > 1:
             row["pareto"] = trial.number in front
-        row |= {name: told.get(name) for name in ("step", "steps", "wall_seconds", "training_seconds")}
-        rows.append({**row, **values(trial, recipe, config), "failed": told.get("failed")})
+        row |= {name: attributes.get(name) for name in ("step", "steps", "wall_seconds", "training_seconds")}
+        rows.append({**row, **values(trial, recipe, config), "failed": attributes.get("failed")})
     return rows
 
 
 def trials_csv(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
-    """`trial_rows` as CSV; a field that a trial did not use is empty."""
+    """`trial_rows` as CSV; fields that a trial did not use are empty."""
     rows = trial_rows(study, recipe, config)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -88,13 +90,13 @@ def trials_csv(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
 
 
 def early_scores(study: optuna.Study) -> tuple[float, dict[int, float]]:
-    """Percent of the training that every trial had, and each trial's score there, by number; failed ones left out."""
+    """Percent of the training that every trial reached, and the scores there by trial number, without failed ones."""
     histories = {
-        trial.number: {100 * step / trial.user_attrs["steps"]: one for step, one in trial.intermediate_values.items()}
+        trial.number: {100 * step / trial.user_attrs["steps"]: y for step, y in trial.intermediate_values.items()}
         for trial in finished(study)
         if trial.state is not TrialState.FAIL and trial.intermediate_values
     }
-    if not histories:  # of several objectives only the ends are known
+    if not histories:  # with several objectives Optuna has final values only
         return 100.0, {trial.number: trial.values[0] for trial in complete(study)}
     common = min(max(history) for history in histories.values())
     return common, {
@@ -105,91 +107,95 @@ def early_scores(study: optuna.Study) -> tuple[float, dict[int, float]]:
 
 
 def importances(study: optuna.Study, seed: int = 0) -> list[Importance]:
-    """What each searched parameter matters for the early score, most first; [] for fewer than LEAST_TRIALS.
+    """Importance of each searched parameter for the early score, largest first; [] for fewer than LEAST_TRIALS.
 
-    A parameter with a condition among the trials that have them all: deformation's strength matters only where there
-    is deformation.
+    Conditional parameters are evaluated on the trials that have all parameters: the strength of a deformation matters
+    only if there is one.
     """
     scores = early_scores(study)[1]
     trials = [trial for trial in finished(study) if trial.number in scores]
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     always = [name for name in names if all(name in trial.params for trial in trials)]
     having = [trial for trial in trials if len(trial.params) == len(names)]
-    found = _importances(always, trials, scores, seed)
+    importances_ = _importances(always, trials, scores, seed)
     if len(always) < len(names):
-        found += [one for one in _importances(names, having, scores, seed) if one.name not in always]
-    return sorted(found, key=lambda one: -one.value)
+        conditional = _importances(names, having, scores, seed)
+        importances_ += [importance for importance in conditional if importance.name not in always]
+    return sorted(importances_, key=lambda importance: -importance.value)
 
 
 def _importances(
     names: Sequence[str], trials: Sequence[FrozenTrial], scores: dict[int, float], seed: int
 ) -> list[Importance]:
-    """Of the parameters `names` among `trials`, which all have them."""
+    """Importances of the parameters `names` over `trials`, all of which have them."""
     if len(trials) < LEAST_TRIALS:
         return []
-    rng, count = np.random.default_rng(seed), len(trials)
-    values_ = np.array([scores[trial.number] for trial in trials])
-    whole = _fanova(names, trials, values_)
-    drawn, shuffled = [], []
-    for _ in range(RESAMPLES):
-        chosen = rng.integers(count, size=count)
-        drawn.append(_fanova(names, [trials[i] for i in chosen], values_[chosen]))
-        shuffled.append(_fanova(names, trials, rng.permutation(values_)))
-    found = []
-    for name in names:
-        low, high = np.quantile([one[name] for one in drawn], [0.05, 0.95]).tolist()
-        chance = float(np.quantile([one[name] for one in shuffled], 0.95))
-        found.append(Importance(name, whole[name], low, high, chance, count))
-    return found
+    labels = np.array([scores[trial.number] for trial in trials])
+    values_ = _fanova(names, trials, labels)
+
+    def resampled(indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        return _fanova(names, [trials[i] for i in indices], labels[indices])
+
+    bounds = bootstrap.interval(
+        resampled, np.arange(len(trials)), seed=seed, resamples=RESAMPLES, level=0.9, vectorized=False
+    )
+    assert bounds is not None
+    rng = np.random.default_rng(seed)
+    shuffled = [_fanova(names, trials, rng.permutation(labels)) for _ in range(RESAMPLES)]
+    chance = np.quantile(shuffled, 0.95, axis=0)
+    return [
+        Importance(name, float(value), float(low), float(high), float(level), len(trials))
+        for name, value, (low, high), level in zip(names, values_, bounds, chance)
+    ]
 
 
-def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: np.ndarray) -> dict[str, float]:
+def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Importance of each parameter; 0 for one that never changed."""
-    kept = [name for name in names if len({str(trial.params[name]) for trial in trials}) > 1]
-    if not kept or np.ptp(scores) == 0:
-        return dict.fromkeys(names, 0.0)
+    varied = [name for name in names if len({str(trial.params[name]) for trial in trials}) > 1]
+    if not varied or np.ptp(scores) == 0:
+        return np.zeros(len(names))
     study = optuna.create_study()
     for trial, score_ in zip(trials, scores):
-        params = {name: trial.params[name] for name in kept}
-        distributions = {name: trial.distributions[name] for name in kept}
+        params = {name: trial.params[name] for name in varied}
+        distributions = {name: trial.distributions[name] for name in varied}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=float(score_)))
-    found = FanovaImportanceEvaluator(n_trees=TREES, seed=0).evaluate(study, params=kept)
-    return {name: float(found.get(name, 0.0)) for name in names}
+    importance = FanovaImportanceEvaluator(n_trees=TREES, seed=0).evaluate(study, params=varied)
+    return np.array([importance.get(name, 0.0) for name in names])
 
 
-def elastic_groups(study: optuna.Study, seed: int = 0) -> list[Group]:
-    """Early scores of the trials with elastic deformation off and on; [] unless there are two of each."""
+def off_on_groups(study: optuna.Study, path: str, off: Any, seed: int = 0) -> list[Group]:
+    """Early scores of the trials with the field `path` off and on; [] unless there are two of each."""
     scores = early_scores(study)[1]
     sides: dict[str, list[float]] = {"off": [], "on": []}
     for trial in finished(study):
-        if trial.number in scores and ELASTIC in trial.params:
-            sides["on" if trial.params[ELASTIC] > 0 else "off"].append(scores[trial.number])
+        if trial.number in scores and path in trial.params:
+            sides["off" if is_equal(trial.params[path], off) else "on"].append(scores[trial.number])
     if min(len(side) for side in sides.values()) < 2:
         return []
     return [group(name, side, seed) for name, side in sides.items()]
 
 
 def group(name: str, scores: Sequence[float], seed: int = 0) -> Group:
-    """Mean and interval of some scores."""
-    means = _bootstrap_means(scores, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Group(name, list(scores), float(np.mean(scores)), float(low), float(high))
+    """Summarize the scores of two trials or more: mean and its interval."""
+    bounds = bootstrap.interval(np.mean, scores, seed=seed)
+    assert bounds is not None
+    return Group(name, list(scores), float(np.mean(scores)), *bounds.tolist())
 
 
 def difference(a: Group, b: Group, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of b less that of a, and its 95 % bootstrap interval."""
-    drawn = _bootstrap_means(b.scores, seed) - _bootstrap_means(a.scores, seed + 1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return b.mean - a.mean, float(low), float(high)
+    """Mean of `b` minus mean of `a`, and its 95 % bootstrap interval."""
 
+    def gain(b: NDArray[np.float64], a: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return b.mean(axis) - a.mean(axis)
 
-def _bootstrap_means(scores: Sequence[float], seed: int, resamples: int = 2000) -> np.ndarray:
-    drawn = np.random.default_rng(seed).integers(len(scores), size=(resamples, len(scores)))
-    return np.asarray(scores)[drawn].mean(axis=1)
+    bounds = bootstrap.interval(gain, b.scores, a.scores, seed=seed)
+    assert bounds is not None
+    low, high = bounds.tolist()
+    return b.mean - a.mean, low, high
 
 
 def time_spent(study: optuna.Study) -> tuple[float, float]:
-    """Seconds of all trials together, and the part of them spent on training and validation."""
-    told = [trial.user_attrs for trial in finished(study)]
-    wall = sum(one.get("wall_seconds", 0.0) for one in told)
-    return wall, sum(one.get("training_seconds", 0.0) for one in told) / max(wall, 1e-9)
+    """Total seconds of all trials, and the fraction spent on training and validation."""
+    attributes = [trial.user_attrs for trial in finished(study)]
+    wall = sum(trial.get("wall_seconds", 0.0) for trial in attributes)
+    return wall, sum(trial.get("training_seconds", 0.0) for trial in attributes) / max(wall, 1e-9)

@@ -1,10 +1,10 @@
-"""A trial of a sweep in Ray's processes: a recipe trained to its end, or as far as it is let.
+"""A trial of a sweep in Ray's processes: train a recipe to its end, or until the scheduler stops it.
 
-`OneWorker` runs the loop inside the trial, and its process serves one trial after another: imports (4 s) and Ray
-Train's own start (10 s) are not paid again. `several_workers` is Ray Train inside the trial.
+`OneWorker` runs the loop inside the trial, and its process runs one trial after another, which saves the imports (4 s)
+and the start of Ray Train (10 s). `several_workers` runs Ray Train inside the trial.
 
-A trial's folder is that of a run: checkpoint_*/ (the best and the last; in the end the best), metrics.jsonl,
-tensorboard/. Whatever ends it, the trial goes on there from its last checkpoint.
+A trial's folder is that of a run: checkpoint_*/ (best and last; at the end the best only), metrics.jsonl, tensorboard/.
+After any interruption the trial resumes there from its last checkpoint.
 """
 
 import json
@@ -32,55 +32,55 @@ from raylivecell.training.job import TrainJob
 from raylivecell.training.worker import RankContext, report_row, reports, save
 
 Result = dict[str, Any]
-# Runs of an image through the network before those that are measured, and those.
+# Forward passes of an image: first unmeasured ones, then measured ones.
 WARM_UP, MEASURED = 2, 7
 
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What all trials are told."""
+    """Settings that all trials share."""
 
     recipe: Recipe
     out: str
     samples: Samples
     stream_memory: int
-    """Bytes of the object store for the streams of one trial."""
+    """Bytes of the object store for the batch streams of one trial."""
     threads: int
-    """torch's threads in each worker."""
+    """torch threads in each worker."""
     workers: int
     cpus: float
-    """Of each worker."""
+    """Per worker."""
     gpus: float
-    """Of each worker."""
+    """Per worker."""
     timed: bool
-    """Whether milliseconds an image are measured at the end."""
+    """Whether milliseconds per image are measured at the end."""
 
     def job(self, config: dict[str, Any]) -> TrainJob:
-        """The run that a trial's config asks for; UserError where its values are no recipe that can be trained."""
-        asked = config["job"]
-        recipe = space.apply(self.recipe, asked["values"])
+        """Training job for a trial's config; UserError if its values give no recipe that can be trained."""
+        job = config["job"]
+        recipe = space.apply(self.recipe, job["values"])
         preflight.batch_divides(recipe.batch_size, self.workers, "--sweep.workers-per-trial")
-        folder = storage.join(self.out, asked["folder"])
+        folder = storage.join(self.out, job["folder"])
         return TrainJob(recipe, folder, self.samples, self.stream_memory, self.threads, sweep=self.out)
 
 
 class OneWorker(tune.Trainable):
-    """A trial of one worker: each step trains up to the next report."""
+    """A trial of one worker: each step trains until the next report."""
 
     def setup(self, config: dict[str, Any], shared: SweepContext) -> None:  # type: ignore[override]  # by with_parameters
-        """Make ready; Ray gives `shared` to the process's first trial only."""
+        """Begin the first trial; Ray passes `shared` to the process's first trial only."""
         self.shared = shared
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take on another trial in this process."""
+        """Begin another trial in this process."""
         self.cleanup()
         self._begin(new_config)
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.reports: Iterator[loop.TrainState] | None = None
-        self.journal: RunLog | None = None
+        self.run_log: RunLog | None = None
         self.failed: Result | None = None
         try:
             self.job = self.shared.job(config)
@@ -91,7 +91,7 @@ class OneWorker(tune.Trainable):
             self.failed = _failed(str(error))
 
     def step(self) -> Result:
-        """Train up to the next report; what no other try would change ends the trial as failed, with the reason."""
+        """Train until the next report; an error that a retry would repeat ends the trial as failed, with the reason."""
         if self.failed or self.reports is None:
             return self.failed or {}
         try:
@@ -109,7 +109,7 @@ class OneWorker(tune.Trainable):
         return row
 
     def _result(self, training: loop.TrainState | None) -> Result:
-        """Of the row just made; without one, the trial had ended before it was taken up again."""
+        """Result of the last report; without `training`, the trial had ended before it was resumed."""
         state = training.state if training else progress.load_state(self.last or "")
         row = report_row(state, self.job.schedule())
         row["done"] = row["step"] >= row["steps"]
@@ -124,33 +124,33 @@ class OneWorker(tune.Trainable):
         save(folder, training, self.job)
         best = max(state.history, key=lambda row: (progress.validation_score(row), row["step"]))["step"]
         progress.delete_all_but(self.job.out, {best, state.step})
-        self.journal = self.journal or RunLog(self.job.out, state.step)
-        self.journal.write(state.history)
+        self.run_log = self.run_log or RunLog(self.job.out, state.step)
+        self.run_log.write(state.history)
 
     def cleanup(self) -> None:
-        """End the stream of batches, which frees its CPUs, and the journal."""
+        """Close the stream of batches, which frees its CPUs, and the run log."""
         if self.reports is not None:
             self.reports.close()  # type: ignore[attr-defined]
-        if self.journal is not None:
-            self.journal.close()
+        if self.run_log is not None:
+            self.run_log.close()
 
 
 def several_workers(config: dict[str, Any], shared: SweepContext) -> None:
-    """A trial of several workers: Ray Train in the folder of the trial."""
+    """Run a trial of several workers with Ray Train in the trial's folder."""
     report = [TuneReportCallback()]
     try:
         job = shared.job(config)
         run = ray_train.trainer(job, shared.workers, shared.cpus, shared.gpus, retries=0, callbacks=report)
         failed = ray_train.fit(run)
     except MachineError:
-        raise  # Tune tries the trial again
+        raise  # Tune retries the trial
     except UserError as error:
         tune.report(_failed(str(error)))
         return
     if failed:
         tune.report(_failed(f"loss not finite at step {failed['step']}"))
         return
-    # The whole history is in the metrics file, also that of a run which had ended before it was taken up again.
+    # The metrics file has the complete history, also of a run that had ended before it was resumed.
     lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
     state = progress.Progress(len(lines), [json.loads(line) for line in lines])
     row = report_row(state, job.schedule())
@@ -160,7 +160,7 @@ def several_workers(config: dict[str, Any], shared: SweepContext) -> None:
 
 
 def ms_per_image(network: nn.Module, samples: Samples) -> float:
-    """Median milliseconds of a whole validation image through the network, where it lies, one at a time."""
+    """Median milliseconds per validation image, one at a time, on the network's device."""
     network.eval()
     device = next(network.parameters()).device
     image = torch.from_numpy(samples.val_sample(0).image.copy())[None].to(device)

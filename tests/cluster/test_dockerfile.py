@@ -334,7 +334,7 @@ def test_image_holds_the_complete_package(image: Path) -> None:
     (site,) = (image / "venv").glob("lib/python*/site-packages")
 
     def files(folder: Path) -> set[str]:
-        paths = (path for suffix in ("*.py", "*.yaml") for path in folder.rglob(suffix))
+        paths = (path for suffix in ("*.py", "*.yaml", "*.j2") for path in folder.rglob(suffix))
         return {str(path.relative_to(folder)) for path in paths}
 
     assert files(site / "raylivecell") == files(ROOT / "raylivecell")

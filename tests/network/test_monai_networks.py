@@ -84,7 +84,7 @@ def test_a_checkpoint_gives_the_same_maps_again(tmp_path: Path) -> None:
 
 
 def test_a_sweep_searches_networks_and_their_options() -> None:
-    filters = Dimension(choices=({}, {"init_filters": 16}), when={"model.name": Condition(among=("SegResNet",))})
+    filters = Dimension(choices=({}, {"init_filters": 16}), when={"model.name": Condition(in_=("SegResNet",))})
     names = Dimension(choices=("unet", "SegResNet"))
     config = SweepConfig(space={"model.name": names, "model.options": filters}, shares=())
     base = recipe.parse({"model": {"features": [4, 8]}}, "test")

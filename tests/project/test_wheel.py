@@ -39,9 +39,9 @@ def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProce
     )
 
 
-def test_the_wheel_is_the_package_and_its_recipes(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_is_the_package_with_its_recipes_and_templates(installed: Path, tmp_path: Path) -> None:
     def files(folder: Path) -> set[Path]:
-        return {path.relative_to(folder) for suffix in ("*.py", "*.yaml") for path in folder.rglob(suffix)}
+        return {path.relative_to(folder) for suffix in ("*.py", "*.yaml", "*.j2") for path in folder.rglob(suffix)}
 
     assert files(installed / "raylivecell") == files(ROOT / "raylivecell")
     done = run(installed, tmp_path, "recipes", "demo")

@@ -1,4 +1,4 @@
-"""Pictures show what they say; the report stands alone."""
+"""Overlays match their legend; the report is self-contained."""
 
 import base64
 import re
@@ -68,71 +68,71 @@ class Page(HTMLParser):
         self.text += data
 
 
-def written(folder: Path, rows: list[dict], dataset: dict | None = DATASET) -> Page:
+def write_report(folder: Path, rows: list[dict], dataset: dict | None = DATASET) -> Page:
     panels = [("one.tif", pictures.panel(np.full((64, 64), 128, np.uint8), disk(), disk(centre=(30, 34))))]
     training.write_run_report(str(folder), "seed: 0 # <script>", rows, panels, dataset)
     return Page((folder / "report.html").read_text())
 
 
-def test_overlay_colours_mean_what_the_legend_says() -> None:
+def test_overlay_colours_match_the_legend() -> None:
     image = np.full((64, 64), 128, np.uint8)
-    truth, said = disk(centre=(32, 26)), disk(centre=(32, 38))
-    drawn = overlay.overlay(image, truth, said).astype(int)
-    assert drawn.shape == (64, 64, 3)
-    false, missed, found = drawn[32, 50], drawn[32, 13], drawn[32, 41]
+    truth, predicted = disk(centre=(32, 26)), disk(centre=(32, 38))
+    pixels = overlay.overlay(image, truth, predicted).astype(int)
+    assert pixels.shape == (64, 64, 3)
+    false, missed, found = pixels[32, 50], pixels[32, 13], pixels[32, 41]
     assert false[0] > false[2] + 60
     assert missed[2] > missed[0] + 60
     assert tuple(found) == overlay.FOUND
-    assert (drawn[32, 32] == 128).all()  # the inside of what is found stays as it is
-    assert (drawn[2, 2] == 128).all()
+    assert (pixels[32, 32] == 128).all()  # the inside of a found cell is unchanged
+    assert (pixels[2, 2] == 128).all()
     assert (image == 128).all()
 
 
-def test_outlines_of_touching_cells_are_both_seen() -> None:
+def test_outlines_of_touching_cells_are_both_visible() -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     labels = np.kron(np.arange(1, 17).reshape(4, 4), np.ones((15, 15), int))
     labels = np.pad(labels, 2)
-    drawn = overlay.outlined(image, labels)
+    pixels = overlay.outlined(image, labels)
     lines = overlay.edges(labels)
-    assert (drawn[~lines] == image[~lines][:, None]).all()
+    assert (pixels[~lines] == image[~lines][:, None]).all()
     assert lines.sum() == 16 * (15 * 15 - 13 * 13)  # of each cell, all round
     colours = {}
     for label in range(1, 17):
-        (colour,) = {tuple(pixel) for pixel in drawn[lines & (labels == label)].tolist()}
+        (colour,) = {tuple(pixel) for pixel in pixels[lines & (labels == label)].tolist()}
         assert colour in overlay.OUTLINES
         colours[label] = colour
     for label, colour in colours.items():
-        beside = [label + 1] * (label % 4 > 0) + [label + 4] + [label + 5] * (label % 4 > 0)
-        assert colour not in [colours[other] for other in beside if other in colours]
+        neighbours = [label + 1] * (label % 4 > 0) + [label + 4] + [label + 5] * (label % 4 > 0)
+        assert colour not in [colours[other] for other in neighbours if other in colours]
 
 
 def test_outlines_of_cells_with_a_gap_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlay, "BAND", 7)  # cells lie over several bands
+    monkeypatch.setattr(overlay, "BAND", 7)  # cells span several bands
     labels = np.zeros((50, 30), np.int32)
     labels[:20], labels[20 + overlay.NEAR : 40], labels[41 + overlay.NEAR :] = 1, 2, 3
-    drawn = overlay.outlined(np.zeros(labels.shape, np.uint8), labels)
-    seen = [{tuple(pixel) for pixel in drawn[labels == label].tolist()} - {(0, 0, 0)} for label in (1, 2, 3)]
+    pixels = overlay.outlined(np.zeros(labels.shape, np.uint8), labels)
+    seen = [{tuple(pixel) for pixel in pixels[labels == label].tolist()} - {(0, 0, 0)} for label in (1, 2, 3)]
     assert [len(colours) for colours in seen] == [1, 1, 1]
     assert seen[0] != seen[1]
-    assert seen[0] == seen[2]  # farther from its neighbour: the first colour does again
+    assert seen[0] == seen[2]  # farther away than NEAR: the first colour again
     assert (overlay.outlined(np.full((3, 4), 9, np.uint8), np.zeros((3, 4), int)) == 9).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
 def test_overlay_of_the_smallest_images(shape: tuple[int, int]) -> None:
-    drawn = overlay.overlay(np.zeros(shape, np.uint8), np.ones(shape), np.zeros(shape))
-    assert drawn.shape == (*shape, 3)
-    assert decode(overlay.png(drawn)).shape == (*shape, 3)
+    pixels = overlay.overlay(np.zeros(shape, np.uint8), np.ones(shape), np.zeros(shape))
+    assert pixels.shape == (*shape, 3)
+    assert decode(overlay.png(pixels)).shape == (*shape, 3)
 
 
-def test_panel_keeps_the_image_s_pixels() -> None:
+def test_panel_preserves_the_pixels_of_the_image() -> None:
     image = np.random.default_rng(1).integers(0, 256, (211, 333), np.uint8)
     shown = decode(pictures.panel(image, disk(333)[:211], disk(333)[:211], "title"))
     np.testing.assert_array_equal(shown[34 : 34 + 211, :333, 0], image)
 
 
-def test_report_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
-    page = written(tmp_path, history())
+def test_report_is_self_contained_and_well_formed(tmp_path: Path) -> None:
+    page = write_report(tmp_path, history())
     assert page.stack == []
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert len(page.sources) == 6  # five curves, one picture
@@ -143,8 +143,8 @@ def test_report_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
         assert len(base64.b64decode(source.split(",", 1)[1])) > 1000
 
 
-def test_report_says_what_it_was_given(tmp_path: Path) -> None:
-    page = written(tmp_path / "run-1", history())
+def test_report_shows_its_inputs(tmp_path: Path) -> None:
+    page = write_report(tmp_path / "run-1", history())
     for expected in (
         "Run run-1",
         "seed: 0 # <script>",
@@ -163,13 +163,13 @@ def test_report_says_what_it_was_given(tmp_path: Path) -> None:
 
 def test_report_without_validation_dataset_or_rows(tmp_path: Path) -> None:
     plain = [{k: v for k, v in row.items() if not k.startswith("val_")} for row in history(1)]
-    page = written(tmp_path, plain, None)
+    page = write_report(tmp_path, plain, None)
     assert "Dice, validation" not in page.text
     assert len(page.sources) == 5
-    assert "Nothing was reported" in written(tmp_path, []).text
+    assert "Nothing was reported" in write_report(tmp_path, []).text
 
 
-def test_same_run_same_bytes() -> None:
+def test_curves_of_a_run_are_reproducible() -> None:
     assert training.curves(history()) == training.curves(history())
 
 

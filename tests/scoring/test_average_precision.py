@@ -1,4 +1,4 @@
-"""Average precision as pycocotools gives it, with LIVECell's changes; results files of anybody."""
+"""Average precision as pycocotools gives it, with LIVECell's changes."""
 
 from typing import Any
 
@@ -23,40 +23,40 @@ def rectangle(top: int, left: int, height: int, width: int) -> Rle:
 
 
 def image(rng: np.random.Generator, cells: int, detections: int) -> Image:
-    """Rectangles, overlapping at will, some of exactly 324 and 961 pixels; detections near them, with equal scores."""
+    """Overlapping rectangles, some of exactly 324 and 961 pixels; detections near them, with equal scores."""
     sides = [(18, 18), (31, 31), (9, 12), (20, 25), (33, 30), (6, 6)]
     boxes = [(*rng.integers(0, 25, 2).tolist(), *sides[rng.integers(len(sides))]) for _ in range(cells)]
-    found = []
+    prediction = []
     for _ in range(detections):
         top, left, height, width = boxes[rng.integers(cells)] if cells else (3, 4, 9, 9)
         shift = rng.integers(-2, 3, 4)
-        found.append((max(top + shift[0], 0), max(left + shift[1], 0), height + shift[2], width + shift[3]))
+        prediction.append((max(top + shift[0], 0), max(left + shift[1], 0), height + shift[2], width + shift[3]))
     scores = rng.integers(0, 6, detections) / 5
-    return [rectangle(*map(int, box)) for box in found], scores, [rectangle(*box) for box in boxes]
+    return [rectangle(*map(int, box)) for box in prediction], scores, [rectangle(*box) for box in boxes]
 
 
 def reference(images: list[Image]) -> dict[str, float]:
-    """By COCOeval; -1 where there is no such cell."""
+    """Scores by COCOeval; -1 if there is no such cell."""
     truth: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
     results = []
-    for number, (found, scores, true) in enumerate(images, 1):
+    for number, (prediction, scores, true) in enumerate(images, 1):
         truth["images"].append({"id": number, "height": SIZE[0], "width": SIZE[1]})
-        for one in true:
+        for mask in true:
             about = {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
-            truth["annotations"].append({**about, "segmentation": one, "area": int(coco_mask.area(one))})
-        results += protocol.results(number, found, scores)
+            truth["annotations"].append({**about, "segmentation": mask, "area": int(coco_mask.area(mask))})
+        results += protocol.results(number, prediction, scores)
     for record in results:
-        del record["bbox"]  # LIVECell's script: with it, COCO takes the box's area
+        del record["bbox"]  # LIVECell's script: with it, COCO uses the box's area
     evaluation = livecell_evaluation(truth, results)
     precision, recall = evaluation.eval["precision"][:, :, 0, :, 2], evaluation.eval["recall"][:, 0, 0, :]
-    told = {f"ap{letter}": precision[:, :, area].mean() for area, letter in enumerate(["", "s", "m", "l"])}
-    told |= {"ap50": precision[0, :, 0].mean(), "ap75": precision[5, :, 0].mean()}
-    told |= {f"ar{most}": recall[:, place].mean() for place, most in enumerate((100, 500, 2000))}
-    return {**told, "afnr": 1 - told["ar2000"] if told["ar2000"] >= 0 else -1}
+    metrics = {f"ap{letter}": precision[:, :, area].mean() for area, letter in enumerate(["", "s", "m", "l"])}
+    metrics |= {"ap50": precision[0, :, 0].mean(), "ap75": precision[5, :, 0].mean()}
+    metrics |= {f"ar{most}": recall[:, place].mean() for place, most in enumerate((100, 500, 2000))}
+    return {**metrics, "afnr": 1 - metrics["ar2000"] if metrics["ar2000"] >= 0 else -1}
 
 
 def compare(images: list[Image]) -> None:
-    got = protocol.average_precision([protocol.match(*one) for one in images])
+    got = protocol.average_precision([protocol.match(*case) for case in images])
     expected = reference(images)
     assert got.keys() == expected.keys()
     for name, value in got.items():
@@ -65,7 +65,7 @@ def compare(images: list[Image]) -> None:
 
 @given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=4))
 @settings(max_examples=60)
-def test_the_figures_are_those_of_pycocotools(seed: int, sizes: list[tuple[int, int]]) -> None:
+def test_scores_equal_pycocotools(seed: int, sizes: list[tuple[int, int]]) -> None:
     rng = np.random.default_rng(seed)
     compare([image(rng, cells, detections) for cells, detections in sizes])
 
@@ -74,7 +74,7 @@ def test_more_than_a_hundred_detections_count() -> None:
     rng = np.random.default_rng(0)
     images = [image(rng, 70, 250), image(rng, 40, 600)]
     compare(images)
-    figures = protocol.average_precision([protocol.match(*one) for one in images])
+    figures = protocol.average_precision([protocol.match(*case) for case in images])
     assert figures["ar100"] < figures["ar500"] <= figures["ar2000"]
     apart = [rectangle(5 * (i // 12), 5 * (i % 12), 4, 4) for i in range(101)]
     compare([(apart, np.ones(101), apart)])
@@ -82,12 +82,12 @@ def test_more_than_a_hundred_detections_count() -> None:
 
 
 def test_detections_past_the_best_two_thousand_do_not_count() -> None:
-    found, scores, truth = image(np.random.default_rng(0), 3, 2000)
+    prediction, scores, truth = image(np.random.default_rng(0), 3, 2000)
     extra = rectangle(50, 50, 7, 7)
-    late = ([*found, extra], np.append(scores, -1.0), [*truth, extra])
+    late = ([*prediction, extra], np.append(scores, -1.0), [*truth, extra])
     compare([late])
     assert len(protocol.match(*late).scores) == 2000
-    early = ([extra, *found], np.append(2.0, scores), [*truth, extra])
+    early = ([extra, *prediction], np.append(2.0, scores), [*truth, extra])
     assert (
         protocol.average_precision([protocol.match(*early)])["afnr"]
         < (protocol.average_precision([protocol.match(*late)])["afnr"])
@@ -103,7 +103,7 @@ def test_no_detection_and_no_cell() -> None:
     assert protocol.average_precision([nothing, missed])["apl"] is None
 
 
-def test_intervals_hold_the_figure_and_can_be_repeated() -> None:
+def test_intervals_contain_the_score_and_are_reproducible() -> None:
     rng = np.random.default_rng(1)
     matches = [protocol.match(*image(rng, 5, 6)) for _ in range(12)]
     figures, bounds = protocol.average_precision(matches), protocol.interval(matches, seed=3)
@@ -116,12 +116,12 @@ def test_intervals_hold_the_figure_and_can_be_repeated() -> None:
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 4), min_size=5, max_size=5))
 @settings(max_examples=40)
 def test_a_resampled_set_is_the_set_with_images_repeated(seed: int, times: list[int]) -> None:
-    """To the last digit where no two detections share a score: COCO takes equals one by one, weights all at once."""
+    """Equal to the last digit if no two detections share a score: COCO counts ties one by one, weights at once."""
     rng = np.random.default_rng(seed)
     images = [image(rng, *rng.integers(0, 9, 2)) for _ in times]
-    matches = [protocol.match(found, rng.random(len(found)), truth) for found, _, truth in images]
+    matches = [protocol.match(prediction, rng.random(len(prediction)), truth) for prediction, _, truth in images]
     table, weights = protocol._Table(matches), np.array(times, float)
-    repeated = [one for one, count in zip(matches, times) for _ in range(count)]
+    repeated = [match for match, count in zip(matches, times) for _ in range(count)]
     expected = protocol.average_precision(repeated) if repeated else {"ap": None, "ap75": None, "afnr": None}
     for name, levels in (("ap", slice(None)), ("ap75", slice(5, 6))):
         precision = table.precision(0, weights, levels)

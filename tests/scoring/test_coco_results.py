@@ -1,4 +1,4 @@
-"""Results files of any tool: each record joined to the one image that it means, or named and left out."""
+"""Results files of any tool: each record is matched with its image, or reported and left out."""
 
 import json
 import tempfile
@@ -24,14 +24,14 @@ ONE = [Image("a.tif", "a.tif", "1", SIZE)]
 def images(*sources: str, ids: str = "", file_names: tuple[str, ...] = ()) -> list[Image]:
     """Images of these sources with the ids 1, 2, ... or the letters of `ids`."""
     numbers = ids or [str(number) for number in range(1, len(sources) + 1)]
-    return [Image(*one, SIZE) for one in zip(sources, file_names or sources, numbers)]
+    return [Image(*values, SIZE) for values in zip(sources, file_names or sources, numbers)]
 
 
 def record(name: Any = None, image_id: Any = None, corner: int = 0) -> dict[str, Any]:
     """A record with a cell of its own place."""
     square = [corner, 0, corner + 9, 0, corner + 9, 9, corner, 9]
-    named = {"file_name": name, "image_id": image_id}
-    return {"segmentation": [square], "score": 0.5} | {key: one for key, one in named.items() if one is not None}
+    keys = {"file_name": name, "image_id": image_id}
+    return {"segmentation": [square], "score": 0.5} | {key: value for key, value in keys.items() if value is not None}
 
 
 def read(records: Any, split: list[Image], others: tuple[str, ...] = ()) -> Results:
@@ -43,21 +43,21 @@ def read(records: Any, split: list[Image], others: tuple[str, ...] = ()) -> Resu
 
 def places(results: Results) -> list[list[int]]:
     """Corners of each image's cells."""
-    return [[int(coco_mask.toBbox(one)[0]) for one in masks] for masks, _ in results.cells]
+    return [[int(coco_mask.toBbox(mask)[0]) for mask in masks] for masks, _ in results.cells]
 
 
 def test_masks_and_scores_are_read_as_they_were_written() -> None:
     rng = np.random.default_rng(3)
-    found = [coco_mask.encode(np.asfortranarray(rng.integers(0, 2, SIZE, np.uint8))) for _ in range(7)]
+    rles = [coco_mask.encode(np.asfortranarray(rng.integers(0, 2, SIZE, np.uint8))) for _ in range(7)]
     scores = rng.random(7)
     polygon = [[2.0, 3.0, 20.0, 3.0, 20.0, 30.0, 2.0, 30.0]]
     plain = {"size": list(SIZE), "counts": [100, 20, SIZE[0] * SIZE[1] - 120]}
-    records = average_precision.results(5, found, scores)
-    records += [{"image_id": "a.tif", "segmentation": one, "score": 0.5} for one in (polygon, plain)]
+    records = average_precision.results(5, rles, scores)
+    records += [{"image_id": "a.tif", "segmentation": cell, "score": 0.5} for cell in (polygon, plain)]
     cells = read(records, images("b.tif", "a.tif", ids="56")).cells
-    assert cells[0][0] == found
+    assert cells[0][0] == rles
     np.testing.assert_allclose(cells[0][1], scores, atol=1e-6)
-    masks = [coco_mask.decode(one) for one in cells[1][0]]
+    masks = [coco_mask.decode(rle) for rle in cells[1][0]]
     assert masks[0][3:30, 2:20].all()
     assert masks[0].sum() == 27 * 18
     assert masks[1].T.ravel()[100:120].all()
@@ -67,7 +67,9 @@ def test_masks_and_scores_are_read_as_they_were_written() -> None:
 def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
     corners = np.random.default_rng(4).uniform(-9, 70, (30, 5, 2))
     shapes = [
-        [one.ravel().tolist(), square, [5.0, 5.0, 9.0, 9.0]] for one in corners for square in [[1, 1, 9, 1, 9, 9]]
+        [polygon.ravel().tolist(), square, [5.0, 5.0, 9.0, 9.0]]
+        for polygon in corners
+        for square in [[1, 1, 9, 1, 9, 9]]
     ]
     masks = [coco_mask.merge(coco_mask.frPyObjects(shape[:2], *SIZE)) for shape in shapes]
     records = [{"image_id": 1, "segmentation": shape, "score": 1} for shape in shapes]
@@ -94,9 +96,7 @@ IDS = st.one_of(st.none(), NUMBERS, st.booleans(), st.sampled_from([1, 1.0, "1",
 
 @given(SEGMENTATIONS, NUMBERS, IDS, IDS)
 @settings(max_examples=300)
-def test_whatever_a_record_says_it_is_left_out_or_can_be_scored(
-    segmentation: Any, score: Any, image_id: Any, name: Any
-) -> None:
+def test_any_record_is_left_out_or_can_be_scored(segmentation: Any, score: Any, image_id: Any, name: Any) -> None:
     """pycocotools alone never ends, or ends the process, on some of these."""
     strange = {"image_id": image_id, "segmentation": segmentation, "score": score, "file_name": name}
     try:
@@ -135,7 +135,7 @@ def test_whatever_a_record_says_it_is_left_out_or_can_be_scored(
         ([GOOD | {"segmentation": [[1, 2, float("inf"), 4, 5, 6]]}], "neither polygons .* nor RLE"),
     ],
 )
-def test_one_bad_record_is_named_and_only_bad_ones_are_refused(content: Any, message: str) -> None:
+def test_bad_records_are_reported_and_an_error_only_without_good_ones(content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(content, ONE)
     if isinstance(content, list):
@@ -146,7 +146,7 @@ def test_one_bad_record_is_named_and_only_bad_ones_are_refused(content: Any, mes
         assert sum(results.summary()["left_out"].values()) == len(content)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results at"):
         coco_results.read(str(tmp_path / "none.json"), [])
 
@@ -170,7 +170,7 @@ WELLS = images("w/well0/im.png", "w/well1/im.png", file_names=("well0/im.png", "
         (float("nan"), 2),
     ],
 )
-def test_an_image_is_known_by_its_path_or_its_id(name: Any, image_id: Any) -> None:
+def test_a_record_refers_to_an_image_by_path_or_id(name: Any, image_id: Any) -> None:
     assert places(read([record(name, image_id, 7)], WELLS)) == [[], [7]]
     assert read([record(name, image_id, 7)], WELLS).missing == ["w/well0/im.png"]
 

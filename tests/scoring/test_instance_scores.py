@@ -1,4 +1,4 @@
-"""Scores of instances against a slow reference, and in cases whose answer is known."""
+"""Scores of instances against a slow reference, and in cases with a known answer."""
 
 import numpy as np
 import pytest
@@ -35,23 +35,25 @@ def moved(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def reference(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
     """SA at each threshold and PQ by a full matrix and the Hungarian method."""
-    said = [prediction == label for label in np.unique(prediction) if label]
+    predicted = [prediction == label for label in np.unique(prediction) if label]
     true = [truth == label for label in np.unique(truth) if label]
-    if not said and not true:
+    if not predicted and not true:
         return np.ones(10), 1.0
-    iou = np.array([[(a & b).sum() / (a | b).sum() for b in true] for a in said]).reshape(len(said), len(true))
+    iou = np.array([[(a & b).sum() / (a | b).sum() for b in true] for a in predicted]).reshape(
+        len(predicted), len(true)
+    )
     accuracies = []
     for threshold in im.THRESHOLDS:
         near = iou >= threshold - 1e-12
         rows, columns = linear_sum_assignment(-near.astype(float))
         tp = int(near[rows, columns].sum())
-        accuracies.append(tp / (len(said) + len(true) - tp))
-    return np.array(accuracies), float(iou[iou > 0.5].sum() / (0.5 * (len(said) + len(true))))
+        accuracies.append(tp / (len(predicted) + len(true) - tp))
+    return np.array(accuracies), float(iou[iou > 0.5].sum() / (0.5 * (len(predicted) + len(true))))
 
 
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 25))
-def test_as_the_slow_reference(seed: int, cells: int) -> None:
+def test_scores_equal_the_slow_reference(seed: int, cells: int) -> None:
     rng = np.random.default_rng(seed)
     truth = discs(rng, cells)
     for prediction in (moved(truth, rng), discs(rng, cells), np.zeros_like(truth)):
@@ -63,17 +65,17 @@ def test_as_the_slow_reference(seed: int, cells: int) -> None:
 
 @settings(max_examples=30)
 @given(st.integers(0, 10**6))
-def test_names_and_sides_do_not_matter(seed: int) -> None:
+def test_scores_do_not_depend_on_labels_and_are_symmetric(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth = discs(rng, 15)
     prediction = moved(truth, rng)
     renamed = rng.permutation(5000)[prediction] + 1
     renamed[prediction == 0] = 0
-    one, other = im.instance_scores(prediction, truth), im.instance_scores(renamed, truth)
-    assert other == pytest.approx(one)
+    scores, of_renamed = im.instance_scores(prediction, truth), im.instance_scores(renamed, truth)
+    assert of_renamed == pytest.approx(scores)
     swapped = im.instance_scores(truth, prediction)
     for name in ("msa", "sa50", "sa75", "pq"):
-        assert swapped[name] == pytest.approx(one[name])
+        assert swapped[name] == pytest.approx(scores[name])
 
 
 def test_known_answers() -> None:
@@ -86,8 +88,8 @@ def test_known_answers() -> None:
         "count_error": 0.0,
         "confluence_error": 0.0,
     }
-    one = np.where(truth == 1, 7, 0)
-    scores = im.instance_scores(one, truth)
+    first_cell = np.where(truth == 1, 7, 0)
+    scores = im.instance_scores(first_cell, truth)
     assert (scores["msa"], scores["pq"], scores["count_error"]) == (0.5, pytest.approx(2 / 3), -0.5)
     assert scores["confluence_error"] == pytest.approx(-0.2)
     nothing = np.zeros_like(truth)

@@ -1,4 +1,4 @@
-"""Trials of a sweep in milliseconds: all of `trial.OneWorker` but the training, whose history is a formula."""
+"""Trials of a sweep in milliseconds: `trial.OneWorker` with a formula instead of training."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ BEST_LR = 3e-3
 
 
 def quick_trial() -> type[trial.OneWorker]:
-    """The class to set as `tune.OneWorker`; it is made here, so that Ray sends it by value: workers have no tests."""
+    """Class to replace `tune.OneWorker`; defined here so that Ray sends it by value: workers cannot import tests."""
 
     def row(job: TrainJob, step: int) -> dict[str, float]:
         """A score that rises with the steps and is best at BEST_LR; the seed changes it a little."""
@@ -30,7 +30,7 @@ def quick_trial() -> type[trial.OneWorker]:
         )
 
     def reports(job: TrainJob, place: object, last: str | None) -> Iterator[loop.TrainState]:
-        """Take the place of `worker.reports`."""
+        """Replace `worker.reports`."""
         torch.set_num_threads(1)
         values, state = checkpoint.load_training(last) if last else (None, progress.Progress())
         plan, every = job.schedule(), job.recipe.loop.report_steps or 1

@@ -1,4 +1,4 @@
-"""How a sweep ends, without Ray: with the recipe of a run that finished, or with the reason why there is none."""
+"""The end of a sweep, without Ray: the recipe of a finished run, or the reason why there is none."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ RECIPE = Recipe(
     model=ModelConfig(features=(2, 4)),
     loop=LoopConfig(report_steps=5),
 )
-IN_GROUP = {"model.norm": Condition(among=("group",))}
+IN_GROUP = {"model.norm": Condition(in_=("group",))}
 CONDITIONAL = SweepConfig(
     space={
         "model.norm": Dimension(choices=("batch", "group")),
@@ -43,7 +43,7 @@ CONDITIONAL = SweepConfig(
 
 
 def write_run(folder: Path, recipe: Recipe, scores: list[float], steps: int = STEPS) -> None:
-    """A run that got to `steps`, with a report for each of `scores`, and its best checkpoint."""
+    """Write a run that reached `steps`, with a report for each of `scores` and its best checkpoint."""
     rows = [
         {"step": (place + 1) * steps // len(scores), "val_mean_image_dice": score} for place, score in enumerate(scores)
     ]
@@ -54,8 +54,8 @@ def write_run(folder: Path, recipe: Recipe, scores: list[float], steps: int = ST
     checkpoint.save(str(folder / progress.name(state.step)), build_model(recipe.model), {}, state, recipe)
 
 
-def write_confirming(out: Path, name: str, seed: int, scores: list[float] | None, steps: int = STEPS) -> None:
-    """A confirming run; `scores` none: begun, and crashed before its first report."""
+def write_final_run(out: Path, name: str, seed: int, scores: list[float] | None, steps: int = STEPS) -> None:
+    """Write a run with a fresh seed; `scores` None: it crashed before its first report."""
     folder, recipe = out / "final" / f"{name}-seed{seed}", RECIPE.model_copy(update={"seed": seed})
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipes.dump(recipe))
@@ -70,22 +70,21 @@ def trial(config: SweepConfig, params: dict[str, Any], values: list[float], **mo
 
 
 def study_of(config: SweepConfig, *trials: FrozenTrial) -> optuna.Study:
-    directions = [{"max": "maximize", "min": "minimize"}[space.OBJECTIVES[one].mode] for one in config.objectives]
-    made = optuna.create_study(directions=directions)
-    for one in trials:
-        made.add_trial(one)
-    return made
+    directions = [{"max": "maximize", "min": "minimize"}[space.OBJECTIVES[name].mode] for name in config.objectives]
+    optuna_study = optuna.create_study(directions=directions)
+    optuna_study.add_trials(trials)
+    return optuna_study
 
 
-def test_a_trial_without_the_deformation_field_has_the_starting_recipes(tmp_path: Path) -> None:
-    """`augment.elastic.p` with a condition is in no batch-norm trial: there it is the starting recipe's."""
+def test_a_trial_without_the_deformation_field_has_the_starting_value(tmp_path: Path) -> None:
+    """`augment.elastic.p` with a condition is in no batch-norm trial, which has the starting recipe's value."""
     start = RECIPE.augment.elastic.p
     assert start > 0
     params = {"model.norm": "batch", "augment.elastic.alpha_x": RECIPE.augment.elastic.alpha_x}
-    made = study_of(CONDITIONAL, trial(CONDITIONAL, params, [0.9]))
-    named = final_seeds.candidates(RECIPE, CONDITIONAL, made, made.trials[0])
-    assert list(named) == ["start", "trial-0-elastic-off"], "and trial 0 is the starting recipe itself"
-    assert space.apply(RECIPE, named["trial-0-elastic-off"]).augment.elastic.p == 0
+    searched = study_of(CONDITIONAL, trial(CONDITIONAL, params, [0.9]))
+    candidates = final_seeds.candidates(RECIPE, CONDITIONAL, searched, searched.trials[0])
+    assert list(candidates) == ["start", "trial-0-augment.elastic.p-off"], "and trial 0 is the starting recipe itself"
+    assert space.apply(RECIPE, candidates["trial-0-augment.elastic.p-off"]).augment.elastic.p == 0
 
 
 @pytest.mark.parametrize(("objectives", "expected"), [(("dice",), 2), (("ms_per_image",), 1)])
@@ -97,40 +96,64 @@ def test_a_trial_without_deformation_is_compared_with_the_best_that_deforms(
         trial(config, {"model.norm": "group", ELASTIC: 0.5, "augment.elastic.alpha_x": alpha}, [score])
         for alpha, score in ((100.0, 0.5), (200.0, 0.8))
     ]
-    made = study_of(config, trial(config, {"model.norm": "group", ELASTIC: 0.0}, [0.9]), *deforming)
-    named = final_seeds.candidates(RECIPE, config, made, made.trials[0])
-    name = f"trial-0-elastic-of-{expected}"
-    assert list(named) == ["start", "trial-0", name]
-    changed = space.apply(RECIPE, named[name]).augment.elastic
+    searched = study_of(config, trial(config, {"model.norm": "group", ELASTIC: 0.0}, [0.9]), *deforming)
+    candidates = final_seeds.candidates(RECIPE, config, searched, searched.trials[0])
+    name = f"trial-0-augment.elastic.p-of-{expected}"
+    assert list(candidates) == ["start", "trial-0", name]
+    changed = space.apply(RECIPE, candidates[name]).augment.elastic
     assert (changed.p, changed.alpha_x) == (0.5, 100.0 * expected)
 
 
+def test_each_searched_field_of_compare_off_adds_a_candidate() -> None:
+    """Off writes the off value into tied fields too; a field that is not searched is left out."""
+    config = SweepConfig(
+        space={
+            "loss.border_weight": Dimension(low=0, high=9, tied_to=("loss.aux_weight",)),
+            "optimizer.clip_norm": Dimension(choices=(None, 1.0)),
+        },
+        shares=(),
+        compare_off={"loss.border_weight": 0.0, "optimizer.clip_norm": None, ELASTIC: 0.0},
+    )
+    trials = [
+        trial(config, {"loss.border_weight": 4.0, "optimizer.clip_norm": None}, [0.9]),
+        trial(config, {"loss.border_weight": 0.0, "optimizer.clip_norm": 1.0}, [0.8]),
+    ]
+    searched = study_of(config, *trials)
+    candidates = final_seeds.candidates(RECIPE, config, searched, searched.trials[0])
+    assert {name: list(values.values()) for name, values in candidates.items()} == {
+        "start": [],
+        "trial-0": [4.0, 4.0, None],
+        "trial-0-loss.border_weight-off": [0.0, 0.0, None],
+        "trial-0-optimizer.clip_norm-of-1": [4.0, 4.0, 1.0],
+    }
+
+
 def test_candidates_are_compared_over_the_seeds_that_all_finished(tmp_path: Path) -> None:
-    for name, each in {
+    for name, by_seed in {
         "start": [[0.5], [0.6], [0.1]],
         "trial-3": [None, [0.7, 0.65], [0.9]],  # crashed before a report with seed 1
-        "trial-3-elastic-off": [[0.9], [0.8], [0.85]],
+        "trial-3-augment.elastic.p-off": [[0.9], [0.8], [0.85]],
     }.items():
-        for seed, scores in enumerate(each, 1):
-            # The last got half as far as the others.
-            write_confirming(tmp_path, name, seed, scores, 5 if (name, seed) == ("trial-3-elastic-off", 3) else STEPS)
-    names = ["start", "trial-3", "trial-3-elastic-off"]
-    found = final_seeds.scores(str(tmp_path), names, samples=8)
-    assert found == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-elastic-off": {2: 0.8}}
-    folder, why = final_seeds.winner(str(tmp_path), found, "validation Dice")
-    assert folder == str(tmp_path / "final" / "trial-3-elastic-off-seed2"), "a seed, not a place in a list"
+        for seed, scores in enumerate(by_seed, 1):
+            interrupted = (name, seed) == ("trial-3-augment.elastic.p-off", 3)
+            write_final_run(tmp_path, name, seed, scores, STEPS // 2 if interrupted else STEPS)
+    names = ["start", "trial-3", "trial-3-augment.elastic.p-off"]
+    scores = final_seeds.scores(str(tmp_path), names, samples=8)
+    assert scores == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-augment.elastic.p-off": {2: 0.8}}
+    folder, why = final_seeds.winner(str(tmp_path), scores, "validation Dice")
+    assert folder == str(tmp_path / "final" / "trial-3-augment.elastic.p-off-seed2"), "a seed, not a place in a list"
     assert progress.find(folder)
     assert "with fresh seeds 2" in why
-    assert final_seeds.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "one that was never begun"
+    assert final_seeds.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "a candidate that was never started"
 
 
 def test_a_candidate_that_never_finished_cannot_win(tmp_path: Path) -> None:
     for seed, score in enumerate((0.4, 0.5), 1):
-        write_confirming(tmp_path, "start", seed, [score])
-        write_confirming(tmp_path, "trial-1", seed, [0.9], steps=5)
-    found = final_seeds.scores(str(tmp_path), ["start", "trial-1"], samples=8)
-    assert found == {"start": {1: 0.4, 2: 0.5}}
-    assert final_seeds.winner(str(tmp_path), found, "validation Dice")[0].endswith("start-seed2")
+        write_final_run(tmp_path, "start", seed, [score])
+        write_final_run(tmp_path, "trial-1", seed, [0.9], steps=5)
+    scores = final_seeds.scores(str(tmp_path), ["start", "trial-1"], samples=8)
+    assert scores == {"start": {1: 0.4, 2: 0.5}}
+    assert final_seeds.winner(str(tmp_path), scores, "validation Dice")[0].endswith("start-seed2")
     assert final_seeds.scores(str(tmp_path / "none"), ["start"], samples=8) == {}
 
 
@@ -159,15 +182,15 @@ def crashed(folder: Path, recipe: Recipe, number: int) -> None:
 
 
 class Tune:
-    """Runs trials in this process, each to its given end."""
+    """Replaces `tune.run`: ends each trial as given, in this process."""
 
-    def __init__(self, trials: list[End], confirming: dict[str, End]) -> None:
-        self.trials, self.confirming = trials, confirming
+    def __init__(self, trials: list[End], final_runs: dict[str, End]) -> None:
+        self.trials, self.final_runs = trials, final_runs
 
-    def __call__(self, shared: Any, room: Any, retries: int, callbacks: Any, **options: Any) -> None:
+    def __call__(self, shared: Any, resources: Any, retries: int, callbacks: Any, **options: Any) -> None:
         if "param_space" in options:
             for job in options["param_space"]["job"]["grid_search"]:
-                end = self.confirming.get(job["folder"].removeprefix("final/"), good(0.5))
+                end = self.final_runs.get(job["folder"].removeprefix("final/"), good(0.5))
                 end(Path(shared.out, job["folder"]), space.apply(shared.recipe, job["values"]), 0)
             return
         for number in range(options["num_samples"]):
@@ -179,20 +202,20 @@ class Tune:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A sweep whose trials end as they are told to."""
+    """Patch the sweep so that its trials end as given."""
 
-    def patch(trials: list[End], confirming: dict[str, End] | None = None) -> None:
+    def patch(trials: list[End], final_runs: dict[str, End] | None = None) -> None:
         monkeypatch.setattr(sweep.session, "connect", lambda dashboard: None)
         monkeypatch.setattr(sweep.session, "machines", lambda: [Machine(4)])
-        monkeypatch.setattr(sweep.tune, "run", Tune(trials, confirming or {}))
+        monkeypatch.setattr(sweep.tune, "run", Tune(trials, final_runs or {}))
         monkeypatch.setattr(sweep.prometheus, "show_sweep", lambda *_: None)
         monkeypatch.setattr(sweep.report, "write", lambda *_: None)
         samples = SimpleNamespace(train=range(12))
 
-        def shared(data: str, out: str, recipe: Recipe, config: SweepConfig, room: Any) -> Any:
+        def shared(data: str, out: str, recipe: Recipe, config: SweepConfig, resources: Any) -> Any:
             return SimpleNamespace(recipe=recipe, out=out, samples=samples)
 
-        monkeypatch.setattr(sweep, "_shared", shared)
+        monkeypatch.setattr(sweep, "_context", shared)
 
     return patch
 
@@ -201,7 +224,7 @@ SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=3e-2, log=T
 
 
 @pytest.mark.parametrize(
-    ("trials", "confirming", "seeds", "objectives", "expected"),
+    ("trials", "final_runs", "seeds", "objectives", "expected"),
     [
         ([good(0.6)], {}, 0, ("dice",), "trial 0 of 1; validation Dice 0.6"),
         ([good(0.6)], {}, 2, ("dice",), "start; mean validation Dice with fresh seeds 1, 2"),
@@ -232,12 +255,12 @@ def test_best_yaml_is_of_a_run_that_finished(
     tmp_path: Path,
     without_ray: Callable[..., None],
     trials: list[End],
-    confirming: dict[str, End],
+    final_runs: dict[str, End],
     seeds: int,
     objectives: tuple[Any, ...],
     expected: str,
 ) -> None:
-    without_ray(trials, confirming)
+    without_ray(trials, final_runs)
     config = SEARCH.model_copy(update={"objectives": objectives})
     sweep.sweep(tiny_dataset, str(tmp_path / "out"), RECIPE, config, len(trials), seeds=seeds)
     text = (tmp_path / "out" / "best.yaml").read_text()
@@ -248,7 +271,7 @@ def test_best_yaml_is_of_a_run_that_finished(
     assert len(rows) == len(trials)
 
 
-def test_a_sweep_without_a_good_trial_says_why_and_can_go_on(
+def test_a_sweep_without_a_good_trial_reports_the_reasons_and_can_be_resumed(
     tiny_dataset: str, tmp_path: Path, without_ray: Callable[..., None]
 ) -> None:
     out = tmp_path / "out"
@@ -265,7 +288,7 @@ def test_a_sweep_without_a_good_trial_says_why_and_can_go_on(
     assert (out / "best.yaml").exists()
 
 
-def test_a_resumed_sweep_is_not_confirmed_by_runs_of_another_best(
+def test_a_resumed_sweep_ignores_final_runs_of_an_earlier_best(
     tiny_dataset: str, tmp_path: Path, without_ray: Callable[..., None]
 ) -> None:
     out = tmp_path / "out"
@@ -295,10 +318,10 @@ def test_a_resumed_sweep_is_not_confirmed_by_runs_of_another_best(
             {"space": {"augment.device": Dimension(choices=("cpu", "cuda"))}},
             "augment.device 'cuda', augment.device is",
         ),
-        ({}, {"objectives": ("dice", "dice")}, "names one twice"),
+        ({}, {"objectives": ("dice", "dice")}, "lists one twice"),
     ],
 )
-def test_values_that_no_trial_could_train_are_refused_before_the_first(
+def test_values_that_no_trial_can_train_are_an_error_before_the_first_trial(
     tiny_dataset: str,
     tmp_path: Path,
     without_ray: Callable[..., None],
@@ -313,11 +336,11 @@ def test_values_that_no_trial_could_train_are_refused_before_the_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_finished_trials_are_those_that_ended(tmp_path: Path) -> None:
-    made = optuna.create_study()
-    made.ask()
-    made.tell(made.ask(), state=TrialState.FAIL)
-    assert [one.number for one in study.finished(made)] == [1]
+def test_finished_trials_include_failed_ones(tmp_path: Path) -> None:
+    optuna_study = optuna.create_study()
+    optuna_study.ask()
+    optuna_study.tell(optuna_study.ask(), state=TrialState.FAIL)
+    assert [trial.number for trial in study.finished(optuna_study)] == [1]
 
 
 @pytest.mark.parametrize(
@@ -328,19 +351,19 @@ def test_finished_trials_are_those_that_ended(tmp_path: Path) -> None:
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of GPU memory: CUDA out of memory."),
     ],
 )
-def test_what_no_other_try_would_change_ends_a_trial_with_its_reason(error: Exception, reason: str) -> None:
+def test_an_error_that_a_retry_would_repeat_ends_a_trial_with_its_reason(error: Exception, reason: str) -> None:
     def reports() -> Iterator[loop.TrainState]:
         raise error
         yield
 
-    one = object.__new__(OneWorker)
-    one.failed, one.reports = None, reports()
-    result = one.step()
+    worker = object.__new__(OneWorker)
+    worker.failed, worker.reports = None, reports()
+    result = worker.step()
     assert reason in result["failed"]
     assert result["done"]
 
 
-def test_a_trials_batch_must_be_shared_equally(tmp_path: Path) -> None:
+def test_a_trials_batch_size_must_be_divisible_by_its_workers(tmp_path: Path) -> None:
     shared = SweepContext(RECIPE, str(tmp_path), SimpleNamespace(train=range(8)), 0, 1, 2, 1.0, 0.0, False)  # type: ignore[arg-type]
     job = {"folder": "trials/0000", "values": {"batch_size": 4}}
     assert shared.job({"job": job}).recipe.batch_size == 4

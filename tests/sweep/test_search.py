@@ -1,4 +1,4 @@
-"""The study is told of every trial as what it is, and nothing of it is lost: without Ray's processes."""
+"""Ray Tune's searcher and the Optuna study, without Ray: states of trials, resuming, several objectives."""
 
 import sqlite3
 import threading
@@ -19,13 +19,13 @@ from raylivecell.sweep.space import SweepConfig
 CONFIG = SweepConfig()
 
 
-def opened(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> optuna.Study:
+def open_study(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> optuna.Study:
     return study.open_study(f"sqlite:///{folder}/study.db", "one", Recipe(), config, resume)
 
 
-def searching(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> Search:
-    one = opened(folder, resume, config)
-    return Search(one, Recipe(), config, study.left_running(one, f"sqlite:///{folder}/study.db"))
+def make_search(folder: Path, resume: bool = False, config: SweepConfig = CONFIG) -> Search:
+    optuna_study = open_study(folder, resume, config)
+    return Search(optuna_study, Recipe(), config, study.left_running(optuna_study, f"sqlite:///{folder}/study.db"))
 
 
 def row(step: int, score: float, **more: Any) -> dict[str, Any]:
@@ -33,13 +33,13 @@ def row(step: int, score: float, **more: Any) -> dict[str, Any]:
 
 
 def test_the_first_trial_is_the_starting_recipe(tmp_path: Path) -> None:
-    asked = searching(tmp_path).suggest("a")["job"]
-    assert asked["folder"] == "trials/0000"
-    assert space.apply(Recipe(), asked["values"]) == Recipe()
+    job = make_search(tmp_path).suggest("a")["job"]
+    assert job["folder"] == "trials/0000"
+    assert space.apply(Recipe(), job["values"]) == Recipe()
 
 
-def test_each_trial_is_told_as_what_it_is(tmp_path: Path) -> None:
-    search = searching(tmp_path)
+def test_each_trial_gets_its_final_state(tmp_path: Path) -> None:
+    search = make_search(tmp_path)
     for name in "abcde":
         search.suggest(name)
     search.on_trial_result("a", row(50, 0.4))
@@ -49,7 +49,7 @@ def test_each_trial_is_told_as_what_it_is(tmp_path: Path) -> None:
     search.on_trial_complete("c", row(0, -1.0, failed="loss not finite at step 7"))
     search.on_trial_result("d", row(20, 0.9))
     search.on_trial_complete("d", error=True)
-    trials = opened(tmp_path, resume=True).trials
+    trials = open_study(tmp_path, resume=True).trials
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING)
     assert [trial.state for trial in trials] == list(states)
     assert trials[0].value == 0.7
@@ -58,94 +58,96 @@ def test_each_trial_is_told_as_what_it_is(tmp_path: Path) -> None:
     assert trials[1].intermediate_values == {10: 0.2, 20: 0.3}
     assert trials[2].user_attrs["failed"] == "loss not finite at step 7"
     assert trials[3].user_attrs["failed"] == "crashed"
-    tune.scheduler(opened(tmp_path, resume=True), CONFIG)
+    tune.scheduler(open_study(tmp_path, resume=True), CONFIG)
 
 
-def test_what_a_killed_driver_left_running_is_taken_up_again(tmp_path: Path) -> None:
-    before = searching(tmp_path)
-    asked = [before.suggest(name)["job"] for name in "abc"]
+def test_trials_that_a_killed_driver_left_running_are_resumed(tmp_path: Path) -> None:
+    before = make_search(tmp_path)
+    jobs = [before.suggest(name)["job"] for name in "abc"]
     before.on_trial_result("b", row(10, 0.2))
     before.on_trial_complete("b", row(100, 0.5))
-    after = searching(tmp_path, resume=True)
+    after = make_search(tmp_path, resume=True)
     again = [after.suggest(name)["job"] for name in "xyz"]
-    assert again[:2] == [asked[0], asked[2]], "same numbers, same values"
+    assert again[:2] == [jobs[0], jobs[2]], "same numbers, same values"
     assert again[2]["folder"] == "trials/0003"
     for name in "xyz":
         after.on_trial_complete(name, row(100, 0.6))
-    trials = opened(tmp_path, resume=True).trials
+    trials = open_study(tmp_path, resume=True).trials
     assert [trial.state for trial in trials] == 4 * [TrialState.COMPLETE]
     assert trials[1].value == 0.5
 
 
-def test_a_trial_taken_up_again_reports_each_step_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    before = searching(tmp_path)
+def test_a_resumed_trial_reports_each_step_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    before = make_search(tmp_path)
     before.suggest("a")
     before.on_trial_result("a", row(10, 0.2))
-    after = searching(tmp_path, resume=True)
+    after = make_search(tmp_path, resume=True)
     after.suggest("x")
     for step, score in ((10, 0.3), (20, 0.4)):
         after.on_trial_result("x", row(step, score))
     after.on_trial_complete("x", row(20, 0.4))
-    (trial,) = opened(tmp_path, resume=True).trials
+    (trial,) = open_study(tmp_path, resume=True).trials
     assert trial.intermediate_values == {10: 0.2, 20: 0.4}
     assert trial.state is TrialState.PRUNED
-    assert not list(recwarn), [str(one.message) for one in recwarn]
+    assert not list(recwarn), [str(warning.message) for warning in recwarn]
 
 
-def test_a_trial_cut_off_while_it_was_asked_for_gets_its_values(tmp_path: Path) -> None:
-    half = opened(tmp_path).ask()
+def test_a_trial_interrupted_during_suggest_gets_its_values(tmp_path: Path) -> None:
+    half = open_study(tmp_path).ask()
     half.suggest_float("optimizer.lr", 1e-4, 3e-2, log=True)
-    asked = searching(tmp_path, resume=True).suggest("a")["job"]
-    assert asked["folder"] == "trials/0000"
-    assert space.apply(Recipe(), asked["values"]) == Recipe()
+    job = make_search(tmp_path, resume=True).suggest("a")["job"]
+    assert job["folder"] == "trials/0000"
+    assert space.apply(Recipe(), job["values"]) == Recipe()
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
-def test_a_resumed_search_does_not_ask_the_same_again(tmp_path: Path, sampler: Any) -> None:
+def test_a_resumed_search_does_not_repeat_suggestions(tmp_path: Path, sampler: Any) -> None:
     config = SweepConfig(sampler=sampler)
-    asked = []
+    rates = []
     for round_ in range(3):
-        search = searching(tmp_path, resume=round_ > 0, config=config)
+        search = make_search(tmp_path, resume=round_ > 0, config=config)
         for place in range(2):
-            asked.append(search.suggest(str(place))["job"]["values"]["optimizer.lr"])
+            rates.append(search.suggest(str(place))["job"]["values"]["optimizer.lr"])
             search.on_trial_complete(str(place), row(100, 0.5))
-    assert len(set(asked)) == len(asked)
+    assert len(set(rates)) == len(rates)
 
 
-def test_stopping_early_knows_the_trials_before_a_kill(tmp_path: Path) -> None:
-    search = searching(tmp_path)
+def test_early_stopping_includes_the_trials_before_a_kill(tmp_path: Path) -> None:
+    search = make_search(tmp_path)
     for place in range(6):
         search.suggest(str(place))
         search.on_trial_result(str(place), row(20, 0.8))
         search.on_trial_complete(str(place), row(100, 0.9))
-    scheduler = tune.scheduler(opened(tmp_path, resume=True), CONFIG)
+    scheduler = tune.scheduler(open_study(tmp_path, resume=True), CONFIG)
     new: Any = type("Trial", (), {"trial_id": "new"})()
     scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
     assert scheduler.on_trial_result(None, new, {"progress": 20.0, "score": 0.1}) == "STOP"  # type: ignore[arg-type]
-    assert scheduler.on_trial_result(None, new, {"progress": 20.0, "score": 0.1}) == "CONTINUE", "asked once a rung"  # type: ignore[arg-type]
+    assert scheduler.on_trial_result(None, new, {"progress": 20.0, "score": 0.1}) == "CONTINUE", (
+        "evaluated once per rung"
+    )  # type: ignore[arg-type]
 
 
-def test_several_objectives_are_told_in_order(tmp_path: Path) -> None:
+def test_several_objectives_are_stored_in_order(tmp_path: Path) -> None:
     config = SweepConfig(objectives=("dice", "ms_per_image"))
-    search = searching(tmp_path, config=config)
+    search = make_search(tmp_path, config=config)
     search.suggest("a")
     search.on_trial_result("a", row(50, 0.4))
     search.on_trial_complete("a", row(100, 0.7, ms_per_image=12.5))
-    told = opened(tmp_path, resume=True, config=config)
-    assert told.trials[0].values == [0.7, 12.5]
-    assert [direction.name for direction in told.directions] == ["MAXIMIZE", "MINIMIZE"]
+    optuna_study = open_study(tmp_path, resume=True, config=config)
+    assert optuna_study.trials[0].values == [0.7, 12.5]
+    assert [direction.name for direction in optuna_study.directions] == ["MAXIMIZE", "MINIMIZE"]
 
 
-def test_no_pickle_holds_the_storage(tmp_path: Path) -> None:
+def test_no_pickle_contains_the_storage_url(tmp_path: Path) -> None:
     """Tune pickles the searcher into the sweep's folder: a database's password must not be in it."""
     import cloudpickle
 
-    assert b"study.db" not in cloudpickle.dumps(searching(tmp_path))
+    assert b"study.db" not in cloudpickle.dumps(make_search(tmp_path))
 
 
 @pytest.mark.parametrize("killed_before", [False, True])
 def test_a_study_file_is_never_seen_without_its_tables(tmp_path: Path, killed_before: bool) -> None:
-    """Whoever opens it in that moment, a dashboard for one, would make them too, and end it or us."""
+    """A process that opens it then, such as a dashboard, would create them too, and one of the two would fail."""
     file, seen, done = tmp_path / "study.db", [], threading.Event()
     if killed_before:
         (tmp_path / "study.db.new").write_bytes(b"half")
@@ -164,14 +166,14 @@ def test_a_study_file_is_never_seen_without_its_tables(tmp_path: Path, killed_be
     assert {"studies", "trials", "version_info", "alembic_version"} <= set(seen)
     study.open_study(url, "one", Recipe(), CONFIG, False)
     assert study.StudyFile(str(tmp_path), None).url == url
-    assert [one.study_name for one in optuna.get_all_study_summaries(url)] == ["one"], "a file in use stays"
+    assert [summary.study_name for summary in optuna.get_all_study_summaries(url)] == ["one"], "a file in use stays"
 
 
-def test_a_study_in_use_or_out_of_reach_is_refused(tmp_path: Path) -> None:
-    opened(tmp_path)
-    searching(tmp_path).suggest("a")  # killed before its first trial, a sweep may just be started again
+def test_a_study_in_use_or_out_of_reach_is_an_error(tmp_path: Path) -> None:
+    open_study(tmp_path)
+    make_search(tmp_path).suggest("a")  # killed before its first trial, a sweep may simply be started again
     with pytest.raises(UserError, match="continue it with --resume always"):
-        opened(tmp_path)
+        open_study(tmp_path)
     with pytest.raises(UserError, match=r"cannot open Optuna's storage: .*--storage"):
         study.open_study("sqlite:////nowhere/at/all/study.db", "one", Recipe(), CONFIG, False)
     with pytest.raises(UserError, match="cannot open Optuna's storage"):

@@ -1,4 +1,4 @@
-"""The search space: what it suggests is a recipe, the start comes back as itself, mistakes are named."""
+"""The search space: suggestions are valid recipes, the start is reproduced, errors name the field and the fix."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from raylivecell.sweep.space import Condition, Dimension, Shares, SweepConfig
 WEIGHTS = ("loss.background_weight", "loss.cell_weight", "loss.border_weight")
 
 
-def asked(config: SweepConfig, recipe: Recipe, trials: int) -> list[space.Values]:
+def suggestions(config: SweepConfig, recipe: Recipe, trials: int) -> list[space.Values]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     return [space.suggest(study.ask(), recipe, config) for _ in range(trials)]
 
@@ -31,26 +31,26 @@ def asked(config: SweepConfig, recipe: Recipe, trials: int) -> list[space.Values
 def test_the_default_space_starts_with_every_shipped_recipe(name: str) -> None:
     recipe, config = space.load(recipes.find(name))
     space_check.check(recipe, config)
-    values = space.suggest(FixedTrial(space.start(recipe, config)), recipe, config)
+    values = space.suggest(FixedTrial(space.start_parameters(recipe, config)), recipe, config)
     assert recipes.dump(space.apply(recipe, values)) == recipes.dump(recipe)
 
 
 def test_every_suggestion_is_a_recipe_and_conditions_hold() -> None:
     recipe = Recipe()
-    for values in asked(SweepConfig(), recipe, 200):
+    for values in suggestions(SweepConfig(), recipe, 200):
         space.apply(recipe, values)
         deformed = values["augment.elastic.p"] > 0
         assert ("augment.elastic.sigma" in values) == deformed == ("augment.elastic.alpha_y" in values)
         assert not deformed or values["augment.elastic.alpha_x"] == values["augment.elastic.alpha_y"]
         assert values["loss.background_weight"] + values["loss.cell_weight"] == pytest.approx(2)
-    off = [values["augment.elastic.p"] == 0 for values in asked(SweepConfig(), recipe, 200)]
+    off = [values["augment.elastic.p"] == 0 for values in suggestions(SweepConfig(), recipe, 200)]
     assert 20 < sum(off) < 80
 
 
 def test_shares_are_spread_evenly_over_the_simplex() -> None:
     """The mean of each of n even shares is 1/n, its variance (n - 1) / (n^2 (n + 1)) (Dirichlet of ones)."""
     config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, sum=6),))
-    draws = [[values[path] / 6 for path in WEIGHTS] for values in asked(config, Recipe(), 4000)]
+    draws = [[values[path] / 6 for path in WEIGHTS] for values in suggestions(config, Recipe(), 4000)]
     for column in zip(*draws):
         mean = sum(column) / len(column)
         assert mean == pytest.approx(1 / 3, abs=0.012)
@@ -59,10 +59,10 @@ def test_shares_are_spread_evenly_over_the_simplex() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.5), (0.5, 0.5, 2.0), (2.0, 0.5, 0.5)])
-def test_the_start_of_shares_comes_back(weights: tuple[float, float, float]) -> None:
+def test_the_start_of_shares_is_reproduced(weights: tuple[float, float, float]) -> None:
     recipe = space.apply(Recipe(), dict(zip(WEIGHTS, weights)))
-    config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, least=0.25),))
-    values = space.suggest(FixedTrial(space.start(recipe, config)), recipe, config)
+    config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, min=0.25),))
+    values = space.suggest(FixedTrial(space.start_parameters(recipe, config)), recipe, config)
     assert [values[path] for path in WEIGHTS] == pytest.approx(weights)
 
 
@@ -77,24 +77,31 @@ def test_paths_into_lists_choices_of_lists_and_whole_numbers() -> None:
         shares=(),
     )
     space_check.check(Recipe(), config)
-    for values in asked(config, Recipe(), 20):
+    for values in suggestions(config, Recipe(), 20):
         recipe = space.apply(Recipe(), values)
         assert recipe.model.features in ((8, 16), (64, 128, 256, 512))
         assert isinstance(values["phases.0.epochs"], int)
         assert recipe.optimizer.betas == (values["optimizer.betas.0"], 0.999)
-    values = space.suggest(FixedTrial(space.start(Recipe(), config)), Recipe(), config)
+    values = space.suggest(FixedTrial(space.start_parameters(Recipe(), config)), Recipe(), config)
     assert space.apply(Recipe(), values) == Recipe()
 
 
-def test_the_search_survives_its_file(tmp_path: Path) -> None:
+def test_a_dumped_search_loads_equal(tmp_path: Path) -> None:
     recipe, config = space.load(recipes.find("sweep"))
     (tmp_path / "recipe.yaml").write_text(space.dump(recipe, config))
     assert space.load(str(tmp_path / "recipe.yaml")) == (recipe, config)
     assert recipes.load(tmp_path / "recipe.yaml") == recipe, "train takes the file as it is"
+    when = {"model.norm": Condition(in_=("group",))}
+    config = SweepConfig(
+        space={"optimizer.clip_norm": Dimension(choices=(None, 1.0), when=when)},
+        compare_off={"optimizer.clip_norm": None},
+    )
+    (tmp_path / "recipe.yaml").write_text(space.dump(recipe, config))
+    assert space.load(str(tmp_path / "recipe.yaml")) == (recipe, config)
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "message"),
     [
         ({"space": {"optimizer.learning_rate": {"low": 1, "high": 2}}}, "the fields there are optimizer.lr, "),
         ({"space": {"augment.elastic.alpha": {"low": 1, "high": 2}}}, "did you mean augment.elastic.alpha_"),
@@ -108,7 +115,7 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
         ({"space": {"model.norm": {"choices": ["group", "sync_batch"]}}}, "batch, not among its choices"),
         ({"space": {"model.norm": {"low": 0, "high": 1}}}, "'batch' in the recipe, not a number"),
         ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "sum": 3}]}, "not shares of 3"),
-        ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "least": 2}]}, "lower least"),
+        ({"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"], "min": 2}]}, "lower min"),
         ({"shares": [{"fields": ["optimizer.lr", "loss.cell_weight"]}]}, "optimizer.lr is searched twice"),
         (
             {
@@ -119,20 +126,20 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
             },
             "put augment.elastic.p before it",
         ),
-        ({"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {}}}}}, "either above or among"),
+        ({"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {}}}}}, "either above or in"),
         (
             {"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {"above": 0}}}}},
-            "needs model.norm above a number, and it is 'batch'; use among",
+            "needs model.norm above a number, and it is 'batch'; use in",
         ),
         (
             {"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"optimizer.lr": {"above": 0}}}}},
-            "hang on itself",
+            "depend on itself",
         ),
         (
             {
                 "space": {
                     "optimizer.lr": {"low": 1e-4, "high": 1, "when": {"loss.aux_weight": {"above": 0}}},
-                    "loss.border_weight": {"low": 0, "high": 1, "also": ["loss.aux_weight"]},
+                    "loss.border_weight": {"low": 0, "high": 1, "tied_to": ["loss.aux_weight"]},
                 }
             },
             "put loss.border_weight before it",
@@ -162,36 +169,38 @@ def test_the_search_survives_its_file(tmp_path: Path) -> None:
         ),
         ({"space": {"batch_size": {"low": 1, "high": 4.5}}}, "batch_size takes whole numbers"),
         ({"shares": [{"fields": ["loss.cell_weight", "model.norm"]}]}, "model.norm is 'batch' in the recipe; only"),
+        ({"compare_off": {"augment.elastic.prob": 0.0}}, "unknown field augment.elastic.prob"),
+        ({"compare_off": {"augment.elastic.p": -1}}, "sweep.compare_off: augment.elastic.p: Input should be greater"),
         (
             {"shares": [{"fields": ["loss.cell_weight", "loss.background_weight"]}]},
-            "greater than 0 (got 0.0); raise least",
+            "greater than 0 (got 0.0); raise min",
         ),
     ],
 )
-def test_a_mistake_is_named_with_its_mend(part: dict, told: str, tmp_path: Path) -> None:
+def test_an_error_names_the_field_and_the_fix(part: dict, message: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"sweep": part}, sort_keys=False))
-    with pytest.raises(UserError, match=re.escape(told)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         space_check.check(*space.load(str(file)))
     assert "\n" not in str(error.value)
 
 
 # Fields, the values that each may be given, and conditions on each that hold for some of them.
 SPACES: dict[str, tuple[Dimension, tuple[Condition, ...]]] = {
-    "model.norm": (Dimension(choices=("batch", "group")), (Condition(among=("group",)),)),
-    "optimizer.clip_norm": (Dimension(choices=(None, 1.0, 5.0)), (Condition(above=0), Condition(among=(None,)))),
-    "model.features": (Dimension(choices=([8, 16], [64, 128, 256, 512])), (Condition(among=([8, 16], (4,))),)),
-    "augment.elastic.p": (Dimension(low=0, high=1, step=0.5), (Condition(above=0), Condition(among=(0.5, 1)))),
-    "loss.border_weight": (Dimension(low=0, high=9, also=("loss.aux_weight",)), (Condition(above=4),)),
+    "model.norm": (Dimension(choices=("batch", "group")), (Condition(in_=("group",)),)),
+    "optimizer.clip_norm": (Dimension(choices=(None, 1.0, 5.0)), (Condition(above=0), Condition(in_=(None,)))),
+    "model.features": (Dimension(choices=([8, 16], [64, 128, 256, 512])), (Condition(in_=([8, 16], (4,))),)),
+    "augment.elastic.p": (Dimension(low=0, high=1, step=0.5), (Condition(above=0), Condition(in_=(0.5, 1)))),
+    "loss.border_weight": (Dimension(low=0, high=9, tied_to=("loss.aux_weight",)), (Condition(above=4),)),
     "phases.0.epochs": (Dimension(low=5, high=15), (Condition(above=9.5),)),
 }
 ON_OTHERS = {
     "model.features.1": (Condition(above=20),),
     "model.features.3": (Condition(above=20),),  # not in each trial
-    "loss.aux_weight": (Condition(above=5),),  # takes another field's value
+    "loss.aux_weight": (Condition(above=5),),  # tied to another field
     "loss.cell_weight": (Condition(above=1),),  # has a share of a sum
     "loss.background_weight": (Condition(above=1.0),),
-    "optimizer.amsgrad": (Condition(among=(True,)), Condition(among=(False,))),  # is not searched
+    "optimizer.amsgrad": (Condition(in_=(True,)), Condition(in_=(False,))),  # is not searched
 }
 
 
@@ -201,23 +210,23 @@ def searches(draw: st.DrawFn) -> SweepConfig:
     order = draw(st.permutations(sorted(SPACES)))[: draw(st.integers(0, len(SPACES)))]
     fields: dict[str, Dimension] = {}
     for path in order:
-        known = {one: SPACES[one][1] for one in fields} | {
-            one: found
-            for one, found in ON_OTHERS.items()
-            if not any(f"{one}.".startswith(f"{later}.") for later in set(order) - set(fields))
+        known = {field: SPACES[field][1] for field in fields} | {
+            field: conditions
+            for field, conditions in ON_OTHERS.items()
+            if not any(f"{field}.".startswith(f"{later}.") for later in set(order) - set(fields))
         }
         if "loss.border_weight" in set(order) - set(fields):
             known.pop("loss.aux_weight", None)
         others = draw(st.lists(st.sampled_from(sorted(known)), max_size=2, unique=True))
-        when = {one: draw(st.sampled_from(known[one])) for one in others}
+        when = {other: draw(st.sampled_from(known[other])) for other in others}
         fields[path] = SPACES[path][0].model_copy(update={"when": when})
-    return SweepConfig(space=fields, shares=(Shares(fields=WEIGHTS[:2], least=0.1),))
+    return SweepConfig(space=fields, shares=(Shares(fields=WEIGHTS[:2], min=0.1),))
 
 
 @settings(max_examples=60)
 @given(searches(), st.integers(0, 1000))
 def test_conditions_are_those_of_the_trial(config: SweepConfig, seed: int) -> None:
-    """Whatever a condition names, a share, a tied field or a part of a field: the trial's recipe must meet it."""
+    """A condition on any field, such as a share, a tied field or a part of a field, holds in the trial's recipe."""
     recipe = Recipe()
     space_check.check(recipe, config)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
@@ -233,7 +242,7 @@ def test_conditions_are_those_of_the_trial(config: SweepConfig, seed: int) -> No
             assert (path in values) == met, (path, dimension.when, values)
     for trial in study.trials:
         assert space.suggest(FixedTrial(trial.params), recipe, config).keys() <= set(space.searched_fields(config))
-    parameters = space.start(recipe, config)
+    parameters = space.start_parameters(recipe, config)
     assert space.apply(recipe, space.suggest(FixedTrial(parameters), recipe, config)) == recipe
 
 
@@ -243,9 +252,9 @@ def _part(tree: Any, name: str) -> Any:
 
 def test_a_condition_reads_the_starting_recipe_where_its_field_is_not_searched() -> None:
     config = SweepConfig(
-        space={"model.features.0": Dimension(low=8, high=64, when={"model.norm": Condition(among=("group",))})},
+        space={"model.features.0": Dimension(low=8, high=64, when={"model.norm": Condition(in_=("group",))})},
         shares=(),
     )
-    assert asked(config, Recipe(), 1) == [{}]
+    assert suggestions(config, Recipe(), 1) == [{}]
     group = space.apply(Recipe(), {"model.norm": "group"})
-    assert set(asked(config, group, 1)[0]) == {"model.features.0"}
+    assert set(suggestions(config, group, 1)[0]) == {"model.features.0"}

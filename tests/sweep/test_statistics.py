@@ -1,4 +1,4 @@
-"""What a study says: recovered where it is there, not claimed where it is not."""
+"""Statistics of a study: effects that exist are found, others are not claimed."""
 
 import csv
 import io
@@ -23,8 +23,8 @@ DISTRIBUTIONS = {
 }
 
 
-def made(trials: int, gain: float, seed: int = 0) -> optuna.Study:
-    """A study whose scores hang on the learning rate, and rise by `gain` with elastic deformation; a third pruned."""
+def make_study(trials: int, gain: float, seed: int = 0) -> optuna.Study:
+    """A study whose scores depend on the learning rate and rise by `gain` with elastic deformation; a third pruned."""
     rng = np.random.default_rng(seed)
     study = optuna.create_study(direction="maximize")
     for number in range(trials):
@@ -45,50 +45,50 @@ def made(trials: int, gain: float, seed: int = 0) -> optuna.Study:
             )
         )
     params = {LR: 1e-3, SHARE: 0.5, ELASTIC: 0.0}
-    told = {"failed": "crashed"}
+    attributes = {"failed": "crashed"}
     distributions = {name: DISTRIBUTIONS[name] for name in params}
     study.add_trial(
-        optuna.create_trial(state=TrialState.FAIL, params=params, distributions=distributions, user_attrs=told)
+        optuna.create_trial(state=TrialState.FAIL, params=params, distributions=distributions, user_attrs=attributes)
     )
     return study
 
 
-def test_trials_are_compared_where_all_have_been() -> None:
-    study = made(12, 0.0)
+def test_trials_are_compared_at_the_last_step_that_all_reached() -> None:
+    study = make_study(12, 0.0)
     at, scores = statistics.early_scores(study)
     assert at == 20
     assert scores == {trial.number: trial.intermediate_values[20] for trial in study.trials[:12]}
 
 
-def test_what_matters_stands_out_of_chance_and_what_does_not_is_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_fields_that_matter_exceed_the_chance_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 20)  # 50 take 18 s
-    found = {one.name: one for one in statistics.importances(made(40, 0.0))}
-    assert found[LR].value > 0.8
-    assert found[LR].low > found[LR].chance
+    importances = {importance.name: importance for importance in statistics.importances(make_study(40, 0.0))}
+    assert importances[LR].value > 0.8
+    assert importances[LR].low > importances[LR].chance
     for name in (SHARE, ELASTIC, ALPHA):
-        assert found[name].value < found[name].chance
-    assert found[ALPHA].trials == 20, "among the trials that have it"
-    assert found[LR].trials == 40
+        assert importances[name].value < importances[name].chance
+    assert importances[ALPHA].trials == 20, "importance among the trials that have the field"
+    assert importances[LR].trials == 40
 
 
-def test_too_few_trials_say_nothing() -> None:
-    assert statistics.importances(made(6, 0.0)) == []
-    assert statistics.elastic_groups(made(3, 0.0)) == []
+def test_too_few_trials_give_no_result() -> None:
+    assert statistics.importances(make_study(6, 0.0)) == []
+    assert statistics.off_on_groups(make_study(3, 0.0), ELASTIC, 0.0) == []
 
 
 @pytest.mark.parametrize("gain", [-0.1, 0.0, 0.1])
-def test_off_against_on_contains_the_truth(gain: float) -> None:
+def test_interval_of_off_against_on_contains_the_true_gain(gain: float) -> None:
     """Over 40 studies a 95 % interval misses the truth four times at most (binomial, p < 0.05 for five)."""
-    missed = 0
+    misses = 0
     for seed in range(40):
-        off, on = statistics.elastic_groups(made(40, gain, seed))
+        off, on = statistics.off_on_groups(make_study(40, gain, seed), ELASTIC, 0.0)
         _, low, high = statistics.difference(off, on)
-        missed += not low <= gain <= high
-    assert missed <= 4
+        misses += not low <= gain <= high
+    assert misses <= 4
 
 
-def test_the_table_holds_every_trial() -> None:
-    study = made(12, 0.0)
+def test_the_table_has_every_trial() -> None:
+    study = make_study(12, 0.0)
     config = SweepConfig(
         space={
             LR: Dimension(low=1e-4, high=3e-2, log=True),

@@ -1,4 +1,4 @@
-"""Sweeps on Ray: what they hand over, kills, several workers, other storages, what a browser makes of the report."""
+"""Sweeps on Ray: results, kills, several workers, other storages, the report in a browser."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ CONFIG = SweepConfig(
         "loss.bce_weight": Dimension(low=0, high=1),
         "augment.elastic.p": Dimension(low=0, high=1, step=0.5),
         "augment.elastic.alpha_x": Dimension(
-            low=50, high=1500, log=True, also=("augment.elastic.alpha_y",), when=ELASTIC_ON
+            low=50, high=1500, log=True, tied_to=("augment.elastic.alpha_y",), when=ELASTIC_ON
         ),
         "augment.elastic.sigma": Dimension(low=4, high=40, log=True, when=ELASTIC_ON),
     }
@@ -108,7 +108,7 @@ def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> Non
         assert trial.user_attrs["step"] == steps[-1]
 
 
-def test_the_best_is_handed_over(swept: Path) -> None:
+def test_best_yaml_is_the_best_candidate(swept: Path) -> None:
     """With fresh seeds the best is the candidate with the highest mean, not the trial with the luckiest score."""
     study = study_of(swept)
     runs = {path.name: history(path) for path in (swept / "final").iterdir()}
@@ -123,13 +123,13 @@ def test_the_best_is_handed_over(swept: Path) -> None:
         scores.setdefault(name[:-6], []).append(max(row["val_mean_image_dice"] for row in runs[name]))
     winner = max(scores, key=lambda name: sum(scores[name]))
     lucky = 1 + max(range(2), key=lambda place: scores[winner][place])
-    handed, recipe = checkpoint.load_model(str(swept))
-    found, same = checkpoint.load_model(str(swept / "final" / f"{winner}-seed{lucky}"))
+    best_network, recipe = checkpoint.load_model(str(swept))
+    network, same = checkpoint.load_model(str(swept / "final" / f"{winner}-seed{lucky}"))
     assert recipe == same == recipes.load(swept / "best.yaml")
-    assert all(a.equal(b) for a, b in zip(found.state_dict().values(), handed.state_dict().values()))
+    assert all(a.equal(b) for a, b in zip(network.state_dict().values(), best_network.state_dict().values()))
 
 
-def test_the_table_holds_what_was_tried(swept: Path) -> None:
+def test_the_table_has_the_values_of_each_trial(swept: Path) -> None:
     study = study_of(swept)
     rows = list(csv.DictReader((swept / "trials.csv").open()))
     assert [int(row["trial"]) for row in rows] == list(range(10))
@@ -138,16 +138,18 @@ def test_the_table_holds_what_was_tried(swept: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_stands_alone_in_a_browser(swept: Path, browser: Any) -> None:
+def test_the_report_is_self_contained_in_a_browser(swept: Path, browser: Any) -> None:
     address = (swept / "report.html").as_uri()
     browser.get(address)
-    heads = [one.text for one in browser.find_elements("css selector", "h2")]
+    heads = [head.text for head in browser.find_elements("css selector", "h2")]
     assert {"The search", "Confirmed with fresh seeds", "Each field", "The best recipe"} <= set(heads)
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
-    assert address in asked
-    assert [url for url in asked if url != address and not url.startswith("data:")] == []
+    requests = [
+        entry["params"]["request"]["url"] for entry in messages if entry["method"] == "Network.requestWillBeSent"
+    ]
+    assert address in requests
+    assert [url for url in requests if url != address and not url.startswith("data:")] == []
     sizes = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
     assert len(sizes) > 8
     assert min(sizes) > 0, "every picture is drawn"
@@ -165,24 +167,24 @@ def test_optuna_dashboard_opens_the_study(swept: Path) -> None:
             studies = json.loads(_fetch(f"http://127.0.0.1:{port}/api/studies", server))["study_summaries"]
         finally:
             server.terminate()
-    assert [one["study_name"] for one in studies] == [str(swept)]
+    assert [entry["study_name"] for entry in studies] == [str(swept)]
 
 
 def _fetch(url: str, server: subprocess.Popen) -> bytes:
-    """What is at `url`, once the server answers."""
-    found: list[bytes] = []
+    """Content of `url`, once the server responds."""
+    content: list[bytes] = []
 
     def answered() -> bool:
         assert server.poll() is None, "the server ended"
         with urllib.request.urlopen(url) as answer:
-            found.append(answer.read())
+            content.append(answer.read())
         return True
 
     until("an answer", answered)
-    return found[0]
+    return content[0]
 
 
-def test_a_sweep_in_use_is_refused_and_more_trials_go_on(
+def test_a_sweep_in_use_is_an_error_and_a_resumed_one_adds_trials(
     swept: Path, tiny_dataset: str, quick: None, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="holds a run already"):
@@ -195,11 +197,11 @@ def test_a_sweep_in_use_is_refused_and_more_trials_go_on(
     there = [path for path in (swept / "tune").rglob("*") if path.is_file()]
     assert {"tuner", "searcher-state"} <= {path.stem.partition("-2")[0] for path in there}
     for path in (*there, swept / "tune" / "trainable.pkl", *(path.parent / "params.pkl" for path in there)):
-        path.write_bytes(pickled(tmp_path / "ran"))  # Ray Tune's own pickles are somebody else's: they are not opened
+        path.write_bytes(pickled(tmp_path / "ran"))  # Ray Tune's own pickles are untrusted: they are never loaded
     before = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
     sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=12, resume=True, max_concurrent=1)
     after = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
-    assert after[:10] == before, "none is repeated"
+    assert after[:10] == before, "no trial is repeated"
     assert len(after) == 12
     assert {trial.state for trial in study_of(swept).trials} <= set(ENDS)
     assert not (tmp_path / "ran").exists()
@@ -217,18 +219,18 @@ sweep.sweep(data, out, recipe, config, int(trials), resume=resume, max_concurren
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
+def test_a_sweep_killed_repeatedly_ends_with_all_trials(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     """Killed in the middle of its first trials, and stopped by Ctrl-C."""
-    out, asked = tmp_path / "killed", 6
+    out, trials = tmp_path / "killed", 6
     Path(f"{out}-recipe.yaml").write_text(space.dump(RECIPE, CONFIG))
     env = os.environ | joined()
     seen: dict[int, tuple] = {}
     moments = [
-        (signal.SIGKILL, lambda done, begun: begun > done >= 1),
-        (signal.SIGINT, lambda done, begun: done >= 3),
+        (signal.SIGKILL, lambda done, started: started > done >= 1),
+        (signal.SIGINT, lambda done, started: done >= 3),
     ]
     for how, moment in moments:
-        driver = subprocess.Popen([sys.executable, "-c", DRIVER, tiny_dataset, str(out), str(asked)], env=env)
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, tiny_dataset, str(out), str(trials)], env=env)
 
         def due(driver: subprocess.Popen = driver, moment: Callable[[int, int], bool] = moment) -> bool:
             assert driver.poll() is None, "the sweep ended by itself"
@@ -241,8 +243,8 @@ def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_clu
             if trial.state.is_finished():
                 now = (trial.state, trial.params, trial.datetime_complete)
                 assert seen.setdefault(trial.number, now) == now, "a finished trial is not repeated"
-    study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, asked, resume=True, max_concurrent=2)
-    assert [trial.number for trial in study.trials] == list(range(asked))
+    study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials, resume=True, max_concurrent=2)
+    assert [trial.number for trial in study.trials] == list(range(trials))
     assert {trial.state for trial in study.trials} <= set(ENDS)
     for number, (state, params, end) in seen.items():
         trial = study.trials[number]
@@ -253,19 +255,19 @@ def test_a_sweep_killed_again_and_again_ends_as_asked(tiny_dataset: str, ray_clu
 
 
 def _counts(out: Path) -> tuple[int, int]:
-    """Trials done and begun."""
+    """Number of finished and of started trials."""
     if not (out / "study.db").exists():
         return 0, 0
     try:
         trials = study_of(out).trials
     except ValueError:  # no study in it yet
         return 0, 0
-    begun = [trial for trial in trials if trial.state is not TrialState.WAITING]
-    return sum(trial.state.is_finished() for trial in trials), len(begun)
+    started = [trial for trial in trials if trial.state is not TrialState.WAITING]
+    return sum(trial.state.is_finished() for trial in trials), len(started)
 
 
 @pytest.mark.slow
-def test_a_killed_trial_goes_on_and_a_hopeless_one_is_told_as_failed(
+def test_a_killed_trial_resumes_and_a_hopeless_one_fails_with_its_reason(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "hit"
@@ -331,7 +333,7 @@ def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, 
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server of its own."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")) + [
-        Path(found) for found in [shutil.which("pg_ctl")] if found
+        Path(path) for path in [shutil.which("pg_ctl")] if path
     ]
     if not programs:
         missing("no PostgreSQL server: install Debian's package postgresql")
@@ -383,6 +385,6 @@ def test_postgresql_and_mlflow(
     runs = client.search_runs([experiment.experiment_id])
     assert len(runs) == 3
     logged = {round(run.data.metrics["score"], 6) for run in runs}
-    told = {round(t.intermediate_values[max(t.intermediate_values)], 6) for t in study.trials}
-    assert logged == told
+    stored = {round(t.intermediate_values[max(t.intermediate_values)], 6) for t in study.trials}
+    assert logged == stored
     assert all("job/values/optimizer.lr" in run.data.params for run in runs)
