@@ -290,5 +290,5 @@ def test_what_an_earlier_prepare_left(tmp_path: Path, marker: Path, capsys: pyte
     with pytest.raises(UserError, match=r"account\.json is not JSON"):
         prepare._finished({"account": str(out / "account.json")})
     (out / "download.json").write_bytes(pickled(marker))
-    assert "download.json is not what download writes" in refused(capsys, f"download --out {out}")
+    assert "download.json is not JSON" in refused(capsys, f"download --out {out}")
     assert not marker.exists()
