@@ -155,17 +155,17 @@ def _sample_cell(kind: Kind, placed: Floats, rng: np.random.Generator) -> Cell:
 def _body(cell: Cell, ragged: float, scale: float, rng: np.random.Generator) -> Floats:
     """Outline of a body of area about pi (scale radius)^2: a wavy ellipse, or one with five to eight corners."""
     if cell.rounded or rng.random() < 0.35:
-        turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        theta = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         waves = np.arange(2, 8)
         depth = ragged * rng.normal(size=6) / waves**0.8
-        swell = 1 + (depth[:, None] * np.cos(waves[:, None] * turn + rng.uniform(0, 2 * np.pi, (6, 1)))).sum(0)
+        radius_factor = 1 + (depth[:, None] * np.cos(waves[:, None] * theta + rng.uniform(0, 2 * np.pi, (6, 1)))).sum(0)
     else:
         corners = rng.integers(5, 9)
-        turn = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners)
+        theta = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners)
         # 1.15: a hexagon needs that much radius for a circle's area.
-        swell = 1.15 * np.exp(1.3 * ragged * rng.normal(size=corners))
-    reach = cell.radius * scale * np.clip(swell, 0.5, 1.8)
-    along, across = reach * np.cos(turn) * cell.aspect**0.5, reach * np.sin(turn) / cell.aspect**0.5
+        radius_factor = 1.15 * np.exp(1.3 * ragged * rng.normal(size=corners))
+    reach = cell.radius * scale * np.clip(radius_factor, 0.5, 1.8)
+    along, across = reach * np.cos(theta) * cell.aspect**0.5, reach * np.sin(theta) / cell.aspect**0.5
     return _turned(cell, along, across)
 
 
@@ -230,17 +230,17 @@ def distance(mask: Mask) -> NDArray[np.float32]:
 
 def draw_masks(kind: Kind, cells: list[Cell], rng: np.random.Generator) -> list[Mask]:
     """Masks of the cells with at least 40 visible px; at most `MAX_OVERLAP` of the foreground is in two cells."""
-    free = [mask for cell in cells if (mask := _rasterise(cell, kind, rng)) is not None]
+    free_masks = [mask for cell in cells if (mask := _rasterise(cell, kind, rng)) is not None]
     lowest_cost = np.full((HEIGHT, WIDTH), np.inf, np.float32)
     owner = np.zeros((HEIGHT, WIDTH), np.int32)
-    for number, mask in enumerate(free, 1):
+    for number, mask in enumerate(free_masks, 1):
         # Rounded cells are on top: their distance counts a third.
         cost = distance(mask) * (0.33 if mask.cell.rounded else 1.0)
-        wins = (mask.pixels > 0) & (cost < lowest_cost[mask.window])
-        lowest_cost[mask.window][wins] = cost[wins]
-        owner[mask.window][wins] = number
+        is_nearest = (mask.pixels > 0) & (cost < lowest_cost[mask.window])
+        lowest_cost[mask.window][is_nearest] = cost[is_nearest]
+        owner[mask.window][is_nearest] = number
     visible = []
-    for number, mask in enumerate(free, 1):
+    for number, mask in enumerate(free_masks, 1):
         mask.pixels = _largest_part(_smooth(owner[mask.window] == number, kind))
         if mask.pixels.sum() >= 40:
             visible.append(mask)
@@ -272,8 +272,8 @@ def _add_overlap(masks: list[Mask], rng: np.random.Generator) -> None:
     element = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
     for index in rng.permutation(len(masks)):
         mask = masks[index]
-        grown = cv2.dilate(mask.pixels, element, iterations=int(rng.integers(1, 3)))
-        added = (grown > 0) & (mask.pixels == 0) & (depth[mask.window] == 1)
+        dilated = cv2.dilate(mask.pixels, element, iterations=int(rng.integers(1, 3)))
+        added = (dilated > 0) & (mask.pixels == 0) & (depth[mask.window] == 1)
         if added.sum() > budget:
             continue
         budget -= float(added.sum())

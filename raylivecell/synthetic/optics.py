@@ -62,8 +62,8 @@ def _nucleus(mask: Mask, kind: Kind, strength: float, rng: np.random.Generator) 
     shift = rng.normal(0, 0.12 * cell.radius, 2)
     x = np.arange(mask.x, mask.x + width, dtype=np.float32)[None] + 0.5 - cell.x - shift[0]
     y = np.arange(mask.y, mask.y + height, dtype=np.float32)[:, None] + 0.5 - cell.y - shift[1]
-    squash = rng.uniform(1.0, 1.35)
-    edge = np.sqrt(x**2 * squash + y**2 / squash) - size
+    elongation = rng.uniform(1.0, 1.35)
+    edge = np.sqrt(x**2 * elongation + y**2 / elongation) - size
     grey = strength * (0.7 * np.exp(-((edge + 1.8) ** 2)) - np.exp(-(edge**2) / 1.3))
     for _ in range(rng.integers(1, 4)):
         centre = rng.normal(0, 0.4 * size, 2)
@@ -71,7 +71,7 @@ def _nucleus(mask: Mask, kind: Kind, strength: float, rng: np.random.Generator) 
     return np.asarray(grey, np.float32)
 
 
-def _lines(mask: Mask, depth: Image, kind: Kind, contrast: float, wobble: Image) -> Image:
+def _lines(mask: Mask, depth: Image, kind: Kind, contrast: float, variation_field: Image) -> Image:
     """Grey levels of the bright line on the contour and the dark line inside it."""
     if mask.cell.rounded:
         is_round_line = kind.rounded > 0.5
@@ -80,7 +80,7 @@ def _lines(mask: Mask, depth: Image, kind: Kind, contrast: float, wobble: Image)
     else:
         # Flat cells show their rim only in places: its real mean is 3, its standard deviation 12.
         rim, dark = kind.rim, kind.dark
-        variation = np.clip(0.9 + 0.7 * wobble[mask.window], 0.15, 2.6)
+        variation = np.clip(0.9 + 0.7 * variation_field[mask.window], 0.15, 2.6)
     bright = np.exp(-(((depth - 1.4) / 0.85) ** 2))
     inner = np.exp(-(((depth - 4.0) / 1.7) ** 2)) + 0.25 * (depth > 3)
     return np.asarray(contrast * variation * (rim * bright - dark * inner), np.float32)
@@ -95,12 +95,14 @@ def _centre_line(mask: Mask, depth: Image) -> Image:
     return np.where(depth < 3.2, layer, 0).astype(np.float32)
 
 
-def _draw_cell(canvas: Image, weight: Image, wobble: Image, mask: Mask, kind: Kind, rng: np.random.Generator) -> None:
+def _draw_cell(
+    canvas: Image, weight: Image, variation_field: Image, mask: Mask, kind: Kind, rng: np.random.Generator
+) -> None:
     """Add one cell's lines to `canvas` and its texture's strength to `weight`."""
     mask = _padded(mask, 2)
     inside, depth = mask.pixels > 0, _depth(mask.pixels)
     contrast = float(np.exp(0.24 * rng.normal()))
-    lines = _lines(mask, depth, kind, contrast, wobble)
+    lines = _lines(mask, depth, kind, contrast, variation_field)
     lines -= contrast * (kind.rim + kind.dark) * _centre_line(mask, depth)
     nucleus = _nucleus(mask, kind, kind.nucleus * contrast, rng)
     canvas[mask.window] += np.where(inside, lines + nucleus, 0).astype(np.float32)
@@ -111,8 +113,8 @@ def _draw_cell(canvas: Image, weight: Image, wobble: Image, mask: Mask, kind: Ki
         * np.minimum(depth / 1.5, 1)
         * (1.6 if mask.cell.rounded and kind.rounded < 0.5 else 1.0)
     )
-    view = weight[mask.window]
-    np.maximum(view, np.where(inside, strength, 0), out=view)
+    window = weight[mask.window]
+    np.maximum(window, np.where(inside, strength, 0), out=window)
 
 
 def _debris(canvas: Image, kind: Kind, rng: np.random.Generator) -> None:
@@ -139,13 +141,13 @@ def _stamp(canvas: Image, x: float, y: float, size: float, grey: float) -> None:
     """Add a dot of radius `size` and its ring of opposite sign."""
     reach = int(5 * size) + 2
     x0, x1, y0, y1 = max(int(x) - reach, 0), int(x) + reach + 1, max(int(y) - reach, 0), int(y) + reach + 1
-    view = canvas[y0:y1, x0:x1]
-    if view.size == 0:
+    window = canvas[y0:y1, x0:x1]
+    if window.size == 0:
         return
-    xs = np.arange(x0, x0 + view.shape[1], dtype=np.float32)[None] - x
-    ys = np.arange(y0, y0 + view.shape[0], dtype=np.float32)[:, None] - y
-    near = np.hypot(xs, ys) / size
-    view += grey * (np.exp(-(near**2)) - 0.45 * np.exp(-((near - 2.1) ** 2) / 0.5))
+    xs = np.arange(x0, x0 + window.shape[1], dtype=np.float32)[None] - x
+    ys = np.arange(y0, y0 + window.shape[0], dtype=np.float32)[:, None] - y
+    distances = np.hypot(xs, ys) / size
+    window += grey * (np.exp(-(distances**2)) - 0.45 * np.exp(-((distances - 2.1) ** 2) / 0.5))
 
 
 def _stripes(rng: np.random.Generator) -> Image:
@@ -164,9 +166,9 @@ def _sharpened(image: Image, sigma: float, amount: float) -> Image:
 def render(kind: Kind, masks: list[Mask], rng: np.random.Generator) -> Bytes:
     """Render the frame (HEIGHT, WIDTH) uint8; a function of its arguments alone."""
     canvas, weight = np.zeros((HEIGHT, WIDTH), np.float32), np.zeros((HEIGHT, WIDTH), np.float32)
-    wobble = _noise(rng, 4.0)
+    variation_field = _noise(rng, 4.0)
     for mask in masks:
-        _draw_cell(canvas, weight, wobble, mask, kind, rng)
+        _draw_cell(canvas, weight, variation_field, mask, kind, rng)
     weight *= np.exp(0.45 * _noise(rng, 3.0))
     canvas += weight * (kind.grain * _noise(rng, 0.5) + kind.vesicles * _dots(rng, 0.03, 0.75))
     _debris(canvas, kind, rng)
