@@ -1,6 +1,6 @@
-"""`download`: LIVECell from its public bucket to a folder that `prepare` reads.
+"""`download`: LIVECell from its public bucket to a folder for `prepare`.
 
-livecell           which files, where they are stored
-fetch, web         one file over HTTP, resumed and checked
-archive            check and unpack what was fetched
+livecell    which files, and where they are stored
+fetch       one file over HTTP, resumed and verified
+archive     check and unpack fetched files
 """

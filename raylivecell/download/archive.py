@@ -1,6 +1,6 @@
-"""Are downloaded JSON and zip files whole, and LIVECell's images.zip into its layout.
+"""Check downloaded JSON and zip files, and unpack LIVECell's images.zip.
 
-Zip files come from a network: names that leave the folder, links, and more bytes than LIVECell can have are refused.
+Zip files come from a network: paths that leave the folder, links, and more bytes than LIVECell can have are refused.
 """
 
 import os
@@ -9,144 +9,123 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
+from raylivecell.core.console import track
 from raylivecell.core.errors import UserError
-from raylivecell.download.fetch import Damaged, check_room, disk_errors
+from raylivecell.download.fetch import DamagedFileError, check_free_space
 
 IMAGE_FOLDERS = ("livecell_train_val_images", "livecell_test_images")
-MOST_BYTES = 8 << 30
-"""Unpacked, at most: LIVECell's images are 1.3 GB."""
-MOST_MEMBER_BYTES = 64 << 20
-"""One member, which is unpacked in memory: LIVECell's images are 0.4 MB."""
-MOST_MEMBERS = 100_000
+MAX_BYTES = 8 << 30
+"""Of all members, unpacked: LIVECell's images have 1.3 GB."""
+MAX_MEMBER_BYTES = 64 << 20
+"""Of one member, unpacked in memory: LIVECell's images have 0.4 MB."""
+MAX_MEMBERS = 100_000
 """LIVECell has 5,239 images."""
 BLOCK = 1 << 22
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"{}[]'))
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 def check_json(path: Path) -> None:
-    """Damaged where the file is not one JSON object to its end: cut anywhere, it has a bracket or string open.
+    """Raise DamagedFileError unless the file is one JSON object up to its end: a cut leaves a bracket or string open.
 
-    Counts brackets outside strings, about 1 s a GB; a parser in Python needs minutes for LIVECell's train JSON.
+    Counts brackets outside strings, about 1 s per GB; a parser in Python needs minutes for LIVECell's train JSON.
     """
     depth, in_string, rest, first, last = 0, False, b"", b"", b""
     with open(path, "rb") as stream:
         while block := stream.read(BLOCK):
-            words = block.strip()
-            first, last = first or words[:1], words[-1:] or last
+            text = block.strip()
+            first, last = first or text[:1], text[-1:] or last
             block = rest + block
-            escaped = len(block) - len(block.rstrip(b"\\"))
-            rest = b"\\" if escaped % 2 else b""
-            block = re.sub(rb"\\.", b"", block[: len(block) - len(rest)], flags=re.DOTALL) if b"\\" in block else block
+            rest = b"\\" if (len(block) - len(block.rstrip(b"\\"))) % 2 else b""
+            block = re.sub(rb"\\.", b"", block[: len(block) - len(rest)], flags=re.DOTALL)
             parts = block.translate(None, _NOT_STRUCTURE).split(b'"')
             outside = b"".join(parts[int(in_string) :: 2])
             in_string ^= len(parts) % 2 == 0
             depth += outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
     if first != b"{":
-        raise Damaged(f"is no JSON object (it begins with {first!r})")
+        raise DamagedFileError(f"not a JSON object (it begins with {first!r})")
     if last != b"}" or depth or in_string:
-        raise Damaged("is JSON cut short")
+        raise DamagedFileError("the JSON is cut short")
 
 
 def check_zip(path: Path) -> None:
-    """Damaged where the zip's directory or a member's CRC is wrong; UserError where a member is refused."""
+    """Raise DamagedFileError for a wrong directory or CRC, UserError for a refused member."""
     try:
         with zipfile.ZipFile(path) as archive:
-            places(archive, path)
-            if bad := archive.testzip():
-                raise Damaged(f"member {bad} has a wrong CRC")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise Damaged(f"is no whole zip ({error})") from error
+            image_members(archive, path)
+            if name := archive.testzip():
+                raise DamagedFileError(f"member {name} has a wrong CRC")
+    except _ZIP_ERRORS as error:
+        raise DamagedFileError(f"not a complete zip ({error})") from error
 
 
-def places(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Where each image of LIVECell goes, relative to `images/` with forward slashes; other members are not in it.
-
-    UserError where any member could do harm.
-    """
+def image_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """LIVECell's images by path relative to `images/`, other members left out; UserError for a harmful member."""
+    advice = "delete it and choose another --base-url"
     members = archive.infolist()
-    unpacked = sum(member.file_size for member in members)
-    if len(members) > MOST_MEMBERS or unpacked > MOST_BYTES:
-        raise UserError(
-            f"{path} holds {len(members)} files of {unpacked / 1e9:.1f} GB, far more than LIVECell; delete it and "
-            "choose another --base-url"
-        )
-    found: dict[str, zipfile.ZipInfo] = {}
+    size = sum(member.file_size for member in members)
+    if len(members) > MAX_MEMBERS or size > MAX_BYTES:
+        raise UserError(f"{path} holds {len(members)} files of {size / 1e9:.1f} GB, more than LIVECell; {advice}")
+    images: dict[str, zipfile.ZipInfo] = {}
     for member in members:
         if reason := _harm(member):
-            raise UserError(f"{path}: member {member.filename!r} {reason}; delete it and choose another --base-url")
-        place = _place(member)
-        if place in found:
-            raise UserError(f"{path}: two members would be images/{place}; delete it and choose another --base-url")
-        if place:
-            found[place] = member
-    if not found:
-        raise UserError(f"{path} holds no {' or '.join(IMAGE_FOLDERS)}; it is not LIVECell's, delete it")
-    return found
+            raise UserError(f"{path}: member {member.filename!r} {reason}; {advice}")
+        parts = posixpath.normpath(member.filename).split("/")
+        starts = [parts.index(folder) for folder in IMAGE_FOLDERS if folder in parts[:-1]]
+        if member.is_dir() or not starts or parts[0] == "__MACOSX" or parts[-1].startswith("."):
+            continue
+        name = "/".join(parts[starts[0] :])
+        if name in images:
+            raise UserError(f"{path}: two members would be images/{name}; {advice}")
+        images[name] = member
+    if not images:
+        raise UserError(f"{path} has no {' or '.join(IMAGE_FOLDERS)}: it is not LIVECell's; {advice}")
+    return images
 
 
 def _harm(member: zipfile.ZipInfo) -> str | None:
-    """Why a member is refused, or None."""
+    """Reason to refuse a member."""
     name = member.orig_filename
     if name.startswith(("/", "\\", "~")) or ":" in name or "\\" in name or "\0" in name or ".." in name.split("/"):
         return "leaves the folder"
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is a link or device"
-    if member.file_size > MOST_MEMBER_BYTES:
-        return f"has {member.file_size / 1e6:.0f} MB, more than an image of LIVECell can have"
+    if member.file_size > MAX_MEMBER_BYTES:
+        return f"has {member.file_size / 1e6:.0f} MB, more than an image of LIVECell"
     return "is encrypted" if member.flag_bits & 1 else None
 
 
-def _place(member: zipfile.ZipInfo) -> str | None:
-    """The part of a member's name from LIVECell's image folder on; None for a folder and for what is no image."""
-    parts = posixpath.normpath(member.filename).split("/")
-    starts = [parts.index(folder) for folder in IMAGE_FOLDERS if folder in parts[:-1]]
-    if member.is_dir() or not starts or parts[0] == "__MACOSX" or parts[-1].startswith("."):
-        return None
-    return "/".join(parts[starts[0] :])
+def unpack(path: Path, out: Path) -> tuple[int, int]:
+    """Unpack the images of a zip into `out/images`, which appears only when complete.
 
+    Images missing or different (by CRC) in an existing folder are written atomically, one by one.
 
-def unpack(path: Path, out: Path, moved: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
-    """The images of the zip at `path` under `out/images`; images written, and images that were there whole (by CRC).
-
-    A new `images` folder appears whole or not at all; in one that is there, images missing or different are written
-    one by one, each atomically. `moved` is told (images done, images in all).
+    Returns:
+        Images written, and images that were already there.
     """
-    final, fresh = out / "images", out / ".images.partial"
-    root = final if final.exists() else fresh
-    written = 0
+    final, partial = out / "images", out / ".images.partial"
+    root = final if final.exists() else partial
     with zipfile.ZipFile(path) as archive:
-        found = places(archive, path)
-        missing = {place: member for place, member in found.items() if not _is_whole(root / place, member)}
-        check_room(out, sum(member.file_size for member in missing.values()), f"unpacking {path}")
-        moved(len(found) - len(missing), len(found))
-        for place, member in missing.items():
-            _write(archive, member, root / place)
-            written += 1
-            moved(len(found) - len(missing) + written, len(found))
-    if root == fresh:
-        with disk_errors(final):
-            os.replace(fresh, final)
-    return written, len(found) - written
+        images = image_members(archive, path)
+        missing = [(root / name, member) for name, member in images.items() if not _is_intact(root / name, member)]
+        check_free_space(out, sum(member.file_size for _, member in missing), f"unpacking {path}")
+        for target, member in track(missing, f"unpacking {path.name}", len(missing)):
+            try:
+                content = archive.read(member)  # checks the CRC
+            except _ZIP_ERRORS as error:
+                raise UserError(f"{path}: {member.filename}: {error}; delete it and run again") from error
+            temporary = target.with_name(f".{target.name}.partial")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            os.replace(temporary, target)
+    if root == partial:
+        os.replace(partial, final)
+    return len(missing), len(images) - len(missing)
 
 
-def _is_whole(target: Path, member: zipfile.ZipInfo) -> bool:
+def _is_intact(target: Path, member: zipfile.ZipInfo) -> bool:
     if not target.is_file() or target.stat().st_size != member.file_size:
         return False
     return zlib.crc32(target.read_bytes()) == member.CRC
-
-
-def _write(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
-    """Write one member atomically. Images are small (0.3 MB): whole in memory; `read` checks the CRC."""
-    try:
-        content = archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive.filename}: {member.filename}: {error}; run again to fetch it anew") from error
-    partial = target.with_name(f".{target.name}.partial")
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, target)

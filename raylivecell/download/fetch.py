@@ -1,139 +1,164 @@
-"""One file over HTTP, whole or not at all.
+"""Fetch one file over HTTP: resumed, verified, and renamed only when complete.
 
-1. Bytes go to `<file>.partial`; `<file>.partial.note` remembers what the server said of them (ETag, length).
-2. A broken connection is resumed with Range and If-Range. A file that changed meanwhile, or a server that cannot
-   resume, starts over: bytes of two versions are never joined.
-3. A whole file is verified (length, MD5 where the ETag is one, its own format, what the user knows of it).
-4. Only the caller gives it its final name.
-
-Range requests, If-Range, 206 and 416 as RFC 9110 (sections 13.1.5, 14 and 15) has them.
+1. Bytes are appended to `FILE.partial`; `FILE.partial.note` stores the server's ETag and length.
+2. A broken transfer resumes with Range and If-Range (RFC 9110, sections 13.1.5 and 14). If the file changed on the
+   server, or the server cannot resume, it restarts: bytes of two versions are never joined.
+3. `fetch` verifies the length, the MD5 (where the ETag is one), the format, and the size and SHA-256 that the user
+   expects. The caller then renames the file with `publish`.
 """
 
-import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any, BinaryIO
+from typing import IO, Any
 
+import requests
 from pydantic import ValidationError
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError, ProtocolError
+from urllib3.response import BaseHTTPResponse
+from urllib3.util import Retry
 
 from raylivecell.core import storage
-from raylivecell.core.errors import UserError
-from raylivecell.download.web import Interrupted, Note, note_from, read_block, request
+from raylivecell.core.console import console, track
+from raylivecell.core.errors import UserError, shortened
+from raylivecell.core.settings import StrictModel
+from raylivecell.core.version import __version__
 
+ATTEMPTS = 6
+"""Requests in a row without progress."""
+TIMEOUT_S = 60.0
+"""Longest silence of a server."""
+MAX_BACKOFF_S, MAX_RETRY_AFTER_S = 60.0, 300.0
+BLOCK = 1 << 20
+"""Bytes per read: the most that a broken connection can lose, and the unit of the progress display."""
 SPARE_BYTES = 64 << 20
-"""Left free on the disk."""
+"""Free space to leave on the disk."""
+NETWORK_HINT = (
+    "check the network, the proxy (https_proxy) and its CA file (REQUESTS_CA_BUNDLE), then run the same command again "
+    "to resume"
+)
 
 
-class Damaged(Exception):
-    """The bytes are not the file that they claim to be."""
+class DamagedFileError(Exception):
+    """The received bytes are not those of the file: only a transfer from the first byte helps."""
 
 
 @dataclass(frozen=True)
-class Want:
-    """What the user knows of a file."""
+class Expected:
+    """Size in bytes and SHA-256 (64 lower-case hexadecimal digits) that the user expects of a file."""
 
     size: int | None = None
-    """Bytes."""
     sha256: str | None = None
-    """64 lower-case hexadecimal digits."""
 
 
-@dataclass(frozen=True)
-class Retry:
-    """When to give up."""
+class RemoteFile(StrictModel):
+    """Identity of a file on the server, stored in `FILE.partial.note`."""
 
-    attempts: int = 6
-    """Requests in a row that bring the file no farther."""
-    sleep: Callable[[float], None] = time.sleep
-    """Waits for that many seconds: 1, 2, 4, ... 60, or what Retry-After asks for."""
+    url: str
+    length: int | None
+    etag: str | None
+    """As sent, quotes and W/ included."""
+    md5: str | None
+    """The ETag if it is the file's MD5."""
+
+    @classmethod
+    def from_headers(cls, url: str, headers: Mapping[str, str]) -> "RemoteFile":
+        """Read a response's headers.
+
+        S3's ETag is the MD5 of an object uploaded in one piece without KMS encryption; multipart ETags end in -N.
+        ETags of other servers may look the same without being a checksum.
+        """
+        length, etag = headers.get("Content-Length", ""), headers.get("ETag")
+        is_s3 = any(name.lower().startswith("x-amz") for name in headers) or headers.get("Server") == "AmazonS3"
+        has_kms = "aws:kms" in headers.get("x-amz-server-side-encryption", "")
+        digest = re.fullmatch(r'"([0-9a-f]{32})"', etag or "")
+        return cls(
+            url=url,
+            length=int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None,
+            etag=etag,
+            md5=digest[1] if digest and is_s3 and not has_kms else None,
+        )
 
 
-PATIENT = Retry()
+class _ReportedRetry(Retry):
+    """Retry that prints its reason."""
+
+    def sleep(self, response: BaseHTTPResponse | None = None) -> None:
+        cause = self.history[-1]
+        console.print(f"{shortened(str(cause.error or f'HTTP {cause.status}'))}; trying again", markup=False)
+        super().sleep(response)
+
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        seconds = super().get_retry_after(response)
+        return None if seconds is None else min(seconds, MAX_RETRY_AFTER_S)
 
 
-def fetch(
-    url: str,
-    target: Path,
-    check: Callable[[Path], None],
-    want: Want = Want(),
-    retry: Retry = PATIENT,
-    moved: Callable[[int, int | None], None] = lambda done, total: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Fetch `url` into `partial_of(target)` and verify it there; `publish(target)` then gives it its name.
+def fetch(url: str, target: Path, check: Callable[[Path], None], expected: Expected = Expected()) -> dict[str, Any]:
+    """Fetch `url` into `partial_of(target)` and verify it there.
 
-    `check` raises Damaged where a whole file is not what it should be; damage is fetched again once. `moved` is told
-    (bytes there, bytes in all or None). Returns the file's record: url, bytes, sha256, etag, etag_is_md5.
-    UserError where the file cannot be had; bytes worth resuming from stay in the partial file.
+    Args:
+        check: raises DamagedFileError if the content is wrong; the file is then fetched once more.
+
+    Returns:
+        The file's record: url, bytes, sha256, etag, etag_is_md5.
+
+    Raises:
+        UserError: the file cannot be fetched; bytes to resume from stay in the partial file.
     """
     partial = partial_of(target)
-    with disk_errors(partial):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-    in_vain, farthest, damaged = 0, size_of(partial), False
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    failures, restarts, farthest = 0, 0, size_of(partial)
     while True:
         try:
-            with _open_alone(partial) as stream:
-                note = _receive(url, stream, partial, want, moved)
-                return _verify(partial, note, check, want)
-        except Damaged as error:
-            discard(target)
-            if damaged:
-                raise UserError(f"{url}: {error}, twice; ask who keeps it, or choose another --base-url") from error
-            damaged = True
-            say(f"{target.name}: {error}; fetching it again from the first byte")
-        except Interrupted as error:
-            here = size_of(partial)
-            in_vain = 1 if here > farthest else in_vain + 1
-            farthest = max(farthest, here)
-            if error.over:
-                discard(target)
-            if in_vain >= retry.attempts:
-                raise UserError(
-                    f"{url}: {error} ({in_vain} times in a row); check the network and the proxy (https_proxy), then "
-                    f"run again: it goes on from byte {size_of(partial)}"
-                ) from error
-            say(f"{target.name}: {error}; trying again")
-            retry.sleep(min(60.0, 2.0 ** (in_vain - 1)) if error.wait_s is None else error.wait_s)
+            with _locked(partial) as stream:
+                remote = _transfer(url, stream, partial, expected)
+                return _verify(partial, remote, check, expected)
+        except (HTTPError, DamagedFileError) as error:
+            received = size_of(partial)
+            failures = 1 if received > farthest else failures + 1
+            farthest = max(farthest, received)
+            if isinstance(error, DamagedFileError):
+                restarts += 1
+                partial.unlink()
+                note_of(partial).unlink(missing_ok=True)
+            if failures >= ATTEMPTS or restarts > 1:
+                raise UserError(f"{url}: {error} ({max(failures, restarts)} times); {NETWORK_HINT}") from error
+            console.print(f"{target.name}: {error}; trying again", markup=False)
+            time.sleep(min(MAX_BACKOFF_S, 2.0 ** (failures - 1)))
 
 
 def partial_of(target: Path) -> Path:
-    """Where the bytes of `target` wait until they are whole."""
+    """The file that holds the bytes of `target` until it is complete."""
     return target.with_name(target.name + ".partial")
 
 
 def note_of(partial: Path) -> Path:
-    """Where the server's word on `partial` is kept. Not `.json`: a reader of annotations must not take it for one."""
+    """The file that describes `partial`. Not named `.json`: it must not be mistaken for annotations."""
     return partial.with_name(partial.name + ".note")
 
 
 def size_of(path: Path) -> int:
-    """Bytes at `path`, 0 where there is nothing."""
+    """Bytes of the file at `path`, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def publish(target: Path) -> None:
-    """Give the verified partial file of `target` its final name."""
-    partial = partial_of(target)
-    os.replace(partial, target)
-    note_of(partial).unlink(missing_ok=True)
-
-
-def discard(target: Path) -> None:
-    """Delete the partial file of `target`."""
-    partial_of(target).unlink(missing_ok=True)
+    """Rename the verified partial file of `target`."""
+    os.replace(partial_of(target), target)
     note_of(partial_of(target)).unlink(missing_ok=True)
 
 
-def digests(path: Path) -> tuple[str, str]:
-    """SHA-256 and MD5 of the file at `path`, hexadecimal, in one reading."""
+def sha256_and_md5(path: Path) -> tuple[str, str]:
+    """Both digests of a file, hexadecimal, in one pass."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -143,160 +168,139 @@ def digests(path: Path) -> tuple[str, str]:
 
 
 def adopt(url: str, target: Path) -> bool:
-    """Make a file of unknown origin at `target` a partial one to verify, if the server's file is as long."""
-    try:
-        with request(url, {}, "HEAD") as response:
-            note = note_from(url, response.headers)
-    except Interrupted as error:
-        raise UserError(f"{url}: {error}; check the network and the proxy (https_proxy), then run again") from error
-    if note.length != size_of(target):
+    """Turn a file of unknown origin into a partial file to verify, if its length is the server's."""
+    with _request(url, {}, "HEAD") as response:
+        remote = RemoteFile.from_headers(url, response.headers)
+    if remote.length != size_of(target):
         return False
-    with disk_errors(target):
-        storage.write_json(note_of(partial_of(target)), note.model_dump())
-        os.replace(target, partial_of(target))
+    storage.write_json(note_of(partial_of(target)), remote.model_dump())
+    os.replace(target, partial_of(target))
     return True
 
 
-def check_room(folder: Path, needed: int, what: str) -> None:
-    """UserError where the disk of `folder` has no room for `needed` more bytes."""
+def check_free_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raise UserError if `needed` more bytes do not fit on the disk of `folder`."""
     free = disk_usage(folder).free
     if needed > free - SPARE_BYTES:
         raise UserError(
-            f"{what} needs {needed / 1e9:.2f} GB more and the disk of {folder} has {free / 1e9:.2f} GB free; "
-            "free some or choose another --out"
+            f"{purpose} needs {needed / 1e9:.2f} GB more and the disk of {folder} has {free / 1e9:.2f} GB free; "
+            "free space there or choose another --out"
         )
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses (full, read-only, quota) into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        kept = "; what came is kept" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"cannot write {path}: {error.strerror or error}{kept}; mend that and run again") from error
-
-
-@contextmanager
-def _open_alone(partial: Path) -> Iterator[BinaryIO]:
-    """The partial file, opened to read and write, locked until this ends or this process does."""
-    with disk_errors(partial):
-        stream = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
-    with stream:
+def _locked(partial: Path) -> Iterator[IO[bytes]]:
+    """The partial file opened to append, locked against another download."""
+    with open(partial, "ab", buffering=0) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another download is writing {partial}; wait for it or choose another --out") from error
-        yield stream
+        try:
+            yield stream
+        finally:
+            os.fsync(stream.fileno())
 
 
-def _receive(url: str, stream: BinaryIO, partial: Path, want: Want, moved: Callable[[int, int | None], None]) -> Note:
-    """Bring `stream` to the end of the file at `url`: what it holds is kept if surely of the same file."""
-    known = _known(url, partial)
-    have = stream.seek(0, os.SEEK_END) if known else 0
-    if known and have and have == known.length:
-        return known
-    headers = {"Range": f"bytes={have}-", "If-Range": known.validator or ""} if known and have else {}
-    with request(url, headers) as response:
-        fresh = note_from(url, response.headers)
-        if known and have and response.status in (206, 416):
-            end: int | None
-            end, total = _continued(response, known, fresh, have)
-            note = known.model_copy(update={"length": total})
-            if response.status == 416:
-                return note
-        elif response.status == 200:
-            note, have, end = fresh, 0, fresh.length
-            with disk_errors(partial):
-                stream.truncate(0)
-                stream.seek(0)
-                storage.write_json(note_of(partial), note.model_dump())
-        else:
-            raise Interrupted(f"answered {response.status} to a plain request", over=True)
-        _check_announced(url, note, want)
-        check_room(partial.parent, (note.length or have) - have, url)
-        have = _copy(response, stream, partial, have, end, note.length, moved)
-    if note.length is not None and have < note.length:
-        raise Interrupted(f"the connection ended at byte {have} of {note.length}")
-    return note
-
-
-def _known(url: str, partial: Path) -> Note | None:
-    """The note on a partial file that can be continued; None where it must start over."""
+def _request(url: str, headers: Mapping[str, str], method: str = "GET") -> requests.Response:
+    """Send a request, repeated on no answer and on transient statuses. The caller closes the response (2xx or 416)."""
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # _ReportedRetry prints what it would warn of
+    session, transient = requests.Session(), (408, 425, 429, 500, 502, 503, 504)
+    retry = _ReportedRetry(
+        ATTEMPTS - 1,
+        other=0,
+        backoff_factor=1,
+        backoff_max=MAX_BACKOFF_S,
+        status_forcelist=transient,
+        raise_on_status=False,
+    )
+    session.adapters.clear()  # no redirect from https to http, nor to ftp
+    for scheme in ("https://", "http://")[: 2 if url.startswith("http:") else 1]:
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    headers = {"User-Agent": f"raylivecell/{__version__}", "Accept-Encoding": "identity", **headers}
     try:
-        note = Note.model_validate_json(note_of(partial).read_bytes())
+        response = session.request(method, url, headers=headers, stream=True, timeout=TIMEOUT_S)
+    except requests.exceptions.InvalidSchema as error:
+        raise UserError(f"{url} redirects to an unsafe address ({error}); choose another --base-url") from error
+    except requests.RequestException as error:
+        cause = getattr(error.args[0], "reason", error) if error.args else error
+        raise UserError(f"{url}: no answer ({shortened(str(cause))}); {NETWORK_HINT}") from error
+    status, encoding = response.status_code, response.headers.get("Content-Encoding", "identity")
+    if (status < 400 or status == 416) and encoding == "identity":
+        return response
+    response.close()
+    problem = f"HTTP {status} {response.reason}" if status >= 400 else f"sent as {encoding}, which was not requested"
+    raise UserError(f"{url}: {problem}; check --base-url, or run the command again later")
+
+
+def _transfer(url: str, stream: IO[bytes], partial: Path, expected: Expected) -> RemoteFile:
+    """Append the missing bytes of the file at `url` to the partial file."""
+    known = _resumable(url, partial)
+    received = size_of(partial) if known else 0
+    if known and received == known.length:
+        return known
+    headers = {"Range": f"bytes={received}-", "If-Range": known.etag or ""} if known and received else {}
+    with _request(url, headers) as response:
+        remote = RemoteFile.from_headers(url, response.headers)
+        end = remote.length
+        if known and received and response.status_code in (206, 416):
+            remote, end = known, _range_end(response, known, received)
+        elif response.status_code == 200:
+            received = 0
+            stream.truncate(0)
+            storage.write_json(note_of(partial), remote.model_dump())
+        else:
+            raise DamagedFileError(f"answered {response.status_code} to a request for all bytes")
+        if None not in (expected.size, remote.length) and expected.size != remote.length:
+            raise UserError(f"{url} is {remote.length} bytes long, not {expected.size}; correct --size or --base-url")
+        check_free_space(partial.parent, (remote.length or received) - received, url)
+        response.raw.enforce_content_length = False  # a short body keeps its last block, and is reported below
+        blocks = iter(lambda: response.raw.read(BLOCK, decode_content=False), b"")
+        missing = -(-((end or 0) - received) // BLOCK)
+        for block in track(blocks, f"{partial.stem} (MiB)", max(missing, 0)):
+            if end is not None and received + len(block) > end:
+                raise DamagedFileError(f"the server sent more than the {end} bytes that it announced")
+            rest = memoryview(block)
+            while rest:  # an unbuffered file may write a part
+                rest = rest[stream.write(rest) :]
+            received += len(block)
+    if remote.length is not None and received < remote.length:
+        raise ProtocolError(f"the connection ended at byte {received} of {remote.length}")
+    return remote
+
+
+def _resumable(url: str, partial: Path) -> RemoteFile | None:
+    """The identity of a partial file that can be resumed (strong ETag, known length), or is complete."""
+    try:
+        remote = RemoteFile.model_validate_json(note_of(partial).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    usable = note.url == url and (note.validator or size_of(partial) == note.length)
-    return note if usable and size_of(partial) <= (note.length or size_of(partial)) else None
+    size, has_strong_etag = size_of(partial), (remote.etag or "").startswith('"')
+    is_part = remote.length is not None and (size == remote.length or (size < remote.length and has_strong_etag))
+    return remote if remote.url == url and is_part else None
 
 
-def _continued(response: Any, known: Note, fresh: Note, have: int) -> tuple[int, int | None]:
-    """Where the bytes of a 206 (or a 416: none) end, and the length of the whole file; Interrupted if not the rest."""
-    given = response.headers.get("Content-Range", "")
-    found = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", given.strip())
-    if not found:
-        raise Interrupted(f"answered {response.status} with Content-Range {given!r}", over=True)
-    total = known.length if found[3] == "*" else int(found[3])
-    if fresh.etag not in (None, known.etag) or known.length not in (None, total):
-        raise Interrupted("the file changed on the server", over=True)
-    if response.status == 416 and total == have:
-        return have, have
-    if response.status == 416 or found[1] is None or int(found[1]) != have:
-        raise Interrupted(f"sent {given!r} for the bytes from {have}", over=True)
-    end = int(found[2]) + 1
-    if not have < end <= (total or end):
-        raise Interrupted(f"sent {given!r} for the bytes from {have}", over=True)
-    return end, total
+def _range_end(response: requests.Response, known: RemoteFile, start: int) -> int:
+    """Byte where the body of a response to a range request ends."""
+    text = response.headers.get("Content-Range", "")
+    match = re.fullmatch(rf"bytes {start}-([0-9]{{1,18}})/({known.length}|\*)", text.strip())
+    end = int(match[1]) + 1 if match else 0
+    if response.headers.get("ETag") not in (None, known.etag):
+        raise DamagedFileError("the file changed on the server")
+    if response.status_code == 416 or not start < end <= (known.length or 0):
+        raise DamagedFileError(f"the server sent {response.status_code} {text!r} for the bytes from {start}")
+    return end
 
 
-def _copy(
-    response: Any,
-    stream: BinaryIO,
-    partial: Path,
-    have: int,
-    end: int | None,
-    total: int | None,
-    moved: Callable[[int, int | None], None],
-) -> int:
-    """Append the response's body to `stream` (which holds `have` bytes); how many it holds then, on the disk."""
-    moved(have, total)
-    try:
-        while block := read_block(response):
-            if end is not None and have + len(block) > end:
-                raise Damaged(f"the server sent more than the {end} bytes that it announced")
-            with disk_errors(partial):
-                _write(stream, block)
-            have += len(block)
-            moved(have, total)
-    finally:
-        with disk_errors(partial):
-            os.fsync(stream.fileno())
-    return have
-
-
-def _write(stream: BinaryIO, block: bytes) -> None:
-    """All of `block`: an unbuffered file may take a part at a time."""
-    rest = memoryview(block)
-    while rest:
-        rest = rest[stream.write(rest) :]
-
-
-def _check_announced(url: str, note: Note, want: Want) -> None:
-    """UserError before the first byte where the server's file is not as long as the user's."""
-    if None not in (want.size, note.length) and want.size != note.length:
-        raise UserError(f"{url} is {note.length} bytes long, not {want.size}; mend --size or choose another --base-url")
-
-
-def _verify(partial: Path, note: Note, check: Callable[[Path], None], want: Want) -> dict[str, Any]:
-    """The record of a whole file; Damaged or UserError where it is not what it should be."""
-    size, (sha256, md5) = size_of(partial), digests(partial)
-    if note.md5 and md5 != note.md5:
-        raise Damaged(f"MD5 is {md5}, the server's ETag says {note.md5}")
+def _verify(partial: Path, remote: RemoteFile, check: Callable[[Path], None], expected: Expected) -> dict[str, Any]:
+    """The record of a complete file; DamagedFileError or UserError if it is not the expected one."""
+    size, (sha256, md5) = size_of(partial), sha256_and_md5(partial)
+    if remote.md5 not in (None, md5):
+        raise DamagedFileError(f"MD5 is {md5}, the server's ETag says {remote.md5}")
     check(partial)
-    for flag, wanted, found in (("--size", want.size, size), ("--sha256", want.sha256, sha256)):
-        if wanted not in (None, found):
+    for flag, value, actual in (("--size", expected.size, size), ("--sha256", expected.sha256, sha256)):
+        if value not in (None, actual):
             raise UserError(
-                f"{note.url}: {flag} is {found}, not {wanted}; mend {flag}, or delete {partial} to fetch it again"
+                f"{remote.url}: {flag} is {actual}, not {value}; correct {flag}, or delete {partial} to fetch it again"
             )
-    return {"url": note.url, "bytes": size, "sha256": sha256, "etag": note.etag, "etag_is_md5": note.md5 is not None}
+    return {"url": remote.url, "bytes": size, "sha256": sha256, "etag": remote.etag, "etag_is_md5": bool(remote.md5)}

@@ -1,8 +1,8 @@
-"""`synth`: drawn phase-contrast images of cells, with LIVECell's layout and JSON.
+"""`synth`: synthetic phase-contrast images of cells in LIVECell's layout and JSON.
 
-1. cell_shapes     where cells are, and the mask of each
-2. optics          masks -> an 8-bit phase-contrast-like image
-3. layout          names, splits and entries as LIVECell has them
-   planted_defects every defect that `prepare` must find
-4. writer          1 to 3 for a whole dataset
+1. cell_shapes      positions and masks of cells
+2. optics           masks -> an 8-bit phase-contrast-like image
+3. layout           names, splits, paths and JSON entries in LIVECell's layout
+   planted_defects  every defect that `prepare` must detect
+4. writer           steps 1 to 3 for a complete dataset
 """

@@ -1,12 +1,13 @@
-"""Where synthetic cells lie and the mask of each: the truth that the picture is then drawn from.
+"""Positions and masks of synthetic cells: the ground truth from which `optics` renders the image.
 
-1. `place`: centres and sizes; colonies grow by giving a new cell a place beside an old one.
-2. `_outlines`: a cell's free shape: an irregular ellipse, plus tapered, bent processes where its kind has them.
-3. `draw_masks`: cells contend for pixels (the one whose centre is nearer, in its own radii, wins), so that crowded
-   cells get the straight borders of a confluent layer; then a few cells are let over their neighbours' edges.
+1. `place`: centres and sizes; colonies grow by placing a new cell next to an existing one.
+2. `_outlines`: a cell's free shape: an irregular ellipse, plus tapered, bent processes for some cell lines.
+3. `draw_masks`: each pixel goes to the cell whose centre is nearest (in units of its radius), so that crowded cells
+   get the straight borders of a confluent layer; then a few cells grow over their neighbours' edges.
 
-All lengths are pixels, areas square pixels, angles radians. Figures of a kind are those of 14 real LIVECell images
-(cells a frame, median area, share of foreground, grey profile across the contour) or read off the pictures.
+All lengths are pixels, areas square pixels, angles radians. The parameters of a cell line were measured on 14 real
+LIVECell images (cells per frame, median area, foreground fraction, grey profile across the contour) or estimated by
+eye.
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 
 HEIGHT, WIDTH = 520, 704
 CELLS = (40, 750)
-"""Cells in a frame, fewest and most; LIVECell's own images hold 42 to 768 in livecell-mini."""
+"""Minimum and maximum cells per frame; the images of livecell-mini have 42 to 768."""
 MAX_OVERLAP = 0.02
-"""Share of foreground pixels given to two cells at most; LIVECell's is up to 0.03, the rest is for polygon rounding."""
+"""Maximum fraction of foreground pixels in two cells; LIVECell's is up to 0.03, the rest is for polygon rounding."""
 
 Floats = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
@@ -27,42 +28,42 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Kind:
-    """How one cell line looks. `x` pairs are ranges (low, high) drawn from uniformly unless said otherwise."""
+    """Appearance of one cell line. Pairs are ranges (low, high), sampled uniformly unless documented otherwise."""
 
     name: str
     cells: tuple[int, int]
-    """Cells in a frame; log-uniform."""
+    """Cells per frame; log-uniform."""
     radius: float
-    """Median radius of a cell's body; single cells vary log-normally by `spread`."""
+    """Median radius of a cell's body; log-normal with standard deviation `spread`."""
     spread: float
     aspect: tuple[float, float]
     """Length over width of the body."""
     ragged: float
-    """Depth of the outline's waves, as a share of the radius."""
+    """Depth of the outline's waves, as a fraction of the radius."""
     processes: tuple[int, int]
-    """Tapered outgrowths a cell (inclusive)."""
+    """Tapered processes per cell (inclusive)."""
     reach: tuple[float, float]
-    """Length of a process beyond the centre, in radii."""
+    """Length of a process from the centre, in radii."""
     process_width: float
-    """Half width of a process at its root, in radii."""
+    """Half width of a process at its base, in radii."""
     gather: float
-    """Chance that a new cell is born beside an old one, not anywhere."""
+    """Probability of placing a new cell next to an existing one instead of anywhere."""
     tight: float
-    """Least distance of two centres over the sum of their radii; below 1 neighbours press against each other."""
+    """Minimum distance of two centres divided by the sum of their radii; below 1, neighbours press on each other."""
     rounded: float
-    """Share of cells that have rounded up: smaller, circular, bright, on top of the others."""
+    """Fraction of rounded-up cells: smaller, circular, bright, on top of the others."""
     rim: float
-    """Grey levels of the bright line along the contour; `dark` of the line inside it."""
+    """Grey levels of the bright line along the contour; `dark`: of the dark line inside it."""
     dark: float
     grain: float
-    """Standard deviation of the fine texture, grey levels; `vesicles` of its dots."""
+    """Standard deviation of the fine texture in grey levels; `vesicles`: of its dots."""
     vesicles: float
     nucleus: float
-    """Grey levels of the line round the nucleus."""
+    """Grey levels of the line around the nucleus."""
     psf: tuple[float, float]
-    """Blur of an image of this kind (sigma)."""
+    """Range of the image blur (sigma)."""
     debris: float
-    """Mean number of specks in a frame."""
+    """Mean number of specks per frame."""
 
 
 KINDS = (
@@ -87,7 +88,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell before it is drawn: centre, body radius, length over width, direction, and whether it has rounded up."""
+    """Parameters of one cell: centre, body radius, length over width, direction, whether it is rounded up."""
 
     x: float
     y: float
@@ -99,50 +100,50 @@ class Cell:
 
 @dataclass
 class Mask:
-    """A cell's pixels: `pixels` (h, w) uint8 0/1 with its top left corner at (x, y) of the frame."""
+    """A cell's pixels: `pixels` (h, w) uint8 0/1, its top left corner at (x, y) in the frame."""
 
     cell: Cell
     x: int
     y: int
     pixels: Bytes
     spines: list[Floats]
-    """Middle lines (V, 2) x, y of its processes."""
+    """Centre lines of its processes, (V, 2) x, y."""
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """The part of the frame under `pixels`."""
+        """The slices of the frame that `pixels` covers."""
         height, width = self.pixels.shape
         return slice(self.y, self.y + height), slice(self.x, self.x + width)
 
 
 def place(kind: Kind, count: int, rng: np.random.Generator) -> list[Cell]:
-    """About `count` cells (fewer where they no longer fit) of `kind`; centres may lie a little outside the frame."""
+    """Sample about `count` cells of `kind`, fewer if they do not fit; centres may be slightly outside the frame."""
     cells: list[Cell] = []
-    spots = np.empty((count, 3))
+    placed = np.empty((count, 3))
     for _ in range(count * 12):
         if len(cells) == count:
             break
-        cell = _draw_cell(kind, spots[: len(cells)], rng)
-        old = spots[: len(cells)]
-        near = np.hypot(old[:, 0] - cell.x, old[:, 1] - cell.y) < kind.tight * (old[:, 2] + cell.radius)
-        # A rounded cell may sit on a flat one; anything else keeps its distance.
-        if near.sum() > (1 if cell.rounded and kind.rounded < 0.5 else 0):
+        cell = _sample_cell(kind, placed[: len(cells)], rng)
+        x, y, radii = placed[: len(cells)].T
+        too_close = np.hypot(x - cell.x, y - cell.y) < kind.tight * (radii + cell.radius)
+        # A rounded cell may lie on one flat cell.
+        if too_close.sum() > (1 if cell.rounded and kind.rounded < 0.5 else 0):
             continue
-        spots[len(cells)] = cell.x, cell.y, cell.radius
+        placed[len(cells)] = cell.x, cell.y, cell.radius
         cells.append(cell)
     return cells
 
 
-def _draw_cell(kind: Kind, old: Floats, rng: np.random.Generator) -> Cell:
+def _sample_cell(kind: Kind, placed: Floats, rng: np.random.Generator) -> Cell:
     rounded = bool(rng.random() < kind.rounded)
     radius = kind.radius * float(np.exp(kind.spread * np.clip(rng.normal(), -2, 2.2)))
     if rounded and kind.rounded < 0.5:
         radius = float(np.clip(kind.radius * 0.62, 6.5, 10.5)) * rng.uniform(0.8, 1.2)
     aspect = rng.uniform(1.0, 1.12) if rounded else rng.uniform(*kind.aspect)
-    if len(old) and rng.random() < kind.gather:
-        x, y, beside = old[rng.integers(len(old))]
+    if len(placed) and rng.random() < kind.gather:
+        x, y, other_radius = placed[rng.integers(len(placed))]
         angle = rng.uniform(0, 2 * np.pi)
-        step = kind.tight * (radius + beside) * rng.uniform(1.0, 1.25)
+        step = kind.tight * (radius + other_radius) * rng.uniform(1.0, 1.25)
         x, y = x + step * np.cos(angle), y + step * np.sin(angle)
     else:
         x, y = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT)
@@ -151,20 +152,20 @@ def _draw_cell(kind: Kind, old: Floats, rng: np.random.Generator) -> Cell:
     return Cell(x, y, radius, aspect, rng.uniform(0, np.pi), rounded)
 
 
-def _body(cell: Cell, ragged: float, grown: float, rng: np.random.Generator) -> Floats:
-    """Outline of a body of area about pi (grown radius)^2: a wavy ellipse, or one with five to eight corners."""
+def _body(cell: Cell, ragged: float, scale: float, rng: np.random.Generator) -> Floats:
+    """Outline of a body of area about pi (scale radius)^2: a wavy ellipse, or one with five to eight corners."""
     if cell.rounded or rng.random() < 0.35:
-        turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        theta = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         waves = np.arange(2, 8)
         depth = ragged * rng.normal(size=6) / waves**0.8
-        swell = 1 + (depth[:, None] * np.cos(waves[:, None] * turn + rng.uniform(0, 2 * np.pi, (6, 1)))).sum(0)
+        radius_factor = 1 + (depth[:, None] * np.cos(waves[:, None] * theta + rng.uniform(0, 2 * np.pi, (6, 1)))).sum(0)
     else:
         corners = rng.integers(5, 9)
-        turn = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners)
+        theta = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners)
         # 1.15: a hexagon needs that much radius for a circle's area.
-        swell = 1.15 * np.exp(1.3 * ragged * rng.normal(size=corners))
-    reach = cell.radius * grown * np.clip(swell, 0.5, 1.8)
-    along, across = reach * np.cos(turn) * cell.aspect**0.5, reach * np.sin(turn) / cell.aspect**0.5
+        radius_factor = 1.15 * np.exp(1.3 * ragged * rng.normal(size=corners))
+    reach = cell.radius * scale * np.clip(radius_factor, 0.5, 1.8)
+    along, across = reach * np.cos(theta) * cell.aspect**0.5, reach * np.sin(theta) / cell.aspect**0.5
     return _turned(cell, along, across)
 
 
@@ -174,12 +175,12 @@ def _turned(cell: Cell, along: Floats, across: Floats) -> Floats:
 
 
 def _process(cell: Cell, kind: Kind, end: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Outline and middle line of a tapered, bent outgrowth; even and odd `end`s leave at opposite poles of the body."""
+    """Outline and centre line of a tapered, bent process; even and odd `end`s start at opposite poles of the body."""
     t = np.linspace(0, 1, 12)
     length = cell.radius * rng.uniform(*kind.reach) * cell.aspect**0.5
     heading = end * np.pi + rng.normal(0, 0.5 if end < 2 else 1.1) + rng.normal(0, 0.7) * t
     along, across = np.cumsum(np.cos(heading)) * length / 12, np.cumsum(np.sin(heading)) * length / 12
-    # 1.6 px of half width at the tip: LIVECell's annotators drew neurites 3 to 5 px wide.
+    # At least 1.6 px at the tip: LIVECell's annotators drew neurites 3 to 5 px wide.
     half = np.maximum(kind.process_width * cell.radius * (1 - t) ** 2.5, 1.6)
     side = np.stack([-np.sin(heading), np.cos(heading)]) * half
     left = _turned(cell, along + side[0], across + side[1])
@@ -188,19 +189,19 @@ def _process(cell: Cell, kind: Kind, end: int, rng: np.random.Generator) -> tupl
 
 
 def _outlines(cell: Cell, kind: Kind, rng: np.random.Generator) -> tuple[list[Floats], list[Floats]]:
-    """The closed outlines, each (V, 2) x, y, whose union is the cell's free shape, and its processes' middle lines."""
+    """Closed outlines (V, 2) x, y, whose union is the cell's free shape, and the centre lines of its processes."""
     if cell.rounded:
         return [_body(cell, 0.03, 1.0, rng)], []
-    pressed = kind.tight < 0.85
-    # Pressed cells are drawn larger than their share: their neighbours cut them back to it.
-    body = _body(cell, kind.ragged, 1.3 if pressed else 1.0, rng)
+    # Crowded cells are drawn larger, because their neighbours cut them back.
+    is_crowded = kind.tight < 0.85
+    body = _body(cell, kind.ragged, 1.3 if is_crowded else 1.0, rng)
     ends = rng.integers(kind.processes[0], kind.processes[1] + 1)
     processes = [_process(cell, kind, end, rng) for end in range(ends)]
     return [body, *(outline for outline, _ in processes)], [spine for _, spine in processes]
 
 
-def _filled(cell: Cell, kind: Kind, rng: np.random.Generator) -> Mask | None:
-    """The free shape as pixels, cut to the frame; None when nothing of it lies inside."""
+def _rasterise(cell: Cell, kind: Kind, rng: np.random.Generator) -> Mask | None:
+    """Rasterise the free shape inside the frame; None if it is outside."""
     outlines, spines = _outlines(cell, kind, rng)
     points = np.concatenate(outlines)
     x0, y0 = np.maximum(np.floor(points.min(0)).astype(int) - 1, 0)
@@ -209,14 +210,14 @@ def _filled(cell: Cell, kind: Kind, rng: np.random.Generator) -> Mask | None:
         return None
     pixels = np.zeros((y1 - y0, x1 - x0), np.uint8)
     for outline in outlines:
-        # 4 fractional bits; pixel centres lie at +0.5 of the frame's coordinates.
+        # 4 fractional bits; pixel centres are at +0.5 in frame coordinates.
         fixed = np.round((outline - (x0 + 0.5, y0 + 0.5)) * 16).astype(np.int32)
         cv2.fillPoly(pixels, [fixed], 1, shift=4)
     return Mask(cell, int(x0), int(y0), pixels, spines)
 
 
 def distance(mask: Mask) -> NDArray[np.float32]:
-    """Distance of the window's pixels to the cell's centre in units of its (elliptic) radius; (h, w) float32."""
+    """Distance of the window's pixels to the cell's centre in units of its elliptic radius, (h, w) float32."""
     cell, (height, width) = mask.cell, mask.pixels.shape
     x = np.arange(mask.x, mask.x + width, dtype=np.float32) + 0.5 - cell.x
     y = (np.arange(mask.y, mask.y + height, dtype=np.float32) + 0.5 - cell.y)[:, None]
@@ -228,28 +229,28 @@ def distance(mask: Mask) -> NDArray[np.float32]:
 
 
 def draw_masks(kind: Kind, cells: list[Cell], rng: np.random.Generator) -> list[Mask]:
-    """The mask of every cell of which at least 40 px are seen; at most `MAX_OVERLAP` of the foreground is shared."""
-    free = [mask for cell in cells if (mask := _filled(cell, kind, rng)) is not None]
-    best = np.full((HEIGHT, WIDTH), np.inf, np.float32)
+    """Masks of the cells with at least 40 visible px; at most `MAX_OVERLAP` of the foreground is in two cells."""
+    free_masks = [mask for cell in cells if (mask := _rasterise(cell, kind, rng)) is not None]
+    lowest_cost = np.full((HEIGHT, WIDTH), np.inf, np.float32)
     owner = np.zeros((HEIGHT, WIDTH), np.int32)
-    for number, mask in enumerate(free, 1):
-        # Rounded cells lie on top: their distance counts a third.
-        score = distance(mask) * (0.33 if mask.cell.rounded else 1.0)
-        wins = (mask.pixels > 0) & (score < best[mask.window])
-        best[mask.window][wins] = score[wins]
-        owner[mask.window][wins] = number
-    kept = []
-    for number, mask in enumerate(free, 1):
+    for number, mask in enumerate(free_masks, 1):
+        # Rounded cells are on top: their distance counts a third.
+        cost = distance(mask) * (0.33 if mask.cell.rounded else 1.0)
+        is_nearest = (mask.pixels > 0) & (cost < lowest_cost[mask.window])
+        lowest_cost[mask.window][is_nearest] = cost[is_nearest]
+        owner[mask.window][is_nearest] = number
+    visible = []
+    for number, mask in enumerate(free_masks, 1):
         mask.pixels = _largest_part(_smooth(owner[mask.window] == number, kind))
         if mask.pixels.sum() >= 40:
-            kept.append(mask)
-    _overlap(kept, rng)
-    return kept
+            visible.append(mask)
+    _add_overlap(visible, rng)
+    return visible
 
 
-def _smooth(own: NDArray[np.bool_], kind: Kind) -> Bytes:
-    """Rounds the corners that contending left; thin processes would not survive it."""
-    pixels = own.astype(np.uint8)
+def _smooth(assigned: NDArray[np.bool_], kind: Kind) -> Bytes:
+    """Round the corners of assigned pixels, except for cell lines with thin processes, which would vanish."""
+    pixels = assigned.astype(np.uint8)
     if kind.processes[1] > 2:
         return pixels
     return (cv2.GaussianBlur(pixels * 255, (5, 5), 1.2, borderType=cv2.BORDER_REPLICATE) > 127).astype(np.uint8)
@@ -262,8 +263,8 @@ def _largest_part(pixels: Bytes) -> Bytes:
     return (labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8)
 
 
-def _overlap(masks: list[Mask], rng: np.random.Generator) -> None:
-    """Lets some cells over their neighbours' edges by a pixel or two, within `MAX_OVERLAP`."""
+def _add_overlap(masks: list[Mask], rng: np.random.Generator) -> None:
+    """Grow some cells over their neighbours' edges by one or two pixels, within `MAX_OVERLAP`."""
     depth = np.zeros((HEIGHT, WIDTH), np.uint8)
     for mask in masks:
         depth[mask.window] += mask.pixels
@@ -271,17 +272,17 @@ def _overlap(masks: list[Mask], rng: np.random.Generator) -> None:
     element = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
     for index in rng.permutation(len(masks)):
         mask = masks[index]
-        grown = cv2.dilate(mask.pixels, element, iterations=int(rng.integers(1, 3)))
-        new = (grown > 0) & (mask.pixels == 0) & (depth[mask.window] == 1)
-        if new.sum() > budget:
+        dilated = cv2.dilate(mask.pixels, element, iterations=int(rng.integers(1, 3)))
+        added = (dilated > 0) & (mask.pixels == 0) & (depth[mask.window] == 1)
+        if added.sum() > budget:
             continue
-        budget -= float(new.sum())
-        mask.pixels = np.where(new, 1, mask.pixels).astype(np.uint8)
-        depth[mask.window] += new
+        budget -= float(added.sum())
+        mask.pixels = np.where(added, 1, mask.pixels).astype(np.uint8)
+        depth[mask.window] += added
 
 
-def grow_frame(kind: Kind, rng: np.random.Generator) -> list[Mask]:
-    """The masks of one frame of `kind`, `CELLS[0]` to `CELLS[1]` of them; the frame is a function of `rng` alone."""
+def draw_frame_masks(kind: Kind, rng: np.random.Generator) -> list[Mask]:
+    """Draw the `CELLS[0]` to `CELLS[1]` masks of one frame of `kind`; the result depends on `rng` alone."""
     low, high = kind.cells
     count = int(np.exp(rng.uniform(np.log(low), np.log(high))))
     while True:
@@ -294,7 +295,7 @@ def grow_frame(kind: Kind, rng: np.random.Generator) -> list[Mask]:
 def polygon(mask: Mask) -> list[float]:
     """The contour [x0, y0, x1, y1, ...] of a cell, in LIVECell's coordinates: pixel (0, 0) covers 0 to 1.
 
-    Traced at four times the resolution on a slightly blurred mask, so that it runs between pixel centres; 5 to 140
+    Traced at four times the resolution on an interpolated mask, so that it runs between pixel centres; 5 to 140
     points.
     """
     padded = cv2.copyMakeBorder(mask.pixels * 255, 2, 2, 2, 2, cv2.BORDER_CONSTANT)
@@ -308,6 +309,6 @@ def polygon(mask: Mask) -> list[float]:
         points = cv2.approxPolyDP(contour, tolerance, True)
     if len(points) < 5:
         points = contour[:: max(1, len(contour) // 12)]
-    located = (points.reshape(-1, 2) + 0.5) / 4 - 2 + (mask.x, mask.y)
-    located = np.clip(located, 0, (WIDTH, HEIGHT))
-    return [round(float(value), 2) for value in located.ravel()]
+    vertices = (points.reshape(-1, 2) + 0.5) / 4 - 2 + (mask.x, mask.y)
+    vertices = np.clip(vertices, 0, (WIDTH, HEIGHT))
+    return [round(float(value), 2) for value in vertices.ravel()]

@@ -1,13 +1,13 @@
-"""The picture of a synthetic frame: masks to an 8-bit phase-contrast-like image with the background at 128.
+"""Render masks as an 8-bit phase-contrast-like image with the background at 128.
 
-1. Each cell: bright line along its contour, dark line inside it, nucleus with nucleoli; strength varies along it.
-2. Texture inside cells, thickest round the nucleus: noise and dots (vesicles) with a ring of the other sign.
-3. What is no cell: specks, threads, ghosts of things out of focus.
-4. Optics: blur, then subtraction of the surroundings (LIVECell's images are local-mean normalised, so a threshold finds
-   nothing: foreground and background both average 128), uneven gain, stripes, noise.
+1. Cells: a bright line along the contour, a dark line inside it, a nucleus with nucleoli; contrast varies along them.
+2. Texture inside cells, strongest around the nucleus: noise and dots (vesicles) with a ring of opposite sign.
+3. Debris: specks, threads, out-of-focus rings.
+4. Optics: blur, then subtraction of the local mean (LIVECell's images are normalised by it, so that thresholding
+   fails: foreground and background both average 128), uneven gain, stripes, noise.
 
-Grey profiles follow the real ones: +15 to +22 grey levels in the first two pixels of a round cell and -13 to -20 in the
-fourth, +3 and -2 for flat ones, whose standard deviation (12 to 14, background 2) is what gives them away.
+Grey profiles follow real ones: +15 to +22 grey levels in the first two pixels of a round cell and -13 to -20 in the
+fourth; +3 and -2 for flat cells, which differ from the background by their standard deviation (12 to 14; background 2).
 """
 
 import cv2
@@ -20,8 +20,8 @@ Image = NDArray[np.float32]
 
 
 def _noise(rng: np.random.Generator, sigma: float) -> Image:
-    """A random field (HEIGHT, WIDTH) of zero mean and unit deviation, smooth over `sigma` px."""
-    # Wide fields are drawn on a coarse grid: same look, a tenth of the time.
+    """Gaussian random field (HEIGHT, WIDTH), zero mean, unit standard deviation, smooth over `sigma` px."""
+    # Smooth fields are sampled on a coarse grid: same appearance, a tenth of the time.
     step = max(1, int(sigma / 3))
     coarse = rng.standard_normal((HEIGHT // step + 2, WIDTH // step + 2), dtype=np.float32)
     field = cv2.GaussianBlur(coarse, (0, 0), sigma / step)
@@ -32,7 +32,7 @@ def _noise(rng: np.random.Generator, sigma: float) -> Image:
 
 
 def _dots(rng: np.random.Generator, density: float, sigma: float) -> Image:
-    """Sparse dots, two in three of them dark, each with a ring of the other sign; unit deviation."""
+    """Sparse dots, two thirds dark, each with a ring of opposite sign; unit standard deviation."""
     field = np.zeros((HEIGHT, WIDTH), np.float32)
     count = int(density * HEIGHT * WIDTH)
     strength = rng.choice([-1.0, -1.0, 1.0], count) * rng.uniform(0.4, 1.2, count)
@@ -42,7 +42,7 @@ def _dots(rng: np.random.Generator, density: float, sigma: float) -> Image:
 
 
 def _padded(mask: Mask, pad: int) -> Mask:
-    """The same cell in a window larger by `pad` px, cut to the frame."""
+    """The mask in a window larger by `pad` px, clipped to the frame."""
     height, width = mask.pixels.shape
     top, left = min(pad, mask.y), min(pad, mask.x)
     bottom, right = min(pad, HEIGHT - mask.y - height), min(pad, WIDTH - mask.x - width)
@@ -51,43 +51,43 @@ def _padded(mask: Mask, pad: int) -> Mask:
 
 
 def _depth(pixels: Bytes) -> Image:
-    """Distance (px) of each pixel inside a cell to its contour; the frame's edge is no contour."""
+    """Distance (px) of each pixel inside a cell to its contour; the frame's edge does not count."""
     return np.asarray(cv2.distanceTransform(pixels, cv2.DIST_L2, 3), np.float32)
 
 
 def _nucleus(mask: Mask, kind: Kind, strength: float, rng: np.random.Generator) -> Image:
-    """Grey levels of the nucleus: a thin dark line, a thin bright one inside it, one to three dark nucleoli."""
+    """Grey levels of the nucleus: a thin dark line, a thin bright line inside it, one to three dark nucleoli."""
     cell, (height, width) = mask.cell, mask.pixels.shape
     size = float(np.clip(cell.radius * rng.uniform(0.38, 0.52), 3.0, 10.0))
     shift = rng.normal(0, 0.12 * cell.radius, 2)
     x = np.arange(mask.x, mask.x + width, dtype=np.float32)[None] + 0.5 - cell.x - shift[0]
     y = np.arange(mask.y, mask.y + height, dtype=np.float32)[:, None] + 0.5 - cell.y - shift[1]
-    squash = rng.uniform(1.0, 1.35)
-    edge = np.sqrt(x**2 * squash + y**2 / squash) - size
+    elongation = rng.uniform(1.0, 1.35)
+    edge = np.sqrt(x**2 * elongation + y**2 / elongation) - size
     grey = strength * (0.7 * np.exp(-((edge + 1.8) ** 2)) - np.exp(-(edge**2) / 1.3))
     for _ in range(rng.integers(1, 4)):
-        at = rng.normal(0, 0.4 * size, 2)
-        grey -= 2.4 * strength * np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / rng.uniform(1.2, 2.4))
+        centre = rng.normal(0, 0.4 * size, 2)
+        grey -= 2.4 * strength * np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / rng.uniform(1.2, 2.4))
     return np.asarray(grey, np.float32)
 
 
-def _lines(mask: Mask, depth: Image, kind: Kind, contrast: float, wobble: Image) -> Image:
-    """Grey levels of the bright line on the contour and the dark one inside it."""
+def _lines(mask: Mask, depth: Image, kind: Kind, contrast: float, variation_field: Image) -> Image:
+    """Grey levels of the bright line on the contour and the dark line inside it."""
     if mask.cell.rounded:
-        native = kind.rounded > 0.5
-        rim, dark = (kind.rim, kind.dark) if native else (max(2.2 * kind.rim, 32.0), max(2.5 * kind.dark, 28.0))
-        vary: Image | float = 1.0
+        is_round_line = kind.rounded > 0.5
+        rim, dark = (kind.rim, kind.dark) if is_round_line else (max(2.2 * kind.rim, 32.0), max(2.5 * kind.dark, 28.0))
+        variation: Image | float = 1.0
     else:
-        # Flat cells show their rim in some places only: the real mean is 3, the deviation 12.
+        # Flat cells show their rim only in places: its real mean is 3, its standard deviation 12.
         rim, dark = kind.rim, kind.dark
-        vary = np.clip(0.9 + 0.7 * wobble[mask.window], 0.15, 2.6)
+        variation = np.clip(0.9 + 0.7 * variation_field[mask.window], 0.15, 2.6)
     bright = np.exp(-(((depth - 1.4) / 0.85) ** 2))
     inner = np.exp(-(((depth - 4.0) / 1.7) ** 2)) + 0.25 * (depth > 3)
-    return np.asarray(contrast * vary * (rim * bright - dark * inner), np.float32)
+    return np.asarray(contrast * variation * (rim * bright - dark * inner), np.float32)
 
 
-def _middle(mask: Mask, depth: Image) -> Image:
-    """The dark middle (0 to 1) of thin processes, where the two bright lines of the contour would meet."""
+def _centre_line(mask: Mask, depth: Image) -> Image:
+    """The dark centre line (0 to 1) of thin processes, where the two bright lines of the contour would merge."""
     layer = np.zeros(mask.pixels.shape, np.float32)
     for spine in mask.spines:
         fixed = np.round((spine - (mask.x + 0.5, mask.y + 0.5)) * 16).astype(np.int32)
@@ -95,28 +95,30 @@ def _middle(mask: Mask, depth: Image) -> Image:
     return np.where(depth < 3.2, layer, 0).astype(np.float32)
 
 
-def _draw_cell(canvas: Image, weight: Image, wobble: Image, mask: Mask, kind: Kind, rng: np.random.Generator) -> None:
-    """Adds one cell's lines to `canvas` and its texture's strength to `weight`."""
+def _draw_cell(
+    canvas: Image, weight: Image, variation_field: Image, mask: Mask, kind: Kind, rng: np.random.Generator
+) -> None:
+    """Add one cell's lines to `canvas` and its texture's strength to `weight`."""
     mask = _padded(mask, 2)
     inside, depth = mask.pixels > 0, _depth(mask.pixels)
     contrast = float(np.exp(0.24 * rng.normal()))
-    lines = _lines(mask, depth, kind, contrast, wobble)
-    lines -= contrast * (kind.rim + kind.dark) * _middle(mask, depth)
+    lines = _lines(mask, depth, kind, contrast, variation_field)
+    lines -= contrast * (kind.rim + kind.dark) * _centre_line(mask, depth)
     nucleus = _nucleus(mask, kind, kind.nucleus * contrast, rng)
     canvas[mask.window] += np.where(inside, lines + nucleus, 0).astype(np.float32)
     core = np.exp(-((distance(mask) / rng.uniform(0.45, 0.7)) ** 2))
-    thick = (
+    strength = (
         contrast
         * (0.4 + 1.0 * core)
         * np.minimum(depth / 1.5, 1)
         * (1.6 if mask.cell.rounded and kind.rounded < 0.5 else 1.0)
     )
-    view = weight[mask.window]
-    np.maximum(view, np.where(inside, thick, 0), out=view)
+    window = weight[mask.window]
+    np.maximum(window, np.where(inside, strength, 0), out=window)
 
 
 def _debris(canvas: Image, kind: Kind, rng: np.random.Generator) -> None:
-    """Specks (dark with a bright ring), threads and, rarely, ghosts: none of them a cell."""
+    """Add specks (dark with a bright ring), threads and, rarely, out-of-focus rings: none of them a cell."""
     for _ in range(rng.poisson(kind.debris)):
         x, y, size = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), float(np.exp(rng.normal(-0.1, 0.35)))
         _stamp(canvas, x, y, size, -rng.uniform(15, 70))
@@ -129,27 +131,27 @@ def _debris(canvas: Image, kind: Kind, rng: np.random.Generator) -> None:
         cv2.polylines(layer, [line], False, 1.0, 1, cv2.LINE_AA, 4)
         canvas += rng.uniform(10, 30) * (cv2.GaussianBlur(layer, (0, 0), 1.6) * 2.2 - layer)
     if rng.random() < 0.25:
-        ghost = np.zeros_like(canvas)
+        ring = np.zeros_like(canvas)
         centre = int(rng.uniform(0, WIDTH)), int(rng.uniform(0, HEIGHT))
-        cv2.circle(ghost, centre, int(rng.uniform(12, 40)), 1.0, 5)
-        canvas += rng.uniform(-14, 14) * cv2.GaussianBlur(ghost, (0, 0), rng.uniform(4, 8))
+        cv2.circle(ring, centre, int(rng.uniform(12, 40)), 1.0, 5)
+        canvas += rng.uniform(-14, 14) * cv2.GaussianBlur(ring, (0, 0), rng.uniform(4, 8))
 
 
 def _stamp(canvas: Image, x: float, y: float, size: float, grey: float) -> None:
-    """Adds a dot of radius `size` and its ring of the other sign."""
+    """Add a dot of radius `size` and its ring of opposite sign."""
     reach = int(5 * size) + 2
     x0, x1, y0, y1 = max(int(x) - reach, 0), int(x) + reach + 1, max(int(y) - reach, 0), int(y) + reach + 1
-    view = canvas[y0:y1, x0:x1]
-    if view.size == 0:
+    window = canvas[y0:y1, x0:x1]
+    if window.size == 0:
         return
-    xs = np.arange(x0, x0 + view.shape[1], dtype=np.float32)[None] - x
-    ys = np.arange(y0, y0 + view.shape[0], dtype=np.float32)[:, None] - y
-    near = np.hypot(xs, ys) / size
-    view += grey * (np.exp(-(near**2)) - 0.45 * np.exp(-((near - 2.1) ** 2) / 0.5))
+    xs = np.arange(x0, x0 + window.shape[1], dtype=np.float32)[None] - x
+    ys = np.arange(y0, y0 + window.shape[0], dtype=np.float32)[:, None] - y
+    distances = np.hypot(xs, ys) / size
+    window += grey * (np.exp(-(distances**2)) - 0.45 * np.exp(-((distances - 2.1) ** 2) / 0.5))
 
 
 def _stripes(rng: np.random.Generator) -> Image:
-    """The faint interference stripes that many real frames show: 0 to 1.2 grey levels."""
+    """Faint interference stripes, as in many real frames: 0 to 1.2 grey levels."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 14)
     x, y = np.arange(WIDTH, dtype=np.float32)[None], np.arange(HEIGHT, dtype=np.float32)[:, None]
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
@@ -157,25 +159,25 @@ def _stripes(rng: np.random.Generator) -> Image:
 
 
 def _sharpened(image: Image, sigma: float, amount: float) -> Image:
-    """`image` with what differs from its surroundings within `sigma` px made stronger."""
+    """Unsharp mask with radius `sigma` px."""
     return np.asarray(image + amount * (image - cv2.GaussianBlur(image, (0, 0), sigma)), np.float32)
 
 
 def render(kind: Kind, masks: list[Mask], rng: np.random.Generator) -> Bytes:
-    """The frame (HEIGHT, WIDTH) uint8 of `masks`; a function of its arguments alone."""
+    """Render the frame (HEIGHT, WIDTH) uint8; a function of its arguments alone."""
     canvas, weight = np.zeros((HEIGHT, WIDTH), np.float32), np.zeros((HEIGHT, WIDTH), np.float32)
-    wobble = _noise(rng, 4.0)
+    variation_field = _noise(rng, 4.0)
     for mask in masks:
-        _draw_cell(canvas, weight, wobble, mask, kind, rng)
+        _draw_cell(canvas, weight, variation_field, mask, kind, rng)
     weight *= np.exp(0.45 * _noise(rng, 3.0))
     canvas += weight * (kind.grain * _noise(rng, 0.5) + kind.vesicles * _dots(rng, 0.03, 0.75))
     _debris(canvas, kind, rng)
     blurred = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(*kind.psf))
-    # Phase contrast and LIVECell's normalisation both take the surroundings away; its pixels' neighbours correlate
-    # by 0.2 to 0.5 inside cells, -0.1 two pixels on, which only a sharpened picture shows.
-    seen = _sharpened(blurred - cv2.GaussianBlur(blurred, (0, 0), 6.0), 1.3, 0.6)
+    # Phase contrast and LIVECell's normalisation both subtract the local mean. Neighbouring pixels correlate by 0.2 to
+    # 0.5 inside cells, pixels two apart by -0.1, which requires sharpening.
+    contrast = _sharpened(blurred - cv2.GaussianBlur(blurred, (0, 0), 6.0), 1.3, 0.6)
     gain = rng.uniform(0.85, 1.15) * (1 + 0.12 * _noise(rng, 120.0))
-    lamp = 0.35 * _noise(rng, 60.0) + _stripes(rng)
+    illumination = 0.35 * _noise(rng, 60.0) + _stripes(rng)
     sensor = rng.uniform(0.6, 1.05) * _sharpened(_noise(rng, 0.55), 1.3, 0.6)
-    image = 128 + seen * gain + lamp + sensor
+    image = 128 + contrast * gain + illumination + sensor
     return np.asarray(np.clip(np.round(image), 3, 255), np.uint8)

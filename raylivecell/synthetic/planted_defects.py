@@ -1,7 +1,7 @@
-"""Every defect that real copies of LIVECell hold, planted in a synthetic dataset where `prepare` must find it.
+"""Plant every defect of real copies of LIVECell in a synthetic dataset, for `prepare` to detect.
 
-One frame a defect, in the order of `DEFECTS`; frames further on stay sound. Two shapes of record that are no
-defect, several polygons in one and run-length encoding, are planted too. OUT/planted.json names all.
+One frame per defect, in the order of `DEFECTS`; later frames have none. Two valid forms of a record, several polygons
+and run-length encoding, are planted too. OUT/planted.json lists all.
 """
 
 import shutil
@@ -35,16 +35,16 @@ DEFECTS = (
     "leak",
 )
 SHAPES = ("several_polygons", "rle")
-LEAST_IMAGES = 24
+MIN_IMAGES = 24
 FEW = 3
-"""Cells left of hundreds in a nearly unannotated image (LIVECell issue 21: 1 to 10)."""
+"""Annotated cells, of hundreds, in a nearly unannotated image (LIVECell issue 21: 1 to 10)."""
 
 Annotations = list[dict[str, Any]]
 
 
 @dataclass
 class Planted:
-    """A frame with a defect (or a shape): where the JSON lists it and what was done to its records and its file."""
+    """A frame with a defect (or a record form): its JSON entries and the changes to its records and its file."""
 
     name: str
     frame: "Frame"
@@ -52,21 +52,21 @@ class Planted:
     annotation_ids: list[int] = field(default_factory=list)
 
     def apply(self, annotations: Annotations) -> Annotations:
-        """Damages the frame's file, which is written by now, and returns its records, damaged."""
-        if self.name in _FILES:
-            _FILES[self.name](Path(self.frame.path))
+        """Damage the frame's file, which must exist, and return its damaged records."""
+        if self.name in _FILE_CHANGES:
+            _FILE_CHANGES[self.name](Path(self.frame.path))
         for split, entry in self.listings:
             copy = Path(_path(self.frame, split, entry["file_name"]))
             if not copy.exists() and self.name != "missing_file":
                 shutil.copyfile(self.frame.path, copy)
-        if self.name not in _RECORDS:
+        if self.name not in _RECORD_CHANGES:
             return annotations
-        changed, self.annotation_ids = _RECORDS[self.name](annotations)
+        changed, self.annotation_ids = _RECORD_CHANGES[self.name](annotations)
         return changed
 
 
 def plan(frames: list["Frame"]) -> dict[int, Planted]:
-    """The frames to damage, by index: one for each of `DEFECTS`, then of `SHAPES`."""
+    """Frames to damage by index: one per entry of `DEFECTS`, then of `SHAPES`."""
     return {
         frame.index: Planted(name, frame, _listings(name, frame, len(frames)))
         for name, frame in zip(DEFECTS + SHAPES, frames)
@@ -74,11 +74,11 @@ def plan(frames: list["Frame"]) -> dict[int, Planted]:
 
 
 def report(planted: dict[int, Planted]) -> dict[str, list[dict[str, Any]]]:
-    """What OUT/planted.json holds: `defects` and `shapes`, each with file name, split, image and annotation ids."""
-    found: dict[str, list[dict[str, Any]]] = {"defects": [], "shapes": []}
+    """Content of OUT/planted.json: `defects` and `shapes`, each with file name, split, image and annotation ids."""
+    groups: dict[str, list[dict[str, Any]]] = {"defects": [], "shapes": []}
     for item in planted.values():
         group, key = ("shapes", "shape") if item.name in SHAPES else ("defects", "defect")
-        found[group].append(
+        groups[group].append(
             {
                 key: item.name,
                 "file_name": item.frame.file_name,
@@ -90,7 +90,7 @@ def report(planted: dict[int, Planted]) -> dict[str, list[dict[str, Any]]]:
                 "annotation_ids": item.annotation_ids,
             }
         )
-    return found
+    return groups
 
 
 def _path(frame: "Frame", split: str, name: str) -> str:
@@ -98,21 +98,21 @@ def _path(frame: "Frame", split: str, name: str) -> str:
 
 
 def _listings(name: str, frame: "Frame", images: int) -> list[tuple[str, dict[str, Any]]]:
-    """(split, image entry) pairs under which the JSON files list the frame; the first is its own."""
-    own = frame.split, image_entry(frame.image_id, frame.file_name)
+    """(split, image entry) pairs that list the frame in the JSON files; the first is its own."""
+    original = frame.split, image_entry(frame.image_id, frame.file_name)
     copy = frame.image_id + 1000
     if name == "unlisted_file":
         return []
     if name == "leak":
         other = "val" if frame.split == "train" else "train"
-        return [own, (other, image_entry(copy, frame.file_name))]
+        return [original, (other, image_entry(copy, frame.file_name))]
     if name == "duplicate_entry":
-        return [own, (frame.split, image_entry(copy, frame.file_name))]
+        return [original, (frame.split, image_entry(copy, frame.file_name))]
     if name == "identical_pixels":
-        # A name that no frame of this dataset has.
+        # The name of no frame of this dataset.
         renamed = file_name(frame.seed, frame.kind, frame.index // len(KINDS) + images)
-        return [own, (frame.split, image_entry(copy, renamed))]
-    return [own]
+        return [original, (frame.split, image_entry(copy, renamed))]
+    return [original]
 
 
 def _truncate(path: Path) -> None:
@@ -130,12 +130,12 @@ def _write(path: Path, image: np.ndarray) -> None:
     path.write_bytes(encode_tiff(image))
 
 
-def _colour(path: Path) -> None:
+def _to_colour(path: Path) -> None:
     grey = _read(path)
     _write(path, np.stack([np.clip(grey.astype(int) + shift, 0, 255) for shift in (-6, 0, 9)], axis=2).astype(np.uint8))
 
 
-def _sixteen(path: Path) -> None:
+def _to_16_bit(path: Path) -> None:
     _write(path, _read(path).astype(np.uint16) * 257)
 
 
@@ -143,47 +143,47 @@ def _crop(path: Path) -> None:
     _write(path, np.ascontiguousarray(_read(path)[: HEIGHT - 8, : WIDTH - 24]))
 
 
-_FILES: dict[str, Callable[[Path], None]] = {
+_FILE_CHANGES: dict[str, Callable[[Path], None]] = {
     "missing_file": Path.unlink,
     "unreadable_image": _truncate,
-    "colour_image": _colour,
-    "sixteen_bit_image": _sixteen,
+    "colour_image": _to_colour,
+    "sixteen_bit_image": _to_16_bit,
     "wrong_size": _crop,
 }
 
 
-def _none(annotations: Annotations) -> tuple[Annotations, list[int]]:
+def _remove_all(annotations: Annotations) -> tuple[Annotations, list[int]]:
     return [], []
 
 
-def _few(annotations: Annotations) -> tuple[Annotations, list[int]]:
+def _keep_few(annotations: Annotations) -> tuple[Annotations, list[int]]:
     return annotations[:FEW], _ids(annotations[:FEW])
 
 
-def _doubled(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """Three cells drawn twice, the second time a third of a pixel aside, as two annotators would."""
-    again = [_shifted(annotation, 0.33, -0.33) for annotation in _largest(annotations, 3)]
-    return _numbered(annotations, again)
+def _duplicate_three(annotations: Annotations) -> tuple[Annotations, list[int]]:
+    """Three cells annotated twice, shifted by a third of a pixel, as by two annotators."""
+    copies = [_shifted(annotation, 0.33, -0.33) for annotation in _largest(annotations, 3)]
+    return _numbered(annotations, copies)
 
 
-def _outside(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """One cell moved half over the right edge, one entirely out."""
+def _shift_outside(annotations: Annotations) -> tuple[Annotations, list[int]]:
+    """One cell shifted half over the right edge, one completely outside."""
     first, second = _largest(annotations, 2)
-    moved = {
+    shifted = {
         first["id"]: _shifted(first, WIDTH - first["bbox"][0] - first["bbox"][2] / 2, 0),
         second["id"]: _shifted(second, 0, HEIGHT + 20 - second["bbox"][1]),
     }
-    return [moved.get(annotation["id"], annotation) for annotation in annotations], list(moved)
+    return [shifted.get(annotation["id"], annotation) for annotation in annotations], list(shifted)
 
 
-def _degenerate(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """Two points, three points in a line, and no polygon at all."""
+def _add_degenerate(annotations: Annotations) -> tuple[Annotations, list[int]]:
+    """Two points, three collinear points, and no polygon."""
     shapes: list[list[list[float]]] = [[[10.0, 10.0, 14.0, 14.0]], [[20.0, 20.0, 24.0, 24.0, 28.0, 28.0]], []]
     added = [{**annotations[0], "segmentation": shape, "area": 0.0, "bbox": [10.0, 10.0, 0.0, 0.0]} for shape in shapes]
     return _numbered(annotations, added)
 
 
-def _several(annotations: Annotations) -> tuple[Annotations, list[int]]:
+def _merge_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
     """The two largest cells in one record."""
     first, second = _largest(annotations, 2)
     merged = {**first, "segmentation": first["segmentation"] + second["segmentation"]}
@@ -191,36 +191,36 @@ def _several(annotations: Annotations) -> tuple[Annotations, list[int]]:
     low = np.minimum(first["bbox"][:2], second["bbox"][:2])
     high = np.maximum(np.add(first["bbox"][:2], first["bbox"][2:]), np.add(second["bbox"][:2], second["bbox"][2:]))
     merged["bbox"] = [round(float(value), 2) for value in (*low, *(high - low))]
-    kept = [annotation for annotation in annotations if annotation["id"] not in (first["id"], second["id"])]
-    return [*kept, merged], [first["id"]]
+    others = [annotation for annotation in annotations if annotation["id"] not in (first["id"], second["id"])]
+    return [*others, merged], [first["id"]]
 
 
-def _rle(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """Two cells as run lengths: one compressed (a string), one as COCO's plain list of counts."""
+def _encode_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
+    """Two cells run-length encoded: one compressed (a string), one as COCO's plain list of counts."""
     first, second = _largest(annotations, 2)
-    packed = coco_mask.merge(coco_mask.frPyObjects(first["segmentation"], HEIGHT, WIDTH))
-    drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(second["segmentation"], HEIGHT, WIDTH)))
-    flat = drawn.ravel(order="F")
+    compressed = coco_mask.merge(coco_mask.frPyObjects(first["segmentation"], HEIGHT, WIDTH))
+    pixels = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(second["segmentation"], HEIGHT, WIDTH)))
+    flat = pixels.ravel(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges.tolist(), flat.size]).tolist()
-    # Runs start with zeros; an empty run says that the first pixel is set.
+    # Runs start with zeros; an empty run comes first if the first pixel is set.
     plain = [0, *counts] if flat[0] else counts
     changed = {
-        first["id"]: {"size": [HEIGHT, WIDTH], "counts": packed["counts"].decode("ascii")},
+        first["id"]: {"size": [HEIGHT, WIDTH], "counts": compressed["counts"].decode("ascii")},
         second["id"]: {"size": [HEIGHT, WIDTH], "counts": plain},
     }
     records = [{**a, "segmentation": changed.get(a["id"], a["segmentation"])} for a in annotations]
     return records, list(changed)
 
 
-_RECORDS = {
-    "no_annotations": _none,
-    "few_annotations": _few,
-    "doubled_contour": _doubled,
-    "out_of_bounds": _outside,
-    "degenerate_polygon": _degenerate,
-    "several_polygons": _several,
-    "rle": _rle,
+_RECORD_CHANGES = {
+    "no_annotations": _remove_all,
+    "few_annotations": _keep_few,
+    "doubled_contour": _duplicate_three,
+    "out_of_bounds": _shift_outside,
+    "degenerate_polygon": _add_degenerate,
+    "several_polygons": _merge_two,
+    "rle": _encode_two,
 }
 
 
@@ -233,13 +233,13 @@ def _largest(annotations: Annotations, count: int) -> Annotations:
 
 
 def _shifted(annotation: dict[str, Any], right: float, down: float) -> dict[str, Any]:
-    moved = [[round(v + (down if i % 2 else right), 2) for i, v in enumerate(p)] for p in annotation["segmentation"]]
+    polygons = [[round(v + (down if i % 2 else right), 2) for i, v in enumerate(p)] for p in annotation["segmentation"]]
     x, y, *size = annotation["bbox"]
-    return {**annotation, "segmentation": moved, "bbox": [round(x + right, 2), round(y + down, 2), *size]}
+    return {**annotation, "segmentation": polygons, "bbox": [round(x + right, 2), round(y + down, 2), *size]}
 
 
 def _numbered(annotations: Annotations, added: Annotations) -> tuple[Annotations, list[int]]:
-    """`added` behind `annotations`, with the ids that follow."""
+    """Append `added` to `annotations` with the next ids."""
     last = max(_ids(annotations))
-    fresh = [{**annotation, "id": last + number} for number, annotation in enumerate(added, 1)]
-    return annotations + fresh, _ids(fresh)
+    numbered = [{**annotation, "id": last + number} for number, annotation in enumerate(added, 1)]
+    return annotations + numbered, _ids(numbered)

@@ -1,13 +1,14 @@
-"""Synthetic LIVECell: phase-contrast-like frames of eight kinds of cells, in LIVECell's own layout and JSON.
+"""Synthetic LIVECell: phase-contrast-like frames of eight cell lines, in LIVECell's layout and JSON.
 
     OUT/images/livecell_train_val_images/*.tif      520 x 704, 8 bit, LZW with predictor
     OUT/images/livecell_test_images/*.tif
     OUT/annotations/LIVECell/livecell_coco_{train,val,test}.json
-    OUT/synthetic.json                              what was asked for; `whole` turns true last of all
-    OUT/planted.json                                with defects: what `prepare` must find
+    OUT/synthetic.json                              the arguments; `whole` becomes true when the dataset is complete
+    OUT/planted.json                                with defects: what `prepare` must detect
 
-Frame i is a function of (seed, i) alone: its kind, split, name, ids, pixels and polygons are the same whatever the
-number of frames and whoever draws it. Kinds take turns; each kind's frames are dealt 11 : 2 : 5 to train, val and test.
+Frame i is a function of (seed, i) alone: its cell line, split, name, ids, pixels and polygons depend neither on the
+number of frames nor on the process that draws it. Cell lines alternate; the frames of each are distributed 11 : 2 : 5
+over train, val and test.
 """
 
 import json
@@ -24,12 +25,12 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.process_settings import opencv_threads
 from raylivecell.synthetic import planted_defects
-from raylivecell.synthetic.cell_shapes import KINDS, Bytes, Mask, grow_frame, polygon
+from raylivecell.synthetic.cell_shapes import KINDS, Bytes, Mask, draw_frame_masks, polygon
 from raylivecell.synthetic.layout import SPLITS, Frame, encode_tiff, image_entry, json_path
 from raylivecell.synthetic.optics import render
 
 DRAWING = 1
-"""Grows when the same seed draws other pixels."""
+"""Version of the drawing code: increase it when a seed gives other pixels."""
 INFO = {
     "year": "2026",
     "version": str(DRAWING),
@@ -45,16 +46,16 @@ Mapper = Callable[[Callable[["Frame"], list[dict[str, Any]]], Sequence["Frame"]]
 
 
 def draw_frame(seed: int, index: int) -> tuple[Bytes, list[Mask]]:
-    """The pixels (520, 704) uint8 of frame `index` and the mask of each of its cells."""
+    """Pixels (520, 704) uint8 of frame `index` and the masks of its cells."""
     rng = np.random.default_rng((seed, 1, index))
     kind = KINDS[Frame("", seed, index).kind]
     with opencv_threads(1):
-        masks = grow_frame(kind, rng)
+        masks = draw_frame_masks(kind, rng)
         return render(kind, masks, rng), masks
 
 
 def draw_labels(seed: int, index: int) -> tuple[Bytes, NDArray[np.uint16]]:
-    """The pixels of frame `index` and its cells' labels, uint16 (520, 704); a later cell lies on top."""
+    """Pixels of frame `index` and its label image, uint16 (520, 704); later cells are on top."""
     image, masks = draw_frame(seed, index)
     labels = np.zeros(image.shape, np.uint16)
     for number, mask in enumerate(masks, 1):
@@ -63,7 +64,7 @@ def draw_labels(seed: int, index: int) -> tuple[Bytes, NDArray[np.uint16]]:
 
 
 def write_frame(frame: Frame) -> list[dict[str, Any]]:
-    """Draws one frame, writes its TIFF, returns its annotations; runs anywhere."""
+    """Draw one frame, write its TIFF and return its annotations."""
     image, masks = draw_frame(frame.seed, frame.index)
     storage.write_bytes(frame.path, encode_tiff(image))
     return [_annotation(frame.image_id, number, polygon(mask)) for number, mask in enumerate(masks, 1)]
@@ -87,49 +88,49 @@ def _annotation(image_id: int, number: int, points: list[float]) -> dict[str, An
 def write_dataset(
     out: Path | str, images: int, seed: int, defects: bool = False, mapper: Mapper = map
 ) -> dict[str, Any]:
-    """Writes `images` synthetic frames at the local folder `out`; the same bytes for the same `seed`.
+    """Write `images` synthetic frames to the local folder `out`; the same bytes for the same `seed`.
 
     Args:
-        out: a folder that is absent, empty, or holds this same dataset, whole (then nothing is done) or cut short.
-        images: how many frames; frame i is the same in a larger set.
-        seed: not negative.
-        defects: also plant every defect that `prepare` must find; needs 24 frames; listed in OUT/planted.json.
-        mapper: `map(function, frames)` in order: the builtin, or `session.ordered_map` to draw on Ray.
+        out: a folder that is absent, empty, or holds this dataset, complete (then nothing is done) or partial.
+        images: number of frames; frame i is the same in a larger dataset.
+        seed: at least 0.
+        defects: also plant every defect that `prepare` must detect; needs 24 frames; listed in OUT/planted.json.
+        mapper: ordered `map(function, frames)`: the builtin, or `session.ordered_map` to draw on Ray.
 
     Returns:
-        What OUT/synthetic.json holds: seed, images, defects, and per split its images and cells.
+        The content of OUT/synthetic.json: seed, images, defects, and per split the number of images and cells.
     """
     if images < 1 or seed < 0:
-        raise UserError(f"cannot draw {images} images with seed {seed}: ask for 1 or more and a seed from 0")
-    if defects and images < planted_defects.LEAST_IMAGES:
-        raise UserError(f"{images} images cannot hold every defect: ask for {planted_defects.LEAST_IMAGES} or more")
+        raise UserError(f"cannot draw {images} images with seed {seed}: give 1 or more images and a seed of at least 0")
+    if defects and images < planted_defects.MIN_IMAGES:
+        raise UserError(f"{images} images cannot hold every defect: give {planted_defects.MIN_IMAGES} or more")
     root = storage.absolute(out)
-    request = {"drawing": DRAWING, "seed": seed, "images": images, "defects": defects}
-    done = _begin(root, request)
-    if done is not None:
-        return done
+    arguments = {"drawing": DRAWING, "seed": seed, "images": images, "defects": defects}
+    summary = _begin(root, arguments)
+    if summary is not None:
+        return summary
     frames = [Frame(root, seed, index) for index in range(images)]
     planted = planted_defects.plan(frames) if defects else {}
     splits = _write_annotations(root, frames, planted, mapper(write_frame, frames))
     if defects:
         storage.write_json(storage.join(root, "planted.json"), planted_defects.report(planted))
-    result = {**request, "whole": True, "splits": splits}
+    result = {**arguments, "whole": True, "splits": splits}
     storage.write_json(storage.join(root, "synthetic.json"), result)
     return result
 
 
-def _begin(root: str, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The finished dataset's summary if it lies there already; else marks `root` as being written."""
+def _begin(root: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the summary of a dataset that is already complete; otherwise mark `root` as being written."""
     marker = storage.join(root, "synthetic.json")
     if storage.exists(marker):
-        found = storage.read_json(marker)
-        if {key: found.get(key) for key in request} != request:
+        existing = storage.read_json(marker)
+        if {key: existing.get(key) for key in arguments} != arguments:
             raise UserError(f"{root} holds another synthetic dataset: choose another --out or delete it")
-        if found.get("whole"):
-            return dict(found)
+        if existing.get("whole"):
+            return dict(existing)
     elif storage.list_names(root):
         raise UserError(f"{root} is not empty and not a synthetic dataset: choose another --out")
-    storage.write_json(marker, {**request, "whole": False})
+    storage.write_json(marker, {**arguments, "whole": False})
     return None
 
 
@@ -137,18 +138,18 @@ def _write_annotations(
     root: str,
     frames: list[Frame],
     planted: dict[int, planted_defects.Planted],
-    drawn: Iterable[list[dict[str, Any]]],
+    annotations_of_frames: Iterable[list[dict[str, Any]]],
 ) -> dict[str, dict[str, int]]:
-    """Streams the annotations into the three JSON files, which get their names when all are whole."""
+    """Stream the annotations into the three JSON files, which are renamed when all are complete."""
     listings = [planted[frame.index].listings if frame.index in planted else _listing(frame) for frame in frames]
     splits = {split: {"images": 0, "cells": 0} for split in SPLITS}
     with ExitStack() as stack:
         writers = {}
         for split in SPLITS:
-            entries = [entry for listing in listings for where, entry in listing if where == split]
+            entries = [entry for listing in listings for entry_split, entry in listing if entry_split == split]
             splits[split]["images"] = len(entries)
             writers[split] = stack.enter_context(_JsonWriter(json_path(root, split), entries))
-        for frame, listing, annotations in zip(frames, listings, drawn, strict=True):
+        for frame, listing, annotations in zip(frames, listings, annotations_of_frames, strict=True):
             if frame.index in planted:
                 annotations = planted[frame.index].apply(annotations)
             for copy, (split, entry) in enumerate(listing):
@@ -169,27 +170,27 @@ def _copied(annotations: list[dict[str, Any]], image_id: int) -> Iterator[dict[s
 
 
 class _JsonWriter:
-    """One COCO file, written piece by piece under a temporary name; `commit` renames it, anything else removes it."""
+    """A COCO file, streamed under a temporary name; `commit` renames it, leaving without `commit` deletes it."""
 
     def __init__(self, path: str, images: list[dict[str, Any]]):
         self.path, self.partial = Path(path), Path(path).with_name(f".{Path(path).name}.partial")
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         self.stream: IO[str] = open(self.partial, "w", encoding="ascii")  # noqa: SIM115 (closed by __exit__)
-        head = {"info": INFO, "licenses": LICENCES, "categories": CATEGORIES, "images": images}
-        self.stream.write(json.dumps(head)[:-1] + ', "annotations": [')
+        header = {"info": INFO, "licenses": LICENCES, "categories": CATEGORIES, "images": images}
+        self.stream.write(json.dumps(header)[:-1] + ', "annotations": [')
         self.separator = ""
 
     def __enter__(self) -> "_JsonWriter":
         return self
 
     def add(self, annotations: Iterable[dict[str, Any]]) -> None:
-        """Appends records to `annotations`."""
+        """Append records to `annotations`."""
         for annotation in annotations:
             self.stream.write(self.separator + json.dumps(annotation))
             self.separator = ", "
 
     def commit(self) -> None:
-        """Ends the file, makes it durable and gives it its name."""
+        """Complete the file, flush it to disk and rename it."""
         self.stream.write("]}\n")
         self.stream.flush()
         os.fsync(self.stream.fileno())

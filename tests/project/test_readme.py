@@ -73,7 +73,7 @@ def test_it_can_be_followed(ray_cluster: None, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     for command, arguments in COMMAND.findall(TEXT.split("## On a cluster")[0]):
         words = re.sub(r"--(trials|final-seeds) \d+", "", arguments).split()
-        if command == "download":  # 3.4 GB; test_download.py has a server of its own
+        if command == "download":  # 3.4 GB; tests/download has a server of its own
             command, words = "synth", [*words, "--images", "8"]
         assert main.main([command, *words, *SMALLER.get(command, "").split()]) == 0, command
     cv2.imwrite("well_A1.tif", np.random.default_rng(0).integers(100, 156, (90, 120), np.uint8))

@@ -1,4 +1,4 @@
-"""Files that a stranger wrote run nothing, wherever we read one, and are refused in one line."""
+"""No untrusted file executes code when a command reads it; each is refused in one line."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def marker(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A run's folder with one checkpoint."""
+    """A run folder with one checkpoint."""
     training = loop.start(build_model(RECIPE.model), RECIPE.optimizer, 10)
     state = progress.Progress(3, [{"step": 3, "val_mean_image_dice": 0.5}])
     folder = tmp_path / "run" / progress.name(3)
@@ -51,8 +51,8 @@ def data(tmp_path: Path) -> Path:
     return Path(write_tiny_dataset(tmp_path / "data", images=1))
 
 
-def test_the_pickles_do_run(marker: Path) -> None:
-    """What the other tests show would be nothing otherwise."""
+def test_loading_the_pickles_runs_code(marker: Path) -> None:
+    """Precondition of the other tests."""
     for load in (
         lambda: pickle.loads(pickled(marker)),
         lambda: torch.load(io.BytesIO(torch_saved(marker)), weights_only=False),
@@ -72,18 +72,18 @@ def test_a_checkpoint(
 
 
 @pytest.mark.parametrize("hostile", [pickled, torch_saved])
-def test_what_training_goes_on_from(hostile: Callable[[Path], bytes], model: Path, marker: Path) -> None:
+def test_the_state_that_training_resumes_from(hostile: Callable[[Path], bytes], model: Path, marker: Path) -> None:
     for name in ("training.pt", "state.json"):
-        before = (model / name).read_bytes()
+        original = (model / name).read_bytes()
         (model / name).write_bytes(hostile(marker))
         with pytest.raises(UserError, match=name):
             checkpoint.load_training(str(model))
-        (model / name).write_bytes(before)
+        (model / name).write_bytes(original)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"thresholds": {"foreground": "x"}}', '{"thresholds": {"a": 1}}', "7"])
-def test_thresholds_that_are_none(text: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_thresholds(text: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / "instances.json").write_text(text)
     assert "instances.json" in refused(capsys, f"export --checkpoint {model} --out {model}.onnx")
 
@@ -107,15 +107,15 @@ def test_a_state_that_is_none(text: str, model: Path) -> None:
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_a_recipe(text: str, command: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text(text.replace("MARKER", str(marker)))
-    told = refused(capsys, f"{command} --data d --out {tmp_path}/o --recipe {tmp_path}/r.yaml")
-    assert "r.yaml: not YAML: could not determine a constructor" in told
+    message = refused(capsys, f"{command} --data d --out {tmp_path}/o --recipe {tmp_path}/r.yaml")
+    assert "r.yaml: not YAML: could not determine a constructor" in message
     assert not marker.exists()
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("name", ["../../precious", "/precious", "checkpoint_1/../../precious", "..", 3])
 def test_rays_list_of_checkpoints(name: str | int, data: Path, tmp_path: Path, marker: Path) -> None:
-    """Ray deletes what it names."""
+    """Ray deletes the listed folders."""
     run_folder.initialise(out := str(tmp_path / "run"), str(data), "")
     assert run_folder.check_resumable(out, str(data), resume=True)
     snapshot = tmp_path / "run" / run_folder.SNAPSHOT
@@ -135,12 +135,12 @@ def test_a_dataset_and_results(
 ) -> None:
     (data / "results.json").write_text("[]")
     (data / name).write_bytes(hostile(marker))
-    told = refused(capsys, f"evaluate --predictions {data}/results.json --data {data} --out {data}/o")
-    assert name in told
+    message = refused(capsys, f"evaluate --predictions {data}/results.json --data {data} --out {data}/o")
+    assert name in message
     assert not marker.exists()
 
 
-OPENED = """
+READ_SHARDS = """
 import sys
 import pyarrow.parquet
 import ray.data._internal.object_extensions.arrow
@@ -157,17 +157,17 @@ for path in sys.argv[1:]:
 if len(sys.argv) == 2:
     pyarrow.parquet.ParquetFile(sys.argv[1]).read().to_pydict()
 """
-# Ray Data registers types with pyarrow. Of one the values are pickles, run when they are looked at; what describes the
-# other was one until Ray 2.54. pyarrow's own, until 14, is not registered any more: a column of bytes.
+# Ray Data registers extension types with pyarrow. The values of the first are pickles, loaded on access; the metadata
+# of the second was a pickle until Ray 2.54. The third is pyarrow's own, not registered since 14: a column of bytes.
 EXTENSIONS = {"ray.data.arrow_pickled_object": b"", "ray.data.arrow_tensor": None, "arrow.py_extension_type": None}
 
 
 def shard_of_pickles(name: str, data: Path, marker: Path) -> str:
-    """A dataset's shard, its images a column of the extension type `name`; the path."""
+    """Write a shard whose images are a column of the extension type `name`; return its path."""
     table, tensor = pq.read_table(data / "test/part-00000.parquet"), name.endswith("tensor")
-    about = EXTENSIONS[name]
+    content = EXTENSIONS[name]
     metadata = {"ARROW:extension:name": name.encode()}
-    metadata["ARROW:extension:metadata"] = pickled(marker) if about is None else about
+    metadata["ARROW:extension:metadata"] = pickled(marker) if content is None else content
     kind = pa.list_(pa.int64()) if tensor else pa.binary()
     values = pa.array([[1] if tensor else pickled(marker)] * len(table), kind)
     table = table.drop_columns("image").append_column(pa.field("image", kind, metadata=metadata), values)
@@ -177,16 +177,16 @@ def shard_of_pickles(name: str, data: Path, marker: Path) -> str:
 
 def test_shards_of_pickles(data: Path, marker: Path) -> None:
     paths = [shard_of_pickles(name, data, marker) for name in EXTENSIONS]
-    done = run_apart(OPENED, *paths)
-    for path, line in zip(paths, done.stdout.splitlines(), strict=True):
+    process = run_apart(READ_SHARDS, *paths)
+    for path, line in zip(paths, process.stdout.splitlines(), strict=True):
         assert line.startswith("raylivecell: ")
         assert path in line
     assert not marker.exists()
-    run_apart(OPENED, paths[0])  # as anybody else would read it
+    run_apart(READ_SHARDS, paths[0])  # with plain pyarrow
     assert marker.exists()
 
 
-def test_the_metadata_of_pandas_is_not_looked_at(data: Path, marker: Path) -> None:
+def test_pandas_metadata_is_not_loaded(data: Path, marker: Path) -> None:
     shard = data / "test/part-00000.parquet"
     table = pq.read_table(shard)
     table = table.replace_schema_metadata({"pandas": pickled(marker), "pickle": pickled(marker)})
@@ -201,13 +201,13 @@ COLUMNS = ("trial_user_attributes.value_json", "trial_params.distribution_json")
 
 @pytest.mark.parametrize("column", ["", *COLUMNS])
 def test_a_study(column: str, tmp_path: Path, marker: Path) -> None:
-    """A pickle in place of the database, or of its values."""
+    """A pickle instead of the database, or of its values."""
     url = f"sqlite:///{tmp_path}/study.db"
     if column:
-        trial = (begun := study.open_study(url, "s", RECIPE, SEARCH, resume=False)).ask()
+        trial = (new_study := study.open_study(url, "s", RECIPE, SEARCH, resume=False)).ask()
         trial.suggest_float("optimizer.lr", 1e-4, 1e-2)
         trial.set_user_attr("steps", 3)
-        begun.tell(trial, 0.5)
+        new_study.tell(trial, 0.5)
         table, name = column.split(".")
         with sqlite3.connect(tmp_path / "study.db") as database:
             assert database.execute(f"update {table} set {name} = ?", (pickled(marker),)).rowcount
@@ -223,7 +223,7 @@ def test_no_pickles_from_redis() -> None:
         study.open_study("redis://127.0.0.1:1/0", "s", RECIPE, SEARCH, resume=False)
 
 
-def test_a_sweeps_confirming_run(tmp_path: Path, marker: Path) -> None:
+def test_a_run_with_a_final_seed(tmp_path: Path, marker: Path) -> None:
     folder = tmp_path / "final" / "start-seed1"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_bytes(pickled(marker))
@@ -235,12 +235,12 @@ def test_a_sweeps_confirming_run(tmp_path: Path, marker: Path) -> None:
 
 @pytest.mark.parametrize("model_name", ["m.onnx", "m.pt2"])
 def test_a_network_in_a_file(model_name: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """torch.export's files can hold pickles: we write and compare them, and open none that was given to us."""
+    """torch.export's files can contain pickles: the package writes and compares its own, and opens no other."""
     Image.new("L", (32, 32)).save(tmp_path / "x.png")
     for data in (pickled(marker), torch_saved(marker)):
         (tmp_path / model_name).write_bytes(data)
-        told = refused(capsys, f"predict --model {tmp_path}/{model_name} --images {tmp_path} --out {tmp_path}/o")
-        assert ("is no ONNX file" if model_name == "m.onnx" else "no checkpoint at") in told
+        message = refused(capsys, f"predict --model {tmp_path}/{model_name} --images {tmp_path} --out {tmp_path}/o")
+        assert ("is no ONNX file" if model_name == "m.onnx" else "no checkpoint at") in message
     assert not marker.exists()
 
 
@@ -253,14 +253,14 @@ def test_what_an_earlier_predict_left(
     Image.fromarray(np.full((32, 32), 128, np.uint8)).save(image)
     command = f"predict --checkpoint {model} --images {image.parent} --out {out}"
     key = results.version("x.png", "x", image.stat().st_size, image.stat().st_mtime_ns)
-    where = {"part": out / ".parts" / f"{key}.json"}.get(kind, out / kind)
-    where.parent.mkdir(parents=True)
-    where.write_bytes(pickled(marker))
+    path = {"part": out / ".parts" / f"{key}.json"}.get(kind, out / kind)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(pickled(marker))
     if kind == "predict.json":
         assert "predict.json is not JSON" in refused(capsys, command)
     else:
-        # `predict` itself comes so far once the folder is known to be its own.
-        with pytest.raises(UserError, match=where.name):
+        # `predict` reads these only in a folder that it has written.
+        with pytest.raises(UserError, match=path.name):
             results.merge(str(out), {"x.png": key}, ()) if kind == "part" else results.is_complete(
                 str(out), {"x.png": key}
             )
@@ -290,5 +290,5 @@ def test_what_an_earlier_prepare_left(tmp_path: Path, marker: Path, capsys: pyte
     with pytest.raises(UserError, match=r"account\.json is not JSON"):
         prepare._finished({"account": str(out / "account.json")})
     (out / "download.json").write_bytes(pickled(marker))
-    assert "download.json is not what download writes" in refused(capsys, f"download --out {out}")
+    assert "download.json is not JSON" in refused(capsys, f"download --out {out}")
     assert not marker.exists()

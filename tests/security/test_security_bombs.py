@@ -1,4 +1,4 @@
-"""Small files that would fill the memory, and names that lead elsewhere: refused, and nothing written beside --out."""
+"""Small files that expand to gigabytes, and paths that leave a folder: refused, nothing written outside --out."""
 
 import json
 from pathlib import Path
@@ -81,22 +81,22 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What was said of each bomb."""
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """The message for each bomb, by kind and name."""
     script = Path(__file__).with_name("bombs.py")
-    done = run_apart(
+    process = run_apart(
         f"import runpy, sys; runpy.run_path({str(script)!r}, run_name='__main__')",
         str(tmp_path_factory.mktemp("bombs")),
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_bombs_are_refused_in_bounded_memory(kind: str, told: dict[str, dict[str, str]]) -> None:
-    assert told[kind].keys() == REFUSED[kind].keys()
+def test_bombs_are_refused_in_bounded_memory(kind: str, messages: dict[str, dict[str, str]]) -> None:
+    assert messages[kind].keys() == REFUSED[kind].keys()
     for name, part in REFUSED[kind].items():
-        assert part in told[kind][name], f"{name}: {told[kind][name]}"
+        assert part in messages[kind][name], f"{name}: {messages[kind][name]}"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_names_that_leave_the_folder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.png", "a/b/x..y.png", "..x.png", "a~/x.png"])
-def test_names_that_stay(name: str) -> None:
+def test_names_inside_the_folder(name: str) -> None:
     assert image_names.is_safe_name(name)
 
 
@@ -124,20 +124,20 @@ LINKS = {
 @pytest.mark.parametrize("command", ["predict --model m.onnx --images", "prepare --source"])
 def test_links(kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     link, target = LINKS[kind]
-    for place in ("elsewhere/secret.png", "images/a.png"):
-        (tmp_path / place).parent.mkdir()
-        Image.new("L", (32, 32)).save(tmp_path / place)
+    for path in ("elsewhere/secret.png", "images/a.png"):
+        (tmp_path / path).parent.mkdir()
+        Image.new("L", (32, 32)).save(tmp_path / path)
     (tmp_path / "m.onnx").write_bytes(b"")
     (tmp_path / "images" / link).symlink_to(target)
-    told = refused(
+    message = refused(
         capsys, command.replace("m.onnx", f"{tmp_path}/m.onnx"), tmp_path / "images", "--out", tmp_path / "o"
     )
-    assert f"images/{link} is a link to" in told
+    assert f"images/{link} is a link to" in message
     assert not (tmp_path / "o").exists()
 
 
-def test_links_that_stay(tmp_path: Path) -> None:
-    """And a folder that is itself a link."""
+def test_links_inside_the_folder(tmp_path: Path) -> None:
+    """Links inside the folder, and a folder that is itself a link."""
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.new("L", (32, 32)).save(tmp_path / "images" / "a" / "x.png")
     (tmp_path / "images" / "y.png").symlink_to("a/x.png")
@@ -147,11 +147,11 @@ def test_links_that_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["in/../../out.png", "in/a/../../../out.png", "in/.."])
 def test_keys_of_an_object_store(key: str, s3: S3) -> None:
-    """There a name is any text: joined to --out on a disk it would lead out of it."""
+    """Keys are arbitrary text: joined to --out on a disk they could leave it."""
     s3.client.put_object(Bucket="cells", Key="in/a.png", Body=b"")
     s3.client.put_object(Bucket="cells", Key=key, Body=b"")
-    told = run_apart("from raylivecell.data import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)
-    assert "a name that leads out of it" in told.stderr, told.stdout
+    process = run_apart("from raylivecell.data import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)
+    assert "a name that leads out of it" in process.stderr, process.stdout
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_keys_of_an_object_store(key: str, s3: S3) -> None:
 )
 def test_shards_elsewhere(file: str | int, tmp_path: Path) -> None:
     data = Path(write_tiny_dataset(tmp_path, images=1))
-    told = json.loads((data / "dataset.json").read_text())
-    told["splits"]["train"]["shards"][0]["file"] = file
-    (data / "dataset.json").write_text(json.dumps(told))
+    description = json.loads((data / "dataset.json").read_text())
+    description["splits"]["train"]["shards"][0]["file"] = file
+    (data / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"dataset\.json is not what"):
         shards.list_rows(str(data), "train")

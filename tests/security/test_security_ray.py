@@ -1,4 +1,4 @@
-"""Ray with token authentication: who has no token is refused everywhere; what listens, and where."""
+"""Ray with token authentication: every interface refuses requests without the token; which processes listen, where."""
 
 import contextlib
 import json
@@ -26,10 +26,9 @@ TOKEN = secrets.token_hex(32)
 
 
 class Head(NamedTuple):
-    """A cluster of one node, at work."""
+    """Addresses of a running cluster of one node, as HOST:PORT."""
 
     gcs: str
-    """HOST:PORT, as of the other two."""
     dashboard: str
     client: str
     metrics: str
@@ -38,26 +37,26 @@ class Head(NamedTuple):
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for port in sockets:
+            port.bind(("127.0.0.1", 0))
+        return [port.getsockname()[1] for port in sockets]
 
 
 def environment(home: Path | str, token: str | None) -> dict[str, str]:
-    """Of a process whose home is `home`, in which no token lies."""
+    """Environment of a process whose home folder `home` has no token file."""
     env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-    # As on macOS: a cluster of 127.0.0.1, which its drivers do not take for the machine's other address.
+    # As on macOS: the cluster is at 127.0.0.1, and drivers do not replace it with the machine's other address.
     return env | {"RAY_AUTH_TOKEN": token or "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
-def end(pid: int) -> None:
-    """The process and all that it has started."""
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants."""
     process = psutil.Process(pid)
-    started = [*process.children(recursive=True), process]
-    for one in started:
+    processes = [*process.children(recursive=True), process]
+    for member in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(started, timeout=30)
+            member.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -65,60 +64,60 @@ def head() -> Iterator[Head]:
     names = ("port", "dashboard-port", "ray-client-server-port", "metrics-export-port", "dashboard-agent-listen-port")
     ports = free_ports(len(names))
     flags = [f"--{name}={port}" for name, port in zip(names, ports)]
-    words = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", *flags]
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", *flags]
     head = Head(*(f"127.0.0.1:{port}" for port in ports[:4]))
     with tempfile.TemporaryDirectory(prefix="rlc") as home, open(Path(home) / "log", "wb") as log:
         env = os.environ | environment(home, TOKEN)
-        process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         try:
-            until("the dashboard", lambda: ask(head, "/api/version", TOKEN)[0] == 200)
+            until("the dashboard", lambda: query_dashboard(head, "/api/version", TOKEN)[0] == 200)
             yield head
         finally:
-            end(process.pid)
+            kill_tree(process.pid)
             process.wait()
 
 
-def ask(head: Head, path: str, token: str | None, body: dict | None = None) -> tuple[int, str]:
-    """The dashboard's answer, status and text; 401: not allowed."""
-    asked = urllib.request.Request(f"http://{head.dashboard}{path}", json.dumps(body).encode() if body else None)
+def query_dashboard(head: Head, path: str, token: str | None, body: dict | None = None) -> tuple[int, str]:
+    """Status and text of the dashboard's response."""
+    request = urllib.request.Request(f"http://{head.dashboard}{path}", json.dumps(body).encode() if body else None)
     if token:
-        asked.add_header("Authorization", f"Bearer {token}")
+        request.add_header("Authorization", f"Bearer {token}")
     if body:
-        asked.add_header("Content-Type", "application/json")
+        request.add_header("Content-Type", "application/json")
     try:
-        with urllib.request.urlopen(asked, timeout=20) as answer:
-            return answer.status, answer.read().decode()
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
 
 CALLS = ("/api/jobs/", "/api/v0/nodes", "/api/cluster_status", "/nodes?view=summary", "/api/v0/logs", "/timezone")
-STRANGERS = (None, "", secrets.token_hex(32), TOKEN[:-1])
+WRONG_TOKENS = (None, "", secrets.token_hex(32), TOKEN[:-1])
 
 
 @pytest.mark.parametrize("path", CALLS)
 def test_the_dashboard(path: str, head: Head) -> None:
-    assert {ask(head, path, token)[0] for token in STRANGERS} <= {401, 403}
-    assert ask(head, path, TOKEN)[0] not in (401, 403)
+    assert {query_dashboard(head, path, token)[0] for token in WRONG_TOKENS} <= {401, 403}
+    assert query_dashboard(head, path, TOKEN)[0] not in (401, 403)
 
 
 def test_a_job(head: Head, tmp_path: Path) -> None:
     job = {"entrypoint": f"touch {tmp_path}/ran", "submission_id": f"job-{secrets.token_hex(4)}"}
-    assert {ask(head, "/api/jobs/", token, job)[0] for token in STRANGERS} <= {401, 403}
-    assert ask(head, f"/api/jobs/{job['submission_id']}", TOKEN)[0] == 404
-    answers: list[tuple[int, str]] = []
+    assert {query_dashboard(head, "/api/jobs/", token, job)[0] for token in WRONG_TOKENS} <= {401, 403}
+    assert query_dashboard(head, f"/api/jobs/{job['submission_id']}", TOKEN)[0] == 404
+    responses: list[tuple[int, str]] = []
 
-    def taken() -> bool:  # by an agent that has started
-        answers.append(ask(head, "/api/jobs/", TOKEN, job))
-        return answers[-1][0] == 200 or "already exists" in answers[-1][1]
+    def is_accepted() -> bool:  # once the job agent has started
+        responses.append(query_dashboard(head, "/api/jobs/", TOKEN, job))
+        return responses[-1][0] == 200 or "already exists" in responses[-1][1]
 
     with contextlib.suppress(TimeoutError):
-        until("the job is taken", taken)
-    assert taken(), answers[-1]
+        until("the job is accepted", is_accepted)
+    assert is_accepted(), responses[-1]
     until("the job", (tmp_path / "ran").exists)
 
 
-SUBMITTED = """
+SUBMIT = """
 import sys
 from raylivecell.cli import main as cli
 sys.exit(cli.main(["submit", "--address", sys.argv[1], "--working-dir", sys.argv[2], "prepare", "--source", "s3://a/b",
@@ -126,38 +125,38 @@ sys.exit(cli.main(["submit", "--address", sys.argv[1], "--working-dir", sys.argv
 """
 
 
-def test_submit_says_that_it_has_no_token(head: Head, tmp_path: Path) -> None:
+def test_submit_without_a_token(head: Head, tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "prepare.py").write_text("")
-    done = run_apart(SUBMITTED, f"http://{head.dashboard}", str(tmp_path), env=environment(tmp_path, None))
-    assert done.returncode == 2
-    assert "token" in done.stderr.splitlines()[-1].lower(), done.stderr
+    process = run_apart(SUBMIT, f"http://{head.dashboard}", str(tmp_path), env=environment(tmp_path, None))
+    assert process.returncode == 2
+    assert "token" in process.stderr.splitlines()[-1].lower(), process.stderr
 
 
-JOINED = """
+CONNECT = """
 import sys
 import ray
 ray.init(sys.argv[1], log_to_driver=False)
-print("at work:", ray.get(ray.remote(lambda: 6 * 7).remote()))
+print("result:", ray.get(ray.remote(lambda: 6 * 7).remote()))
 """
 
 
 @pytest.mark.parametrize("token", [None, secrets.token_hex(32), TOKEN])
-def test_a_process_that_joins(token: str | None, head: Head, tmp_path: Path) -> None:
-    done = run_apart(JOINED, head.gcs, env=environment(tmp_path, token))
-    assert ("at work: 42" in done.stdout) == (token == TOKEN), done.stderr[-2000:]
-    assert (done.returncode == 0) == (token == TOKEN)
+def test_a_driver(token: str | None, head: Head, tmp_path: Path) -> None:
+    process = run_apart(CONNECT, head.gcs, env=environment(tmp_path, token))
+    assert ("result: 42" in process.stdout) == (token == TOKEN), process.stderr[-2000:]
+    assert (process.returncode == 0) == (token == TOKEN)
     if token != TOKEN:
-        assert "token" in done.stderr.lower()
+        assert "token" in process.stderr.lower()
 
 
-def test_the_port_of_clients(head: Head) -> None:
-    """Of `ray://`: the question that a client asks first."""
+def test_the_ray_client_port(head: Head) -> None:
+    """The first request of a `ray://` client."""
     ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
     with grpc.insecure_channel(head.client) as channel:
         stub = ray_client_pb2_grpc.RayletDriverStub(channel)
 
-        def told(token: str | None) -> str:
+        def outcome(token: str | None) -> str:
             metadata = [("client_id", "nobody"), *([("authorization", f"Bearer {token}")] if token else [])]
             try:
                 stub.ClusterInfo(ping, metadata=metadata, wait_for_ready=True, timeout=60)
@@ -165,17 +164,19 @@ def test_the_port_of_clients(head: Head) -> None:
             except grpc.RpcError as error:
                 return error.code().name
 
-        assert [told(token) for token in (*STRANGERS, TOKEN)] == ["UNAUTHENTICATED"] * len(STRANGERS) + ["answered"]
+        assert [outcome(token) for token in (*WRONG_TOKENS, TOKEN)] == ["UNAUTHENTICATED"] * len(WRONG_TOKENS) + [
+            "answered"
+        ]
 
 
-def test_a_process_without_authentication(head: Head, tmp_path: Path) -> None:
-    done = run_apart(JOINED, head.gcs, env=environment(tmp_path, None) | {"RAY_AUTH_MODE": "disabled"})
-    assert done.returncode
-    assert "at work" not in done.stdout
+def test_a_driver_with_authentication_disabled(head: Head, tmp_path: Path) -> None:
+    process = run_apart(CONNECT, head.gcs, env=environment(tmp_path, None) | {"RAY_AUTH_MODE": "disabled"})
+    assert process.returncode
+    assert "result:" not in process.stdout
 
 
 def test_metrics_are_open(head: Head) -> None:
-    """As SECURITY.md says: numbers and names, to anybody who reaches the port."""
+    """As documented in SECURITY.md: metric names and values are readable by anyone who reaches the port."""
     with urllib.request.urlopen(f"http://{head.metrics}/metrics", timeout=20) as answer:
         assert b"ray_" in answer.read()
 
@@ -185,59 +186,59 @@ import contextlib, json, os, sys, threading
 import psutil
 from raylivecell.cli import main as cli
 
-found, done = set(), threading.Event()
+listeners, finished = set(), threading.Event()
 
-def look():
-    me = psutil.Process()
-    ours = {one.pid: one for one in [me, *me.children(recursive=True)]}
+def record_listeners():
+    root = psutil.Process()
+    processes = {process.pid: process for process in [root, *root.children(recursive=True)]}
     for socket in psutil.net_connections("inet"):
-        if socket.status == psutil.CONN_LISTEN and socket.pid in ours:
+        if socket.status == psutil.CONN_LISTEN and socket.pid in processes:
             with contextlib.suppress(psutil.Error):
-                found.add((ours[socket.pid].name(), socket.laddr.ip.removeprefix("::ffff:")))
+                listeners.add((processes[socket.pid].name(), socket.laddr.ip.removeprefix("::ffff:")))
 
 def watch():
-    while not done.wait(0.5):
-        look()
+    while not finished.wait(0.5):
+        record_listeners()
 
 def command(arguments):
     from raylivecell.runtime import session as runtime
     runtime.connect(cpus=4, dashboard=True)
     import ray
     ray.get(ray.remote(lambda: 1).remote())
-    look()
-    told = {"connected": sorted(found)}
-    found.clear()
+    record_listeners()
+    report = {"connected": sorted(listeners)}
+    listeners.clear()
     watcher = threading.Thread(target=watch)
     watcher.start()
     from raylivecell import recipe
     from raylivecell.training import train
     row = train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=2)
-    done.set()
+    finished.set()
     watcher.join()
-    told |= {"training": sorted(found), "step": row["step"]}
-    token = os.path.join(os.environ["HOME"], ".ray")
-    told["home"] = sorted(os.listdir(token))
-    print(json.dumps(told))
+    report |= {"training": sorted(listeners), "step": row["step"]}
+    folder = os.path.join(os.environ["HOME"], ".ray")
+    report["home"] = sorted(os.listdir(folder))
+    print(json.dumps(report))
 
 cli.COMMANDS["train"] = ("", command)
 sys.exit(cli.main(["train"]))
 """
 
 
-def test_what_listens_on_a_laptop(tmp_path: Path) -> None:
-    """Ray on loopback alone; while two workers train, torch's own store on all interfaces: SECURITY.md says so."""
+def test_listeners_of_a_local_training(tmp_path: Path) -> None:
+    """Ray listens on loopback only; while two workers train, torch's store listens on all interfaces, as documented."""
     data = write_tiny_dataset(tmp_path / "data")
     steps = {"phases": [{"steps": 4}], "crop": [32, 32], "model": {"features": [4]}, "loop": {"precision": "float32"}}
     (tmp_path / "r.yaml").write_text(json.dumps(steps))
     with tempfile.TemporaryDirectory(prefix="rlc") as home:
         env = {"HOME": home, "RAY_TMPDIR": home}
-        done = run_apart(LISTENERS, data, str(tmp_path / "run"), str(tmp_path / "r.yaml"), env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert {name for name, _ in told["connected"]} >= {"gcs_server", "raylet"}
-    assert {address for _, address in told["connected"]} == {"127.0.0.1"}
-    assert told["step"] == 4
-    # Ray names a process after what it does: a worker of Ray Train is `ray::RayTrainWorker[.method]`, `ray::execute.X`.
-    others = {name for name, address in told["training"] if address != "127.0.0.1"}
+        process = run_apart(LISTENERS, data, str(tmp_path / "run"), str(tmp_path / "r.yaml"), env=env)
+    assert process.returncode == 0, process.stderr[-2000:]
+    report = json.loads(process.stdout.splitlines()[-1])
+    assert {name for name, _ in report["connected"]} >= {"gcs_server", "raylet"}
+    assert {address for _, address in report["connected"]} == {"127.0.0.1"}
+    assert report["step"] == 4
+    # Ray renames processes by task: a worker of Ray Train is `ray::RayTrainWorker[.method]`, `ray::execute.X`.
+    others = {name for name, address in report["training"] if address != "127.0.0.1"}
     assert all(name.startswith(("ray::RayTrainWorker", "ray::execute.")) for name in others), others
-    assert told["home"] == ["auth_token"]
+    assert report["home"] == ["auth_token"]

@@ -1,4 +1,4 @@
-"""Synthetic LIVECell: functions of (seed, index), honest annotations, too hard for a threshold, defects planted."""
+"""Synthetic LIVECell: a function of (seed, index), exact annotations, not solvable by thresholding, planted defects."""
 
 import json
 import pickle
@@ -27,14 +27,14 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def depth_of(masks: list[Mask]) -> np.ndarray:
-    """How many cells cover each pixel."""
+    """Number of cells at each pixel."""
     depth = np.zeros((HEIGHT, WIDTH), int)
     for mask in masks:
         depth[mask.window] += mask.pixels
     return depth
 
 
-def drawn(points: list[float]) -> np.ndarray:
+def rasterise(points: list[float]) -> np.ndarray:
     return np.asarray(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([points], HEIGHT, WIDTH))), bool)
 
 
@@ -47,20 +47,20 @@ def frames() -> dict[int, tuple[np.ndarray, list[Mask]]]:
 @pytest.fixture(scope="module")
 def defective(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synthetic") / "defective"
-    writer.write_dataset(out, planted_defects.LEAST_IMAGES, SEED, defects=True)
+    writer.write_dataset(out, planted_defects.MIN_IMAGES, SEED, defects=True)
     return out
 
 
-def backwards(function: Any, items: Any) -> Any:
-    """A mapper that works in another order and through pickle, as other processes would."""
-    done = [pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(item))) for item in reversed(items)]
-    return reversed(done)
+def reversed_map(function: Any, items: Any) -> Any:
+    """A mapper with another order of execution and through pickle, as in other processes."""
+    results = [pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(item))) for item in reversed(items)]
+    return reversed(results)
 
 
 def test_same_seed_gives_same_bytes_for_any_number_of_frames_and_any_mapper(tmp_path: Path) -> None:
     few, more, other = tmp_path / "few", tmp_path / "more", tmp_path / "other"
     writer.write_dataset(few, 3, SEED)
-    writer.write_dataset(more, 5, SEED, mapper=backwards)
+    writer.write_dataset(more, 5, SEED, mapper=reversed_map)
     writer.write_dataset(other, 3, SEED + 1)
     images = {name: data for name, data in tree(few).items() if name.endswith(".tif")}
     assert len(images) == 3
@@ -76,13 +76,13 @@ def test_same_seed_gives_same_bytes_for_any_number_of_frames_and_any_mapper(tmp_
 def test_ray_draws_the_same_bytes(tmp_path: Path, ray_cluster: None) -> None:
     from raylivecell.runtime.session import ordered_map
 
-    here, there = tmp_path / "here", tmp_path / "there"
-    writer.write_dataset(here, 4, SEED)
-    writer.write_dataset(there, 4, SEED, mapper=ordered_map)
-    assert tree(here) == tree(there)
+    local, on_ray = tmp_path / "local", tmp_path / "ray"
+    writer.write_dataset(local, 4, SEED)
+    writer.write_dataset(on_ray, 4, SEED, mapper=ordered_map)
+    assert tree(local) == tree(on_ray)
 
 
-def test_layout_is_livecells(tmp_path: Path) -> None:
+def test_livecells_layout(tmp_path: Path) -> None:
     import tifffile
 
     result = writer.write_dataset(tmp_path / "out", 3, SEED)
@@ -107,17 +107,21 @@ def test_layout_is_livecells(tmp_path: Path) -> None:
 
 
 def test_names_ids_and_splits_of_a_full_size_set() -> None:
-    plan = [writer.Frame("", SEED, index) for index in range(5239)]
-    assert len({frame.file_name for frame in plan}) == len({frame.image_id for frame in plan}) == len(plan)
-    share = Counter(frame.split for frame in plan)
-    assert [round(share[split] / len(plan), 2) for split in writer.SPLITS] == [0.61, 0.11, 0.28]
-    first = plan[:40]
+    all_frames = [writer.Frame("", SEED, index) for index in range(5239)]
+    assert (
+        len({frame.file_name for frame in all_frames})
+        == len({frame.image_id for frame in all_frames})
+        == len(all_frames)
+    )
+    counts = Counter(frame.split for frame in all_frames)
+    assert [round(counts[split] / len(all_frames), 2) for split in writer.SPLITS] == [0.61, 0.11, 0.28]
+    first = all_frames[:40]
     assert {frame.split for frame in first[:3]} == set(writer.SPLITS)
     kinds = {split: {frame.kind for frame in first if frame.split == split} for split in writer.SPLITS}
     assert [len(kinds[split]) for split in writer.SPLITS] == [8, 6, 8]
 
 
-def test_every_kind_has_livecells_numbers(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> None:
+def test_statistics_of_every_cell_line(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> None:
     assert {writer.Frame("", SEED, index).kind for index in frames} == set(range(8))
     for image, masks in frames.values():
         depth = depth_of(masks)
@@ -125,32 +129,33 @@ def test_every_kind_has_livecells_numbers(frames: dict[int, tuple[np.ndarray, li
         assert 0.06 <= (depth > 0).mean() <= 0.95
         assert (depth > 1).sum() <= 0.03 * (depth > 0).sum()
         assert abs(np.median(image) - 128) <= 1
-        # The foreground is as grey as the background; only its unrest gives it away.
+        # Foreground and background have the same mean; only the standard deviation differs.
         assert abs(image[depth > 0].mean() - image[depth == 0].mean()) < 4
         assert image[depth > 0].std() > 2.5 * image[depth == 0].std()
 
 
-def test_polygons_draw_the_masks_again(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> None:
+def test_polygons_reproduce_the_masks(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> None:
     for _, masks in frames.values():
         depth, redrawn = depth_of(masks), np.zeros((HEIGHT, WIDTH), int)
         for mask in masks:
-            redrawn += drawn(polygon(mask))
+            redrawn += rasterise(polygon(mask))
         both, either = ((depth > 0) & (redrawn > 0)).sum(), ((depth > 0) | (redrawn > 0)).sum()
         assert both / either > 0.98
         assert (redrawn > 1).sum() <= 0.03 * (redrawn > 0).sum()
         for mask in masks[:20]:
-            whole = np.zeros((HEIGHT, WIDTH), bool)
-            whole[mask.window] = mask.pixels > 0
-            again = drawn(polygon(mask))
-            assert (whole & again).sum() / (whole | again).sum() > 0.88
+            original = np.zeros((HEIGHT, WIDTH), bool)
+            original[mask.window] = mask.pixels > 0
+            redrawn_cell = rasterise(polygon(mask))
+            assert (original & redrawn_cell).sum() / (original | redrawn_cell).sum() > 0.88
 
 
-def test_a_threshold_fails(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> None:
+def test_thresholding_fails(frames: dict[int, tuple[np.ndarray, list[Mask]]]) -> None:
     scores = []
     for image, masks in frames.values():
-        cells = depth_of(masks) > 0
+        foreground = depth_of(masks) > 0
         _, bright = cv2.threshold(image, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-        scores.append(max(2 * (cells & side).sum() / (cells.sum() + side.sum()) for side in (bright > 0, bright == 0)))
+        candidates = (bright > 0, bright == 0)
+        scores.append(max(2 * (foreground & mask).sum() / (foreground.sum() + mask.sum()) for mask in candidates))
     assert np.mean(scores) < 0.6
 
 
@@ -163,22 +168,22 @@ def test_counts_and_overlap_over_seeds(seed: int) -> None:
         assert (depth > 1).sum() <= 0.025 * (depth > 0).sum()
 
 
-def test_an_interrupted_set_is_finished_and_a_whole_one_left_alone(tmp_path: Path) -> None:
-    out, whole = tmp_path / "out", tmp_path / "whole"
+def test_an_interrupted_dataset_is_completed_and_a_complete_one_kept(tmp_path: Path) -> None:
+    out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
 
-    def killed(function: Any, items: Any) -> Any:
+    def interrupted_map(function: Any, items: Any) -> Any:
         yield function(items[0])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        writer.write_dataset(out, 3, SEED, mapper=killed)
+        writer.write_dataset(out, 3, SEED, mapper=interrupted_map)
     assert not list(out.rglob("*.json*partial"))
     assert not list((out / "annotations").rglob("*.json"))
     writer.write_dataset(out, 3, SEED)
-    writer.write_dataset(whole, 3, SEED)
-    assert tree(out) == tree(whole)
-    again = writer.write_dataset(out, 3, SEED, mapper=killed)
-    assert again["whole"]
+    writer.write_dataset(uninterrupted, 3, SEED)
+    assert tree(out) == tree(uninterrupted)
+    summary = writer.write_dataset(out, 3, SEED, mapper=interrupted_map)
+    assert summary["whole"]
 
 
 def test_another_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -205,8 +210,8 @@ def test_every_defect_is_planted(defective: Path) -> None:
         CHECKS[item["defect"]](defective, data, item)
 
 
-def names(data: dict[str, Any], item: dict[str, Any]) -> list[str]:
-    """The splits whose JSON names the item's file, once an entry."""
+def splits_of(data: dict[str, Any], item: dict[str, Any]) -> list[str]:
+    """The splits that list the item's file, one per entry."""
     return [s for s in writer.SPLITS for e in data[s]["images"] if e["file_name"] == item["file_name"]]
 
 
@@ -215,7 +220,7 @@ def records(data: dict[str, Any], item: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for s in writer.SPLITS for r in data[s]["annotations"] if r["image_id"] in ids]
 
 
-def marked(data: dict[str, Any], item: dict[str, Any]) -> list[list[list[float]]]:
+def changed_segmentations(data: dict[str, Any], item: dict[str, Any]) -> list[list[list[float]]]:
     return [r["segmentation"] for r in records(data, item) if r["id"] in item["annotation_ids"]]
 
 
@@ -228,13 +233,13 @@ def pixels(out: Path, item: dict[str, Any]) -> Any:
 
 
 def check_leak(out: Path, data: Any, item: Any) -> None:
-    assert len(set(names(data, item))) == 2
+    assert len(set(splits_of(data, item))) == 2
     for listed in item["listed"]:
         assert Path(layout.image_path(str(out), listed["split"], item["file_name"])).exists()
 
 
 def check_duplicate(out: Path, data: Any, item: Any) -> None:
-    assert names(data, item) == [item["split"]] * 2
+    assert splits_of(data, item) == [item["split"]] * 2
     assert len({listed["image_id"] for listed in item["listed"]}) == 2
 
 
@@ -245,10 +250,10 @@ def check_identical(out: Path, data: Any, item: Any) -> None:
 
 
 def check_doubled(out: Path, data: Any, item: Any) -> None:
-    sound = [drawn(r["segmentation"][0]) for r in records(data, item) if r["id"] not in item["annotation_ids"]]
-    for (points,) in marked(data, item):
-        again = drawn(points)
-        assert max((again & cell).sum() / (again | cell).sum() for cell in sound) > 0.85
+    unchanged = [rasterise(r["segmentation"][0]) for r in records(data, item) if r["id"] not in item["annotation_ids"]]
+    for (points,) in changed_segmentations(data, item):
+        copy = rasterise(points)
+        assert max((copy & cell).sum() / (copy | cell).sum() for cell in unchanged) > 0.85
 
 
 def check_unreadable(out: Path, data: Any, item: Any) -> None:
@@ -257,18 +262,18 @@ def check_unreadable(out: Path, data: Any, item: Any) -> None:
 
 
 def check_outside(out: Path, data: Any, item: Any) -> None:
-    points = [np.array(segmentation[0]).reshape(-1, 2) for segmentation in marked(data, item)]
+    points = [np.array(segmentation[0]).reshape(-1, 2) for segmentation in changed_segmentations(data, item)]
     assert len(points) == 2
     assert all((p.max(0) > (WIDTH + 1, HEIGHT + 1)).any() for p in points)
 
 
 def check_degenerate(out: Path, data: Any, item: Any) -> None:
-    assert sorted(sum(map(len, segmentation)) for segmentation in marked(data, item)) == [0, 4, 6]
+    assert sorted(sum(map(len, segmentation)) for segmentation in changed_segmentations(data, item)) == [0, 4, 6]
 
 
-def check(test: Any) -> Any:
+def check(is_planted: Any) -> Any:
     def run(out: Path, data: Any, item: Any) -> None:
-        assert test(out, data, item), item
+        assert is_planted(out, data, item), item
 
     return run
 
@@ -277,11 +282,11 @@ CHECKS = {
     "leak": check_leak,
     "duplicate_entry": check_duplicate,
     "identical_pixels": check_identical,
-    "no_annotations": check(lambda out, data, item: names(data, item) and not records(data, item)),
+    "no_annotations": check(lambda out, data, item: splits_of(data, item) and not records(data, item)),
     "few_annotations": check(lambda out, data, item: len(records(data, item)) == planted_defects.FEW),
     "doubled_contour": check_doubled,
-    "missing_file": check(lambda out, data, item: names(data, item) and not file_of(out, item).exists()),
-    "unlisted_file": check(lambda out, data, item: not names(data, item) and file_of(out, item).exists()),
+    "missing_file": check(lambda out, data, item: splits_of(data, item) and not file_of(out, item).exists()),
+    "unlisted_file": check(lambda out, data, item: not splits_of(data, item) and file_of(out, item).exists()),
     "unreadable_image": check_unreadable,
     "colour_image": check(lambda out, data, item: pixels(out, item).shape == (HEIGHT, WIDTH, 3)),
     "sixteen_bit_image": check(lambda out, data, item: pixels(out, item).dtype == np.uint16),
@@ -291,10 +296,10 @@ CHECKS = {
 }
 
 
-def test_shapes_that_are_no_defect(defective: Path) -> None:
+def test_valid_record_forms(defective: Path) -> None:
     planted, data = json.loads((defective / "planted.json").read_text()), load(defective)
-    shapes = {item["shape"]: marked(data, item) for item in planted["shapes"]}
+    shapes = {item["shape"]: changed_segmentations(data, item) for item in planted["shapes"]}
     assert [len(segmentation) for segmentation in shapes["several_polygons"]] == [2]
-    packed, plain = sorted(shapes["rle"], key=lambda segmentation: isinstance(segmentation["counts"], list))
-    assert coco_mask.decode({**packed, "counts": packed["counts"].encode()}).sum() > 0
+    compressed, plain = sorted(shapes["rle"], key=lambda segmentation: isinstance(segmentation["counts"], list))
+    assert coco_mask.decode({**compressed, "counts": compressed["counts"].encode()}).sum() > 0
     assert sum(plain["counts"]) == HEIGHT * WIDTH
