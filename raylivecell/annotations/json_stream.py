@@ -152,7 +152,7 @@ class JsonText:
         position = self.before + self._length(self.buffer[: self.at])
         return BrokenJsonError(
             f"{self.name} {what}, at byte {position}; get the file again (a cut-off download?) or set "
-            "--truncated-json keep_whole_records",
+            "--on-defect truncated_json=keep_complete_records",
             position,
         )
 

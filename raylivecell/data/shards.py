@@ -50,6 +50,8 @@ SCHEMA = pa.schema(
         ("annotation", pa.string()),  # provenance: the JSON file that named it, and its image id there
     ]
 )
+Sample = dict[str, Any]
+"""One row of `SCHEMA`; pixel columns as arrays (H, W)."""
 PIXEL_DTYPES = {"image": "<u1", "labels": "<u2", "foreground": "<u1", "border": "<u1"}
 
 

@@ -100,7 +100,7 @@ def test_annotation_files_by_name_or_by_folder() -> None:
     assert find_annotations(["A/test.json", "B/test.json"], {}, "set") == {"test": ["A/test.json", "B/test.json"]}
     with pytest.raises(UserError, match="2 annotation files for test"):
         find_annotations(["test.json", "A/test.json"], {}, "set")
-    with pytest.raises(UserError, match="one JSON an image, as LabelMe"):
+    with pytest.raises(UserError, match="one JSON per image, as LabelMe"):
         find_annotations(["train/a.json", "train/b.json", "train/a.png", "train/b.png"], {}, "set")
     with pytest.raises(UserError, match=r"found instances_default\.json; choose with"):
         find_annotations(["instances_default.json", "im.png"], {}, "set")
