@@ -27,7 +27,7 @@ from raylivecell.data.image_names import (
     Match,
     find_images,
     is_safe_name,
-    settle,
+    resolve_conflicts,
     splits_of_folder,
 )
 from raylivecell.data.listing import list_folder, show
@@ -277,13 +277,13 @@ def _bad_records(file: coco.Annotations) -> dict[str, list[int | str]]:
 def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -> None:
     """Add an entry for each image, with the file that its name means."""
     matches = [source.folder.find(image.file_name, split, file.name) for split, file, image in images]
-    settled = settle((image.file_name, split, match) for (split, _, image), match in zip(images, matches))
+    resolved = resolve_conflicts((image.file_name, split, match) for (split, _, image), match in zip(images, matches))
     files_of_name: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for (split, _, image), paths in zip(images, settled):
+    for (split, _, image), paths in zip(images, resolved):
         files_of_name[split, image.file_name].update(paths if len(paths) == 1 else ())
     unreadable = {path.rpartition("/")[2]: reason for path, reason in source.unreadable_files.items()}
     cells = {key: file.counts() for key, file in source.annotations.items()}
-    for (split, file, image), match, paths in zip(images, matches, settled):
+    for (split, file, image), match, paths in zip(images, matches, resolved):
         name = image.file_name
         source.matched_paths.update(match.paths)
         if len(paths) > 1:
@@ -313,7 +313,7 @@ def _missing_reason(folder: ImageFolder, name: str, match: Match, unreadable: Ma
         return unreadable[last]
     if match.paths:
         return f"no file of this name; {match.paths[0]} is that of another image"
-    similar = folder.like(name)
+    similar = folder.with_other_suffix(name)
     return f"no file of this name; {similar} has another suffix" if similar else "no file of this name"
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylivecell.data.image_names import Match, find_images, settle
+from raylivecell.data.image_names import Match, find_images, resolve_conflicts
 
 U = "zelle_\u00fc.png"
 NFD = unicodedata.normalize("NFD", U)
@@ -17,7 +17,7 @@ def resolved(files: list[str], *names: str, split: str = "train", annotation: st
     """The file of each name, "" where none, joined by | where several."""
     folder = find_images(sorted(files), None)
     claims = [(name, split, folder.find(name, split, annotation)) for name in names]
-    return ["|".join(paths) for paths in settle(claims)]
+    return ["|".join(paths) for paths in resolve_conflicts(claims)]
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_folders_of_splits_and_of_annotation_files_decide() -> None:
     assert resolved(files, "000.png", split="test") == ["images/test/000.png"]
     folder = find_images(files, None)
     claims = [(split, folder.find("001.png", split, f"{split}.json")) for split in ("train", "test")]
-    assert settle(("001.png", split, match) for split, match in claims) == [("images/train/001.png",), ()]
+    assert resolve_conflicts(("001.png", split, match) for split, match in claims) == [("images/train/001.png",), ()]
     # LIVECell's train and val share a folder: a file that both list is a leak, and both have it.
     shared = find_images(["images/livecell_train_val_images/x.tif"], None)
     claims = [(split, shared.find("x.tif", split, f"{split}.json")) for split in ("train", "val")]
-    assert [len(paths) for paths in settle(("x.tif", split, match) for split, match in claims)] == [1, 1]
+    assert [len(paths) for paths in resolve_conflicts(("x.tif", split, match) for split, match in claims)] == [1, 1]
     two = ["A/images/im0.png", "B/images/im0.png"]
     assert resolved(two, "im0.png", annotation="B/train.json") == ["B/images/im0.png"]
 
@@ -103,4 +103,4 @@ def test_percent_encoding_and_separators_do_not_matter(path: str) -> None:
 
 
 def test_what_is_weaker_loses() -> None:
-    assert settle([("a", "train", Match(("x",), 2)), ("b", "train", Match(("x",), 0))]) == [(), ("x",)]
+    assert resolve_conflicts([("a", "train", Match(("x",), 2)), ("b", "train", Match(("x",), 0))]) == [(), ("x",)]
