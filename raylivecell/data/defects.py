@@ -119,16 +119,16 @@ def apply_rules(
 
 def _check_duplicates(entries: Sequence[Entry], rules: Rules) -> Checked:
     """Keep one entry per file and split."""
-    dropped: list[Entry] = []
+    dropped_entries: list[Entry] = []
     defects = []
     most_cells = rule_of(rules, "duplicate_entry") == "keep_most_cells"
     for group in _groups(entries, lambda e: (e.split, e.path or e.image.file_name)):
-        kept = max(group, key=lambda e: e.cells) if most_cells else group[0]
-        dropped += [entry for entry in group if entry is not kept]
+        kept_entry = max(group, key=lambda e: e.cells) if most_cells else group[0]
+        dropped_entries += [entry for entry in group if entry is not kept_entry]
         ids = ", ".join(f"{entry.image.id} ({entry.cells} cells)" for entry in group)
-        detail = f"ids {ids}: {kept.image.id} stays"
-        defects.append(image_defect(kept, "duplicate_entry", rules, detail, [e.image.id for e in group]))
-    return _without(entries, dropped), defects
+        detail = f"ids {ids}: {kept_entry.image.id} is kept"
+        defects.append(image_defect(kept_entry, "duplicate_entry", rules, detail, [e.image.id for e in group]))
+    return _without(entries, dropped_entries), defects
 
 
 def _groups(entries: Iterable[Entry], key: Callable[[Entry], Any]) -> list[list[Entry]]:
@@ -145,8 +145,8 @@ def image_defect(entry: Entry, kind: str, rules: Rules, detail: str, ids: list[i
     return Defect(kind, rule, entry.image.file_name, entry.split, [entry.image.id] if ids is None else ids, detail)
 
 
-def _without(entries: Sequence[Entry], dropped: list[Entry]) -> list[Entry]:
-    identities = {id(entry) for entry in dropped}
+def _without(entries: Sequence[Entry], dropped_entries: list[Entry]) -> list[Entry]:
+    identities = {id(entry) for entry in dropped_entries}
     return [entry for entry in entries if id(entry) not in identities]
 
 
@@ -198,33 +198,35 @@ def _check_few(
 
 
 def _check_leaks(entries: list[Entry], infos: Mapping[str, ImageInfo], rules: Rules) -> Checked:
-    dropped: list[Entry] = []
+    dropped_entries: list[Entry] = []
     defects = []
     for group in _groups(entries, lambda e: infos[e.path or ""].pixels_sha256):
         group.sort(key=lambda e: (SPLIT_PRIORITY[e.split], e.image.file_name))
         first = group[0]
         others = [entry for entry in group if entry.split != first.split]
         if rule_of(rules, "leak") == "keep_test_first":
-            dropped += others
+            dropped_entries += others
         for entry in others:
             same = "file" if entry.path == first.path else f"pixels as {first.image.file_name}"
             detail = f"same {same} in {first.split} (id {first.image.id}) and {entry.split} (id {entry.image.id})"
             defects.append(image_defect(entry, "leak", rules, detail, [first.image.id, entry.image.id]))
-    return _without(entries, dropped), defects
+    return _without(entries, dropped_entries), defects
 
 
 def _check_identical(entries: list[Entry], infos: Mapping[str, ImageInfo], rules: Rules) -> Checked:
-    dropped: list[Entry] = []
+    dropped_entries: list[Entry] = []
     defects = []
     for group in _groups(entries, lambda e: (e.split, infos[e.path or ""].pixels_sha256)):
-        kept = min(group, key=lambda e: (-e.cells, e.image.file_name))
-        others = [entry for entry in group if entry is not kept]
-        if rule_of(rules, "identical_pixels", kept.split) == "keep_most_cells":
-            dropped += others
+        kept_entry = min(group, key=lambda e: (-e.cells, e.image.file_name))
+        others = [entry for entry in group if entry is not kept_entry]
+        if rule_of(rules, "identical_pixels", kept_entry.split) == "keep_most_cells":
+            dropped_entries += others
         for entry in others:
-            detail = f"same pixels as {kept.image.file_name}"
-            defects.append(image_defect(entry, "identical_pixels", rules, detail, [kept.image.id, entry.image.id]))
-    return _without(entries, dropped), defects
+            detail = f"same pixels as {kept_entry.image.file_name}"
+            defects.append(
+                image_defect(entry, "identical_pixels", rules, detail, [kept_entry.image.id, entry.image.id])
+            )
+    return _without(entries, dropped_entries), defects
 
 
 def intensity_rule(entries: Sequence[Entry], infos: Mapping[str, ImageInfo]) -> Intensity:

@@ -5,30 +5,30 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from prepare_source import Folder, Json
+from prepare_source import Json, SourceFolder
 
-from raylivecell.data import prepare as module
+from raylivecell.data import prepare as prepare_module
 from raylivecell.data import shards
 from raylivecell.runtime import session
 
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipeline's tasks run here and now: what they do is the same, and takes milliseconds."""
+    """Run the Ray Data tasks in this process: the same work, in milliseconds."""
 
-    def here(function: Callable[[Json], Json], jobs: Sequence[Json]) -> Iterator[Json]:
-        for job in jobs:
-            yield function(json.loads(json.dumps(job)))
+    def run_here(function: Callable[[Json], Json], rows: Sequence[Json]) -> Iterator[Json]:
+        for row in rows:
+            yield function(json.loads(json.dumps(row)))
 
-    monkeypatch.setattr(module, "_on_ray", here)
+    monkeypatch.setattr(prepare_module, "_on_ray", run_here)
     monkeypatch.setattr(session, "connect", lambda: None)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    """Two sound images in each split."""
-    made = Folder(tmp_path / "source")
+def folder(tmp_path: Path) -> SourceFolder:
+    """Two valid images in each split."""
+    folder = SourceFolder(tmp_path / "source")
     for split in shards.SPLITS:
         for number in (1, 2):
-            made.image(split, f"A172_Phase_{split}_{number}.png")
-    return made
+            folder.image(split, f"A172_Phase_{split}_{number}.png")
+    return folder

@@ -13,8 +13,6 @@ from pycocotools import mask as coco_mask
 from raylivecell.data import shards
 
 HEIGHT, WIDTH = 48, 64
-
-
 Json = dict[str, Any]
 
 
@@ -23,13 +21,11 @@ def square(x: float, y: float, side: float = 6) -> list[float]:
 
 
 SQUARES = [square(4, 4), square(20, 4), square(40, 30), square(10, 30), square(25, 20), square(52, 6)]
-
-
 N = len(SQUARES)
 
 
 def pixels(seed: int, outlines: Sequence[list[float]] = SQUARES) -> np.ndarray:
-    """uint8 (48, 64): gray 128 with noise, and a rough patch in each outline's box."""
+    """Return uint8 (48, 64): grey 128 with noise, and a rough patch in the box of each outline."""
     rng = np.random.default_rng(seed)
     image = rng.integers(127, 130, (HEIGHT, WIDTH)).astype(np.uint8)
     for outline in outlines:
@@ -39,8 +35,8 @@ def pixels(seed: int, outlines: Sequence[list[float]] = SQUARES) -> np.ndarray:
     return image
 
 
-class Folder:
-    """A source being made: images and one JSON a split, in LIVECell's layout."""
+class SourceFolder:
+    """A source under construction: images and one JSON per split, in LIVECell's layout."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.splits, self.number = root, dict[str, Json](), 0
@@ -56,8 +52,8 @@ class Folder:
         image_id = 1000 * self.number
         data["images"].append({"id": image_id, "file_name": name, "width": WIDTH, "height": HEIGHT} | more)
         for number, outline in enumerate(outlines, image_id + 1):
-            drawn = outline if isinstance(outline, dict) else [outline]
-            data["annotations"].append({"id": number, "image_id": image_id, "category_id": 1, "segmentation": drawn})
+            parts = outline if isinstance(outline, dict) else [outline]
+            data["annotations"].append({"id": number, "image_id": image_id, "category_id": 1, "segmentation": parts})
         return image_id
 
     def image(self, split: str, name: str, outlines: Sequence[Any] = SQUARES, **more: Any) -> int:
@@ -74,7 +70,7 @@ class Folder:
 
 
 def files_of(out: Path) -> dict[str, str]:
-    """Checksum of every file under `out`, hidden ones too."""
+    """Return the checksum of every file under `out`, including hidden ones."""
     files = (path for path in out.rglob("*") if path.is_file())
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -86,16 +82,16 @@ def rows_of(out: Path | str, split: str) -> dict[str, Json]:
 
 
 def masks_of(row: Json) -> np.ndarray:
-    """bool (cells, H, W) of a row's outlines."""
+    """Decode the outlines of a row: bool (cells, H, W)."""
     assert len(row["outlines"]) == row["cells"]
     size = [row["height"], row["width"]]
     masks = [coco_mask.decode({"size": size, "counts": counts}) for counts in row["outlines"]]
     return np.array(masks, bool).reshape(-1, *size)
 
 
-def found_in(description: Json, defect: str) -> list[Json]:
-    return [one for one in description["defects"]["found"] if one["defect"] == defect]
+def defects_of(description: Json, defect: str) -> list[Json]:
+    return [record for record in description["defects"]["found"] if record["defect"] == defect]
 
 
 def counts(description: Json) -> dict[str, tuple[int, int]]:
-    return {split: (told["images"], told["cells"]) for split, told in description["splits"].items()}
+    return {split: (totals["images"], totals["cells"]) for split, totals in description["splits"].items()}

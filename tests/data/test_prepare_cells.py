@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepare_source import HEIGHT, WIDTH, Folder, found_in, masks_of, pixels, rows_of, square
+from prepare_source import HEIGHT, WIDTH, SourceFolder, defects_of, masks_of, pixels, rows_of, square
 from pycocotools import mask as coco_mask
 
 from raylivecell.annotations import coco, drawing
-from raylivecell.data import cell_defects as outlines
 from raylivecell.data import defects, draw, plan
+from raylivecell.data.cell_defects import check_cells
 from raylivecell.data.prepare import prepare
 
 pytest_plugins = ["prepare_fixtures"]
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_rle_and_polygons_draw_the_same(folder: Folder, tmp_path: Path) -> None:
+def test_rle_and_polygons_draw_the_same(folder: SourceFolder, tmp_path: Path) -> None:
     polygons = [square(3.3, 4.7, 9.9), square(11, 9), square(50, 40, 30)]
     encoded = [coco_mask.merge(coco_mask.frPyObjects([polygon], HEIGHT, WIDTH)) for polygon in polygons]
     compressed = [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in encoded]
@@ -28,16 +28,16 @@ def test_rle_and_polygons_draw_the_same(folder: Folder, tmp_path: Path) -> None:
         flat = coco_mask.decode(rle).T.ravel()
         runs = np.diff(np.r_[0, np.flatnonzero(np.diff(flat)) + 1, len(flat)]).tolist()
         plain.append({"size": rle["size"], "counts": [0, *runs] if flat[0] else runs})
-    for name, drawn in (("a", polygons), ("b", compressed), ("c", plain), ("d", [{"size": [5, 5], "counts": [25]}])):
+    for name, outlines in (("a", polygons), ("b", compressed), ("c", plain), ("d", [{"size": [5, 5], "counts": [25]}])):
         folder.file(f"{name}.png", pixels(ord(name)))
-        folder.entry("train", f"{name}.png", drawn)
-    told = prepare(folder.write(), str(tmp_path / "out"))
+        folder.entry("train", f"{name}.png", outlines)
+    description = prepare(folder.write(), str(tmp_path / "out"))
     rows = rows_of(tmp_path / "out", "train")
     for name in "bc":
         np.testing.assert_array_equal(rows["a.png"]["labels"], rows[f"{name}.png"]["labels"])
     assert "d.png" not in rows
-    assert [one["file_name"] for one in found_in(told, "degenerate_polygon")] == ["d.png"]
-    assert found_in(told, "no_annotations")[0]["detail"] == "no annotation left that can be drawn"
+    assert [defect["file_name"] for defect in defects_of(description, "degenerate_polygon")] == ["d.png"]
+    assert defects_of(description, "no_annotations")[0]["detail"] == "no annotation left that can be drawn"
 
 
 def record(number: int, corners: np.ndarray, as_rle: bool) -> tuple[coco.CellRecord, np.ndarray]:
@@ -53,24 +53,24 @@ CORNERS = st.lists(st.tuples(st.integers(-40, 300), st.integers(-40, 230)), min_
 
 @given(st.lists(st.tuples(CORNERS, st.booleans()), min_size=1, max_size=8))
 @settings(max_examples=100)
-def test_outlines_are_whole_cells_as_pycocotools_draws_them_one_by_one(cells: list[Any]) -> None:
-    """In the order of the labels; overlapping cells both keep what they share, of which the labels tell one."""
+def test_outlines_are_complete_masks_as_drawn_by_pycocotools(cells: list[Any]) -> None:
+    """In the order of the labels; overlapping cells both keep the shared pixels, although a pixel has one label."""
     records, masks = zip(*(record(i, np.array(corners) / 4, as_rle) for i, (corners, as_rle) in enumerate(cells)))
     image = plan.ImagePlan("a.png", "a.png", "train", "train.json", 1, "A172", "", (1, 1), HEIGHT * WIDTH)
-    rules, found = {"doubled_contour": "keep", "no_annotations": "keep"}, list[defects.Defect]()
-    row = draw.draw_sample(np.zeros((HEIGHT, WIDTH), np.uint8), image, list(records), rules, 5.0, found)
+    rules, reported = {"doubled_contour": "keep", "no_annotations": "keep"}, list[defects.Defect]()
+    row = draw.draw_sample(np.zeros((HEIGHT, WIDTH), np.uint8), image, list(records), rules, 5.0, reported)
     assert row is not None
-    gone = {i for one in found if one.defect in ("degenerate_polygon", "hidden_cell") for i in one.ids}
-    stay = [mask for i, mask in enumerate(masks) if i not in gone]
-    drawn = masks_of(row)
-    np.testing.assert_array_equal(drawn, np.array(stay, bool).reshape(-1, HEIGHT, WIDTH))
-    np.testing.assert_array_equal(drawn.any(axis=0), row["foreground"] != 0)
-    for label, mask in enumerate(drawn, 1):
+    dropped = {i for d in reported if d.defect in ("degenerate_polygon", "hidden_cell") for i in d.ids}
+    expected = [mask for i, mask in enumerate(masks) if i not in dropped]
+    outlines = masks_of(row)
+    np.testing.assert_array_equal(outlines, np.array(expected, bool).reshape(-1, HEIGHT, WIDTH))
+    np.testing.assert_array_equal(outlines.any(axis=0), row["foreground"] != 0)
+    for label, mask in enumerate(outlines, 1):
         assert mask[row["labels"] == label].all()
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_overlapping_cells_both_keep_shared_pixels_in_the_shard(folder: Folder, tmp_path: Path) -> None:
+def test_overlapping_cells_both_keep_shared_pixels_in_the_shard(folder: SourceFolder, tmp_path: Path) -> None:
     outside = square(200, 200)  # owns no pixel: neither a label nor an outline
     folder.image("train", "A172_Phase_two.png", [square(4, 4, 12), outside, square(10, 10, 9)])
     prepare(folder.write(), str(tmp_path / "out"))
@@ -81,14 +81,14 @@ def test_overlapping_cells_both_keep_shared_pixels_in_the_shard(folder: Folder, 
     assert np.bincount(row["labels"].ravel())[1:].tolist() == [108, 81]
 
 
-def test_outlines_that_are_odd_and_drawn_or_named() -> None:
+def test_unusual_outlines_are_drawn_or_reported() -> None:
     shape = (40, 40)
 
     def checked(*polygons: list[float]) -> tuple[int, dict[str, str]]:
         arrays = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in polygons]
-        cells, _, found = outlines.check_cells([coco.CellRecord(1, False, arrays, [])], shape, (1.0, 1.0), {})
-        drawn = sum(int(drawing.rasterise(cell, shape).mask.sum()) for cell in cells)
-        return drawn, {defect: members[0][1] for defect, members in found.items()}
+        cells, _, cell_defects = check_cells([coco.CellRecord(1, False, arrays, [])], shape, (1.0, 1.0), {})
+        pixels = sum(int(drawing.rasterise(cell, shape).mask.sum()) for cell in cells)
+        return pixels, {defect: members[0][1] for defect, members in cell_defects.items()}
 
     bow_tie = checked([1, 1, 30, 1, 1, 30, 30, 30])  # its signed area is 0
     assert bow_tie[0] > 300
@@ -103,18 +103,17 @@ def test_outlines_that_are_odd_and_drawn_or_named() -> None:
 
 
 def test_run_lengths_are_scaled_with_their_image() -> None:
-    """The JSON says 8 x 4 pixels, the file has 16 x 12: each pixel of the mask becomes 2 x 3."""
+    """8 x 4 pixels in the JSON, 16 x 12 in the file: each pixel of the mask becomes 2 x 3."""
     mask = np.random.default_rng(0).random((4, 8)) > 0.5
     values = mask.T.ravel()
     edges = np.flatnonzero(np.diff(values)) + 1
     runs = np.diff([0, *edges, values.size])
     record = coco.CellRecord(1, False, [], [((4, 8), np.array([0, *runs] if values[0] else runs))])
-    cells, _, found = outlines.check_cells([record], (12, 16), (2.0, 3.0), {})
-    assert found == {}
-    drawn = np.zeros((12, 16), bool)
+    cells, _, cell_defects = check_cells([record], (12, 16), (2.0, 3.0), {})
+    assert cell_defects == {}
+    scaled = np.zeros((12, 16), bool)
     patch = cells[0]
     assert isinstance(patch, drawing.Patch)
-    drawn[patch.top : patch.top + patch.mask.shape[0], patch.left : patch.left + patch.mask.shape[1]] = patch.mask
-    np.testing.assert_array_equal(drawn, np.repeat(np.repeat(mask, 3, axis=0), 2, axis=1))
-    found = outlines.check_cells([record], (12, 16), (1.0, 1.0), {})[2]
-    assert "degenerate_polygon" in found
+    scaled[patch.top : patch.top + patch.mask.shape[0], patch.left : patch.left + patch.mask.shape[1]] = patch.mask
+    np.testing.assert_array_equal(scaled, np.repeat(np.repeat(mask, 3, axis=0), 2, axis=1))
+    assert "degenerate_polygon" in check_cells([record], (12, 16), (1.0, 1.0), {}).defects

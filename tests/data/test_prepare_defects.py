@@ -10,12 +10,12 @@ from prepare_source import (
     HEIGHT,
     SQUARES,
     WIDTH,
-    Folder,
     Json,
     N,
+    SourceFolder,
     counts,
+    defects_of,
     files_of,
-    found_in,
     masks_of,
     pixels,
     rows_of,
@@ -28,14 +28,14 @@ from raylivecell.cli.main import main
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects as outlines
 from raylivecell.data import defects, draw, shards, sources
-from raylivecell.data import prepare as module
+from raylivecell.data import prepare as prepare_module
 from raylivecell.data.config import DEFECT_KINDS, PrepareConfig
 from raylivecell.data.prepare import prepare
 
 pytest_plugins = ["prepare_fixtures"]
 
 
-def test_visible_cells_tell_whole_from_few_annotations_on_real_images(livecell_mini: Path) -> None:
+def test_visible_pixels_separate_complete_from_few_annotations_on_real_images(livecell_mini: Path) -> None:
     """LIVECell issue 21: images with 1 to 10 of hundreds of cells annotated."""
     source = sources.read_source(str(livecell_mini), PrepareConfig())
     for entry in source.entries:
@@ -45,8 +45,8 @@ def test_visible_cells_tell_whole_from_few_annotations_on_real_images(livecell_m
         assert outlines.covered(cells[: len(cells) // 20]) < defects.FEW_COVERAGE * visible
 
 
-def with_every_defect(folder: Folder) -> dict[str, list[Any]]:
-    """Plants each defect once; returns defect -> [file name, ids]."""
+def with_every_defect(folder: SourceFolder) -> dict[str, list[Any]]:
+    """Plant each defect once; return defect -> [file name, ids]."""
     first = "A172_Phase_train_1.png"
     planted: dict[str, list[Any]] = {}
     ids = [folder.splits["train"]["images"][0]["id"], folder.entry("train", first, SQUARES[:3])]
@@ -103,19 +103,19 @@ def with_every_defect(folder: Folder) -> dict[str, list[Any]]:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_every_defect_is_found_and_handled_by_its_rule(folder: Folder, tmp_path: Path) -> None:
+def test_every_defect_is_reported_and_handled_by_its_rule(folder: SourceFolder, tmp_path: Path) -> None:
     planted = with_every_defect(folder)
-    told = prepare(folder.write(), str(tmp_path / "out"))
-    got = {one["defect"]: [one["file_name"], one["ids"]] for one in told["defects"]["found"]}
-    assert got == planted
-    assert told["defects"]["counts"] == dict.fromkeys(sorted(planted), 1)
+    description = prepare(folder.write(), str(tmp_path / "out"))
+    reported = {d["defect"]: [d["file_name"], d["ids"]] for d in description["defects"]["found"]}
+    assert reported == planted
+    assert description["defects"]["counts"] == dict.fromkeys(sorted(planted), 1)
     train, val, test = (rows_of(tmp_path / "out", split) for split in shards.SPLITS)
     assert len(train) == 2 + 3
     assert train["A172_Phase_train_1.png"]["cells"] == N
     np.testing.assert_array_equal(train["A172_Phase_colour_image.png"]["image"], pixels(60))
     np.testing.assert_array_equal(train["A172_Phase_sixteen_bit_image.png"]["image"], pixels(61))
     assert "A172_Phase_both.png" not in train
-    # The squares, the one cut at the edge, and the one that lies on a larger one.
+    # The squares, the cell clipped at the edge, and the cell on top of a larger one.
     labels = train["A172_Phase_cells.png"]["labels"]
     assert train["A172_Phase_cells.png"]["cells"] == N + 2
     assert np.bincount(labels.ravel())[1:].tolist() == [36, 36, 36, 32, 36, 36, 18, 4]
@@ -124,7 +124,7 @@ def test_every_defect_is_found_and_handled_by_its_rule(folder: Folder, tmp_path:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_the_other_rules(folder: Folder, tmp_path: Path) -> None:
+def test_the_other_rules(folder: SourceFolder, tmp_path: Path) -> None:
     planted = with_every_defect(folder)
     config = PrepareConfig(
         on_defect={
@@ -142,24 +142,24 @@ def test_the_other_rules(folder: Folder, tmp_path: Path) -> None:
             "crowd_region": "keep",
         }
     )
-    told = prepare(folder.write(), str(tmp_path / "out"), config)
-    assert set(told["defects"]["counts"]) == set(planted)
+    description = prepare(folder.write(), str(tmp_path / "out"), config)
+    assert set(description["defects"]["counts"]) == set(planted)
     train, val, _ = (rows_of(tmp_path / "out", split) for split in shards.SPLITS)
     names = {"train_1", "train_2", "none", "few", "again", "cells", "both"}
     assert set(train) == {f"A172_Phase_{name}.png" for name in names}
     assert not train["A172_Phase_none.png"]["foreground"].any()
     assert train["A172_Phase_both.png"]["source"].endswith("/x/A172_Phase_both.png")
-    # The second contour of one cell is kept, and has no pixel of its own.
-    assert found_in(told, "hidden_cell")[0]["ids"] == planted["doubled_contour"][1]
+    # The doubled contour is kept, and has no pixel of its own.
+    assert defects_of(description, "hidden_cell")[0]["ids"] == planted["doubled_contour"][1]
     assert train["A172_Phase_cells.png"]["cells"] == N + 2
     assert set(val) == {f"A172_Phase_{name}.png" for name in ("val_1", "val_2", "val_1_copy", "size")}
-    # The JSON says 32 pixels wide, the file has 64: twice as wide, and the two that leave the file so are dropped.
+    # 32 pixels wide in the JSON, 64 in the file: scaled by 2, and the two cells that then leave the image are dropped.
     assert val["A172_Phase_size.png"]["foreground"].sum() == 2 * 36 * (N - 2)
 
 
 @pytest.mark.usefixtures("no_ray")
 def test_strict_lists_defects_and_leaves_nothing(
-    folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: SourceFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.image("train", "A172_Phase_none.png", [])
     with pytest.raises(UserError, match="no_annotations 1: A172_Phase_none"):
@@ -174,18 +174,18 @@ def test_strict_lists_defects_and_leaves_nothing(
 
 
 def as_brush(cell: Json) -> None:
-    """CVAT's form of a cell drawn by brush: an RLE of the whole image, iscrowd 1."""
+    """Convert to CVAT's form of a cell drawn by brush: an RLE of the entire image, iscrowd 1."""
     (rle,) = coco_mask.frPyObjects([cell["segmentation"][0]], HEIGHT, WIDTH)
     cell |= {"iscrowd": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}}
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_crowds_are_no_silent_guess(folder: Folder, tmp_path: Path) -> None:
+def test_many_crowds_need_an_explicit_rule(folder: SourceFolder, tmp_path: Path) -> None:
     cells = folder.splits["train"]["annotations"]
     as_brush(cells[0])
-    told = prepare(folder.write(), str(tmp_path / "few"))
-    assert counts(told)["train"] == (2, 2 * N - 1)
-    assert found_in(told, "crowd_region")[0]["rule"] == "drop"
+    description = prepare(folder.write(), str(tmp_path / "few"))
+    assert counts(description)["train"] == (2, 2 * N - 1)
+    assert defects_of(description, "crowd_region")[0]["rule"] == "drop"
     for cell in cells[1:3]:
         as_brush(cell)
     with pytest.raises(UserError, match=f"3 of {2 * N} annotations .*--on-defect crowd_region=keep"):
@@ -198,7 +198,7 @@ def test_crowds_are_no_silent_guess(folder: Folder, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("damage", "reason"),
     [
         ({"image": {"file_name": "gone.png"}}, "missing_file 1: gone.png"),
         ({"image": {"width": 5}}, "wrong_size 2"),
@@ -207,23 +207,23 @@ def test_crowds_are_no_silent_guess(folder: Folder, tmp_path: Path) -> None:
         ({"cell": {"iscrowd": 1}}, "crowd_region 2"),
     ],
 )
-def test_a_split_that_ends_empty_is_an_error_with_the_reason(
-    split: str, broken: Json, told: str, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_split_without_usable_images_is_an_error_with_the_reason(
+    split: str, damage: Json, reason: str, folder: SourceFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = folder.splits[split]
     for image in data["images"]:
-        image |= broken.get("image", {})
+        image |= damage.get("image", {})
     for cell in data["annotations"]:
-        cell |= broken.get("cell", {})
-    with pytest.raises(UserError, match=f"no image of {split} can be used: .*{told}.* the table above"):
+        cell |= damage.get("cell", {})
+    with pytest.raises(UserError, match=f"no image of {split} can be used: .*{reason}.* the table above"):
         prepare(folder.write(), str(tmp_path / "out"), PrepareConfig(on_defect={"crowd_region": "drop"}))
     table = capsys.readouterr().err
-    assert told.split()[0] in table.split("Defects")[1]
+    assert reason.split()[0] in table.split("Defects")[1]
     assert files_of(tmp_path / "out") == {}
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_set_without_a_cell_is_an_error(folder: Folder, tmp_path: Path) -> None:
+def test_a_dataset_without_cells_is_an_error(folder: SourceFolder, tmp_path: Path) -> None:
     folder.splits["test"]["annotations"] = []
     assert counts(prepare(folder.write(), str(tmp_path / "out")))["test"] == (2, 0)
     folder.splits["train"]["annotations"] = folder.splits["val"]["annotations"] = []
@@ -237,8 +237,10 @@ def test_a_set_without_a_cell_is_an_error(folder: Folder, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_test_keeps_what_is_published(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What rules drop from train for their own sake stays in test, and is named."""
+def test_the_test_split_keeps_published_images(
+    folder: SourceFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images and cells that rules drop from train are kept in test, and reported."""
     for split in ("train", "test"):
         place = "livecell_test_images" if split == "test" else "livecell_train_val_images"
         folder.image(split, f"A172_Phase_{split}_few.png", [square(5, 5, 3)])
@@ -248,10 +250,10 @@ def test_test_keeps_what_is_published(folder: Folder, tmp_path: Path, capsys: py
         folder.image(split, f"A172_Phase_{split}_hidden.png", [*inner, square(200, 200)])
         folder.file(f"A172_Phase_{split}_copy.png", pixels(folder.number - 1), place)
         folder.entry(split, f"A172_Phase_{split}_copy.png", inner)
-    told = prepare(folder.write(), str(tmp_path / "out"))
-    assert counts(told) == {"train": (4, 3 * N + 4), "val": (2, 2 * N), "test": (7, 3 * N + 1 + 1 + 5 + 5)}
-    assert told["splits"]["test"]["listed"] == {"images": 7, "cells": 3 * N + 1 + 1 + 6 + 5}
-    rules = {(one["defect"], one["split"]): one["rule"] for one in told["defects"]["found"]}
+    description = prepare(folder.write(), str(tmp_path / "out"))
+    assert counts(description) == {"train": (4, 3 * N + 4), "val": (2, 2 * N), "test": (7, 3 * N + 1 + 1 + 5 + 5)}
+    assert description["splits"]["test"]["listed"] == {"images": 7, "cells": 3 * N + 1 + 1 + 6 + 5}
+    rules = {(d["defect"], d["split"]): d["rule"] for d in description["defects"]["found"]}
     names = ("few_annotations", "no_annotations", "identical_pixels", "doubled_contour")
     assert [rules[name, "test"] for name in names] == ["keep"] * 4
     assert [rules[name, "train"] for name in names] == ["drop", "drop", "keep_most_cells", "keep_first"]
@@ -263,7 +265,7 @@ def test_test_keeps_what_is_published(folder: Folder, tmp_path: Path, capsys: py
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_refuse_rules(folder: Folder, tmp_path: Path) -> None:
+def test_refuse_rules(folder: SourceFolder, tmp_path: Path) -> None:
     folder.entry("train", "A172_Phase_gone.png")
     source = folder.write()
     assert prepare(source, str(tmp_path / "out"))["defects"]["counts"] == {"missing_file": 1}
@@ -272,7 +274,7 @@ def test_refuse_rules(folder: Folder, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_truncated_json(folder: Folder, tmp_path: Path) -> None:
+def test_truncated_json(folder: SourceFolder, tmp_path: Path) -> None:
     source = folder.write()
     path = folder.root / "annotations/LIVECell/livecell_coco_train.json"
     text = path.read_bytes()
@@ -281,8 +283,10 @@ def test_truncated_json(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"livecell_coco_train.json ends too early, at byte {place}; get"):
         prepare(source, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    told = prepare(source, str(tmp_path / "out"), PrepareConfig(on_defect={"truncated_json": "keep_complete_records"}))
-    assert found_in(told, "truncated_json")[0]["ids"] == [2000]
+    description = prepare(
+        source, str(tmp_path / "out"), PrepareConfig(on_defect={"truncated_json": "keep_complete_records"})
+    )
+    assert defects_of(description, "truncated_json")[0]["ids"] == [2000]
     assert set(rows_of(tmp_path / "out", "train")) == {"A172_Phase_train_1.png"}
 
 
@@ -293,15 +297,15 @@ def test_planted_defects_of_synthetic_data(tmp_path: Path) -> None:
     source = tmp_path / "source"
     writer.write_dataset(source, 24, seed=5, defects=True)
     planted = json.loads((source / "planted.json").read_text())["defects"]
-    told = prepare(str(source), str(tmp_path / "out"))
+    description = prepare(str(source), str(tmp_path / "out"))
     names = set()
-    for one in planted:
-        files = {one["file_name"], *(listed["file_name"] for listed in one["listed"])}
+    for defect in planted:
+        files = {defect["file_name"], *(entry["file_name"] for entry in defect["listed"])}
         names |= files
-        (found,) = (found for found in found_in(told, one["defect"]) if found["file_name"] in files)
-        images = {listed["image_id"] for listed in one["listed"]}
-        assert set(found["ids"]) in (images, set(one["annotation_ids"]))
-    assert {found["file_name"] for found in told["defects"]["found"]} <= names
+        (report,) = (d for d in defects_of(description, defect["defect"]) if d["file_name"] in files)
+        images = {entry["image_id"] for entry in defect["listed"]}
+        assert set(report["ids"]) in (images, set(defect["annotation_ids"]))
+    assert {d["file_name"] for d in description["defects"]["found"]} <= names
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,7 @@ def test_on_defect_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configs: list[PrepareConfig] = []
-    monkeypatch.setattr(module, "prepare", lambda source, out, config, *_: configs.append(config))
+    monkeypatch.setattr(prepare_module, "prepare", lambda source, out, config, *_: configs.append(config))
     command = ["prepare", "--on-defect", "leak=keep", "missing_file=refuse", "--source", "in", "--out", "out"]
     assert main([*command, "--on-defect=wrong_size=scale"]) == 0
     assert configs[0].on_defect == {"leak": "keep", "missing_file": "refuse", "wrong_size": "scale"}

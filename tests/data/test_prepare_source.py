@@ -8,7 +8,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from prepare_source import HEIGHT, WIDTH, Folder, N, counts, files_of, found_in, masks_of, pixels, rows_of, square
+from prepare_source import (
+    HEIGHT,
+    WIDTH,
+    N,
+    SourceFolder,
+    counts,
+    defects_of,
+    files_of,
+    masks_of,
+    pixels,
+    rows_of,
+    square,
+)
 
 from raylivecell.annotations import drawing
 from raylivecell.core.errors import UserError
@@ -21,17 +33,17 @@ pytest_plugins = ["prepare_fixtures"]
 
 @pytest.mark.ray
 def test_real_livecell(livecell_mini: Path, ray_cluster: None, tmp_path: Path) -> None:
-    told = prepare(str(livecell_mini), str(tmp_path / "out"))
-    assert counts(told) == {"train": (9, 2068), "val": (2, 327), "test": (3, 869)}
-    assert told["defects"]["counts"] == {"unlisted_file": 6}
-    assert told["licence"] == "CC BY-NC 4.0"
-    assert "Nature Methods" in told["citation"]
-    assert set(told["cell_types"]) == {"MCF7", "BT474", "Huh7", "SkBr3", "SHSY5Y", "A172", "SKOV3"}
-    assert told == shards.load_description(str(tmp_path / "out"))
+    description = prepare(str(livecell_mini), str(tmp_path / "out"))
+    assert counts(description) == {"train": (9, 2068), "val": (2, 327), "test": (3, 869)}
+    assert description["defects"]["counts"] == {"unlisted_file": 6}
+    assert description["licence"] == "CC BY-NC 4.0"
+    assert "Nature Methods" in description["citation"]
+    assert set(description["cell_types"]) == {"MCF7", "BT474", "Huh7", "SkBr3", "SHSY5Y", "A172", "SKOV3"}
+    assert description == shards.load_description(str(tmp_path / "out"))
     train = rows_of(tmp_path / "out", "train")
     values = np.concatenate([row["image"].ravel() for row in train.values()]).astype(float)
-    assert told["grey_levels"]["mean"] == pytest.approx(values.mean(), abs=1e-3)
-    assert told["grey_levels"]["std"] == pytest.approx(values.std(), abs=1e-3)
+    assert description["grey_levels"]["mean"] == pytest.approx(values.mean(), abs=1e-3)
+    assert description["grey_levels"]["std"] == pytest.approx(values.std(), abs=1e-3)
     for row in train.values():
         assert len(np.unique(row["labels"])) == row["cells"] + 1
         np.testing.assert_array_equal(row["foreground"], row["labels"] > 0)
@@ -42,10 +54,10 @@ def test_real_livecell(livecell_mini: Path, ray_cluster: None, tmp_path: Path) -
     )
     row = rows_of(tmp_path / "out", "test")["MCF7_Phase_H4_1_03d08h00m_4.tif"]
     areas = np.concatenate([areas, np.bincount(row["labels"].ravel())[1:]])
-    assert told["cell_types"]["MCF7"]["cell_area_px"]["p50"] == np.percentile(areas, 50, method="inverted_cdf")
+    assert description["cell_types"]["MCF7"]["cell_area_px"]["p50"] == np.percentile(areas, 50, method="inverted_cdf")
     before = files_of(tmp_path / "out")
     assert set(before) == {"dataset.json", *(f"{split}/part-00000.parquet" for split in shards.SPLITS)}
-    assert prepare(str(livecell_mini), str(tmp_path / "out")) == told
+    assert prepare(str(livecell_mini), str(tmp_path / "out")) == description
     assert files_of(tmp_path / "out") == before
 
 
@@ -61,8 +73,8 @@ def test_nested_images_and_annotations_as_dict(livecell_mini: Path, tmp_path: Pa
         data["annotations"] = {str(cell["id"]): cell for cell in reversed(data["annotations"])}
         (copy / path.name).write_text(json.dumps(data))
     flat = prepare(str(livecell_mini), str(tmp_path / "flat"))
-    nested_told = prepare(str(copy), str(tmp_path / "nested"))
-    assert counts(flat) == counts(nested_told)
+    nested = prepare(str(copy), str(tmp_path / "nested"))
+    assert counts(flat) == counts(nested)
     for split in shards.SPLITS:
         ours, theirs = rows_of(tmp_path / "flat", split), rows_of(tmp_path / "nested", split)
         assert list(ours) == list(theirs)
@@ -74,7 +86,7 @@ def test_nested_images_and_annotations_as_dict(livecell_mini: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_single_cell_type_and_size_split_files(folder: Folder, tmp_path: Path) -> None:
+def test_single_cell_type_and_size_split_files(folder: SourceFolder, tmp_path: Path) -> None:
     source = Path(folder.write())
     kinds = source / "annotations" / "LIVECell_single_cells"
     for kind in ("a172", "bv2"):
@@ -88,9 +100,9 @@ def test_single_cell_type_and_size_split_files(folder: Folder, tmp_path: Path) -
     sizes.mkdir()
     shutil.copyfile(kinds / "bv2" / "train.json", sizes / "0_train2percent.json")
     assert counts(prepare(str(source), str(tmp_path / "all")))["train"] == (2, 2 * N)
-    one = prepare(
+    selected = prepare(
         str(source),
-        str(tmp_path / "one"),
+        str(tmp_path / "selected"),
         PrepareConfig(
             annotations={
                 "train": "annotations/LIVECell_dataset_size_split/0_train2percent.json",
@@ -98,9 +110,9 @@ def test_single_cell_type_and_size_split_files(folder: Folder, tmp_path: Path) -
             }
         ),
     )
-    assert counts(one) == {"train": (1, N), "val": (0, 0), "test": (2, 2 * N)}
-    # Each single-type file holds the annotations of images that it does not list.
-    assert {found["detail"] for found in found_in(one, "orphan_annotation")} == {
+    assert counts(selected) == {"train": (1, N), "val": (0, 0), "test": (2, 2 * N)}
+    # Each single-type file contains annotations of images that it does not list.
+    assert {defect["detail"] for defect in defects_of(selected, "orphan_annotation")} == {
         f"{N} annotations of images not listed"
     }
     shutil.rmtree(base)
@@ -109,7 +121,7 @@ def test_single_cell_type_and_size_split_files(folder: Folder, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_any_coco_set_of_any_size(tmp_path: Path) -> None:
+def test_coco_dataset_with_images_of_any_size(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for number, (split, size) in enumerate({"train": (30, 200), "val": (17, 19), "test": (300, 31)}.items()):
         (source / split / "deep").mkdir(parents=True)
@@ -124,10 +136,10 @@ def test_any_coco_set_of_any_size(tmp_path: Path) -> None:
             "licenses": [{"name": "CC0"}],
         }
         (source / f"instances_{split}.json").write_text(json.dumps(data))
-    told = prepare(str(source), str(tmp_path / "out"))
-    assert told["defects"]["found"] == []
-    assert told["licence"] == "CC0"
-    assert told["cell_types"]["neuron"]["images"] == {"train": 1, "val": 1, "test": 1}
+    description = prepare(str(source), str(tmp_path / "out"))
+    assert description["defects"]["found"] == []
+    assert description["licence"] == "CC0"
+    assert description["cell_types"]["neuron"]["images"] == {"train": 1, "val": 1, "test": 1}
     (row,) = rows_of(tmp_path / "out", "test").values()
     assert row["image"].shape == (300, 31)
     # Two polygons of one record are one cell.
@@ -135,24 +147,26 @@ def test_any_coco_set_of_any_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_chosen_categories_are_the_cells(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_chosen_categories_are_cells(
+    folder: SourceFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for data in folder.splits.values():
         data["categories"] = [{"id": 1, "name": "cell"}, {"id": 2, "name": "scale bar"}]
         data["annotations"][0]["category_id"] = 2
-    told = prepare(folder.write(), str(tmp_path / "all"))
-    assert counts(told)["train"] == (2, 2 * N)
+    description = prepare(folder.write(), str(tmp_path / "all"))
+    assert counts(description)["train"] == (2, 2 * N)
     assert f"2 categories are all taken as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
-    told = prepare(folder.write(), str(tmp_path / "cells"), PrepareConfig(categories=("cell",)))
-    assert counts(told)["train"] == (2, 2 * N - 1)
+    description = prepare(folder.write(), str(tmp_path / "cells"), PrepareConfig(categories=("cell",)))
+    assert counts(description)["train"] == (2, 2 * N - 1)
     assert "warning" not in capsys.readouterr().err
-    chosen = [(one["name"], one["images"], one["annotations"], one["chosen"]) for one in told["categories"]]
+    chosen = [(c["name"], c["images"], c["annotations"], c["chosen"]) for c in description["categories"]]
     assert chosen == [("cell", 6, 6 * N - 3, True), ("scale bar", 3, 3, False)]
-    assert told["source"]["categories"] == ["cell"]
+    assert description["source"]["categories"] == ["cell"]
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_names_of_another_computer_choose_among_the_files(folder: Folder, tmp_path: Path) -> None:
-    """And results are written by the file's name: a name in the JSON leads nowhere."""
+def test_paths_of_another_computer_select_among_the_files(folder: SourceFolder, tmp_path: Path) -> None:
+    """Results are then named after the file, so that a name in the JSON cannot lead out of the folder."""
     names = ["..\\..\\upload\\A172_Phase_train_1.png", "https://host.org/b/A172_Phase_train_2.png?x=1"]
     for image, name in zip(folder.splits["train"]["images"], names):
         image["file_name"] = name
@@ -162,28 +176,28 @@ def test_names_of_another_computer_choose_among_the_files(folder: Folder, tmp_pa
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_cells_of_images_with_one_id_are_drawn_on_none(folder: Folder, tmp_path: Path) -> None:
+def test_cells_of_images_that_share_an_id_are_dropped(folder: SourceFolder, tmp_path: Path) -> None:
     first, second = folder.splits["train"]["images"]
     second["id"] = first["id"]
     folder.image("train", "A172_Phase_good.png")
-    told = prepare(folder.write(), str(tmp_path / "out"))
+    description = prepare(folder.write(), str(tmp_path / "out"))
     assert list(rows_of(tmp_path / "out", "train")) == ["A172_Phase_good.png"]
-    assert "the id of 2 images" in found_in(told, "bad_record")[0]["detail"]
+    assert "the id of 2 images" in defects_of(description, "bad_record")[0]["detail"]
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_file_names_do_not_lead_out_of_the_folder(folder: Folder, tmp_path: Path) -> None:
+def test_file_names_that_lead_out_of_the_folder_are_bad_records(folder: SourceFolder, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "secret.png"), pixels(99))
     names = ["../../secret.png", str(tmp_path / "secret.png"), "..\\secret.png", "c:\\secret.png", "~/secret.png"]
     for name in names:
         folder.entry("train", name)
-    told = prepare(folder.write(), str(tmp_path / "out"))
-    assert [one["file_name"] for one in found_in(told, "bad_record")] == names
-    assert counts(told)["train"] == (2, 2 * N)
+    description = prepare(folder.write(), str(tmp_path / "out"))
+    assert [defect["file_name"] for defect in defects_of(description, "bad_record")] == names
+    assert counts(description)["train"] == (2, 2 * N)
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_mistakes_are_one_line(folder: Folder, tmp_path: Path) -> None:
+def test_user_errors_are_one_line(folder: SourceFolder, tmp_path: Path) -> None:
     source = folder.write()
     for config, message in (
         (PrepareConfig(annotations={"train": "nothing.json"}), "no annotation file nothing.json"),
@@ -199,9 +213,11 @@ def test_mistakes_are_one_line(folder: Folder, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_large_images_make_smaller_shards(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_make_smaller_shards(
+    folder: SourceFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(3):
         folder.image("train", f"A172_Phase_{number}.png")
     monkeypatch.setattr(plan, "SHARD_PIXELS", 2 * HEIGHT * WIDTH + 5)
-    told = prepare(folder.write(), str(tmp_path / "out"))
-    assert [shard["rows"] for shard in told["splits"]["train"]["shards"]] == [2, 2, 1]
+    description = prepare(folder.write(), str(tmp_path / "out"))
+    assert [shard["rows"] for shard in description["splits"]["train"]["shards"]] == [2, 2, 1]
