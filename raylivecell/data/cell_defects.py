@@ -34,6 +34,21 @@ class CheckedCells(NamedTuple):
     defects: CellDefects
 
 
+def covered(records: Sequence[CellRecord]) -> float:
+    """Return the pixels that `records` cover, overlaps counted twice: the sum of their areas."""
+    polygon_area = sum(_area(polygon.astype(np.float64)) for record in records for polygon in record.polygons)
+    return polygon_area + float(sum(runs[1::2].clip(0).sum() for record in records for _, runs in record.runs))
+
+
+def _area(polygon: NDArray[np.float64]) -> float:
+    """Return the area of a polygon (V, 2) in square pixels; 0 if it has none or is not finite."""
+    if len(polygon) < 3 or not np.isfinite(polygon).all():
+        return 0.0
+    x, y = (polygon - polygon[0]).T
+    doubled_area = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]
+    return float(abs(doubled_area) / 2)
+
+
 def check_cells(
     records: Sequence[CellRecord],
     shape: tuple[int, int],
@@ -133,6 +148,18 @@ def _leaves_image(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -
     return bool((corners < -TOLERANCE).any() or (corners > limit).any())
 
 
+def _rle(cell: Cell, shape: tuple[int, int]) -> dict[str, object]:
+    """Return a cell in its image as pycocotools' RLE."""
+    height, width = shape
+    if isinstance(cell, Patch):
+        mask = np.zeros(shape, np.uint8, order="F")
+        mask[cell.top : cell.top + cell.mask.shape[0], cell.left : cell.left + cell.mask.shape[1]] = cell.mask
+        return coco_mask.encode(mask)
+    size = np.array((width, height))  # clipped: time and memory grow with an edge's length
+    flat = [np.clip(polygon, -size, 2 * size).ravel().tolist() for polygon in cell]
+    return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
+
+
 def _crop_to_patch(mask: NDArray[np.bool_]) -> Patch:
     """Crop a mask (H, W) to its bounding box."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -167,30 +194,3 @@ def _box(cell: Cell) -> tuple[float, float, float, float]:
         return cell.left, cell.top, cell.left + cell.mask.shape[1], cell.top + cell.mask.shape[0]
     corners = np.concatenate(cell)
     return (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
-
-
-def _rle(cell: Cell, shape: tuple[int, int]) -> dict[str, object]:
-    """Return a cell in its image as pycocotools' RLE."""
-    height, width = shape
-    if isinstance(cell, Patch):
-        mask = np.zeros(shape, np.uint8, order="F")
-        mask[cell.top : cell.top + cell.mask.shape[0], cell.left : cell.left + cell.mask.shape[1]] = cell.mask
-        return coco_mask.encode(mask)
-    size = np.array((width, height))  # clipped: time and memory grow with an edge's length
-    flat = [np.clip(polygon, -size, 2 * size).ravel().tolist() for polygon in cell]
-    return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
-
-
-def covered(records: Sequence[CellRecord]) -> float:
-    """Return the pixels that `records` cover, overlaps counted twice: the sum of their areas."""
-    polygon_area = sum(_area(polygon.astype(np.float64)) for record in records for polygon in record.polygons)
-    return polygon_area + float(sum(runs[1::2].clip(0).sum() for record in records for _, runs in record.runs))
-
-
-def _area(polygon: NDArray[np.float64]) -> float:
-    """Return the area of a polygon (V, 2) in square pixels; 0 if it has none or is not finite."""
-    if len(polygon) < 3 or not np.isfinite(polygon).all():
-        return 0.0
-    x, y = (polygon - polygon[0]).T
-    doubled_area = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]
-    return float(abs(doubled_area) / 2)

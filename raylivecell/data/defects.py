@@ -235,6 +235,10 @@ def intensity_rule(entries: Sequence[Entry], infos: Mapping[str, ImageInfo]) -> 
     return intensity.choose([_measures(entry, infos) for entry in train or entries])
 
 
+def _measures(entry: Entry, infos: Mapping[str, ImageInfo]) -> Measures:
+    return Measures(*infos[entry.path or ""].measures)
+
+
 def check_intensity(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], rule: Intensity, rules: Rules) -> Checked:
     """Drop images without a picture; report them and those with unusual intensities."""
     remaining, defects = [], []
@@ -247,10 +251,6 @@ def check_intensity(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], ru
             kind = "odd_intensity" if fit.usable else "no_picture"
             defects.append(image_defect(entry, kind, rules, "; ".join(warnings)))
     return remaining, defects
-
-
-def _measures(entry: Entry, infos: Mapping[str, ImageInfo]) -> Measures:
-    return Measures(*infos[entry.path or ""].measures)
 
 
 def print_table(defects: Sequence[Defect], title: str) -> None:

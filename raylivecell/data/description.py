@@ -58,17 +58,6 @@ class ShardAccount:
         return cls(**{**value, "images": images, "defects": [Defect(**defect) for defect in value["defects"]]})
 
 
-def legal(info: Mapping[str, Any], licences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return name, licence and citation of a source, from the `info` and `licenses` of its annotation files."""
-    name = str(info.get("description") or "")
-    if name.startswith("LIVECell"):
-        return {"name": "LIVECell", "licence": LIVECELL_LICENCE, "citation": LIVECELL_CITATION}
-    names = [str(licence.get("name") or licence.get("url") or "") for licence in licences]
-    licence = "; ".join(dict.fromkeys(text for text in names if text))
-    citation = " ".join(str(info[key]) for key in ("contributor", "year", "url") if info.get(key))
-    return {"name": name or "unnamed", "licence": licence or "not stated", "citation": citation or "not stated"}
-
-
 def cell_type_of(file_name: str, category: str) -> str:
     """Return the cell type of an image.
 
@@ -79,6 +68,17 @@ def cell_type_of(file_name: str, category: str) -> str:
     if match := re.match(r"([^_]+)_Phase_", name):
         return match.group(1)
     return category if category and category.lower() not in ("cell", "cells") else "unknown"
+
+
+def legal(info: Mapping[str, Any], licences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return name, licence and citation of a source, from the `info` and `licenses` of its annotation files."""
+    name = str(info.get("description") or "")
+    if name.startswith("LIVECell"):
+        return {"name": "LIVECell", "licence": LIVECELL_LICENCE, "citation": LIVECELL_CITATION}
+    names = [str(licence.get("name") or licence.get("url") or "") for licence in licences]
+    licence = "; ".join(dict.fromkeys(text for text in names if text))
+    citation = " ".join(str(info[key]) for key in ("contributor", "year", "url") if info.get(key))
+    return {"name": name or "unnamed", "licence": licence or "not stated", "citation": citation or "not stated"}
 
 
 def describe(
@@ -160,6 +160,15 @@ def _grey_levels(accounts: Sequence[ShardAccount]) -> dict[str, Any]:
     }
 
 
+def _percentiles(values: np.ndarray, counts: np.ndarray) -> dict[str, int]:
+    """Return, for each p, the smallest of the ascending `values` that at least p % of the counts do not exceed."""
+    if not counts.sum():
+        return {}
+    cumulative = np.cumsum(counts)
+    indices = np.searchsorted(cumulative, np.array(PERCENTILES) / 100 * cumulative[-1])
+    return {f"p{p}": int(values[index]) for p, index in zip(PERCENTILES, indices)}
+
+
 def _cell_types(accounts: Sequence[ShardAccount]) -> dict[str, Any]:
     images: dict[str, list[tuple[str, ImageStatistics]]] = defaultdict(list)
     areas: dict[str, Counter[int]] = defaultdict(Counter)
@@ -191,12 +200,3 @@ def _cell_type(images: Sequence[tuple[str, ImageStatistics]], areas: Mapping[int
 def _percentiles_of_counts(counts: Mapping[int, int]) -> dict[str, int]:
     values = np.array(sorted(counts), np.int64)
     return _percentiles(values, np.array([counts[value] for value in values.tolist()], np.int64))
-
-
-def _percentiles(values: np.ndarray, counts: np.ndarray) -> dict[str, int]:
-    """Return, for each p, the smallest of the ascending `values` that at least p % of the counts do not exceed."""
-    if not counts.sum():
-        return {}
-    cumulative = np.cumsum(counts)
-    indices = np.searchsorted(cumulative, np.array(PERCENTILES) / 100 * cumulative[-1])
-    return {f"p{p}": int(values[index]) for p, index in zip(PERCENTILES, indices)}

@@ -39,6 +39,24 @@ class Claim(NamedTuple):
     name: str
 
 
+def find_images(files: Sequence[str], folder: str | None) -> "ImageFolder":
+    """Return the image files among `files`: those under `folder`, by default `images` if it exists, else all."""
+    if folder is None:
+        folder = "images" if any(path.startswith("images/") and formats.is_image_name(path) for path in files) else ""
+    prefix = folder.strip("/") + "/" if folder.strip("/.") else ""
+    paths = tuple(path for path in files if path.startswith(prefix) and formats.is_image_name(path))
+    if not paths:
+        raise UserError(
+            f"no image files ({', '.join(formats.SUFFIXES)}) in {folder or 'the source'}; set images to their folder"
+        )
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        by_name[_folded(posixpath.basename(path))].append(path)
+    splits = frozenset().union(*map(splits_of_folder, {posixpath.dirname(path) + "/" for path in paths}))
+    paths_by_name = {name: tuple(members) for name, members in by_name.items()}
+    return ImageFolder(paths, prefix, paths_by_name, splits, frozenset(paths))
+
+
 @dataclass(frozen=True)
 class ImageFolder:
     """The image files of a source."""
@@ -115,28 +133,35 @@ class ImageFolder:
         return path.removeprefix(self.prefix)
 
 
-def find_images(files: Sequence[str], folder: str | None) -> ImageFolder:
-    """Return the image files among `files`: those under `folder`, by default `images` if it exists, else all."""
-    if folder is None:
-        folder = "images" if any(path.startswith("images/") and formats.is_image_name(path) for path in files) else ""
-    prefix = folder.strip("/") + "/" if folder.strip("/.") else ""
-    paths = tuple(path for path in files if path.startswith(prefix) and formats.is_image_name(path))
-    if not paths:
-        raise UserError(
-            f"no image files ({', '.join(formats.SUFFIXES)}) in {folder or 'the source'}; set images to their folder"
-        )
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        by_name[_folded(posixpath.basename(path))].append(path)
-    splits = frozenset().union(*map(splits_of_folder, {posixpath.dirname(path) + "/" for path in paths}))
-    paths_by_name = {name: tuple(members) for name, members in by_name.items()}
-    return ImageFolder(paths, prefix, paths_by_name, splits, frozenset(paths))
+def _relative_name(file_name: str) -> str:
+    """Return a name with forward slashes, without the host and query of a URL and the drive of a path."""
+    name = file_name.replace("\\", "/").rpartition("?d=")[2]  # Label Studio: /data/local-files/?d=folder/a.png
+    if "://" in name:
+        name = re.split(r"[?#]", name.partition("://")[2].partition("/")[2])[0]
+    return posixpath.normpath(re.sub(r"^[A-Za-z]:", "", name)).lstrip("/")
 
 
 def is_safe_name(name: str) -> bool:
     """Whether a `file_name` of a JSON stays inside the image folder: no absolute path, `..`, drive or NUL."""
     parts = name.replace("\\", "/").split("/")
     return not (name.startswith(("/", "\\", "~")) or ".." in parts or ":" in name or "\0" in name)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("/" + name)
+
+
+def splits_of_folder(path: str) -> frozenset[str]:
+    """Return the splits that the deepest folder of `path` named after any is named after."""
+    for folder in reversed(posixpath.dirname(path).lower().split("/")):
+        if splits := {SPLIT_WORDS[word] for word in re.findall(r"[a-z]+", folder) if word in SPLIT_WORDS}:
+            return frozenset(splits)
+    return frozenset()
+
+
+def _folded(name: str) -> str:
+    """Normalise case and Unicode form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def resolve_conflicts(matches: Iterable[tuple[str, str, Match]]) -> list[tuple[str, ...]]:
@@ -162,28 +187,3 @@ def _beats(other: Claim, claim: Claim) -> bool:
     if claim.strength == EXACT:  # a.png is the end of a/a.png, which another image of the split has
         return (other.strength, other.split) == (EXACT, claim.split) and other.name.endswith("/" + claim.name)
     return other.strength < claim.strength or (other.strength == claim.strength and other.name != claim.name)
-
-
-def splits_of_folder(path: str) -> frozenset[str]:
-    """Return the splits that the deepest folder of `path` named after any is named after."""
-    for folder in reversed(posixpath.dirname(path).lower().split("/")):
-        if splits := {SPLIT_WORDS[word] for word in re.findall(r"[a-z]+", folder) if word in SPLIT_WORDS}:
-            return frozenset(splits)
-    return frozenset()
-
-
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith("/" + name)
-
-
-def _relative_name(file_name: str) -> str:
-    """Return a name with forward slashes, without the host and query of a URL and the drive of a path."""
-    name = file_name.replace("\\", "/").rpartition("?d=")[2]  # Label Studio: /data/local-files/?d=folder/a.png
-    if "://" in name:
-        name = re.split(r"[?#]", name.partition("://")[2].partition("/")[2])[0]
-    return posixpath.normpath(re.sub(r"^[A-Za-z]:", "", name)).lstrip("/")
-
-
-def _folded(name: str) -> str:
-    """Normalise case and Unicode form."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -138,6 +138,33 @@ def _examine(source: Source) -> dict[str, ImageInfo]:
     return {path: ImageInfo(**info) for path, info in console.track(results, "examining images", len(paths))}
 
 
+def _on_ray(
+    function: Callable[[dict[str, Any]], dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield `function(row)` for each row of plain types, as the results arrive; one Ray Data task per row."""
+    if not rows:
+        return
+    items = [{"row": json.dumps(row)} for row in rows]
+    task = functools.partial(_run_task, function=function)
+    with data_settings():
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    results = dataset.map_batches(task, batch_size=1)
+    with as_user_errors(), quiet_data():
+        for item in results.iter_rows():
+            result = json.loads(item["result"])
+            if "user_error" in result:
+                raise UserError(result["user_error"])
+            yield result
+
+
+def _run_task(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Run `function` on one row. A UserError is returned as a value: if raised, Ray would log its stack traces."""
+    try:
+        return {"result": [json.dumps(function(json.loads(batch["row"][0])))]}
+    except (UserError, OSError, MemoryError) as error:
+        return {"result": [json.dumps({"user_error": str(explain(error))})]}
+
+
 def _examine_images(row: dict[str, Any]) -> dict[str, Any]:
     return {"infos": {path: asdict(draw.examine(storage.join(row["source"], path))) for path in row["paths"]}}
 
@@ -155,6 +182,10 @@ def _check_images(
     entries, intensity_defects = check_intensity(entries, infos, intensity, rules)
     defects = [*source.defects, *image_defects, *intensity_defects, *source.unlisted_files()]
     return entries, defects, intensity
+
+
+def _print(line: str) -> None:
+    console.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -201,6 +232,20 @@ def _is_complete(out: str, dataset: Mapping[str, Any]) -> bool:
         )
 
 
+def _delete_all_but(out: str, files: set[str], work: str = "") -> None:
+    """Delete what other or killed runs left at `out`, recognised by name, except shards `files` and folder `work`."""
+    for name in storage.list_names(out):
+        path = storage.join(out, name)
+        partial = name.startswith(".dataset.json.") and storage.is_partial(name)
+        if (name.startswith(".prepare-") and path != work) or partial:
+            storage.delete(path)
+    for split in shards.SPLITS:
+        for name in storage.list_names(storage.join(out, split)):
+            partial = name.startswith(".part-") and storage.is_partial(name)
+            if (partial or re.fullmatch(r"part-\d{5}\.parquet", name)) and f"{split}/{name}" not in files:
+                storage.delete(storage.join(out, split, name))
+
+
 def _write(
     source: Source, tasks: Sequence[ShardTask], head: Mapping[str, Any], defects: Sequence[Defect], strict: bool
 ) -> dict[str, Any]:
@@ -223,20 +268,6 @@ def _write(
     counts = ", ".join(f"{name} {split['images']}" for name, split in dataset["splits"].items())
     console.console.print(f"written: {out}/dataset.json and shards; images: {counts}", markup=False, soft_wrap=True)
     return dataset
-
-
-def _delete_all_but(out: str, files: set[str], work: str = "") -> None:
-    """Delete what other or killed runs left at `out`, recognised by name, except shards `files` and folder `work`."""
-    for name in storage.list_names(out):
-        path = storage.join(out, name)
-        partial = name.startswith(".dataset.json.") and storage.is_partial(name)
-        if (name.startswith(".prepare-") and path != work) or partial:
-            storage.delete(path)
-    for split in shards.SPLITS:
-        for name in storage.list_names(storage.join(out, split)):
-            partial = name.startswith(".part-") and storage.is_partial(name)
-            if (partial or re.fullmatch(r"part-\d{5}\.parquet", name)) and f"{split}/{name}" not in files:
-                storage.delete(storage.join(out, split, name))
 
 
 def _finished(task: ShardTask) -> ShardAccount | None:
@@ -279,33 +310,6 @@ def _draw_shard(row: dict[str, Any]) -> dict[str, Any]:
     return asdict(draw.draw_shard(ShardTask.from_row(row)))
 
 
-def _on_ray(
-    function: Callable[[dict[str, Any]], dict[str, Any]], rows: Sequence[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Yield `function(row)` for each row of plain types, as the results arrive; one Ray Data task per row."""
-    if not rows:
-        return
-    items = [{"row": json.dumps(row)} for row in rows]
-    task = functools.partial(_run_task, function=function)
-    with data_settings():
-        dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    results = dataset.map_batches(task, batch_size=1)
-    with as_user_errors(), quiet_data():
-        for item in results.iter_rows():
-            result = json.loads(item["result"])
-            if "user_error" in result:
-                raise UserError(result["user_error"])
-            yield result
-
-
-def _run_task(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Run `function` on one row. A UserError is returned as a value: if raised, Ray would log its stack traces."""
-    try:
-        return {"result": [json.dumps(function(json.loads(batch["row"][0])))]}
-    except (UserError, OSError, MemoryError) as error:
-        return {"result": [json.dumps({"user_error": str(explain(error))})]}
-
-
 def _check_result(dataset: Mapping[str, Any], source: Source, defects: Sequence[Defect], strict: bool) -> None:
     """UserError for defects if `strict`, for splits without images, and for datasets without a cell."""
     if strict and defects:
@@ -328,7 +332,3 @@ def _remaining(dataset: Mapping[str, Any]) -> Iterator[str]:
         if listed["images"] and (lost or split == "test"):
             images, cells = (f"{counts[key]:,} of {listed[key]:,} {key}" for key in ("images", "cells"))
             yield f"{split}: {images} and {cells} that are listed remain"
-
-
-def _print(line: str) -> None:
-    console.console.print(line, markup=False, highlight=False, soft_wrap=True)
