@@ -47,7 +47,7 @@ def find_images(files: Sequence[str], folder: str | None) -> "ImageFolder":
     paths = tuple(path for path in files if path.startswith(prefix) and formats.is_image_name(path))
     if not paths:
         raise UserError(
-            f"no image files ({', '.join(formats.SUFFIXES)}) in {folder or 'the source'}; set images to their folder"
+            f"no image files ({', '.join(formats.SUFFIXES)}) in {folder or 'the source'}; set --images to their folder"
         )
     by_name: dict[str, list[str]] = defaultdict(list)
     for path in paths:

@@ -1,4 +1,4 @@
-"""Folders as tools leave them: hidden files, links of git-annex and DVC, names that are not UTF-8."""
+"""Folders of common tools: hidden files, links of git-annex and DVC, names that are not UTF-8."""
 
 import hashlib
 import os

@@ -41,7 +41,7 @@ def test_rle_and_polygons_draw_the_same(folder: SourceFolder, tmp_path: Path) ->
 
 
 def record(number: int, corners: np.ndarray, as_rle: bool) -> tuple[coco.CellRecord, np.ndarray]:
-    """A cell as its polygon or as run lengths, and its mask (H, W) by pycocotools."""
+    """Return a cell as polygon or run lengths, and its mask (H, W) by pycocotools."""
     (rle,) = coco_mask.frPyObjects([corners.ravel().tolist()], HEIGHT, WIDTH)
     polygons, runs = [corners.astype(np.float32)], [((HEIGHT, WIDTH), coco.run_lengths(rle["counts"]))]
     cell = coco.CellRecord(number, False, [] if as_rle else polygons, runs if as_rle else [])

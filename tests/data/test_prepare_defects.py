@@ -26,9 +26,9 @@ from pycocotools import mask as coco_mask
 from raylivecell.annotations import coco
 from raylivecell.cli.main import main
 from raylivecell.core.errors import UserError
-from raylivecell.data import cell_defects as outlines
 from raylivecell.data import defects, draw, shards, sources
 from raylivecell.data import prepare as prepare_module
+from raylivecell.data.cell_defects import covered
 from raylivecell.data.config import DEFECT_KINDS, PrepareConfig
 from raylivecell.data.prepare import prepare
 
@@ -41,8 +41,8 @@ def test_visible_pixels_separate_complete_from_few_annotations_on_real_images(li
     for entry in source.entries:
         visible = draw.examine(str(livecell_mini / str(entry.path))).visible
         cells = coco.decode_cells(source.encoded_cells(entry))
-        assert outlines.covered(cells) > 1.5 * defects.FEW_COVERAGE * visible
-        assert outlines.covered(cells[: len(cells) // 20]) < defects.FEW_COVERAGE * visible
+        assert covered(cells) > 1.5 * defects.FEW_COVERAGE * visible
+        assert covered(cells[: len(cells) // 20]) < defects.FEW_COVERAGE * visible
 
 
 def with_every_defect(folder: SourceFolder) -> dict[str, list[Any]]:
