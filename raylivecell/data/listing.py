@@ -50,9 +50,8 @@ def list_folder(uri: str, follow_links: bool = False) -> Listing:
     except OSError as error:
         raise UserError(f"cannot list {uri}: {error}; check that it may be read") from error
     files = {info.path[len(root) :].lstrip("/"): info for info in infos if info.type == pafs.FileType.File}
-    unsafe = [
-        path for path in files if ".." in path.split("/") or "\0" in path
-    ]  # an object store's key may be any text
+    # The key of an object may be any text.
+    unsafe = [path for path in files if ".." in path.split("/") or "\0" in path]
     if unsafe:
         raise UserError(f"{uri} holds {unsafe[0]!r}, a name that leads out of it; rename or delete it")
     return Listing({path: info for path, info in files.items() if not is_hidden(path)})
@@ -110,7 +109,7 @@ def _is_utf8(path: str) -> bool:
 
 
 def ascii_name(path: str) -> str:
-    """Return `path` in printable ASCII, with escapes for bytes that are not UTF-8."""
+    """Return `path` as printable text, with escapes for bytes that are not UTF-8."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
