@@ -63,7 +63,7 @@ def _list_local(filesystem: pafs.FileSystem, root: str, follow_links: bool) -> L
     for path in sorted(_walk(root, follow_links, listing)):
         relative = path[len(root) :].lstrip("/")
         if not _is_utf8(relative):
-            listing.left_out |= {ascii_name(relative): "its name is not UTF-8; rename it"} if _is_relevant(path) else {}
+            listing.left_out |= {_printable(relative): "its name is not UTF-8; rename it"} if _is_relevant(path) else {}
         elif not os.path.islink(path) or _follow(path, root, follow_links, listing):
             paths.append(path)
     infos = filesystem.get_file_info(paths)
@@ -108,7 +108,7 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
-def ascii_name(path: str) -> str:
+def _printable(path: str) -> str:
     """Return `path` as printable text, with escapes for bytes that are not UTF-8."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
