@@ -156,7 +156,7 @@ class JsonText:
         position = self.bytes_before + self._byte_length(self.buffer[: self.at])
         return BrokenJsonError(
             f"{self.name} {problem}, at byte {position}; get the file again (a cut-off download?) or set "
-            "--truncated-json keep_whole_records",
+            "--on-defect truncated_json=keep_complete_records",
             position,
         )
 

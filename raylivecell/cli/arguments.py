@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -38,6 +38,42 @@ def _json_mapping(word: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{word!r} is not a mapping; write for example '{{\"init_filters\": 16}}'")
     return value
+
+
+PREPARE_FLAGS = ConstructorRegistry()
+"""As `FLAGS`, for `prepare`."""
+
+
+@PREPARE_FLAGS.primitive_rule
+def _rules(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, str]] | None:
+    """Construct a mapping of text to text (`on_defect`) from words KIND=RULE; None for any other type."""
+    if get_origin(info.type) is not dict or get_args(info.type) != (str, str):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KIND=RULE [KIND=RULE ...]",
+        instance_from_str=lambda words: dict(word.partition("=")[::2] for word in words),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{kind}={rule}" for kind, rule in value.items()],
+    )
+
+
+def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
+    """Return `arguments` with the values of every `flag` after one at the end: a parser would use the last alone."""
+    values: list[str] = []
+    others: list[str] = []
+    in_flag = False
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            in_flag = True
+            values += [value] if equals else []
+        elif in_flag and not word.startswith("-"):
+            values.append(word)
+        else:
+            in_flag = False
+            others.append(word)
+    return [*others, flag, *values] if len(others) < len(arguments) else others
 
 
 def recipe_file(arguments: Sequence[str]) -> str | None:

@@ -205,6 +205,7 @@ def bench(
 
 def prepare(arguments: Sequence[str]) -> None:
     """Validate images and annotations, write Parquet shards."""
+    from raylivecell.cli.arguments import PREPARE_FLAGS, join_repeated
     from raylivecell.data.prepare import PrepareConfig
     from raylivecell.data.prepare import prepare as run
     from raylivecell.inference import segmenter
@@ -220,12 +221,13 @@ def prepare(arguments: Sequence[str]) -> None:
         Args:
             source: folder or URI of images and annotation files.
             out: URI of the dataset to write.
-            fields: what to read and what to do with each kind of defect.
+            fields: what to read and what to do about each kind of defect.
             strict: list the defects and stop, if there are any.
         """
         run(source, out, fields, strict, segmenter.intensity_rule)
 
-    tyro.cli(command, prog="raylivecell prepare", args=arguments)
+    words = join_repeated("--on-defect", arguments)
+    tyro.cli(command, prog="raylivecell prepare", args=words, registry=PREPARE_FLAGS)
 
 
 def submit(arguments: Sequence[str]) -> int:

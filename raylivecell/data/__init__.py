@@ -1,11 +1,10 @@
 """`prepare`: annotated images -> Parquet shards and dataset.json.
 
-1. sources, listing, image_names    find annotation files and images, and match them
-2. plan            which images go into which shard; what is wrong with the source
-   defects, defect_table, cell_defects    each known defect, its rule and how it is reported
-   set_intensity   the intensity rule of the whole set
-3. draw            images and annotations -> one shard
-4. shards          the dataset on disk, written and read
-   description     dataset.json
-5. prepare         the command: 1 to 4 on Ray Data
+1. config          settings and the rule for each kind of defect
+2. prepare         the command: runs steps 3 to 6 on Ray Data
+3. sources         find and read annotation files; listing (files of a folder) and image_names (match names with files)
+4. defects         find and report defects of images, apply their rules; cell_defects: those of single cells
+5. plan            which images go into which shard
+6. draw            images and annotations -> one shard; description: dataset.json
+7. shards          the dataset on disk, written and read
 """

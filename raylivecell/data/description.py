@@ -1,12 +1,14 @@
-"""`dataset.json`: what a prepared dataset holds, told from the accounts of its parts."""
+"""dataset.json: the description of a prepared dataset, computed from the accounts of its shards."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from raylivecell.data.defects import Defect
 from raylivecell.data.shards import FORMAT_VERSION, SPLITS
 from raylivecell.images.intensity import trimmed_range
 
@@ -18,22 +20,49 @@ LIVECELL_CITATION = (
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
-def legal(info: Mapping[str, Any], licences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Name, licence and citation of a source, from the `info` and `licenses` of its annotation files."""
-    described = str(info.get("description") or "")
-    if described.startswith("LIVECell"):
-        return {"name": "LIVECell", "licence": LIVECELL_LICENCE, "citation": LIVECELL_CITATION}
-    named = [str(licence.get("name") or licence.get("url") or "") for licence in licences]
-    stated = "; ".join(dict.fromkeys(name for name in named if name))
-    cited = " ".join(str(info[key]) for key in ("contributor", "year", "url") if info.get(key))
-    return {"name": described or "unnamed", "licence": stated or "not stated", "citation": cited or "not stated"}
+@dataclass(frozen=True)
+class ImageStatistics:
+    """Statistics of one image of a shard."""
+
+    cell_type: str
+    cells: int
+    foreground: int
+    """Pixels in cells."""
+    pixels: int
+    """Pixels without padding."""
+    size: list[int]
+    """[height, width]."""
+
+
+@dataclass
+class ShardAccount:
+    """Checksum, statistics and defects of one shard, as written after it."""
+
+    split: str
+    file: str
+    """Relative to the dataset."""
+    rows: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    images: list[ImageStatistics] = field(default_factory=list)
+    histogram: list[int] = field(default_factory=lambda: [0] * 256)
+    """Pixels by grey level."""
+    areas: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Cells by cell type and area in pixels."""
+    defects: list[Defect] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ShardAccount":
+        """Return the account that `asdict` made plain."""
+        images = [ImageStatistics(**image) for image in value["images"]]
+        return cls(**{**value, "images": images, "defects": [Defect(**defect) for defect in value["defects"]]})
 
 
 def cell_type_of(file_name: str, category: str) -> str:
-    """The cell type of an image.
+    """Return the cell type of an image.
 
-    The part before the first underscore where the name is like LIVECell's (`A172_Phase_...`), else the category of
-    most of its annotations, else `unknown`. A category named `cell` says nothing.
+    The part before the first underscore for names like LIVECell's (`A172_Phase_...`), else the category of most of its
+    annotations, else `unknown`. A category named `cell` is no cell type.
     """
     name = file_name.replace("\\", "/").rsplit("/", 1)[-1]
     if match := re.match(r"([^_]+)_Phase_", name):
@@ -41,66 +70,84 @@ def cell_type_of(file_name: str, category: str) -> str:
     return category if category and category.lower() not in ("cell", "cells") else "unknown"
 
 
+def legal(info: Mapping[str, Any], licences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return name, licence and citation of a source, from the `info` and `licenses` of its annotation files."""
+    name = str(info.get("description") or "")
+    if name.startswith("LIVECell"):
+        return {"name": "LIVECell", "licence": LIVECELL_LICENCE, "citation": LIVECELL_CITATION}
+    names = [str(licence.get("name") or licence.get("url") or "") for licence in licences]
+    licence = "; ".join(dict.fromkeys(text for text in names if text))
+    citation = " ".join(str(info[key]) for key in ("contributor", "year", "url") if info.get(key))
+    return {"name": name or "unnamed", "licence": licence or "not stated", "citation": citation or "not stated"}
+
+
 def describe(
-    accounts: Sequence[Mapping[str, Any]],
+    accounts: Sequence[ShardAccount],
     head: Mapping[str, Any],
-    found: Sequence[Mapping[str, Any]],
+    defects: Sequence[Defect],
     listed: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
-    """The whole of dataset.json, in a fixed order and without a time: the same for the same source.
+    """Return the content of dataset.json, in a fixed order and without a time: equal for equal sources.
 
     Args:
-        accounts: of every part, in order; each with `split` added.
+        accounts: of every shard, in order.
         head: name, licence, citation, source, targets, rules, categories, intensity.
-        found: defects of images and files; those of cells are in the accounts.
-        listed: `images` and `cells` that the annotation files list, by split.
+        defects: of images and files; those of cells are in the accounts.
+        listed: `images` and `cells` in the annotation files, by split.
     """
-    everything = [*found, *(one for account in accounts for one in account["found"])]
-    counts = Counter(one["defect"] for one in everything)
-    cells = Counter(one["defect"] for one in everything for _ in one["ids"])
+    every_defect = [*defects, *(defect for account in accounts for defect in account.defects)]
+    counts = Counter(defect.defect for defect in every_defect)
+    ids = Counter(defect.defect for defect in every_defect for _ in defect.ids)
     return {
         "format_version": FORMAT_VERSION,
         **head,
-        "splits": {split: _split(accounts, split) | {"listed": dict(listed[split])} for split in SPLITS},
+        "splits": {split: _describe_split(accounts, split) | {"listed": dict(listed[split])} for split in SPLITS},
         "intensity": _with_foreground(head["intensity"], accounts),
         "grey_levels": _grey_levels(accounts),
         "cell_types": _cell_types(accounts),
-        "defects": {"counts": dict(sorted(counts.items())), "ids": dict(sorted(cells.items())), "found": everything},
+        "defects": {
+            "counts": dict(sorted(counts.items())),
+            "ids": dict(sorted(ids.items())),
+            "found": [asdict(defect) for defect in every_defect],
+        },
     }
 
 
-def _split(accounts: Sequence[Mapping[str, Any]], split: str) -> dict[str, Any]:
-    mine = [account for account in accounts if account["split"] == split and account["rows"]]
-    sizes = {tuple(image["size"]) for account in mine for image in account["images"]}
+def _describe_split(accounts: Sequence[ShardAccount], split: str) -> dict[str, Any]:
+    written = [account for account in accounts if account.split == split and account.rows]
+    sizes = {tuple(image.size) for account in written for image in account.images}
     return {
-        "images": sum(account["rows"] for account in mine),
-        "cells": sum(image["cells"] for account in mine for image in account["images"]),
+        "images": sum(account.rows for account in written),
+        "cells": sum(image.cells for account in written for image in account.images),
         "sizes": [list(size) for size in sorted(sizes)],
-        "shards": [{key: account[key] for key in ("file", "rows", "bytes", "sha256")} for account in mine],
+        "shards": [
+            {"file": account.file, "rows": account.rows, "bytes": account.bytes, "sha256": account.sha256}
+            for account in written
+        ],
     }
 
 
-def _first_split(accounts: Sequence[Mapping[str, Any]]) -> str:
-    """Train, or the first split that has an image."""
-    return next((split for split in SPLITS if _split(accounts, split)["images"]), "train")
-
-
-def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The intensity rule with the range of the training images' foreground shares; one that has a range keeps it."""
+def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[ShardAccount]) -> dict[str, Any]:
+    """Return the intensity rule with the range of foreground fractions of the training images, unless it has one."""
     split = _first_split(accounts)
-    images = [image for account in accounts if account["split"] == split for image in account["images"]]
-    shares = [round(image["foreground"] / max(1, image["pixels"]), 4) for image in images]
-    known = tuple(rule["foreground"]) != (0.0, 1.0) or not shares
-    return {**rule, "foreground": rule["foreground"] if known else list(trimmed_range(shares))}
+    images = [image for account in accounts if account.split == split for image in account.images]
+    fractions = [round(image.foreground / max(1, image.pixels), 4) for image in images]
+    has_range = tuple(rule["foreground"]) != (0.0, 1.0) or not fractions
+    return {**rule, "foreground": rule["foreground"] if has_range else list(trimmed_range(fractions))}
 
 
-def _grey_levels(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Statistics of the levels of train, or of the first split that has an image; 0 to 255."""
+def _first_split(accounts: Sequence[ShardAccount]) -> str:
+    """Return train, or the first split that has an image."""
+    return next((split for split in SPLITS if any(a.rows for a in accounts if a.split == split)), "train")
+
+
+def _grey_levels(accounts: Sequence[ShardAccount]) -> dict[str, Any]:
+    """Return statistics of the grey levels, 0 to 255, of train or the first split that has an image."""
     split = _first_split(accounts)
     histogram = np.zeros(256, np.int64)
     for account in accounts:
-        if account["split"] == split:
-            histogram += np.array(account["histogram"])
+        if account.split == split:
+            histogram += np.array(account.histogram)
     total = max(1, int(histogram.sum()))
     levels = np.arange(256)
     mean = float(histogram @ levels) / total
@@ -114,38 +161,42 @@ def _grey_levels(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _percentiles(values: np.ndarray, counts: np.ndarray) -> dict[str, int]:
-    """The smallest of the ascending `values` that at least p % of the counted do not exceed."""
+    """Return, for each p, the smallest of the ascending `values` that at least p % of the counts do not exceed."""
     if not counts.sum():
         return {}
-    summed = np.cumsum(counts)
-    places = np.searchsorted(summed, np.array(PERCENTILES) / 100 * summed[-1])
-    return {f"p{p}": int(values[place]) for p, place in zip(PERCENTILES, places)}
+    cumulative = np.cumsum(counts)
+    indices = np.searchsorted(cumulative, np.array(PERCENTILES) / 100 * cumulative[-1])
+    return {f"p{p}": int(values[index]) for p, index in zip(PERCENTILES, indices)}
 
 
-def _cell_types(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    images: dict[str, list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
+def _cell_types(accounts: Sequence[ShardAccount]) -> dict[str, Any]:
+    images: dict[str, list[tuple[str, ImageStatistics]]] = defaultdict(list)
     areas: dict[str, Counter[int]] = defaultdict(Counter)
     for account in accounts:
-        for image in account["images"]:
-            images[image["cell_type"]].append((account["split"], image))
-        for name, histogram in account["areas"].items():
-            areas[name].update({int(area): count for area, count in histogram.items()})
-    return {name: _cell_type(images[name], areas[name]) for name in sorted(images)}
+        for image in account.images:
+            images[image.cell_type].append((account.split, image))
+        for cell_type, histogram in account.areas.items():
+            areas[cell_type].update({int(area): count for area, count in histogram.items()})
+    return {cell_type: _cell_type(images[cell_type], areas[cell_type]) for cell_type in sorted(images)}
 
 
-def _cell_type(images: Sequence[tuple[str, Mapping[str, Any]]], areas: Mapping[int, int]) -> dict[str, Any]:
-    per_image = Counter(image["cells"] for _, image in images)
+def _cell_type(images: Sequence[tuple[str, ImageStatistics]], areas: Mapping[int, int]) -> dict[str, Any]:
+    cells_per_image = Counter(image.cells for _, image in images)
     splits = Counter(split for split, _ in images)
-    foreground = sum(image["foreground"] for _, image in images)
+    foreground = sum(image.foreground for _, image in images)
     return {
         "images": {split: splits[split] for split in SPLITS},
-        "cells": sum(image["cells"] for _, image in images),
-        "foreground_share": round(foreground / sum(image["pixels"] for _, image in images), 6),
-        "cells_per_image": {"min": min(per_image), **_of(per_image), "max": max(per_image)},
-        "cell_area_px": _of(areas),
+        "cells": sum(image.cells for _, image in images),
+        "foreground_share": round(foreground / sum(image.pixels for _, image in images), 6),
+        "cells_per_image": {
+            "min": min(cells_per_image),
+            **_percentiles_of_counts(cells_per_image),
+            "max": max(cells_per_image),
+        },
+        "cell_area_px": _percentiles_of_counts(areas),
     }
 
 
-def _of(counted: Mapping[int, int]) -> dict[str, int]:
-    values = np.array(sorted(counted), np.int64)
-    return _percentiles(values, np.array([counted[value] for value in values.tolist()], np.int64))
+def _percentiles_of_counts(counts: Mapping[int, int]) -> dict[str, int]:
+    values = np.array(sorted(counts), np.int64)
+    return _percentiles(values, np.array([counts[value] for value in values.tolist()], np.int64))

@@ -1,12 +1,9 @@
-"""One image file -> what it holds (`examine`); images and their annotations -> a finished shard (`write_part`).
-
-Plain functions of JSON-able jobs, run by `prepare` as Ray Data tasks.
-"""
+"""Work of one Ray Data task: examine one image file (`examine`), or draw one shard (`draw_shard`)."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import asdict
 
 import cv2
 import numpy as np
@@ -18,13 +15,18 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.cell_defects import check_cells
-from raylivecell.data.defects import DefectRules, ImageInfo, rule_of, visible_pixels
+from raylivecell.data.config import Rules, rule_of
+from raylivecell.data.defects import Defect, ImageInfo
+from raylivecell.data.description import ImageStatistics, ShardAccount
+from raylivecell.data.plan import ImagePlan, ShardTask
 from raylivecell.images import formats, grey_levels, intensity
-from raylivecell.images.intensity import Intensity
+
+VISIBLE_STD = 4.0
+"""Local standard deviation, in grey levels, above which a pixel looks like a cell."""
 
 
 def examine(uri: str) -> ImageInfo:
-    """What the image file at `uri` holds."""
+    """Return what the image file at `uri` holds."""
     data = storage.read_bytes(uri)
     try:
         picture = formats.decode(data)
@@ -44,141 +46,123 @@ def examine(uri: str) -> ImageInfo:
     )
 
 
-def write_part(job: dict[str, Any], rules: DefectRules) -> dict[str, Any]:
-    """Draw and write one shard, then its account: the same bytes whenever and wherever it is run.
+def visible_pixels(image: np.ndarray) -> int:
+    """Count the pixels of a uint8 (H, W) image that look like cells: standard deviation in 9 x 9 over 4 grey levels.
 
-    Args:
-        job: `source`, `out`, `file` (of the shard, under `out`), `cells` and `account` (URIs), `split`,
-            `intensity` (the set's rule), `border_sigma`, and `images`: a dict an image.
-        rules: what to do with defective cells.
-
-    Returns:
-        The account: the shard's file, rows, bytes and checksum, statistics per image and of the pixels, defects found.
+    Or over 3 times that of the background, the calmest tenth, if that is more. On 14 real LIVECell images, with
+    backgrounds of 0.8 to 1.2, the annotated cells cover 0.43 to 1.3 times as many pixels.
     """
+    values = image.astype(np.float32)
+    mean = cv2.blur(values, (9, 9))
+    variance = cv2.blur(values * values, (9, 9)) - mean * mean
+    background = float(np.percentile(variance[::4, ::4], 10))
+    return int(np.count_nonzero(variance > max(VISIBLE_STD**2, 9 * background)))
+
+
+def draw_shard(task: ShardTask) -> ShardAccount:
+    """Draw and write one shard, then its account: the same bytes at every run, on every machine."""
     cv2.setNumThreads(1)  # tasks share the machine's cores
-    account: dict[str, Any] = {"file": job["file"], "images": [], "histogram": [0] * 256, "areas": {}, "found": []}
-    payloads = storage.read_bytes(job["cells"])
-    written = shards.write_shard(storage.join(job["out"], job["file"]), _rows(job, payloads, rules, account))
-    account |= written
-    storage.write_json(job["account"], account)
+    account = ShardAccount(task.plan.split, task.plan.file)
+    written = shards.write_shard(task.shard_uri, _rows(task, storage.read_bytes(task.cells_uri), account))
+    account.rows, account.bytes, account.sha256 = written["rows"], written["bytes"], written["sha256"]
+    storage.write_json(task.account_uri, asdict(account))
     return account
 
 
-def _rows(
-    job: dict[str, Any], payloads: bytes, rules: DefectRules, account: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """The rows of one shard; adds each image's statistics and defects to `account`."""
+def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Iterator[shards.Sample]:
+    """Yield the rows of one shard; add the statistics and defects of each image to `account`."""
     histogram = np.zeros(256, np.int64)
     start = 0
-    rule = Intensity.model_validate(job["intensity"])
-    for image in job["images"]:
-        records = decode_cells(payloads[start : start + image["cells_bytes"]])
-        start += image["cells_bytes"]
-        frame = intensity.to_uint8(_pixels(job, image), rule)
-        row = draw_sample(frame.levels, image, records, rules, job["border_sigma"], account["found"])
+    for image, length in zip(task.plan.images, task.cell_bytes, strict=True):
+        records = decode_cells(encoded_cells[start : start + length])
+        start += length
+        frame = intensity.to_uint8(_read_pixels(task.source, image), task.intensity)
+        row = draw_sample(frame.levels, image, records, task.rules, task.border_sigma, account.defects)
         if row is None:
             continue
         row["padding"] = b"" if frame.padding is None else encode(frame.padding.astype(np.uint16))[0]["counts"]
         histogram += np.bincount(row["image"].ravel(), minlength=256)
-        areas = Counter(account["areas"].get(image["cell_type"], {}))
+        areas = Counter(account.areas.get(image.cell_type, {}))
         areas.update(str(area) for area in np.bincount(row["labels"].ravel())[1:].tolist() if area)
-        account["areas"][image["cell_type"]] = dict(sorted(areas.items()))
-        account["images"].append(
-            {
-                "cell_type": image["cell_type"],
-                "cells": row["cells"],
-                "foreground": int(row["foreground"].sum()),
-                "pixels": frame.own_pixels,
-                "size": list(row["foreground"].shape),
-            }
+        account.areas[image.cell_type] = dict(sorted(areas.items()))
+        foreground = row["foreground"]
+        account.images.append(
+            ImageStatistics(
+                image.cell_type, row["cells"], int(foreground.sum()), frame.own_pixels, list(foreground.shape)
+            )
         )
         yield row
-    account["histogram"] = histogram.tolist()
+    account.histogram = histogram.tolist()
 
 
-def _pixels(job: dict[str, Any], image: dict[str, Any]) -> np.ndarray:
-    """The image's stored pixels, uint8 or uint16 (H, W); UserError where the file is not the one that was examined."""
-    uri = storage.join(job["source"], image["path"])
+def _read_pixels(source: str, image: ImagePlan) -> np.ndarray:
+    """Return stored pixels, uint8 or uint16 (H, W); UserError if the file changed since it was examined."""
+    uri = storage.join(source, image.path)
     data = storage.read_bytes(uri)
-    if hashlib.sha256(data).hexdigest() != image["sha256"]:
+    if hashlib.sha256(data).hexdigest() != image.sha256:
         raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
     return formats.decode(data).pixels
 
 
 def draw_sample(
     pixels: np.ndarray,
-    image: dict[str, Any],
+    image: ImagePlan,
     records: list[CellRecord],
-    rules: DefectRules,
+    rules: Rules,
     border_sigma: float,
-    found: list[dict[str, Any]],
-) -> dict[str, Any] | None:
-    """One row of the dataset; None where no cell can be used and images without cells are dropped.
+    defects: list[Defect],
+) -> shards.Sample | None:
+    """Return one row of the dataset; None if no cell is usable and images without cells are dropped.
 
     Args:
         pixels: uint8 (H, W).
-        image: `file_name`, `split`, `cell_type`, `path`, `sha256`, `annotation`, `id`, `scale` (x, y).
+        image: where it comes from.
         records: its annotations.
-        rules: what to do with defective cells.
+        rules: rule by kind of defect.
         border_sigma: width of the border map in pixels.
-        found: the defects found are added to it.
+        defects: receives the defects of the image.
     """
     shape = (pixels.shape[0], pixels.shape[1])
-    scale = (image["scale"][0], image["scale"][1])
-    cells, ids, defects = check_cells(records, shape, scale, rules, image["split"])
-    patches = [rasterise(cell, shape) for cell in cells]
+    checked = check_cells(records, shape, image.scale, rules, image.split)
+    patches = [rasterise(cell, shape) for cell in checked.cells]
     labels = draw_labels(patches, shape)
     hidden = hidden_cells(labels, len(patches))
     if hidden:
-        defects["hidden_cell"] = [(ids[index], "") for index in hidden]
-        scored = rule_of(rules, "hidden_cell", image["split"]) != "drop"
+        checked.defects["hidden_cell"] = [(checked.ids[index], "") for index in hidden]
+        scored = rule_of(rules, "hidden_cell", image.split) != "drop"
         hidden = [index for index in hidden if not (scored and patches[index].mask.any())]
-        labels = _renumbered(labels, hidden, len(patches))
+        labels = _without_labels(labels, hidden, len(patches))
         patches = [patch for index, patch in enumerate(patches) if index not in set(hidden)]
-    for defect, members in defects.items():
-        found.append(_found(defect, rules, image, [identity for identity, _ in members], _details(members)))
-    count = len(patches)
-    if records and not count:
-        rule = rule_of(rules, "no_annotations", "train")  # in test too: its cells are no background
-        none = _found("no_annotations", rules, image, [image["id"]], "no annotation left that can be drawn")
-        found.append(none | {"rule": rule})
+    for kind, cells in checked.defects.items():
+        detail = "; ".join(dict.fromkeys(text for _, text in cells if text))
+        ids = [cell_id for cell_id, _ in cells]
+        defects.append(Defect(kind, rule_of(rules, kind, image.split), image.file_name, image.split, ids, detail))
+    if records and not patches:
+        rule = rule_of(rules, "no_annotations", "train")  # in test too: its cells are not background
+        detail = "no annotation left that can be drawn"
+        defects.append(Defect("no_annotations", rule, image.file_name, image.split, [image.id], detail))
         if rule == "drop":
             return None
     return {
-        "file_name": image["file_name"],
-        "cell_type": image["cell_type"],
+        "file_name": image.file_name,
+        "cell_type": image.cell_type,
         "height": shape[0],
         "width": shape[1],
         "image": pixels,
         "labels": labels,
         "foreground": (labels > 0).astype(np.uint8),
         "border": border_map(labels, border_sigma),
-        "cells": count,
+        "cells": len(patches),
         "outlines": [encode_patch(patch.mask, patch.top, patch.left, shape)["counts"] for patch in patches],
-        "source": image["path"],
-        "sha256": image["sha256"],
-        "annotation": f"{image['annotation']}#{image['id']}",
+        "source": image.path,
+        "sha256": image.sha256,
+        "annotation": f"{image.annotation}#{image.id}",
     }
 
 
-def _details(members: list[tuple[int | str, str]]) -> str:
-    return "; ".join(dict.fromkeys(detail for _, detail in members if detail))
-
-
-def _renumbered(labels: np.ndarray, hidden: list[int], count: int) -> np.ndarray:
-    """`labels` numbered 1.. without the cells (from 0) in `hidden`, in the same order."""
+def _without_labels(labels: np.ndarray, removed: list[int], count: int) -> np.ndarray:
+    """Return `labels` renumbered from 1 in the same order, without the cells (from 0) in `removed`."""
     table = np.zeros(count + 1, np.uint16)
-    shown = np.setdiff1d(np.arange(count), np.array(hidden, np.int64))
-    table[shown + 1] = np.arange(1, len(shown) + 1)
+    kept = np.setdiff1d(np.arange(count), np.array(removed, np.int64))
+    table[kept + 1] = np.arange(1, len(kept) + 1)
     return table[labels]
-
-
-def _found(defect: str, rules: DefectRules, image: dict[str, Any], ids: list[int | str], detail: str) -> dict[str, Any]:
-    return {
-        "defect": defect,
-        "rule": rule_of(rules, defect, image["split"]),
-        "file_name": image["file_name"],
-        "split": image["split"],
-        "ids": ids,
-        "detail": detail,
-    }

@@ -1,7 +1,7 @@
-"""Which image file an annotation file means: names as exporters write them, matched with the files that are there.
+"""Match the image names in annotation files, as exporters write them, with the files of the source.
 
-A name only chooses among the files of the source. It is matched as it is, then without regard to case, Unicode form
-and %-encoding, then by its last parts alone: names of another machine (`C:\\data\\a.png`, `../../upload/a.png`).
+A name only selects among the files of the source. It is matched exactly, then ignoring case, Unicode form and
+%-encoding, then by its last parts alone, for paths of another machine (`C:\\data\\a.png`, `../../upload/a.png`).
 """
 
 import posixpath
@@ -10,6 +10,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from raylivecell.core.errors import UserError
@@ -17,17 +18,43 @@ from raylivecell.images import formats
 
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 EXACT, FOLDED, LAST_PARTS = range(3)
-"""How sure a match is: the same name; the same but for case, Unicode form or %; only its last parts, or a file in a
-folder of another split."""
+"""Confidence of a match, best first: same name; same except for case, Unicode form or %-encoding; same last parts only,
+or a file in a folder of another split."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """The files that one name may mean; more than one where it cannot be decided."""
+    """The files that one name may mean; several if it is ambiguous."""
 
     paths: tuple[str, ...]
     """Relative to the source."""
     strength: int = EXACT
+
+
+class Claim(NamedTuple):
+    """An image's match with a file."""
+
+    strength: int
+    split: str
+    name: str
+
+
+def find_images(files: Sequence[str], folder: str | None) -> "ImageFolder":
+    """Return the image files among `files`: those under `folder`, by default `images` if it exists, else all."""
+    if folder is None:
+        folder = "images" if any(path.startswith("images/") and formats.is_image_name(path) for path in files) else ""
+    prefix = folder.strip("/") + "/" if folder.strip("/.") else ""
+    paths = tuple(path for path in files if path.startswith(prefix) and formats.is_image_name(path))
+    if not paths:
+        raise UserError(
+            f"no image files ({', '.join(formats.SUFFIXES)}) in {folder or 'the source'}; set --images to their folder"
+        )
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        by_name[_folded(posixpath.basename(path))].append(path)
+    splits = frozenset().union(*map(splits_of_folder, {posixpath.dirname(path) + "/" for path in paths}))
+    paths_by_name = {name: tuple(members) for name, members in by_name.items()}
+    return ImageFolder(paths, prefix, paths_by_name, splits, frozenset(paths))
 
 
 @dataclass(frozen=True)
@@ -37,143 +64,126 @@ class ImageFolder:
     paths: tuple[str, ...]
     """Relative to the source, sorted."""
     prefix: str
-    """The images' folder with a slash at its end, "" for the source itself."""
+    """Folder of the images, with a trailing slash; "" for the source itself."""
     by_name: Mapping[str, tuple[str, ...]]
-    """Paths by their last part, folded."""
+    """Paths by their last part, normalised by `_folded`."""
     splits: frozenset[str]
     """The splits that folders are named after."""
-    known: frozenset[str]
-    """`paths`, to look one up: of 5,000 files of one name in as many folders a search would take a minute."""
+    path_set: frozenset[str]
+    """`paths` for look-up: searching 5,000 files of one name in as many folders would take a minute."""
 
     def find(self, file_name: str, split: str, annotation: str) -> Match:
-        """Files that `file_name` in the annotation file `annotation` of `split` may mean."""
-        plain = _plain(file_name)
+        """Return the files that `file_name` in the annotation file `annotation` of `split` may mean."""
+        relative = _relative_name(file_name)
         foreign = not is_safe_name(file_name)
-        for place in self._places(annotation):
-            if (path := place + plain) in self.known:
+        for base in self._base_folders(annotation):
+            if (path := base + relative) in self.path_set:
                 strength = FOLDED if foreign else EXACT
-                # A name that holds its folder means that folder, whatever split it is named after.
-                return Match((path,), strength) if "/" in plain else self._of_split([path], split, strength)
-        for name in dict.fromkeys((plain, unquote(plain))):
+                # A name with a folder means that folder, whatever split it is named after.
+                return Match((path,), strength) if "/" in relative else self._of_split([path], split, strength)
+        for name in dict.fromkeys((relative, unquote(relative))):
             candidates = self.by_name.get(_folded(posixpath.basename(name)), ())
-            for strength, form in ((EXACT, str), (FOLDED, _folded)):
-                found = [path for path in candidates if _ends_with(form(path), form(name))]
-                if found:
-                    sure = strength if name == plain and not foreign else FOLDED
-                    return self._nearest(found, form(name), split, annotation, form, sure)
-        return self._by_last_parts(plain, split, annotation)
-
-    def like(self, file_name: str) -> str:
-        """The name of a file that differs from `file_name` in its suffix alone; "" where there is none."""
-        stem = posixpath.splitext(posixpath.basename(_plain(file_name)))[0]
-        names = (stem + suffix for suffix in formats.SUFFIXES)
-        return next((self.by_name[_folded(name)][0] for name in names if _folded(name) in self.by_name), "")
-
-    def relative(self, path: str) -> str:
-        """`path` relative to the images' folder: a name that no other image has."""
-        return path.removeprefix(self.prefix)
+            for strength, normalise in ((EXACT, str), (FOLDED, _folded)):
+                paths = [path for path in candidates if _ends_with(normalise(path), normalise(name))]
+                if paths:
+                    strength = strength if name == relative and not foreign else FOLDED
+                    return self._nearest(paths, normalise(name), split, annotation, normalise, strength)
+        return self._by_last_parts(relative, split, annotation)
 
     def _nearest(
-        self, found: list[str], name: str, split: str, annotation: str, form: Callable[[str], str], strength: int
+        self, paths: list[str], name: str, split: str, annotation: str, normalise: Callable[[str], str], strength: int
     ) -> Match:
-        """Of several files that end in `name` the one that is right there; else those of the split's folder."""
-        places = self._places(annotation)
-        for place in dict.fromkeys(places):
-            if here := [path for path in found if form(path) == form(place) + name]:
-                return self._of_split(here, split, strength)
-        near = [path for path in found if places[0] and path.startswith(places[0])]
-        return self._of_split(near or found, split, strength)
+        """Choose among files that end in `name`: those directly in a base folder, else below the annotation file's."""
+        folders = self._base_folders(annotation)
+        for base in dict.fromkeys(folders):
+            if direct := [path for path in paths if normalise(path) == normalise(base) + name]:
+                return self._of_split(direct, split, strength)
+        below = [path for path in paths if folders[0] and path.startswith(folders[0])]
+        return self._of_split(below or paths, split, strength)
 
-    def _of_split(self, found: list[str], split: str, strength: int) -> Match:
-        """Files in a folder named after the split rule out others (LIVECell: train and val share one)."""
-        own = [path for path in found if split in splits_of_folder(path)]
-        other = not own and split in self.splits and all(splits_of_folder(path) for path in found)
-        return Match(tuple(own or found), LAST_PARTS if other else strength)
+    def _base_folders(self, annotation: str) -> tuple[str, ...]:
+        """Return the folders that names may be relative to: the annotation file's, the images', the source."""
+        folder = posixpath.dirname(annotation)
+        return (folder + "/" if folder else "", self.prefix, "")
 
-    def _places(self, annotation: str) -> tuple[str, ...]:
-        """Where names are relative to: the annotation file's folder, the images', the source."""
-        own = posixpath.dirname(annotation)
-        return (own + "/" if own else "", self.prefix, "")
+    def _of_split(self, paths: list[str], split: str, strength: int) -> Match:
+        """Prefer files in a folder named after the split (LIVECell: train and val share one)."""
+        in_split = [path for path in paths if split in splits_of_folder(path)]
+        in_other = not in_split and split in self.splits and all(splits_of_folder(path) for path in paths)
+        return Match(tuple(in_split or paths), LAST_PARTS if in_other else strength)
 
     def _by_last_parts(self, name: str, split: str, annotation: str) -> Match:
+        """Match the longest end of `name` that any file has."""
         parts = [part for part in unquote(name).split("/") if part not in ("", "..")]
         for first in range(len(parts)):
-            last = "/".join(parts[first:])
-            found = [p for p in self.by_name.get(_folded(parts[-1]), ()) if _ends_with(_folded(p), _folded(last))]
-            if found:
-                return self._nearest(found, _folded(last), split, annotation, _folded, LAST_PARTS)
+            end = _folded("/".join(parts[first:]))
+            paths = [path for path in self.by_name.get(_folded(parts[-1]), ()) if _ends_with(_folded(path), end)]
+            if paths:
+                return self._nearest(paths, end, split, annotation, _folded, LAST_PARTS)
         return Match(())
 
+    def with_other_suffix(self, file_name: str) -> str:
+        """Return a file whose name differs from `file_name` only in its suffix; "" if there is none."""
+        stem = posixpath.splitext(posixpath.basename(_relative_name(file_name)))[0]
+        names = (_folded(stem + suffix) for suffix in formats.SUFFIXES)
+        return next((self.by_name[name][0] for name in names if name in self.by_name), "")
 
-def find_images(files: Sequence[str], folder: str | None) -> ImageFolder:
-    """Image files of a source's `files`: those under `folder`; by default `images` where there is one, else all."""
-    if folder is None:
-        folder = "images" if any(path.startswith("images/") and formats.is_image_name(path) for path in files) else ""
-    prefix = folder.strip("/") + "/" if folder.strip("/.") else ""
-    paths = tuple(path for path in files if path.startswith(prefix) and formats.is_image_name(path))
-    if not paths:
-        raise UserError(
-            f"no image files ({', '.join(formats.SUFFIXES)}) in {folder or 'the source'}; set images to their folder"
-        )
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        by_name[_folded(posixpath.basename(path))].append(path)
-    splits = frozenset().union(*map(splits_of_folder, {posixpath.dirname(path) + "/" for path in paths}))
-    grouped = {name: tuple(found) for name, found in by_name.items()}
-    return ImageFolder(paths, prefix, grouped, splits, frozenset(paths))
+    def relative(self, path: str) -> str:
+        """Return `path` relative to the folder of the images: a unique name."""
+        return path.removeprefix(self.prefix)
 
 
-def is_safe_name(name: str) -> bool:
-    """Whether a `file_name` of a JSON stays inside the image folder: no absolute path, no `..`, no drive, no NUL."""
-    parts = name.replace("\\", "/").split("/")
-    return not (name.startswith(("/", "\\", "~")) or ".." in parts or ":" in name or "\0" in name)
-
-
-def settle(claims: Iterable[tuple[str, str, Match]]) -> list[tuple[str, ...]]:
-    """The files of each (file name, split, match): a file that another name means more surely is taken away.
-
-    Where two names mean one file by their last parts alone, neither has it: `a/x.png` and `b/x.png` are two images.
-    """
-    listed = list(claims)
-    owners: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
-    for name, split, match in listed:
-        for path in match.paths:
-            owners[path].append((match.strength, split, _plain(name)))
-    settled = []
-    for name, split, match in listed:
-        mine = (match.strength, split, _plain(name))
-        settled.append(tuple(path for path in match.paths if not any(_beats(o, mine) for o in owners[path])))
-    return settled
-
-
-def _beats(other: tuple[int, str, str], mine: tuple[int, str, str]) -> bool:
-    """Whether the (strength, split, name) of another image means a file more surely."""
-    if other[1:] == mine[1:]:
-        return False
-    if mine[0] == EXACT:  # a.png is the end of a/a.png, which another image of the split has
-        return other[:2] == mine[:2] and other[2].endswith("/" + mine[2])
-    return other[0] < mine[0] or (other[0] == mine[0] and other[2] != mine[2])
-
-
-def splits_of_folder(path: str) -> frozenset[str]:
-    """The splits that the folders of `path` are named after; the deepest that is named so decides."""
-    for folder in reversed(posixpath.dirname(path).lower().split("/")):
-        if named := {SPLIT_WORDS[word] for word in re.findall(r"[a-z]+", folder) if word in SPLIT_WORDS}:
-            return frozenset(named)
-    return frozenset()
-
-
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith("/" + name)
-
-
-def _plain(file_name: str) -> str:
-    """A name with forward slashes, without the host and query of an address and the drive of a path."""
+def _relative_name(file_name: str) -> str:
+    """Return a name with forward slashes, without the host and query of a URL and the drive of a path."""
     name = file_name.replace("\\", "/").rpartition("?d=")[2]  # Label Studio: /data/local-files/?d=folder/a.png
     if "://" in name:
         name = re.split(r"[?#]", name.partition("://")[2].partition("/")[2])[0]
     return posixpath.normpath(re.sub(r"^[A-Za-z]:", "", name)).lstrip("/")
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether a `file_name` of a JSON stays inside the image folder: no absolute path, `..`, drive or NUL."""
+    parts = name.replace("\\", "/").split("/")
+    return not (name.startswith(("/", "\\", "~")) or ".." in parts or ":" in name or "\0" in name)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("/" + name)
+
+
+def splits_of_folder(path: str) -> frozenset[str]:
+    """Return the splits that the deepest folder of `path` named after any is named after."""
+    for folder in reversed(posixpath.dirname(path).lower().split("/")):
+        if splits := {SPLIT_WORDS[word] for word in re.findall(r"[a-z]+", folder) if word in SPLIT_WORDS}:
+            return frozenset(splits)
+    return frozenset()
+
+
 def _folded(name: str) -> str:
+    """Normalise case and Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def resolve_conflicts(matches: Iterable[tuple[str, str, Match]]) -> list[tuple[str, ...]]:
+    """Return the files of each (file name, split, match) that no other name matches better.
+
+    If two names match one file by their last parts alone, neither gets it: `a/x.png` and `b/x.png` are two images.
+    """
+    claims = [(Claim(match.strength, split, _relative_name(name)), match.paths) for name, split, match in matches]
+    claims_on: dict[str, list[Claim]] = defaultdict(list)
+    for claim, paths in claims:
+        for path in paths:
+            claims_on[path].append(claim)
+    return [
+        tuple(path for path in paths if not any(_beats(other, claim) for other in claims_on[path]))
+        for claim, paths in claims
+    ]
+
+
+def _beats(other: Claim, claim: Claim) -> bool:
+    """Whether another image matches a file better."""
+    if (other.split, other.name) == (claim.split, claim.name):
+        return False
+    if claim.strength == EXACT:  # a.png is the end of a/a.png, which another image of the split has
+        return (other.strength, other.split) == (EXACT, claim.split) and other.name.endswith("/" + claim.name)
+    return other.strength < claim.strength or (other.strength == claim.strength and other.name != claim.name)

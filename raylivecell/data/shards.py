@@ -1,8 +1,8 @@
 """The dataset on disk: `URI/{train,val,test}/*.parquet` and `URI/dataset.json`.
 
-One row is one image. Pixel columns are raw bytes under Parquet's own zstd: a PNG of 520x704 takes 3 ms to decode,
-zstd under 1. Every row is a row group of its own, so that any sample can be read alone, in any order, from any
-store: what an epoch's permutation of the index needs.
+One row is one image. Pixel columns are raw bytes compressed by Parquet with zstd: decoding a 520 x 704 PNG takes 3 ms,
+zstd under 1 ms. Every row is its own row group, so that single samples can be read in any order, as the permutation of
+an epoch requires, from any store.
 """
 
 import functools
@@ -25,16 +25,16 @@ from raylivecell.images.intensity import Intensity
 SPLITS = ("train", "val", "test")
 FORMAT_VERSION = 4
 MAX_ROWS = 2**20
-"""Of a shard; `prepare` writes 64."""
+"""Rows per shard; `prepare` writes 64."""
 MAX_ROW_BYTES = 2**31
-"""Of an image with its targets and outlines, decompressed; 8192 x 8192 pixels take 0.4e9."""
+"""Decompressed bytes of an image with its targets and outlines; 8192 x 8192 pixels have 0.4e9."""
 MAX_SIDE = 2**17
-"""Pixels along a side of an image."""
+"""Height or width of an image in pixels."""
 AGAIN = "run `raylivecell prepare` again"
 
 SCHEMA = pa.schema(
     [
-        ("file_name", pa.string()),  # as the annotation JSON has it, without folders
+        ("file_name", pa.string()),  # as in the annotation JSON
         ("cell_type", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
@@ -43,47 +43,49 @@ SCHEMA = pa.schema(
         ("foreground", pa.binary()),  # uint8 (H, W): 1 in a cell
         ("border", pa.binary()),  # uint8 (H, W): round(255 exp(-(d1 + d2)^2 / (2 sigma^2)))
         ("cells", pa.int32()),
-        ("outlines", pa.list_(pa.binary())),  # of each label, in their order: its whole mask, COCO's RLE counts
-        ("source", pa.string()),  # provenance: the image's path under --source
+        ("outlines", pa.list_(pa.binary())),  # complete mask of each label, in order: COCO's RLE counts
+        ("source", pa.string()),  # provenance: path of the image under --source
         ("sha256", pa.string()),  # of the image file's bytes
-        ("padding", pa.binary()),  # where the frame is padding: COCO's RLE counts; empty: nowhere
-        ("annotation", pa.string()),  # provenance: the JSON file that named it, and its image id there
+        ("padding", pa.binary()),  # padding of the frame: COCO's RLE counts; empty if none
+        ("annotation", pa.string()),  # provenance: JSON file and image id in it
     ]
 )
+Sample = dict[str, Any]
+"""One row of `SCHEMA`; pixel columns as arrays (H, W)."""
 PIXEL_DTYPES = {"image": "<u1", "labels": "<u2", "foreground": "<u1", "border": "<u1"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Where a sample is stored: shard file (URI) and row group in it."""
+    """Location of a sample: URI of the shard and row group in it."""
 
     shard: str
     group: int
     version: str = ""
-    """Tells the shard from one that has overwritten it."""
+    """Identifies the content of the shard, which may be overwritten."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """Every sample of a split in the dataset's fixed order: position = sample id. As small as the list of shards.
+    """Every sample of a split in the fixed order of the dataset: index = sample id. As small as the list of shards.
 
-    Arrays, for each data task gets one from the object store: without a copy, where 156,250 strings took it 265 ms.
+    Arrays, because each data task reads them from the object store without a copy; 156,250 strings took 265 ms.
     """
 
     shards: NDArray[np.bytes_]
     """URIs in UTF-8."""
     ends: NDArray[np.int64]
-    """Samples up to and with each shard."""
+    """Cumulative number of samples, including each shard."""
     versions: NDArray[np.bytes_]
-    """Of each shard, as `Row.version`."""
+    """`Row.version` of each shard."""
 
     @classmethod
     def of(cls, shards: Iterable[tuple[str, int]], versions: Iterable[str] | None = None) -> "Rows":
-        """From each shard's URI and its number of samples, and its version."""
-        listed = list(shards)
-        uris = np.array([uri.encode() for uri, _ in listed], np.bytes_)
-        of_each = np.array([version.encode() for version in versions or [""] * len(listed)], np.bytes_)
-        return cls(uris, np.cumsum([count for _, count in listed], dtype=np.int64), of_each)
+        """Build from the URI and number of samples of each shard, and its version."""
+        pairs = list(shards)
+        uris = np.array([uri.encode() for uri, _ in pairs], np.bytes_)
+        encoded_versions = np.array([version.encode() for version in versions or [""] * len(pairs)], np.bytes_)
+        return cls(uris, np.cumsum([count for _, count in pairs], dtype=np.int64), encoded_versions)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.ends.size else 0
@@ -102,11 +104,10 @@ class Rows(Sequence[Row]):
         return Row(self.shards[shard].decode(), group, self.versions[shard].decode())
 
 
-def write_shard(uri: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Write `rows` (a dict a row, pixel columns as arrays) as one Parquet file at `uri`.
+def write_shard(uri: str, rows: Iterable[Sample]) -> dict[str, Any]:
+    """Write `rows` as one Parquet file at `uri`, atomically; equal rows give equal bytes.
 
-    Atomically, and the same bytes every time. Rows are taken and compressed one at a time; without rows nothing is
-    written.
+    Rows are compressed one at a time. Without rows, no file is written.
 
     Returns:
         `rows`, `bytes` and `sha256` of what was written.
@@ -115,8 +116,8 @@ def write_shard(uri: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(sink, SCHEMA, **options) as writer:
         for row in rows:
-            plain = {k: v.astype(PIXEL_DTYPES[k]).tobytes() if k in PIXEL_DTYPES else v for k, v in row.items()}
-            writer.write_table(pa.Table.from_pylist([plain], schema=SCHEMA), row_group_size=1)
+            values = {k: v.astype(PIXEL_DTYPES[k]).tobytes() if k in PIXEL_DTYPES else v for k, v in row.items()}
+            writer.write_table(pa.Table.from_pylist([values], schema=SCHEMA), row_group_size=1)
             count += 1
     data = sink.getvalue().to_pybytes()
     if count:
@@ -125,7 +126,7 @@ def write_shard(uri: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_description(data: str) -> dict[str, Any]:
-    """`dataset.json` of the dataset at `data`; UserError where it is missing or of another version."""
+    """Return dataset.json of the dataset at `data`; UserError if it is missing or has another version."""
     try:
         description = storage.read_json(storage.join(data, "dataset.json"))
     except FileNotFoundError as error:
@@ -133,20 +134,20 @@ def load_description(data: str) -> dict[str, Any]:
             f"no dataset at {data}: dataset.json is missing; make one with `raylivecell prepare`"
         ) from error
     if not isinstance(description, dict):
-        raise UserError(f"{data}/dataset.json is no description of a dataset; run `raylivecell prepare` again")
+        raise UserError(f"{data}/dataset.json is not a description of a dataset; run `raylivecell prepare` again")
     if description.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"dataset at {data} has format {description.get('format_version')}, this version reads {FORMAT_VERSION}; "
             "run `raylivecell prepare` again"
         )
     with storage.validating(storage.join(data, "dataset.json"), AGAIN):
-        _check(description["splits"])
+        _check_splits(description["splits"])
         Intensity.model_validate(description["intensity"])
     return description
 
 
-def _check(splits: Any) -> None:
-    """ValueError unless dataset.json names shards inside the dataset, and rows and images of possible sizes."""
+def _check_splits(splits: Any) -> None:
+    """ValueError unless all shards are inside the dataset, and numbers of rows and sizes of images are possible."""
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             if not re.fullmatch(rf"{split}/[\w.-]+\.parquet", shard["file"]):
@@ -159,65 +160,41 @@ def _check(splits: Any) -> None:
 
 
 def intensity(data: str) -> Intensity:
-    """How the images of the dataset at `data` became grey levels."""
+    """Return the intensity rule of the dataset at `data`."""
     return Intensity.model_validate(load_description(data)["intensity"])  # checked
 
 
 def provenance(data: str) -> dict[str, Any]:
-    """`uri`, `name`, `licence`, `citation` of the dataset at `data`; `sha256` of dataset.json, so of all shards."""
+    """Return `uri`, `name`, `licence`, `citation` and `sha256` (of dataset.json, so of all shards) of a dataset."""
     description = load_description(data)
     sha256 = hashlib.sha256(storage.read_bytes(storage.join(data, "dataset.json"))).hexdigest()
-    named = {name: str(description.get(name) or "not stated") for name in ("name", "licence", "citation")}
-    return {"uri": data, **named, "sha256": sha256}
+    texts = {name: str(description.get(name) or "not stated") for name in ("name", "licence", "citation")}
+    return {"uri": data, **texts, "sha256": sha256}
+
+
+def image_sizes(data: str, split: str) -> set[tuple[int, int]]:
+    """Return every (height, width) of a split, from dataset.json: no shard is opened."""
+    return {(height, width) for height, width in load_description(data)["splits"][split]["sizes"]}
 
 
 def list_rows(data: str, split: str) -> Rows:
-    """Every sample of a split."""
+    """Return the location of every sample of a split."""
     shards = load_description(data)["splits"][split]["shards"]  # checked: [{"file": "train/...", "rows": 64}, ...]
     versions = [str(shard.get("sha256", ""))[:16] for shard in shards]
     return Rows.of(((storage.join(data, shard["file"]), shard["rows"]) for shard in shards), versions)
 
 
-@functools.lru_cache(maxsize=128)  # with each file stay the bytes of the row that was read last
-def _open(shard: str, version: str) -> pq.ParquetFile:
-    """An opened shard; its footer is read once a process and version: a dataset may be overwritten meanwhile."""
-    filesystem, path = storage.open_uri(shard)
-    try:
-        # Neighbouring columns in one read: two requests a row instead of five, and a quarter of the time on a disk.
-        file = pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise UserError(f"cannot read shard {shard}: {_line(error)}; {AGAIN}") from error
-    # Columns of another type are not touched: values of Ray's extension types are unpickled when they are looked at.
-    found = file.schema_arrow
-    for field in SCHEMA:
-        if field.name not in found.names or found.field(field.name).type != field.type:
-            raise UserError(f"shard {shard} has no column {field.name} of type {field.type}; {AGAIN}")
-    return file
+def read_row(row: Row, columns: Sequence[str]) -> Sample:
+    """Read `columns` of one sample: pixel columns as read-only arrays (H, W), the others as Python values.
 
-
-def _check_size(group: pq.RowGroupMetaData) -> None:
-    """ValueError for a row that would fill the memory: zstd makes gigabytes of kilobytes, a dictionary terabytes."""
-    if group.total_byte_size > MAX_ROW_BYTES:
-        raise ValueError(f"{group.total_byte_size} bytes, more than {MAX_ROW_BYTES}")
-    if any(group.column(i).has_dictionary_page for i in range(group.num_columns)):
-        raise ValueError("a column with a dictionary, which `prepare` does not write")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
-    """One sample's `columns`; pixel columns as read-only arrays of shape (H, W), the rest as Python values.
-
-    `padding` is bool (H, W), or None where the frame has none. Always holds `height` and `width` too.
+    `padding` is bool (H, W), or None if the frame has none. `height` and `width` are always included.
     """
-    wanted = list(dict.fromkeys(["height", "width", *columns]))
+    names = list(dict.fromkeys(["height", "width", *columns]))
     file = _open(row.shard, row.version)
     try:
         _check_size(file.metadata.row_group(row.group))
-        values = file.read_row_group(row.group, columns=wanted).to_pydict()
-        sample = {name: values[name][0] for name in wanted}
+        values = file.read_row_group(row.group, columns=names).to_pydict()
+        sample = {name: values[name][0] for name in names}
         shape = (sample["height"], sample["width"])
         for name in PIXEL_DTYPES.keys() & sample.keys():
             sample[name] = np.frombuffer(sample[name], PIXEL_DTYPES[name]).reshape(shape)
@@ -230,6 +207,30 @@ def read_row(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     return sample
 
 
-def image_sizes(data: str, split: str) -> set[tuple[int, int]]:
-    """Every (height, width) that occurs in a split, as dataset.json says: no shard is opened."""
-    return {(height, width) for height, width in load_description(data)["splits"][split]["sizes"]}
+@functools.lru_cache(maxsize=128)  # each file retains the bytes of its last row
+def _open(shard: str, version: str) -> pq.ParquetFile:
+    """Open a shard. Its footer is read once per process and version, because a dataset may be overwritten."""
+    filesystem, path = storage.open_uri(shard)
+    try:
+        # Adjacent columns in one read: two requests per row instead of five, and a quarter of the time on a disk.
+        file = pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"cannot read shard {shard}: {_line(error)}; {AGAIN}") from error
+    # Columns of other types are never read: values of Ray's extension types would be unpickled.
+    schema = file.schema_arrow
+    for field in SCHEMA:
+        if field.name not in schema.names or schema.field(field.name).type != field.type:
+            raise UserError(f"shard {shard} has no column {field.name} of type {field.type}; {AGAIN}")
+    return file
+
+
+def _check_size(group: pq.RowGroupMetaData) -> None:
+    """ValueError for a row that would exhaust memory: zstd expands kB to gigabytes, a dictionary to terabytes."""
+    if group.total_byte_size > MAX_ROW_BYTES:
+        raise ValueError(f"{group.total_byte_size} bytes, more than {MAX_ROW_BYTES}")
+    if any(group.column(i).has_dictionary_page for i in range(group.num_columns)):
+        raise ValueError("a column with a dictionary, which `prepare` does not write")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,100 +1,329 @@
-"""Where a source keeps its annotation files and images: LIVECell's layouts, and any folder of COCO JSON and images.
+"""Read a source: find its annotation files and images, and match every listed image with its file.
 
-Local folders and object stores alike; paths here are relative to the source, with forward slashes.
+Works on local folders and object stores alike. Paths are relative to the source, with forward slashes.
 """
 
 import fnmatch
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from pyarrow import fs as pafs
 
+from raylivecell.annotations import categories, coco
+from raylivecell.annotations.json_stream import CHUNK
+from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data.image_names import SPLIT_WORDS, splits_of_folder
+from raylivecell.data import cell_defects
+from raylivecell.data.config import PrepareConfig, Rules, chosen_rule, rule_of
+from raylivecell.data.defects import Defect, Entry
+from raylivecell.data.description import cell_type_of
+from raylivecell.data.image_names import (
+    SPLIT_WORDS,
+    ImageFolder,
+    Match,
+    find_images,
+    is_safe_name,
+    resolve_conflicts,
+    splits_of_folder,
+)
 from raylivecell.data.listing import list_folder, show
 from raylivecell.data.shards import SPLITS
 from raylivecell.images.formats import is_image_name
 
+MAX_CROWD_FRACTION = 0.1
+"""Of a file's annotations, above which iscrowd cannot mean a crowd; COCO's train2017 has 1.2 %."""
 
-def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
-    """Every file under the folder `uri`, relative path -> size and time of change; UserError where there is none.
 
-    With images that cannot be read: links to nothing and names that are not UTF-8. Reading them fails, so that each
-    has its line in a result. Prints what was left out or followed.
-    """
-    listing = list_folder(uri, follow_links)
+@dataclass(frozen=True)
+class Source:
+    """A source after reading its annotation files."""
+
+    uri: str
+    folder: ImageFolder
+    annotations: dict[tuple[str, str], coco.Annotations]
+    """Annotation files by (split, path)."""
+    unreadable_files: dict[str, str]
+    """Reason by path."""
+    categories: list[dict[str, Any]]
+    """Result of `categories.choose`."""
+    entries: list[Entry] = field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
+    matched_paths: set[str] = field(default_factory=set)
+    """Image files that a listed name may mean."""
+
+    def encoded_cells(self, entry: Entry) -> bytes:
+        """Return the encoded cells of `entry`: input of `coco.decode_cells`."""
+        return self.annotations[entry.split, entry.annotation].payload(entry.image.id)
+
+    def covered_pixels(self, entry: Entry) -> float:
+        """Return the pixels that the outlines of `entry` cover, overlaps counted twice."""
+        return cell_defects.covered(coco.decode_cells(self.encoded_cells(entry)))
+
+    def unlisted_files(self) -> list[Defect]:
+        """Return a defect for each image file that no annotation file may mean."""
+        rule = rule_of({}, "unlisted_file")
+        return [
+            Defect("unlisted_file", rule, path.rsplit("/", 1)[-1], None, [], path)
+            for path in self.folder.paths
+            if path not in self.matched_paths
+        ]
+
+    def listed_counts(self) -> dict[str, dict[str, int]]:
+        """Return the images and cells that the annotation files list by split, including unusable records."""
+        counts = {split: {"images": 0, "cells": 0} for split in SPLITS}
+        for (split, _), file in self.annotations.items():
+            bad_sections = [section for section, _, _ in file.bad]
+            counts[split]["images"] += len(file.images) + bad_sections.count("images")
+            counts[split]["cells"] += sum(file.counts().values()) + bad_sections.count("annotations")
+        return counts
+
+    def info_and_licences(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return `info`, where the first file has precedence, and `licenses` of the annotation files."""
+        info: dict[str, Any] = {}
+        for file in self.annotations.values():
+            info = file.info | info
+        return info, [licence for file in self.annotations.values() for licence in file.licences]
+
+
+class ListedImage(NamedTuple):
+    """An image record, with the split and the annotation file that list it."""
+
+    split: str
+    file: coco.Annotations
+    image: coco.ImageEntry
+
+
+def read_source(uri: str, config: PrepareConfig) -> Source:
+    """Read the annotation files of the source at `uri` and match their images with files."""
+    listing = list_folder(uri, config.follow_links)
     show(listing, uri)
-    lost = (path for path in listing.left_out if is_image_name(path))
-    return {path: pafs.FileInfo(path, pafs.FileType.File, size=0, mtime_ns=0) for path in lost} | listing.infos
-
-
-def split_of(path: str) -> str | None:
-    """The one split that a file's name speaks of (`livecell_coco_train.json`, `val.json`), else None."""
-    words = re.findall(r"[a-z]+", posixpath.basename(path).lower())
-    named = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-    return named.pop() if len(named) == 1 else None
-
-
-def split_of_folder(path: str) -> str | None:
-    """The one split that a file's folders are named after (Roboflow: `valid/_annotations.coco.json`), else None."""
-    named = splits_of_folder(path)
-    return next(iter(named)) if len(named) == 1 else None
+    paths = sorted(listing.infos)
+    annotation_paths = find_annotations(paths, {str(split): path for split, path in config.annotations.items()}, uri)
+    folder = find_images(paths, config.images)
+    annotations = {
+        (split, path): _read_annotations(uri, path) for split, members in annotation_paths.items() for path in members
+    }
+    chosen = categories.choose(annotations.values(), config.categories)
+    source = Source(uri, folder, annotations, listing.left_out, chosen)
+    images: list[ListedImage] = []
+    for (split, _), file in annotations.items():
+        _check_crowds(file, config.on_defect)
+        images += (ListedImage(split, file, image) for image in _usable_images(source, split, file, config.on_defect))
+    _match_images(source, images, config.on_defect)
+    return source
 
 
 def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: str) -> dict[str, list[str]]:
-    """Annotation files by split, in the order train, val, test.
+    """Find the annotation files by split, in the order train, val, test.
 
-    `chosen` (split -> path or pattern such as `LIVECell_single_cells/*/train.json`) decides; without it
-    `livecell_coco_{train,val,test}.json`, wherever they are, then any JSON named after one split, then any in a folder
-    named so. UserError where none is found or where several could be meant.
+    Args:
+        files: paths of the source.
+        chosen: path or pattern such as `LIVECell_single_cells/*/train.json` by split; without it,
+            `livecell_coco_{train,val,test}.json` in any folder, else JSON files named after one split, else those in
+            folders named after one.
+        source: URI, for messages.
+
+    Raises:
+        UserError: no file or several candidates for a split.
     """
     jsons = [path for path in files if path.lower().endswith(".json")]
     if chosen:
-        return {split: _match(jsons, chosen[split], source) for split in SPLITS if split in chosen}
+        return {split: _matching_paths(jsons, chosen[split], source) for split in SPLITS if split in chosen}
     by_split: dict[str, list[str]] = defaultdict(list)
-    by_name = any(split_of(path) for path in jsons)
+    any_named = any(split_of(path) for path in jsons)
     for path in jsons:
-        if split := split_of(path) if by_name else split_of_folder(path):
+        if split := split_of(path) if any_named else split_of_folder(path):
             by_split[split].append(path)
-    found = {}
+    annotation_paths = {}
     for split in SPLITS:
         official = [path for path in by_split[split] if posixpath.basename(path) == f"livecell_coco_{split}.json"]
         paths = official or by_split[split]
-        if paths and not _siblings(paths):
+        if paths and not _one_per_folder(paths):
             raise UserError(
                 f"{source} holds {len(paths)} annotation files for {split} ({', '.join(paths[:4])}, ...); "
-                f"choose with --annotations {split} PATH{_one_an_image(paths, files)}"
+                f"choose with --annotations {split} PATH{_per_image_hint(paths, files)}"
             )
         if paths:
-            found[split] = paths
-    if not found:
+            annotation_paths[split] = paths
+    if not annotation_paths:
         hint = f"found {', '.join(jsons[:4])}; " if jsons else ""
         raise UserError(
             f"no annotation JSON named after train, val or test in {source}; {hint}choose with --annotations train PATH"
         )
-    return found
+    return annotation_paths
 
 
-def _siblings(paths: Sequence[str]) -> bool:
-    """Whether `paths` are one file, or files of one name in folders side by side (one a cell type)."""
+def _matching_paths(jsons: Sequence[str], pattern: str, source: str) -> list[str]:
+    """Return the path equal to `pattern`, else the paths that match it; UserError if there is none."""
+    relative = pattern.removeprefix(source.rstrip("/") + "/").removeprefix("./")
+    paths = [path for path in jsons if path == relative] or [p for p in jsons if fnmatch.fnmatchcase(p, relative)]
+    if not paths:
+        raise UserError(f"no annotation file {pattern} in {source}; give its path inside the source")
+    return paths
+
+
+def split_of(path: str) -> str | None:
+    """Return the only split in a file's name (`livecell_coco_train.json`, `val.json`), else None."""
+    words = re.findall(r"[a-z]+", posixpath.basename(path).lower())
+    splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def split_of_folder(path: str) -> str | None:
+    """Return the only split that a file's folders are named after (Roboflow: `valid/_annotations.coco.json`)."""
+    splits = splits_of_folder(path)
+    return next(iter(splits)) if len(splits) == 1 else None
+
+
+def _one_per_folder(paths: Sequence[str]) -> bool:
+    """Whether `paths` is one file, or files of one name in sibling folders (one per cell type)."""
     names = {posixpath.basename(path) for path in paths}
     parents = {posixpath.dirname(posixpath.dirname(path)) for path in paths}
     depths = {path.count("/") for path in paths}
     return len(paths) == 1 or len(names) == len(parents) == len(depths) == 1
 
 
-def _one_an_image(paths: Sequence[str], files: Sequence[str]) -> str:
+def _per_image_hint(paths: Sequence[str], files: Sequence[str]) -> str:
+    """Return a hint if more than half of the JSON files are named like an image."""
     stems = {posixpath.splitext(path)[0] for path in files if is_image_name(path)}
     if 2 * sum(posixpath.splitext(path)[0] in stems for path in paths) <= len(paths):
         return ""
-    return " (one JSON an image, as LabelMe and others write, is not read: export COCO)"
+    return " (one JSON per image, as LabelMe and others write, is not supported: export COCO)"
 
 
-def _match(jsons: Sequence[str], pattern: str, source: str) -> list[str]:
-    wanted = pattern.removeprefix(source.rstrip("/") + "/").removeprefix("./")
-    found = [path for path in jsons if path == wanted] or [p for p in jsons if fnmatch.fnmatchcase(p, wanted)]
-    if not found:
-        raise UserError(f"no annotation file {pattern} in {source}; give its path inside the source")
-    return found
+def _read_annotations(uri: str, path: str) -> coco.Annotations:
+    """Read one annotation file, showing progress."""
+    filesystem, full_path = storage.open_uri(storage.join(uri, path))
+    with filesystem.open_input_stream(full_path) as stream:
+        size = filesystem.get_file_info(full_path).size or 0
+        return coco.read_annotations(_ProgressStream(stream, size, path), path)
+
+
+class _ProgressStream:
+    """A stream that shows the progress of its reader."""
+
+    def __init__(self, stream: Any, size: int, name: str) -> None:
+        chunks = iter(lambda: stream.read(CHUNK), b"")
+        self.chunks = console.track(chunks, f"reading {name} (4 MiB pieces)", -(-size // CHUNK))
+
+    def read(self, size: int) -> bytes:
+        """Return the next chunk, up to 4 MiB whatever the `size`; b"" at the end."""
+        return next(self.chunks, b"")
+
+
+def _check_crowds(file: coco.Annotations, rules: Rules) -> None:
+    """UserError where iscrowd is set too often for the rule `auto`."""
+    crowds, cells = file.crowds(), sum(file.counts().values())
+    if chosen_rule(rules, "crowd_region") == "auto" and crowds > MAX_CROWD_FRACTION * cells:
+        raise UserError(
+            f"{crowds} of {cells} annotations of {file.name} have iscrowd set, in COCO a region of many objects "
+            "(CVAT sets it on each cell drawn by brush): choose --on-defect crowd_region=keep (each is a cell) or "
+            "crowd_region=drop"
+        )
+
+
+def _usable_images(source: Source, split: str, file: coco.Annotations, rules: Rules) -> Iterator[coco.ImageEntry]:
+    """Yield the images of one file whose annotations are certainly theirs; record the defects of the others."""
+
+    def report(kind: str, ids: list[int | str], detail: str, name: str = file.name) -> None:
+        source.defects.append(Defect(kind, rule_of(rules, kind, split), name, split, ids, detail))
+
+    incomplete = _incomplete_image(file, rules)
+    if file.broken is not None:
+        report("truncated_json", incomplete, str(file.broken))
+    for detail, ids in _bad_records(file).items():
+        report("bad_record", ids, detail)
+    by_id: dict[int | str, list[coco.ImageEntry]] = defaultdict(list)
+    for image in file.images:
+        by_id[image.id].append(image)
+    for image_id, images in by_id.items():
+        names = list(dict.fromkeys(image.file_name for image in images))
+        if len(names) > 1:
+            detail = f"images: the id of {len(names)} images ({', '.join(names[:4])}): their cells cannot be separated"
+            report("bad_record", [image_id], detail, names[0])
+            source.matched_paths.update(p for name in names for p in source.folder.find(name, split, file.name).paths)
+        elif len(images) > 1:
+            report("bad_record", [image_id], "images: listed more than once, with one id", names[0])
+    counts = file.counts()
+    if orphans := [image_id for image_id in counts if image_id not in by_id and counts[image_id]]:
+        cells = sum(counts[image_id] for image_id in orphans)
+        report("orphan_annotation", orphans, f"{cells} annotations of images not listed")
+    for image_id, images in by_id.items():
+        if len({image.file_name for image in images}) == 1 and image_id not in incomplete:
+            yield images[0]
+
+
+def _incomplete_image(file: coco.Annotations, rules: Rules) -> list[int | str]:
+    """Return the id of the image whose annotations a truncated file cuts off; raise if the rule is to refuse it."""
+    if file.broken is None:
+        return []
+    if rule_of(rules, "truncated_json") == "refuse" or not file.images:
+        raise file.broken
+    return [] if file.last_image is None else [file.last_image]
+
+
+def _bad_records(file: coco.Annotations) -> dict[str, list[int | str]]:
+    """Return the ids of unusable records by section and reason."""
+    reasons: dict[str, list[int | str]] = defaultdict(list)
+    for section, record_id, reason in file.bad:
+        reasons[f"{section}: {reason}"].append("?" if record_id is None else record_id)
+    return reasons
+
+
+def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -> None:
+    """Add an entry for each image, with the file that its name means."""
+    matches = [source.folder.find(image.file_name, split, file.name) for split, file, image in images]
+    resolved = resolve_conflicts((image.file_name, split, match) for (split, _, image), match in zip(images, matches))
+    files_of_name: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for (split, _, image), paths in zip(images, resolved):
+        files_of_name[split, image.file_name].update(paths if len(paths) == 1 else ())
+    unreadable = {path.rpartition("/")[2]: reason for path, reason in source.unreadable_files.items()}
+    cells = {key: file.counts() for key, file in source.annotations.items()}
+    for (split, file, image), match, paths in zip(images, matches, resolved):
+        name = image.file_name
+        source.matched_paths.update(match.paths)
+        if len(paths) > 1:
+            rule = rule_of(rules, "ambiguous_file")
+            source.defects.append(Defect("ambiguous_file", rule, name, split, [image.id], ", ".join(paths)))
+            paths = tuple(sorted(paths, key=lambda path: (path.count("/"), path)))[: rule == "take_first"]
+            if not paths:
+                continue
+        if not paths and not is_safe_name(name):
+            reason = "images: a file name that leads out of the image folder, where no file has its last part"
+            rule = rule_of(rules, "bad_record")
+            source.defects.append(Defect("bad_record", rule, name, split, [image.id], reason))
+            continue
+        path = paths[0] if paths else None
+        cell_type = cell_type_of(name, file.category(image.id))
+        if path and (not is_safe_name(name) or len(files_of_name[split, name]) > 1):  # results are written by this name
+            image = replace(image, file_name=source.folder.relative(path))
+        reason = "" if path else _missing_reason(source.folder, name, match, unreadable)
+        count = cells[split, file.name].get(image.id, 0)
+        source.entries.append(Entry(split, file.name, image, path, count, cell_type, reason))
+
+
+def _missing_reason(folder: ImageFolder, name: str, match: Match, unreadable: Mapping[str, str]) -> str:
+    """Return why there is no file `name`; `unreadable`: reasons by last part of the path."""
+    last = name.replace("\\", "/").rpartition("/")[2]
+    if last in unreadable:
+        return unreadable[last]
+    if match.paths:
+        return f"no file of this name; {match.paths[0]} is that of another image"
+    similar = folder.with_other_suffix(name)
+    return f"no file of this name; {similar} has another suffix" if similar else "no file of this name"
+
+
+def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
+    """List every file under the folder `uri`: size and modification time by path; UserError if there is no folder.
+
+    Includes images that cannot be read (links to nothing, names that are not UTF-8): reading them fails, so that each
+    has its line in a result. Prints which files were left out and which links were followed.
+    """
+    listing = list_folder(uri, follow_links)
+    show(listing, uri)
+    unreadable = (path for path in listing.left_out if is_image_name(path))
+    return {path: pafs.FileInfo(path, pafs.FileType.File, size=0, mtime_ns=0) for path in unreadable} | listing.infos

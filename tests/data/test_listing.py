@@ -1,4 +1,4 @@
-"""Folders as tools leave them: hidden files, links of git-annex and DVC, names that are not UTF-8."""
+"""Folders of common tools: hidden files, links of git-annex and DVC, names that are not UTF-8."""
 
 import hashlib
 import os
@@ -13,15 +13,15 @@ from raylivecell.data.sources import find_annotations
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "set"
-    made.mkdir()
+    folder = tmp_path / "set"
+    folder.mkdir()
     for name in ("a.png", "train.json"):
-        (made / name).write_bytes(name.encode())
-    return made
+        (folder / name).write_bytes(name.encode())
+    return folder
 
 
 def store(root: Path, kind: str, data: bytes) -> Path:
-    """A file of `data` in a content store, named as git-annex, DVC or Hugging Face's cache names it."""
+    """Write `data` to a content store, named as by git-annex, DVC or the Hugging Face cache."""
     sha, md5 = hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()
     key = f"SHA256E-s{len(data)}--{sha}.png"
     names = {
@@ -48,12 +48,12 @@ def test_links_to_content_stores_are_followed(
     assert {path: info.size for path, info in listing.infos.items()} == {"a.png": 5, "b.png": 6, "train.json": 10}
     assert list(listing.left_out) == ["gone.png"]
     show(listing, str(folder))
-    told = capsys.readouterr().err.splitlines()
-    assert "gone.png (a link to a file that is not there" in told[0]
-    assert len(told) == 1 + len(listing.followed)
+    lines = capsys.readouterr().err.splitlines()
+    assert "gone.png (a link to a file that is not there" in lines[0]
+    assert len(lines) == 1 + len(listing.followed)
 
 
-def test_other_links_are_followed_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_other_links_are_followed_only_with_follow_links(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "elsewhere" / "deep" / "x.png").write_bytes(b"")
     (tmp_path / "elsewhere" / "again").symlink_to("..")
@@ -75,15 +75,13 @@ def test_other_links_are_followed_where_that_is_asked_for(folder: Path, tmp_path
 @pytest.mark.parametrize(
     "hidden", ["._train.json", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "x/@eaDir/a.png", ".git/b.png"]
 )
-def test_hidden_files_are_passed_over(hidden: str, folder: Path) -> None:
+def test_hidden_files_are_skipped(hidden: str, folder: Path) -> None:
     (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
     (folder / hidden).write_bytes(b"")
     assert sorted(list_folder(str(folder)).infos) == ["a.png", "train.json"]
 
 
-def test_names_that_are_not_utf8_are_named_and_the_rest_is_listed(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_that_are_not_utf8_are_left_out_with_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (b"zelle_\xfc.png", b"notes_\xfc.txt"):
         (Path(os.fsdecode(bytes(folder) + b"/" + name))).write_bytes(b"")
     listing = list_folder(str(folder))
@@ -95,12 +93,12 @@ def test_names_that_are_not_utf8_are_named_and_the_rest_is_listed(
 
 def test_annotation_files_by_name_or_by_folder() -> None:
     roboflow = [f"{split}/_annotations.coco.json" for split in ("test", "train", "valid")]
-    found = find_annotations([*roboflow, "train/a.png"], {}, "set")
-    assert found == {"train": roboflow[1:2], "val": roboflow[2:], "test": roboflow[:1]}
+    annotation_files = find_annotations([*roboflow, "train/a.png"], {}, "set")
+    assert annotation_files == {"train": roboflow[1:2], "val": roboflow[2:], "test": roboflow[:1]}
     assert find_annotations(["A/test.json", "B/test.json"], {}, "set") == {"test": ["A/test.json", "B/test.json"]}
     with pytest.raises(UserError, match="2 annotation files for test"):
         find_annotations(["test.json", "A/test.json"], {}, "set")
-    with pytest.raises(UserError, match="one JSON an image, as LabelMe"):
+    with pytest.raises(UserError, match="one JSON per image, as LabelMe"):
         find_annotations(["train/a.json", "train/b.json", "train/a.png", "train/b.png"], {}, "set")
     with pytest.raises(UserError, match=r"found instances_default\.json; choose with"):
         find_annotations(["instances_default.json", "im.png"], {}, "set")

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylivecell.core.console import show_warnings
-from raylivecell.data import draw, set_intensity, shards
-from raylivecell.data.defects import DefectRules, Entry
+from raylivecell.data import defects, draw, plan, shards
+from raylivecell.data.defects import Entry
 from raylivecell.images import intensity
 from raylivecell.images.grey_levels import Measures, measure, padding_mask, without_padding
 from raylivecell.images.intensity import Intensity, choose, to_uint8
@@ -217,13 +217,10 @@ def test_prepare_reports_unusable_and_unusual_images() -> None:
     for name, image in images.items():
         listed = type("Image", (), {"file_name": name, "id": 1})()
         entries.append(Entry(entry.split, entry.annotation, listed, name, 1, "A172"))
-        facts[name] = draw.ImageInfo(measures=tuple(measured(image)))
-    remaining, reported = set_intensity.judge_levels(entries, facts, RULE, DefectRules())
-    assert [entry.path for entry in remaining] == ["good", "dark"]
-    assert [(defect.defect, defect.file_name) for defect in reported] == [
-        ("odd_intensity", "dark"),
-        ("no_picture", "black"),
-    ]
+        facts[name] = defects.ImageInfo(measures=tuple(measured(image)))
+    kept, found = defects.check_intensity(entries, facts, RULE, {})
+    assert [one.path for one in kept] == ["good", "dark"]
+    assert [(one.defect, one.file_name) for one in found] == [("odd_intensity", "dark"), ("no_picture", "black")]
 
 
 @pytest.fixture(scope="module")
@@ -242,17 +239,18 @@ def network_of_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def prepared(folder: Path, images: dict[str, np.ndarray], rule: Intensity) -> list[shards.Row]:
-    """Write a shard of the images as `prepare` does, and return its rows."""
-    jobs = []
+    """Rows of the images as `prepare` writes them."""
+    plans = []
     for name, image in images.items():
         tifffile.imwrite(folder / name, image)
         sha256 = draw.examine(str(folder / name)).sha256
-        entry = {"path": name, "file_name": name, "sha256": sha256, "split": "test", "cell_type": "x", "scale": (1, 1)}
-        jobs.append(entry | {"annotation": "a.json", "id": 1, "cells_bytes": 0})
-    job = {"source": str(folder), "out": str(folder), "file": "test/part-00000.parquet", "images": jobs}
-    job |= {"cells": str(folder / "cells"), "account": str(folder / "account"), "border_sigma": 5.0}
-    (folder / "cells").write_bytes(b"")
-    draw.write_part(job | {"intensity": json.loads(rule.model_dump_json())}, DefectRules(no_annotations="keep"))
+        plans.append(plan.ImagePlan(name, name, "test", "a.json", 1, "x", sha256, (1, 1), image.size))
+    shard = plan.ShardPlan("test", "test/part-00000.parquet", tuple(plans))
+    uri, rules = str(folder), {"no_annotations": "keep"}
+    task = plan.ShardTask(shard, uri, uri, str(folder / "work"), rule, 5.0, rules, (0,) * len(plans))
+    (folder / "work").mkdir()
+    Path(task.cells_uri).write_bytes(b"")
+    draw.draw_shard(plan.ShardTask.from_row(json.loads(json.dumps(task.to_row()))))
     return [shards.Row(str(folder / "test/part-00000.parquet"), number) for number in range(len(images))]
 
 

@@ -22,7 +22,6 @@ from raylivecell import recipe
 from raylivecell.annotations import coco
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects, shards
-from raylivecell.data.defects import DefectRules
 from raylivecell.images import formats, tiff_segments
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig
@@ -165,7 +164,7 @@ def annotations() -> Iterator[tuple[str, str]]:
         record = {"id": 1, "image_id": 1, "segmentation": shape}
         read = coco.read_annotations(io.BytesIO(json.dumps({"annotations": [record]}).encode()), "train.json")
         cells = coco.decode_cells(read.payload(1))
-        accepted, _, defects = cell_defects.check_cells(cells, (64, 64), (1.0, 1.0), DefectRules())
+        accepted, _, defects = cell_defects.check_cells(cells, (64, 64), (1.0, 1.0), {})
         yield name, f"{len(accepted)} {read.bad} {list(defects)}"
 
 

@@ -17,7 +17,8 @@ from hostile import pickled, refused, torch_saved
 from PIL import Image
 
 from raylivecell.core.errors import UserError
-from raylivecell.data import draw, prepare, shards
+from raylivecell.data import draw, plan, prepare, shards
+from raylivecell.images import intensity
 from raylivecell.inference import results
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
@@ -284,11 +285,14 @@ def test_what_an_earlier_prepare_left(tmp_path: Path, marker: Path, capsys: pyte
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     out.mkdir()
+    shard = plan.ShardPlan("train", "account.parquet", ())
+    task = plan.ShardTask(shard, str(source), str(out), str(out), intensity.LIVECELL, 5.0, {})
+    assert task.account_uri == str(out / "account.json")
     for name in ("dataset.json", "account.json"):
         (out / name).write_bytes(pickled(marker))
     assert "dataset.json is not JSON" in refused(capsys, f"prepare --source {source} --out {out}")
     with pytest.raises(UserError, match=r"account\.json is not JSON"):
-        prepare._finished({"account": str(out / "account.json")})
+        prepare._finished(task)
     (out / "download.json").write_bytes(pickled(marker))
     assert "download.json is not JSON" in refused(capsys, f"download --out {out}")
     assert not marker.exists()

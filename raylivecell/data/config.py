@@ -1,0 +1,180 @@
+"""Settings of `prepare`: what to read, how to draw it, and the rule for each kind of defect."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from pydantic import Field, field_validator
+
+from raylivecell.annotations.drawing import TargetsConfig
+from raylivecell.core.settings import StrictModel
+
+Rules = Mapping[str, str]
+"""Rule by kind of defect; kinds that are missing have their default rule."""
+
+
+class DefectKind(NamedTuple):
+    """A kind of defect and what can be done about it."""
+
+    rules: tuple[str, ...]
+    """Allowed rules, the default first; a kind with one rule offers no choice."""
+    description: str
+    in_training: str = "drop"
+    """Meaning of `keep_in_test` in train and val."""
+    in_test: str = ""
+    """Rule in test, for kinds without a choice that test treats differently."""
+
+
+DEFECT_KINDS: dict[str, DefectKind] = {
+    "truncated_json": DefectKind(
+        ("refuse", "keep_complete_records"),
+        "An annotation file that breaks off. keep_complete_records: use all records before the break, except the image "
+        "whose annotations were being listed there.",
+    ),
+    "bad_record": DefectKind(
+        ("drop", "refuse"),
+        "A record with missing or ill-typed fields, or a file name that leads out of the image folder.",
+    ),
+    "orphan_annotation": DefectKind(("drop",), "An annotation whose image is not listed."),
+    "duplicate_entry": DefectKind(
+        ("keep_most_cells", "keep_first"),
+        "An image file listed twice in a split under different ids: which entry to keep.",
+    ),
+    "ambiguous_file": DefectKind(
+        ("drop", "take_first"),
+        "A file name that matches several files, where folders named after splits do not decide. take_first: the one "
+        "in the fewest folders, then by name, which may be the wrong image.",
+    ),
+    "missing_file": DefectKind(("drop", "refuse"), "A listed image without a file."),
+    "unlisted_file": DefectKind(("left out",), "An image file that no annotation file lists."),
+    "unreadable_image": DefectKind(("drop", "refuse"), "A file that holds no image, or several."),
+    "colour_image": DefectKind(("convert", "drop"), "A colour file. convert: to luma (0.299 R + 0.587 G + 0.114 B)."),
+    "sixteen_bit_image": DefectKind(
+        ("scale", "drop"),
+        "A 16-bit file. scale: to 8 bits by the intensity rule of the dataset (`intensity` in dataset.json).",
+    ),
+    "wrong_size": DefectKind(
+        ("drop", "keep", "scale"),
+        "A file whose size differs from the JSON. keep: use the outlines as they are; scale: scale them to the file.",
+    ),
+    "no_annotations": DefectKind(
+        ("keep_in_test", "drop", "keep"),
+        "A listed image without annotations; if kept, all of it is background. keep_in_test: drop from train and val, "
+        "because the published test set includes such images.",
+    ),
+    "few_annotations": DefectKind(
+        ("keep_in_test", "drop", "keep"),
+        "Fewer annotations than 20 % of the median of the cell type, covering under 20 % of the pixels that look like "
+        "cells (local standard deviation over 4 grey levels). If kept, it teaches that cells are background.",
+    ),
+    "leak": DefectKind(
+        ("keep_test_first", "keep"),
+        "The same file or pixels in two splits. keep_test_first: keep the image in test, else in val.",
+    ),
+    "identical_pixels": DefectKind(
+        ("keep_in_test", "keep_most_cells", "keep"),
+        "Two files of one split with the same pixels. keep_in_test: keep both in test, the one with most cells in "
+        "train and val.",
+        in_training="keep_most_cells",
+    ),
+    "no_picture": DefectKind(("drop",), "One value in every pixel, saturated, or far too dark for its dataset."),
+    "odd_intensity": DefectKind(("scale to the set",), "Background or spread far from that of the training images."),
+    "crowd_region": DefectKind(
+        ("auto", "drop", "keep"),
+        "An annotation with iscrowd set: in COCO a region of many objects, in CVAT each cell drawn by brush. keep: as "
+        "one cell. auto: drop, but stop if over 10 % of a file's annotations have it.",
+    ),
+    "degenerate_polygon": DefectKind(
+        ("drop",), "An outline with under 3 corners, no area or a value that is not finite, or an RLE of wrong size."
+    ),
+    "out_of_bounds": DefectKind(
+        ("clip", "drop"), "An outline that leaves the image by more than a pixel. clip: cut it at the edge."
+    ),
+    # COCO unites the parts of a cell, so that a part inside another is not a hole.
+    "inner_outline": DefectKind(("fill",), "A part of a cell inside another part of it."),
+    "doubled_contour": DefectKind(
+        ("keep_in_test", "keep_first", "keep"),
+        "Two outlines of one image with an intersection over union of at least 0.8. keep_in_test: keep both in test, "
+        "the first in train and val.",
+        in_training="keep_first",
+    ),
+    # In test its outline is still scored where it is inside the image.
+    "hidden_cell": DefectKind(
+        ("drop",),
+        "A cell without a pixel of its own: outside the image, or entirely under smaller cells.",
+        in_test="keep for scoring",
+    ),
+}
+"""Every kind, in the order in which defects are reported."""
+
+
+def chosen_rule(rules: Rules, kind: str) -> str:
+    """Return the rule for `kind`: the one in `rules`, else the default."""
+    return rules.get(kind, DEFECT_KINDS[kind].rules[0])
+
+
+def rule_of(rules: Rules, kind: str, split: str | None = None) -> str:
+    """Return the rule for `kind` in `split`, with `keep_in_test` and `auto` resolved."""
+    rule = chosen_rule(rules, kind)
+    if rule == "keep_in_test":
+        return "keep" if split == "test" else DEFECT_KINDS[kind].in_training
+    if split == "test" and DEFECT_KINDS[kind].in_test:
+        return DEFECT_KINDS[kind].in_test
+    return "drop" if rule == "auto" else rule
+
+
+def _choices() -> dict[str, DefectKind]:
+    """Return the kinds that have more than one rule."""
+    return {name: kind for name, kind in DEFECT_KINDS.items() if len(kind.rules) > 1}
+
+
+def _on_defect_help() -> str:
+    lines = ["Rule for a kind of defect, KIND=RULE; repeatable. All defects are listed in dataset.json. Kinds:"]
+    for name, kind in _choices().items():
+        default, *others = kind.rules
+        lines += ["", f"{name}={default} (default) | {' | '.join(others)}", kind.description]
+    return "\n".join(lines)
+
+
+class PrepareConfig(StrictModel):
+    """What to read, how to draw it, and what to do about each kind of defect."""
+
+    on_defect: dict[str, str] = Field(default={}, description=_on_defect_help())
+    annotations: dict[Literal["train", "val", "test"], str] = Field(default={})
+    """Annotation file of each split: a path inside the source or a pattern (`LIVECell_single_cells/*/train.json`).
+    Default: found by name."""
+    images: str | None = None
+    """Folder of the images inside the source. Default: `images` if it exists, else the entire source."""
+    categories: tuple[str, ...] = ()
+    """Categories (names or ids) whose annotations are cells; others count as background. Default: all."""
+    follow_links: bool = False
+    """Follow links to files and folders outside the source. Without it, only links into the stores of git-annex, DVC
+    and Hugging Face are followed, whose files are named by a checksum."""
+    targets: TargetsConfig = TargetsConfig()
+    """How targets are drawn."""
+    intensity_from: str | None = None
+    """Dataset, checkpoint, run or .onnx file whose intensity rule to use, for images to score with that network.
+    Default: a rule chosen from the training images."""
+    shard_images: int = Field(default=64, ge=1)
+    """Maximum images per shard; fewer if they are large (134 million pixels per shard)."""
+    overwrite: bool = False
+    """Replace a dataset in OUT that was made from another source or with other settings."""
+
+    @field_validator("on_defect")
+    @classmethod
+    def _check_rules(cls, on_defect: dict[str, str]) -> dict[str, str]:
+        """ValueError for an unknown kind or rule, with the nearest one and the allowed rules."""
+        kinds = _choices()
+        for name, rule in on_defect.items():
+            if name not in kinds:
+                nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0)[0]
+                raise ValueError(f"unknown kind {name!r}; did you mean {nearest}={'|'.join(kinds[nearest].rules)}?")
+            if rule not in kinds[name].rules:
+                allowed = ", ".join(kinds[name].rules)
+                nearest = difflib.get_close_matches(rule, kinds[name].rules, n=1, cutoff=0)[0]
+                raise ValueError(f"unknown rule {name}={rule}; did you mean {nearest}? Rules: {allowed}")
+        return on_defect
+
+    def rules(self) -> dict[str, str]:
+        """Return the rule for every kind that offers a choice."""
+        return {name: chosen_rule(self.on_defect, name) for name in _choices()}
