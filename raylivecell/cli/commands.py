@@ -69,10 +69,9 @@ def evaluate(
 
 
 def predict(
+    checkpoint: str,
     images: str,
     out: str,
-    checkpoint: str | None = None,
-    model: str | None = None,
     write: tuple[Literal["labels", "masks", "overlays", "coco", "cells"], ...] = (
         "labels",
         "masks",
@@ -88,10 +87,9 @@ def predict(
     """Find the cells in a folder of images; killed and started again, it goes on. Writes images.csv, a row an image.
 
     Args:
+        checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file (runs without torch).
         images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits, as stored.
         out: folder to write.
-        checkpoint: a checkpoint's folder, or a run's (then its best).
-        model: the same, or an .onnx file.
         write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (a row a cell).
         tta: average over the four flips.
         threshold: probability over which a pixel is foreground; default: the model's.
@@ -100,14 +98,11 @@ def predict(
     """
     from raylivecell.inference import predict as room
 
-    given = [uri for uri in (checkpoint, model) if uri is not None]
-    if len(given) != 1:
-        raise UserError("give either --checkpoint, or --model (a checkpoint too, or an .onnx file)")
-    room.predict(given[0], images, out, write, tta, threshold, overwrite, follow_links)
+    room.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links)
 
 
 def export(checkpoint: str, out: str) -> None:
-    """Write a network as one file for other programs, opened again and compared: `predict --model FILE.onnx` runs it.
+    """Write a network as one file for other programs, opened again and compared: `predict --checkpoint FILE.onnx` runs it.
 
     Args:
         checkpoint: a checkpoint's folder, or a run's (then its best).

@@ -38,7 +38,7 @@ JOB_ENV = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "PYTHONUNBUFFERED": "1"}
 """What a job's processes find in their environment: runs told to `/api/train/v2/runs/v1`, lines as they come."""
 
 # A job's own folder is a copy on the node it runs on, deleted afterwards.
-SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions", "--model")
+SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions")
 # Seconds between two tries to read on in a log, or to submit a job to a head that is not ready; and how many of these.
 RECONNECT_S, TRIES = 2.0, 15
 # Tries to reach a cluster that does not answer while a job is followed: a head that is restarted is back in minutes.
