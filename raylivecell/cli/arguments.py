@@ -1,12 +1,14 @@
 """Words of a command line before a parser has seen them, and what some flags' texts mean."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
+import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from raylivecell.core.docstrings import unwrapped
 from raylivecell.core.errors import UserError
 
 Resume = Literal["never", "auto", "always"]
@@ -18,8 +20,8 @@ FLAGS = ConstructorRegistry()
 
 @FLAGS.primitive_rule
 def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-    """A mapping with text keys (`unet.options`) as one word of JSON; None for any other type."""
-    if get_origin(info.type) is not dict:
+    """`dict[str, Any]` (`model.options`) as one word of JSON; None for any other type."""
+    if get_origin(info.type) is not dict or get_args(info.type) != (str, Any):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -38,6 +40,12 @@ def _json_mapping(word: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{word!r} is not a mapping; write for example '{{\"init_filters\": 16}}'")
     return value
+
+
+def call(command: Callable[..., Any], name: str, arguments: Sequence[str]) -> Any:
+    """Call `command` with the values that `arguments` give to its parameters; its docstring is the help text."""
+    command.__doc__ = unwrapped(command.__doc__ or "")
+    return tyro.cli(command, prog=f"raylivecell {name}", args=arguments, registry=FLAGS)
 
 
 def recipe_file(arguments: Sequence[str]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from raylivecell.cli.arguments import local
+from raylivecell.cli.arguments import call, local
 from raylivecell.core.errors import UserError
 
 
@@ -102,7 +102,7 @@ def predict(
 
 
 def export(checkpoint: str, out: str) -> None:
-    """Write a network as one file for other programs, opened again and compared: `predict --checkpoint FILE.onnx` runs it.
+    """Export a network to one file for other programs, opened again and compared; `predict` runs the .onnx file.
 
     Args:
         checkpoint: a checkpoint's folder, or a run's (then its best).
@@ -135,7 +135,7 @@ def download(arguments: Sequence[str]) -> None:
         """
         room.download(local(out), files, base_url, sha256, size)
 
-    tyro.cli(command, prog="raylivecell download", args=arguments)
+    call(command, "download", arguments)
 
 
 def demo(out: Path = Path("demo"), recipe: str = "demo", images: int = 64, seed: int = 0) -> None:
@@ -220,7 +220,7 @@ def prepare(arguments: Sequence[str]) -> None:
         """
         run(source, out, fields, strict, segmenter.intensity_rule)
 
-    tyro.cli(command, prog="raylivecell prepare", args=arguments)
+    call(command, "prepare", arguments)
 
 
 def submit(arguments: Sequence[str]) -> int:
@@ -264,4 +264,4 @@ def submit(arguments: Sequence[str]) -> int:
     own, stage, stage_flags = room.split(arguments, with_value)
     if stage is None and not {"-h", "--help"} & set(own):
         raise UserError(f"no stage among {' '.join(own) or 'no words'}; give one of {', '.join(room.STAGES)}")
-    return tyro.cli(command, prog="raylivecell submit", args=own)
+    return call(command, "submit", own)

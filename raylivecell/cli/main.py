@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from raylivecell.cli import commands, recipe_commands
+from raylivecell.cli.arguments import call
 from raylivecell.core import addresses
 from raylivecell.core.errors import UserError, os_error_line
 from raylivecell.core.process_settings import LOOPBACK_ONLY, environment
@@ -21,7 +20,7 @@ from raylivecell.core.version import __version__
 
 
 def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], int | None]:
-    return lambda arguments: tyro.cli(function, prog=f"raylivecell {function.__name__}", args=arguments)
+    return lambda arguments: call(function, function.__name__, arguments)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {

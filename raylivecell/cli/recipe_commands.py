@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from raylivecell.cli.arguments import FLAGS, Resume, recipe_file, resumes, workers_in
+from raylivecell.cli.arguments import Resume, call, recipe_file, resumes, workers_in
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def train(arguments: Sequence[str]) -> None:
             began=psutil.Process().create_time(),
         )
 
-    tyro.cli(command, prog="raylivecell train", args=arguments, registry=FLAGS)
+    call(command, "train", arguments)
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -113,7 +113,7 @@ def sweep(arguments: Sequence[str]) -> None:
             mlflow,
         )
 
-    tyro.cli(command, prog="raylivecell sweep", args=arguments, registry=FLAGS)
+    call(command, "sweep", arguments)
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -145,4 +145,4 @@ def check(arguments: Sequence[str]) -> int:
             room.CheckRequest(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers))
         )
 
-    return tyro.cli(command, prog="raylivecell check", args=arguments, registry=FLAGS)
+    return call(command, "check", arguments)

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raylivecell.core import storage
+from raylivecell.core.docstrings import unwrapped
 from raylivecell.core.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -18,6 +19,13 @@ class StrictModel(BaseModel):
     """Base of all `*Config` models; the string under a field is its documentation (shown in `--help`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Remove the line breaks of the source from the fields' descriptions."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            field.description = field.description and unwrapped(field.description)
 
 
 class _Plain(yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import ray
+import tyro
+from tyro.constructors import ConstructorRegistry
 
 from raylivecell.cli import arguments as words
 from raylivecell.cli import main
@@ -143,6 +146,24 @@ def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], 
     every_command(bug)
     with pytest.raises(KeyError):
         main.main(["train"])
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_has_no_line_breaks_of_the_source(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the texts that tyro prints; in the printed help it breaks lines itself, to fill columns of boxes."""
+    texts: list[str] = []
+
+    def collect(command: Callable[..., object], registry: ConstructorRegistry, **options: object) -> None:
+        parser = tyro.extras.get_parser(command, registry=registry)
+        groups = parser._action_groups
+        texts.extend(text for text in (parser.description, *(group.description for group in groups)) if text)
+        texts.extend(action.help for action in parser._actions if action.help)
+
+    monkeypatch.setattr(tyro, "cli", collect)
+    main.main([name, "--help"])
+    assert len(texts) > 1
+    for text in texts:
+        assert not re.search(r"[^\n]\n(?!\n)", text), text
 
 
 def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
