@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,10 @@ _PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial", re.DOTALL)
 _NAME_BYTES = 200
 """Of a file's name in the name of its temporary file, which may have 255."""
 _SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
-"""Environment variables that an opened filesystem keeps."""
+"""Environment variables that a filesystem reads when it is opened."""
+_LOCAL = pafs.LocalFileSystem()
+# lru_cache alone calls the function twice where two threads ask for the same root at once.
+_OPENING = threading.Lock()
 
 
 def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -37,22 +41,28 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """
     parts = addresses.split(str(uri))
     if parts is None:
-        return pafs.LocalFileSystem(), addresses.local_path(str(uri))
-    filesystem, base = _open_root(parts.root(), tuple(os.environ.get(name) for name in _SETTINGS))
-    return filesystem, "/".join(part for part in (base, parts.path) if part)
+        return _LOCAL, addresses.local_path(str(uri))
+    with _OPENING:
+        filesystem, bucket = _open_root(parts.root(), tuple(os.environ.get(name) for name in _SETTINGS))
+    return filesystem, "/".join(part for part in (bucket, parts.path) if part)
 
 
 @functools.lru_cache(maxsize=32)
 def _open_root(root: str, settings: tuple[str | None, ...]) -> tuple[pafs.FileSystem, str]:
-    """The filesystem at the URI `root` and the path of its bucket; opened once a process: a client has threads."""
+    """The filesystem at the URI `root`, and its bucket. Cached per process: each client of an object store has threads.
+
+    Args:
+        root: scheme, bucket and options of a URI; it holds no credentials.
+        settings: values of the environment variables _SETTINGS, from which the filesystem takes its endpoint.
+    """
     try:
-        filesystem, base = pafs.FileSystem.from_uri(root)
+        filesystem, bucket = pafs.FileSystem.from_uri(root)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot open {root}: {reason}; use a local path, s3://bucket/path or gs://bucket/path"
         ) from error
-    return filesystem, base.rstrip("/")
+    return filesystem, bucket.rstrip("/")
 
 
 def join(uri: str | Path, *parts: str) -> str:

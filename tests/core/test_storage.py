@@ -1,13 +1,16 @@
 """Files at any address: every name, on every filesystem, is read and written as itself."""
 
 import os
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import S3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow.fs import FileSystem
 
 from raylivecell.cli import main
 from raylivecell.core import addresses, storage
@@ -104,6 +107,19 @@ def test_a_root_is_opened_once(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one is other
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert storage.open_uri("s3://cells/a")[0] is not one
+
+
+@pytest.mark.parametrize("root", ["mock:///threads", "/tmp"])
+def test_threads_share_the_filesystem_of_a_root(root: str) -> None:
+    barrier = threading.Barrier(16)
+
+    def open_together(number: int) -> FileSystem:
+        barrier.wait()
+        return storage.open_uri(f"{root}/{number}")[0]
+
+    with ThreadPoolExecutor(16) as threads:
+        filesystems = list(threads.map(open_together, range(16)))
+    assert all(filesystem is filesystems[0] for filesystem in filesystems)
 
 
 SECRETS = [
