@@ -122,7 +122,7 @@ def merge(out: str, versions: Mapping[str, str], wanted: Collection[str]) -> Non
 
 def clear(out: str) -> None:
     """Delete the parts, for the tables hold everything, and what killed writers left."""
-    storage.sweep(out)
+    storage.remove_partial_files(out)
     storage.delete(storage.join(out, FOLDER))
 
 

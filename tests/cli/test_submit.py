@@ -54,10 +54,13 @@ def test_every_stage_has_its_script_and_command(stage: str) -> None:
         ("--max-upload-mib 0.01 train --data /d --out /o", "MiB, over 0.01; name in .gitignore"),
         ("--working-dir {tmp} train --data /d --out /o", "{tmp} has no jobs/"),
         ("--address http://127.0.0.1:9 train --data /d --out /o", "no job API at http://127.0.0.1:9"),
-        ("train --data s3://K:S@b/d --out /o", "holds a password or an access key"),
-        ("train --data=s3://b/d?secret_key=S --out /o", "holds a password or an access key"),
-        ("sweep --data /d --out /o --storage postgresql://me:pw@db/x", "holds a password or an access key"),
-        ("--env MLFLOW_TRACKING_URI=https://me:pw@host train --data /d --out /o", "holds a password or an access key"),
+        ("train --data s3://K:S@b/d --out /o", "contains a password or"),
+        ("train --data=s3://b/d?secret_key=S --out /o", "contains a password or"),
+        ("sweep --data /d --out /o --storage postgresql://me:pw@db/x", "contains a password or"),
+        (
+            "--env MLFLOW_TRACKING_URI=https://me:pw@host train --data /d --out /o",
+            "contains a password or",
+        ),
         ("--name train", "no stage among --name train"),
     ],
 )

@@ -168,7 +168,7 @@ def test_a_secret_in_a_uri_is_refused_and_not_shown(
 @pytest.mark.parametrize("secret", SECRETS)
 def test_no_caller_opens_a_uri_with_a_secret(secret: str) -> None:
     for use in (storage.open_uri, storage.absolute, lambda uri: storage.join(uri, "x")):
-        with pytest.raises(UserError, match="holds a password or an access key") as refused:
+        with pytest.raises(UserError, match="contains a password or an access key") as refused:
             use(secret)
         assert "hid" not in str(refused.value)
 
@@ -207,7 +207,7 @@ def test_only_what_writers_of_this_project_left_is_swept(tmp_path: Path) -> None
     others = [".mine.partial", "x.partial", f"{'ab' * 16}.partial", ".y.1234.partial"]
     for name in others:
         (tmp_path / "a" / name).touch()
-    storage.sweep(tmp_path)
+    storage.remove_partial_files(tmp_path)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(others)
 
 
