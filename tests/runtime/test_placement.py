@@ -229,5 +229,5 @@ def test_the_demo_refuses_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyP
         demo.demo(out, str(file))
     assert (out / "cells" / "a.tif").exists()
     (out / demo.MARK).unlink()
-    with pytest.raises(UserError, match="holds files that no demo wrote"):
+    with pytest.raises(UserError, match="contains files not written by the demo"):
         demo.demo(out, str(file))
