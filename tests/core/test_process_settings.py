@@ -1,4 +1,4 @@
-"""Imports and calls leave a notebook's process as it was: environment, warnings, logging, threads, Ray Data."""
+"""Imports and calls leave a notebook's process unchanged: environment, warnings, logging, threads, Ray Data."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ import raylivecell
 from raylivecell.core import process_settings
 
 
-def test_settings_are_restored_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "mine")
     monkeypatch.delenv("ADDED", raising=False)
     before = dict(os.environ), logging.getLogger("one").level
@@ -46,7 +46,7 @@ def state():
     }
 
 for name in json.loads(pathlib.Path(sys.argv[2]).read_text()) if len(sys.argv) > 2 else ():
-    with contextlib.suppress(Exception):  # a library's own part, loaded only by its parent
+    with contextlib.suppress(Exception):  # a submodule that only its parent can load
         importlib.import_module(name)
 loggers = list(logging.root.manager.loggerDict)
 before = state()

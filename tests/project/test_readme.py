@@ -1,4 +1,4 @@
-"""The README names what is there, commands, flags, recipes and files, and what it tells to do can be done."""
+"""Commands, flags, recipes and files in the README exist, and its instructions work."""
 
 import os
 import re
@@ -15,7 +15,7 @@ TEXT = (ROOT / "README.md").read_text()
 COMMAND = re.compile(r"^raylivecell (\w+) (.*)$", flags=re.M)
 LINES = COMMAND.findall(TEXT)
 (NOTEBOOK,) = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.M | re.S)
-# What makes minutes of a command seconds; the rest of its line stays.
+# Flags that reduce a command from minutes to seconds, appended to its line.
 STEPS = "--crop 64 64 --batch-size 2 --model.features 4 8 --optimizer.warmup-steps 0 --phases.0.steps 2"
 SMALLER = {
     "train": f"{STEPS} --loop.report-steps 2",
@@ -35,14 +35,14 @@ def test_commands_and_their_flags_exist(command: str, arguments: str, capsys: py
         assert flag in documented
 
 
-def test_files_named_exist() -> None:
+def test_files_mentioned_exist() -> None:
     for name in re.findall(r"jobs/\w+\.yaml", TEXT):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT):
         assert (ROOT / name).is_file(), name
 
 
-def test_the_tree_names_every_room() -> None:
+def test_the_tree_lists_every_module() -> None:
     tree = TEXT.split("## The files")[1].split("## Development")[0]
     patterns = re.findall(r"[\w*]+\.py", tree)
     for path in (ROOT / "raylivecell").glob("*.py"):
@@ -50,8 +50,8 @@ def test_the_tree_names_every_room() -> None:
 
 
 @pytest.mark.slow
-def test_it_can_be_followed(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this machine, in its order; of a cluster, test_submit.py and test_check.py do the same."""
+def test_the_instructions_work(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine, in the README's order; test_submit.py and test_check.py cover the cluster."""
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "jobs", "jobs")
     for command, arguments in COMMAND.findall(TEXT.split("## On a cluster")[0]):
