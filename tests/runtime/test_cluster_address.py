@@ -65,8 +65,8 @@ def test_servers(answer: bytes | None, problem: str | None, scheme: str) -> None
 @pytest.mark.parametrize(
     ("address", "problem"),
     [
-        ("http://head:8265", "is a dashboard"),
-        ("https://head:8265", "is a dashboard"),
+        ("http://head:8265", "is the address of a dashboard"),
+        ("https://head:8265", "is the address of a dashboard"),
         ("redis://head:6379", "is not an address of Ray"),
         ("head", "has no valid host and port"),
         ("head:", "has no valid host and port"),
