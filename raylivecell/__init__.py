@@ -2,8 +2,8 @@
 
 In a notebook, without a cluster:
 
-    load(uri)              a trained network: its `.segment(image)` finds the cells of uint8 (H, W)
-    score(labels, truth)   what that is worth: Dice, mSA, PQ, errors of counts
+    load(uri)              load a trained network; `.segment(image)` segments the cells of a uint8 image (H, W)
+    score(labels, truth)   compare with the ground truth: Dice, mSA, PQ, count errors
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ __all__ = ["__version__", "load", "score"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: the command line should not wait for numpy."""
+    """Import `load` and `score` on first use, so that the command line does not wait for numpy."""
     if name == "load":
         from raylivecell.inference.segmenter import load
 

@@ -1,13 +1,13 @@
-"""`python -m raylivecell` is the command `raylivecell`."""
+"""`python -m raylivecell` runs the command `raylivecell`."""
 
 import os
 import sys
 
 
 def _without_working_folder() -> list[str]:
-    """sys.path without the working folder, which `-m` puts first: downloaded files there must not be imported.
+    """sys.path without the working folder, which `-m` puts first: files downloaded to it must not be imported.
 
-    The folder stays where this package itself is in it, as in a checkout.
+    The working folder is kept if it contains this package, as in a checkout.
     """
     here = os.path.realpath(os.getcwd())
     if here == os.path.dirname(os.path.dirname(os.path.realpath(__file__))):

@@ -2,9 +2,9 @@
 
 main               commands, exit codes, one-line errors
 commands           each command's flags, from the types of its function
-recipe_commands    flags of the commands that take a recipe: train, sweep, check
-arguments          a command line before it is parsed
+recipe_commands    flags of the commands that have a recipe: train, sweep, check
+arguments          arguments: parsing, --recipe, --resume, --workers
 demo               `demo`: synth, prepare, train, evaluate, predict
-check, probe       `check`: what would fail, found before anything is spent
-submit, upload     `submit`: a stage as a job of a cluster
+check, probe       `check`: find what would fail before a run starts
+submit, upload     `submit`: run a stage as a job on a cluster
 """

@@ -1,42 +1,44 @@
-"""Words of a command line before a parser has seen them, and what some flags' texts mean."""
+"""Arguments of the command line: calling a command with them, and flags that are read before or after parsing."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from raylivecell.core.docstrings import unwrapped
 from raylivecell.core.errors import UserError
 
 Resume = Literal["never", "auto", "always"]
 """Whether a run in --out is resumed; `auto`: only if there is one."""
 
 FLAGS = ConstructorRegistry()
-"""How a command line's words become values of types that tyro does not know."""
+"""Parsers of types that tyro does not support."""
 
 
 @FLAGS.primitive_rule
 def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-    """A mapping with text keys (`unet.options`) as one word of JSON; None for any other type."""
-    if get_origin(info.type) is not dict:
+    """`dict[str, Any]` (`model.options`) as one JSON argument; None for any other type."""
+    if get_origin(info.type) is not dict or get_args(info.type) != (str, Any):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="JSON",
-        instance_from_str=lambda words: _json_mapping(words[0]),
+        instance_from_str=lambda arguments: _json_mapping(arguments[0]),
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [json.dumps(value)],
     )
 
 
-def _json_mapping(word: str) -> dict[str, Any]:
+def _json_mapping(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(word)
+        value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{word!r} is not JSON ({error}); write for example '{{\"init_filters\": 16}}'") from error
+        raise ValueError(f"{text!r} is not JSON ({error}); example: '{{\"init_filters\": 16}}'") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{word!r} is not a mapping; write for example '{{\"init_filters\": 16}}'")
+        raise ValueError(f"{text!r} is not a mapping; example: '{{\"init_filters\": 16}}'")
     return value
 
 
@@ -76,6 +78,14 @@ def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
     return [*others, flag, *values] if len(others) < len(arguments) else others
 
 
+def call(
+    command: Callable[..., Any], name: str, arguments: Sequence[str], registry: ConstructorRegistry = FLAGS
+) -> Any:
+    """Call `command` with the values that `arguments` give to its parameters; its docstring is the help text."""
+    command.__doc__ = unwrapped(command.__doc__ or "")
+    return tyro.cli(command, prog=f"raylivecell {name}", args=arguments, registry=registry)
+
+
 def recipe_file(arguments: Sequence[str]) -> str | None:
     """Path or URI of the recipe file: --recipe, else the recipe of the run that --resume continues."""
     recipe, out = value_of("--recipe", arguments), value_of("--out", arguments)
@@ -100,33 +110,33 @@ def resumes(mode: Resume, out: str) -> bool:
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE`, if given; UserError where it is given twice or without a value."""
-    places = [place for place, text in enumerate(arguments) if text.split("=", 1)[0] == flag]
-    if not places:
+    """Value of `--flag VALUE` or `--flag=VALUE`, if given; UserError if it is given twice or without a value."""
+    positions = [index for index, text in enumerate(arguments) if text.split("=", 1)[0] == flag]
+    if not positions:
         return None
-    if len(places) > 1:
+    if len(positions) > 1:
         raise UserError(f"{flag} is given twice; give it once")
-    _, equals, value = arguments[places[0]].partition("=")
+    _, equals, value = arguments[positions[0]].partition("=")
     if equals:
         return value
-    if places[0] + 1 == len(arguments):
+    if positions[0] + 1 == len(arguments):
         raise UserError(f"{flag} needs a value")
-    return arguments[places[0] + 1]
+    return arguments[positions[0] + 1]
 
 
 def local(out: Path) -> Path:
-    """`out`, if it is a local path: what these commands write, others then read by local paths."""
+    """Return `out` if it is a local path, else raise a UserError: other commands read it by local paths."""
     if ":/" in str(out):
         raise UserError(f"--out {out}: this command writes to a local folder; copy it to an object store afterwards")
     return out
 
 
 def workers_in(text: str) -> int | tuple[int, int]:
-    """What --workers says: N, or (least, most) of LEAST:MOST."""
+    """Parse --workers: N, or MIN:MAX as (min, max)."""
     try:
         counts = [int(part) for part in text.split(":")]
     except ValueError:
         counts = []
     if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 1:
-        raise UserError(f"--workers {text}: give a number (2), or the least and the most (1:4)")
+        raise UserError(f"--workers {text}: give a number (2), or MIN:MAX (1:4)")
     return counts[0] if len(counts) == 1 else (counts[0], counts[1])

@@ -1,6 +1,6 @@
-"""What each command takes, generated from the types of these functions: one a command, each of a few lines.
+"""One function per command; its parameters, types and docstring define the flags and the help text.
 
-What a command needs is imported when it runs, so that `--help` does not wait for torch and Ray.
+Imports are inside the functions, so that `--help` does not wait for torch and Ray.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from raylivecell.cli.arguments import local
+from raylivecell.cli.arguments import call, local
 from raylivecell.core.errors import UserError
 
 
@@ -17,10 +17,10 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
     """Write a LIVECell-shaped dataset of synthetic phase-contrast images.
 
     Args:
-        out: folder to write; it must not exist or be empty.
-        images: how many, over train, val and test together.
-        seed: image number i depends on (seed, i) alone.
-        defects: plant every defect that `prepare` must find, listed in planted.json.
+        out: folder to write; it must be empty or not exist.
+        images: number of images, of train, val and test together.
+        seed: image i depends only on (seed, i).
+        defects: include every kind of defect that `prepare` must find, listed in planted.json.
     """
     from raylivecell.core.console import console, track
     from raylivecell.runtime import session
@@ -29,11 +29,13 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
     local(out)
 
     def on_ray(draw: Callable[[Any], Any], frames: Sequence[Any]) -> Iterable[Any]:
-        session.connect()  # not before the request is known to be one that can be met
+        session.connect()  # after the arguments have been checked
         return track(session.ordered_map(draw, frames), "drawing", len(frames))
 
-    told = writer.write_dataset(out, images, seed, defects, mapper=on_ray)
-    console.print(f"written: {out}, {sum(split['images'] for split in told['splits'].values())} images", markup=False)
+    description = writer.write_dataset(out, images, seed, defects, mapper=on_ray)
+    console.print(
+        f"written: {out}, {sum(split['images'] for split in description['splits'].values())} images", markup=False
+    )
 
 
 def evaluate(
@@ -45,34 +47,33 @@ def evaluate(
     tta: bool = False,
     calibrate: bool = False,
 ) -> None:
-    """Score a checkpoint, or any tool's cells, on whole images: metrics.json and report.html.
+    """Score a checkpoint, or the cells of any tool, on complete images; writes metrics.json and report.html.
 
     Args:
         data: a prepared dataset.
         out: folder for metrics.json, report.html and overlays.
-        checkpoint: a checkpoint's folder, or a run's (then its best).
-        predictions: instead of a checkpoint, a COCO results file (JSON) of anybody's cells.
-        split: which images.
-        tta: average over the four flips.
-        calibrate: first choose on validation images the thresholds that make cells, and keep them in the checkpoint.
+        checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
+        predictions: a COCO results file (JSON) to score instead of a checkpoint.
+        split: images to score.
+        tta: test-time augmentation: average the predictions of the four flips.
+        calibrate: first tune the thresholds of the watershed on validation images, and store them in the checkpoint.
     """
-    from raylivecell.inference import evaluate as room
+    from raylivecell.inference import evaluate as evaluation
 
     if predictions is not None:
         if checkpoint is not None or tta or calibrate:
-            raise UserError("--predictions is scored by itself: leave out --checkpoint, --tta and --calibrate")
-        room.compare(predictions, data, split, out)
+            raise UserError("--predictions needs no network: leave out --checkpoint, --tta and --calibrate")
+        evaluation.compare(predictions, data, split, out)
     elif checkpoint is None:
         raise UserError("nothing to score: give --checkpoint, or --predictions with a COCO results file")
     else:
-        room.evaluate(checkpoint, data, split, out, tta=tta, calibrated=calibrate)
+        evaluation.evaluate(checkpoint, data, split, out, tta=tta, calibrated=calibrate)
 
 
 def predict(
+    checkpoint: str,
     images: str,
     out: str,
-    checkpoint: str | None = None,
-    model: str | None = None,
     write: tuple[Literal["labels", "masks", "overlays", "coco", "cells"], ...] = (
         "labels",
         "masks",
@@ -85,83 +86,79 @@ def predict(
     overwrite: bool = False,
     follow_links: bool = False,
 ) -> None:
-    """Find the cells in a folder of images; killed and started again, it goes on. Writes images.csv, a row an image.
+    """Segment the cells in a folder of images; resumable. Writes images.csv, a row per image.
 
     Args:
+        checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file (runs without torch).
         images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits, as stored.
         out: folder to write.
-        checkpoint: a checkpoint's folder, or a run's (then its best).
-        model: the same, or an .onnx file.
-        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (a row a cell).
-        tta: average over the four flips.
-        threshold: probability over which a pixel is foreground; default: the model's.
-        overwrite: delete what an earlier predict wrote into --out.
-        follow_links: follow links that lead out of the folder to any file, not to git-annex's and DVC's stores alone.
+        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (a row per cell).
+        tta: test-time augmentation: average the predictions of the four flips.
+        threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
+        overwrite: delete the files of an earlier predict in --out.
+        follow_links: follow links to any file outside the folder, not only to the stores of git-annex and DVC.
     """
-    from raylivecell.inference import predict as room
+    from raylivecell.inference import predict as prediction
 
-    given = [uri for uri in (checkpoint, model) if uri is not None]
-    if len(given) != 1:
-        raise UserError("give either --checkpoint, or --model (a checkpoint too, or an .onnx file)")
-    room.predict(given[0], images, out, write, tta, threshold, overwrite, follow_links)
+    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links)
 
 
 def export(checkpoint: str, out: str) -> None:
-    """Write a network as one file for other programs, opened again and compared: `predict --model FILE.onnx` runs it.
+    """Export a network to one file for other programs; it is loaded again and its output compared.
 
     Args:
-        checkpoint: a checkpoint's folder, or a run's (then its best).
-        out: FILE.onnx, or FILE.pt2 for torch.export.
+        checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
+        out: FILE.onnx, which `predict --checkpoint` can run, or FILE.pt2 for torch.export.
     """
-    from raylivecell.inference import export as room
+    from raylivecell.inference import export as exporter
 
-    room.export(checkpoint, out)
+    exporter.export(checkpoint, out)
 
 
 def download(arguments: Sequence[str]) -> None:
-    """Fetch LIVECell, resumable and checked."""
-    from raylivecell.download import livecell as room
+    """Download LIVECell, resumable and verified."""
+    from raylivecell.download import livecell
 
     def command(
         out: Path,
-        files: tuple[room.Group, ...] = ("images", "train", "val", "test"),
-        base_url: str = room.BASE_URL,
+        files: tuple[livecell.Group, ...] = ("images", "train", "val", "test"),
+        base_url: str = livecell.BASE_URL,
         sha256: tuple[str, ...] = (),
         size: tuple[str, ...] = (),
     ) -> None:
-        """Fetch LIVECell (3.4 GB; CC BY-NC 4.0) into a folder that `prepare --source` takes; resumes where it stopped.
+        """Download LIVECell (3.4 GB; CC BY-NC 4.0) into a folder for `prepare --source`; resumable.
 
         Args:
             out: folder to write.
-            files: what to fetch.
-            base_url: where from.
+            files: parts to download.
+            base_url: URL of the folder to download from.
             sha256: expected checksums, FILE=VALUE.
             size: expected sizes in bytes, FILE=VALUE.
         """
-        room.download(local(out), files, base_url, sha256, size)
+        livecell.download(local(out), files, base_url, sha256, size)
 
-    tyro.cli(command, prog="raylivecell download", args=arguments)
+    call(command, "download", arguments)
 
 
 def demo(out: Path = Path("demo"), recipe: str = "demo", images: int = 64, seed: int = 0) -> None:
-    """Draw cells, prepare, train, score, predict: some minutes on a CPU.
+    """Draw cells, prepare, train, evaluate and predict, in minutes on a CPU.
 
     Args:
-        out: folder to write; a former demo's is emptied.
+        out: folder to write; the files of an earlier demo are deleted.
         recipe: name of a shipped recipe, or a YAML file.
-        images: how many to draw.
-        seed: of the images.
+        images: number of images to draw.
+        seed: seed of the images.
     """
-    from raylivecell.cli import demo as room
+    from raylivecell.cli import demo as demonstration
 
-    room.demo(local(out), recipe, images, seed)
+    demonstration.demo(local(out), recipe, images, seed)
 
 
 def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
-    """List the shipped recipes, with what each is for, costs and reaches; with a name, print that recipe's file.
+    """List the shipped recipes with purpose, cost and scores; with a name, print that recipe's file.
 
     Args:
-        name: of the recipe to print, such as `raylivecell recipes small > mine.yaml`.
+        name: recipe to print, for example `raylivecell recipes small > mine.yaml`.
     """
     import shutil
     import textwrap
@@ -171,10 +168,10 @@ def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
     if name:
         print(Path(recipe.find(name)).read_text(), end="")
         return
-    known = recipe.shipped()
-    indent = max(map(len, known)) + 2
+    recipes = recipe.shipped()
+    indent = max(map(len, recipes)) + 2
     width = min(shutil.get_terminal_size().columns, 120)
-    for title, path in known.items():
+    for title, path in recipes.items():
         text = recipe.describe(path)
         print(textwrap.fill(text, width, initial_indent=title.ljust(indent), subsequent_indent=" " * indent))
 
@@ -187,24 +184,25 @@ def bench(
     repeats: int = 5,
     images: int = 200,
 ) -> None:
-    """Measure one part beside its rivals, in one run; writes bench.json and bench.png.
+    """Measure one part against its baselines, in one run; writes bench.json and bench.png.
 
     Args:
-        what: `augment`: milliseconds an image. `feed`: images/s into the loop. `step`: images/s of a training step by
-            setting and batch size, and of what the processor can. `train`: images/s of loader, step, both. `prepare`:
-            images/s and peak memory. `predict`: milliseconds a stage. `evaluate`: milliseconds an image. `startup`:
-            seconds to the first step. `scale`: images/s over 1, 2 and 3 simulated nodes.
-        out: folder of the results; default: runs/bench/WHAT.
-        repeats: runs of each rival, in turn.
-        images: size of the set of `feed`, `train`, `prepare`, `evaluate` and `scale`.
+        what: `augment`: milliseconds per image. `feed`: images/s into the training loop. `step`: images/s of a training
+            step by setting and batch size, and as a fraction of the processor's peak. `train`: images/s of the loader,
+            the step and both. `prepare`: images/s and peak memory. `predict`: milliseconds per stage. `evaluate`:
+            milliseconds per image. `startup`: seconds to the first step. `scale`: images/s on 1, 2 and 3 simulated
+            nodes.
+        out: folder for the results; default: runs/bench/WHAT.
+        repeats: runs of each baseline, interleaved.
+        images: size of the dataset of `feed`, `train`, `prepare`, `evaluate` and `scale`.
     """
-    from raylivecell.bench import run as room
+    from raylivecell.bench import run as benchmark
 
-    room.bench(what, local(out or Path("runs/bench") / what), repeats, images)
+    benchmark.bench(what, local(out or Path("runs/bench") / what), repeats, images)
 
 
 def prepare(arguments: Sequence[str]) -> None:
-    """Validate images and annotations, write Parquet shards."""
+    """Validate images and annotations, and write Parquet shards."""
     from raylivecell.cli.arguments import PREPARE_FLAGS, join_repeated
     from raylivecell.data.prepare import PrepareConfig
     from raylivecell.data.prepare import prepare as run
@@ -216,25 +214,24 @@ def prepare(arguments: Sequence[str]) -> None:
         fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
         strict: bool = False,
     ) -> None:
-        """Read LIVECell, or any set with COCO annotations; write OUT/{train,val,test}/*.parquet and OUT/dataset.json.
+        """Read LIVECell, or any dataset with COCO annotations; write OUT/SPLIT/*.parquet and OUT/dataset.json.
 
         Args:
-            source: folder or URI of images and annotation files.
+            source: folder or URI with images and annotation files.
             out: URI of the dataset to write.
-            fields: what to read and what to do about each kind of defect.
-            strict: list the defects and stop, if there are any.
+            fields: what to read, and the rule for each kind of defect.
+            strict: if there are defects, list them and stop.
         """
         run(source, out, fields, strict, segmenter.intensity_rule)
 
-    words = join_repeated("--on-defect", arguments)
-    tyro.cli(command, prog="raylivecell prepare", args=words, registry=PREPARE_FLAGS)
+    call(command, "prepare", join_repeated("--on-defect", arguments), PREPARE_FLAGS)
 
 
 def submit(arguments: Sequence[str]) -> int:
-    """Run a stage as a job of a Ray cluster."""
+    """Run a stage as a job on a Ray cluster."""
     import inspect
 
-    from raylivecell.cli import submit as room
+    from raylivecell.cli import submit as jobs
 
     def command(
         address: str | None = None,
@@ -245,30 +242,30 @@ def submit(arguments: Sequence[str]) -> int:
         label: str = "",
         wait: bool = True,
         stop_on_interrupt: bool = False,
-        max_upload_mib: float = room.MAX_UPLOAD_MIB,
+        max_upload_mib: float = jobs.MAX_UPLOAD_MIB,
     ) -> int:
-        """submit [its flags] prepare|train|sweep|evaluate|predict [the stage's flags]: a stage as a job of a cluster.
+        """Run a stage as a job: submit [flags] prepare|train|sweep|evaluate|predict [flags of the stage].
 
-        Uploads the project's code and recipes, prints what the job prints, ends with its exit code. Ctrl-C leaves it
+        Uploads the project's code and recipes, prints the job's output and exits with its code. Ctrl-C leaves the job
         running.
 
         Args:
-            address: the cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
-            working_dir: the project's folder, with jobs/ and the recipe.
-            name: of the job; default: the stage, the name of --out and six random digits.
-            env: NAME=VALUE for the job's processes; shown in the dashboard, so no secrets.
-            cpus: CPUs that the job's own process reserves; 0 puts it on the head.
-            label: NAME=VALUE of the nodes on which that process may run.
-            wait: follow the log to the end.
+            address: the cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS.
+            working_dir: the project's folder, which contains jobs/ and the recipe.
+            name: name of the job; default: the stage, the name of --out and six random hexadecimal digits.
+            env: environment variables of the job, NAME=VALUE; the dashboard shows them, so give no secrets.
+            cpus: CPUs reserved for the job's driver; with 0 it runs on the head.
+            label: NAME=VALUE of the nodes on which the driver may run.
+            wait: follow the log until the job ends.
             stop_on_interrupt: Ctrl-C stops the job.
-            max_upload_mib: refuse to upload more.
+            max_upload_mib: largest upload in MiB; a larger one is refused.
         """
-        wanted = room.request(stage or "", stage_flags, working_dir, name, env, cpus, label)
-        return room.run(wanted, working_dir.absolute(), address, wait, stop_on_interrupt, max_upload_mib)
+        job = jobs.request(stage or "", stage_flags, working_dir, name, env, cpus, label)
+        return jobs.run(job, working_dir.absolute(), address, wait, stop_on_interrupt, max_upload_mib)
 
     options = inspect.signature(command).parameters.values()
-    with_value = {f"--{one.name.replace('_', '-')}" for one in options if one.annotation is not bool}
-    own, stage, stage_flags = room.split(arguments, with_value)
+    with_value = {f"--{option.name.replace('_', '-')}" for option in options if option.annotation is not bool}
+    own, stage, stage_flags = jobs.split(arguments, with_value)
     if stage is None and not {"-h", "--help"} & set(own):
-        raise UserError(f"no stage among {' '.join(own) or 'no words'}; give one of {', '.join(room.STAGES)}")
-    return tyro.cli(command, prog="raylivecell submit", args=own)
+        raise UserError(f"no stage in {' '.join(own) or 'an empty command'}; give one of {', '.join(jobs.STAGES)}")
+    return call(command, "submit", own)

@@ -1,4 +1,4 @@
-"""The whole way in minutes, on cells that it draws itself: synth, prepare, train, evaluate, predict."""
+"""All stages on synthetic cells in minutes: synth, prepare, train, evaluate, predict."""
 
 import time
 from collections.abc import Callable
@@ -17,45 +17,44 @@ from raylivecell.synthetic import writer
 from raylivecell.training import preflight, train
 
 IMAGES = 64
-LEAST_IMAGES = 8
-# In a folder that the demo made; only such a folder is emptied.
+MIN_IMAGES = 8
+FOLDERS = ("cells", "data", "run", "scores", "found")
+# File in a folder created by the demo; the demo deletes files only in such a folder.
 MARK = ".raylivecell-demo"
 
 
 def demo(out: Path, recipe_file: str, images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
-    """Write everything under `out` and end with the scores and the pictures to open; `pixel_scores.json`'s content.
+    """Run all stages in `out`, print which files to open, and return the scores of `evaluate`.
 
-    Training uses two workers where this machine has room for them, else one.
+    Training uses two workers if this machine has CPUs for them, else one.
 
     Raises:
-        UserError: `out` holds something that no demo wrote; the recipe cannot be trained here.
+        UserError: `out` contains files not written by the demo; the recipe cannot be trained here.
     """
     begin = time.monotonic()
-    chosen = recipe.load(recipe.find(recipe_file))
-    if images < LEAST_IMAGES:
-        raise UserError(
-            f"--images {images}: the demo needs {LEAST_IMAGES}, to have some to train on, validate and test"
-        )
+    settings = recipe.load(recipe.find(recipe_file))
+    if images < MIN_IMAGES:
+        raise UserError(f"--images {images}: the demo needs {MIN_IMAGES} for its train, val and test splits")
     _check_free(out)
     session.connect()
-    workers = _workers(chosen)
+    workers = _workers(settings)
     _clear(out)
-    cells, data, run, scores, found = (out / name for name in ("cells", "data", "run", "scores", "found"))
+    cells, data, run, scores, predictions = (out / name for name in FOLDERS)
     _step("1/5  drawing cells", lambda: writer.write_dataset(cells, images, seed, mapper=session.ordered_map))
     _step("2/5  preparing the dataset", lambda: prepare.prepare(str(cells), str(data), prepare.PrepareConfig()))
-    _step("3/5  training", lambda: train.train(str(data), str(run), chosen, workers))
+    _step("3/5  training", lambda: train.train(str(data), str(run), settings, workers))
     result = _step("4/5  scoring the test images", lambda: evaluate.evaluate(str(run), str(data), "test", str(scores)))
     folder = cells / "images" / "livecell_test_images"
-    _step("5/5  finding cells", lambda: predict.predict(str(run), str(folder), str(found)))
+    _step("5/5  segmenting the test images", lambda: predict.predict(str(run), str(folder), str(predictions)))
     _show(out, time.monotonic() - begin)
     return result
 
 
-def _workers(chosen: recipe.Recipe) -> int:
-    """Workers that have room on this cluster; UserError where training would be refused after all the rest was done."""
-    workers = preflight.demo_workers(chosen.batch_size)
+def _workers(settings: recipe.Recipe) -> int:
+    """Number of workers for this machine; UserError before any other stage if training would be refused."""
+    workers = preflight.demo_workers(settings.batch_size)
     console.print(f"training will use {workers} worker{'s' if workers > 1 else ''}")
-    preflight.hardware(chosen)
+    preflight.hardware(settings)
     preflight.worker_gpus(workers)
     preflight.worker_cpus(workers)
     preflight.gpus_work()
@@ -64,19 +63,19 @@ def _workers(chosen: recipe.Recipe) -> int:
 
 def _check_free(out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
-        raise UserError(f"{out} holds files that no demo wrote; choose another --out")
+        raise UserError(f"{out} contains files not written by the demo; choose another --out")
 
 
 def _clear(out: Path) -> None:
-    for name in ("cells", "data", "run", "scores", "found"):
+    for name in FOLDERS:
         prepare.storage.delete(out / name)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
 
 
-def _step(what: str, work: Callable[[], Any]) -> Any:
+def _step(title: str, work: Callable[[], Any]) -> Any:
     begin = time.monotonic()
-    console.print(f"[bold]{what}[/bold]")
+    console.print(f"[bold]{title}[/bold]")
     result = work()
     console.print(f"     {time.monotonic() - begin:.0f} s")
     return result
@@ -84,8 +83,8 @@ def _step(what: str, work: Callable[[], Any]) -> Any:
 
 def _show(out: Path, seconds: float) -> None:
     table = Table(title=f"done in {seconds:.0f} s; open these", show_header=False)
-    table.add_row("how it learned", str(out / "run" / "report.html"))
+    table.add_row("training curves", str(out / "run" / "report.html"))
     table.add_row("worst, median and best image", str(out / "scores" / "overlays"))
-    table.add_row("every test image with the cells found", str(out / "found" / "overlays"))
-    table.add_row("a row a cell, a row an image", f"{out / 'found' / 'cells.csv'}, images.csv")
+    table.add_row("test images with outlines of the cells", str(out / "found" / "overlays"))
+    table.add_row("a row per cell, a row per image", f"{out / 'found' / 'cells.csv'}, images.csv")
     console.print(table)

@@ -1,4 +1,4 @@
-"""The command line: its commands, and the one line and the exit code with which each of them ends."""
+"""The command line: commands, exit codes, and errors in one line."""
 
 import difflib
 import os
@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from raylivecell.cli import commands, recipe_commands
+from raylivecell.cli.arguments import call
 from raylivecell.core import addresses
 from raylivecell.core.errors import UserError, os_error_line
 from raylivecell.core.process_settings import LOOPBACK_ONLY, environment
@@ -21,38 +20,38 @@ from raylivecell.core.version import __version__
 
 
 def _typed(function: Callable[..., Any]) -> Callable[[Sequence[str]], int | None]:
-    return lambda arguments: tyro.cli(function, prog=f"raylivecell {function.__name__}", args=arguments)
+    return lambda arguments: call(function, function.__name__, arguments)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "synth": ("write a LIVECell-shaped dataset of synthetic images", _typed(commands.synth)),
-    "download": ("fetch LIVECell, resumable and checked", commands.download),
+    "download": ("download LIVECell, resumable and verified", commands.download),
     "prepare": ("validate images and annotations, write Parquet shards", commands.prepare),
-    "check": ("find what would fail or hang, before anything is spent", recipe_commands.check),
+    "check": ("find what would fail or hang before a run starts", recipe_commands.check),
     "train": ("train a recipe on a prepared dataset", recipe_commands.train),
     "sweep": ("search for a better recipe", recipe_commands.sweep),
-    "evaluate": ("score a checkpoint on whole images", _typed(commands.evaluate)),
+    "evaluate": ("score a checkpoint on complete images", _typed(commands.evaluate)),
     "predict": ("segment a folder of images", _typed(commands.predict)),
-    "export": ("write a checkpoint as ONNX or torch.export", _typed(commands.export)),
-    "submit": ("run a stage as a job of a Ray cluster", commands.submit),
-    "recipes": ("list the recipes that --recipe takes by name", _typed(commands.recipes)),
-    "bench": ("measure a part beside its rivals", _typed(commands.bench)),
-    "demo": ("the whole way on cells drawn here, in minutes", _typed(commands.demo)),
+    "export": ("write a checkpoint as ONNX or torch.export file", _typed(commands.export)),
+    "submit": ("run a stage as a job on a Ray cluster", commands.submit),
+    "recipes": ("list the shipped recipes", _typed(commands.recipes)),
+    "bench": ("measure one part against its baselines", _typed(commands.bench)),
+    "demo": ("run every stage on synthetic cells, in minutes", _typed(commands.demo)),
 }
 # How to continue after Ctrl-C or SIGTERM.
 TO_RESUME = dict.fromkeys(("train", "sweep"), "; resume with --resume always")
 TO_RESUME |= dict.fromkeys(("synth", "download", "prepare", "predict"), "; run the same command again to resume")
 EXIT_USER_ERROR = 2
-EXIT_READER_GONE = 141  # as SIGPIPE would end it
+EXIT_READER_GONE = 141  # 128 + SIGPIPE
 DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "RAYLIVECELL_DEBUG"
 
 
 def usage() -> str:
-    """What `raylivecell --help` prints."""
+    """Text of `raylivecell --help`."""
     lines = [f"  {name:<10}{what}" for name, (what, _) in COMMANDS.items()]
     head = f"raylivecell {__version__}: segment living cells with a U-Net trained on Ray"
     notes = [
-        "`raylivecell COMMAND --help` documents a command.",
+        "`raylivecell COMMAND --help` lists its flags.",
         f"`raylivecell {DEBUG_FLAG} COMMAND ...`, or {DEBUG_VARIABLE}=1, shows the traceback of an error.",
     ]
     return "\n".join([head, "", "commands:", *lines, "", *notes])
@@ -62,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 done; 2 an error the user can fix; 130 after Ctrl-C, 141 where nobody reads the output any
-        more, 143 after SIGTERM; of `check`, whether a finding is a fail; of `submit`, the job's own.
+        The exit code: 0 success; 2 an error the user can fix; 130 after Ctrl-C; 141 if the reader of standard output
+        has gone; 143 after SIGTERM; of `check`, 1 if a finding is a fail; of `submit`, that of the job.
     """
     arguments, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
     name = arguments[0] if arguments else ""
     resume = TO_RESUME.get(name, "")
-    # Ray reads the variable when a command imports it; a Ray to be joined is not of this machine alone.
+    # Ray reads the variable when a command imports it. A cluster to be joined must be reachable by other machines.
     loopback = {LOOPBACK_ONLY: "0"} if os.environ.get("RAY_ADDRESS", "local") in ("", "local") else {}
     with sigterm_as_interrupt(f"raylivecell: terminated{resume}") as termination, environment(**loopback):
         try:
@@ -85,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """The arguments without --debug, and whether it or its variable is given; the stage of `submit` keeps its own."""
+    """Remove --debug; also return whether it or its variable is set. The flags of a submitted stage are left alone."""
     debug = os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     if arguments[:1] == [DEBUG_FLAG]:
         arguments, debug = arguments[1:], True
     if DEBUG_FLAG not in arguments:
         return arguments, debug
     own = len(arguments)
-    if arguments[0] == "submit":  # its own words end where the stage begins
+    if arguments[0] == "submit":  # its own flags end where the stage begins
         own = next((i for i, word in enumerate(arguments) if i and word in COMMANDS), own)
     if DEBUG_FLAG not in arguments[:own]:
         return arguments, debug
@@ -100,7 +99,7 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    """Run the command `name`; its exit code."""
+    """Run the command `name` and return its exit code."""
     if name in ("", "-h", "--help"):
         print(usage())
         return 0 if name else EXIT_USER_ERROR
@@ -116,18 +115,18 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more (`| head`); then nothing more is written there."""
+    """Whether the reader of standard output has gone (`| head`); if so, redirect it to /dev/null."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in watch.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error when it exits
     return True
 
 
 def _end(error: BaseException, termination: Termination, resume: str) -> tuple[str, int]:
-    """The line and the exit code with which `error` ends a command; it is raised again where only a bug explains it."""
-    if isinstance(error, SystemExit) and error.code != signal.SIGTERM:  # of the parser; Ray's handler exits with 15
+    """Last line and exit code of a command that raised `error`; raise it again if it is a bug."""
+    if isinstance(error, SystemExit) and error.code != signal.SIGTERM:  # from the parser; Ray's handler exits with 15
         raise error
     if termination.received or isinstance(error, SystemExit):
         return f"terminated{resume}", EXIT_TERMINATED
@@ -139,10 +138,10 @@ def _end(error: BaseException, termination: Termination, resume: str) -> tuple[s
 
 
 def _user_error(error: Exception) -> str | None:
-    """Cause and fix of an error in one line; None for an error that only a bug explains."""
+    """Cause and fix of an error in one line; None if it is a bug."""
     if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
         path = Path(error.filename)
-        if file := next((one for one in (path, *path.parents) if one.is_file()), None):
+        if file := next((parent for parent in (path, *path.parents) if parent.is_file()), None):
             return f"a file is where a folder is needed: {file}"
     if "pydantic" in sys.modules and (line := _field_error(error)):
         return line
@@ -152,12 +151,12 @@ def _user_error(error: Exception) -> str | None:
         return os_error_line(error) if isinstance(error, OSError) else None
     from raylivecell.runtime.ray_errors import explain
 
-    found = explain(error)
-    return " ".join(str(found).split()) if found else None
+    explanation = explain(error)
+    return " ".join(str(explanation).split()) if explanation else None
 
 
 def _field_error(error: Exception) -> str | None:
-    """Why the value of a flag was refused, in one line; None for any other error."""
+    """Why the value of a flag is invalid, in one line; None for any other error."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):

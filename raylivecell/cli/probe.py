@@ -1,4 +1,4 @@
-"""What each node of the cluster tells of itself, by a process of ours on it."""
+"""Facts about each node of the cluster, collected by an actor on it."""
 
 import os
 import platform
@@ -15,33 +15,34 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylivecell.core import storage
 from raylivecell.core.version import __version__
 
-# Seconds that a node has to start a process, import torch and answer.
-PATIENCE_S = 60.0
+# Time for a node to start a process, import torch and answer.
+TIMEOUT_S = 60.0
 SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node's own words; `silent` says why there are none."""
+    """Facts about a node; only the first three if it did not answer."""
 
     address: str
     resources: dict[str, float]
-    silent: str = ""
+    no_answer: str = ""
+    """Why the node did not answer; "" if it did."""
     versions: tuple[tuple[str, str], ...] = ()
-    """Of python, ray, torch and raylivecell."""
+    """Name and version of python, ray, torch and raylivecell, sorted."""
     gpus: int = 0
-    """That torch sees."""
+    """Number of GPUs that torch finds."""
     shared_memory: int = 0
-    """Bytes that /dev/shm can hold; 0 where there is none."""
+    """Size of /dev/shm in bytes; 0 without one."""
     clock_s: float = 0.0
-    """By how much the node's clock is certainly ahead of the driver's (behind: below 0), seconds."""
+    """Lower bound of the offset of the node's clock from the driver's, seconds; negative if behind."""
     storage_error: str = ""
-    """What went wrong when the node wrote a file to --out and read what the driver wrote there."""
+    """Why the node could not write to --out or read the driver's file there; "" if it could."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class _Probe:
-    def told(self, folder: str | None, name: str) -> dict[str, Any]:
+    def facts(self, folder: str | None, name: str) -> dict[str, Any]:
         import torch
 
         versions = {"python": platform.python_version(), "ray": ray.__version__, "torch": torch.__version__}
@@ -60,30 +61,30 @@ def _storage_error(folder: str, name: str) -> str:
     try:
         storage.write_bytes(storage.join(folder, f"{name}-{ray.get_runtime_context().get_node_id()}"), b"node")
         return "" if storage.read_bytes(storage.join(folder, name)) == b"driver" else "reads another file of this name"
-    except Exception as error:  # of a disk, a network, a cloud: told by `check`
+    except Exception as error:  # of a disk, a network or a cloud; `check` reports it
         return " ".join(str(error).split())[:200]
 
 
-def nodes(out: str | None) -> list[Node]:
-    """Every living node; all write to a folder of this call's in `out` and read what the driver wrote there.
+def collect(out: str | None) -> list[Node]:
+    """Collect facts from all living nodes; each writes to a temporary folder in `out` and reads the driver's file.
 
     Raises:
-        OSError: the driver cannot write there.
+        OSError: the driver cannot write to `out`.
     """
     folder, name = (storage.join(out, f".check-{uuid.uuid4().hex}") if out else None), "driver"
-    was_there = out is None or storage.exists(out)
+    existed = out is None or storage.exists(out)
     if folder:
         storage.write_bytes(storage.join(folder, name), b"driver")
     try:
-        alive = [one for one in ray.nodes() if one["Alive"]]
-        probes = [_start(one["NodeID"]) for one in alive]
-        asked = [probe.told.remote(folder, name) for probe in probes]
-        found = [_node(*each) for each in zip(alive, probes, asked)]
-        return [_found_by_driver(node, one, folder, name) for node, one in zip(found, alive)]
+        records = [record for record in ray.nodes() if record["Alive"]]
+        probes = [_start(record["NodeID"]) for record in records]
+        facts = [probe.facts.remote(folder, name) for probe in probes]
+        nodes = [_node(*arguments) for arguments in zip(records, probes, facts)]
+        return [_checked_by_driver(node, record, folder, name) for node, record in zip(nodes, records)]
     finally:
         if folder:
             storage.delete(folder)
-        if out and not was_there:
+        if out and not existed:
             storage.delete_empty(out)
 
 
@@ -91,29 +92,30 @@ def _start(node_id: str) -> Any:
     return _Probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()  # type: ignore[attr-defined]
 
 
-def _node(alive: dict[str, Any], probe: Any, asked: "ray.ObjectRef") -> Node:
-    place = (f"{alive['NodeManagerAddress']}", alive["Resources"])
+def _node(record: dict[str, Any], probe: Any, facts: "ray.ObjectRef") -> Node:
+    address, resources = f"{record['NodeManagerAddress']}", record["Resources"]
     try:
-        told = ray.get(asked, timeout=PATIENCE_S)
-        return Node(*place, **told, clock_s=ahead(lambda: ray.get(probe.clock.remote(), timeout=PATIENCE_S)))
-    except Exception as error:  # its process did not start, died or hung: what `check` is to tell
-        return Node(*place, silent=" ".join(str(error).split())[:200] or type(error).__name__)
+        values = ray.get(facts, timeout=TIMEOUT_S)
+        offset = clock_offset(lambda: ray.get(probe.clock.remote(), timeout=TIMEOUT_S))
+        return Node(address, resources, **values, clock_s=offset)
+    except Exception as error:  # the actor did not start, died or hung; `check` reports it
+        return Node(address, resources, no_answer=" ".join(str(error).split())[:200] or type(error).__name__)
     finally:
         ray.kill(probe)
 
 
-def ahead(clock: Callable[[], float], now: Callable[[], float] = time.time) -> float:
-    """Seconds by which `clock` is certainly ahead of `now` (behind: below 0): what its answer's way cannot explain."""
+def clock_offset(clock: Callable[[], float], now: Callable[[], float] = time.time) -> float:
+    """Offset of `clock` from `now` in seconds, less what the latency of the call can explain; negative if behind."""
     before = now()
-    told = clock()
+    remote = clock()
     after = now()
-    return max(0.0, told - after) + min(0.0, told - before)
+    return max(0.0, remote - after) + min(0.0, remote - before)
 
 
-def _found_by_driver(node: Node, alive: dict[str, Any], folder: str | None, name: str) -> Node:
-    """What a node wrote must be there for others: a folder of the same path on each machine is no shared one."""
-    if folder is None or node.silent or node.storage_error:
+def _checked_by_driver(node: Node, record: dict[str, Any], folder: str | None, name: str) -> Node:
+    """Check that the driver finds the node's file: a folder at the same path on each machine need not be shared."""
+    if folder is None or node.no_answer or node.storage_error:
         return node
-    if storage.exists(storage.join(folder, f"{name}-{alive['NodeID']}")):
+    if storage.exists(storage.join(folder, f"{name}-{record['NodeID']}")):
         return node
-    return Node(**{**node.__dict__, "storage_error": "what it writes is not there for this machine"})
+    return Node(**{**node.__dict__, "storage_error": "the driver does not find the file that the node wrote"})

@@ -1,6 +1,6 @@
-"""The flags of `train`, `sweep` and `check`: their own and every field of the recipe.
+"""`train`, `sweep` and `check`: their own flags and one for every field of the recipe.
 
-The recipe file is read before the flags are parsed: its values are the flags' defaults, so that a flag overrides it.
+The recipe file is read before the flags are parsed; its values are the defaults of the flags.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from raylivecell.cli.arguments import FLAGS, Resume, recipe_file, resumes, workers_in
+from raylivecell.cli.arguments import Resume, call, recipe_file, resumes, workers_in
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -36,12 +36,12 @@ def train(arguments: Sequence[str]) -> None:
         Args:
             data: URI of a prepared dataset.
             out: URI of the run's folder: checkpoints, metrics.jsonl, tensorboard/, report.html.
-            fields: the recipe's fields; a flag goes before the recipe's file.
+            fields: the recipe's fields; a flag overrides the recipe file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
-            workers: training processes, N or LEAST:MOST.
+            workers: training processes, N or MIN:MAX (elastic).
             resume: `always` continues the run in --out from its last checkpoint; `auto` does if there is one and else
                 starts a run, for jobs that the cluster may restart; `never` refuses a folder in use.
-            retries: restarts from the last checkpoint after a worker died.
+            retries: restarts from the last checkpoint after a worker has died.
         """
         run(
             data,
@@ -53,7 +53,7 @@ def train(arguments: Sequence[str]) -> None:
             began=psutil.Process().create_time(),
         )
 
-    tyro.cli(command, prog="raylivecell train", args=arguments, registry=FLAGS)
+    call(command, "train", arguments)
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -86,24 +86,24 @@ def sweep(arguments: Sequence[str]) -> None:
         Args:
             data: URI of a prepared dataset.
             out: URI of the sweep's folder.
-            fields: the starting recipe's fields; a flag goes before the recipe's file.
-            search: how to search; a flag goes before the `sweep:` part of the recipe's file, where the space is too.
-            recipe: name of a shipped recipe (sweep), or a YAML file.
+            fields: the starting recipe's fields; a flag overrides the recipe file.
+            search: search settings; a flag overrides the `sweep:` part of the recipe file, which also has the space.
+            recipe: name of a shipped recipe with a `sweep:` part (sweep), or a YAML file.
             trials: number of trials, including those finished before --resume.
             resume: `always` continues the sweep in --out, also to more --trials; `auto` does if there is one and else
                 starts a sweep, for jobs that the cluster may restart; `never` refuses a folder in use.
-            storage: any Optuna storage URL, instead of study.db in --out; with a password: in RAYLIVECELL_STORAGE.
-            at_once: trials at once; default: what the cluster has room for.
-            retries: how often a trial goes on from its last checkpoint after a crash.
-            final_seeds: train the starting and the best recipe again with this many new seeds; best.yaml is the better.
-            mlflow: tracking URI, to log the trials to MLflow too.
+            storage: Optuna storage URL, instead of study.db in --out; with a password: set RAYLIVECELL_STORAGE.
+            max_concurrent: most trials that run at once; default: as many as the cluster has CPUs and GPUs for.
+            retries: restarts of a trial from its last checkpoint after a crash.
+            final_seeds: train the starting and the best recipe again with N new seeds; best.yaml is the better one.
+            mlflow: MLflow tracking URI, to log the trials there too.
         """
-        whole = config.model_copy(update=search.model_dump())
+        settings = config.model_copy(update=search.model_dump())
         run(
             data,
             out,
             fields,
-            whole,
+            settings,
             trials,
             resumes(resume, out),
             storage or os.environ.get(addresses.STORAGE),
@@ -113,13 +113,13 @@ def sweep(arguments: Sequence[str]) -> None:
             mlflow,
         )
 
-    tyro.cli(command, prog="raylivecell sweep", args=arguments, registry=FLAGS)
+    call(command, "sweep", arguments)
 
 
 def check(arguments: Sequence[str]) -> int:
-    """Find what would fail or hang, before anything is spent."""
+    """Find what would fail or hang before a run starts."""
     from raylivecell import recipe as recipes
-    from raylivecell.cli import check as room
+    from raylivecell.cli import check as checks
     from raylivecell.core import storage
 
     file = recipe_file(arguments)
@@ -132,17 +132,17 @@ def check(arguments: Sequence[str]) -> int:
         out: str | None = None,
         workers: str = "1",
     ) -> int:
-        """Find what would fail or hang, before anything is spent; numbered findings, exit code 1 where one is a fail.
+        """Find what would fail or hang before a run starts; print numbered findings, exit with 1 if one is a fail.
 
         Args:
             data: URI of a prepared dataset.
-            fields: the recipe's fields; a flag goes before the recipe's file.
+            fields: the recipe's fields; a flag overrides the recipe file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
-            out: URI of the folder where the run is to go.
-            workers: training processes, N or LEAST:MOST.
+            out: URI of the folder of the run to check.
+            workers: training processes, N or MIN:MAX (elastic).
         """
-        return room.check(
-            room.CheckRequest(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers))
+        return checks.check(
+            checks.CheckRequest(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers))
         )
 
-    return tyro.cli(command, prog="raylivecell check", args=arguments, registry=FLAGS)
+    return call(command, "check", arguments)

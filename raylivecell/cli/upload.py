@@ -1,6 +1,6 @@
-"""Which files of a folder travel with a job: those that neither .gitignore, .rayignore nor `excludes` name.
+"""Files of a folder that are uploaded with a job: those not matched by .gitignore, .rayignore or `excludes`.
 
-Ray decides by itself what it uploads, by the same rules; here the sizes are summed before anything is sent.
+Ray selects them itself by the same rules; this module computes their sizes before the upload.
 """
 
 import os
@@ -14,32 +14,32 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 
 
 def sizes(folder: Path, excludes: Sequence[str]) -> dict[str, int]:
-    """Bytes of each file under `folder` that would be uploaded, by its path in there, with slashes.
+    """Sizes in bytes of the files under `folder` to upload, by relative path with slashes.
 
     Args:
-        folder: local.
+        folder: local folder.
         excludes: patterns as in .gitignore, relative to `folder`.
     """
-    found: dict[str, int] = {}
-    visited: set[str] = set()  # a link to a folder above would be followed for ever
-    waiting: list[tuple[str, list[tuple[str, GitIgnoreSpec]]]] = [("", [("", _rules(excludes))])]
-    while waiting:
-        parent, above = waiting.pop()
+    file_sizes: dict[str, int] = {}
+    visited: set[str] = set()  # a link to a parent folder would be followed endlessly
+    pending: list[tuple[str, list[tuple[str, GitIgnoreSpec]]]] = [("", [("", _rules(excludes))])]
+    while pending:
+        parent, parent_rules = pending.pop()
         if (real := os.path.realpath(folder / parent)) in visited:
             continue
         visited.add(real)
-        # Each file's rules are judged by themselves: `!name` of one takes nothing back that another excludes.
-        rules = [*above, *((parent, _rules(lines)) for lines in _ignore_files(folder / parent))]
+        # Each ignore file is applied separately: `!name` in one does not re-include a file that another excludes.
+        rules = [*parent_rules, *((parent, _rules(lines)) for lines in _ignore_files(folder / parent))]
         with os.scandir(folder / parent) as entries:
             for entry in entries:
                 path = parent + entry.name + ("/" if entry.is_dir() else "")
                 if any(spec.match_file(path.removeprefix(base)) for base, spec in rules):
                     continue
                 if entry.is_dir():
-                    waiting.append((path, rules))
+                    pending.append((path, rules))
                 elif entry.is_file():
-                    found[path] = entry.stat().st_size
-    return found
+                    file_sizes[path] = entry.stat().st_size
+    return file_sizes
 
 
 def _rules(lines: Iterable[str]) -> GitIgnoreSpec:
@@ -47,7 +47,7 @@ def _rules(lines: Iterable[str]) -> GitIgnoreSpec:
 
 
 def _is_pattern(line: str) -> bool:
-    """Whether a line of an ignore file is one that git can read: `!` or `[z-a]` match nothing there."""
+    """Whether git accepts a line of an ignore file; it ignores `!` and `[z-a]`."""
     try:
         GitIgnoreSpec.from_lines([line])
     except (ValueError, re.error):

@@ -1,4 +1,4 @@
-"""The exception for errors that the user can fix: the command line prints it in one line and exits with 2."""
+"""The exception for errors that the user can fix: the command line prints one line and exits with 2."""
 
 import errno
 
@@ -6,17 +6,17 @@ AGAIN = "and run the command again"
 OS_FIXES = {
     errno.ENOSPC: f"free space on that disk, or choose another folder, {AGAIN}",
     errno.EDQUOT: f"free some of your quota, or choose another folder, {AGAIN}",
-    errno.EROFS: "choose a folder that can be written",
+    errno.EROFS: "choose a writable folder",
     errno.EACCES: "choose a folder that you may read and write, or change its permissions",
     errno.EPERM: "choose a folder that you may read and write, or change its permissions",
     errno.ENAMETOOLONG: "use shorter names, or a folder with a shorter path",
     errno.EMFILE: f"raise the limit on open files (ulimit -n 65536) {AGAIN}",
     errno.ENFILE: f"raise the machine's limit on open files (fs.file-max) {AGAIN}",
     errno.ENOMEM: f"free memory, or use fewer --workers, {AGAIN}",
-    errno.EIO: "look at that disk: it cannot be read or written",
+    errno.EIO: "check that disk: it cannot be read or written",
 }
 LONGEST = 300
-"""Characters of another library's text that a line quotes."""
+"""Characters quoted from another library's message."""
 
 
 class UserError(Exception):
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """A fault of a machine, a disk or a network: the same work may succeed when it is tried again."""
+    """A failure of a machine, a disk or a network: a retry may succeed."""
 
 
 class UnreadableImageError(ValueError):
@@ -32,27 +32,27 @@ class UnreadableImageError(ValueError):
 
 
 class UnsupportedImageError(UnreadableImageError):
-    """A sound file of a kind that is not read; the message names the kind and a way out."""
+    """An intact file in a format that is not supported; the message names the format and how to convert it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"unsupported: {reason}")
 
 
 class DamagedImageError(UnreadableImageError):
-    """A file that is cut off or contradicts itself."""
+    """A file that is truncated or inconsistent."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"damaged: {reason}")
 
 
 def os_error_line(error: OSError, text: str = "") -> str:
-    """An OSError in one line: what is wrong (`text`, by default its own), and the fix where its number has one."""
+    """Format an OSError as one line: what is wrong (`text`, by default its own message), and the fix of its errno."""
     text = shortened(text or str(error))
     fix = OS_FIXES.get(error.errno or 0)
     return f"{text}; {fix}" if fix and fix not in text else text
 
 
 def shortened(text: str) -> str:
-    """`text` in one line of at most LONGEST characters."""
+    """Shorten `text` to one line of at most LONGEST characters."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."

@@ -1,7 +1,7 @@
-"""Settings of the whole process, changed inside a `with` block and restored after it: a notebook keeps its own.
+"""Process-wide settings, changed inside a `with` block and restored after it, so that a notebook keeps its own.
 
-Where a setting must outlast the call, it is made in a process that this package starts (a task, an actor, a training
-worker), never in the caller's.
+A setting that must outlast the call is made only in processes that this package starts (tasks, actors, training
+workers), never in the caller's.
 """
 
 import logging
@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-# Ray's own variable that keeps a Ray started here on 127.0.0.1, if it is "0" when Ray is imported, as on macOS; on
-# Linux it would listen on all interfaces.
+# Ray's own variable: with "0" when Ray is imported, a local Ray listens on 127.0.0.1, as on macOS; on Linux the
+# default is all interfaces.
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @contextmanager
 def environment(**defaults: str) -> Iterator[None]:
-    """Environment variables for code, and processes started, inside the block; what the user has set is kept."""
+    """Set environment variables inside the block, for child processes too; variables set by the user are kept."""
     added = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -28,7 +28,7 @@ def environment(**defaults: str) -> Iterator[None]:
 
 @contextmanager
 def replaced_environment(**values: str) -> Iterator[None]:
-    """Environment variables at these values inside the block, also those that the user has set."""
+    """Set environment variables inside the block, also those set by the user."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -43,7 +43,7 @@ def replaced_environment(**values: str) -> Iterator[None]:
 
 @contextmanager
 def log_levels(levels: Mapping[str, int]) -> Iterator[None]:
-    """Loggers at these levels, name -> level, inside the block."""
+    """Set the levels of loggers, name -> level, inside the block."""
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
@@ -56,7 +56,7 @@ def log_levels(levels: Mapping[str, int]) -> Iterator[None]:
 
 @contextmanager
 def without_errors_of(logger: str) -> Iterator[None]:
-    """Records of this logger only below the level ERROR inside the block."""
+    """Drop this logger's records of level ERROR and above inside the block."""
 
     def below_error(record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR
@@ -70,8 +70,8 @@ def without_errors_of(logger: str) -> Iterator[None]:
 
 @contextmanager
 def opencv_threads(count: int) -> Iterator[None]:
-    """OpenCV with `count` threads inside the block."""
-    import cv2  # 0.2 s, which the command line needs not
+    """Run OpenCV with `count` threads inside the block."""
+    import cv2  # 0.2 s, not needed by most commands
 
     before = cv2.getNumThreads()
     cv2.setNumThreads(count)

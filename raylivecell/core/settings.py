@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raylivecell.core import storage
+from raylivecell.core.docstrings import unwrapped
 from raylivecell.core.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -15,23 +16,30 @@ RECIPE_HINT = "give a YAML file, or the name of a shipped recipe (see `raylivece
 
 
 class StrictModel(BaseModel):
-    """Base of all `*Config` models; the string under a field is its documentation (shown in `--help`)."""
+    """Base of all `*Config` models; the docstring below a field is its description in `--help`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Unwrap the fields' descriptions."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            field.description = field.description and unwrapped(field.description)
+
 
 class _Plain(yaml.SafeLoader):
-    """Without aliases: nine lines of them can make a value of gigabytes, as soon as anyone prints it."""
+    """YAML loader that rejects aliases: nine lines of them can expand to gigabytes when the value is printed."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node; YAMLError for an alias."""
+        """Compose the next node; YAMLError for an alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"alias *{self.peek_event().anchor} in line {self.line + 1}; write it out")
         return super().compose_node(parent, index)
 
 
 def read(uri: str | Path) -> dict[str, Any]:
-    """The mapping in the YAML file at `uri`, unchecked; UserError where there is none."""
+    """Read the mapping in the YAML file at `uri`, not validated; UserError if there is none."""
     try:
         text = storage.read_bytes(uri).decode()
     except FileNotFoundError as error:
@@ -48,7 +56,14 @@ def read(uri: str | Path) -> dict[str, Any]:
 
 
 def validate(model: type[Model], values: Any, source: str, part: str = "") -> Model:
-    """`values` as a `model`, which is `part` of the file `source`; UserError naming the field and the mend."""
+    """Validate `values` as a `model`; UserError naming the field and the fix.
+
+    Args:
+        model: class of the settings.
+        values: mapping of fields.
+        source: file name for the message.
+        part: dotted path of `values` in the file.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -74,15 +89,15 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest(path: str, model: type[BaseModel]) -> str:
-    """`; did you mean X?` for a path that does not exist: the nearest name beside it, or path, or name anywhere."""
+    """`; did you mean X?` for an unknown `path`: a name in its section, else a path, else any field name."""
     paths = field_paths(model)
     section, _, last = f".{path}".rpartition(".")
-    beside = {known.rpartition(".")[2]: known for known in paths if f".{known}".rpartition(".")[0] == section}
-    sections = {known.rpartition(".")[0] for known in paths} - {""}
-    by_name = {known.rpartition(".")[2]: known for known in paths}
-    anywhere = {} if section and beside else {known: known for known in (*paths, *sections)}
-    for known, wanted in ((beside, last), (anywhere, path), (by_name, last)):
-        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.65)
-        if near:
-            return f"; did you mean {known[near[0]]}?"
-    return f"; the fields {'there' if beside and section else ''} are {', '.join((beside or by_name).values())}"
+    siblings = {field.rpartition(".")[2]: field for field in paths if f".{field}".rpartition(".")[0] == section}
+    sections = {field.rpartition(".")[0] for field in paths} - {""}
+    by_name = {field.rpartition(".")[2]: field for field in paths}
+    by_path = {} if section and siblings else {field: field for field in (*paths, *sections)}
+    for candidates, word in ((siblings, last), (by_path, path), (by_name, last)):
+        matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.65)
+        if matches:
+            return f"; did you mean {candidates[matches[0]]}?"
+    return f"; the fields {'there ' if siblings and section else ''}are {', '.join((siblings or by_name).values())}"

@@ -1,4 +1,4 @@
-"""SIGTERM, by which Slurm, Kubernetes and systemd stop a process, ends a command as Ctrl-C does."""
+"""SIGTERM, with which Slurm, Kubernetes and systemd stop a process, ends a command as Ctrl-C does."""
 
 import os
 import signal
@@ -12,23 +12,26 @@ from types import FrameType
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # Slurm and Kubernetes kill a process 30 s after SIGTERM.
 GRACE_S = 20.0
-# Seconds until an interrupt that Python dropped is raised again.
-AGAIN_S = 0.05
+# Delay before a KeyboardInterrupt dropped by Python is raised again.
+RERAISE_DELAY_S = 0.05
 
 
 class Termination:
-    """State of a command's end: whether SIGTERM has come, and whether the user has been told."""
+    """Whether SIGTERM was received, and whether the last line has been printed."""
 
     received = False
     announced = False
 
 
 @contextmanager
-def sigterm_as_interrupt(last_words: str) -> Iterator[Termination]:
-    """Let SIGTERM do inside the block what Ctrl-C does there; a process that is alive GRACE_S later is ended.
+def sigterm_as_interrupt(last_line: str) -> Iterator[Termination]:
+    """Treat SIGTERM inside the block as Ctrl-C; end the process if it is still alive GRACE_S later.
 
-    Python runs a handler between two of its own instructions: code in C++ that waits, and code that drops a
-    KeyboardInterrupt, would delay the end for as long as they like. `last_words`: printed where the process is ended.
+    Python runs signal handlers between two bytecode instructions, so C++ code that waits, and code that drops a
+    KeyboardInterrupt, could delay the end without limit.
+
+    Args:
+        last_line: printed before the process is ended after GRACE_S.
     """
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
@@ -37,21 +40,21 @@ def sigterm_as_interrupt(last_words: str) -> Iterator[Termination]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         termination.received = True
-        on_interrupt = signal.getsignal(signal.SIGINT)  # Ray Tune has its own
-        if not callable(on_interrupt):  # ignored, as in a shell's background
+        on_interrupt = signal.getsignal(signal.SIGINT)  # Ray Tune installs its own
+        if not callable(on_interrupt):  # ignored, as for a shell's background jobs
             raise KeyboardInterrupt
         on_interrupt(signal.SIGINT, frame)
 
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    threading.Thread(target=_end_after_sigterm, args=(receiver, termination, last_words), daemon=True).start()
+    threading.Thread(target=_end_after_sigterm, args=(receiver, termination, last_line), daemon=True).start()
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     before = signal.signal(signal.SIGTERM, handle)
     try:
         with _dropped_interrupts_raised_again(termination):
             yield termination
     finally:
-        if not termination.received:  # else Ray's end, which follows, is watched too
+        if not termination.received:  # else keep watching: Ray shuts down after this
             signal.signal(signal.SIGTERM, before)
             signal.set_wakeup_fd(wakeup)
             sender.close()
@@ -59,9 +62,9 @@ def sigterm_as_interrupt(last_words: str) -> Iterator[Termination]:
 
 @contextmanager
 def _dropped_interrupts_raised_again(termination: Termination) -> Iterator[None]:
-    """Raise a KeyboardInterrupt again if it was raised in a destructor or a weakref callback, where Python drops it.
+    """Raise a KeyboardInterrupt again if it was raised in a destructor or a weakref callback.
 
-    Python only prints it there, and the command continues. Seen in a sweep.
+    Python prints and drops it there, and the command would continue; this happened in a sweep.
     """
     before = sys.unraisablehook
 
@@ -69,7 +72,7 @@ def _dropped_interrupts_raised_again(termination: Termination) -> Iterator[None]
         if dropped.exc_type is KeyboardInterrupt:
             number = signal.SIGTERM if termination.received else signal.SIGINT
             # Not at once: the main thread is still in the destructor. A real signal also ends a wait of that thread.
-            threading.Timer(AGAIN_S, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+            threading.Timer(RERAISE_DELAY_S, signal.pthread_kill, (threading.main_thread().ident, number)).start()
         else:
             before(dropped)
 
@@ -80,27 +83,27 @@ def _dropped_interrupts_raised_again(termination: Termination) -> Iterator[None]
         sys.unraisablehook = before
 
 
-def _end_after_sigterm(receiver: socket.socket, termination: Termination, last_words: str) -> None:
-    """Read the numbers of signals, which C writes at once; end the process GRACE_S after SIGTERM."""
+def _end_after_sigterm(receiver: socket.socket, termination: Termination, last_line: str) -> None:
+    """Read the signal numbers that Python's C handler writes at once; end the process GRACE_S after SIGTERM."""
     while number := receiver.recv(1):
         if number[0] == signal.SIGTERM:
             threading.Event().wait(GRACE_S)
             if not termination.announced:
-                print(last_words, file=sys.stderr, flush=True)
-            os._exit(EXIT_TERMINATED)  # Ray's processes end with the one that started them
+                print(last_line, file=sys.stderr, flush=True)
+            os._exit(EXIT_TERMINATED)  # Ray's processes end with their parent
     receiver.close()
 
 
 @contextmanager
 def keeping_sigterm_handler() -> Iterator[None]:
-    """Restore the handler of SIGTERM after the block; `ray.init` replaces it by one that ends the process."""
+    """Restore the SIGTERM handler after the block; `ray.init` replaces it by one that ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit as end:  # Ray's handler: SIGTERM came meanwhile
+    except SystemExit as end:  # from Ray's handler: SIGTERM arrived inside the block
         if end.code != signal.SIGTERM or not callable(before):
             raise
         before(signal.SIGTERM, None)

@@ -1,7 +1,7 @@
-"""Files at a URI: a local path or anything `pyarrow.fs` opens (s3://, gs://). How they are written: `addresses`.
+"""Read, write and list files at a URI: a local path or anything `pyarrow.fs` opens (s3://, gs://); see `addresses`.
 
-Every write is atomic: a reader sees the old file or the complete new one, never a part. Object stores give that for a
-single PUT; on a local disk it is a temporary file, flushed, then renamed.
+Every write is atomic: a reader sees the old file or the complete new one, never a part. Object stores guarantee that
+for a single PUT; on a local disk a temporary file is written, flushed and renamed.
 """
 
 import csv
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,79 +25,88 @@ from raylivecell.core.errors import UserError
 
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial", re.DOTALL)
 _NAME_BYTES = 200
-"""Of a file's name in the name of its temporary file, which may have 255."""
+"""Bytes of a file's name kept in the name of its temporary file, which may have 255."""
 _SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
-"""Environment variables that an opened filesystem keeps."""
+"""Environment variables that a filesystem reads when it is opened."""
+_LOCAL = pafs.LocalFileSystem()
+# lru_cache alone calls the function twice where two threads ask for the same root at once.
+_OPENING = threading.Lock()
 
 
 def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of `uri` and the plain path in it (no trailing slash). A local path may be relative.
+    """Return the filesystem of `uri` and the plain path in it (no trailing slash). A local path may be relative.
 
     Raises:
-        UserError: no such filesystem; a password or a key in the URI; a local path that is not UTF-8.
+        UserError: an unknown filesystem; a password or an access key in the URI; a local path that is not UTF-8.
     """
     parts = addresses.split(str(uri))
     if parts is None:
-        return pafs.LocalFileSystem(), addresses.local_path(str(uri))
-    filesystem, base = _open_root(parts.root(), tuple(os.environ.get(name) for name in _SETTINGS))
-    return filesystem, "/".join(part for part in (base, parts.path) if part)
+        return _LOCAL, addresses.local_path(str(uri))
+    with _OPENING:
+        filesystem, bucket = _open_root(parts.root(), tuple(os.environ.get(name) for name in _SETTINGS))
+    return filesystem, "/".join(part for part in (bucket, parts.path) if part)
 
 
 @functools.lru_cache(maxsize=32)
 def _open_root(root: str, settings: tuple[str | None, ...]) -> tuple[pafs.FileSystem, str]:
-    """The filesystem at the URI `root` and the path of its bucket; opened once a process: a client has threads."""
+    """The filesystem at the URI `root`, and its bucket. Cached per process: each client of an object store has threads.
+
+    Args:
+        root: scheme, bucket and options of a URI; it holds no credentials.
+        settings: values of the environment variables _SETTINGS, from which the filesystem takes its endpoint.
+    """
     try:
-        filesystem, base = pafs.FileSystem.from_uri(root)
+        filesystem, bucket = pafs.FileSystem.from_uri(root)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot open {root}: {reason}; use a local path, s3://bucket/path or gs://bucket/path"
         ) from error
-    return filesystem, base.rstrip("/")
+    return filesystem, bucket.rstrip("/")
 
 
 def join(uri: str | Path, *parts: str) -> str:
-    """`uri` with plain names or paths appended: `open_uri` of it has the path of `uri`, a slash, and those."""
+    """Append plain names or paths to `uri`."""
     return addresses.join(str(uri), *parts)
 
 
 def absolute(uri: str | Path) -> str:
-    """`uri` as it means the same in another process: local paths made absolute."""
+    """Normalise `uri` so that it means the same in any process: local paths become absolute."""
     return addresses.absolute(str(uri))
 
 
 def is_local(uri: str | Path) -> bool:
-    """Whether `uri` is on a disk of this machine."""
+    """Whether `uri` is on this machine's disks."""
     return addresses.split(str(uri)) is None
 
 
 def exists(uri: str | Path) -> bool:
-    """Whether a file or a folder is at `uri`."""
+    """Whether there is a file or a folder at `uri`."""
     filesystem, path = open_uri(uri)
     return filesystem.get_file_info(path).type != pafs.FileType.NotFound
 
 
 def list_names(uri: str | Path) -> list[str]:
-    """Names (last path parts) of what lies directly in the folder `uri`, sorted; [] where there is no such folder."""
+    """Names of the files and folders directly in the folder `uri`, sorted; [] if there is no such folder."""
     filesystem, path = open_uri(uri)
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
             return sorted(os.listdir(path))  # Arrow cannot list a name that is not UTF-8
-        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     except (NotADirectoryError, FileNotFoundError):
         return []
-    return sorted(info.base_name for info in found)
+    return sorted(info.base_name for info in infos)
 
 
 def read_bytes(uri: str | Path) -> bytes:
-    """The whole file at `uri`; FileNotFoundError where there is none."""
+    """Read the file at `uri`; FileNotFoundError if there is none."""
     filesystem, path = open_uri(uri)
     with filesystem.open_input_file(path) as stream:
         return stream.read()
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Write `data` at `uri` atomically, making parent folders."""
+    """Write `data` at `uri` atomically, creating parent folders."""
     filesystem, path = open_uri(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
         with _replacing(Path(path)) as partial:
@@ -108,13 +118,13 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 
 @contextmanager
 def writing(uri: str | Path) -> Iterator[IO[bytes]]:
-    """A stream for a file of any size at `uri`; there, whole, once the block has ended without an error."""
+    """Open a stream for a file of any size; it appears at `uri`, complete, when the block ends without an error."""
     filesystem, path = open_uri(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
         with _replacing(Path(path)) as partial:
             yield partial
         return
-    # An upload cannot be taken back once begun: it begins when all is written.
+    # An upload cannot be undone once begun, so it begins after the last write.
     with tempfile.TemporaryFile() as spool:
         yield spool
         spool.seek(0)
@@ -123,21 +133,21 @@ def writing(uri: str | Path) -> Iterator[IO[bytes]]:
 
 
 def move(uri: str | Path, target: str | Path) -> None:
-    """Move a file within its filesystem, making parent folders; atomic on a local disk."""
+    """Move a file within its filesystem, creating parent folders; atomic on a local disk."""
     filesystem, path = open_uri(uri)
-    place = open_uri(target)[1]
+    target_path = open_uri(target)[1]
     if isinstance(filesystem, pafs.LocalFileSystem):
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-    filesystem.move(path, place)
+        Path(target_path).parent.mkdir(parents=True, exist_ok=True)
+    filesystem.move(path, target_path)
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file of this name is what a killed writer of this module left."""
+    """Whether `name` is that of a temporary file of this module."""
     return _PARTIAL.fullmatch(name) is not None
 
 
 def remove_partial_files(uri: str | Path) -> None:
-    """Delete what killed writers of this module left under the folder `uri`, on a local disk."""
+    """Delete temporary files that killed writers left under the folder `uri`, on a local disk."""
     filesystem, path = open_uri(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
         for folder, _, names in os.walk(path):
@@ -146,22 +156,22 @@ def remove_partial_files(uri: str | Path) -> None:
 
 
 def read_json(uri: str | Path) -> Any:
-    """The JSON file at `uri`; UserError where it is none, FileNotFoundError where there is none."""
+    """Read the JSON file at `uri`; UserError if it is not JSON, FileNotFoundError if there is none."""
     text = read_bytes(uri)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{uri} is not JSON ({error}); get it again, or make it anew") from error
+        raise UserError(f"{uri} is not JSON ({error}); download or create it again") from error
 
 
 @contextmanager
-def validating(uri: str | Path, hint: str = "get it again, or make it anew") -> Iterator[None]:
-    """Around the use of what was read from `uri`, which may be anything: what does not fit becomes a UserError."""
+def validating(uri: str | Path, hint: str = "download or create it again") -> Iterator[None]:
+    """Turn errors caused by unexpected content of the file at `uri`, which is not trusted, into a UserError."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, csv.Error) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{uri} is not what raylivecell writes ({told}); {hint}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{uri} is not what raylivecell writes ({reason}); {hint}") from error
 
 
 def write_json(uri: str | Path, value: Any) -> None:
@@ -170,7 +180,7 @@ def write_json(uri: str | Path, value: Any) -> None:
 
 
 def delete(uri: str | Path) -> None:
-    """Delete the file or folder at `uri`, if there."""
+    """Delete the file or folder at `uri`, if it exists."""
     filesystem, path = open_uri(uri)
     kind = filesystem.get_file_info(path).type
     if kind == pafs.FileType.Directory:
@@ -180,7 +190,7 @@ def delete(uri: str | Path) -> None:
 
 
 def delete_empty(uri: str | Path) -> None:
-    """Delete the folder at `uri`, if there and without files."""
+    """Delete the folder at `uri`, if it exists and is empty."""
     filesystem, path = open_uri(uri)
     if filesystem.get_file_info(path).type == pafs.FileType.Directory and not list_names(uri):
         filesystem.delete_dir(path)

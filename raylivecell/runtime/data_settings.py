@@ -1,4 +1,4 @@
-"""Ray Data's settings for the datasets of one call; the process's DataContext and logging are restored after it."""
+"""Ray Data's settings for the datasets of one call; DataContext and logging of the process are restored after it."""
 
 import logging
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from ray.data import DataContext
 from raylivecell.core.process_settings import log_levels
 from raylivecell.runtime import ray_internals
 
-# Without a free CPU, Ray Data would wait for 30 minutes before it fails.
+# By default Ray Data waits for 30 minutes without a free CPU before it fails.
 NO_PROGRESS_TIMEOUT_S = 300
 
 
 @contextmanager
 def data_settings(**values: Any) -> Iterator[None]:
-    """Create datasets inside the block with these fields of DataContext; a dataset keeps its own copy of them.
+    """Set these fields of DataContext for datasets created inside the block; each dataset keeps its own copy.
 
-    Ray Data's progress bars are off (we show our own), and it fails after NO_PROGRESS_TIMEOUT_S without progress.
+    Ray Data's progress bars are off, since ours are shown; it fails after NO_PROGRESS_TIMEOUT_S without progress.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -31,6 +31,6 @@ def data_settings(**values: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet_data() -> Iterator[None]:
-    """Ray Data executions inside the block log warnings and errors only: no execution plans, no notice of our bars."""
+    """Let Ray Data log only warnings and errors inside the block: no execution plans, no note about progress bars."""
     with log_levels({"ray.data": logging.WARNING, ray_internals.PROGRESS_LOGGER: logging.ERROR}):
         yield

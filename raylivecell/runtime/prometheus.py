@@ -1,7 +1,7 @@
-"""What Prometheus scrapes of a run or a sweep, beside Ray's own metrics: Ray exports each as ray_raylivecell_NAME.
+"""Prometheus metrics of runs and sweeps, in addition to Ray's own; Ray exports each as ray_raylivecell_NAME.
 
-Set where a report is made anyway, on rank 0 alone: a step costs nothing more. Every value carries the tag `run`: the
-name of the run's or sweep's folder, of a trial SWEEP/trials/NUMBER.
+They are set at each report, on rank 0 only, so a step costs nothing more. Every value has the tag `run`: the name of
+the folder of the run or sweep, for a trial SWEEP/trials/NUMBER.
 """
 
 import functools
@@ -14,33 +14,33 @@ PREFIX = "raylivecell_"
 RUN, STATE = "run", "state"
 
 OF_RUN = {
-    "loss": "Training loss, the mean since the report before.",
+    "loss": "Mean training loss since the previous report.",
     "val_dice": "Dice over all pixels of the validation images.",
-    "val_msa": "mSA of the validation images, of recipes that tell cells apart.",
-    "images_per_s": "Images trained on a second, by all workers together, since the report before.",
-    "data_wait_fraction": "Share of its time that worker 0 waited for data since the report before, 0 to 1.",
-    "samples": "Samples done, of all epochs.",
+    "val_msa": "mSA of the validation images, for instance recipes.",
+    "images_per_s": "Images per second of all workers together since the previous report.",
+    "data_wait_fraction": "Fraction of time that worker 0 waited for data since the previous report, 0 to 1.",
+    "samples": "Samples trained on, over all epochs.",
     "step": "Optimiser steps done.",
-    "steps": "Optimiser steps of the whole run.",
+    "steps": "Optimiser steps of the complete run.",
 }
-"""Gauges of a run or trial: the columns of a report's row that are shown."""
+"""Gauges of a run or trial, by column of a report's row."""
 
 SWEEP_BEST, SWEEP_TRIALS = "sweep_best", "sweep_trials"
 OF_SWEEP = {
-    SWEEP_BEST: "Best score of a sweep's whole trials: validation mSA where cells are told apart, else mean Dice.",
+    SWEEP_BEST: "Best validation score of a sweep's complete trials: mSA for instance recipes, else mean Dice.",
     SWEEP_TRIALS: "Trials of a sweep in each state: waiting, running, complete, pruned, fail.",
 }
 
 
 def show_run(run: str, row: Mapping[str, Any]) -> None:
-    """Of the run or trial `run` its last report, as `worker.told` gives it."""
+    """Set the gauges of a run or trial to its last report, a row of `worker.report_row`."""
     for name in OF_RUN:
         if name in row:
             _gauge(name).set(float(row[name]), {RUN: _label(run)})
 
 
 def show_sweep(run: str, trials: Mapping[str, int], best: float | None) -> None:
-    """Of the sweep `run` how many trials each state has, zeros too, and the best score so far (none: not shown)."""
+    """Set the gauges of a sweep: number of trials per state, zeros too, and the best score so far, if any."""
     for state, count in trials.items():
         _gauge(SWEEP_TRIALS).set(count, {RUN: _label(run), STATE: state})
     if best is not None:
@@ -48,7 +48,7 @@ def show_sweep(run: str, trials: Mapping[str, int], best: float | None) -> None:
 
 
 def _label(name: str) -> str:
-    r"""A name as Ray's metrics take it, in ASCII: `zelle_\xfc`."""
+    r"""Convert a name to ASCII, which Ray's metrics require: `zelle_\xfc`."""
     return name.encode("ascii", "backslashreplace").decode()
 
 

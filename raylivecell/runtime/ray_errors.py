@@ -1,8 +1,8 @@
-"""One place that turns an error of Ray, or one that crossed Ray, into a UserError: one line with cause and fix.
+"""Turn errors of Ray, and errors raised in its processes, into a UserError: one line with cause and fix.
 
 An exception raised in a task, an actor or a training worker arrives wrapped, up to four deep (RayTaskError,
-UserCodeException, WorkerGroupError, ControllerError). The chain of causes is searched for what the user can fix; an
-error that only a bug explains stays as it is.
+UserCodeException, WorkerGroupError, ControllerError). The chain of causes is searched for an error that the user
+can fix; a bug is raised unchanged.
 """
 
 import logging
@@ -28,8 +28,8 @@ RAY_FIXES: dict[type[Exception], str] = {
     ray.exceptions.WorkerCrashedError: f"it was killed or ran out of memory: see Ray's logs, {AGAIN}",
     ray.exceptions.RayActorError: f"it was killed or ran out of memory: see Ray's logs, {AGAIN}",
     ray.exceptions.ObjectLostError: f"a process or a node was lost: see Ray's logs, {AGAIN}",
-    ray.exceptions.TaskUnschedulableError: f"give the cluster what it needs {AGAIN}",
-    ray.exceptions.ActorUnschedulableError: f"give the cluster what it needs {AGAIN}",
+    ray.exceptions.TaskUnschedulableError: f"give the cluster the resources it needs {AGAIN}",
+    ray.exceptions.ActorUnschedulableError: f"give the cluster the resources it needs {AGAIN}",
     ray.exceptions.RayChannelError: f"a process or a node was lost: see Ray's logs, {AGAIN}",
 }
 # `package.Class: message`, the last line of a traceback, and the number of an OSError.
@@ -41,9 +41,9 @@ HANDLED = "During handling of the above exception, another exception occurred:"
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Raise a UserError for each error inside the block that the user can fix; other errors stay as they are.
+    """Raise a UserError for an error inside the block that the user can fix; other errors pass unchanged.
 
-    Ray Data logs none of them meanwhile: the exception holds all, and `--debug` shows it.
+    Ray Data does not log them: the exception has all details, and `--debug` shows them.
     """
     try:
         with (
@@ -52,55 +52,55 @@ def as_user_errors() -> Iterator[None]:
         ):
             yield
     except Exception as error:
-        found = explain(error)
-        if found is None or found is error:
+        explanation = explain(error)
+        if explanation is None or explanation is error:
             raise
-        raise found from error
+        raise explanation from error
 
 
 def explain(error: BaseException) -> UserError | None:
-    """The UserError for `error` or for the first of its causes that has one; None for what only a bug explains."""
+    """UserError for `error` or one of its causes; None for a bug."""
     chain = list(causes(error))
     for cause in chain:
-        # RayTaskError(UserError) is a UserError too, whose text is Ray's traceback; its cause follows.
+        # RayTaskError(UserError) is also a UserError, but its text is Ray's traceback; its cause comes later.
         if isinstance(cause, UserError) and not isinstance(cause, ray.exceptions.RayError):
             return cause
-    for cause in reversed(chain):  # the innermost cause is the most exact
+    for cause in reversed(chain):  # the innermost cause is the most specific
         if line := _line(cause):
             return MachineError(line)
     return None
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and all that led to it, outermost first, through Ray's own ways to carry a cause."""
-    waiting, seen = [error], set()
-    while waiting:
-        cause = waiting.pop(0)
+    """Yield `error` and its causes, outermost first, including those in attributes of Ray's errors."""
+    pending, seen = [error], set()
+    while pending:
+        cause = pending.pop(0)
         if id(cause) in seen:
             continue
         seen.add(id(cause))
         yield cause
         workers = getattr(cause, "worker_failures", None)  # of ray.train.WorkerGroupError: rank -> exception
-        carried = [
+        candidates = [
             *(workers.values() if isinstance(workers, dict) else ()),
             getattr(cause, "controller_failure", None),  # of ray.train.ControllerError
             getattr(cause, "health_check_failure", None),  # of a training worker that was killed
             getattr(cause, "cause", None),  # of RayTaskError
             cause.__cause__,
         ]
-        waiting += [one for one in carried if isinstance(one, BaseException)]
+        pending += [cause for cause in candidates if isinstance(cause, BaseException)]
 
 
 def _line(error: BaseException) -> str:
-    """Cause and fix in one line; "" for an error that no user can fix."""
+    """Cause and fix in one line; "" for an error that the user cannot fix."""
     if isinstance(error, ray.exceptions.RayError):
         if isinstance(error, ray.exceptions.RayTaskError):
-            return _of_traceback(str(error))  # Ray Data's own exception loses its cause on the way
+            return _line_of_traceback(str(error))  # Ray Data's exception has lost its cause
         fix = next((fix for kind, fix in RAY_FIXES.items() if isinstance(error, kind)), None)
         if fix and "low on memory" in str(error):  # Ray's own memory monitor
             fix = OUT_OF_MEMORY
         if "creation task" in str(error):
-            return _of_traceback(str(error))
+            return _line_of_traceback(str(error))
         return f"{first_line(error)}; {fix}" if fix else ""
     if isinstance(error, OSError):
         return os_error_line(error)
@@ -109,13 +109,13 @@ def _line(error: BaseException) -> str:
     return ""
 
 
-def _of_traceback(text: str) -> str:
-    """The line for an error that arrived as the text of a traceback, which names the first cause first."""
-    found = list(ERROR_LINE.finditer(text.rpartition(HANDLED)[2]))
-    for match in found:
+def _line_of_traceback(text: str) -> str:
+    """Cause and fix of an error whose traceback arrived as text, with the first cause first."""
+    matches = list(ERROR_LINE.finditer(text.rpartition(HANDLED)[2]))
+    for match in matches:
         if match["name"].endswith(f".{UserError.__name__}"):
             return match["message"]
-    for match in found:
+    for match in matches:
         if match["number"]:
             return os_error_line(OSError(int(match["number"]), match["message"]), match["message"])
         if match["name"].endswith("MemoryError"):
@@ -124,6 +124,6 @@ def _of_traceback(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's text, shortened."""
+    """First line of the error's text, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return shortened(lines[0].rstrip(".:") if lines else type(error).__name__)

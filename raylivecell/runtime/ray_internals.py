@@ -1,16 +1,16 @@
-"""Every use of a private name of Ray, each with its reason, its measured gain, and what happens without it.
+"""All uses of private names of Ray, with the reason, the measured gain and the effect without it.
 
 No other file may use one: not `ray._private`, `ray.*._internal`, `ray._common`, nor an attribute with a leading
-underscore. Private names change in any release of Ray. Where one is missing, the program works without it, only slower,
-and logs that once as a warning. tests/runtime/test_ray_internals.py has one test for each entry, which fails by the
-entry's name on such a release.
+underscore. Private names may change in any release of Ray. If one is missing, the program works without it, only
+slower, and logs one warning. tests/runtime/test_ray_internals.py has a test for each entry, which fails on such a
+release.
 
 | entry | reason | gain | without it |
 |---|---|---|---|
-| `scheduler_pace` | Ray Data's scheduler never rests | training on 2 cores twice as fast | half the speed |
+| `scheduler_pace` | Ray Data's scheduler never sleeps | training on 2 cores twice as fast | half the speed |
 | `data_parallel_trainer` | the public trainer imports torch | 1.7 s of a run's start | TorchTrainer, the same results |
-| `PROGRESS_LOGGER` | a warning about progress bars | one line less | the warning is shown |
-| `EXECUTION_LOGGER` | an error that is raised too | one line less | the error is shown twice |
+| `PROGRESS_LOGGER` | a warning about progress bars | one line of output less | the warning is shown |
+| `EXECUTION_LOGGER` | an error that is also raised | one line of output less | the error is shown twice |
 """
 
 import functools
@@ -24,49 +24,49 @@ from typing import Any
 
 LOG = logging.getLogger(__name__)
 
-# Shortest time between two rounds of Ray Data's scheduler, seconds: while blocks are ready to be read; while none is.
+# Shortest time between two rounds of Ray Data's scheduler, seconds: if blocks are ready to be read; if none is.
 ROUND_READY_S, ROUND_WAITING_S = 0.05, 0.02
 
 PROGRESS_LOGGER = "ray.data._internal.progress"
-"""Ray Data's logger that warns, for each execution, that its progress bars are off; else one line more is shown."""
+"""Ray Data's logger that warns at each execution that its progress bars are off."""
 
 EXECUTION_LOGGER = "ray.data._internal.execution.streaming_executor_state"
-"""Ray Data's logger of the errors of tasks that end an execution, which raises them too."""
+"""Ray Data's logger of task errors that end an execution and are also raised."""
 
 
 @functools.cache
 def _warn_missing(entry: str, consequence: str) -> None:
-    """Log once that an entry does not fit this release of Ray."""
+    """Log once that an entry does not work with this release of Ray."""
     import ray
 
     LOG.warning("raylivecell.runtime.ray_internals.%s does not fit Ray %s: %s", entry, ray.__version__, consequence)
 
 
 def _executor_state() -> Any:
-    """The module of Ray Data whose constant is the longest wait of a round of its scheduler."""
+    """Module of Ray Data with the constant for the longest wait of a scheduler round."""
     return importlib.import_module("ray.data._internal.execution.streaming_executor_state")
 
 
 def _callback_base() -> type:
-    """The base class of `DataContext.custom_execution_callback_classes`."""
+    """Base class of `DataContext.custom_execution_callback_classes`."""
     module = importlib.import_module("ray.data._internal.execution.execution_callback")
     base: type = module.ExecutionCallback
     return base
 
 
 def blocks_ready(executor: Any) -> bool:
-    """Whether an execution has blocks that are ready to be read."""
+    """Whether an execution has blocks ready to be read."""
     return bool(executor._output_node[1].output_queue)
 
 
 class SchedulerThrottle:
-    """Makes the scheduler of one execution sleep between two rounds; called by Ray Data."""
+    """Callback of Ray Data that lets the scheduler of one execution sleep between two rounds."""
 
     def __init__(self) -> None:
         self.last = 0.0
 
     def on_execution_step(self, executor: Any) -> None:
-        """Sleep for what is left of the round."""
+        """Sleep for the rest of the round."""
         try:
             pause = ROUND_READY_S if blocks_ready(executor) else ROUND_WAITING_S
         except (AttributeError, IndexError, TypeError):
@@ -77,7 +77,7 @@ class SchedulerThrottle:
 
 
 class _Wait:
-    """The scheduler's longest wait, shortened while at least one stream is open in this process."""
+    """Shortens the scheduler's longest wait while at least one stream is open in this process."""
 
     NAME = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
 
@@ -106,20 +106,20 @@ _wait = _Wait()
 
 @functools.cache
 def _throttle() -> type:
-    """SchedulerThrottle as a callback of Ray Data."""
+    """SchedulerThrottle as a subclass of Ray Data's callback class."""
     return type("SchedulerThrottle", (SchedulerThrottle, _callback_base()), {})
 
 
 @contextmanager
 def scheduler_pace() -> Iterator[list[Any]]:
-    """Set the pace of Ray Data's scheduler, which runs in a thread of the process that reads, while a stream is open.
+    """Slow down Ray Data's scheduler, a thread of the reading process, while a stream is open.
 
-    Gives the value for `DataContext.custom_execution_callback_classes`; restores Ray's own wait at the end.
+    Yields the value for `DataContext.custom_execution_callback_classes`; restores Ray's wait at the end.
 
-    Reason (Ray 2.60): once all its tasks have ended, the scheduler runs without a pause and holds Python's lock for
-    84 % of the time; training on two cores ran at half its speed. While tasks run, a round waits for all of them, for
-    up to 0.1 s, and two rounds pass before one that ended is replaced: with tasks of 0.2 s, half of the cores' time was
-    idle. Without it (an empty list): slower, the same batches.
+    Reason (Ray 2.60): once all its tasks have ended, the scheduler loops without a pause, with the GIL for 84 % of the
+    time; training on two cores ran at half its speed. While tasks run, a round waits for all of them, for up to 0.1 s,
+    and a finished task is replaced two rounds later: with tasks of 0.2 s, half of the cores' time was idle. Without it
+    (an empty list): slower, the same batches.
     """
     try:
         throttle, wait = _throttle(), _wait.shortened()
@@ -135,11 +135,11 @@ def scheduler_pace() -> Iterator[list[Any]]:
 
 
 def data_parallel_trainer() -> Any:
-    """What makes a trainer of Ray Train: (training function, *, backend_config, scaling_config, ...) -> trainer.
+    """Constructor of a trainer of Ray Train: (training function, *, backend_config, scaling_config, ...) -> trainer.
 
-    Reason (Ray 2.60): `ray.train.torch.TorchTrainer`, which is public, imports torch into the driver and into Ray
-    Train's controller, before there is any worker: 1.7 s of each start. Its base class does not, but is at a path of
-    which Ray promises nothing (`ray.train.v2`; the class at `ray.train.data_parallel_trainer` is still version 1's).
+    Reason (Ray 2.60): the public `ray.train.torch.TorchTrainer` imports torch into the driver and into Ray Train's
+    controller before any worker starts: 1.7 s of each start. Its base class does not, but its path is not part of Ray's
+    public API (`ray.train.v2`; the class at `ray.train.data_parallel_trainer` is still that of version 1).
     Without it: TorchTrainer, with the same results.
     """
     try:
@@ -152,6 +152,6 @@ def data_parallel_trainer() -> Any:
 def _torch_trainer(function: Any, *, backend_config: Any, **options: Any) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # It forms the workers' process group itself: over gloo, unless the configuration names another way.
+    # TorchTrainer creates the process group itself: with gloo, unless the configuration sets another backend.
     config = backend_config if isinstance(backend_config, TorchConfig) else TorchConfig(backend="gloo")
     return TorchTrainer(function, torch_config=config, **options)

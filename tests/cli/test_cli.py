@@ -1,7 +1,8 @@
-"""A user's error ends a command in one line with cause and fix, with exit code 2, and leaves nothing; so do signals."""
+"""A user's error ends a command with one line (cause and fix), exit code 2 and no files left; so does a signal."""
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import ray
+import tyro
+from tyro.constructors import ConstructorRegistry
 
-from raylivecell.cli import arguments as words
-from raylivecell.cli import main
+from raylivecell.cli import arguments, main
 from raylivecell.core.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("trian", "no command 'trian'; did you mean train?"),
         ("evalaute --data D", "did you mean evaluate?"),
@@ -45,26 +47,28 @@ from raylivecell.core.errors import UserError
         ("demo --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
     ],
 )
-def test_one_line_and_exit_code_2(command: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_and_exit_code_2(
+    command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
     for name, text in (("cut", '{"format_version": '), ("list", "[]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "dataset.json").write_text(text)
     before = sorted(tmp_path.rglob("*"))
-    arguments = command.format(tmp=tmp_path).split()
-    ran = ray.is_initialized()
-    assert main.main(arguments) == 2
-    assert ray.is_initialized() == ran, "told before Ray is started"
-    said = capsys.readouterr().err.strip()
-    assert told.format(tmp=tmp_path) in said
-    assert said.startswith("raylivecell: ")
-    assert "\n" not in said
+    words = command.format(tmp=tmp_path).split()
+    started = ray.is_initialized()
+    assert main.main(words) == 2
+    assert ray.is_initialized() == started, "reported before Ray is started"
+    line = capsys.readouterr().err.strip()
+    assert message.format(tmp=tmp_path) in line
+    assert line.startswith("raylivecell: ")
+    assert "\n" not in line
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture
 def every_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Replace what each command does."""
+    """Replace the function of every command."""
 
     def replace(work: Callable[[], object]) -> None:
         for name, (what, _) in list(main.COMMANDS.items()):
@@ -88,9 +92,9 @@ def test_a_signal_ends_every_command_in_one_line(
     assert main.TO_RESUME.keys() <= main.COMMANDS.keys()
     for name in main.COMMANDS:
         assert main.main([name]) == code
-        said = capsys.readouterr().err
-        assert said == f"raylivecell: {line}{main.TO_RESUME.get(name, '')}\n"
-        assert ("--resume always" in said) == (name in ("train", "sweep"))
+        output = capsys.readouterr().err
+        assert output == f"raylivecell: {line}{main.TO_RESUME.get(name, '')}\n"
+        assert ("--resume always" in output) == (name in ("train", "sweep"))
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -126,11 +130,11 @@ def test_debug_shows_the_traceback(
 
     every_command(full)
     line = "raylivecell: [Errno 28] No space left on device: '/disk/file'; free space on that disk"
-    for arguments in (["train"], ["train", "--debug"], ["--debug", "train"], ["--debug", "submit"]):
-        assert main.main(arguments) == 2
-        said = capsys.readouterr().err
-        assert said.splitlines()[-1].startswith(line)
-        assert ("Traceback" in said) == ("--debug" in arguments)
+    for words in (["train"], ["train", "--debug"], ["--debug", "train"], ["--debug", "submit"]):
+        assert main.main(words) == 2
+        output = capsys.readouterr().err
+        assert output.splitlines()[-1].startswith(line)
+        assert ("Traceback" in output) == ("--debug" in words)
     monkeypatch.setenv("RAYLIVECELL_DEBUG", "1")
     assert main.main(["train"]) == 2
     assert "Traceback" in capsys.readouterr().err
@@ -145,34 +149,52 @@ def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], 
         main.main(["train"])
 
 
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_has_no_line_breaks_of_the_source(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the texts that tyro prints; in the printed help it breaks lines itself, to fill columns of boxes."""
+    texts: list[str] = []
+
+    def collect(command: Callable[..., object], registry: ConstructorRegistry, **options: object) -> None:
+        parser = tyro.extras.get_parser(command, registry=registry)
+        groups = parser._action_groups
+        texts.extend(text for text in (parser.description, *(group.description for group in groups)) if text)
+        texts.extend(action.help for action in parser._actions if action.help)
+
+    monkeypatch.setattr(tyro, "cli", collect)
+    main.main([name, "--help"])
+    assert len(texts) > 1
+    for text in texts:
+        assert not re.search(r"[^\n]\n(?!\n)", text), text
+
+
 def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert words.recipe_file(["--out", str(run), "--resume", "always"]) is None
+    assert arguments.recipe_file(["--out", str(run), "--resume", "always"]) is None
     (run / "recipe.yaml").write_text("seed: 3\n")
-    assert words.recipe_file(["--out", str(run), "--resume", "always"]) == str(run / "recipe.yaml")
-    assert words.recipe_file(["--out", str(run), "--resume=auto"]) == str(run / "recipe.yaml")
-    assert words.recipe_file(["--out", str(run), "--resume", "never"]) is None
-    assert words.recipe_file(["--out", str(run)]) is None
-    assert words.recipe_file([f"--out={run}", "--resume", "always", "--recipe", "other.yaml"]) == "other.yaml"
+    assert arguments.recipe_file(["--out", str(run), "--resume", "always"]) == str(run / "recipe.yaml")
+    assert arguments.recipe_file(["--out", str(run), "--resume=auto"]) == str(run / "recipe.yaml")
+    assert arguments.recipe_file(["--out", str(run), "--resume", "never"]) is None
+    assert arguments.recipe_file(["--out", str(run)]) is None
+    assert arguments.recipe_file([f"--out={run}", "--resume", "always", "--recipe", "other.yaml"]) == "other.yaml"
 
 
 @pytest.mark.parametrize(
     ("mode", "without_run", "with_run"), [("never", False, False), ("auto", False, True), ("always", True, True)]
 )
-def test_when_a_run_is_resumed(mode: words.Resume, without_run: bool, with_run: bool, tmp_path: Path) -> None:
-    assert words.resumes(mode, str(tmp_path / "run")) is without_run
+def test_when_a_run_is_resumed(mode: arguments.Resume, without_run: bool, with_run: bool, tmp_path: Path) -> None:
+    assert arguments.resumes(mode, str(tmp_path / "run")) is without_run
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("seed: 3\n")
-    assert words.resumes(mode, str(tmp_path / "run")) is with_run
+    assert arguments.resumes(mode, str(tmp_path / "run")) is with_run
 
 
 @pytest.mark.parametrize(("text", "workers"), [("1", 1), ("4", 4), ("1:4", (1, 4))])
 def test_workers(text: str, workers: object) -> None:
-    assert words.workers_in(text) == workers
+    assert arguments.workers_in(text) == workers
 
 
 @pytest.mark.parametrize("text", ["0", "4:1", "a", "1:2:3", ""])
 def test_no_workers(text: str) -> None:
     with pytest.raises(UserError, match="give a number"):
-        words.workers_in(text)
+        arguments.workers_in(text)

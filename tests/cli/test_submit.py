@@ -1,4 +1,4 @@
-"""Jobs: what travels, what is refused before it does, and a real one on a real cluster."""
+"""Jobs: which files are uploaded, which mistakes are refused before that, and a job on a real cluster."""
 
 import os
 import sys
@@ -17,21 +17,21 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ("--recipe", "small", "--data", "s3://cells/shards", "--out=s3://cells/runs/first")
 
 
-def request(stage: str = "train", arguments: tuple[str, ...] = TRAIN, **given: Any) -> submit.Request:
-    return submit.request(stage, arguments, ROOT, **({"name": None, "env": (), "cpus": 0, "label": ""} | given))
+def request(stage: str = "train", arguments: tuple[str, ...] = TRAIN, **options: Any) -> submit.Request:
+    return submit.request(stage, arguments, ROOT, **({"name": None, "env": (), "cpus": 0, "label": ""} | options))
 
 
 def test_the_printed_command_is_the_request() -> None:
-    wanted = request(env=("NCCL_DEBUG=INFO",), cpus=0.5, label="pool=data", arguments=(*TRAIN, "--seed", "a b"))
-    assert wanted.name.startswith("train-first-")
-    assert wanted.metadata() == {"stage": "train", "data": "s3://cells/shards", "out": "s3://cells/runs/first"}
-    command = wanted.command("http://head:8265", ROOT)
-    assert command.startswith(f"ray job submit --address http://head:8265 --submission-id {wanted.name}")
+    job = request(env=("NCCL_DEBUG=INFO",), cpus=0.5, label="pool=data", arguments=(*TRAIN, "--seed", "a b"))
+    assert job.name.startswith("train-first-")
+    assert job.metadata() == {"stage": "train", "data": "s3://cells/shards", "out": "s3://cells/runs/first"}
+    command = job.command("http://head:8265", ROOT)
+    assert command.startswith(f"ray job submit --address http://head:8265 --submission-id {job.name}")
     for part in ("RAY_TRAIN_ENABLE_STATE_TRACKING", "NCCL_DEBUG", "--entrypoint-num-cpus 0.5", '"pool": "data"'):
         assert part in command
-    assert command.endswith(" -- " + wanted.entrypoint())
-    assert wanted.entrypoint().startswith("python jobs/train.py --recipe small")
-    assert wanted.entrypoint().endswith("--seed 'a b'")
+    assert command.endswith(" -- " + job.entrypoint())
+    assert job.entrypoint().startswith("python jobs/train.py --recipe small")
+    assert job.entrypoint().endswith("--seed 'a b'")
 
 
 @pytest.mark.parametrize("stage", submit.STAGES)
@@ -41,32 +41,38 @@ def test_every_stage_has_its_script_and_command(stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ("", "no stage among no words; give one of prepare, train"),
-        ("demo --data /d", "no stage among demo --data /d"),
-        ("train --data shards --out /o", "--data shards lies on this machine"),
-        ("train --data /d --out=runs/x", "--out runs/x lies on this machine"),
+        ("", "no stage in an empty command; give one of prepare, train"),
+        ("demo --data /d", "no stage in demo --data /d"),
+        ("train --data shards --out /o", "--data shards is on this machine"),
+        ("train --data /d --out=runs/x", "--out runs/x is on this machine"),
         ("train --data /d --out /o --recipe smal", "did you mean small?"),
-        ("--env AWS_SECRET_ACCESS_KEY=x train --data /d --out /o", "--env AWS_SECRET_ACCESS_KEY: a job's environment"),
+        (
+            "--env AWS_SECRET_ACCESS_KEY=x train --data /d --out /o",
+            "the dashboard shows a job's environment",
+        ),
         ("--env NCCL_DEBUG train --data /d --out /o", "--env NCCL_DEBUG: give NAME=VALUE"),
         ("--label spot train --data /d --out /o", "--label spot: give NAME=VALUE"),
-        ("--max-upload-mib 0.01 train --data /d --out /o", "MiB, over 0.01; name in .gitignore"),
+        ("--max-upload-mib 0.01 train --data /d --out /o", "MiB, over 0.01; list in .gitignore"),
         ("--working-dir {tmp} train --data /d --out /o", "{tmp} has no jobs/"),
         ("--address http://127.0.0.1:9 train --data /d --out /o", "no job API at http://127.0.0.1:9"),
-        ("train --data s3://K:S@b/d --out /o", "holds a password or an access key"),
-        ("train --data=s3://b/d?secret_key=S --out /o", "holds a password or an access key"),
-        ("sweep --data /d --out /o --storage postgresql://me:pw@db/x", "holds a password or an access key"),
-        ("--env MLFLOW_TRACKING_URI=https://me:pw@host train --data /d --out /o", "holds a password or an access key"),
-        ("--name train", "no stage among --name train"),
+        ("train --data s3://K:S@b/d --out /o", "contains a password or"),
+        ("train --data=s3://b/d?secret_key=S --out /o", "contains a password or"),
+        ("sweep --data /d --out /o --storage postgresql://me:pw@db/x", "contains a password or"),
+        (
+            "--env MLFLOW_TRACKING_URI=https://me:pw@host train --data /d --out /o",
+            "contains a password or",
+        ),
+        ("--name train", "no stage in --name train"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_sent(
-    arguments: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_mistake_is_reported_before_the_upload(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert main.main(["submit", *arguments.format(tmp=tmp_path).split()]) == 2
-    assert told.format(tmp=tmp_path) in capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -86,21 +92,21 @@ def test_the_stage_is_no_flags_value(words: str, own: list[str], stage: str | No
 
 
 def test_a_stages_name_may_be_a_flags_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[submit.Request] = []
+    requests: list[submit.Request] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(submit, "run", lambda wanted, *_: seen.append(wanted) or 0)
+    monkeypatch.setattr(submit, "run", lambda job, *_: requests.append(job) or 0)
     assert main.main(["submit", "--name", "train", "train", "--data", "/d", "--out", "/o", "--recipe", "small"]) == 0
-    assert (seen[0].name, seen[0].stage) == ("train", "train")
-    assert seen[0].entrypoint() == "python jobs/train.py --data /d --out /o --recipe small"
+    assert (requests[0].name, requests[0].stage) == ("train", "train")
+    assert requests[0].entrypoint() == "python jobs/train.py --data /d --out /o --recipe small"
 
 
-def test_code_and_recipes_travel_and_nothing_else(tmp_path: Path) -> None:
+def test_only_code_and_recipes_are_uploaded(tmp_path: Path) -> None:
     project = tmp_path / "project"
     for name in ("jobs/train.py", "jobs/my.yaml", "raylivecell/cli.py", "pyproject.toml"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("x")
-    left = ("data/a.tif", "runs/r/w.bin", ".git/config", ".venv/bin/python", "big/x.bin", "jobs/__pycache__/a.pyc")
-    for name in (*left, "a.parquet", ".mypy_cache/x"):
+    ignored = ("data/a.tif", "runs/r/w.bin", ".git/config", ".venv/bin/python", "big/x.bin", "jobs/__pycache__/a.pyc")
+    for name in (*ignored, "a.parquet", ".mypy_cache/x"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_bytes(os.urandom(100_000))
     (project / ".gitignore").write_text("big/\n")
@@ -108,7 +114,7 @@ def test_code_and_recipes_travel_and_nothing_else(tmp_path: Path) -> None:
 
 
 class Client:
-    """Of a job whose log breaks off, on a cluster that does not always answer; each log begins with its first line."""
+    """Client of a job whose log connection breaks, on an unreliable cluster; each log starts with the first line."""
 
     def __init__(self, logs: list[list[str | Exception]], answers: list[JobStatus | Exception]) -> None:
         self.logs, self.answers = logs, answers
@@ -129,10 +135,10 @@ class Client:
 
 
 BROKEN, DOWN = RuntimeError("closed"), ConnectionError("refused")
-HANDSHAKE = aiohttp.WSServerHandshakeError(None, (), status=503)  # type: ignore[arg-type]  # what a proxy answers
+HANDSHAKE = aiohttp.WSServerHandshakeError(None, (), status=503)  # type: ignore[arg-type]  # a proxy's answer
 
 
-def test_a_log_is_told_once_through_broken_connections_and_outages(
+def test_a_log_is_printed_once_across_broken_connections_and_outages(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "RECONNECT_S", 0)
@@ -141,11 +147,11 @@ def test_a_log_is_told_once_through_broken_connections_and_outages(
     down = [DOWN, RuntimeError("Request failed with status code 503: no upstream.")]
     client: Any = Client(logs, [JobStatus.RUNNING, *down, JobStatus.RUNNING, JobStatus.FAILED])
     assert submit.follow(client, "job") == 3
-    told = capsys.readouterr()
-    assert told.out == "one\ntwo\nthree\n"
-    assert told.err.count("connection lost") == 2
-    assert told.err.count("does not answer, trying again: refused") == 1, "once an outage"
-    assert "job job failed: worn out" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == "one\ntwo\nthree\n"
+    assert captured.err.count("connection lost") == 2
+    assert captured.err.count("does not answer, retrying: refused") == 1, "one line per outage"
+    assert "job job failed: worn out" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_a_log_is_told_once_through_broken_connections_and_outages(
         (RuntimeError("Request failed with status code 401: token"), "cannot follow the job job: Request failed"),
     ],
 )
-def test_following_ends_where_no_other_try_helps(answer: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_ends_if_a_retry_does_not_help(answer: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "RECONNECT_S", 0)
     client: Any = Client([["one\n"]], [answer])
     with pytest.raises(UserError, match=line):
@@ -170,7 +176,7 @@ def test_following_ends_where_no_other_try_helps(answer: Exception, line: str, m
 def test_a_real_job(
     ray_cluster: None, tiny_dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """Trained by the code that was sent, in a process that knows no more than its flags; and one that is refused."""
+    """It trains with the uploaded code and its flags alone; a second job with the same --out is refused."""
     import ray
 
     monkeypatch.chdir(ROOT)
@@ -178,13 +184,13 @@ def test_a_real_job(
     out = f"{tmp_path}/runs/first"
     flags = f"train --recipe small --data {tiny_dataset} --out {out} --workers 1 --batch-size 4 --crop 48 48"
     words = f"{flags} --phases.0.steps 2 --loop.report-steps 1".split()
-    # A node's `python` is its image's; here it is that of the tests.
+    # On a cluster, `python` is that of the image; here it must be that of the tests.
     own = ["submit", "--address", address, "--env", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]
     assert main.main([*own, *words]) == 0
     assert (Path(out) / "report.html").is_file()
-    told = capfd.readouterr().out
-    assert "step 2/2" in told
-    assert "ray job submit --address" in told
+    output = capfd.readouterr().out
+    assert "step 2/2" in output
+    assert "ray job submit --address" in output
     assert main.main([*own, *words]) == 2
     assert f"{out} holds a run already" in capfd.readouterr().out
     with pytest.raises(UserError, match="the cluster refused the job same"):

@@ -1,4 +1,4 @@
-"""What would be uploaded with a job: the files that git and Ray would take."""
+"""Files uploaded with a job, by the rules of git and Ray."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ def test_each_folder_has_its_rules_and_links_are_followed_once(tmp_path: Path) -
     for name in ("jobs/a.py", "jobs/b.log", "jobs/deep/c.log", "big/x.bin", "keep/x.bin", "y.tmp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(10))
-    (tmp_path / ".gitignore").write_text("# what no job needs\n\nbig/\n*.tmp  \n[z-a]\n")
+    (tmp_path / ".gitignore").write_text("# not needed by jobs\n\nbig/\n*.tmp  \n[z-a]\n")
     (tmp_path / "jobs" / ".gitignore").write_bytes(b"/b.log\n\xff\n")
     (tmp_path / ".rayignore").write_text("keep\n")
     os.symlink(tmp_path, tmp_path / "jobs" / "loop")

@@ -1,4 +1,4 @@
-"""Imports and calls leave a notebook's process as it was: environment, warnings, logging, threads, Ray Data."""
+"""Imports and calls leave a notebook's process unchanged: environment, warnings, logging, threads, Ray Data."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ import raylivecell
 from raylivecell.core import process_settings
 
 
-def test_settings_are_restored_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "mine")
     monkeypatch.delenv("ADDED", raising=False)
     before = dict(os.environ), logging.getLogger("one").level
@@ -41,12 +41,12 @@ def state():
         "environment": dict(os.environ),
         "filters": warnings.filters[:],
         "levels": [logging.root.level, *(logging.getLogger(name).level for name in loggers)],
-        "handlers": [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)],
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "threads": (cv2.getNumThreads(), torch.get_num_threads()),
     }
 
 for name in json.loads(pathlib.Path(sys.argv[2]).read_text()) if len(sys.argv) > 2 else ():
-    with contextlib.suppress(Exception):  # a library's own part, loaded only by its parent
+    with contextlib.suppress(Exception):  # a submodule that only its parent can load
         importlib.import_module(name)
 loggers = list(logging.root.manager.loggerDict)
 before = state()
@@ -65,7 +65,7 @@ else:
 
 
 def test_importing_every_module_changes_nothing(tmp_path: Path) -> None:
-    """Beyond what the libraries that they import do: those are imported first, as a first process has found them."""
+    """Changes by the imported libraries do not count: a first process lists them, and they are imported first."""
     package, libraries = str(Path(raylivecell.__file__).parent), tmp_path / "libraries.json"
     libraries.write_text(run_apart(IMPORTS, package).stdout.splitlines()[-1])
     done = run_apart(IMPORTS, package, str(libraries))
@@ -74,12 +74,12 @@ def test_importing_every_module_changes_nothing(tmp_path: Path) -> None:
 
 def snapshot() -> dict[str, Any]:
     import cv2
-    import sympy  # noqa: F401  # torch imports it on use, and it adds a filter of warnings
+    import sympy  # noqa: F401  # imported lazily by torch; it adds a warnings filter
     import torch
     from ray.data import DataContext
 
     names = ("", "ray", "ray.data", "ray.train", "ray.tune", "optuna", "torch")
-    # torch sets a variable of its own when a part of it is first loaded.
+    # torch sets such variables when its compiler is first loaded.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR_")}
     return {
         "environment": environment,

@@ -1,4 +1,4 @@
-"""SIGTERM where the main thread does not react: the process ends all the same."""
+"""SIGTERM ends the process even if the main thread does not react."""
 
 import signal
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 from raylivecell.core import signals
 
-DEAF = """
+DEAF_PROCESS = """
 import sys, time
 from raylivecell.core import signals
 
@@ -26,7 +26,9 @@ with signals.sigterm_as_interrupt("terminated; resume"):
 
 
 def test_a_process_that_drops_interrupts_ends() -> None:
-    process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEAF_PROCESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -35,7 +37,7 @@ def test_a_process_that_drops_interrupts_ends() -> None:
 
 
 def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unwatched: None) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a shell's background jobs
     try:
         with signals.sigterm_as_interrupt("") as termination, pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
@@ -44,34 +46,34 @@ def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unwatched: None) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _free_and_wait(make: Callable[[], object]) -> None:
-    make()
+def _delete_and_wait(create: Callable[[], object]) -> None:
+    create()
     threading.Event().wait(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_in_a_destructor_is_not_lost(number: signal.Signals, unwatched: None) -> None:
-    """Python drops what is raised there."""
+    """Python drops exceptions raised there."""
 
-    class Freed:
+    class Deleted:
         def __del__(self) -> None:
             signal.raise_signal(number)
 
     with signals.sigterm_as_interrupt("") as termination, pytest.raises(KeyboardInterrupt):
-        _free_and_wait(Freed)
+        _delete_and_wait(Deleted)
     assert termination.received == (number == signal.SIGTERM)
 
 
-def test_no_other_thread_sets_handlers() -> None:
-    seen: list[bool] = []
+def test_only_the_main_thread_sets_handlers() -> None:
+    received: list[bool] = []
 
     def run() -> None:
         with signals.sigterm_as_interrupt("") as termination, signals.keeping_sigterm_handler():
-            seen.append(termination.received)
+            received.append(termination.received)
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert received == [False]
     assert signal.getsignal(signal.SIGTERM) is before

@@ -1,13 +1,16 @@
-"""Files at any address: every name, on every filesystem, is read and written as itself."""
+"""Addresses and storage: every file name, on every filesystem, is written and read unchanged."""
 
 import os
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import S3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow.fs import FileSystem
 
 from raylivecell.cli import main
 from raylivecell.core import addresses, storage
@@ -16,8 +19,8 @@ from raylivecell.data import sources
 from raylivecell.runs import folder as run_folder
 from raylivecell.runtime import prometheus
 
-ODD = [*" #?%+&[]=@:;,'\"\\~*\n", "\u00fc", "\u7d30", "%20", "%2F", "?x=1"]
-PIECES = st.one_of(st.sampled_from([*ODD, "a", "b", "."]), st.characters(exclude_categories=["C"]))
+SPECIAL = [*" #?%+&[]=@:;,'\"\\~*\n", "\u00fc", "\u7d30", "%20", "%2F", "?x=1"]
+PIECES = st.one_of(st.sampled_from([*SPECIAL, "a", "b", "."]), st.characters(exclude_categories=["C"]))
 NAMES = (
     st.lists(PIECES, min_size=1, max_size=12)
     .map("".join)
@@ -29,16 +32,16 @@ OPTIONS = st.sampled_from(["", "?region=eu-west-1", "?endpoint_override=localhos
 
 @given(ROOTS, OPTIONS, st.lists(NAMES, min_size=1, max_size=3))
 def test_a_joined_name_is_parsed_as_itself(root: str, options: str, names: list[str]) -> None:
-    whole = addresses.join(root + options, *names)
-    before, after = addresses.split(root + options), addresses.split(whole)
+    joined = addresses.join(root + options, *names)
+    before, after = addresses.split(root + options), addresses.split(joined)
     assert before is not None
     assert after is not None
     assert after.path == "/".join([*([before.path] if before.path else []), *names])
     assert after._replace(path="") == before._replace(path="")
-    assert addresses.absolute(whole) == whole
-    assert addresses.name(whole) == names[-1]
-    assert addresses.relative(whole, root + options) == "/".join(names)
-    assert addresses.parent(whole) == addresses.join(addresses.absolute(root + options), *names[:-1])
+    assert addresses.absolute(joined) == joined
+    assert addresses.name(joined) == names[-1]
+    assert addresses.relative(joined, root + options) == "/".join(names)
+    assert addresses.parent(joined) == addresses.join(addresses.absolute(root + options), *names[:-1])
 
 
 @given(st.lists(NAMES, min_size=1, max_size=6, unique=True), st.data())
@@ -79,7 +82,7 @@ def test_files_of_all_names_in_an_object_store(s3: S3, monkeypatch: pytest.Monke
 def test_local_paths_as_users_type_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for typed, meant in {
+    for typed, expected in {
         "a%20b#c": tmp_path / "a%20b#c",
         "~/x": tmp_path / "home" / "x",
         "~nobody-here/x": tmp_path / "~nobody-here" / "x",
@@ -89,8 +92,8 @@ def test_local_paths_as_users_type_them(tmp_path: Path, monkeypatch: pytest.Monk
         "trailing ": tmp_path / "trailing ",
         "/": Path("/"),
     }.items():
-        assert storage.open_uri(typed)[1] == storage.absolute(typed) == str(meant)
-        assert storage.open_uri(storage.join(typed, "n"))[1] == str(meant / "n")
+        assert storage.open_uri(typed)[1] == storage.absolute(typed) == str(expected)
+        assert storage.open_uri(storage.join(typed, "n"))[1] == str(expected / "n")
     with pytest.raises(UserError, match="another machine"):
         storage.open_uri("file://server/a")
     with pytest.raises(UserError, match=r"zelle_\\xfc is not UTF-8"):
@@ -100,10 +103,23 @@ def test_local_paths_as_users_type_them(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_root_is_opened_once(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
-    one, other = (storage.open_uri(f"s3://cells/{name}")[0] for name in "ab")
-    assert one is other
+    first, second = (storage.open_uri(f"s3://cells/{name}")[0] for name in "ab")
+    assert first is second
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert storage.open_uri("s3://cells/a")[0] is not one
+    assert storage.open_uri("s3://cells/a")[0] is not first
+
+
+@pytest.mark.parametrize("root", ["mock:///threads", "/tmp"])
+def test_threads_share_the_filesystem_of_a_root(root: str) -> None:
+    barrier = threading.Barrier(16)
+
+    def open_together(number: int) -> FileSystem:
+        barrier.wait()
+        return storage.open_uri(f"{root}/{number}")[0]
+
+    with ThreadPoolExecutor(16) as threads:
+        filesystems = list(threads.map(open_together, range(16)))
+    assert all(filesystem is filesystems[0] for filesystem in filesystems)
 
 
 SECRETS = [
@@ -150,9 +166,9 @@ def test_a_secret_in_a_uri_is_refused_and_not_shown(
 
 
 @pytest.mark.parametrize("secret", SECRETS)
-def test_no_caller_opens_a_uri_with_a_secret(secret: str) -> None:
+def test_a_uri_with_a_secret_is_never_opened(secret: str) -> None:
     for use in (storage.open_uri, storage.absolute, lambda uri: storage.join(uri, "x")):
-        with pytest.raises(UserError, match="holds a password or an access key") as refused:
+        with pytest.raises(UserError, match="contains a password or an access key") as refused:
             use(secret)
         assert "hid" not in str(refused.value)
 
@@ -169,7 +185,7 @@ def test_no_caller_opens_a_uri_with_a_secret(secret: str) -> None:
         "s3://bucket/x?endpoint_override=localhost:9000&scheme=http",
     ],
 )
-def test_a_uri_without_a_secret_is_taken(uri: str) -> None:
+def test_a_uri_without_a_secret_is_accepted(uri: str) -> None:
     addresses.check_no_secrets(uri)
 
 
@@ -183,10 +199,10 @@ def test_a_databases_password_goes_into_the_environment() -> None:
     assert addresses.redacted("cannot parse postgresql://a:hid/den@host/db") == "cannot parse postgresql://***@host/db"
 
 
-def test_only_what_writers_of_this_project_left_is_swept(tmp_path: Path) -> None:
+def test_only_temporary_files_of_this_project_are_deleted(tmp_path: Path) -> None:
     with storage.writing(tmp_path / "a" / ("n" * 240)):
-        (left,) = (tmp_path / "a").iterdir()
-    left.write_bytes(b"half")
+        (partial,) = (tmp_path / "a").iterdir()
+    partial.write_bytes(b"half")
     (tmp_path / "a" / ("n" * 240)).unlink()
     others = [".mine.partial", "x.partial", f"{'ab' * 16}.partial", ".y.1234.partial"]
     for name in others:
@@ -200,16 +216,16 @@ def test_a_name_that_is_not_utf8_is_listed_with_the_rest(tmp_path: Path) -> None
         path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"12")
-    found = sources.list_infos(str(tmp_path))
-    assert found["good.png"].size == 2
-    assert "".join(found).encode()
+    infos = sources.list_infos(str(tmp_path))
+    assert infos["good.png"].size == 2
+    assert "".join(infos).encode()
     assert "good.png" in storage.list_names(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["zelle_\u00fc", "a b", "50%", "plain"])
 def test_ray_gets_a_run_folder_of_any_name(tmp_path: Path, name: str) -> None:
     out = storage.join(str(tmp_path), name)
-    given_to_ray = run_folder.ray_storage(out)
-    assert str(Path(given_to_ray["storage_path"], given_to_ray["name"])) == out
-    assert given_to_ray["name"].isascii()
+    options = run_folder.ray_storage(out)
+    assert str(Path(options["storage_path"], options["name"])) == out
+    assert options["name"].isascii()
     assert prometheus._label(name).isascii()

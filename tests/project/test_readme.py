@@ -24,7 +24,7 @@ DOCUMENTS += sorted(ROOT.glob("cluster/*/*.md"))
 COMMAND = re.compile(r"^raylivecell (\w+) (.*)$", flags=re.M)
 LINES = COMMAND.findall(TEXT)
 (NOTEBOOK,) = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.M | re.S)
-# What makes minutes of a command seconds; the rest of its line stays.
+# Flags that reduce a command from minutes to seconds, appended to its line.
 STEPS = "--crop 64 64 --batch-size 2 --model.features 4 8 --optimizer.warmup-steps 0 --phases.0.steps 2"
 SMALLER = {
     "train": f"{STEPS} --loop.report-steps 2",
@@ -68,8 +68,8 @@ def test_the_results_table_is_short() -> None:
 
 
 @pytest.mark.slow
-def test_it_can_be_followed(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this machine, in its order; of a cluster, test_submit.py and test_check.py do the same."""
+def test_the_instructions_work(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine, in the README's order; test_submit.py and test_check.py cover the cluster."""
     monkeypatch.chdir(tmp_path)
     for command, arguments in COMMAND.findall(TEXT.split("## On a cluster")[0]):
         words = re.sub(r"--(trials|final-seeds) \d+", "", arguments).split()

@@ -1,4 +1,4 @@
-"""Recipes: YAML in and out, mistakes told by name, every shipped file read."""
+"""Recipes: YAML round trip, errors that name the field, every shipped file."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ SHIPPED = recipes.shipped()
 
 
 @pytest.mark.parametrize("file", SHIPPED.values(), ids=SHIPPED)
-def test_every_shipped_recipe_is_read_and_comes_back(file: Path, tmp_path: Path) -> None:
+def test_every_shipped_recipe_survives_a_round_trip(file: Path, tmp_path: Path) -> None:
     recipe = recipes.load(file)
     (tmp_path / "again.yaml").write_text(recipes.dump(recipe))
     assert recipes.load(tmp_path / "again.yaml") == recipe
 
 
-def test_the_paper_and_the_small_recipe_are_what_they_say() -> None:
+def test_settings_of_the_paper_and_the_small_recipe() -> None:
     paper, small = recipes.load(SHIPPED["paper"]), recipes.load(SHIPPED["small"])
     assert paper.model.features == (64, 128, 256, 512)
     assert (paper.crop, paper.batch_size, paper.optimizer.amsgrad) == ((333, 434), 2, True)
@@ -35,7 +35,7 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path, capsys: pytest.Captur
     for name, path in SHIPPED.items():
         assert recipes.find(name) == str(path)
         assert name in listed
-        assert len(recipes.describe(path)) > 60, f"{name} does not say what it costs and reaches"
+        assert len(recipes.describe(path)) > 60, f"{name} does not describe its cost and scores"
         assert recipes.describe(path).split()[0] in listed
     assert main.main(["recipes", "small"]) == 0
     assert capsys.readouterr().out == SHIPPED["small"].read_text()
@@ -60,7 +60,7 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path, capsys: pytest.Captur
         ("a: [", "not YAML"),
     ],
 )
-def test_a_mistake_is_named_with_its_mend(text: str, message: str, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_with_its_fix(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         recipes.load(tmp_path / "r.yaml")
@@ -68,20 +68,20 @@ def test_a_mistake_is_named_with_its_mend(text: str, message: str, tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_recipe_is_said() -> None:
+def test_a_missing_recipe_is_reported() -> None:
     with pytest.raises(UserError, match="no recipe at"):
         recipes.load("nowhere.yaml")
 
 
 def undocumented(model: type[BaseModel]) -> list[str]:
-    found = []
+    fields = []
     for name, field in model.model_fields.items():
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            found += undocumented(nested)
+            fields += undocumented(nested)
         elif not field.description:
-            found.append(f"{model.__name__}.{name}")
-    return found
+            fields.append(f"{model.__name__}.{name}")
+    return fields
 
 
 def test_every_field_is_documented() -> None:

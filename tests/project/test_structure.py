@@ -1,4 +1,4 @@
-"""Structure: pinned dependencies, no call that executes what it reads, packages of a size to read.
+"""Structure: pinned dependencies, no call that executes the data it reads, 3 to 16 modules per package.
 
 Which package may import which, and which may import Ray, is checked by import-linter (pyproject.toml, `make lint`);
 text (ASCII, paths, sizes, words) by lint_text.py.
@@ -27,29 +27,29 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def pins() -> dict[str, Requirement]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    by_name = {canonicalize_name(pin.name): pin for pin in found}
-    assert len(by_name) == len(found), "a package is pinned twice"
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    by_name = {canonicalize_name(pin.name): pin for pin in pins}
+    assert len(by_name) == len(pins), "a package is pinned twice"
     return by_name
 
 
 def version_of(pin: Requirement) -> str:
-    (one,) = pin.specifier
-    assert one.operator == "==", f"{pin} is no exact pin"
-    return one.version
+    (specifier,) = pin.specifier
+    assert specifier.operator == "==", f"{pin} is not an exact pin"
+    return specifier.version
 
 
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:
     pinned, extras = pins(), PROJECT["optional-dependencies"]
     for line in [*PROJECT["dependencies"], *extras["dev"]]:
-        wanted = Requirement(line)
-        pin = pinned.get(canonicalize_name(wanted.name))
-        assert pin is not None, f"{wanted.name} is not in constraints.txt"
-        assert wanted.specifier.contains(version_of(pin), prereleases=True), f"{pin} is outside {wanted}"
+        requirement = Requirement(line)
+        pin = pinned.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{requirement.name} is not in constraints.txt"
+        assert requirement.specifier.contains(version_of(pin), prereleases=True), f"{pin} is outside {requirement}"
 
 
 def test_pins_hold_on_every_machine() -> None:
-    """No build of one machine (+cpu), no address, and a marker only where a release leaves Python 3.10 out."""
+    """No local build (+cpu), no URL, and a marker only for a release that does not support Python 3.10."""
     for name, pin in pins().items():
         assert "+" not in version_of(pin), f"{pin} is a local build"
         assert pin.url is None, name
@@ -59,18 +59,18 @@ def test_pins_hold_on_every_machine() -> None:
 
 
 def unsafe(node: ast.Call) -> str | None:
-    """Why a call could run what it reads, or None."""
-    called = ast.unparse(node.func)
-    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-    if re.fullmatch(r"(pickle|cloudpickle|marshal|dill|joblib)\.(load|loads|Unpickler)", called):
+    """Why a call could execute the data it reads, or None."""
+    function = ast.unparse(node.func)
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    if re.fullmatch(r"(pickle|cloudpickle|marshal|dill|joblib)\.(load|loads|Unpickler)", function):
         return "unpickles"
-    if called in {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}:
-        return "runs or builds anything"
-    if called == "torch.load" and given.get("weights_only") != "True":
+    if function in {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}:
+        return "executes or constructs anything"
+    if function == "torch.load" and keywords.get("weights_only") != "True":
         return "unpickles unless weights_only=True"
-    if given.get("weights_only") == "False" or given.get("allow_pickle") == "True":
+    if keywords.get("weights_only") == "False" or keywords.get("allow_pickle") == "True":
         return "unpickles"
-    return "runs a shell" if given.get("shell") == "True" else None
+    return "runs a shell" if keywords.get("shell") == "True" else None
 
 
 def calls(tree: ast.AST) -> Iterator[ast.Call]:
@@ -95,7 +95,7 @@ def test_no_unsafe_calls() -> None:
         "eval(x)",
     ],
 )
-def test_unsafe_calls_are_seen(code: str) -> None:
+def test_unsafe_calls_are_detected(code: str) -> None:
     assert unsafe(next(calls(ast.parse(code))))
 
 
@@ -104,11 +104,11 @@ def test_safe_calls_pass(code: str) -> None:
     assert not unsafe(next(calls(ast.parse(code))))
 
 
-def test_a_package_is_3_to_16_modules_that_its_docstring_names() -> None:
+def test_a_package_has_3_to_16_modules_listed_in_its_docstring() -> None:
     for package in sorted({path.parent for path in MODULES} - {PACKAGE}):
         modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
         assert 3 <= len(modules) <= 16, f"{package.name} has {len(modules)} modules"
         tree = ast.parse((package / "__init__.py").read_text())
-        assert len(tree.body) == 1, f"{package.name}/__init__.py holds more than its docstring"
-        named = set(re.findall(r"\w+", ast.get_docstring(tree) or ""))
-        assert modules <= named, f"{package.name}/__init__.py does not name {sorted(modules - named)}"
+        assert len(tree.body) == 1, f"{package.name}/__init__.py contains more than its docstring"
+        listed = set(re.findall(r"\w+", ast.get_docstring(tree) or ""))
+        assert modules <= listed, f"{package.name}/__init__.py does not list {sorted(modules - listed)}"

@@ -1,4 +1,4 @@
-"""The wheel alone, without a checkout: it holds the recipes, and the demo runs from any folder."""
+"""The wheel without a checkout: it contains the recipes, and the demo runs from any folder."""
 
 import json
 import os
@@ -17,7 +17,7 @@ CODE = "import raylivecell, sys; print(raylivecell.__file__); from raylivecell.c
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the unpacked wheel and nothing else."""
+    """Folder with only the unpacked wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = folder / "source"
@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`raylivecell WORDS` of the wheel in `folder`; its dependencies are those of this environment."""
+    """Run the wheel's `raylivecell WORDS` in `folder`, with the dependencies of this environment."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
     return subprocess.run(
         [sys.executable, "-c", CODE, *words], cwd=folder, env=environment, capture_output=True, text=True

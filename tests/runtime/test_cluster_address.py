@@ -1,4 +1,4 @@
-"""What is wrong with RAY_ADDRESS is found within seconds, without Ray."""
+"""A wrong RAY_ADDRESS is reported within seconds, without Ray."""
 
 import contextlib
 import socket
@@ -16,7 +16,7 @@ SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 @contextlib.contextmanager
 def server(answer: bytes | None) -> Iterator[int]:
-    """The port of a server that answers each connection so; None: that accepts it and stays silent."""
+    """Port of a server that sends `answer` to each connection; None: it accepts connections and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -37,7 +37,7 @@ def server(answer: bytes | None) -> Iterator[int]:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_address, "TIMEOUT_S", 0.2)
 
 
@@ -47,8 +47,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (SETTINGS, None),
         (None, "no answer within 0.2 s"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "speaks HTTP"),
-        (b"SSH-2.0-x\r\n", "not one of Ray's"),
-        (b"", "not one of Ray's"),
+        (b"SSH-2.0-x\r\n", "does not belong to Ray"),
+        (b"", "does not belong to Ray"),
     ],
 )
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -65,18 +65,18 @@ def test_servers(answer: bytes | None, problem: str | None, scheme: str) -> None
 @pytest.mark.parametrize(
     ("address", "problem"),
     [
-        ("http://head:8265", "is a dashboard"),
-        ("https://head:8265", "is a dashboard"),
-        ("redis://head:6379", "no address of a Ray"),
-        ("head", "names no host and port"),
-        ("head:", "names no host and port"),
-        (":6379", "names no host and port"),
-        ("head:65536", "names no host and port"),
-        ("head.invalid:6379", "no Ray answers"),
-        (f"{'h' * 70}:6379", "no Ray answers"),
+        ("http://head:8265", "is the address of a dashboard"),
+        ("https://head:8265", "is the address of a dashboard"),
+        ("redis://head:6379", "is not an address of Ray"),
+        ("head", "has no valid host and port"),
+        ("head:", "has no valid host and port"),
+        (":6379", "has no valid host and port"),
+        ("head:65536", "has no valid host and port"),
+        ("head.invalid:6379", "Ray does not answer"),
+        (f"{'h' * 70}:6379", "Ray does not answer"),
         ("127.0.0.1:1", "refused"),
         ("ray://127.0.0.1:1", "refused"),
-        ("[::1]:1", "no Ray answers"),
+        ("[::1]:1", "Ray does not answer"),
     ],
 )
 def test_addresses(address: str, problem: str) -> None:
@@ -87,7 +87,7 @@ def test_addresses(address: str, problem: str) -> None:
 
 def test_a_stale_record_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    cluster_address.check("auto")  # Ray looks for itself
+    cluster_address.check("auto")  # left to Ray
     record = tmp_path / "ray" / "ray_current_cluster"
     record.parent.mkdir()
     record.write_text("127.0.0.1:1\n")

@@ -1,4 +1,4 @@
-"""What fits on which machine: nothing is reserved that no machine has, and Ray Data keeps room for a task."""
+"""Placement: every reservation fits a machine, and a task of Ray Data always fits too."""
 
 import itertools
 from pathlib import Path
@@ -26,26 +26,26 @@ MACHINES = st.lists(
 
 
 def fill(machines: list[Machine], cpus: float, gpus: float, count: int) -> list[float] | None:
-    """Free CPUs of each machine once `count` processes are on the first machines with room; none without room."""
+    """Free CPUs per machine after `count` processes were placed on the first machine they fit; None if one does not."""
     free = [list(machine) for machine in machines]
     for _ in range(count):
-        place = next((one for one in free if one[0] >= cpus - 1e-6 and one[1] >= gpus - 1e-6), None)
-        if place is None:
+        target = next((machine for machine in free if machine[0] >= cpus - 1e-6 and machine[1] >= gpus - 1e-6), None)
+        if target is None:
             return None
-        place[0], place[1] = place[0] - cpus, place[1] - gpus
-    return [one[0] for one in free]
+        target[0], target[1] = target[0] - cpus, target[1] - gpus
+    return [machine[0] for machine in free]
 
 
 @given(MACHINES, st.integers(1, 40), st.sampled_from([1.0, 0.5, 0.25]))
-def test_workers_fit_and_leave_room_for_a_data_task(machines: list[Machine], workers: int, share: float) -> None:
+def test_workers_and_a_data_task_fit(machines: list[Machine], workers: int, share: float) -> None:
     cpus, task = placement.worker_cpus(workers, machines, share), placement.task_cpus(machines)
     slots = placement.gpu_slots(machines, share)
-    placed = min(workers, slots) if slots else workers
-    assert (cpus > 0) == (placed <= placement.most_workers(machines, share))
+    active = min(workers, slots) if slots else workers
+    assert (cpus > 0) == (active <= placement.most_workers(machines, share))
     assume(cpus > 0)
     assert cpus >= placement.MIN_WORKER_CPU
-    free = fill(machines, cpus, share if slots else 0.0, placed)
-    assert free is not None, "each worker finds its machine"
+    free = fill(machines, cpus, share if slots else 0.0, active)
+    assert free is not None, "each worker fits a machine"
     assert max(free) >= task - 1e-6
 
 
@@ -59,16 +59,16 @@ def test_workers_fit_and_leave_room_for_a_data_task(machines: list[Machine], wor
         ([Machine(16, 1)], 1, 1.0),
         ([Machine(1, 1)], 1, 0.5),
         ([Machine(8, 8)], 8, 0.8),
-        ([Machine(4, 8)], 8, 0.0),  # half a CPU each would leave none
+        ([Machine(4, 8)], 8, 0.0),  # half a CPU each leaves none
         ([Machine(4, 8)], 6, 0.5),
-        ([Machine(2, 8), Machine(32)], 8, 0.0),  # the other machine's CPUs are not where the GPUs are
+        ([Machine(2, 8), Machine(32)], 8, 0.0),  # the free CPUs are on the machine without GPUs
         ([Machine(2, 8), Machine(32)], 4, 0.5),
         ([Machine(1, 1), Machine(1, 1)], 2, 0.5),
-        ([Machine(0), Machine(4, 1)], 1, 1.0),  # a head without CPUs is no second machine
+        ([Machine(0), Machine(4, 1)], 1, 1.0),  # a head without CPUs does not count as a second machine
         ([Machine(4), Machine(4)], 2, 0.5),
     ],
 )
-def test_shares_of_known_clusters(machines: list[Machine], workers: int, expected: float) -> None:
+def test_cpus_per_worker_of_some_clusters(machines: list[Machine], workers: int, expected: float) -> None:
     assert placement.worker_cpus(workers, machines) == expected
 
 
@@ -77,12 +77,12 @@ def test_a_pool_of_actors_fits(items: int, machines: list[Machine], use_gpus: bo
     assume(any(machine.cpus for machine in machines))
     count, cpus, gpus = placement.actor_pool(items, actors.BLOCK, machines, use_gpus)
     assert count >= 1
-    assert (count - 1) * actors.BLOCK < items, "no actor without a block"
+    assert (count - 1) * actors.BLOCK < items, "every actor has a block"
     assert gpus == 0 or use_gpus
     free = fill(machines, cpus, gpus, count)
-    assert free is not None, "each actor finds its machine"
+    assert free is not None, "each actor fits a machine"
     if sum(machine.cpus for machine in machines) > 1 and not gpus:
-        assert sum(free) >= 1, "a CPU is spared"
+        assert sum(free) >= 1, "one CPU is left for Ray Data"
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_a_pool_of_actors_fits(items: int, machines: list[Machine], use_gpus: bo
         ([Machine(16, 4)], 1, 1.0, None, (4, 1.0, 1.0, 4)),
         ([Machine(16, 4)], 2, 1.0, None, (2, 1.0, 1.0, 4)),
         ([Machine(16, 1)], 1, 0.25, None, (4, 1.0, 0.25, 4)),
-        ([Machine(4, 8)], 1, 1.0, None, (6, 0.5, 1.0, 1)),  # as many as the CPUs feed
-        ([Machine(8, 1), Machine(8, 1)], 1, 0.6, None, (2, 1.0, 0.6, 8)),  # no trial on two halves of GPUs
+        ([Machine(4, 8)], 1, 1.0, None, (6, 0.5, 1.0, 1)),  # limited by CPUs
+        ([Machine(8, 1), Machine(8, 1)], 1, 0.6, None, (2, 1.0, 0.6, 8)),  # a trial needs its 0.6 on one GPU
     ],
 )
 def test_the_cluster_is_shared_among_trials(
@@ -108,8 +108,8 @@ def test_the_cluster_is_shared_among_trials(
     expected: tuple[int, float, float, int],
 ) -> None:
     config = SweepConfig(workers_per_trial=workers, gpus_per_worker=share)
-    room = tune.capacity(config, machines, max_concurrent)
-    assert (room.max_concurrent, room.cpus, room.gpus, room.threads) == expected
+    resources = tune.capacity(config, machines, max_concurrent)
+    assert (resources.max_concurrent, resources.cpus, resources.gpus, resources.threads) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_cluster_is_shared_among_trials(
         (SweepConfig(workers_per_trial=2), [Machine(1)], None, "leaves no CPU for Ray Data on 1 CPUs; lower --sweep.w"),
     ],
 )
-def test_more_trials_than_have_room_are_refused(
+def test_more_trials_than_fit_are_refused(
     config: SweepConfig, machines: list[Machine], max_concurrent: int | None, line: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -135,14 +135,14 @@ def test_more_trials_than_have_room_are_refused(
         ([Machine(1)], 4, 1),
         ([Machine(2)], 4, 2),
         ([Machine(64)], 4, 2),
-        ([Machine(64)], 3, 1),  # two workers cannot share it
+        ([Machine(64)], 3, 1),  # not divisible by two workers
         ([Machine(4, 1)], 4, 1),
         ([Machine(32, 8)], 4, 2),
         ([Machine(2, 2)], 4, 2),
         ([Machine(1, 2)], 4, 1),
     ],
 )
-def test_the_demo_uses_at_most_two_workers_that_have_room(
+def test_the_demo_uses_at_most_two_workers_that_fit(
     monkeypatch: pytest.MonkeyPatch, machines: list[Machine], batch_size: int, expected: int
 ) -> None:
     monkeypatch.setattr(preflight.session, "machines", lambda: machines)
@@ -153,27 +153,27 @@ def test_the_demo_uses_at_most_two_workers_that_have_room(
     preflight.batch_divides(batch_size, workers)
 
 
-def test_what_needs_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_for_gpus_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     base, machines = recipe.Recipe(), [Machine(4)]
     monkeypatch.setattr(preflight.session, "machines", lambda: machines)
     preflight.hardware(base)
     cuda = base.model_copy(update={"augment": base.augment.model_copy(update={"device": "cuda"})})
     sync = base.model_copy(update={"model": ModelConfig(norm="sync_batch")})
-    for one, line in ((cuda, "set augment.device: cpu"), (sync, "set model.norm: group")):
+    for gpu_recipe, line in ((cuda, "set augment.device: cpu"), (sync, "set model.norm: group")):
         with pytest.raises(UserError, match=line):
-            preflight.hardware(one)
+            preflight.hardware(gpu_recipe)
     machines[0] = Machine(4, 1)
-    for one in (base, cuda, sync):
-        preflight.hardware(one)
+    for any_recipe in (base, cuda, sync):
+        preflight.hardware(any_recipe)
     with pytest.raises(UserError, match=r"2 workers, but 1 GPUs; use --workers 1"):
         preflight.worker_gpus(2)
-    assert preflight.worker_gpus((1, 8)) == 1.0, "a run that grows starts with what is there"
+    assert preflight.worker_gpus((1, 8)) == 1.0, "an elastic run starts with the GPUs that are available"
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
-    class Here:
-        """Ray, in this process."""
+    class LocalRay:
+        """Ray that runs tasks in this process."""
 
         exceptions = preflight.ray.exceptions
 
@@ -183,7 +183,7 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool) 
         def get(self, value: object, timeout: float) -> object:
             return value
 
-    monkeypatch.setattr(preflight, "ray", Here())
+    monkeypatch.setattr(preflight, "ray", LocalRay())
     monkeypatch.setattr(preflight.session, "machines", lambda: [Machine(4, float(gpu))])
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
@@ -196,7 +196,7 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool) 
     preflight.hardware(recipe.Recipe())
 
 
-def test_every_count_of_workers_up_to_the_most_is_placed() -> None:
+def test_every_number_of_workers_up_to_most_workers_fits() -> None:
     for cpus, gpus in itertools.product(range(1, 20), (0, 1, 8)):
         machines = [Machine(cpus, gpus)]
         most = placement.most_workers(machines)
@@ -205,14 +205,14 @@ def test_every_count_of_workers_up_to_the_most_is_placed() -> None:
         assert gpus or not placement.worker_cpus(most + 1, machines)
 
 
-def test_the_demo_refuses_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A GPU that torch does not see, a recipe for GPUs, a folder with other files: the former demo stays as it was."""
+def test_the_demo_checks_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU that torch does not find, a recipe for GPUs, a folder with other files: an earlier demo is kept."""
     out, file = tmp_path / "demo", tmp_path / "recipe.yaml"
     (out / "cells").mkdir(parents=True)
     (out / demo.MARK).touch()
     (out / "cells" / "a.tif").touch()
     monkeypatch.setattr(demo.session, "connect", lambda: None)
-    monkeypatch.setattr(demo.writer, "write_dataset", lambda *_, **__: pytest.fail("it draws"))
+    monkeypatch.setattr(demo.writer, "write_dataset", lambda *_, **__: pytest.fail("the demo has drawn images"))
     machines = [Machine(4, 1)]
     monkeypatch.setattr(preflight.session, "machines", lambda: machines)
 
@@ -229,5 +229,5 @@ def test_the_demo_refuses_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyP
         demo.demo(out, str(file))
     assert (out / "cells" / "a.tif").exists()
     (out / demo.MARK).unlink()
-    with pytest.raises(UserError, match="holds files that no demo wrote"):
+    with pytest.raises(UserError, match="contains files not written by the demo"):
         demo.demo(out, str(file))

@@ -1,6 +1,6 @@
-"""Ray's private names: only in ray_internals.py, each as this release of Ray has it, and none of them needed.
+"""Ray's private names: only in ray_internals.py, each valid in this release of Ray, and none of them required.
 
-The guard tests are named after the entries: where one fails after an upgrade of Ray, that entry no longer fits.
+The guard tests are named after the entries: if one fails after an upgrade of Ray, that entry must change.
 """
 
 import importlib
@@ -31,13 +31,13 @@ ALLOWED = {"ray_internals.py"}
 
 @pytest.fixture(autouse=True)
 def warn_again() -> None:
-    """A warning is given once a process: each test counts its own."""
+    """Forget the warnings of other tests: each is logged once per process."""
     ray_internals._warn_missing.cache_clear()
 
 
 @pytest.fixture
 def other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release of Ray that has none of the private names."""
+    """Simulate a release of Ray without the private names."""
 
     def missing(name: str) -> Any:
         raise ImportError(f"no module {name}")
@@ -47,17 +47,17 @@ def other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def code_of(file: Path) -> str:
-    """The file's code without its comments and docstrings, which may mention any name."""
-    words = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
-    left_out = (tokenize.COMMENT, tokenize.STRING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
-    return "".join(f"{word.string} " if word.type not in left_out else "\n" for word in words).replace(" . ", ".")
+    """Code of the file without comments and strings, which may mention any name."""
+    tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
+    ignored = (tokenize.COMMENT, tokenize.STRING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
+    return "".join(f"{token.string} " if token.type not in ignored else "\n" for token in tokens).replace(" . ", ".")
 
 
 def test_private_names_are_in_one_file() -> None:
     assert PRIVATE.search("x = study._storage\n")
     assert PRIVATE.search("from ray.data._internal import x\n")
-    found = {str(file): PRIVATE.search(code_of(file)) for file in PACKAGE.rglob("*.py") if file.name not in ALLOWED}
-    assert {name: match[0] for name, match in found.items() if match} == {}
+    matches = {str(file): PRIVATE.search(code_of(file)) for file in PACKAGE.rglob("*.py") if file.name not in ALLOWED}
+    assert {name: match[0] for name, match in matches.items() if match} == {}
 
 
 def test_guard_scheduler_pace() -> None:
@@ -93,7 +93,7 @@ def test_guard_execution_logger(caplog: pytest.LogCaptureFixture) -> None:
     assert "getLogger(__name__)" in source
     logged, _, raised = source.partition("logger.error(error_message, exc_info=e)\n            raise e")
     assert logged
-    assert raised, "what is logged is raised too"
+    assert raised, "the logged error is also raised"
     logger = logging.getLogger(ray_internals.EXECUTION_LOGGER)
     with as_user_errors():
         logger.error("twice")
@@ -102,19 +102,19 @@ def test_guard_execution_logger(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.message for record in caplog.records] == ["once", "again"]
 
 
-def test_the_scheduler_rests_between_rounds_while_blocks_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, rests = [100.0], []
-    monkeypatch.setattr(ray_internals, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=rests.append))
+def test_the_scheduler_sleeps_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pauses = [100.0], []
+    monkeypatch.setattr(ray_internals, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=pauses.append))
     throttle, ready = ray_internals.SchedulerThrottle(), SimpleNamespace(output_queue=["block"])
     waiting_s, ready_s = ray_internals.ROUND_WAITING_S, ray_internals.ROUND_READY_S
     for work, queue in ((0, ready), (0.2, ready), (0.2, SimpleNamespace(output_queue=[])), (3, ready)):
         now[0] += work * waiting_s
         throttle.on_execution_step(SimpleNamespace(_output_node=(None, queue)))
     expected = [0, ready_s - 0.2 * waiting_s, 0.8 * waiting_s, max(0, ready_s - 3 * waiting_s)]
-    assert rests == pytest.approx(expected, abs=1e-6)
+    assert pauses == pytest.approx(expected, abs=1e-6)
 
 
-def test_two_streams_at_once_restore_rays_own_wait() -> None:
+def test_two_concurrent_streams_restore_rays_wait() -> None:
     state = ray_internals._executor_state()
     before = state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
     first, second = ray_internals.scheduler_pace(), ray_internals.scheduler_pace()
@@ -133,8 +133,8 @@ def test_without_the_names_it_works_and_warns_once(other_ray: None, caplog: pyte
         for _ in range(2):
             with ray_internals.scheduler_pace() as callbacks:
                 assert callbacks == []
-            made = ray_internals.data_parallel_trainer()(lambda: None, backend_config=BackendConfig())
-            assert isinstance(made, TorchTrainer)
+            trainer = ray_internals.data_parallel_trainer()(lambda: None, backend_config=BackendConfig())
+            assert isinstance(trainer, TorchTrainer)
         for _ in range(2):
             ray_internals.SchedulerThrottle().on_execution_step(SimpleNamespace())
     entries = [message.split(" does not fit")[0] for message in caplog.messages]
@@ -142,4 +142,4 @@ def test_without_the_names_it_works_and_warns_once(other_ray: None, caplog: pyte
         "raylivecell.runtime.ray_internals.scheduler_pace",
         "raylivecell.runtime.ray_internals.data_parallel_trainer",
         "raylivecell.runtime.ray_internals.scheduler_pace",
-    ], "a line for each consequence"
+    ], "one warning per consequence"

@@ -1,4 +1,4 @@
-"""A command run in a folder of downloaded files executes none of them, and SIGTERM leaves no process of it."""
+"""A command run in a folder of downloaded files executes none of them; SIGTERM leaves no process behind."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ loop: {precision: float32, report_steps: 2}
 
 
 def command(*words: str, folder: Path) -> subprocess.Popen[str]:
-    """`raylivecell WORDS` in `folder`, as its script starts it."""
+    """Start `raylivecell WORDS` in `folder` by the installed script."""
     script = Path(sys.executable).with_name("raylivecell")
     env = os.environ | {"HOME": "/proc/no-home", "TMPDIR": str(folder / ("long" * 20)), "PYTHONPATH": str(ROOT)}
     Path(env["TMPDIR"]).mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def command(*words: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def run(*words: str, folder: Path) -> str:
-    """What the command prints; AssertionError unless it succeeds."""
+    """Run the command and return its output; AssertionError if it fails."""
     process = command(*words, folder=folder)
     text = process.communicate(timeout=400)[0]
     assert process.returncode == 0, text
@@ -44,15 +44,15 @@ def run(*words: str, folder: Path) -> str:
 
 def test_where_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = os.pathsep.join(["", ".", "modules", "/elsewhere", str(tmp_path)])
-    monkeypatch.setenv("PYTHONPATH", given)
+    search_path = os.pathsep.join(["", ".", "modules", "/elsewhere", str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", search_path)
     with session._away_from_working_folder():
         assert Path.cwd() != tmp_path
         assert list(Path.cwd().iterdir()) == []
         assert os.environ["PYTHONPATH"] == f"{tmp_path}/modules{os.pathsep}/elsewhere"
     assert Path.cwd() == tmp_path
-    assert os.environ["PYTHONPATH"] == given
-    monkeypatch.chdir(ROOT)  # a checkout: what is there is this package
+    assert os.environ["PYTHONPATH"] == search_path
+    monkeypatch.chdir(ROOT)  # a checkout contains this package
     with session._away_from_working_folder():
         assert Path.cwd() == ROOT
 

@@ -121,7 +121,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("command", ["predict --model m.onnx --images", "prepare --source"])
+@pytest.mark.parametrize("command", ["predict --checkpoint m.onnx --images", "prepare --source"])
 def test_links(kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     link, target = LINKS[kind]
     for path in ("elsewhere/secret.png", "images/a.png"):
