@@ -15,13 +15,15 @@ import psutil
 import ray
 
 from raylivecell.bench import frames as bench_frames
+from raylivecell.bench.augment import augment_direct
 from raylivecell.bench.spread import spread
-from raylivecell.ingest import augment, blocks, stream
+from raylivecell.ingest import blocks, stream
 from raylivecell.ingest.dataset import free_bytes
 from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import AugmentConfig, PhaseConfig
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
+from raylivecell.targets.sample_planes import IMAGE, MASKS
 
 BATCH = 8
 # A block of each process is a round. They end together: between rounds no batch lies ready that counts as made at once.
@@ -104,7 +106,7 @@ def in_rounds(frames: list[np.ndarray], crop: tuple[int, int] | None, processes:
     samples = bench_frames.samples(frames)
     phase = PhaseConfig(steps=1, originals=False, augmented_copies=1)
     plan = SampleSchedule(0, len(frames), BATCH, (phase,))
-    source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.kept_train)
+    source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.cached_train)
     batches = processes * stream.block_steps(source, BATCH, None)
     phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})
     return replace(source, plan=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
@@ -124,5 +126,5 @@ class _Direct(bench_frames.Planned):
 
     def made_of(self, planes: np.ndarray, key: tuple[int, int, int, int]) -> np.ndarray:
         rng = np.random.default_rng(key)
-        image, targets = augment.augment_direct(planes[0], planes[1:].transpose(1, 2, 0), rng, self.source.config)
+        image, targets = augment_direct(planes[IMAGE], planes[MASKS].transpose(1, 2, 0), rng, self.source.config)
         return np.concatenate([image[None], targets.transpose(2, 0, 1)])

@@ -21,12 +21,13 @@ from raylivecell.cells import measure
 from raylivecell.cells import watershed as instances
 from raylivecell.inference import image_file, results
 from raylivecell.inference.segmenter import Cells
-from raylivecell.ingest import target_maps
 from raylivecell.network import forward
 from raylivecell.recipe import LoopConfig, ModelConfig, Recipe
 from raylivecell.reports.overlay import png
 from raylivecell.scoring import average_precision
 from raylivecell.synthetic import writer
+from raylivecell.targets import sample_planes
+from raylivecell.targets.registry import target
 
 RECIPE = Recipe(targets="distance", model=ModelConfig(features=(8, 16, 24, 40, 56), norm="group"))
 TABLE = ("area", "centroid", "bbox", "eccentricity", "mean_intensity")
@@ -65,9 +66,9 @@ def bench_predict(repeats: int = 5) -> dict[str, Any]:
 
 def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What a good network would give."""
-    packed = target_maps.pack(labels, np.zeros(labels.shape, np.uint8))
-    planes = target_maps.draw_target_maps(image, packed, "distance")
-    maps = np.stack([planes[1] * 255.0, planes[3], planes[4]]).astype(np.float32) / 255
+    packed = sample_planes.pack(labels, np.zeros(labels.shape, np.uint8))
+    planes = sample_planes.draw(image, packed, "distance")
+    maps = np.stack([planes[sample_planes.FOREGROUND] * 255.0, *planes[sample_planes.MAPS]]).astype(np.float32) / 255
     return np.stack([cv2.GaussianBlur(one, (0, 0), 1.0) for one in maps])
 
 
@@ -75,7 +76,7 @@ def _ours(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Calla
     network = forward.build(RECIPE, torch.device("cpu")).eval()
     maps, config = _maps(image, labels), instances.default("distance")
     found = instances.segment(maps, "distance", config)
-    cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.foreground)
+    cells = Cells(found, instances.scores(found, maps[0]), maps[0] > config.threshold)
     part = results.ImageResult({"file": "x"}, measure.lines("x", measure.measure(found, image), cells.scores), [])
     return {
         "network": lambda: forward.maps(network, image),
@@ -102,7 +103,7 @@ def _rivals(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any
     maps = _maps(image, labels)
 
     def flooded() -> np.ndarray:
-        height = cv2.GaussianBlur(instances.height(maps, maps[0] > 0.5, "distance"), (0, 0), 1.0)
+        height = cv2.GaussianBlur(target("distance").height(maps, maps[0] > 0.5), (0, 0), 1.0)
         cell = maps[0] > 0.5
         peaks = peak_local_max(height, labels=cell.astype(np.int32), min_distance=3)
         seeds = np.zeros(image.shape, np.int32)

@@ -30,6 +30,7 @@ from raylivecell.ingest import augment, blocks, stream
 from raylivecell.recipe import AugmentConfig
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.synthetic import writer
+from raylivecell.targets import sample_planes
 
 NODES = (1, 2, 3)
 # What a sample takes on a core: `bench feed` has 6 ms for a whole frame where loop and system share the cores.
@@ -148,7 +149,9 @@ def _pieces(task: float, take: float) -> cost.Pieces:
         shards.write_shard(shard, (_row(index) for index in range(PIECE_IMAGES)))
         group = pq.ParquetFile(shard).metadata.row_group(0)
         columns = [group.column(i) for i in range(group.num_columns)]
-        stored = sum(column.total_compressed_size for column in columns if column.path_in_schema in blocks.PLANES)
+        stored = sum(
+            column.total_compressed_size for column in columns if column.path_in_schema in sample_planes.STORED
+        )
         rows = [shards.Row(shard, index) for index in range(PIECE_IMAGES)]
         read = _seconds(lambda number: blocks.read_sample(rows[number]))
         decoded = [np.asarray(blocks.read_sample(row)) for row in rows]

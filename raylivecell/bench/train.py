@@ -129,7 +129,7 @@ class _Bench:
         phases = (PhaseConfig(steps=steps, originals=False, augmented_copies=1),)
         plan = SampleSchedule(0, len(self.frames), self.recipe.batch_size, phases)
         held = self.samples
-        return blocks.Source(held.train, plan, self.recipe.augment, CROP, held.frame, held.kept_train)
+        return blocks.Source(held.train, plan, self.recipe.augment, CROP, held.frame, held.cached_train)
 
     def _stream(self, source: blocks.Source) -> ingest.Stream:
         return ingest.Stream(source, 0, 0, 1, self.job.stream_memory)

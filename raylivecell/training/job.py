@@ -54,7 +54,7 @@ class Job:
             recipe.augment,
             recipe.crop,
             samples.frame,
-            samples.kept_train,
+            samples.cached_train,
             recipe.targets,
             samples.task_cpus,
             samples.intensity.background_level,

@@ -138,6 +138,7 @@ def reports(
             plan,
             recipe.loop,
             recipe.loss,
+            recipe.targets,
             validate=_Validation(job.samples, place, recipe.targets).scores,
             on_step=_ticker(job, place.rank, marks),
             sum_over_ranks=_sum_over_ranks,

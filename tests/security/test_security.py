@@ -82,7 +82,7 @@ def test_what_training_goes_on_from(hostile: Callable[[Path], bytes], model: Pat
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"thresholds": {"foreground": "x"}}', '{"thresholds": {"a": 1}}', "7"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"thresholds": {"threshold": "x"}}', '{"thresholds": {"a": 1}}', "7"])
 def test_thresholds_that_are_none(text: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / "instances.json").write_text(text)
     assert "instances.json" in refused(capsys, f"export --checkpoint {model} --out {model}.onnx")

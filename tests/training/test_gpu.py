@@ -52,6 +52,7 @@ def test_no_step_waits_for_it(gpu: torch.device) -> None:
             plan,
             LoopConfig(report_steps=STEPS),
             LossConfig(),
+            "foreground",
             lambda network: {},
             on_step,
         ):

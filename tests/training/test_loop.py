@@ -45,6 +45,7 @@ def run(
         PLAN,
         LoopConfig(),
         LossConfig(),
+        "foreground",
         validate=lambda network: {"val_mean_image_dice": 0.5},
         **options,  # type: ignore[arg-type]
     )

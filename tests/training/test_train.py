@@ -68,7 +68,8 @@ def plain_loop(data: str, recipe: Recipe) -> loop.TrainState:
     scores = worker._Validation(job.samples, worker.RankContext(0, 1, cpu, 1), recipe.targets).scores
     torch.manual_seed(recipe.seed)
     training = loop.start(forward.build(recipe, cpu), recipe.optimizer, plan.steps)
-    for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, validate=scores):
+    how = recipe.loop, recipe.loss, recipe.targets
+    for _ in loop.run(training, training.model, batches, plan, *how, validate=scores):
         pass
     return training
 
