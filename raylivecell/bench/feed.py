@@ -75,10 +75,10 @@ def _measure(images: int, repeats: int) -> dict[str, Any]:
 def memory_after_epochs(source: blocks.Source) -> dict[str, dict[str, float]]:
     """MiB that one stream holds as epochs go by: who holds it -> "N epochs" -> MiB."""
     phase = PhaseConfig(epochs=max(EPOCHS), originals=False, augmented_copies=1)
-    plan = replace(source.plan, phases=(phase,))
+    plan = replace(source.schedule, phases=(phase,))
     held: dict[str, dict[str, float]] = {"reading process": {}, "data tasks": {}, "object store": {}}
     epochs = 0
-    with closing(stream.Stream(replace(source, plan=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
+    with closing(stream.Stream(replace(source, schedule=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
         for step, _ in enumerate(batches):
             epochs += plan.epoch_ends(step)
             if plan.epoch_ends(step) and epochs in EPOCHS:
@@ -109,7 +109,7 @@ def in_rounds(frames: list[np.ndarray], crop: tuple[int, int] | None, processes:
     source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.cached_train)
     batches = processes * stream.block_steps(source, BATCH, None)
     phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})
-    return replace(source, plan=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
+    return replace(source, schedule=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
 
 
 def images_per_s(batches: Iterator[Any], batch: int, warm_up: int) -> float:

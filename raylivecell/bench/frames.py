@@ -36,7 +36,7 @@ class Planned(Dataset):
 
     def __init__(self, made: Sequence[np.ndarray], source: blocks.Source) -> None:
         self.made, self.source = made, source
-        plan = source.plan
+        plan = source.schedule
         self.rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Planned(Dataset):
         cv2.setNumThreads(1)
         row = self.rows[place]
         sample = int(row[SAMPLE])
-        key = (self.source.plan.seed, int(row[EPOCH]), sample, int(row[VARIANT]))
+        key = (self.source.schedule.seed, int(row[EPOCH]), sample, int(row[VARIANT]))
         return torch.from_numpy(self.made_of(self.made[sample], key))
 
     def made_of(self, planes: np.ndarray, key: tuple[int, int, int, int]) -> np.ndarray:
@@ -59,7 +59,7 @@ def loader(planned: Planned) -> DataLoader:
     # fork: the frames are shared with the processes as they stand; nothing else in this process holds a lock then.
     return DataLoader(
         planned,
-        planned.source.plan.batch_size,
+        planned.source.schedule.batch_size,
         num_workers=int(ray.cluster_resources()["CPU"]),
         multiprocessing_context="fork",
         prefetch_factor=4,

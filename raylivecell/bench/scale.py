@@ -124,7 +124,7 @@ def _feed(images: int, length: int) -> tuple[float, float]:
     with closing(stream.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
         speed = images_per_s(batches, BATCH, warm_up)
-        return speed, (time.process_time() - begin) / (source.plan.steps * BATCH)
+        return speed, (time.process_time() - begin) / (source.schedule.steps * BATCH)
 
 
 def _foretold(pieces: cost.Pieces, nodes: int) -> float:

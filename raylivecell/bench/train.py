@@ -100,7 +100,7 @@ class _Bench:
         self.samples = frames.samples(self.frames)
         self.job = Job(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
         self.source = self._source(PARTS * RUN_PART)
-        self.planes = torch.from_numpy(blocks.load(self.source.plan.rows(0), self.source))
+        self.planes = torch.from_numpy(blocks.load(self.source.schedule.rows(0), self.source))
         self.waits: list[float] = []
         self.ray_train: list[float] = []
 

@@ -33,7 +33,7 @@ class Source:
     """Where samples come from and how they are transformed; small, sent to every task."""
 
     rows: Sequence[shards.Row]
-    plan: SampleSchedule
+    schedule: SampleSchedule
     config: AugmentConfig
     crop: tuple[int, int] | None
     frame: tuple[int, int]
@@ -129,7 +129,7 @@ def load(rows: np.ndarray, source: Source) -> np.ndarray:
     ids = rows[:, SAMPLE].tolist()
     with opencv_threads(1):  # a task has one CPU
         for sample, sample_id, row, out in zip(_samples(source, ids), ids, rows, batch):
-            transform(sample, (source.plan.seed, int(row[EPOCH]), sample_id, int(row[VARIANT])), source, out)
+            transform(sample, (source.schedule.seed, int(row[EPOCH]), sample_id, int(row[VARIANT])), source, out)
     return batch
 
 
@@ -168,17 +168,17 @@ class RankShard:
     block_steps: int
     """Steps per block."""
 
-    def block_rows(self, block: int, plan: SampleSchedule) -> np.ndarray:
+    def block_rows(self, block: int, schedule: SampleSchedule) -> np.ndarray:
         """Rows of the schedule in a block, in order of steps."""
         first = self.start + block * self.block_steps
-        steps = range(first, min(first + self.block_steps, plan.steps))
-        return np.concatenate([plan.rank_rows(step, self.rank, self.ranks) for step in steps])
+        steps = range(first, min(first + self.block_steps, schedule.steps))
+        return np.concatenate([schedule.rank_rows(step, self.rank, self.ranks) for step in steps])
 
 
 def read_block(number: int, work: "ray.ObjectRef[tuple[Source, RankShard]]") -> list[Block]:
     """Block `number` for Ray Data: "planes" uint8 (n, 2 + C, h, w), "rows" int64 (n, 3) of the schedule."""
     source, share = ray.get(work)
-    rows = share.block_rows(number, source.plan)
+    rows = share.block_rows(number, source.schedule)
     return [BlockAccessor.batch_to_block({"planes": load(rows, source), "rows": rows})]
 
 

@@ -54,7 +54,7 @@ def apply_warp(
 
 def batches(
     frames: Iterator[dict[str, Tensor]],
-    plan: SampleSchedule,
+    schedule: SampleSchedule,
     config: AugmentConfig,
     size: Size | None,
     device: torch.device,
@@ -64,7 +64,9 @@ def batches(
     send = DeviceTransfer(device)
     for batch in frames:
         padded = _pad(send(batch["planes"]), size)
-        points, tables = stack_warps(_warps(batch["rows"], plan, config, batch["planes"].shape[-2:], size, background))
+        points, tables = stack_warps(
+            _warps(batch["rows"], schedule, config, batch["planes"].shape[-2:], size, background)
+        )
         yield {"planes": apply_warp(padded, send(points), send(tables), config, size, background)}
 
 
@@ -75,12 +77,17 @@ def stack_warps(warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
 
 
 def _warps(
-    rows: Tensor, plan: SampleSchedule, config: AugmentConfig, shape: Sequence[int], size: Size | None, background: int
+    rows: Tensor,
+    schedule: SampleSchedule,
+    config: AugmentConfig,
+    shape: Sequence[int],
+    size: Size | None,
+    background: int,
 ) -> list[Warp]:
     height, width = (max(length, wanted) for length, wanted in zip(shape, size or (0, 0)))
     warps = []
     for row in rows.tolist():
-        rng = np.random.default_rng((plan.seed, row[EPOCH], row[SAMPLE], row[VARIANT]))
+        rng = np.random.default_rng((schedule.seed, row[EPOCH], row[SAMPLE], row[VARIANT]))
         warps.append(augment.warp_of((height, width), rng, config, size, row[VARIANT] > 0, background))
     return warps
 

@@ -51,7 +51,7 @@ class Stream(Iterator[Batch]):
     """
 
     def __init__(self, source: Source, start: int, rank: int, ranks: int, memory: int | None = None) -> None:
-        batch = source.plan.batch_size // ranks
+        batch = source.schedule.batch_size // ranks
         share = RankShard(start, rank, ranks, block_steps(source, batch, memory))
         self._blocks = _blocks(source, share, memory)
         self._fetcher = ThreadPoolExecutor(1, "blocks")
@@ -82,7 +82,7 @@ def block_steps(source: Source, batch: int, memory: int | None) -> int:
 
 def _blocks(source: Source, share: RankShard, memory: int | None) -> Generator[Batch, None, None]:
     """Blocks of the share in order, read by Ray Data tasks."""
-    count = -(-(source.plan.steps - share.start) // share.block_steps)
+    count = -(-(source.schedule.steps - share.start) // share.block_steps)
     if count <= 0:
         return
     settings = {

@@ -72,15 +72,15 @@ def test_flips_and_quarter_turns_are_exact() -> None:
 
 def test_batches_hold_the_scheduled_originals_and_augmented_copies() -> None:
     frames = [frame(i, 50, 60) for i in range(5)]
-    plan = SampleSchedule(7, 5, 4, (PhaseConfig(epochs=2, augmented_copies=1),))
+    schedule = SampleSchedule(7, 5, 4, (PhaseConfig(epochs=2, augmented_copies=1),))
     config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames, which are padded
-    source = blocks.Source([shards.Row("memory", i) for i in range(5)], plan, config, size, (50, 60))
-    rows = [plan.rows(step) for step in range(plan.steps)]
+    source = blocks.Source([shards.Row("memory", i) for i in range(5)], schedule, config, size, (50, 60))
+    rows = [schedule.rows(step) for step in range(schedule.steps)]
     frame_batches = (
         {"planes": torch.from_numpy(np.stack([frames[i] for i in r[:, 1]])), "rows": torch.from_numpy(r)} for r in rows
     )
-    batches = list(gpu_augment.batches(frame_batches, plan, config, size, CPU))
-    assert len(batches) == plan.steps
+    batches = list(gpu_augment.batches(frame_batches, schedule, config, size, CPU))
+    assert len(batches) == schedule.steps
     on_cpu = source.config.model_copy(update={"device": "cpu"})
     for batch, row in zip(batches, rows):
         for result, (epoch, sample, variant) in zip(batch["planes"].numpy(), row.tolist()):
@@ -95,11 +95,11 @@ def test_batches_hold_the_scheduled_originals_and_augmented_copies() -> None:
 def test_data_tasks_return_complete_frames_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [frame(i, 50, 60) for i in range(3)]
     monkeypatch.setattr(blocks, "read_sample", lambda row, cells: frames[row.group])
-    plan = SampleSchedule(0, 3, 3, (PhaseConfig(epochs=1),))
+    schedule = SampleSchedule(0, 3, 3, (PhaseConfig(epochs=1),))
     source = blocks.Source(
-        [shards.Row("", i) for i in range(3)], plan, AugmentConfig(device="cuda"), (20, 20), (50, 60)
+        [shards.Row("", i) for i in range(3)], schedule, AugmentConfig(device="cuda"), (20, 20), (50, 60)
     )
-    rows = plan.rows(0)
+    rows = schedule.rows(0)
     np.testing.assert_array_equal(blocks.load(rows, source), np.stack([frames[i] for i in rows[:, 1]]))
 
 

@@ -12,7 +12,7 @@ from raylivecell.ingest import order
 from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, SampleSchedule
 from raylivecell.recipe import PhaseConfig
 
-plans = st.builds(
+schedules = st.builds(
     SampleSchedule,
     seed=st.integers(0, 5),
     samples=st.integers(1, 30),
@@ -25,48 +25,48 @@ plans = st.builds(
 )
 
 
-def all_rows(plan: SampleSchedule) -> np.ndarray:
-    return np.concatenate([plan.rows(step) for step in range(plan.steps)])
+def all_rows(schedule: SampleSchedule) -> np.ndarray:
+    return np.concatenate([schedule.rows(step) for step in range(schedule.steps)])
 
 
-@given(plans)
-def test_a_complete_epoch_contains_every_variant_of_every_sample_once(plan: SampleSchedule) -> None:
-    rows, epoch, position = all_rows(plan), 0, 0
-    for phase in plan.phases:
-        size = phase.copies() * plan.samples
+@given(schedules)
+def test_a_complete_epoch_contains_every_variant_of_every_sample_once(schedule: SampleSchedule) -> None:
+    rows, epoch, position = all_rows(schedule), 0, 0
+    for phase in schedule.phases:
+        size = phase.copies() * schedule.samples
         for number in range(phase.epochs or 0):
             epoch_rows = rows[position + number * size : position + (number + 1) * size]
             assert set(epoch_rows[:, EPOCH]) == {epoch + number}
-            expected = {(s, v) for s in range(plan.samples) for v in range(phase.copies())}
+            expected = {(s, v) for s in range(schedule.samples) for v in range(phase.copies())}
             assert {(r[SAMPLE], r[VARIANT]) for r in epoch_rows} == expected
-        steps = -(-(phase.epochs or 0) * size // plan.batch_size)
-        position, epoch = position + steps * plan.batch_size, epoch + -(-steps * plan.batch_size // size)
+        steps = -(-(phase.epochs or 0) * size // schedule.batch_size)
+        position, epoch = position + steps * schedule.batch_size, epoch + -(-steps * schedule.batch_size // size)
     assert position == len(rows)
 
 
-@given(plans)
-def test_no_row_occurs_twice(plan: SampleSchedule) -> None:
-    keys = [tuple(row) for row in all_rows(plan)]
+@given(schedules)
+def test_no_row_occurs_twice(schedule: SampleSchedule) -> None:
+    keys = [tuple(row) for row in all_rows(schedule)]
     assert len(keys) == len(set(keys))
 
 
-@given(plans, st.sampled_from([1, 2, 3, 6]))
-def test_ranks_share_each_batch(plan: SampleSchedule, ranks: int) -> None:
-    if plan.batch_size % ranks:
+@given(schedules, st.sampled_from([1, 2, 3, 6]))
+def test_ranks_share_each_batch(schedule: SampleSchedule, ranks: int) -> None:
+    if schedule.batch_size % ranks:
         return
-    for step in range(min(plan.steps, 7)):
-        shares = [plan.rank_rows(step, rank, ranks) for rank in range(ranks)]
+    for step in range(min(schedule.steps, 7)):
+        shares = [schedule.rank_rows(step, rank, ranks) for rank in range(ranks)]
         assert len({len(share) for share in shares}) == 1
-        np.testing.assert_array_equal(np.concatenate(shares), plan.rows(step))
+        np.testing.assert_array_equal(np.concatenate(shares), schedule.rows(step))
 
 
-@given(plans)
-def test_an_epoch_ends_at_the_step_of_its_last_sample(plan: SampleSchedule) -> None:
-    rows = [plan.rows(step)[:, EPOCH] for step in range(plan.steps)]
+@given(schedules)
+def test_an_epoch_ends_at_the_step_of_its_last_sample(schedule: SampleSchedule) -> None:
+    rows = [schedule.rows(step)[:, EPOCH] for step in range(schedule.steps)]
     last_step = {epoch: step for step, epochs in enumerate(rows) for epoch in epochs}
     unfinished = {rows[-1][-1]}
-    expected = {step for epoch, step in last_step.items() if epoch not in unfinished} | {plan.steps - 1}
-    assert {step for step in range(plan.steps) if plan.epoch_ends(step)} == expected
+    expected = {step for epoch, step in last_step.items() if epoch not in unfinished} | {schedule.steps - 1}
+    assert {step for step in range(schedule.steps) if schedule.epoch_ends(step)} == expected
 
 
 @given(st.integers(1, 3000), st.integers(0, 3), st.integers(0, 3))
@@ -88,8 +88,8 @@ def test_the_order_without_a_table_is_uniform() -> None:
 
 def test_twenty_million_items_need_no_table() -> None:
     before = order._table.cache_info().currsize
-    plan = SampleSchedule(0, 10**7, 64, (PhaseConfig(epochs=1, augmented_copies=1),))
-    rows = np.concatenate([plan.rows(step) for step in (0, 100_000, plan.steps - 1)])
+    schedule = SampleSchedule(0, 10**7, 64, (PhaseConfig(epochs=1, augmented_copies=1),))
+    rows = np.concatenate([schedule.rows(step) for step in (0, 100_000, schedule.steps - 1)])
     assert order._table.cache_info().currsize == before
     assert len({tuple(row) for row in rows}) == len(rows)
     assert abs(np.mean(rows[:, SAMPLE]) / 10**7 - 0.5) < 0.1

@@ -53,10 +53,11 @@ def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1
 
 def direct(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> Batches:
     """The stream of a rank from the functions of Ray Data's tasks, called in this process."""
-    batch = source.plan.batch_size // ranks
+    batch = source.schedule.batch_size // ranks
     share = blocks.RankShard(start, rank, ranks, ingest.block_steps(source, batch, None))
     rows = [
-        share.block_rows(block, source.plan) for block in range(-(-(source.plan.steps - start) // share.block_steps))
+        share.block_rows(block, source.schedule)
+        for block in range(-(-(source.schedule.steps - start) // share.block_steps))
     ]
     planes = np.concatenate([blocks.load(block_rows, source) for block_rows in rows])
     return planes.reshape(-1, batch, *planes.shape[1:]), np.concatenate(rows).reshape(-1, batch, 3)
@@ -70,8 +71,8 @@ def batches(source: blocks.Source) -> Batches:
 def test_blocks_follow_the_schedule(source: blocks.Source, batches: Batches) -> None:
     planes, rows = batches
     assert planes.dtype == np.uint8
-    assert planes.shape == (source.plan.steps, 4, 3, 32, 40)
-    np.testing.assert_array_equal(rows, [source.plan.rows(step) for step in range(source.plan.steps)])
+    assert planes.shape == (source.schedule.steps, 4, 3, 32, 40)
+    np.testing.assert_array_equal(rows, [source.schedule.rows(step) for step in range(source.schedule.steps)])
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -94,7 +95,7 @@ def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source,
     for variant in (source, replace(source, cached=cached)):
         for values, expected_values in zip(collect(variant, 5, 1, 2), expected):
             np.testing.assert_array_equal(values, expected_values)
-    assert list(ingest.Stream(source, source.plan.steps, 0, 1)) == []
+    assert list(ingest.Stream(source, source.schedule.steps, 0, 1)) == []
 
 
 def test_concurrent_runs_share_the_object_store(tiny_dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,8 @@ def test_augmented_copies_differ_in_each_epoch_and_originals_are_crops(source: b
 
 def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(ray_cluster: None, source: blocks.Source) -> None:
     long = replace(
-        source, plan=replace(source.plan, phases=(PhaseConfig(epochs=300, originals=False, augmented_copies=1),))
+        source,
+        schedule=replace(source.schedule, phases=(PhaseConfig(epochs=300, originals=False, augmented_copies=1),)),
     )
 
     def used() -> float:
@@ -253,8 +255,8 @@ ray.init(
 )
 rows = tuple(shards.list_rows(data, "train"))
 cached = dataset.cache(rows, len(rows) * 3 * 600 * 600, dataset.cache_budget_bytes())
-plan = SampleSchedule(0, len(rows), 4, (PhaseConfig(epochs=1),))
-source = blocks.Source(rows, plan, AugmentConfig(), (256, 256), (600, 600), cached)
+schedule = SampleSchedule(0, len(rows), 4, (PhaseConfig(epochs=1),))
+source = blocks.Source(rows, schedule, AugmentConfig(), (256, 256), (600, 600), cached)
 seen, peak = [], 0
 for batch in ingest.Stream(source, 0, 0, 1, memory=limit // 4):
     seen += batch["rows"][:, 1].tolist()

@@ -135,6 +135,7 @@ def test_planes_hold_the_packed_labels_and_border(targets: Targets, shape: tuple
     labels[0, 0], border[0, 0] = 65_535, 255
     packed = sample_planes.pack(labels, border)
     assert (packed.dtype, packed.shape) == (np.uint32, shape)
+    assert sample_planes.bytes_per_pixel(labels=True) == image.itemsize + packed.itemsize
     np.testing.assert_array_equal(packed & 0xFFFF, labels)
     np.testing.assert_array_equal(packed >> 16, border)
     planes = sample_planes.draw(image, packed, targets)
