@@ -18,16 +18,10 @@ from pydantic import Field, JsonValue, PositiveInt, ValidationInfo, field_valida
 
 from raylivecell.core.errors import UserError
 from raylivecell.core.settings import StrictModel, read, validate
+from raylivecell.targets.registry import Targets, target
 
 SWEEP = "sweep"
 """The part of a recipe file that says how to search (sweep/space.py); no part of the recipe itself."""
-Targets = Literal["foreground", "boundary", "distance"]
-CHANNELS: dict[Targets, tuple[str, ...]] = {
-    "foreground": ("foreground",),
-    "boundary": ("foreground", "boundary"),
-    "distance": ("foreground", "centre_distance", "boundary_distance"),
-}
-"""Names of the network's output channels, in order; each is a probability or a distance of 0 to 1 after a sigmoid."""
 
 
 class PhaseConfig(StrictModel):
@@ -244,7 +238,7 @@ class Recipe(StrictModel):
     @property
     def outputs(self) -> int:
         """Channels of the network's output."""
-        return len(CHANNELS[self.targets])
+        return len(target(self.targets).channels)
 
 
 def shipped() -> dict[str, Path]:

@@ -16,13 +16,15 @@ import psutil
 import ray
 
 from raylivecell.bench import frames
+from raylivecell.bench.augment import augment_direct
 from raylivecell.bench.figures import Figures, Options, measure_in_turn, ratios, summaries
-from raylivecell.ingest import augment, blocks, stream
+from raylivecell.ingest import blocks, stream
 from raylivecell.ingest.dataset import free_bytes
 from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import AugmentConfig, PhaseConfig
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
+from raylivecell.targets.sample_planes import IMAGE, MASKS
 
 BATCH = 8
 # A round is one block per process. Measurement begins and ends between rounds, when no finished batches are queued that
@@ -73,10 +75,10 @@ def _measure(options: Options) -> Figures:
 def memory_after_epochs(source: blocks.Source) -> dict[str, dict[str, float]]:
     """Memory of one stream after some epochs: holder -> "N epochs" -> MiB."""
     phase = PhaseConfig(epochs=max(EPOCHS), originals=False, augmented_copies=1)
-    plan = replace(source.plan, phases=(phase,))
+    plan = replace(source.schedule, phases=(phase,))
     memory: dict[str, dict[str, float]] = {"reading process": {}, "data tasks": {}, "object store": {}}
     epochs = 0
-    with closing(stream.Stream(replace(source, plan=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
+    with closing(stream.Stream(replace(source, schedule=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
         for step, _ in enumerate(batches):
             epochs += plan.epoch_ends(step)
             if plan.epoch_ends(step) and epochs in EPOCHS:
@@ -104,10 +106,10 @@ def in_rounds(planes: list[np.ndarray], crop: tuple[int, int] | None, processes:
     samples = frames.samples(planes)
     phase = PhaseConfig(steps=1, originals=False, augmented_copies=1)
     plan = SampleSchedule(0, len(planes), BATCH, (phase,))
-    source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.kept_train)
+    source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.cached_train)
     batches = processes * stream.block_steps(source, BATCH, None)
     phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})
-    return replace(source, plan=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
+    return replace(source, schedule=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
 
 
 def images_per_s(batches: Iterator[Any], batch: int, warm_up: int) -> float:
@@ -124,5 +126,5 @@ class _DirectDataset(frames.ScheduledDataset):
 
     def transform(self, planes: np.ndarray, key: tuple[int, int, int, int]) -> np.ndarray:
         rng = np.random.default_rng(key)
-        image, targets = augment.augment_direct(planes[0], planes[1:].transpose(1, 2, 0), rng, self.source.config)
+        image, targets = augment_direct(planes[IMAGE], planes[MASKS].transpose(1, 2, 0), rng, self.source.config)
         return np.concatenate([image[None], targets.transpose(2, 0, 1)])

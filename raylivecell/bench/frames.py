@@ -36,7 +36,7 @@ class ScheduledDataset(Dataset):
 
     def __init__(self, planes: Sequence[np.ndarray], source: blocks.Source) -> None:
         self.planes, self.source = planes, source
-        plan = source.plan
+        plan = source.schedule
         self.rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class ScheduledDataset(Dataset):
         cv2.setNumThreads(1)
         row = self.rows[index]
         sample = int(row[SAMPLE])
-        key = (self.source.plan.seed, int(row[EPOCH]), sample, int(row[VARIANT]))
+        key = (self.source.schedule.seed, int(row[EPOCH]), sample, int(row[VARIANT]))
         return torch.from_numpy(self.transform(self.planes[sample], key))
 
     def transform(self, planes: np.ndarray, key: tuple[int, int, int, int]) -> np.ndarray:
@@ -59,7 +59,7 @@ def loader(dataset: ScheduledDataset) -> DataLoader:
     # fork shares the frames with the processes without a copy; no other thread of this process holds a lock then.
     return DataLoader(
         dataset,
-        dataset.source.plan.batch_size,
+        dataset.source.schedule.batch_size,
         num_workers=int(ray.cluster_resources()["CPU"]),
         multiprocessing_context="fork",
         prefetch_factor=4,

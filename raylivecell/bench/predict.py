@@ -21,12 +21,13 @@ from raylivecell.cells import measure
 from raylivecell.cells import watershed as instances
 from raylivecell.inference import image_file, results
 from raylivecell.inference.segmenter import Cells
-from raylivecell.ingest import target_maps
 from raylivecell.network import forward
 from raylivecell.recipe import LoopConfig, ModelConfig, Recipe
 from raylivecell.reports.overlay import png
 from raylivecell.scoring import average_precision
 from raylivecell.synthetic import writer
+from raylivecell.targets import sample_planes
+from raylivecell.targets.registry import target
 
 RECIPE = Recipe(targets="distance", model=ModelConfig(features=(8, 16, 24, 40, 56), norm="group"))
 TABLE = ("area", "centroid", "bbox", "eccentricity", "mean_intensity")
@@ -69,9 +70,9 @@ def _milliseconds(run: Callable[[], Any]) -> float:
 
 def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Maps as a good network would predict them: the true ones, blurred."""
-    packed = target_maps.pack(labels, np.zeros(labels.shape, np.uint8))
-    planes = target_maps.draw_target_maps(image, packed, "distance")
-    maps = np.stack([planes[1] * 255.0, planes[3], planes[4]]).astype(np.float32) / 255
+    packed = sample_planes.pack(labels, np.zeros(labels.shape, np.uint8))
+    planes = sample_planes.draw(image, packed, "distance")
+    maps = np.stack([planes[sample_planes.FOREGROUND] * 255.0, *planes[sample_planes.MAPS]]).astype(np.float32) / 255
     return np.stack([cv2.GaussianBlur(plane, (0, 0), 1.0) for plane in maps])
 
 
@@ -80,7 +81,7 @@ def _stages(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Cal
     network = forward.build(RECIPE, torch.device("cpu")).eval()
     maps, config = _maps(image, labels), instances.default("distance")
     segmented = instances.segment(maps, "distance", config)
-    cells = Cells(segmented, instances.scores(segmented, maps[0]), maps[0] > config.foreground)
+    cells = Cells(segmented, instances.scores(segmented, maps[0]), maps[0] > config.threshold)
     table = measure.lines("x", measure.measure(segmented, image), cells.scores)
     part = results.ImageResult(results.ImageRow("x"), table, [])
     return {
@@ -108,7 +109,7 @@ def _baselines(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], 
     maps = _maps(image, labels)
 
     def flood() -> np.ndarray:
-        height = cv2.GaussianBlur(instances.height(maps, maps[0] > 0.5, "distance"), (0, 0), 1.0)
+        height = cv2.GaussianBlur(target("distance").height(maps, maps[0] > 0.5), (0, 0), 1.0)
         foreground = maps[0] > 0.5
         peaks = peak_local_max(height, labels=foreground.astype(np.int32), min_distance=3)
         seeds = np.zeros(image.shape, np.int32)

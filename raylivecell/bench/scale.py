@@ -30,6 +30,7 @@ from raylivecell.ingest import augment, blocks, stream
 from raylivecell.recipe import AugmentConfig
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.synthetic import writer
+from raylivecell.targets import sample_planes
 
 NODES = (1, 2, 3)
 # Seconds per sample on a core: `bench feed` needs 6 ms for a full frame where loop and system share the cores.
@@ -121,7 +122,7 @@ def _feed(images: int, length: int) -> tuple[float, float]:
     with closing(stream.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
         speed = images_per_s(batches, BATCH, warm_up)
-        return speed, (time.process_time() - begin) / (source.plan.steps * BATCH)
+        return speed, (time.process_time() - begin) / (source.schedule.steps * BATCH)
 
 
 def _predicted(parts: cost.Parts, nodes: int) -> float:
@@ -149,7 +150,9 @@ def _parts(task_s: float, fetch_s: float) -> cost.Parts:
         shards.write_shard(shard, (_row(index) for index in range(PART_IMAGES)))
         group = pq.ParquetFile(shard).metadata.row_group(0)
         columns = [group.column(i) for i in range(group.num_columns)]
-        stored_bytes = sum(column.total_compressed_size for column in columns if column.path_in_schema in blocks.PLANES)
+        stored_bytes = sum(
+            column.total_compressed_size for column in columns if column.path_in_schema in sample_planes.STORED
+        )
         rows = [shards.Row(shard, index) for index in range(PART_IMAGES)]
         read_s = _median_seconds(lambda number: blocks.read_sample(rows[number]))
         decoded = [np.asarray(blocks.read_sample(row)) for row in rows]

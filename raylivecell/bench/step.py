@@ -22,6 +22,7 @@ from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.unet import build_model, count_parameters
 from raylivecell.recipe import LoopConfig, ModelConfig, OptimizerConfig, PhaseConfig, Recipe
+from raylivecell.targets.sample_planes import FOREGROUND, IMAGE
 from raylivecell.training import loop
 
 CROP = (256, 256)
@@ -167,7 +168,7 @@ def _on_one_thread(run: Callable[[], float]) -> float:
 def random_planes(count: int) -> Tensor:
     """A batch of samples, uint8 (B, 3, h, w)."""
     planes = torch.randint(0, 256, (count, 3, *CROP), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    planes[:, 1] = planes[:, 1] > 128
+    planes[:, FOREGROUND] = planes[:, FOREGROUND] > 128
     return planes
 
 
@@ -185,7 +186,9 @@ def run_loop(recipe: Recipe, batches: Iterator[dict[str, Tensor]], device: torch
     training = loop.start(forward.build(recipe, device), recipe.optimizer, plan.steps)
     if recipe.loop.compile:
         training.model.compile()
-    for _ in loop.run(training, training.model, batches, plan, recipe.loop, recipe.loss, lambda network: {}):
+    for _ in loop.run(
+        training, training.model, batches, plan, recipe.loop, recipe.loss, recipe.targets, lambda network: {}
+    ):
         pass
     return training.state.history
 
@@ -216,8 +219,8 @@ def plain_loop_speed(
             begin = _now(device)
         planes = planes.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = network(planes[:, :1])
-        loss = segmentation_loss(logits, planes[:, 1:], recipe.loss).total
+            logits = network(planes[:, IMAGE, None])
+        loss = segmentation_loss(logits, planes, recipe.loss, recipe.targets).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

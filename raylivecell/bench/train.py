@@ -97,7 +97,7 @@ class _Setup:
         self.samples = frames.samples(self.frames)
         self.job = TrainJob(self.recipe, "", self.samples, int(ray.cluster_resources()["object_store_memory"] / 4))
         self.source = self._source(INTERVALS * RUN_INTERVAL_STEPS)
-        self.planes = torch.from_numpy(blocks.load(self.source.plan.rows(0), self.source))
+        self.planes = torch.from_numpy(blocks.load(self.source.schedule.rows(0), self.source))
         self.data_waits: list[float] = []
         self.ray_train_shares: list[float] = []
 
@@ -126,7 +126,7 @@ class _Setup:
         phases = (PhaseConfig(steps=steps, originals=False, augmented_copies=1),)
         plan = SampleSchedule(0, len(self.frames), self.recipe.batch_size, phases)
         samples = self.samples
-        return blocks.Source(samples.train, plan, self.recipe.augment, CROP, samples.frame, samples.kept_train)
+        return blocks.Source(samples.train, plan, self.recipe.augment, CROP, samples.frame, samples.cached_train)
 
     def _stream(self, source: blocks.Source) -> ingest.Stream:
         return ingest.Stream(source, 0, 0, 1, self.job.stream_memory)

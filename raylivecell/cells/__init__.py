@@ -1,4 +1,4 @@
-"""Maps -> cells: the watershed, and what is measured of each cell. No torch, no Ray.
+"""Network output maps -> cells: the watershed, and measurements of each cell. No torch, no Ray.
 
 watershed          maps -> label image
 strips             large images, strip by strip, in bounded memory

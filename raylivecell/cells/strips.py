@@ -1,11 +1,11 @@
-"""The cells of an image of any size, in bounded memory. No torch, no Ray.
+"""Cells of an image of any size, in bounded memory. No torch, no Ray.
 
 1. The network's maps come in bands of finished rows (network/windows.py).
-2. A strip of them is segmented together with the last rows of the strip before, and every cell is taken from a strip
-   that holds the whole of it.
+2. Strips of these rows overlap by a halo and are segmented one after another; each cell is taken from a strip that
+   contains it completely.
 
-Apart from the labels, the maps of one row of windows and of one strip are in memory at the most: for an image 10,000
-pixels wide 0.8 GB with the watershed, however high it is.
+Besides the labels, memory holds the maps of at most one row of windows and one strip: 0.8 GB with the watershed for an
+image 10,000 pixels wide, whatever its height.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from scipy import ndimage
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig, Labels
 from raylivecell.network.windows import WINDOW, Maps, Network, bands
-from raylivecell.recipe import Targets
+from raylivecell.targets.registry import Targets
 
 HALO = 256
 """Rows above and below a strip that are segmented with it."""
@@ -32,94 +32,94 @@ def segment(
     window: int = WINDOW,
     halo: int = HALO,
 ) -> tuple[Labels, NDArray[np.float64], NDArray[np.bool_]]:
-    """The cells of an image of any size, as `watershed.segment` finds them in the maps of the whole image.
+    """Segment an image of any size, with the result of `watershed.segment` on the maps of the complete image.
 
-    A cell up to 2 `halo` rows high lies whole in a strip, and is taken from there. Of a higher one the parts that the
-    strips show are joined where they meet. Where a strip cuts a cell's neighbour, the border between them may differ
-    from the whole image's by some pixels: only if one of them is more than `halo` / 2 rows high.
+    A cell of up to 2 `halo` rows is taken from a strip that contains it completely. The parts of a higher cell are
+    joined where the strips meet. If a strip cuts a neighbour of a cell, their common border may differ by some pixels
+    from that in the complete image, but only if one of the two is more than `halo` / 2 rows high.
 
     Args:
-        network: probabilities and distances as `recipe.CHANNELS`, 0 to 1, of a window.
+        network: maps of a window as `Target.channels`, 0 to 1.
         image: uint8 (H, W).
-        targets: what the maps mean.
-        config: how they become cells.
-        window: as of `bands`.
+        targets: target kind of the network.
+        config: how maps become cells.
+        window: as in `bands`.
         halo: rows, 1 or more.
 
     Returns:
-        Labels int32 (H, W), 0 background, 1 to N without gaps; scores float64 (N,), each cell's mean foreground
-        probability; and where the foreground's probability is over its threshold, bool (H, W).
+        Labels int32 (H, W), 0 background, 1 to N without gaps; scores float64 (N,), the mean foreground probability of
+        each cell; and bool (H, W), where the foreground probability is above its threshold.
     """
     labels, foreground = np.zeros(image.shape, np.int32), np.zeros(image.shape, np.bool_)
-    pixels, mass = np.zeros(1), np.zeros(1)  # of each label
+    areas, score_sums = np.zeros(1), np.zeros(1)  # by label
     cut = np.zeros(0, np.int32)
-    for first, end, maps in _strips(bands(network, image, window), image.shape[0], halo):
+    for first, own_end, maps in _strips(bands(network, image, window), image.shape[0], halo):
         rows = slice(first, first + maps.shape[1])
-        painted = labels[rows]
-        foreground[rows] = maps[0] > config.foreground
-        found = watershed.segment(maps, targets, config)
-        heirs = _heirs(found, painted[0], cut)
-        new = _ours(found, end - first) & _free(found, painted, config.smallest) & (heirs == 0)
-        names = np.where(new, len(pixels) - 1 + np.cumsum(new, dtype=np.int32), heirs)
-        fresh = np.where(painted == 0, names[found], 0)
-        painted += fresh
-        inside = np.flatnonzero(fresh)
-        owner = fresh.ravel()[inside]
-        pixels = _sum(pixels, np.bincount(owner))
-        mass = _sum(mass, np.bincount(owner, maps[0].ravel()[inside]))
-        cut = names[np.unique(found[-1])]
-        del maps, found, fresh, inside, owner  # before the next strip needs the memory
-    return labels, mass[1:] / pixels[1:], foreground
+        previous = labels[rows]
+        foreground[rows] = maps[0] > config.threshold
+        cells = watershed.segment(maps, targets, config)
+        continued = _continued(cells, previous[0], cut)
+        new = _owned(cells, own_end - first) & _unlabelled(cells, previous, config.min_area) & (continued == 0)
+        numbers = np.where(new, len(areas) - 1 + np.cumsum(new, dtype=np.int32), continued)
+        added = np.where(previous == 0, numbers[cells], 0)
+        previous += added
+        inside = np.flatnonzero(added)
+        owner = added.ravel()[inside]
+        areas = _add(areas, np.bincount(owner))
+        score_sums = _add(score_sums, np.bincount(owner, maps[0].ravel()[inside]))
+        cut = numbers[np.unique(cells[-1])]
+        del maps, cells, added, inside, owner  # before the next strip needs the memory
+    return labels, score_sums[1:] / areas[1:], foreground
 
 
-def _strips(found: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterator[tuple[int, int, Maps]]:
-    """(first row, last row that is its own, maps): `halo` rows before what is its own, and after it."""
+def _strips(row_bands: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterator[tuple[int, int, Maps]]:
+    """(first row, end of its own rows, maps) of each strip; the maps extend `halo` rows beyond its own rows."""
     if halo < 1:
         raise ValueError(f"halo is {halo}; strips must overlap by a row or more")
-    held: Maps | None = None
-    for row, band in found:
+    strip: Maps | None = None
+    for row, band in row_bands:
         bottom = row + band.shape[1]
-        held = band if held is None else np.concatenate([held, band], axis=1)
+        strip = band if strip is None else np.concatenate([strip, band], axis=1)
         del band
-        yield bottom - held.shape[1], height if bottom == height else bottom - halo, held
-        held = held[:, -2 * halo :].copy()
+        yield bottom - strip.shape[1], height if bottom == height else bottom - halo, strip
+        strip = strip[:, -2 * halo :].copy()
 
 
-def _ours(found: Labels, end: int) -> NDArray[np.bool_]:
-    """Of each label (0 to N), whether the cell is this strip's, whose own rows are those before `end`.
+def _owned(cells: Labels, end: int) -> NDArray[np.bool_]:
+    """For each label (0 to N), whether the cell belongs to this strip, whose own rows are those before `end`.
 
-    It is if the middle of what is seen of it lies there. The next strip begins a halo before `end`, this one ends
-    as many after it: what the next one would cut is this one's, and what this one cuts and the next one does not
-    is the next one's.
+    It does if the middle row of its visible part is one of them. The next strip begins a halo before `end`, this one
+    ends a halo after it: a cell that the next strip would cut belongs to this one, and a cell that only this one cuts
+    belongs to the next.
     """
-    boxes = [box[0] for box in ndimage.find_objects(found)]
-    return np.array([False, *(box.start + box.stop < 2 * end for box in boxes)])
+    rows = [box[0] for box in ndimage.find_objects(cells)]
+    return np.array([False, *(row.start + row.stop < 2 * end for row in rows)])
 
 
-def _free(found: Labels, painted: Labels, smallest: int) -> NDArray[np.bool_]:
-    """Of each label (0 to N), whether most of the cell's pixels, and at least `smallest`, are not painted yet."""
-    every = np.bincount(found.ravel())
-    taken = np.bincount(found[painted != 0], minlength=len(every))
-    return (every > 2 * taken) & (every - taken >= smallest)
+def _unlabelled(cells: Labels, previous: Labels, min_area: int) -> NDArray[np.bool_]:
+    """For each label (0 to N), whether most of its pixels, and at least `min_area`, have no label in `previous`."""
+    areas = np.bincount(cells.ravel())
+    overlap = np.bincount(cells[previous != 0], minlength=len(areas))
+    return (areas > 2 * overlap) & (areas - overlap >= min_area)
 
 
-def _heirs(found: Labels, above: NDArray[np.int32], cut: NDArray[np.int32]) -> NDArray[np.int32]:
-    """For each label (0 to N) the one of `cut` that the cell goes on with, or 0.
+def _continued(cells: Labels, above: NDArray[np.int32], cut: NDArray[np.int32]) -> NDArray[np.int32]:
+    """For each label (0 to N), the label in `cut` of the cell that it continues, or 0.
 
-    `above` is what is painted in the first row, `cut` the cells that reach beyond the strip before.
+    `above` are the previous labels of the first row, `cut` the cells that extend beyond the previous strip.
     """
-    heirs = np.zeros(int(found.max(initial=0)) + 1, np.int32)
-    (one, other), times = np.unique(np.stack([found[0], above]), axis=1, return_counts=True)
-    order = np.argsort(times, kind="stable")
-    heirs[one[order]] = other[order]  # of several the most frequent: it is written last
-    heirs[~np.isin(heirs, cut)] = 0
-    heirs[0] = 0
-    return heirs
+    continued = np.zeros(int(cells.max(initial=0)) + 1, np.int32)
+    (label, label_above), counts = np.unique(np.stack([cells[0], above]), axis=1, return_counts=True)
+    order = np.argsort(counts, kind="stable")
+    continued[label[order]] = label_above[order]  # the most frequent one is written last
+    continued[~np.isin(continued, cut)] = 0
+    continued[0] = 0
+    return continued
 
 
-def _sum(one: NDArray[np.float64], other: NDArray[Any]) -> NDArray[np.float64]:
-    """Sum of two vectors, the shorter one followed by zeros."""
-    total = np.zeros(max(len(one), len(other)))
-    total[: len(one)] += one
-    total[: len(other)] += other
+def _add(a: NDArray[np.float64], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Sum of two vectors, the shorter one padded with zeros."""
+    total = np.zeros(max(len(a), len(b)))
+    total[: len(a)] += a
+    total[: len(b)] += b
     return total

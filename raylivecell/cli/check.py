@@ -26,9 +26,10 @@ from raylivecell.data import shards
 from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.network import forward as segment
-from raylivecell.recipe import CHANNELS, PhaseConfig, Recipe
+from raylivecell.recipe import PhaseConfig, Recipe
 from raylivecell.runs import folder
 from raylivecell.runtime import placement, session
+from raylivecell.targets import sample_planes
 from raylivecell.training import loop, preflight
 
 Level = Literal["pass", "warn", "fail"]
@@ -294,9 +295,11 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
         raise UserError(preflight.blind_gpu(ray.util.get_node_ip_address()))
     state = loop.start(segment.build(recipe, device), recipe.optimizer, 1)
     forward = wrap(state.model, recipe, 1, device)
-    planes = torch.randint(0, 2, (images, 2 + len(CHANNELS[recipe.targets]), *crop), dtype=torch.uint8)
+    planes = torch.randint(0, 2, (images, sample_planes.count(recipe.targets), *crop), dtype=torch.uint8)
     schedule = order.SampleSchedule(0, images, images, (PhaseConfig(steps=1),))
-    for _ in loop.run(state, forward, iter([{"planes": planes}]), schedule, recipe.loop, recipe.loss, lambda _: {}):
+    batches = iter([{"planes": planes}])
+    config = recipe.loop, recipe.loss, recipe.targets
+    for _ in loop.run(state, forward, batches, schedule, *config, lambda _: {}):
         pass
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()

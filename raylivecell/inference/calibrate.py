@@ -16,9 +16,9 @@ from raylivecell.scoring import instance_scores
 
 GRID: dict[str, tuple[float, ...]] = {
     "prominence": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4),
-    "foreground": (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
+    "threshold": (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
     "smoothing": (0.0, 0.7, 1.0, 1.5, 2.0, 3.0),
-    "smallest": (0, 10, 20, 40, 60, 90),
+    "min_area": (0, 10, 20, 40, 60, 90),
 }
 ROUNDS = 3
 

@@ -3,7 +3,7 @@
 The graph maps grey levels to probability maps, normalisation and sigmoid included:
 
     image   float32 (B, 1, H, W), grey levels 0 to 255, any B, H and W; .pt2: H and W over 2 to the number of levels
-    maps    float32 (B, C, H, W), 0 to 1, channels as `recipe.CHANNELS`
+    maps    float32 (B, C, H, W), 0 to 1, channels as `Target.channels`
 
 The file also holds metadata, as text: `ABOUT`. Before it is saved, the exported model is loaded and compared with the
 network.
@@ -28,8 +28,8 @@ from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
 from raylivecell.inference import onnx_model
-from raylivecell.recipe import CHANNELS
 from raylivecell.runs import checkpoint, progress
+from raylivecell.targets.registry import target
 
 ABOUT = (
     onnx_model.MARK,
@@ -100,7 +100,7 @@ def _about(folder: str, recipe: recipes.Recipe) -> dict[str, str]:
         __version__,
         recipes.dump(recipe),
         recipe.targets,
-        json.dumps(CHANNELS[recipe.targets]),
+        json.dumps(target(recipe.targets).channels),
         NORMALISATION.format(background=rule.background_level, scale=rule.scale),
         rule.model_dump_json(),
         json.dumps(config.model_dump()),

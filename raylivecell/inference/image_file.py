@@ -47,7 +47,7 @@ def load(job: PredictJob, device: str | None = None) -> Segmenter:
     """The job's network, with its threshold."""
     network = segmenter.load(job.model, job.tta, device)
     if job.threshold is not None:
-        network.config = network.config.model_copy(update={"foreground": job.threshold})
+        network.config = network.config.model_copy(update={"threshold": job.threshold})
     return network
 
 

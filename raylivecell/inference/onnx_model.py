@@ -10,7 +10,7 @@ from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import Intensity
-from raylivecell.recipe import CHANNELS, Targets
+from raylivecell.targets.registry import NAMES, Targets
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"
@@ -22,13 +22,13 @@ class OnnxModel:
 
     def __init__(self, session: Any, about: dict[str, str]) -> None:
         self.session, self.about = session, about
-        self.targets: Targets = next(name for name in CHANNELS if name == about["targets"])
+        self.targets: Targets = next(name for name in NAMES if name == about["targets"])
         self.thresholds = InstanceConfig.model_validate_json(about["instances"]).model_dump()
         self.intensity = Intensity.model_validate_json(about["intensity"])
         self.recipe_text = about["recipe"]
 
     def maps(self, image: NDArray[np.uint8]) -> Maps:
-        """Maps of an image, channels as `recipe.CHANNELS`, float32 (C, H, W), 0 to 1.
+        """Maps of an image, channels as `Target.channels`, float32 (C, H, W), 0 to 1.
 
         `image`: uint8 (H, W), on the network's scale.
         """
@@ -53,7 +53,7 @@ def load(uri: str) -> OnnxModel:
     if MARK not in about:
         raise UserError(f"{uri} was not written by `raylivecell export`: export a checkpoint to get one")
     with storage.validating(uri, "export the checkpoint again"):
-        if about["targets"] not in CHANNELS:
+        if about["targets"] not in NAMES:
             raise UserError(f"{uri} is of raylivecell {about[MARK]}, with targets {about['targets']}: update this one")
         if [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())] != [INPUT, OUTPUT]:
             raise ValueError(f"its input and output are not {INPUT} and {OUTPUT}")

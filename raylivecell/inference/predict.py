@@ -52,7 +52,7 @@ def predict(
         labels/NAME.tif     each cell's number, 0 background (`image_file.label_tiff`)
         masks/NAME.png      255 where the foreground's probability is over the threshold, else 0
         overlays/NAME.png   the image with each cell's outline
-        cells.csv           one row per cell (`measure.Measured`)
+        cells.csv           one row per cell (`measure.Measurements`)
         coco.json           the cells as COCO results; image_id as in images.csv
         images.csv          one row per image: cells, confluence (share of its own pixels, without padding, in cells,
                             0 to 1), what is unusual about it (`warning`), or its error

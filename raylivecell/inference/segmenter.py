@@ -36,7 +36,7 @@ class Cells(NamedTuple):
     scores: NDArray[np.float64]
     """(N,), 0 to 1: each cell's mean foreground probability."""
     foreground: NDArray[np.bool_]
-    """(H, W): where the foreground probability is over `InstanceConfig.foreground`; never in padding."""
+    """(H, W): where the foreground probability is over `InstanceConfig.threshold`; never in padding."""
     warnings: tuple[str, ...] = ()
     """Unusual properties of the image for this network: a kind, a colon, and the figures."""
 
@@ -102,7 +102,7 @@ class Segmenter:
         """The cells of an image whose padding is hidden from the network, as in `forward.logits_of_picture`."""
         window, picture = grey_levels.without_padding(image, padding)
         if picture.size > windows.WHOLE_PIXELS:
-            return _mask_padding(_embed(self._cells(picture), window, image.shape), padding, self.config.smallest)
+            return _mask_padding(_embed(self._cells(picture), window, image.shape), padding, self.config.min_area)
         window_maps = self.network(picture)
         maps = np.zeros((len(window_maps), *image.shape), np.float32)
         maps[(slice(None), *window)] = window_maps
@@ -111,7 +111,7 @@ class Segmenter:
 
     def _cells_of_maps(self, maps: Maps) -> Cells:
         labels = watershed.segment(maps, self.targets, self.config)
-        return Cells(labels, watershed.scores(labels, maps[0]), maps[0] > self.config.foreground)
+        return Cells(labels, watershed.scores(labels, maps[0]), maps[0] > self.config.threshold)
 
 
 def _embed(cells: Cells, window: tuple[slice, slice], shape: tuple[int, ...]) -> Cells:

@@ -1,7 +1,8 @@
-"""`augment` on a GPU (or any of torch's devices): the same moves of the same samples, a whole batch at a time.
+"""`augment` on a GPU (or any torch device): the same warps of the same samples, a batch at a time.
 
-The host draws the numbers and the field on its nodes, some 20 kB a sample; the device enlarges it to a map of every
-pixel and resamples. Pixels differ from the CPU's by rounding: OpenCV knows 32 places between two pixels, a GPU all.
+The host draws the random numbers and the field at its control points, about 20 kB a sample; the device interpolates the
+map to every pixel and resamples. Pixels differ from the CPU's by rounding: OpenCV interpolates at 32 positions between
+two pixels, a GPU continuously.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,85 +17,94 @@ from raylivecell.ingest.augment import BACKGROUND, Size, Warp
 from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, SampleSchedule
 from raylivecell.network.transfer import DeviceTransfer
 from raylivecell.recipe import AugmentConfig
+from raylivecell.targets.sample_planes import IMAGE, MASKS
 
 
-def moved(
+def apply_warp(
     frames: Tensor,
-    nodes: Tensor,
+    points: Tensor,
     tables: Tensor,
     config: AugmentConfig,
     size: Size | None,
     background: int = BACKGROUND,
 ) -> Tensor:
-    """Transformed crops, uint8 (B, 3, h, w), of whole frames, uint8 (B, 3, H, W): image and two targets.
+    """Transformed crops, uint8 (B, 3, h, w), of complete frames, uint8 (B, 3, H, W), as `sample_planes.STORED`.
 
     Args:
         frames: no smaller than the crop; all tensors on one device.
-        nodes: where each crop's nodes lie in its frame, float32 (B, 2, rows, columns): `augment.Warp.maps`.
-        tables: the new grey level of each, uint8 (B, 256): `augment.Warp.table`.
-        config: what both were drawn by.
-        size: (h, w) of the crop; None: the whole frame.
-        background: grey level of the set's background, outside the frame where `config.border` is constant.
+        points: source of each crop's control points, float32 (B, 2, rows, columns): `augment.Warp.maps`.
+        tables: new value of each grey level, uint8 (B, 256): `augment.Warp.table`.
+        config: the configuration from which both were drawn.
+        size: (h, w) of the crop; None: the complete frame.
+        background: background grey level of the dataset, outside the frame if `config.border` is constant.
     """
     height, width = frames.shape[-2:]
-    maps = _enlarged(nodes, size or (height, width), elastic.node_step(config.elastic.sigma))
-    # grid_sample counts from -1, the first pixel's centre, to 1, the last one's.
+    maps = _interpolate(points, size or (height, width), elastic.control_step(config.elastic.sigma))
+    # grid_sample's coordinates run from -1, the centre of the first pixel, to 1, that of the last.
     x, y = (maps[:, axis] * (2 / max(length - 1, 1)) - 1 for axis, length in enumerate((width, height)))
     grid = torch.stack([x, y], dim=-1)
     padding = "reflection" if config.border == "reflect" else "zeros"
-    image = F.grid_sample(frames[:, :1].float() - background, grid, "bilinear", padding, align_corners=True)
-    targets = F.grid_sample(frames[:, 1:].float(), grid, "nearest", padding, align_corners=True)
+    offsets = frames[:, IMAGE, None].float() - background  # zero padding is then the background level
+    image = F.grid_sample(offsets, grid, "bilinear", padding, align_corners=True)
+    masks = F.grid_sample(frames[:, MASKS].float(), grid, "nearest", padding, align_corners=True)
     levels = (image + background).round().clamp(0, 255).long()
     recoloured = tables.gather(1, levels.flatten(1)).view_as(levels)
-    return torch.cat([recoloured, targets.to(torch.uint8)], dim=1)
+    return torch.cat([recoloured, masks.to(torch.uint8)], dim=1)
 
 
 def batches(
     frames: Iterator[dict[str, Tensor]],
-    plan: SampleSchedule,
+    schedule: SampleSchedule,
     config: AugmentConfig,
     size: Size | None,
     device: torch.device,
     background: int = BACKGROUND,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of whole frames with their rows of the order, as batches of transformed crops on the device."""
+    """Batches of complete frames with their rows of the schedule -> batches of transformed crops on the device."""
     send = DeviceTransfer(device)
     for batch in frames:
-        whole = _widened(send(batch["planes"]), size)
-        nodes, tables = drawn(_moves(batch["rows"], plan, config, batch["planes"].shape[-2:], size, background))
-        yield {"planes": moved(whole, send(nodes), send(tables), config, size, background)}
+        padded = _pad(send(batch["planes"]), size)
+        points, tables = stack_warps(
+            _warps(batch["rows"], schedule, config, batch["planes"].shape[-2:], size, background)
+        )
+        yield {"planes": apply_warp(padded, send(points), send(tables), config, size, background)}
 
 
-def drawn(moves: Sequence[Warp]) -> tuple[Tensor, Tensor]:
-    """`nodes` and `tables` of `moved`, in this process's memory."""
-    nodes, tables = (np.stack(column) for column in zip(*moves))  # the fields of Move
-    return torch.from_numpy(nodes), torch.from_numpy(tables)
+def stack_warps(warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
+    """`points` and `tables` of `apply_warp`, in host memory."""
+    points, tables = (np.stack(column) for column in zip(*warps))
+    return torch.from_numpy(points), torch.from_numpy(tables)
 
 
-def _moves(
-    rows: Tensor, plan: SampleSchedule, config: AugmentConfig, shape: Sequence[int], size: Size | None, background: int
+def _warps(
+    rows: Tensor,
+    schedule: SampleSchedule,
+    config: AugmentConfig,
+    shape: Sequence[int],
+    size: Size | None,
+    background: int,
 ) -> list[Warp]:
-    wide = tuple(max(have, want) for have, want in zip(shape, size)) if size else tuple(shape)
-    found = []
+    height, width = (max(length, wanted) for length, wanted in zip(shape, size or (0, 0)))
+    warps = []
     for row in rows.tolist():
-        rng = np.random.default_rng((plan.seed, row[EPOCH], row[SAMPLE], row[VARIANT]))
-        found.append(augment.move((wide[0], wide[1]), rng, config, size, row[VARIANT] > 0, background))
-    return found
+        rng = np.random.default_rng((schedule.seed, row[EPOCH], row[SAMPLE], row[VARIANT]))
+        warps.append(augment.warp_of((height, width), rng, config, size, row[VARIANT] > 0, background))
+    return warps
 
 
-def _widened(frames: Tensor, size: Size | None) -> Tensor:
-    """Frames reflected at their edges to at least `size`, as `augment` widens them."""
-    missing = [max(0, want - have) for want, have in zip(size or (0, 0), frames.shape[-2:])]
+def _pad(frames: Tensor, size: Size | None) -> Tensor:
+    """Frames padded by reflection to at least `size`, as in `augment`."""
+    missing = [max(0, wanted - length) for wanted, length in zip(size or (0, 0), frames.shape[-2:])]
     if not any(missing):
         return frames
     (top, left), (bottom, right) = [m // 2 for m in missing], [m - m // 2 for m in missing]
     return F.pad(frames.float(), (left, right, top, bottom), mode="reflect").to(torch.uint8)
 
 
-def _enlarged(nodes: Tensor, size: Size, step: float) -> Tensor:
-    """Values (B, 2, rows, columns) on `elastic.nodes` as values on the (h, w) pixels, as `cv2.resize` enlarges."""
+def _interpolate(points: Tensor, size: Size, step: float) -> Tensor:
+    """Values (B, 2, rows, columns) at `elastic.control_points` -> at (h, w) pixels, interpolated as `cv2.resize`."""
     if step <= 1:
-        return nodes
-    edge, (h, w) = elastic.margin(step), size
-    whole = F.interpolate(nodes, (h + 2 * edge, w + 2 * edge), mode="bilinear", align_corners=False)
-    return whole[..., edge : edge + h, edge : edge + w]
+        return points
+    edge, (h, w) = elastic.padding(step), size
+    maps = F.interpolate(points, (h + 2 * edge, w + 2 * edge), mode="bilinear", align_corners=False)
+    return maps[..., edge : edge + h, edge : edge + w]

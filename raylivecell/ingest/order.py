@@ -1,10 +1,10 @@
-"""Which samples are seen when: the whole run as one sequence of batches, a pure function of (seed, epoch).
+"""The order of samples: the run as one sequence of batches, a pure function of (seed, epoch).
 
-1. A phase's epoch holds every sample once for each of its variants (plain, transformed 1, transformed 2, ...).
-2. Its order is the permutation drawn from (seed, epoch): global, free, the same on every machine.
-3. Epochs follow one another without a gap, and batches may straddle them: every batch is full, every rank has the
+1. An epoch of a phase contains every sample once per variant (original, augmented copy 1, augmented copy 2, ...).
+2. Its order is the permutation drawn from (seed, epoch): global, without communication, the same on every machine.
+3. Epochs follow one another without a gap, and a batch may span two of them: every batch is full, every rank has the
    same number of steps, no sample is dropped. The last batch of a phase is filled from its next permutation.
-4. A rank takes its share of each batch: the union over ranks is the same batch for any number of ranks.
+4. Each rank computes its share of each batch: the union over ranks is the same batch for any number of ranks.
 """
 
 import functools
@@ -15,22 +15,20 @@ import numpy as np
 from raylivecell.recipe import PhaseConfig
 
 EPOCH, SAMPLE, VARIANT = range(3)  # columns of `SampleSchedule.rows`
-
-
-# Up to so many items an epoch's order is a table (8 MiB); above it is computed where it is asked for: a table of ten
-# million images and their copies takes 160 MB and 1 s in each of a node's processes, every epoch.
-LARGEST_TABLE = 2**20
+# Up to this many items, an epoch's order is a table (8 MiB); above, it is computed on demand: a table of ten million
+# images and their copies would take 160 MB and 1 s in each process of a node, every epoch.
+MAX_TABLE = 2**20
 ROUNDS = 8
 
 
-def permuted(places: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
-    """Which items, int64, stand at `places` (int64, 0 to size - 1) of the permutation drawn from (seed, epoch)."""
-    if size <= LARGEST_TABLE:
-        return _table(seed, epoch, size)[places]
+def permute(positions: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
+    """Items, int64, at `positions` (int64, 0 to size - 1) of the permutation drawn from (seed, epoch)."""
+    if size <= MAX_TABLE:
+        return _table(seed, epoch, size)[positions]
     keys = np.random.default_rng((seed, epoch)).integers(2**64, size=ROUNDS, dtype=np.uint64)
-    items = _mixed(places.astype(np.uint64), keys, size)
-    while (outside := items >= size).any():  # at most three of four: a walk along its cycle comes back inside
-        items[outside] = _mixed(items[outside], keys, size)
+    items = _mix(positions.astype(np.uint64), keys, size)
+    while (outside := items >= size).any():  # cycle walking; at most three quarters are outside
+        items[outside] = _mix(items[outside], keys, size)
     return items.astype(np.int64)
 
 
@@ -39,9 +37,9 @@ def _table(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
-def _mixed(values: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-    """A permutation of the numbers of as many bits as `size` has, an even number: a Feistel network (Luby and Rackoff
-    1988), whose round function is the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+def _mix(values: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """Permute integers of the bit length of `size`, rounded up to an even number, by a Feistel network (Luby and
+    Rackoff 1988) whose round function is the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
     half = np.uint64(((size - 1).bit_length() + 1) // 2)
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
@@ -55,7 +53,7 @@ def _mixed(values: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SampleSchedule:
-    """The order of a run over `samples` samples in batches of `batch_size` (global: over all ranks)."""
+    """Order of the samples of a run, in global batches of `batch_size` (over all ranks)."""
 
     seed: int
     samples: int
@@ -68,42 +66,42 @@ class SampleSchedule:
 
     @functools.cached_property
     def _starts(self) -> list[tuple[int, int, PhaseConfig]]:
-        """(first step, first epoch, phase) of each phase, and the end as (steps, epochs, last phase)."""
+        """(first step, first epoch, phase) of each phase, then (steps, epochs, last phase) of the run."""
         starts, step, epoch = [], 0, 0
         for phase in self.phases:
             starts.append((step, epoch, phase))
             steps = self._phase_steps(phase)
             step += steps
-            # An epoch begun by the fill of a phase's last batch counts, so that no (seed, epoch) is used twice.
+            # The epoch that fills a phase's last batch counts as used, so that no (seed, epoch) occurs twice.
             epoch += -(-steps * self.batch_size // (phase.copies() * self.samples))
         return [*starts, (step, epoch, self.phases[-1])]
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run, the same for any number of ranks."""
+        """Optimizer steps of the run, the same for any number of ranks."""
         return self._starts[-1][0]
 
     def _phase_at(self, step: int) -> tuple[int, int, PhaseConfig]:
         return next(start for start in reversed(self._starts[:-1]) if start[0] <= step)
 
     def rows(self, step: int) -> np.ndarray:
-        """Batch number `step` as int64 (batch_size, 3): epoch, sample id, variant (0 plain, 1.. transformed)."""
+        """Batch number `step` as int64 (batch_size, 3): epoch, sample id, variant (0 original, 1.. augmented)."""
         return self.rank_rows(step, 0, 1)
 
     def rank_rows(self, step: int, rank: int, ranks: int) -> np.ndarray:
-        """The part of `rows(step)` that `rank` of `ranks` computes; `batch_size` must be a multiple of `ranks`."""
+        """Part of `rows(step)` for `rank` of `ranks`; `batch_size` must be a multiple of `ranks`."""
         first_step, first_epoch, phase = self._phase_at(step)
         size, share = phase.copies() * self.samples, self.batch_size // ranks
         position = (step - first_step) * self.batch_size + rank * share + np.arange(share)
-        epoch, place = first_epoch + position // size, position % size
-        item = np.empty_like(place)
-        for one in np.unique(epoch).tolist():
-            item[epoch == one] = permuted(place[epoch == one], self.seed, one, size)
+        epochs, position_in_epoch = first_epoch + position // size, position % size
+        item = np.empty_like(position)
+        for epoch in np.unique(epochs).tolist():
+            item[epochs == epoch] = permute(position_in_epoch[epochs == epoch], self.seed, epoch, size)
         variant = item // self.samples + (0 if phase.originals else 1)
-        return np.stack([epoch, item % self.samples, variant], axis=1)
+        return np.stack([epochs, item % self.samples, variant], axis=1)
 
     def epoch_ends(self, step: int) -> bool:
-        """Whether the last sample of an epoch is in batch number `step`, or a phase ends with it."""
+        """Whether batch number `step` contains the last sample of an epoch or ends a phase."""
         first_step, _, phase = self._phase_at(step)
         if step + 1 in [start for start, _, _ in self._starts]:
             return True

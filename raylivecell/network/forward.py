@@ -1,8 +1,8 @@
-"""A network on whole images: the one place where pixels become logits and logits probabilities. No Ray here.
+"""Networks on images of any size: the only place where pixels become logits, and logits probabilities. No Ray.
 
-1. An image that fits goes through the network whole; a larger one in overlapping windows, blended.
-2. With test-time augmentation, probabilities of the four flips are averaged.
-3. Cell is where the logit is over 0, that is where the probability is over 0.5.
+1. Small images go through the network in one piece, larger ones in overlapping windows that are blended.
+2. Test-time augmentation averages the probabilities of the four flips.
+3. A pixel belongs to a cell if its logit is above 0, that is, its probability above 0.5.
 """
 
 import numpy as np
@@ -20,13 +20,13 @@ FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
 
 
 def build(recipe: Recipe, device: torch.device, rule: Intensity | None = None) -> nn.Module:
-    """A fresh network of `recipe` on `device`, in the recipe's memory format, for images on the scale of `rule`."""
+    """The network of `recipe` with random weights, on `device`, in its memory format; `rule` as in `build_model`."""
     return to_device(build_model(recipe.model, recipe.outputs, rule), recipe, device)
 
 
 @torch.inference_mode()
 def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
-    """Logits of whole images, float32 (B, C, H, W), on the network's device.
+    """Logits of images, float32 (B, C, H, W), on the network's device.
 
     Args:
         network: in evaluation mode.
@@ -38,13 +38,13 @@ def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
         return _logits(network, images)
     total = torch.zeros((), device=images.device)
     for axes in FLIPS:
-        back = tuple(axis + 1 for axis in axes)
-        total = total + torch.sigmoid(_logits(network, images.flip(axes))).flip(back)
+        output_axes = tuple(axis + 1 for axis in axes)
+        total = total + torch.sigmoid(_logits(network, images.flip(axes))).flip(output_axes)
     return torch.logit(total / len(FLIPS))
 
 
 def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
-    """What `recipe.CHANNELS` names in each pixel of an image (H, W) of any size, float32 (C, H, W), 0 to 1."""
+    """Output maps of an image (H, W) of any size, float32 (C, H, W), 0 to 1, channels as `Target.channels`."""
     pixels = torch.from_numpy(np.array(image))[None]
     return torch.sigmoid(logits(network, pixels, flips))[0].cpu().numpy()
 
@@ -52,28 +52,28 @@ def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> N
 def logits_of_picture(
     network: nn.Module, image: NDArray[np.uint8], padding: NDArray[np.bool_] | None, flips: bool = False
 ) -> Tensor:
-    """`logits` of one frame (C, H, W) of which the network sees all but the padding; there they are minus infinity.
+    """`logits` of one frame (C, H, W), minus infinity in its padding, which the network does not see.
 
     Args:
         network: in evaluation mode.
         image: uint8 (H, W).
-        padding: bool (H, W), where the frame is padding; None: nowhere.
+        padding: bool (H, W), True in the padding; None: no padding.
         flips: as in `logits`.
     """
     if padding is None:
         return logits(network, torch.from_numpy(np.array(image))[None], flips)[0]
     (rows, columns), picture = grey_levels.without_padding(image, padding)
-    found = logits(network, torch.from_numpy(picture)[None], flips)[0]
-    whole = found.new_full((len(found), *image.shape), -torch.inf)
-    whole[:, rows, columns] = found
-    whole[:, torch.from_numpy(padding).to(whole.device)] = -torch.inf
-    return whole
+    picture_logits = logits(network, torch.from_numpy(picture)[None], flips)[0]
+    frame_logits = picture_logits.new_full((len(picture_logits), *image.shape), -torch.inf)
+    frame_logits[:, rows, columns] = picture_logits
+    frame_logits[:, torch.from_numpy(padding).to(frame_logits.device)] = -torch.inf
+    return frame_logits
 
 
 def maps_of_frame(network: nn.Module, frame: Frame, flips: bool = False) -> NDArray[np.float32]:
-    """`maps` of a frame, float32 (C, H, W): 0 in its padding, and everywhere where it holds no picture."""
-    found = torch.sigmoid(logits_of_picture(network, frame.levels, frame.padding, flips)).cpu().numpy()
-    return found if frame.usable else np.zeros_like(found)
+    """`maps` of a frame, float32 (C, H, W): 0 in its padding, and everywhere if the frame is not usable."""
+    output = torch.sigmoid(logits_of_picture(network, frame.levels, frame.padding, flips)).cpu().numpy()
+    return output if frame.usable else np.zeros_like(output)
 
 
 def to_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -89,11 +89,11 @@ def _logits(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _in_windows(network: nn.Module, image: Tensor) -> Tensor:
-    """Logits (C, H, W) of an image (H, W) that is too large for one piece."""
+    """Logits (C, H, W) of an image (H, W) that is too large for one forward pass."""
 
-    def window(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        part = torch.from_numpy(np.ascontiguousarray(pixels)).to(image.device)
-        return network(part[None, None].float())[0].float().cpu().numpy()
+    def window_logits(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        window = torch.from_numpy(np.ascontiguousarray(pixels)).to(image.device)
+        return network(window[None, None].float())[0].float().cpu().numpy()
 
-    parts = [part for _, part in windows.bands(window, image.cpu().numpy())]
-    return torch.from_numpy(np.concatenate(parts, axis=1)).to(image.device)
+    bands = [band for _, band in windows.bands(window_logits, image.cpu().numpy())]
+    return torch.from_numpy(np.concatenate(bands, axis=1)).to(image.device)

@@ -1,11 +1,11 @@
-"""MONAI's 2-D networks in place of our U-Net: any image size, one input channel, a logit map for each output.
+"""MONAI's 2-D networks instead of our U-Net: any image size, one input channel, one logit map per output channel.
 
-1. The options of a network are MONAI's own arguments; where MONAI gives no default (channels, strides), ours stand in.
-2. Most of these networks take sizes that their strides divide, and no others. `Padded` pads an image at its lower and
-   right edge by repeating the last row and column, and crops the logits.
-3. The size that the strides ask for is found by trying: on the `meta` device a forward pass computes shapes alone.
+1. The options of a network are MONAI's arguments; DEFAULTS has values for those without a default in MONAI.
+2. Most of these networks require sizes divisible by their strides. `Padded` pads an image at its lower and right edge
+   by repeating the last row and column, and crops the logits.
+3. The required divisor is found by trial: on the `meta` device a forward pass computes shapes only.
 
-Importing MONAI takes 3 to 5 s: only what builds such a network does it.
+Importing MONAI takes 3 to 5 s, so only functions that build such a network do it.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raylivecell.core.errors import UserError
 
 RESERVED = ("spatial_dims", "in_channels", "out_channels")
-"""Arguments that the task decides, not the recipe."""
+"""Arguments set by the task, not by the recipe."""
 _LEVELS: dict[str, Any] = {"channels": [16, 32, 64, 128, 256], "strides": [2, 2, 2, 2]}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "AttentionUnet": _LEVELS,
@@ -30,10 +30,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "filters": [16, 32, 64, 128, 256],
     },
 }
-"""Options where MONAI has no default: five levels, as in its tutorials."""
+"""Options without a default in MONAI: five levels, as in its tutorials."""
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Sizes tried, in multiples: the smallest that is ever given, and odd ones, which halve only as often as they must.
-_TRIED = ((2, 2), (3, 5), (7, 3))
+# Trial sizes in multiples: the smallest that occurs, and odd ones, which have no factor 2 beyond the multiple's own.
+_TRIAL_SIZES = ((2, 2), (3, 5), (7, 3))
 
 
 class Padded(nn.Module):
@@ -41,8 +41,8 @@ class Padded(nn.Module):
 
     Args:
         normalise: `unet.Normalise`, the first layer.
-        network: takes sizes divisible by `multiple`.
-        multiple: of height and width; at least two of it are given, since instance normalisation needs several pixels.
+        network: accepts sizes divisible by `multiple`.
+        multiple: of height and width; they are padded to at least twice that: instance normalisation needs pixels.
     """
 
     def __init__(self, normalise: nn.Module, network: nn.Module, multiple: int) -> None:
@@ -50,39 +50,39 @@ class Padded(nn.Module):
         self.normalise, self.network, self.multiple = normalise, network, multiple
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits; the sigmoid is the caller's."""
+        """Return logits, without the sigmoid."""
         height, width = image.shape[-2:]
-        padded = _extended(_extended(self.normalise(image), 2, self.multiple), 3, self.multiple)
-        return _first(_first(self.network(padded), 2, height), 3, width)
+        padded = _pad(_pad(self.normalise(image), 2, self.multiple), 3, self.multiple)
+        return _crop(_crop(self.network(padded), 2, height), 3, width)
 
 
-def _extended(x: Tensor, axis: int, multiple: int) -> Tensor:
-    """`x` with its last row (or column) repeated up to the next multiple, at least two of them."""
+def _pad(x: Tensor, axis: int, multiple: int) -> Tensor:
+    """Repeat the last row (or column) of `x` up to the next multiple, at least 2 * multiple."""
     size = x.shape[axis]
-    wanted = torch.sym_max((size + multiple - 1) // multiple, 2) * multiple
-    if not torch.compiler.is_exporting() and wanted == size:
+    padded_size = torch.sym_max((size + multiple - 1) // multiple, 2) * multiple
+    if not torch.compiler.is_exporting() and padded_size == size:
         return x
-    # An index instead of F.pad: torch.export takes a length that depends on the image's.
-    return x.index_select(axis, torch.arange(wanted, device=x.device).clamp(max=size - 1))
+    # Indexing instead of F.pad: torch.export then accepts a length that depends on the image size.
+    return x.index_select(axis, torch.arange(padded_size, device=x.device).clamp(max=size - 1))
 
 
-def _first(x: Tensor, axis: int, size: int) -> Tensor:
-    if torch.compiler.is_exporting():  # a slice would be specialised to whether it cuts anything off
+def _crop(x: Tensor, axis: int, size: int) -> Tensor:
+    if torch.compiler.is_exporting():  # torch.export would specialise a slice to whether it removes anything
         return x.index_select(axis, torch.arange(size, device=x.device))
     return x.narrow(axis, 0, size)
 
 
 def build(name: str, options: Mapping[str, Any], outputs: int, normalise: nn.Module) -> nn.Module:
-    """The network `name` of monai.networks.nets with fresh weights from torch's random state.
+    """Build the network `name` of monai.networks.nets, with weights drawn from torch's random state.
 
     Args:
-        name: one of `recipe.Network`, but for `unet`.
+        name: a `recipe.Network` other than `unet`.
         options: arguments of its class, without RESERVED.
         outputs: channels of its logits.
         normalise: `unet.Normalise`, the first layer.
 
     Raises:
-        UserError: an option that it does not take, or with which it does not work.
+        UserError: an unknown option, or options with which the network does not work.
     """
     with torch.device("meta"):
         multiple = _multiple(_make(name, options, outputs), name, outputs)
@@ -90,14 +90,14 @@ def build(name: str, options: Mapping[str, Any], outputs: int, normalise: nn.Mod
 
 
 def describe(name: str, options: Mapping[str, Any], outputs: int) -> str:
-    """The network `build` would give, in one line, without its memory; UserError as `build`."""
+    """Describe the network of `build` in one line, without allocating it; UserError as in `build`."""
     with torch.device("meta"):
         network = _make(name, options, outputs)
         multiple = _multiple(network, name, outputs)
-    parameters = sum(one.numel() for one in network.parameters())
+    parameters = sum(weight.numel() for weight in network.parameters())
     return (
         f"network: {name} of MONAI, {parameters:,} parameters, images padded to multiples of {multiple}; "
-        "model.features and model.norm are unet's and not used"
+        "model.features and model.norm apply to unet only and are not used"
     )
 
 
@@ -105,29 +105,29 @@ def _make(name: str, options: Mapping[str, Any], outputs: int) -> nn.Module:
     from monai.networks import nets
 
     network = getattr(nets, name)
-    taken = [one for one in inspect.signature(network).parameters if one not in RESERVED]
-    if unknown := [option for option in options if option not in taken]:
-        raise UserError(f"model.options: {name} has no option {unknown[0]}; it takes {', '.join(taken)}")
+    accepted = [parameter for parameter in inspect.signature(network).parameters if parameter not in RESERVED]
+    if unknown := [option for option in options if option not in accepted]:
+        raise UserError(f"model.options: {name} has no option {unknown[0]}; its options are {', '.join(accepted)}")
     try:
         return network(spatial_dims=2, in_channels=1, out_channels=outputs, **{**DEFAULTS.get(name, {}), **options})
-    except Exception as error:  # MONAI checks its arguments by whatever fails first: KeyError, TypeError, RuntimeError
-        raise UserError(f"model.options: {name} refuses {dict(options)}: {_line(error)}") from error
+    except Exception as error:  # MONAI does not validate arguments: KeyError, TypeError, RuntimeError
+        raise UserError(f"model.options: {name} rejects {dict(options)}: {_line(error)}") from error
 
 
 def _multiple(network: nn.Module, name: str, outputs: int) -> int:
-    """The least multiple of height and width for which the network, on `meta`, gives a map of the image's size."""
+    """Smallest divisor of height and width for which the network, on `meta`, returns maps of the image size."""
     reason = ""
     for multiple in _MULTIPLES:
-        shapes = [(1, 1, a * multiple, b * multiple) for a, b in _TRIED]
+        shapes = [(1, 1, a * multiple, b * multiple) for a, b in _TRIAL_SIZES]
         try:
-            found = [network(torch.zeros(shape, device="meta")) for shape in shapes]
-        except Exception as error:  # a size that does not fit ends in any of MONAI's and torch's errors
+            results = [network(torch.zeros(shape, device="meta")) for shape in shapes]
+        except Exception as error:  # a wrong size raises any of MONAI's and torch's errors
             reason = _line(error)
             continue
-        wanted = [(1, outputs, *shape[2:]) for shape in shapes]
-        if [tuple(getattr(one, "shape", ())) for one in found] == wanted:
+        expected = [(1, outputs, *shape[2:]) for shape in shapes]
+        if [tuple(getattr(result, "shape", ())) for result in results] == expected:
             return multiple
-        reason = "its output is not one map of the image's size for each target"
+        reason = "its output is not one map of the image's size per output channel"
     raise UserError(f"model.options: {name} cannot be used with these options: {reason}; change them")
 
 

@@ -1,4 +1,4 @@
-"""Arrays and tensors of this process's memory, and tensors on the device that computes."""
+"""Host arrays -> tensors, and their transfer to the device."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tensors(batches: Iterator[Mapping[str, np.ndarray]]) -> Iterator[dict[str, Tensor]]:
-    """The arrays of each batch as tensors that share their memory, which is not to be written."""
+    """Convert the arrays of each batch to tensors that share their memory; do not write to them."""
     for batch in batches:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the loop only reads
@@ -18,10 +18,10 @@ def tensors(batches: Iterator[Mapping[str, np.ndarray]]) -> Iterator[dict[str, T
 
 
 class DeviceTransfer:
-    """Sends tensors to `device`.
+    """Copies tensors to `device`.
 
-    To a GPU from pinned memory, in a stream of its own: the copy goes on while the last step computes, and this process
-    does not wait for either. Out of ordinary memory a copy waits until the GPU has done all that it was told before.
+    Copies to a GPU use pinned memory and a stream of their own: they run during the previous step, and this process
+    waits for neither. A copy from pageable memory would wait until the GPU has finished all queued work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,12 +29,12 @@ class DeviceTransfer:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device; itself where it lies there."""
+        """Return the tensor on the device; unchanged if already there."""
         if self.stream is None or tensor.is_cuda:
             return tensor.to(self.device)
         with torch.cuda.stream(self.stream):
-            sent = tensor.pin_memory().to(self.device, non_blocking=True)
+            copy = tensor.pin_memory().to(self.device, non_blocking=True)
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self.stream)
-        sent.record_stream(computing)  # else its memory is given to a later copy before the step that reads it ran
-        return sent
+        copy.record_stream(computing)  # else a later copy could reuse its memory before the step has read it
+        return copy

@@ -1,4 +1,4 @@
-"""The U-Net of Ronneberger et al. (MICCAI 2015, arXiv:1505.04597), padded: its output is as large as its input.
+"""The U-Net of Ronneberger et al. (MICCAI 2015, arXiv:1505.04597) with padding: output and input have the same size.
 
 Shape suffixes: B batch, C channels, H and W pixels.
 """
@@ -14,13 +14,13 @@ from raylivecell.recipe import ModelConfig, Norm
 
 
 class Normalise(nn.Module):
-    """Grey levels 0 to 255 to float32 in about [-4, 4]: asinh((image - background) / scale), so that background is 0.
+    """Grey levels 0 to 255 -> float32 in about [-4, 4]: asinh((image - background) / scale), so that background is 0.
 
-    First layer of every network, with the background and scale of the set that it is trained on. With another zero
-    BatchNorm's running statistics lag behind: on a background of 90 with a zero of 128, validation Dice stayed at
-    0.497 for 300 steps. Linear near the background and logarithmic away from it: the flat rim of a spread cell differs
-    from its ground by 2 to 5 grey levels, a halo by 100. Mean Dice of a network of 0.5 M parameters on five unseen
-    LIVECell images after 500 steps: 0.894; with (image - 128) / 64: 0.883.
+    First layer of every network, with the background and scale of its training set. With a wrong background,
+    BatchNorm's running statistics lag behind: for a background of 90 and a zero at 128, validation Dice stayed at
+    0.497 for 300 steps. The function is linear near the background and logarithmic away from it: the flat rim of a
+    spread cell differs from the background by 2 to 5 grey levels, a halo by 100. Mean Dice of a network of 0.5 M
+    parameters on five unseen LIVECell images after 500 steps: 0.894; with (image - 128) / 64: 0.883.
     """
 
     def __init__(self, background: float = 128.0, scale: float = 5.0) -> None:
@@ -36,7 +36,7 @@ class Normalise(nn.Module):
 def _norm(kind: Norm, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(math.gcd(8, channels), channels)
-    return nn.BatchNorm2d(channels)  # sync_batch is converted once the whole network stands
+    return nn.BatchNorm2d(channels)  # sync_batch is converted once the network is complete
 
 
 class DoubleConv(nn.Sequential):
@@ -72,7 +72,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(features[0], outputs, 1)
 
     def forward(self, x_B1HW: Tensor) -> Tensor:
-        """Logits; the sigmoid is the caller's."""
+        """Return logits, without the sigmoid."""
         x, skips = self.normalise(x_B1HW), []
         for block in self.contracting:
             x = block(x)
@@ -80,17 +80,17 @@ class UNet(nn.Module):
             x = self.pool(x)
         x = self.bottleneck(x)
         for upsample, block, skip in zip(self.upsampling, self.expanding, reversed(skips)):
-            # The paper crops the skip to the smaller map of unpadded convolutions. Here the up-sampled map is the
-            # larger one, by at most a pixel, and is cropped to the skip, so that no border of the image is lost.
-            x = _cropped(upsample(x), *skip.shape[-2:])
+            # In the paper the skip is cropped to the smaller map of unpadded convolutions. Here the upsampled map is
+            # larger by at most a pixel and is cropped to the skip, so that no border of the image is lost.
+            x = _crop(upsample(x), *skip.shape[-2:])
             x = block(torch.cat([skip, x], dim=1))
         return self.head(x)
 
 
-def _cropped(x: Tensor, height: int, width: int) -> Tensor:
-    """The upper left (height, width) of x, (B, C, H, W)."""
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left (height, width) of x (B, C, H, W)."""
     if torch.compiler.is_exporting():
-        # A slice makes torch.export hold that there is something to cut off: true of one size, not of the next.
+        # From a slice torch.export concludes that it always removes something, which is wrong for other sizes.
         return x.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
     return x[..., :height, :width]
 
@@ -98,15 +98,15 @@ def _cropped(x: Tensor, height: int, width: int) -> Tensor:
 def build_model(config: ModelConfig, outputs: int = 1, rule: Intensity | None = None) -> nn.Module:
     """The recipe's network: grey levels 0 to 255 (B, 1, H, W) -> logits (B, outputs, H, W).
 
-    Its weights are fresh, from torch's random state.
+    Its weights are drawn from torch's random state.
 
     Args:
-        config: which network.
+        config: the network.
         outputs: channels of its logits.
-        rule: of the set that it is trained on, for `Normalise`; default: LIVECell's background 128 and scale 5.
+        rule: intensity rule of its training set, for `Normalise`; default: LIVECell's background 128 and scale 5.
 
     Raises:
-        UserError: options that the network does not take.
+        UserError: options that the network rejects.
     """
     rule = rule or LIVECELL
     normalise = Normalise(rule.background_level, rule.scale)
@@ -118,7 +118,7 @@ def build_model(config: ModelConfig, outputs: int = 1, rule: Intensity | None = 
 
 
 def _build_unet(config: ModelConfig, outputs: int, normalise: Normalise) -> nn.Module:
-    """A U-Net whose biases are zero, the head's too: it prefers neither foreground nor background."""
+    """A U-Net with zero biases, also in the head: it prefers neither foreground nor background."""
     model = UNet(config.features, config.norm, outputs, normalise)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -131,5 +131,5 @@ def _build_unet(config: ModelConfig, outputs: int, normalise: Normalise) -> nn.M
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,8 +1,8 @@
-"""Images of any size through a network, in overlapping windows, in bounded memory. No torch, no Ray.
+"""A network on images of any size in overlapping windows, in bounded memory. No torch, no Ray.
 
 1. Windows of one size are placed on a fixed grid; the last ones are shifted back inside the image.
-2. Where windows overlap, their maps are averaged. A window's weight falls to nothing (as a squared sine) towards those
-   of its edges that are inside the image, where the network saw one side only, and not towards the image's own.
+2. Where windows overlap, their maps are averaged. A window's weight falls to 0 (as a squared sine) towards those of its
+   edges that are inside the image, where the network has context on one side only, but not towards the image edge.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,53 +15,53 @@ Maps = NDArray[np.float32]
 Network = Callable[[NDArray[np.uint8]], Maps]
 """uint8 (h, w) -> maps float32 (C, h, w)."""
 
-# A 64-channel U-Net needs about 1.2 kB a pixel at its widest place: 2.5 GB at 2 megapixels. LIVECell has 0.37.
+# A 64-channel U-Net needs at most about 1.2 kB a pixel: 2.5 GB at 2 megapixels. LIVECell images have 0.37.
 WHOLE_PIXELS = 2**21
-"""Images of more pixels go through the network in windows."""
+"""Images with more pixels go through the network in windows."""
 WINDOW = 1024
 """Height and width of a window, pixels."""
 OVERLAP = 0.25
-"""Part of a window that the next one covers too, at the least."""
+"""Minimum fraction of a window that the next one also covers."""
 
 
 def bands(network: Network, image: NDArray[np.uint8], window: int = WINDOW) -> Iterator[tuple[int, Maps]]:
     """Maps of an image, in bands of finished rows from top to bottom, each row once.
 
     Args:
-        network: maps of a window, uint8 (h, w), of any sort that may be averaged: logits or probabilities.
-        image: uint8 (H, W) of any size; it may be a memory map.
-        window: height and width of the windows; the image's own where that is less.
+        network: returns the maps of a window, uint8 (h, w), that may be averaged: logits or probabilities.
+        image: uint8 (H, W) of any size; may be a memory map.
+        window: height and width of the windows; the image's own if smaller.
 
     Yields:
-        The band's first row, and its maps, float32 (C, h, W), the receiver's to keep.
+        First row of the band, and its maps, float32 (C, h, W), a copy that the caller may change.
 
     Raises:
-        ValueError: the maps are not of the window's size.
+        ValueError: the maps do not have the window's size.
     """
     height, width = image.shape
-    ys, high = _grid(height, window)
-    xs, wide = _grid(width, window)
-    step = ys[1] if len(ys) > 1 else height  # the last windows finish more rows than that at once
-    held: Maps | None = None
-    for y, end, weights_y in zip(ys, [*ys[1:], height], high):
-        for x, weights_x in zip(xs, wide):
+    ys, weights_of_rows = _grid(height, window)
+    xs, weights_of_columns = _grid(width, window)
+    step = ys[1] if len(ys) > 1 else height  # maximum rows of a band: the last windows finish more rows at once
+    sums: Maps | None = None  # of the rows from y on
+    for y, end, weights_y in zip(ys, [*ys[1:], height], weights_of_rows):
+        for x, weights_x in zip(xs, weights_of_columns):
             pixels = np.ascontiguousarray(image[y : y + len(weights_y), x : x + len(weights_x)])
             maps = network(pixels)
             if maps.shape[1:] != pixels.shape:
-                raise ValueError(f"the network made maps {maps.shape} of a window {pixels.shape}")
-            if held is None:
-                held = np.zeros((len(maps), len(weights_y), width), np.float32)
-            held[:, :, x : x + len(weights_x)] += maps * (weights_y[:, None] * weights_x)
-        assert held is not None
-        done = end - y
-        for top in range(0, done, step):
-            yield y + top, held[:, top : min(top + step, done)].copy()
-        held[:, : held.shape[1] - done] = held[:, done:]
-        held[:, held.shape[1] - done :] = 0
+                raise ValueError(f"the network returned maps {maps.shape} of a window {pixels.shape}")
+            if sums is None:
+                sums = np.zeros((len(maps), len(weights_y), width), np.float32)
+            sums[:, :, x : x + len(weights_x)] += maps * (weights_y[:, None] * weights_x)
+        assert sums is not None
+        finished = end - y
+        for top in range(0, finished, step):
+            yield y + top, sums[:, top : min(top + step, finished)].copy()
+        sums[:, : sums.shape[1] - finished] = sums[:, finished:]
+        sums[:, sums.shape[1] - finished :] = 0
 
 
 def _grid(size: int, window: int) -> tuple[list[int], list[NDArray[np.float32]]]:
-    """First pixels of the windows along an axis, and each window's weights, which sum to 1 in every pixel."""
+    """First pixel and weights of each window along an axis; the weights sum to 1 in every pixel."""
     window = min(window, size)
     starts = [*range(0, size - window, _step(window)), size - window]
     inside = np.arange(window) + 0.5

@@ -30,6 +30,7 @@ from raylivecell.core import settings
 from raylivecell.core.errors import UserError
 from raylivecell.core.settings import StrictModel
 from raylivecell.recipe import Recipe
+from raylivecell.targets.registry import NAMES
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -110,7 +111,7 @@ OBJECTIVES = {
     "msa": Objective("score", "max", "validation mSA"),
     "ms_per_image": Objective("ms_per_image", "min", "ms an image"),
 }
-SCORES = {"foreground": "Dice", "boundary": "mSA", "distance": "mSA"}
+SCORES = {name: "Dice" if name == "foreground" else "mSA" for name in NAMES}
 """Validation score by the recipe's targets."""
 DIGITS = 12
 """Decimals of a share: 0.5 is returned as 0.5, not as 0.4999999999999999."""

@@ -55,7 +55,7 @@ class TrainJob:
             recipe.augment,
             recipe.crop,
             samples.frame,
-            samples.kept_train,
+            samples.cached_train,
             recipe.targets,
             samples.task_cpus,
             samples.intensity.background_level,

@@ -21,6 +21,8 @@ from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.transfer import DeviceTransfer
 from raylivecell.recipe import LoopConfig, LossConfig, OptimizerConfig
 from raylivecell.runs.progress import Progress
+from raylivecell.targets.registry import Targets
+from raylivecell.targets.sample_planes import IMAGE
 
 # Reading a loss waits for the GPU: losses on GPUs are checked for NaN and infinity only once in this many steps.
 GPU_CHECK_STEPS = 20
@@ -88,6 +90,7 @@ def run(
     schedule: SampleSchedule,
     config: LoopConfig,
     loss_config: LossConfig,
+    targets: Targets,
     validate: Callable[[nn.Module], dict[str, float]],
     on_step: Callable[[int, float], None] = lambda step, images_per_s: None,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -100,11 +103,12 @@ def run(
     Args:
         training: changed in place.
         forward: the network to call: `training.model`, or a wrapper of it (DDP, compiled).
-        batches: {"planes": uint8 (b, 2 + C, H, W) as of `draw_target_maps`; anything else} from the present step on,
-            this rank's share of each.
+        batches: {"planes": uint8 (b, 2 + C, H, W) as in targets/sample_planes.py; anything else} from the present step
+            on, this rank's share of each.
         schedule: the sample order that `batches` follows.
         config: report interval, precision and memory format.
         loss_config: the loss and its weights.
+        targets: the target kind of `batches`.
         validate: network -> metrics named `val_*`, equal on every rank.
         on_step: called after each step with steps done and images/s (of all ranks) since the last report.
         sum_over_ranks: returns the sum of a tensor over all ranks.
@@ -122,8 +126,8 @@ def run(
         planes = send(next(batches)["planes"])
         stats.waited += time.perf_counter() - begin
         with _precision(config.precision, device):
-            logits = forward(planes[:, :1].contiguous(memory_format=_memory_format(config)))
-        loss = segmentation_loss(logits, planes[:, 1:], loss_config)
+            logits = forward(planes[:, IMAGE, None].contiguous(memory_format=_memory_format(config)))
+        loss = segmentation_loss(logits, planes, loss_config, targets)
         stats.add(step, torch.stack(loss).detach())
         _update(training, loss.total)
         training.state.step = step + 1

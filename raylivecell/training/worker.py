@@ -116,6 +116,7 @@ def reports(
             schedule,
             recipe.loop,
             recipe.loss,
+            recipe.targets,
             validate=Validation(job.samples, context, recipe.targets).scores,
             on_step=_progress_sender(job, startup) if context.rank == 0 else lambda step, images_per_s: None,
             sum_over_ranks=sum_over_ranks,

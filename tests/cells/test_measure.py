@@ -1,4 +1,4 @@
-"""What is measured of each cell is what scikit-image measures; coordinates are those of pixel centres."""
+"""Measurements of cells equal those of scikit-image; coordinates are those of pixel centres."""
 
 import csv
 
@@ -13,20 +13,20 @@ from raylivecell.cells import measure
 
 
 def compare(labels: np.ndarray, image: np.ndarray) -> None:
-    got = measure.measure(labels, image)
+    measured = measure.measure(labels, image)
     regions = regionprops(labels, image)
-    assert got.label.tolist() == [region.label for region in regions]
+    assert measured.label.tolist() == [region.label for region in regions]
     height, width = labels.shape
     for i, region in enumerate(regions):
         top, left, bottom, right = region.bbox
-        bbox = (got.bbox_x[i], got.bbox_y[i], got.bbox_width[i], got.bbox_height[i])
+        bbox = (measured.bbox_x[i], measured.bbox_y[i], measured.bbox_width[i], measured.bbox_height[i])
         assert bbox == (left, top, right - left, bottom - top)
-        assert got.area_px[i] == region.area
-        assert (got.centroid_y[i], got.centroid_x[i]) == pytest.approx(region.centroid)
-        # Of a straight line the short axis is 0 but for the rounding, and sqrt(1e-16) is 1e-8.
-        assert got.eccentricity[i] == pytest.approx(region.eccentricity, abs=1e-6)
-        assert got.mean_intensity[i] == pytest.approx(region.intensity_mean)
-        assert got.touches_border[i] == (left == 0 or top == 0 or right == width or bottom == height)
+        assert measured.area_px[i] == region.area
+        assert (measured.centroid_y[i], measured.centroid_x[i]) == pytest.approx(region.centroid)
+        # The minor axis of a straight line is 0 except for rounding, and sqrt(1e-16) is 1e-8.
+        assert measured.eccentricity[i] == pytest.approx(region.eccentricity, abs=1e-6)
+        assert measured.mean_intensity[i] == pytest.approx(region.intensity_mean)
+        assert measured.touches_border[i] == (left == 0 or top == 0 or right == width or bottom == height)
 
 
 @given(
@@ -34,16 +34,16 @@ def compare(labels: np.ndarray, image: np.ndarray) -> None:
     st.integers(0, 9),
 )
 def test_any_labels(labels: np.ndarray, seed: int) -> None:
-    """Scattered, lying around others, of numbers that are missing: all that a label image may hold."""
+    """Scattered and nested cells, and missing numbers: everything that a label image may contain."""
     compare(labels, np.random.default_rng(seed).integers(0, 256, labels.shape, np.uint8))
 
 
-def test_real_shapes_far_from_the_corner() -> None:
+def test_ellipses_far_from_the_corner() -> None:
     y, x = np.mgrid[:300, :900]
     labels = np.zeros((300, 900), np.int32)
     labels[(x - 100) ** 2 / 40**2 + (y - 150) ** 2 / 20**2 < 1] = 1
-    turned = ((x - 700) + (y - 150), (x - 700) - (y - 150))
-    labels[turned[0] ** 2 / 150**2 + turned[1] ** 2 / 30**2 < 1] = 2
+    axes = ((x - 700) + (y - 150), (x - 700) - (y - 150))
+    labels[axes[0] ** 2 / 150**2 + axes[1] ** 2 / 30**2 < 1] = 2
     labels[120:180, 400:460] = 3
     compare(labels, (x % 256).astype(np.uint8))
     compare(np.asfortranarray(labels), (y % 256).astype(np.uint8))

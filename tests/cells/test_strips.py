@@ -1,4 +1,4 @@
-"""Overlapping windows and strips against the whole image at once."""
+"""Overlapping windows and strips, compared with the complete image in one piece."""
 
 import itertools
 import subprocess
@@ -16,11 +16,11 @@ from torch import nn
 
 from raylivecell.cells import strips, watershed
 from raylivecell.cells.watershed import InstanceConfig
-from raylivecell.ingest import target_maps
 from raylivecell.network import forward
 from raylivecell.network import windows as tiles
-from raylivecell.recipe import CHANNELS, Targets
 from raylivecell.scoring import instance_scores
+from raylivecell.targets import sample_planes
+from raylivecell.targets.registry import NAMES, Targets
 
 Network = Callable[[np.ndarray], np.ndarray]
 WINDOW, HALO = 64, 48
@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 def mosaic(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Labels of ellipses side by side and over each other, on every seam: up to 24 rows, half of HALO, high."""
+    """Labels of adjacent and overlapping ellipses, also on every seam: up to 24 rows, half of HALO, high."""
     labels = np.zeros(shape, np.uint16)
     for label in range(1, 2 + shape[0] * shape[1] // 250):
         centre = [int(rng.integers(0, size)) for size in shape[::-1]]
@@ -39,35 +39,35 @@ def mosaic(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def encoded(labels: np.ndarray, targets: Targets) -> tuple[np.ndarray, Network]:
-    """An image of which every pixel tells the ideal maps there, and the network that reads them."""
-    planes = target_maps.draw_target_maps(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
-    cell, drawn = planes[1], planes[3:]
+    """An image whose pixels encode the ideal maps there, and the network that decodes them."""
+    planes = sample_planes.draw(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
+    cell, maps = planes[sample_planes.FOREGROUND], planes[sample_planes.MAPS]
     if targets == "foreground":
         return cell, lambda image: (image > 0)[None].astype(np.float32)
     if targets == "boundary":
-        return cell + 2 * (drawn[0] > 0), lambda image: np.stack([image & 1, image >> 1]).astype(np.float32)
-    height = (255 - drawn[0].astype(np.int32) + drawn[1]) // 4  # 0 to 127
+        return cell + 2 * (maps[0] > 0), lambda image: np.stack([image & 1, image >> 1]).astype(np.float32)
+    height = (255 - maps[0].astype(np.int32) + maps[1]) // 4  # 0 to 127
 
     def distances(image: np.ndarray) -> np.ndarray:
-        near = (image & 127) / np.float32(127)
-        return np.stack([image >> 7, 1 - near, near]).astype(np.float32)
+        height = (image & 127) / np.float32(127)
+        return np.stack([image >> 7, 1 - height, height]).astype(np.float32)
 
     return (cell * (128 + height)).astype(np.uint8), distances
 
 
 def blurred(network: Network) -> Network:
-    """One that looks at neighbours, and sees none at its window's edges."""
+    """A network that uses neighbouring pixels and has none at the edges of its window."""
     return lambda image: np.stack([cv2.blur(plane, (3, 3)) for plane in network(image)])
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """Two maps of one pixel each."""
+    """Two maps, each a function of the pixel alone."""
     return np.stack([image, 255 - image]).astype(np.float32)
 
 
 @settings(max_examples=60)
 @given(SIZES, st.integers(1, 80), SEEDS)
-def test_bands_are_the_maps_of_the_whole_row_by_row(shape: tuple[int, int], window: int, seed: int) -> None:
+def test_bands_are_the_maps_of_the_complete_image_row_by_row(shape: tuple[int, int], window: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     windows = []
 
@@ -80,71 +80,71 @@ def test_bands_are_the_maps_of_the_whole_row_by_row(shape: tuple[int, int], wind
         assert (first, maps.dtype, maps.shape[0], maps.shape[2]) == (row, np.float32, 2, shape[1])
         np.testing.assert_allclose(maps, grey(image[row : row + maps.shape[1]]), atol=1e-3)
         row += maps.shape[1]
-        maps[:] = np.nan  # it is the receiver's: what comes later does not change
+        maps[:] = np.nan  # must not affect later bands
     assert row == shape[0]
     assert set(windows) == {((min(window, shape[0]), min(window, shape[1])), np.dtype(np.uint8), True)}
 
 
-def test_what_fits_in_a_window_is_not_touched() -> None:
+def test_maps_of_an_image_that_fits_in_a_window_are_unchanged() -> None:
     image = np.random.default_rng(0).integers(0, 256, (31, 64), np.uint8)
     maps = np.random.default_rng(1).random((3, 31, 64), np.float32)
-    found = [band for _, band in tiles.bands(lambda _: maps, image, 64)]
-    np.testing.assert_array_equal(np.concatenate(found, axis=1), maps)
+    bands = [band for _, band in tiles.bands(lambda _: maps, image, 64)]
+    np.testing.assert_array_equal(np.concatenate(bands, axis=1), maps)
 
 
 @settings(max_examples=30)
 @given(st.tuples(st.integers(3, 200), st.integers(3, 200)))
-def test_what_a_window_says_at_its_edges_hardly_counts_inside_the_image(shape: tuple[int, int]) -> None:
-    """Each window errs by 1 in its outermost pixels; the others that see them know better."""
+def test_window_edges_hardly_count_inside_the_image(shape: tuple[int, int]) -> None:
+    """Each window has an error of 1 in its outermost pixels, where overlapping windows have none."""
 
     def network(pixels: np.ndarray) -> np.ndarray:
         error = np.ones((1, *pixels.shape), np.float32)
         error[:, 1:-1, 1:-1] = 0
         return error
 
-    found = np.concatenate([maps for _, maps in tiles.bands(network, np.zeros(shape, np.uint8), 64)], axis=1)[0]
-    assert found[1:-1, 1:-1].max() < 0.01
-    np.testing.assert_allclose(found[[0, -1]], 1, atol=1e-5)  # the frame has no other witness
+    error = np.concatenate([maps for _, maps in tiles.bands(network, np.zeros(shape, np.uint8), 64)], axis=1)[0]
+    assert error[1:-1, 1:-1].max() < 0.01
+    np.testing.assert_allclose(error[[0, -1]], 1, atol=1e-5)  # no other window covers the image edge
 
 
-def test_maps_of_another_size_are_refused() -> None:
+def test_maps_of_another_size_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"\(1, 1, 1\) of a window \(64, 64\)"):
         next(tiles.bands(lambda _: np.zeros((1, 1, 1), np.float32), np.zeros((99, 99), np.uint8), 64))
 
 
-def assert_same(found: np.ndarray, whole: np.ndarray, but: int = 0) -> None:
-    """The same number of cells, and each of one has its own in the other; `but` so many.
+def assert_same(labels: np.ndarray, expected: np.ndarray, exceptions: int = 0) -> None:
+    """Both have the same number of cells, and each cell has a counterpart, with up to `exceptions`.
 
-    A pixel between two cells goes to either where the maps tie, by the order of the flood: five of 37 were seen.
+    Where the maps tie, a pixel between two cells goes to either, by the order of flooding: up to five of 37.
     """
-    pairs = instance_scores.overlaps(found, whole)
-    assert abs(pairs.cells - pairs.true_cells) <= but
-    assert instance_scores.true_positives(pairs, 0.75) >= pairs.true_cells - but
+    pairs = instance_scores.overlaps(labels, expected)
+    assert abs(pairs.cells - pairs.true_cells) <= exceptions
+    assert instance_scores.true_positives(pairs, 0.75) >= pairs.true_cells - exceptions
 
 
-@pytest.mark.parametrize("targets", CHANNELS)
-@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize("targets", NAMES)
+@pytest.mark.parametrize("uses_neighbours", [False, True])
 @settings(max_examples=40)
 @given(shape=SIZES, seed=SEEDS)
-def test_strips_give_the_cells_of_the_whole(
-    targets: Targets, looks_around: bool, shape: tuple[int, int], seed: int
+def test_strips_give_the_cells_of_the_complete_image(
+    targets: Targets, uses_neighbours: bool, shape: tuple[int, int], seed: int
 ) -> None:
-    """Of a network that looks around, maps differ by some 0.002 at the windows' edges: a saddle may be that close."""
+    """Maps of a network that uses neighbours differ by about 0.002 at window edges: a saddle may be that close."""
     image, network = encoded(mosaic(np.random.default_rng(seed), shape), targets)
-    network = blurred(network) if looks_around else network
+    network = blurred(network) if uses_neighbours else network
     maps = network(image)
     config = watershed.default(targets)
-    whole = watershed.segment(maps, targets, config)
+    expected = watershed.segment(maps, targets, config)
     labels, scores, foreground = strips.segment(network, image, targets, config, WINDOW, HALO)
     assert (labels.dtype, labels.shape, scores.dtype, foreground.dtype) == (np.int32, shape, np.float64, np.bool_)
     np.testing.assert_array_equal(np.unique(labels[labels > 0]), np.arange(1, len(scores) + 1))
-    assert_same(labels, whole, but=2 + whole.max() // 50 if looks_around else 0)
-    assert (foreground != (maps[0] > config.foreground)).mean() < 0.01 * looks_around + 1e-9
+    assert_same(labels, expected, exceptions=2 + expected.max() // 50 if uses_neighbours else 0)
+    assert (foreground != (maps[0] > config.threshold)).mean() < 0.01 * uses_neighbours + 1e-9
     np.testing.assert_allclose(scores, watershed.scores(labels, maps[0]), atol=0.01)
 
 
-def test_a_strip_takes_no_cell_whose_neighbours_it_cuts() -> None:
-    """A cut neighbour's rest, without its peak, would be joined to the cell."""
+def test_a_strip_owns_no_cell_whose_neighbours_it_cuts() -> None:
+    """The rest of a cut neighbour, without its peak, would be merged into the cell."""
     config = watershed.default("foreground")
     for seed in range(25):
         image, network = encoded(mosaic(np.random.default_rng(seed), (260, 200)), "foreground")
@@ -152,55 +152,55 @@ def test_a_strip_takes_no_cell_whose_neighbours_it_cuts() -> None:
         assert_same(labels, watershed.segment(network(image), "foreground", config))
 
 
-@pytest.mark.parametrize("targets", CHANNELS)
+@pytest.mark.parametrize("targets", NAMES)
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(3, 300)), max_size=6), st.integers(12, 40))
-def test_cells_of_any_height_are_whole(targets: Targets, bars: list[tuple[int, int]], halo: int) -> None:
-    """Bars of up to 300 rows, of which a strip shows 2 * 40 + 36 at the most."""
+def test_cells_of_any_height_are_complete(targets: Targets, bars: list[tuple[int, int]], halo: int) -> None:
+    """Bars of up to 300 rows, of which a strip contains at most 2 * 40 + 36."""
     labels = np.zeros((320, 90), np.uint16)
     for label, (top, height) in enumerate(bars, 1):
         labels[top : top + height, 14 * label - 10 : 14 * label] = label
     image, network = encoded(labels, targets)
     config = InstanceConfig(prominence=1, smoothing=0)
-    found, scores, _ = strips.segment(network, image, targets, config, window=48, halo=halo)
-    pairs = instance_scores.overlaps(found, labels)
+    cells, scores, _ = strips.segment(network, image, targets, config, window=48, halo=halo)
+    pairs = instance_scores.overlaps(cells, labels)
     np.testing.assert_array_equal(pairs.iou, 1)
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
     np.testing.assert_allclose(scores, np.ones(len(bars)), atol=1e-6)
 
 
-def test_of_two_strips_one_has_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every second strip sees all cells two rows longer, none is lost and none drawn twice."""
+def test_exactly_one_of_two_strips_owns_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If all cells are two rows longer in every second strip, none is lost and none occurs twice."""
     image = np.zeros((163, 64), np.uint8)
     for y in range(5, 150, 15):
         image[y : y + 12, 10:50] = 1
     config, network = InstanceConfig(prominence=1), encoded(image, "foreground")[1]
-    plain, turn = watershed.segment, itertools.count()
-    whole = plain(network(image), "foreground", config)
+    segment, calls = watershed.segment, itertools.count()
+    expected = segment(network(image), "foreground", config)
 
-    def wavering(*args: object) -> np.ndarray:
-        found = plain(*args)
-        if next(turn) % 2:
-            found[2:] = np.maximum(found[2:], found[:-2])
-        return found
+    def longer_every_second_time(*args: object) -> np.ndarray:
+        cells = segment(*args)
+        if next(calls) % 2:
+            cells[2:] = np.maximum(cells[2:], cells[:-2])
+        return cells
 
-    monkeypatch.setattr(watershed, "segment", wavering)
+    monkeypatch.setattr(watershed, "segment", longer_every_second_time)
     for halo in range(16, 40):
         labels, _, _ = strips.segment(network, image, "foreground", config, 48, halo)
-        assert labels.max() == whole.max() == 10
-        assert instance_scores.true_positives(instance_scores.overlaps(labels, whole), 0.8) == 10
+        assert labels.max() == expected.max() == 10
+        assert instance_scores.true_positives(instance_scores.overlaps(labels, expected), 0.8) == 10
 
 
-def test_a_cell_goes_on_as_the_one_it_lies_under(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bars a column apart over the whole height, which every second strip sees three columns to the left."""
-    turn, columns = itertools.count(), np.arange(60)
+def test_a_cell_continues_the_one_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars one column apart over the full height, shifted by three columns to the left in every second strip."""
+    calls, columns = itertools.count(), np.arange(60)
 
-    def wavering(maps: np.ndarray, *_: object) -> np.ndarray:
-        moved = columns + 3 * (next(turn) % 2)
-        return np.broadcast_to((moved // 12 + 1) * (moved % 12 > 0), maps.shape[1:]).astype(np.int32)
+    def shifted_every_second_time(maps: np.ndarray, *_: object) -> np.ndarray:
+        shifted = columns + 3 * (next(calls) % 2)
+        return np.broadcast_to((shifted // 12 + 1) * (shifted % 12 > 0), maps.shape[1:]).astype(np.int32)
 
-    monkeypatch.setattr(watershed, "segment", wavering)
-    config = InstanceConfig(smallest=0)
+    monkeypatch.setattr(watershed, "segment", shifted_every_second_time)
+    config = InstanceConfig(min_area=0)
     labels, _, _ = strips.segment(grey, np.ones((300, 60), np.uint8), "foreground", config, 48, 20)
     bars = labels.reshape(300, 5, 12)
     assert (bars[:, :, 3:9] == bars[:1, :, 3:4]).all()
@@ -210,36 +210,36 @@ def test_a_cell_goes_on_as_the_one_it_lies_under(monkeypatch: pytest.MonkeyPatch
     assert (gaps == 0).any()
 
 
-def test_an_image_without_cells_and_a_halo_of_none() -> None:
-    def nothing(pixels: np.ndarray) -> np.ndarray:
+def test_an_image_without_cells_and_a_halo_of_zero() -> None:
+    def empty(pixels: np.ndarray) -> np.ndarray:
         return np.zeros((1, *pixels.shape), np.float32)
 
     image = np.zeros((150, 70), np.uint8)
-    labels, scores, foreground = strips.segment(nothing, image, "foreground", InstanceConfig(), 64, 16)
+    labels, scores, foreground = strips.segment(empty, image, "foreground", InstanceConfig(), 64, 16)
     assert (labels.any(), scores.shape, foreground.any()) == (False, (0,), False)
     with pytest.raises(ValueError, match="halo is 0"):
-        strips.segment(nothing, image, "foreground", InstanceConfig(), 64, 0)
+        strips.segment(empty, image, "foreground", InstanceConfig(), 64, 0)
 
 
 @pytest.mark.parametrize("shape", [(1030, 70), (70, 1030), (1100, 1100)])
-def test_torch_networks_are_blended_in_the_same_way(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_networks_are_blended_alike(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = nn.Conv2d(1, 2, 3, padding=1)
     images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
-    whole = forward.logits(network, images)
+    expected = forward.logits(network, images)
     monkeypatch.setattr(tiles, "WHOLE_PIXELS", 1)
     in_windows = forward.logits(network, images)
-    torch.testing.assert_close(in_windows, whole, atol=2e-2, rtol=0)
-    assert not torch.equal(in_windows, whole)
+    torch.testing.assert_close(in_windows, expected, atol=2e-2, rtol=0)
+    assert not torch.equal(in_windows, expected)
 
 
 MEMORY = """
     import numpy as np
-    from raylivecell.network import windows as tiles
+    from raylivecell.cells import strips
     from raylivecell.cells.watershed import InstanceConfig
 
-    near = (np.arange(40) - 20) ** 2
-    image = np.tile((np.add.outer(near, near) < 150).astype(np.uint8), (250, 250))
+    squares = (np.arange(40) - 20) ** 2
+    image = np.tile((np.add.outer(squares, squares) < 150).astype(np.uint8), (250, 250))
 
     def network(pixels):
         return np.broadcast_to(pixels, (3, *pixels.shape)).astype(np.float32)
@@ -252,7 +252,7 @@ MEMORY = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory in /proc")
 def test_memory_is_bounded() -> None:
     """10,000 x 10,000 pixels and 62,500 cells: image, labels and foreground are 0.6 GB, the maps would be 1.2 GB."""
     command = [sys.executable, "-c", textwrap.dedent(MEMORY)]

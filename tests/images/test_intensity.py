@@ -232,7 +232,7 @@ def network_of_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
         recipe = Recipe(model=ModelConfig(features=(4, 8), norm="group"), targets="distance")
         folder = str(tmp_path_factory.mktemp(kind))
         checkpoint.save(folder, build_model(recipe.model, recipe.outputs, rule), {}, Progress(), recipe, None, rule)
-        checkpoint.save_instances(folder, segmenter.InstanceConfig(prominence=0.01, smallest=4), {})
+        checkpoint.save_instances(folder, segmenter.InstanceConfig(prominence=0.01, min_area=4), {})
         return folder
 
     return save

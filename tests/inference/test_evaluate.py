@@ -69,7 +69,7 @@ def saved(tmp_path: Path) -> str:
     recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
     folder = str(tmp_path / "checkpoint")
     checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
-    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
+    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, min_area=4), {})
     return folder
 
 

@@ -31,7 +31,7 @@ def save(folder: Path, **fields: Any) -> str:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             torch.nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]
     checkpoint.save(str(folder), network, {}, Progress(), parsed, DATA)
-    checkpoint.save_instances(str(folder), InstanceConfig(foreground=0.2, prominence=0.01, smallest=1), {})
+    checkpoint.save_instances(str(folder), InstanceConfig(threshold=0.2, prominence=0.01, min_area=1), {})
     return str(folder)
 
 
@@ -78,7 +78,7 @@ def test_exported_files_hold_the_metadata(exported: tuple[str, str], tmp_path: P
     saved, file = exported
     model = onnx_model.load(file)
     assert model.targets == "distance"
-    assert model.thresholds == InstanceConfig(foreground=0.2, prominence=0.01, smallest=1).model_dump()
+    assert model.thresholds == InstanceConfig(threshold=0.2, prominence=0.01, min_area=1).model_dump()
     assert recipe.parse(recipe.yaml.safe_load(model.recipe_text), "inside") == checkpoint.load_model(saved)[1]
     provenance = [model.about[name] for name in ("licence", "citation", "data_name", "data_sha256")]
     assert provenance == ["CC0", "nobody", "disks", "ab" * 32]
@@ -149,7 +149,7 @@ def test_a_copied_checkpoint_keeps_provenance_and_thresholds(exported: tuple[str
     copied = str(tmp_path / "copy")
     checkpoint.copy(exported[0], copied)
     assert checkpoint.load_data(copied) == DATA
-    assert checkpoint.load_instances(copied, "distance").foreground == 0.2
+    assert checkpoint.load_instances(copied, "distance").threshold == 0.2
 
 
 def test_missing_provenance_is_exported_as_not_stated(exported: tuple[str, str], tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
     folder = str(tmp_path_factory.mktemp("checkpoint"))
     checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
-    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, smallest=4), {})
+    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, min_area=4), {})
     return folder
 
 
@@ -216,7 +216,7 @@ def test_other_settings_are_rejected_and_new_images_are_added(one_process: None,
     predict.predict(saved, str(images), str(out), **options)
     first = files_in(out)
     settings = json.loads((out / "predict.json").read_text())
-    assert settings["thresholds"]["foreground"] == 0.4
+    assert settings["thresholds"]["threshold"] == 0.4
     assert settings["write"] == ["labels", "cells"]
     assert len(settings["model"]["sha256"]) == 64
     assert {name.split("/")[0] for name in first} == {"labels", *TABLES} - {"coco.json"}

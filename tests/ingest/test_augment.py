@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from raylivecell.ingest.augment import augment, augment_direct, augment_planes, plain, plain_planes
+from raylivecell.ingest.augment import augment, augment_planes, random_crop, random_crop_planes
 from raylivecell.ingest.elastic import field, field_direct
 from raylivecell.recipe import AugmentConfig
 
@@ -14,9 +14,9 @@ SIZES = [(520, 704), (333, 434), (97, 61), (16, 200)]
 
 
 def config(**fields: Any) -> AugmentConfig:
-    """Nothing is done but what `fields` say."""
-    nothing = {"elastic": {"p": 0}, "rotation": {"p": 0}, "flip": 0, "brightness": 0, "contrast": 0}
-    return AugmentConfig.model_validate(nothing | fields)
+    """A configuration with only the transforms in `fields`."""
+    disabled = {"elastic": {"p": 0}, "rotation": {"p": 0}, "flip": 0, "brightness": 0, "contrast": 0}
+    return AugmentConfig.model_validate(disabled | fields)
 
 
 def rng(*key: int) -> np.random.Generator:
@@ -43,45 +43,47 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("size", [None, (33, 47), (61, 61)])
-def test_a_function_of_its_rng_that_writes_no_input(shape: tuple[int, int], size: tuple[int, int] | None) -> None:
+def test_augment_is_a_function_of_its_rng_and_writes_no_input(
+    shape: tuple[int, int], size: tuple[int, int] | None
+) -> None:
     image, planes = noise(shape), noise((*shape, 2), 1)
-    one = augment(image, planes, rng(1, 2), AugmentConfig(), size)
-    augment(noise((50, 60)), planes[:50, :60], rng(7), AugmentConfig())  # scratch memory leaves no trace
+    first = augment(image, planes, rng(1, 2), AugmentConfig(), size)
+    augment(noise((50, 60)), planes[:50, :60], rng(7), AugmentConfig())  # reuses the scratch memory
     again = augment(image, planes, rng(1, 2), AugmentConfig(), size)
     other = augment(image, planes, rng(1, 3), AugmentConfig(), size)
-    for a, b, c in zip(one, again, other):
+    for a, b, c in zip(first, again, other):
         np.testing.assert_array_equal(a, b)
         assert (a != c).mean() > 0.5
         assert a.flags.c_contiguous
         assert a.dtype == np.uint8
         assert a.shape[:2] == (size or shape)
-    assert one[1].shape[2] == 2
+    assert first[1].shape[2] == 2
 
 
-def test_results_stay_when_the_next_sample_is_made() -> None:
+def test_the_next_sample_does_not_change_earlier_results() -> None:
     image, labels = noise((200, 300)), cells((200, 300))
-    one = augment(image, labels, rng(1), AugmentConfig())
-    kept = [a.copy() for a in one]
+    result = augment(image, labels, rng(1), AugmentConfig())
+    copies = [array.copy() for array in result]
     augment(image, labels, rng(2), AugmentConfig())
-    plain(image, labels, rng(2))[0][:] = 0
-    for a, b in zip(one, kept):
+    random_crop(image, labels, rng(2))[0][:] = 0
+    for a, b in zip(result, copies):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 @pytest.mark.parametrize("border", ["reflect", "constant"])
-def test_no_label_is_invented(dtype: type, border: str) -> None:
+def test_no_new_label_is_created(dtype: type, border: str) -> None:
     labels = (cells((211, 180)) * (1 if dtype == np.uint8 else 2000)).astype(dtype)
     for seed in range(5):
-        _, moved = augment(noise(labels.shape), labels, rng(seed), AugmentConfig(border=border), (150, 170))
-        assert moved.dtype == dtype
-        assert moved.shape == (150, 170)
-        assert set(np.unique(moved)) <= set(np.unique(labels))
-        assert len(np.unique(moved)) > 10
+        _, warped = augment(noise(labels.shape), labels, rng(seed), AugmentConfig(border=border), (150, 170))
+        assert warped.dtype == dtype
+        assert warped.shape == (150, 170)
+        assert set(np.unique(warped)) <= set(np.unique(labels))
+        assert len(np.unique(warped)) > 10
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_every_plane_moves_as_a_label_image_does(channels: int) -> None:
+def test_planes_are_warped_like_a_label_image(channels: int) -> None:
     labels = cells((120, 131)).astype(np.uint8)
     planes = frozen(np.stack([labels + 50 * c for c in range(channels)], axis=2))
     strided = frozen(np.stack([labels + 50 * c for c in range(channels)])).transpose(1, 2, 0)
@@ -89,28 +91,28 @@ def test_every_plane_moves_as_a_label_image_does(channels: int) -> None:
     for seed in range(4):
         _, expected = augment(image, labels, rng(seed), AugmentConfig(), (90, 101))
         for targets in (planes, strided):
-            _, moved = augment(image, targets, rng(seed), AugmentConfig(), (90, 101))
+            _, warped = augment(image, targets, rng(seed), AugmentConfig(), (90, 101))
             for c in range(channels):
-                np.testing.assert_array_equal(moved[..., c], expected + 50 * c)
+                np.testing.assert_array_equal(warped[..., c], expected + 50 * c)
 
 
 def test_zero_strength_is_a_random_crop() -> None:
     image, labels = noise((101, 90)), cells((101, 90))
-    places = set()
+    corners = set()
     for seed in range(40):
-        strengthless = config(elastic={"p": 1, "alpha_x": 0, "alpha_y": 0}, rotation={"p": 1, "degrees": 0})
-        got = augment(image, labels, rng(seed), strengthless, (50, 31))
-        by_plain = plain(image, labels, rng(seed), (50, 31))  # draws top and left first too
-        for a, b in zip(got, by_plain):
+        zero_strength = config(elastic={"p": 1, "alpha_x": 0, "alpha_y": 0}, rotation={"p": 1, "degrees": 0})
+        result = augment(image, labels, rng(seed), zero_strength, (50, 31))
+        crop = random_crop(image, labels, rng(seed), (50, 31))  # also draws top and left first
+        for a, b in zip(result, crop):
             np.testing.assert_array_equal(a, b)
         windows = np.lib.stride_tricks.sliding_window_view(image, (50, 31))
-        found = np.argwhere((windows == got[0]).all(axis=(2, 3)))
-        assert len(found) == 1
-        top, left = found[0]
-        np.testing.assert_array_equal(got[1], labels[top : top + 50, left : left + 31])
-        places.add((int(top), int(left)))
-    assert len(places) > 30
-    assert min(p[0] for p in places) < 10 < 40 < max(p[0] for p in places)
+        matches = np.argwhere((windows == result[0]).all(axis=(2, 3)))
+        assert len(matches) == 1
+        top, left = matches[0]
+        np.testing.assert_array_equal(result[1], labels[top : top + 50, left : left + 31])
+        corners.add((int(top), int(left)))
+    assert len(corners) > 30
+    assert min(corner[0] for corner in corners) < 10 < 40 < max(corner[0] for corner in corners)
 
 
 def test_flips_are_exact() -> None:
@@ -118,15 +120,15 @@ def test_flips_are_exact() -> None:
     seen = set()
     for seed in range(30):
         flipped = augment(image, labels, rng(seed), config(flip=0.5))
-        for ways in itertools.product((1, -1), repeat=2):
-            if np.array_equal(flipped[0], image[:: ways[0], :: ways[1]]):
-                np.testing.assert_array_equal(flipped[1], labels[:: ways[0], :: ways[1]])
-                seen.add(ways)
+        for y, x in itertools.product((1, -1), repeat=2):
+            if np.array_equal(flipped[0], image[::y, ::x]):
+                np.testing.assert_array_equal(flipped[1], labels[::y, ::x])
+                seen.add((y, x))
     assert len(seen) == 4
 
 
 class Angle(np.random.Generator):
-    """Draws 0 everywhere but for the angle: `turn` of the way from -degrees to degrees."""
+    """Draws 0 except for the angle: the fraction `turn` of the range from -degrees to degrees."""
 
     def __init__(self, turn: float) -> None:
         super().__init__(np.random.PCG64(0))
@@ -143,42 +145,42 @@ class Angle(np.random.Generator):
 @pytest.mark.parametrize(("turn", "quarters"), [(0.0, -2), (0.25, -1), (0.5, 0), (0.75, 1)])
 def test_quarter_turns_are_exact(side: int, flip: int, turn: float, quarters: int) -> None:
     image, labels = noise((side, side)), cells((side, side))
-    turned = augment(image, labels, Angle(turn), config(rotation={"p": 1, "degrees": 180}, flip=flip))
-    for got, source in zip(turned, (image, labels)):
+    rotated = augment(image, labels, Angle(turn), config(rotation={"p": 1, "degrees": 180}, flip=flip))
+    for result, source in zip(rotated, (image, labels)):
         expected = np.rot90(source, quarters)
-        np.testing.assert_array_equal(got, expected[::-1, ::-1] if flip else expected)
+        np.testing.assert_array_equal(result, expected[::-1, ::-1] if flip else expected)
 
 
-def test_a_positive_angle_turns_as_opencv_turns() -> None:
+def test_a_positive_angle_rotates_as_in_opencv() -> None:
     image, labels = cv2.GaussianBlur(noise((150, 200)), (0, 0), 3), cells((150, 200))
     matrix = cv2.getRotationMatrix2D((99.5, 74.5), 27, 1)
     expected = cv2.warpAffine(image, matrix, (200, 150), borderMode=cv2.BORDER_REFLECT_101)
-    turned, _ = augment(image, labels, Angle(0.5 + 27 / 360), config(rotation={"p": 1, "degrees": 180}))
-    assert np.abs(turned.astype(int) - expected).max() <= 2
+    rotated, _ = augment(image, labels, Angle(0.5 + 27 / 360), config(rotation={"p": 1, "degrees": 180}))
+    assert np.abs(rotated.astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("border", ["reflect", "constant"])
 @pytest.mark.parametrize("sigma", [2.0, 10.0])
 def test_image_and_targets_stay_aligned_to_the_pixel(shape: tuple[int, int], border: str, sigma: float) -> None:
-    """A picture of its own foreground: where all four neighbours agree, and nearest is one of them, both must agree."""
+    """The image shows its own foreground: both must agree where all four neighbours, one of them the nearest, agree."""
     foreground = (cells(shape, count=60) > 0).astype(np.uint8)
     image = frozen(55 + 145 * foreground)
-    wild = {"p": 1, "alpha_x": 20 * sigma, "alpha_y": 35 * sigma, "sigma": sigma}
+    strong = {"p": 1, "alpha_x": 20 * sigma, "alpha_y": 35 * sigma, "sigma": sigma}
     for seed in range(6):
-        warped, moved = augment(
-            image, foreground, rng(seed), config(elastic=wild, rotation={"p": 0.5}, flip=0.5, border=border), (80, 60)
+        warped, mask = augment(
+            image, foreground, rng(seed), config(elastic=strong, rotation={"p": 0.5}, flip=0.5, border=border), (80, 60)
         )
         pure = (warped == 55) | (warped == 200)
         assert pure.mean() > 0.5
-        np.testing.assert_array_equal(moved[pure], warped[pure] == 200)
-        # Between pixels the nearest neighbour is worth a quarter at least.
-        share = (warped.astype(float) - 55) / 145
+        np.testing.assert_array_equal(mask[pure], warped[pure] == 200)
+        # Between pixels the nearest neighbour has a weight of at least a quarter.
+        value = (warped.astype(float) - 55) / 145
         inside = warped != 128 if border == "constant" else np.ones(warped.shape, bool)
-        assert (np.abs(share - moved)[inside & (warped >= 55)] <= 0.76).mean() > 0.999
+        assert (np.abs(value - mask)[inside & (warped >= 55)] <= 0.76).mean() > 0.999
 
 
-def test_alpha_x_moves_along_x_alone() -> None:
+def test_alpha_x_displaces_along_x_only() -> None:
     shape = (120, 150)
     rows = frozen(np.repeat(np.arange(120, dtype=np.uint8)[:, None], 150, axis=1))
     columns = frozen(np.repeat(np.arange(150, dtype=np.uint8)[None], 120, axis=0))
@@ -191,80 +193,80 @@ def test_alpha_x_moves_along_x_alone() -> None:
         assert (augment(columns, labels, rng(seed), along_x)[0] != columns).mean() > 0.5
 
 
-def test_the_image_moves_by_the_field() -> None:
-    """A ramp shows its own displacement: crop and frame see the same field, of the stated strength."""
+def test_the_image_is_displaced_by_the_field() -> None:
+    """A ramp shows its own displacement: image and labels have the same field, of the stated strength."""
     ramp = frozen(np.tile((np.arange(300) % 256).astype(np.uint8), (200, 1)))
     labels = np.tile(np.arange(300, dtype=np.uint16), (200, 1))
     strength = config(elastic={"p": 1, "alpha_x": 300, "alpha_y": 0, "sigma": 8})
-    moves = []
+    displacements = []
     for seed in range(12):
-        image, moved = augment(ramp, labels, rng(seed), strength)
+        image, warped = augment(ramp, labels, rng(seed), strength)
         inner = np.s_[:, 30:220]
-        moves.append((moved.astype(int) - labels)[inner])
-        assert np.abs(image.astype(int) - moved)[inner].max() <= 1
-    assert np.std(moves) == pytest.approx(0.1629 * 300 / 8, rel=0.1)
+        displacements.append((warped.astype(int) - labels)[inner])
+        assert np.abs(image.astype(int) - warped)[inner].max() <= 1
+    assert np.std(displacements) == pytest.approx(0.1629 * 300 / 8, rel=0.1)
 
 
 @pytest.mark.parametrize("size", [(64, 80), (101, 111)])
-def test_a_crop_is_a_part_of_the_whole_frame(size: tuple[int, int]) -> None:
+def test_a_crop_is_a_part_of_the_complete_frame(size: tuple[int, int]) -> None:
     shape = (130, 170)
     image, labels = cv2.GaussianBlur(noise(shape), (0, 0), 2), cells(shape)
     for seed in range(4):
-        whole, _ = augment(image, labels, rng(seed), config(elastic={"p": 1}, rotation={"p": 1}))
-        part, _ = augment(image, labels, rng(seed), config(elastic={"p": 1}, rotation={"p": 1}), size)
+        frame, _ = augment(image, labels, rng(seed), config(elastic={"p": 1}, rotation={"p": 1}))
+        crop, _ = augment(image, labels, rng(seed), config(elastic={"p": 1}, rotation={"p": 1}), size)
         top, left = (int(u * (n - m + 1)) for u, n, m in zip(rng(seed).random(2), shape, size))
-        cut = whole[top : top + size[0], left : left + size[1]].astype(int)
-        assert np.abs(part - cut).mean() < 1  # nodes lie elsewhere: alike, not equal
-        assert np.corrcoef(part.ravel(), cut.ravel())[0, 1] > 0.99
+        expected = frame[top : top + size[0], left : left + size[1]].astype(int)
+        assert np.abs(crop - expected).mean() < 1  # not equal: other control points
+        assert np.corrcoef(crop.ravel(), expected.ravel())[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("shape", [(20, 31), (40, 300), (1, 1), (5, 500)])
-def test_small_images_are_widened_by_reflection(shape: tuple[int, int]) -> None:
+def test_small_images_are_padded_by_reflection(shape: tuple[int, int]) -> None:
     image, labels = noise(shape), noise(shape, 1).astype(np.uint16)
     size = (64, 96)
-    widened = plain(image, labels, rng(1), size)
-    for array, source in zip(widened, (image, labels)):
+    padded = random_crop(image, labels, rng(1), size)
+    for array, source in zip(padded, (image, labels)):
         assert array.shape == size
         assert set(np.unique(array)) <= set(np.unique(source))
     image_out, labels_out = augment(image, labels, rng(3), AugmentConfig(), size)
     assert image_out.shape == labels_out.shape == size
     assert set(np.unique(labels_out)) <= set(np.unique(labels))
     if shape == (20, 31):
-        np.testing.assert_array_equal(widened[0][22:42, 32:63], image)
-        np.testing.assert_array_equal(widened[0][21, 32:63], image[1])
+        np.testing.assert_array_equal(padded[0][22:42, 32:63], image)
+        np.testing.assert_array_equal(padded[0][21, 32:63], image[1])
 
 
 @pytest.mark.parametrize("size", [None, (90, 101), (150, 400)])
-def test_planes_are_the_same_pixels(size: tuple[int, int] | None) -> None:
+def test_planes_get_the_same_pixels(size: tuple[int, int] | None) -> None:
     planes = noise((3, 141, 160))
     targets = planes[1:].transpose(1, 2, 0)
     for seed in range(6):
-        for ours, image_and_targets in (
+        for result, image_and_targets in (
             (
                 augment_planes(planes, rng(seed), AugmentConfig(), size),
                 augment(planes[0], targets, rng(seed), AugmentConfig(), size),
             ),
-            (plain_planes(planes, rng(seed), size), plain(planes[0], targets, rng(seed), size)),
+            (random_crop_planes(planes, rng(seed), size), random_crop(planes[0], targets, rng(seed), size)),
         ):
-            image, moved = image_and_targets
-            np.testing.assert_array_equal(ours, np.concatenate([image[None], moved.transpose(2, 0, 1)]))
+            image, masks = image_and_targets
+            np.testing.assert_array_equal(result, np.concatenate([image[None], masks.transpose(2, 0, 1)]))
     batch = np.zeros((2, 3, *(size or (141, 160))), np.uint8)
     out = augment_planes(planes, rng(0), AugmentConfig(), size, out=batch[1])
     assert out is not batch
     np.testing.assert_array_equal(batch[1], augment_planes(planes, rng(0), AugmentConfig(), size))
     assert batch[1].any()
     assert not batch[0].any()
-    plain_planes(planes, rng(0), size, out=batch[0])
-    np.testing.assert_array_equal(batch[0], plain_planes(planes, rng(0), size))
+    random_crop_planes(planes, rng(0), size, out=batch[0])
+    np.testing.assert_array_equal(batch[0], random_crop_planes(planes, rng(0), size))
 
 
-def test_brightness_and_contrast_keep_to_their_range() -> None:
+def test_brightness_and_contrast_stay_in_their_range() -> None:
     image = frozen(np.tile(np.arange(256, dtype=np.uint8), (20, 1)))
     labels = cells(image.shape)
     shifts, slopes = [], []
     for seed in range(200):
-        recoloured, same = augment(image, labels, rng(seed), config(brightness=12, contrast=0.25))
-        np.testing.assert_array_equal(same, labels)
+        recoloured, unchanged = augment(image, labels, rng(seed), config(brightness=12, contrast=0.25))
+        np.testing.assert_array_equal(unchanged, labels)
         assert (np.diff(recoloured.astype(int), axis=1) >= 0).all()
         shifts.append(int(recoloured[0, 128]) - 128)
         slopes.append((int(recoloured[0, 168]) - int(recoloured[0, 88])) / 80)
@@ -272,26 +274,26 @@ def test_brightness_and_contrast_keep_to_their_range() -> None:
     assert 1 / 1.27 < min(slopes) < 0.85 < 1.18 < max(slopes) < 1.27
 
 
-def test_probabilities_move_no_other_draw() -> None:
+def test_a_setting_changes_no_other_draw() -> None:
     image, labels = noise((120, 130)), cells((120, 130))
     for seed in range(5):
-        one = augment(image, labels, rng(seed), config(flip=0.5, rotation={"p": 1}), (64, 64))
-        other = augment(image, labels, rng(seed), config(flip=0.5, rotation={"p": 1}, brightness=20), (64, 64))
-        np.testing.assert_array_equal(one[1], other[1])
+        first = augment(image, labels, rng(seed), config(flip=0.5, rotation={"p": 1}), (64, 64))
+        second = augment(image, labels, rng(seed), config(flip=0.5, rotation={"p": 1}, brightness=20), (64, 64))
+        np.testing.assert_array_equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("bad", [{"elastic": {"sigma": 0.5}}, {"flip": 1.5}, {"elastik": {}}, {"border": "wrap"}])
-def test_wrong_fields_are_refused(bad: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", [{"elastic": {"sigma": 0.5}}, {"flip": 1.5}, {"elastik": {}}, {"border": "wrap"}])
+def test_invalid_fields_are_rejected(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        AugmentConfig.model_validate(bad)
+        AugmentConfig.model_validate(fields)
 
 
-# The field beside the direct form. Both are linear in independent numbers, and separable, so that the covariance of
-# every two pixels is known exactly: no draws, no tolerance for chance.
+# The field compared with its direct form. Both are linear in independent numbers and separable, so the covariance of
+# any two pixels is known exactly, without random draws.
 
 
 class Amplitude(np.random.Generator):
-    """Draws nothing but one amplitude: frequency k along y, frequency 0 along x."""
+    """Draws a single amplitude of 1: frequency k along y, frequency 0 along x."""
 
     def __init__(self, k: int) -> None:
         super().__init__(np.random.PCG64(0))
@@ -305,13 +307,12 @@ class Amplitude(np.random.Generator):
 
 
 def our_rows(length: int, sigma: float) -> np.ndarray:
-    """Field along one axis: row = pixel, column = weight of an independent number of variance 1."""
+    """The field along one axis: row = pixel, column = weight of an independent number of variance 1."""
     first = Amplitude(0)
     constant = field(first, (length, length), sigma)[0, :, 0].astype(float)
     others = [field(Amplitude(k), (length, length), sigma)[0, :, 0] for k in range(1, first.count)]
-    level = np.sqrt(
-        constant[0] * np.sqrt(3)
-    )  # along x: every pixel's weight of frequency 0; 1/3 is the noise's variance
+    # Weight of frequency 0 along x, equal for all pixels; the noise has variance 1/3.
+    level = np.sqrt(constant[0] * np.sqrt(3))
     return np.stack([constant, *others], axis=1) * np.sqrt(3) / level
 
 
@@ -322,14 +323,14 @@ def direct_rows(length: int, sigma: float) -> np.ndarray:
 
 
 def covariance(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviation of each pixel and correlation of every two."""
+    """Standard deviation of each pixel, and correlation of each pair."""
     products = rows @ rows.T
     deviation = np.sqrt(np.diag(products))
     return deviation, products / np.outer(deviation, deviation)
 
 
 def correlation_length(correlation: np.ndarray) -> float:
-    """Lag at which `correlation`, from lag 0 on, first falls below 1/e, between two pixels by interpolation."""
+    """Lag at which `correlation`, from lag 0 on, first falls below 1/e, interpolated between pixels."""
     after = int(np.argmax(correlation < np.exp(-1)))
     high, low = correlation[after - 1], correlation[after]
     return float(after - (np.exp(-1) - low) / (high - low))
@@ -350,9 +351,9 @@ def correlation_length(correlation: np.ndarray) -> float:
         (520, 40.0),
     ],
 )
-def test_every_pixel_of_the_field_has_the_direct_forms_law(length: int, sigma: float) -> None:
+def test_the_field_is_distributed_as_its_direct_form(length: int, sigma: float) -> None:
     (ours, our_correlation), (direct, correlation) = (covariance(f(length, sigma)) for f in (our_rows, direct_rows))
-    assert np.abs((ours / direct) ** 2 - 1).max() < 0.02  # squared: both axes of a frame at their worst
+    assert np.abs((ours / direct) ** 2 - 1).max() < 0.02  # squared: the worst pixels of both axes
     assert np.mean((ours / direct) ** 2) == pytest.approx(1, abs=0.005)
     np.testing.assert_allclose(our_correlation, correlation, atol=0.015)
     for pixel in {0, 3, length // 4, length // 2}:
@@ -362,9 +363,9 @@ def test_every_pixel_of_the_field_has_the_direct_forms_law(length: int, sigma: f
 
 
 @pytest.mark.parametrize(("sigma", "draw"), [(2.0, field), (3.0, field), (6.0, field), (6.0, field_direct)])
-def test_drawn_fields_have_the_stated_strength_and_length(sigma: float, draw: Any) -> None:
-    drawn = np.stack([draw(rng(seed), (400, 437), sigma) for seed in range(12)])
-    inner = drawn[:, :, 20:-20, 20:-20].astype(float)
+def test_fields_have_the_stated_strength_and_correlation_length(sigma: float, draw: Any) -> None:
+    fields = np.stack([draw(rng(seed), (400, 437), sigma) for seed in range(12)])
+    inner = fields[:, :, 20:-20, 20:-20].astype(float)
     assert np.sqrt((inner**2).mean()) == pytest.approx(0.5 / np.sqrt(3 * np.pi) / sigma, rel=0.02)
     for axis in (2, 3):
         lags = range(int(4 * sigma))
@@ -372,27 +373,3 @@ def test_drawn_fields_have_the_stated_strength_and_length(sigma: float, draw: An
         products = np.array([(along[: len(along) - lag] * along[lag:]).mean() for lag in lags])
         assert correlation_length(products / products[0]) == pytest.approx(2 * sigma, rel=0.05)
     assert abs(np.corrcoef(inner[:, 0].ravel(), inner[:, 1].ravel())[0, 1]) < 0.05
-
-
-def test_the_direct_form_does_what_augment_does_but_in_two_passes() -> None:
-    """Same draws: same flips, angle and colours. Without the deformation the pictures are the same."""
-    image, labels = cv2.GaussianBlur(noise((120, 150)), (0, 0), 3), cells((120, 150))
-    for seed in range(5):
-        still = AugmentConfig.model_validate({"elastic": {"p": 0}})
-        for ours, direct in zip(
-            augment(image, labels, rng(seed), still), augment_direct(image, labels, rng(seed), still)
-        ):
-            assert (np.abs(ours.astype(int) - direct) <= 3).mean() > 0.97
-
-
-def test_bench_compares_each_figure_with_its_baseline() -> None:
-    from raylivecell.bench import augment as bench_augment
-    from raylivecell.bench.figures import Options
-
-    threads = cv2.getNumThreads()
-    result = bench_augment.bench(Options(repeats=3), (64, 80), sigma=6, alpha=50)
-    assert cv2.getNumThreads() == threads
-    assert len(result["milliseconds"]) == 7
-    assert len(result["ratio"]) == 3
-    for figures in (*result["milliseconds"].values(), *result["ratio"].values()):
-        assert 0 < figures["min"] <= figures["median"] <= figures["max"]

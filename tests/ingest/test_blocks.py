@@ -1,4 +1,4 @@
-"""A process's memory for blocks is used again exactly when nothing refers to it."""
+"""A process's memory for blocks is reused exactly when nothing refers to it."""
 
 import numpy as np
 from hypothesis import given
@@ -11,24 +11,24 @@ SIZES = st.integers(1, 5)
 
 
 @given(st.lists(st.tuples(SIZES, SIZES, SIZES, st.sampled_from(["drop", "array", "slice", "block"])), max_size=12))
-def test_memory_in_use_is_never_given_again(blocks: list[tuple[int, int, int, str]]) -> None:
-    memory, held = ReusedMemory(), []
+def test_memory_in_use_is_never_reused(blocks: list[tuple[int, int, int, str]]) -> None:
+    memory, references = ReusedMemory(), []
     for number, (count, height, width, use) in enumerate(blocks):
         array = memory.empty((count, height, width))
         array[...] = number
         expected = array.copy()
         if use == "array":
-            held.append((array, expected))
+            references.append((array, expected))
         elif use == "slice":
-            held.append((array[-1:, ::2], expected[-1:, ::2]))
+            references.append((array[-1:, ::2], expected[-1:, ::2]))
         elif use == "block":
-            held.append((BlockAccessor.batch_to_block({"planes": array}), expected))
-    for value, expected in held:
-        read = value if isinstance(value, np.ndarray) else BlockAccessor.for_block(value).to_numpy("planes")
-        np.testing.assert_array_equal(read, expected)
+            references.append((BlockAccessor.batch_to_block({"planes": array}), expected))
+    for value, expected in references:
+        array = value if isinstance(value, np.ndarray) else BlockAccessor.for_block(value).to_numpy("planes")
+        np.testing.assert_array_equal(array, expected)
 
 
-def test_memory_is_used_again_after_a_block_is_gone() -> None:
+def test_memory_is_reused_after_a_block_is_deleted() -> None:
     memory = ReusedMemory()
     addresses = set()
     for _ in range(5):
@@ -36,4 +36,4 @@ def test_memory_is_used_again_after_a_block_is_gone() -> None:
         addresses.add(array.ctypes.data)
         block = BlockAccessor.batch_to_block({"planes": array})
         del array, block
-    assert len(addresses) == 1, "fresh pages for each block cost as much as the transformations"
+    assert len(addresses) == 1, "new pages for each block cost as much as the transforms"

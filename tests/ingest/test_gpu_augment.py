@@ -1,4 +1,4 @@
-"""Transformations on torch's devices: the same moves of the same samples as on the CPU, to within rounding."""
+"""Augmentation on a torch device: the same warps of the same samples as on the CPU, to within rounding."""
 
 import cv2
 import numpy as np
@@ -33,76 +33,76 @@ configs = st.builds(
 
 
 def frame(seed: int, height: int, width: int) -> np.ndarray:
-    """A smooth image, and two targets of blobs."""
+    """A smooth image and two masks of blobs."""
     rng = np.random.default_rng(seed)
     smooth = [cv2.GaussianBlur(rng.random((height, width), np.float32), (0, 0), 4) for _ in range(3)]
-    image, *targets = [(one - one.min()) / np.ptp(one) for one in smooth]
-    return np.stack([255 * image, targets[0] > 0.5, 255 * targets[1]]).astype(np.uint8)
+    image, foreground, border = [(plane - plane.min()) / np.ptp(plane) for plane in smooth]
+    return np.stack([255 * image, foreground > 0.5, 255 * border]).astype(np.uint8)
 
 
-def both(
+def on_cpu_and_torch(
     planes: np.ndarray, key: tuple[int, ...], config: AugmentConfig, size: tuple[int, int] | None
 ) -> list[np.ndarray]:
-    """One crop by each way."""
-    expected = augment.augment_planes(planes, np.random.default_rng(key), config, size)
-    move = augment.move(planes.shape[1:], np.random.default_rng(key), config, size, transformed=True)
-    found = gpu_augment.moved(torch.from_numpy(planes)[None], *gpu_augment.drawn([move]), config, size)
-    return [expected, found[0].numpy()]
+    """The same crop by `augment` and by `gpu_augment`."""
+    from_cpu = augment.augment_planes(planes, np.random.default_rng(key), config, size)
+    warp = augment.warp_of(planes.shape[1:], np.random.default_rng(key), config, size, augmented=True)
+    batch = gpu_augment.apply_warp(torch.from_numpy(planes)[None], *gpu_augment.stack_warps([warp]), config, size)
+    return [from_cpu, batch[0].numpy()]
 
 
 @settings(max_examples=60)
 @given(configs, st.integers(0, 9), st.sampled_from([None, (40, 64), (61, 77)]))
-def test_the_same_pixels_to_within_rounding(config: AugmentConfig, seed: int, size: tuple[int, int] | None) -> None:
+def test_pixels_are_equal_to_within_rounding(config: AugmentConfig, seed: int, size: tuple[int, int] | None) -> None:
     planes = frame(seed, 61, 77)
-    expected, found = both(planes, (seed, 1), config, size)
-    assert found.shape == expected.shape
-    off = np.abs(found[0].astype(int) - expected[0])
-    assert np.quantile(off, 0.98) <= 2  # a place between two pixels is rounded to 1/32 there, not here
-    assert off.mean() < 0.5
-    assert (found[1] != expected[1]).mean() < 0.03  # the nearest pixel, where two are equally near
-    assert set(np.unique(found[1])) <= {0, 1}
+    expected, result = on_cpu_and_torch(planes, (seed, 1), config, size)
+    assert result.shape == expected.shape
+    error = np.abs(result[0].astype(int) - expected[0])
+    assert np.quantile(error, 0.98) <= 2  # OpenCV rounds positions to 1/32 pixel
+    assert error.mean() < 0.5
+    assert (result[1] != expected[1]).mean() < 0.03  # ties between two nearest pixels
+    assert set(np.unique(result[1])) <= {0, 1}
 
 
 def test_flips_and_quarter_turns_are_exact() -> None:
     planes = frame(0, 64, 64)
     config = AugmentConfig.model_validate({"elastic": {"p": 0}, "rotation": {"p": 0}, "flip": 1})
-    expected, found = both(planes, (3,), config, None)
-    np.testing.assert_array_equal(found, expected)
+    expected, result = on_cpu_and_torch(planes, (3,), config, None)
+    np.testing.assert_array_equal(result, expected)
 
 
-def test_batches_hold_the_order_s_samples_plain_and_transformed() -> None:
+def test_batches_hold_the_scheduled_originals_and_augmented_copies() -> None:
     frames = [frame(i, 50, 60) for i in range(5)]
-    plan = SampleSchedule(7, 5, 4, (PhaseConfig(epochs=2, augmented_copies=1),))
-    config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames: they are widened
-    source = blocks.Source([shards.Row("memory", i) for i in range(5)], plan, config, size, (50, 60))
-    rows = [plan.rows(step) for step in range(plan.steps)]
-    whole = (
+    schedule = SampleSchedule(7, 5, 4, (PhaseConfig(epochs=2, augmented_copies=1),))
+    config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames, which are padded
+    source = blocks.Source([shards.Row("memory", i) for i in range(5)], schedule, config, size, (50, 60))
+    rows = [schedule.rows(step) for step in range(schedule.steps)]
+    frame_batches = (
         {"planes": torch.from_numpy(np.stack([frames[i] for i in r[:, 1]])), "rows": torch.from_numpy(r)} for r in rows
     )
-    made = list(gpu_augment.batches(whole, plan, config, size, CPU))
-    assert len(made) == plan.steps
+    batches = list(gpu_augment.batches(frame_batches, schedule, config, size, CPU))
+    assert len(batches) == schedule.steps
     on_cpu = source.config.model_copy(update={"device": "cpu"})
-    for batch, row in zip(made, rows):
-        for found, (epoch, sample, variant) in zip(batch["planes"].numpy(), row.tolist()):
+    for batch, row in zip(batches, rows):
+        for result, (epoch, sample, variant) in zip(batch["planes"].numpy(), row.tolist()):
             rng = np.random.default_rng((7, epoch, sample, variant))
             if variant:
                 expected = augment.augment_planes(frames[sample], rng, on_cpu, size)
-                assert np.abs(found[0].astype(int) - expected[0]).mean() < 0.5
+                assert np.abs(result[0].astype(int) - expected[0]).mean() < 0.5
             else:
-                np.testing.assert_array_equal(found, augment.plain_planes(frames[sample], rng, size))
+                np.testing.assert_array_equal(result, augment.random_crop_planes(frames[sample], rng, size))
 
 
-def test_data_tasks_leave_frames_whole_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_tasks_return_complete_frames_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [frame(i, 50, 60) for i in range(3)]
     monkeypatch.setattr(blocks, "read_sample", lambda row, cells: frames[row.group])
-    plan = SampleSchedule(0, 3, 3, (PhaseConfig(epochs=1),))
+    schedule = SampleSchedule(0, 3, 3, (PhaseConfig(epochs=1),))
     source = blocks.Source(
-        [shards.Row("", i) for i in range(3)], plan, AugmentConfig(device="cuda"), (20, 20), (50, 60)
+        [shards.Row("", i) for i in range(3)], schedule, AugmentConfig(device="cuda"), (20, 20), (50, 60)
     )
-    rows = plan.rows(0)
+    rows = schedule.rows(0)
     np.testing.assert_array_equal(blocks.load(rows, source), np.stack([frames[i] for i in rows[:, 1]]))
 
 
-def test_fields_of_cells_are_not_drawn_on_a_gpu() -> None:
+def test_distance_targets_cannot_be_augmented_on_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"augment\.device"):
         Recipe(targets="distance", augment=AugmentConfig(device="cuda"))

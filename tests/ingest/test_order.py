@@ -1,4 +1,4 @@
-"""Every sample once an epoch, the same batches for any number of ranks, from any step on."""
+"""Every sample once per epoch, and the same batches for any number of ranks, from any step on."""
 
 from unittest import mock
 
@@ -12,7 +12,7 @@ from raylivecell.ingest import order
 from raylivecell.ingest.order import EPOCH, SAMPLE, VARIANT, SampleSchedule
 from raylivecell.recipe import PhaseConfig
 
-plans = st.builds(
+schedules = st.builds(
     SampleSchedule,
     seed=st.integers(0, 5),
     samples=st.integers(1, 30),
@@ -25,73 +25,71 @@ plans = st.builds(
 )
 
 
-def all_rows(plan: SampleSchedule) -> np.ndarray:
-    return np.concatenate([plan.rows(step) for step in range(plan.steps)])
+def all_rows(schedule: SampleSchedule) -> np.ndarray:
+    return np.concatenate([schedule.rows(step) for step in range(schedule.steps)])
 
 
-@given(plans)
-def test_each_whole_epoch_holds_every_variant_of_every_sample_once(plan: SampleSchedule) -> None:
-    rows, epoch, position = all_rows(plan), 0, 0
-    for phase in plan.phases:
-        size = phase.copies() * plan.samples
-        for whole in range(phase.epochs or 0):
-            part = rows[position + whole * size : position + (whole + 1) * size]
-            assert set(part[:, EPOCH]) == {epoch + whole}
-            expected = {(s, v) for s in range(plan.samples) for v in range(phase.copies())}
-            assert {(r[SAMPLE], r[VARIANT]) for r in part} == expected
-        steps = -(-(phase.epochs or 0) * size // plan.batch_size)
-        position, epoch = position + steps * plan.batch_size, epoch + -(-steps * plan.batch_size // size)
+@given(schedules)
+def test_a_complete_epoch_contains_every_variant_of_every_sample_once(schedule: SampleSchedule) -> None:
+    rows, epoch, position = all_rows(schedule), 0, 0
+    for phase in schedule.phases:
+        size = phase.copies() * schedule.samples
+        for number in range(phase.epochs or 0):
+            epoch_rows = rows[position + number * size : position + (number + 1) * size]
+            assert set(epoch_rows[:, EPOCH]) == {epoch + number}
+            expected = {(s, v) for s in range(schedule.samples) for v in range(phase.copies())}
+            assert {(r[SAMPLE], r[VARIANT]) for r in epoch_rows} == expected
+        steps = -(-(phase.epochs or 0) * size // schedule.batch_size)
+        position, epoch = position + steps * schedule.batch_size, epoch + -(-steps * schedule.batch_size // size)
     assert position == len(rows)
 
 
-@given(plans)
-def test_no_transformation_is_drawn_twice(plan: SampleSchedule) -> None:
-    keys = [tuple(row) for row in all_rows(plan)]
+@given(schedules)
+def test_no_row_occurs_twice(schedule: SampleSchedule) -> None:
+    keys = [tuple(row) for row in all_rows(schedule)]
     assert len(keys) == len(set(keys))
 
 
-@given(plans, st.sampled_from([1, 2, 3, 6]))
-def test_ranks_share_each_batch(plan: SampleSchedule, ranks: int) -> None:
-    if plan.batch_size % ranks:
+@given(schedules, st.sampled_from([1, 2, 3, 6]))
+def test_ranks_share_each_batch(schedule: SampleSchedule, ranks: int) -> None:
+    if schedule.batch_size % ranks:
         return
-    for step in range(min(plan.steps, 7)):
-        parts = [plan.rank_rows(step, rank, ranks) for rank in range(ranks)]
-        assert len({len(part) for part in parts}) == 1
-        np.testing.assert_array_equal(np.concatenate(parts), plan.rows(step))
+    for step in range(min(schedule.steps, 7)):
+        shares = [schedule.rank_rows(step, rank, ranks) for rank in range(ranks)]
+        assert len({len(share) for share in shares}) == 1
+        np.testing.assert_array_equal(np.concatenate(shares), schedule.rows(step))
 
 
-@given(plans)
-def test_an_epoch_ends_at_the_step_of_its_last_sample(plan: SampleSchedule) -> None:
-    rows = [plan.rows(step)[:, EPOCH] for step in range(plan.steps)]
+@given(schedules)
+def test_an_epoch_ends_at_the_step_of_its_last_sample(schedule: SampleSchedule) -> None:
+    rows = [schedule.rows(step)[:, EPOCH] for step in range(schedule.steps)]
     last_step = {epoch: step for step, epochs in enumerate(rows) for epoch in epochs}
     unfinished = {rows[-1][-1]}
-    expected = {step for epoch, step in last_step.items() if epoch not in unfinished} | {plan.steps - 1}
-    found = {step for step in range(plan.steps) if plan.epoch_ends(step)}
-    # An epoch that ends exactly with a batch of a later phase's beginning is found by the next batch's epoch.
-    assert found == expected
+    expected = {step for epoch, step in last_step.items() if epoch not in unfinished} | {schedule.steps - 1}
+    assert {step for step in range(schedule.steps) if schedule.epoch_ends(step)} == expected
 
 
 @given(st.integers(1, 3000), st.integers(0, 3), st.integers(0, 3))
-def test_a_large_set_s_order_is_a_permutation_too(size: int, seed: int, epoch: int) -> None:
-    with mock.patch.object(order, "LARGEST_TABLE", 0):
-        items = order.permuted(np.arange(size), seed, epoch, size)
+def test_the_order_without_a_table_is_a_permutation(size: int, seed: int, epoch: int) -> None:
+    with mock.patch.object(order, "MAX_TABLE", 0):
+        items = order.permute(np.arange(size), seed, epoch, size)
     np.testing.assert_array_equal(np.sort(items), np.arange(size))
 
 
-def test_a_large_set_s_order_looks_drawn_at_random() -> None:
+def test_the_order_without_a_table_is_uniform() -> None:
     size, epochs = 10, 3000
-    with mock.patch.object(order, "LARGEST_TABLE", 0):
-        drawn = np.array([order.permuted(np.arange(size), 1, epoch, size) for epoch in range(epochs)])
-    for place in range(size):  # each item as often as any other, at each place and after each other item
-        assert stats.chisquare(np.bincount(drawn[:, place], minlength=size)).pvalue > 1e-5
-    after = np.bincount(size * drawn[:, 3] + drawn[:, 4], minlength=size**2).reshape(size, size)
-    assert stats.chisquare(after[~np.eye(size, dtype=bool)]).pvalue > 1e-5
+    with mock.patch.object(order, "MAX_TABLE", 0):
+        permutations = np.array([order.permute(np.arange(size), 1, epoch, size) for epoch in range(epochs)])
+    for position in range(size):  # all items equally frequent at each position, and all pairs of successive items
+        assert stats.chisquare(np.bincount(permutations[:, position], minlength=size)).pvalue > 1e-5
+    pairs = np.bincount(size * permutations[:, 3] + permutations[:, 4], minlength=size**2).reshape(size, size)
+    assert stats.chisquare(pairs[~np.eye(size, dtype=bool)]).pvalue > 1e-5
 
 
-def test_a_place_among_twenty_million_costs_no_table() -> None:
+def test_twenty_million_items_need_no_table() -> None:
     before = order._table.cache_info().currsize
-    plan = SampleSchedule(0, 10**7, 64, (PhaseConfig(epochs=1, augmented_copies=1),))
-    rows = np.concatenate([plan.rows(step) for step in (0, 100_000, plan.steps - 1)])
+    schedule = SampleSchedule(0, 10**7, 64, (PhaseConfig(epochs=1, augmented_copies=1),))
+    rows = np.concatenate([schedule.rows(step) for step in (0, 100_000, schedule.steps - 1)])
     assert order._table.cache_info().currsize == before
     assert len({tuple(row) for row in rows}) == len(rows)
     assert abs(np.mean(rows[:, SAMPLE]) / 10**7 - 0.5) < 0.1
@@ -106,13 +104,13 @@ def test_epochs_and_seeds_differ() -> None:
     np.testing.assert_array_equal(samples(0, 2)[:50], samples(0, 1))
 
 
-def test_steps_set_the_length_whatever_the_set() -> None:
+def test_the_length_in_steps_does_not_depend_on_the_dataset() -> None:
     phases = (PhaseConfig(steps=7), PhaseConfig(steps=5, originals=False, augmented_copies=1))
     assert {SampleSchedule(0, samples, 4, phases).steps for samples in (1, 3, 1000)} == {12}
     assert set(SampleSchedule(0, 3, 4, phases).rows(8)[:, VARIANT]) == {1}
 
 
 @pytest.mark.parametrize("wrong", [{}, {"epochs": 1, "steps": 1}, {"epochs": 1, "originals": False}])
-def test_a_phase_without_a_length_or_images_is_refused(wrong: dict) -> None:
+def test_a_phase_without_a_length_or_images_is_rejected(wrong: dict) -> None:
     with pytest.raises(ValueError, match="phase"):
         PhaseConfig(**wrong)

@@ -1,4 +1,4 @@
-"""Networks on images of any size, flipped and not; and how many actors do that."""
+"""Networks on images of any size, with and without flips, and on frames with padding."""
 
 from types import SimpleNamespace
 
@@ -30,28 +30,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (17, 2), (33, 57)])
-def test_any_size_goes_through(saved: str, shape: tuple[int, int]) -> None:
+def test_images_of_any_size(saved: str, shape: tuple[int, int]) -> None:
     network, _ = checkpoint.load_network(saved, torch.device("cpu"))
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     for flips in (False, True):
-        found = forward.maps(network, image, flips)
-        assert found.shape == (3, *shape)
-        assert found.dtype == np.float32
-        assert ((found >= 0) & (found <= 1)).all()
+        maps = forward.maps(network, image, flips)
+        assert maps.shape == (3, *shape)
+        assert maps.dtype == np.float32
+        assert ((maps >= 0) & (maps <= 1)).all()
         cells = segmenter.load(saved, flips).segment(image)
         assert cells.labels.shape == cells.foreground.shape == shape
         assert cells.labels.max() == len(cells.scores)
-        np.testing.assert_array_equal(cells.foreground, found[0] > 0.5)
+        np.testing.assert_array_equal(cells.foreground, maps[0] > 0.5)
 
 
-def test_flips_make_the_answer_follow_the_image(saved: str) -> None:
+def test_flip_averaged_logits_are_equivariant_to_flips(saved: str) -> None:
     network, _ = checkpoint.load_network(saved, torch.device("cpu"))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 48, 64), np.uint8))
-    plain, averaged = forward.logits(network, images), forward.logits(network, images, flips=True)
-    assert not torch.allclose(plain, averaged)
+    single, averaged = forward.logits(network, images), forward.logits(network, images, flips=True)
+    assert not torch.allclose(single, averaged)
     for axes in forward.FLIPS:
-        turned = forward.logits(network, images.flip(axes), flips=True).flip(tuple(a + 1 for a in axes))
-        torch.testing.assert_close(turned, averaged, atol=1e-5, rtol=1e-4)
+        flipped = forward.logits(network, images.flip(axes), flips=True).flip(tuple(a + 1 for a in axes))
+        torch.testing.assert_close(flipped, averaged, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.int16), np.zeros((3, 4))])
@@ -61,8 +61,8 @@ def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "strip", "corner"])
-def test_padding_is_neither_shown_to_the_network_nor_scored(saved: str, kind: str) -> None:
-    """By validation, `--calibrate` and a run's report as by `evaluate` and `predict`."""
+def test_the_network_does_not_see_padding_and_it_is_not_scored(saved: str, kind: str) -> None:
+    """In validation, `--calibrate` and the run report as in `evaluate` and `predict`."""
     network, recipe = checkpoint.load_network(saved, torch.device("cpu"))
     rng = np.random.default_rng(1)
     picture = rng.integers(90, 170, (40, 56), np.uint8)
@@ -86,13 +86,13 @@ def test_padding_is_neither_shown_to_the_network_nor_scored(saved: str, kind: st
 def assert_scored_as_segmented(
     network: torch.nn.Module, recipe: Recipe, saved: str, frame: Frame, labels: np.ndarray
 ) -> None:
-    """A worker's validation scores the cells that `Segmenter` finds."""
+    """A worker's validation scores the same cells as `Segmenter` returns."""
     sample = ValidationSample(frame.levels, labels, frame.padding)
     samples = SimpleNamespace(val=[None], val_sample=lambda number: sample)
     place = RankContext(0, 1, torch.device("cpu"), 1)
     scores = Validation(samples, place, recipe.targets).scores(network)  # type: ignore[arg-type]
     cells = segmenter.load(saved).segment_frame(frame)
-    found, truth = cells.foreground, labels != 0
-    assert scores["val_dice"] == pytest.approx(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+    predicted, truth = cells.foreground, labels != 0
+    assert scores["val_dice"] == pytest.approx(2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()))
     msa = instance_scores.segmentation_accuracy(instance_scores.overlaps(cells.labels, labels)).mean()
     assert scores["val_msa"] == pytest.approx(msa)

@@ -1,4 +1,4 @@
-"""MONAI's networks as the recipe's: any image size, every target, clear refusals; the Dice loss is MONAI's own."""
+"""MONAI networks in recipes: any image size, all targets, clear errors; the Dice loss is MONAI's."""
 
 import subprocess
 import sys
@@ -11,13 +11,14 @@ import torch
 
 from raylivecell import recipe
 from raylivecell.core.errors import UserError
-from raylivecell.network import forward, losses
+from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Network
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import Progress
 from raylivecell.sweep import space, space_check, sweep
 from raylivecell.sweep.space import Condition, Dimension, SweepConfig
+from raylivecell.targets import dice
 from raylivecell.training import preflight
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -32,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", [name for name in get_args(Network) if name != "unet"])
-def test_any_image_size_and_every_weight_is_trained(name: str) -> None:
+def test_any_image_size_and_a_gradient_for_every_weight(name: str) -> None:
     network = build_model(ModelConfig(name=name, options=SMALL.get(name, {})), outputs=3)
     for size in ((1, 1), (57, 90), (64, 32)):
         logits = network(torch.randn(2, 1, *size))
@@ -41,46 +42,49 @@ def test_any_image_size_and_every_weight_is_trained(name: str) -> None:
     assert [key for key, weight in network.named_parameters() if weight.grad is None] == [], "DDP would wait for these"
 
 
-def test_padding_changes_no_pixel_of_a_size_that_fits() -> None:
+def test_padding_changes_no_image_of_a_suitable_size() -> None:
     network = build_model(ModelConfig(name="SegResNet", options=SMALL["SegResNet"]), outputs=2).eval()
     image = 255 * torch.rand(1, 1, 48, 64)
     with torch.inference_mode():
         torch.testing.assert_close(network(image), network.network(network.normalise(image)))
         assert network.multiple == 2
-        cut = network(image[..., :43, :61])
+        logits = network(image[..., :43, :61])
         padded = torch.nn.functional.pad(image[..., :43, :61], (0, 1, 0, 1), mode="replicate")
-        torch.testing.assert_close(cut, network.network(network.normalise(padded))[..., :43, :61])
+        torch.testing.assert_close(logits, network.network(network.normalise(padded))[..., :43, :61])
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ({"name": "SegResNet", "options": {"filters": 8}}, "SegResNet has no option filters; it takes init_filters"),
+        (
+            {"name": "SegResNet", "options": {"filters": 8}},
+            "SegResNet has no option filters; its options are init_filters",
+        ),
         ({"name": "SegResNet", "options": {"out_channels": 8}}, "has no option out_channels"),
-        ({"name": "BasicUNet", "options": {"features": [4, 4]}}, "BasicUNet refuses"),
+        ({"name": "BasicUNet", "options": {"features": [4, 4]}}, "BasicUNet rejects"),
         ({"name": "DynUNet", "options": {"deep_supervision": True}}, None),
         ({"name": "UNet", "options": {"channels": [4, 8], "strides": [3, 7]}}, "UNet"),
-        ({"name": "unet", "options": {"channels": [4]}}, "options are for MONAI's networks"),
+        ({"name": "unet", "options": {"channels": [4]}}, "options are for MONAI networks"),
         ({"name": "SegResNet", "options": {"blocks_down": [1, 10**9]}}, "numbers up to 4096"),
         ({"name": "Unet"}, "model.name"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_before_training(model: dict[str, Any], reason: str | None) -> None:
-    if reason is None:  # heads for deep supervision are no map for each target
+def test_invalid_options_are_rejected_before_training(model: dict[str, Any], reason: str | None) -> None:
+    if reason is None:  # deep supervision has several heads instead of one map per channel
         reason = "cannot be used with these options"
     with pytest.raises(UserError, match=reason):
         preflight.network(recipe.parse({"model": model}, "test"))
 
 
-def test_a_checkpoint_gives_the_same_maps_again(tmp_path: Path) -> None:
+def test_a_checkpoint_gives_the_same_maps(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    whole = recipe.parse({"targets": "distance", "model": {"name": "DynUNet", "options": SMALL["DynUNet"]}}, "test")
-    network = build_model(whole.model, whole.outputs).eval()
-    checkpoint.save(str(tmp_path), network, {}, Progress(), whole)
-    again, loaded = checkpoint.load_model(str(tmp_path))
-    assert loaded == whole
+    settings = recipe.parse({"targets": "distance", "model": {"name": "DynUNet", "options": SMALL["DynUNet"]}}, "test")
+    network = build_model(settings.model, settings.outputs).eval()
+    checkpoint.save(str(tmp_path), network, {}, Progress(), settings)
+    loaded, loaded_settings = checkpoint.load_model(str(tmp_path))
+    assert loaded_settings == settings
     image = np.random.default_rng(0).integers(0, 255, (45, 70)).astype(np.uint8)
-    np.testing.assert_array_equal(forward.maps(again, image), forward.maps(network, image))
+    np.testing.assert_array_equal(forward.maps(loaded, image), forward.maps(network, image))
 
 
 def test_a_sweep_searches_networks_and_their_options() -> None:
@@ -94,8 +98,8 @@ def test_a_sweep_searches_networks_and_their_options() -> None:
     sweep._check_networks(base, config)
 
 
-def test_a_sweep_over_options_that_a_network_refuses_is_refused() -> None:
-    """Before its first trial; where the network is searched too, only a trial tells which options it meets."""
+def test_a_sweep_over_invalid_options_is_rejected() -> None:
+    """Before the first trial, unless network and options are both searched: then only trials show the combinations."""
     base = recipe.parse({"model": {"name": "SegResNet", "options": {"init_filters": 8}}}, "test")
     options = Dimension(choices=({"init_filters": 8}, {"filters": 16}))
     with pytest.raises(UserError, match=r"with model.options \{'filters': 16\}, .*SegResNet has no option filters"):
@@ -111,9 +115,9 @@ def test_a_sweep_over_options_that_a_network_refuses_is_refused() -> None:
 def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
     from monai.losses import DiceLoss
 
-    found = losses.dice_loss()
-    assert type(found) is DiceLoss
-    assert (found.sigmoid, found.squared_pred, found.reduction) == (True, True, "mean")
+    loss = dice.dice_loss()
+    assert type(loss) is DiceLoss
+    assert (loss.sigmoid, loss.squared_pred, loss.reduction) == (True, True, "mean")
     modules = "inference.segmenter", "runs.checkpoint", "training.train", "ingest.blocks"
     code = f"import sys, {', '.join(f'raylivecell.{module}' for module in modules)}\n"
     subprocess.run([sys.executable, "-c", code + "sys.exit('monai' in sys.modules)"], check=True)

@@ -83,7 +83,7 @@ def test_the_state_that_training_resumes_from(hostile: Callable[[Path], bytes], 
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"thresholds": {"foreground": "x"}}', '{"thresholds": {"a": 1}}', "7"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"thresholds": {"threshold": "x"}}', '{"thresholds": {"a": 1}}', "7"])
 def test_invalid_thresholds(text: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / "instances.json").write_text(text)
     assert "instances.json" in refused(capsys, f"export --checkpoint {model} --out {model}.onnx")

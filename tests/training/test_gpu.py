@@ -52,6 +52,7 @@ def test_no_step_synchronises_with_the_gpu(gpu: torch.device) -> None:
             schedule,
             LoopConfig(report_steps=STEPS),
             LossConfig(),
+            "foreground",
             lambda network: {},
             on_step,
         ):

@@ -45,6 +45,7 @@ def run(
         SCHEDULE,
         LoopConfig(),
         LossConfig(),
+        "foreground",
         validate=lambda network: {"val_mean_image_dice": 0.5},
         **options,  # type: ignore[arg-type]
     )

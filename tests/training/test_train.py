@@ -70,7 +70,8 @@ def plain_loop(data: str, recipe: Recipe) -> loop.TrainState:
     scores = Validation(job.samples, RankContext(0, 1, cpu, 1), recipe.targets).scores
     torch.manual_seed(recipe.seed)
     training = loop.start(forward.build(recipe, cpu), recipe.optimizer, schedule.steps)
-    for _ in loop.run(training, training.model, batches, schedule, recipe.loop, recipe.loss, validate=scores):
+    config = recipe.loop, recipe.loss, recipe.targets
+    for _ in loop.run(training, training.model, batches, schedule, *config, validate=scores):
         pass
     return training
 

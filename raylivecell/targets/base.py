@@ -1,0 +1,47 @@
+"""Interface of a target kind. It imports no torch: data tasks draw maps, only training computes losses."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Target(ABC):
+    """What the network predicts, how it is drawn from labels and learned, and how the watershed uses it."""
+
+    channels: ClassVar[tuple[str, ...]]
+    """Names of the network's output channels, "foreground" first; each is 0 to 1 after a sigmoid."""
+    prominence: ClassVar[float]
+    """Default of `InstanceConfig.prominence`."""
+
+    @abstractmethod
+    def draw(self, labels: NDArray[np.uint16], out: NDArray[np.uint8]) -> None:
+        """Draw the channels after the foreground from labels (H, W).
+
+        Args:
+            labels: 0 background; not written.
+            out: uint8 (C - 1, H, W), filled with 255 times the values, rounded.
+        """
+
+    @abstractmethod
+    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor") -> "Tensor":
+        """Loss of the channels after the foreground, a scalar: the mean over images.
+
+        Args:
+            logits: float (B, C - 1, H, W).
+            maps: float (B, C - 1, H, W), 0 to 1: what `draw` drew.
+            foreground: float (B, 1, H, W), 1 in cells.
+        """
+
+    @abstractmethod
+    def height(self, maps: NDArray[np.float32], cell: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Height map of the watershed, float32 (H, W), 0 to 1: highest in the middle of each cell.
+
+        Args:
+            maps: the network's output after the sigmoid, float32 (C, H, W), as `channels`.
+            cell: bool (H, W): foreground probability above the threshold.
+        """

@@ -1,0 +1,51 @@
+"""The planes of a training sample, uint8 (2 + C, H, W): image, foreground, border, then the maps of its target kind.
+
+The foreground is 0 or 1, the border map 255 times the exponential weight between touching cells (network/losses.py),
+the maps 255 times their values, rounded. A batch of samples is uint8 (B, 2 + C, H, W).
+
+Where maps are drawn after augmentation, a decoded sample is its image and `pack` of its labels and border map.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raylivecell.targets.registry import Targets, target
+
+IMAGE, FOREGROUND, BORDER = range(3)
+MASKS = slice(FOREGROUND, BORDER + 1)
+"""The planes that are resampled by nearest neighbour."""
+MAPS = slice(BORDER + 1, None)
+STORED = ("image", "foreground", "border")
+"""Columns of a dataset's shards with the planes before MAPS, in order."""
+
+
+def count(targets: Targets) -> int:
+    """Number of planes of a sample: 2 + C, where C is the number of output channels."""
+    return len(STORED) + len(target(targets).channels) - 1
+
+
+def bytes_per_pixel(labels: bool) -> int:
+    """Size of a decoded sample: of its STORED planes, or with `labels` of its image and `pack`."""
+    return 1 + np.dtype(np.uint32).itemsize if labels else len(STORED)
+
+
+def pack(labels: NDArray[np.uint16], border: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """Labels and border map as one image, so that one pass warps both: uint32 (H, W)."""
+    return np.bitwise_or(labels, border.astype(np.uint32) << 16, dtype=np.uint32)
+
+
+def unpack(packed: NDArray[np.uint32]) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    """Labels and border map of `pack`."""
+    return packed.astype(np.uint16), (packed >> 16).astype(np.uint8)
+
+
+def draw(
+    image: NDArray[np.uint8], packed: NDArray[np.uint32], targets: Targets, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Planes of a sample from its image and `pack`, both (H, W), in `out` if given."""
+    if out is None:
+        out = np.empty((count(targets), *image.shape), np.uint8)
+    labels, border = unpack(packed)
+    out[IMAGE], out[FOREGROUND], out[BORDER] = image, labels != 0, border
+    target(targets).draw(labels, out[MAPS])
+    return out
