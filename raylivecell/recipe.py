@@ -129,7 +129,9 @@ class ModelConfig(StrictModel):
     def _for_monai(cls, options: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
         if options and info.data.get("name", "unet") == "unet":
             raise ValueError("unet has features and norm; options are for MONAI networks (model.name)")
-        if len(json.dumps(options)) > MAX_OPTIONS_BYTES or any(abs(one) > MAX_OPTION for one in _numbers(options)):
+        if len(json.dumps(options)) > MAX_OPTIONS_BYTES or any(
+            abs(number) > MAX_OPTION for number in _numbers(options)
+        ):
             raise ValueError(f"at most {MAX_OPTIONS_BYTES} bytes of JSON and numbers up to {MAX_OPTION}")
         return options
 
@@ -139,8 +141,8 @@ def _numbers(value: JsonValue) -> Iterator[float]:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        for one in value:
-            yield from _numbers(one)
+        for item in value:
+            yield from _numbers(item)
     elif isinstance(value, int | float):
         yield value
 
@@ -259,14 +261,14 @@ def find(name: str) -> str:
     Raises:
         UserError: a word that no shipped recipe is called.
     """
-    known = shipped()
+    recipes = shipped()
     if not re.fullmatch(r"[\w-]+", name):
         return name
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, 1)
+        hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(recipes)}"
         raise UserError(f"no recipe is called {name!r}; {hint} (a file of your own: its path, as ./{name}.yaml)")
-    return str(known[name])
+    return str(recipes[name])
 
 
 def load(uri: str | Path) -> Recipe:

@@ -44,7 +44,7 @@ class Run:
         self.job = self.submit()
 
     def submit(self) -> subprocess.Popen[bytes]:
-        """`raylivecell submit train`, from outside the hosts; resumes a run that has begun."""
+        """`raylivecell submit train`, from outside the hosts; resumes a started run."""
         words = ["raylivecell", "submit", "--address", self.hosts.address(), "train", *FLAGS, "--workers", self.workers]
         words += ["--out", f"s3://cells/runs/{self.name}", "--resume", "auto"]
         with open(self.hosts.root / f"{self.name}.log", "ab") as log:

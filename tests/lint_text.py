@@ -12,12 +12,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-"""Of the package's files."""
+"""Limits of Python files, tests included."""
 OWN = {str(ROOT), str(ROOT.parent), str(Path.home())} - {"/", "/tmp", "/home"}
 # This checkout's folder, or somebody's home; the home folder in Ray's images is /home/ray.
 FOLDERS = [rf"(?<![\w.}}]){re.escape(path)}/" for path in sorted(OWN)]
 MACHINE = re.compile("|".join([*FOLDERS, r"/home/(?!ray\b)\w+/", r"/Users/\w+/", r"[A-Z]:\\\\?Users"]))
 CONFLICT = re.compile(r"^(<{7} |>{7} |\|{7} )")
+REPLACEMENTS = {
+    "anew": "again, from scratch",
+    "mend(s|ed|ing)?": "fix",
+    "strangers?": "untrusted, or newcomer",
+    "rivals?": "baseline",
+    "(told|tell|tells) apart": "separated, distinguished",
+    "tells?|told": "prints, reports, shows, or the term of what is sent",
+    "beside": "next to, in addition to, compared with",
+    "(go|goes|gone|went) on": "continues, resumes",
+    "so many": "N, this number of",
+    "foretold": "predicted",
+    "(hand|hands|handed) over": "pass, return",
+    "(takes?|taken|took) up": "resume, start",
+    "begun": "started",
+    "lies|lie": "is stored, is at",
+    "rooms?": "space, memory, capacity, module",
+    "whoever": "a user who",
+    "of ours|of theirs": "our, their",
+}
+"""Word -> what engineers of the field write instead."""
+WORDS = {re.compile(rf"(?<![\w.-])({word})(?![\w-])", re.IGNORECASE): better for word, better in REPLACEMENTS.items()}
+NAMES = {"told", "said", "asked", "named", "known", "found", "made", "kept", "drawn", "one", "some", "several", "odd"}
+"""Names of variables and parameters that do not say what they contain."""
 
 
 def line_faults(path: Path, text: str) -> Iterator[tuple[int, str]]:
@@ -27,12 +50,27 @@ def line_faults(path: Path, text: str) -> Iterator[tuple[int, str]]:
             yield number, f"not ASCII: {other[0]!a}"
         if CONFLICT.match(line):
             yield number, "a merge conflict"
-        if path != Path(__file__).resolve() and (place := MACHINE.search(line)):
+        if path == Path(__file__).resolve():
+            continue
+        if place := MACHINE.search(line):
             yield number, f"a path of one machine: {place[0]}"
+        for word, better in WORDS.items():
+            if use := word.search(line):
+                yield number, f"'{use[0]}': write {better}"
+
+
+def name_faults(text: str) -> Iterator[tuple[int, str]]:
+    """Variables and parameters whose name is in NAMES: (line, what is wrong)."""
+    for node in ast.walk(ast.parse(text)):
+        name = node.arg if isinstance(node, ast.arg) else None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        if name in NAMES:
+            yield getattr(node, "lineno", 0), f"variable '{name}': use a noun for its content"
 
 
 def size_faults(text: str) -> Iterator[tuple[int, str]]:
-    """Files and functions of the package that are too long: (line, what is wrong)."""
+    """Files and functions that are too long: (line, what is wrong)."""
     if (lines := len(text.splitlines())) > MAX_FILE_LINES:
         yield lines, f"{lines} lines, more than {MAX_FILE_LINES}"
     for node in ast.walk(ast.parse(text)):
@@ -51,11 +89,11 @@ def faults(path: Path) -> Iterator[str]:
     if b"\0" in data or path.suffix in {".png", ".tif"}:
         return
     text = data.decode("utf-8", errors="surrogateescape")
-    found = [*line_faults(path, text)]
-    if path.suffix == ".py" and path.is_relative_to(ROOT / "raylivecell"):
-        found += size_faults(text)
+    faults = [*line_faults(path, text)]
+    if path.suffix == ".py":
+        faults += [*name_faults(text), *size_faults(text)]
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    yield from (f"{shown}:{line}: {what}" for line, what in found)
+    yield from (f"{shown}:{line}: {what}" for line, what in faults)
 
 
 def project_files() -> list[Path]:
@@ -63,20 +101,20 @@ def project_files() -> list[Path]:
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, check=True, capture_output=True).stdout.decode("utf-8", "surrogateescape")
-        found = [ROOT / name for name in listed.split("\0") if name]
+        paths = [ROOT / name for name in listed.split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
         outputs = {"runs", "data", "demo", "bench", "__pycache__"}
         names = [path.relative_to(ROOT).parts for path in ROOT.rglob("*")]
-        found = [ROOT.joinpath(*parts) for parts in names if not (parts[0].startswith(".") or outputs & {*parts})]
-    return [path for path in found if path.is_file() and not path.is_symlink()]
+        paths = [ROOT.joinpath(*parts) for parts in names if not (parts[0].startswith(".") or outputs & {*parts})]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def main(names: list[str]) -> int:
     """Print all faults; 1 if there is any."""
     paths = [Path(name).resolve() for name in names] or project_files()
-    found = [fault for path in paths for fault in faults(path)]
-    print("\n".join(found) or f"{len(paths)} files: text in order")
-    return int(bool(found))
+    lines = [fault for path in paths for fault in faults(path)]
+    print("\n".join(lines) or f"{len(paths)} files: text in order")
+    return int(bool(lines))
 
 
 if __name__ == "__main__":

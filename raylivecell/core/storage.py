@@ -124,7 +124,7 @@ def writing(uri: str | Path) -> Iterator[IO[bytes]]:
         with _replacing(Path(path)) as partial:
             yield partial
         return
-    # An upload cannot be undone once begun, so it begins after the last write.
+    # An upload cannot be undone once started, so it starts after the last write.
     with tempfile.TemporaryFile() as spool:
         yield spool
         spool.seek(0)

@@ -108,7 +108,7 @@ def _check_cell(
     if len(drawable) < len(polygons):
         defects.append(("degenerate_polygon", "under 3 corners, no area or not finite"))
     if any(_is_inside(inner, outer) for inner, outer in itertools.permutations(drawable[:MAX_PARTS], 2)):
-        defects.append(("inner_outline", "a part lies in another part of its cell"))
+        defects.append(("inner_outline", "a part is inside another part of its cell"))
     if not drawable and not any(mask.any() for mask in masks):
         return None, defects or [("degenerate_polygon", "empty")]
     if drawable and _leaves_image(drawable, shape):

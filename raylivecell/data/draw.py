@@ -163,6 +163,6 @@ def draw_sample(
 def _without_labels(labels: np.ndarray, removed: list[int], count: int) -> np.ndarray:
     """Return `labels` renumbered from 1 in the same order, without the cells (from 0) in `removed`."""
     table = np.zeros(count + 1, np.uint16)
-    kept = np.setdiff1d(np.arange(count), np.array(removed, np.int64))
-    table[kept + 1] = np.arange(1, len(kept) + 1)
+    remaining = np.setdiff1d(np.arange(count), np.array(removed, np.int64))
+    table[remaining + 1] = np.arange(1, len(remaining) + 1)
     return table[labels]

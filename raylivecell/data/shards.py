@@ -151,7 +151,7 @@ def _check_splits(splits: Any) -> None:
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             if not re.fullmatch(rf"{split}/[\w.-]+\.parquet", shard["file"]):
-                raise ValueError(f"shard {shard['file']!r} lies outside {split}/")
+                raise ValueError(f"shard {shard['file']!r} is outside {split}/")
             if type(shard["rows"]) is not int or not 0 <= shard["rows"] <= MAX_ROWS:
                 raise ValueError(f"shard {shard['file']} of {shard['rows']!r} rows")
         for size in splits[split]["sizes"]:

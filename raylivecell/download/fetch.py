@@ -235,16 +235,16 @@ def _request(url: str, headers: Mapping[str, str], method: str = "GET") -> reque
 
 def _transfer(url: str, stream: IO[bytes], partial: Path, expected: Expected) -> RemoteFile:
     """Append the missing bytes of the file at `url` to the partial file."""
-    known = _resumable(url, partial)
-    received = size_of(partial) if known else 0
-    if known and received == known.length:
-        return known
-    headers = {"Range": f"bytes={received}-", "If-Range": known.etag or ""} if known and received else {}
+    previous = _resumable(url, partial)
+    received = size_of(partial) if previous else 0
+    if previous and received == previous.length:
+        return previous
+    headers = {"Range": f"bytes={received}-", "If-Range": previous.etag or ""} if previous and received else {}
     with _request(url, headers) as response:
         remote = RemoteFile.from_headers(url, response.headers)
         end = remote.length
-        if known and received and response.status_code in (206, 416):
-            remote, end = known, _range_end(response, known, received)
+        if previous and received and response.status_code in (206, 416):
+            remote, end = previous, _range_end(response, previous, received)
         elif response.status_code == 200:
             received = 0
             stream.truncate(0)
@@ -280,14 +280,14 @@ def _resumable(url: str, partial: Path) -> RemoteFile | None:
     return remote if remote.url == url and is_part else None
 
 
-def _range_end(response: requests.Response, known: RemoteFile, start: int) -> int:
+def _range_end(response: requests.Response, previous: RemoteFile, start: int) -> int:
     """Byte where the body of a response to a range request ends."""
     text = response.headers.get("Content-Range", "")
-    match = re.fullmatch(rf"bytes {start}-([0-9]{{1,18}})/({known.length}|\*)", text.strip())
+    match = re.fullmatch(rf"bytes {start}-([0-9]{{1,18}})/({previous.length}|\*)", text.strip())
     end = int(match[1]) + 1 if match else 0
-    if response.headers.get("ETag") not in (None, known.etag):
+    if response.headers.get("ETag") not in (None, previous.etag):
         raise DamagedFileError("the file changed on the server")
-    if response.status_code == 416 or not start < end <= (known.length or 0):
+    if response.status_code == 416 or not start < end <= (previous.length or 0):
         raise DamagedFileError(f"the server sent {response.status_code} {text!r} for the bytes from {start}")
     return end
 

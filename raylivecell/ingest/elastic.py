@@ -17,7 +17,7 @@ from raylivecell.recipe import ElasticConfig
 
 CUTOFF = 2.5  # highest frequency, in units of 1 / sigma
 POINTS_PER_SIGMA = 3  # linear interpolation between them changes each pixel's standard deviation by less than 1 %
-DIRECT_BELOW = 3.0  # below this sigma there are so many frequencies that noise on every pixel is faster
+DIRECT_BELOW = 3.0  # below this sigma the number of frequencies is so large that noise on every pixel is faster
 Size = tuple[int, int]
 Window = tuple[int, int, int, int]
 """(top, left, h, w)"""

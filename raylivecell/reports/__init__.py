@@ -2,7 +2,7 @@
 
 page               Jinja2 templates, and the figures and tables that all reports share
 overlay            draws masks and cells on images
-pictures           a sample beside its segmentation, as PNG
+pictures           a sample next to its segmentation, as PNG
 training           report of a training run
 evaluation         report of an evaluation
 """

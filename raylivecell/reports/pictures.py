@@ -1,4 +1,4 @@
-"""Pictures of samples: the image beside its segmentation, coloured by agreement with the ground truth, as PNG."""
+"""Pictures of samples: the image next to its segmentation, coloured by agreement with the ground truth, as PNG."""
 
 import io
 from typing import Any
@@ -17,14 +17,14 @@ from raylivecell.scoring import pixel_scores
 
 
 def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
-    """Title and PNG of up to `count` evenly spaced images of a split: image beside truth and prediction."""
+    """Title and PNG of up to `count` evenly spaced images of a split: image next to ground truth and prediction."""
     rows = shards.list_rows(data, split)
     indices = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
     return [picture(network, rows[i], flips) for i in indices]
 
 
 def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
-    """Title (file, Dice, IoU) and PNG of one sample: the image beside truth and prediction."""
+    """Title (file, Dice, IoU) and PNG of one sample: the image next to ground truth and prediction."""
     sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
     prediction = forward.logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
     counts = pixel_scores.as_counts([pixel_scores.mask_counts(prediction, sample["foreground"])])
@@ -33,7 +33,7 @@ def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[s
 
 
 def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], title: str = "") -> bytes:
-    """Draw the image and, beside it, its segmentation, with title and legend; PNG at the image's own scale.
+    """Draw the image next to its segmentation, with title and legend; PNG at the image's own scale.
 
     Args:
         image: uint8 (H, W).

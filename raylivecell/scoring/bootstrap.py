@@ -33,7 +33,7 @@ def interval(
     Returns:
         float64 (..., 2), low and high; None if a sample has fewer than two values, which do not show their spread.
     """
-    from scipy import stats  # its import takes up to 2 s, and training imports this package
+    from scipy import stats  # its import can need 2 s, and training imports this package
 
     if min(len(np.atleast_1d(sample)) for sample in samples) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Ray Tune's search algorithm for a sweep: each Ray trial is a trial of the Optuna study, by `ask` and `tell`.
+"""Ray Tune's search algorithm for a sweep: each Ray trial is a trial of the Optuna study (ask, then report back).
 
 Unlike Ray's OptunaSearch, it resumes a trial that a killed driver left running, with its number and parameters, and
 reports a stopped trial as pruned and a failed one as failed.
@@ -76,7 +76,7 @@ class Search(Searcher):
             self.trials[trial_id].report(result["score"], result["step"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how the trial ended, once: complete, pruned or failed."""
+        """Report to the study how the trial ended, once: complete, pruned or failed."""
         if trial_id in self.ended:
             return
         self.ended.add(trial_id)

@@ -126,7 +126,7 @@ def place(kind: Kind, count: int, rng: np.random.Generator) -> list[Cell]:
         cell = _sample_cell(kind, placed[: len(cells)], rng)
         x, y, radii = placed[: len(cells)].T
         too_close = np.hypot(x - cell.x, y - cell.y) < kind.tight * (radii + cell.radius)
-        # A rounded cell may lie on one flat cell.
+        # A rounded cell may be on top of one flat cell.
         if too_close.sum() > (1 if cell.rounded and kind.rounded < 0.5 else 0):
             continue
         placed[len(cells)] = cell.x, cell.y, cell.radius

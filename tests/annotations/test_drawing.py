@@ -43,8 +43,8 @@ def test_cells_are_drawn_as_by_pycocotools(livecell_mini: Path) -> None:
     for annotation in annotations:
         polygons = annotation["segmentation"]
         expected = coco_mask.decode(coco_mask.frPyObjects(polygons, 520, 704)).any(axis=2)
-        drawn = draw_labels([[np.array(p, np.float32).reshape(-1, 2) for p in polygons]], (520, 704)) > 0
-        np.testing.assert_array_equal(drawn, expected)
+        mask = draw_labels([[np.array(p, np.float32).reshape(-1, 2) for p in polygons]], (520, 704)) > 0
+        np.testing.assert_array_equal(mask, expected)
 
 
 def test_square_on_the_pixel_grid_is_exact() -> None:

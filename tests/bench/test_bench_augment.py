@@ -3,7 +3,8 @@
 import cv2
 import numpy as np
 
-from raylivecell.bench.augment import augment_direct, bench_augment
+from raylivecell.bench.augment import augment_direct, bench
+from raylivecell.bench.figures import Options
 from raylivecell.ingest.augment import augment
 from raylivecell.recipe import AugmentConfig
 
@@ -24,7 +25,7 @@ def test_the_direct_form_equals_augment_without_deformation() -> None:
 
 def test_bench_reports_each_time_and_its_ratio_to_the_baseline() -> None:
     threads = cv2.getNumThreads()
-    result = bench_augment((64, 80), sigma=6, alpha=50, repeats=3)
+    result = bench(Options(repeats=3), (64, 80), sigma=6, alpha=50)
     assert cv2.getNumThreads() == threads
     assert len(result["milliseconds"]) == 7
     assert len(result["ratio"]) == 3

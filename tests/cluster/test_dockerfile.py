@@ -95,7 +95,7 @@ def base_images_are_pinned(text: str) -> Iterator[str]:
 
 def user_is_not_root(text: str) -> Iterator[str]:
     users = [step.rest for step in final(text) if step.word == "USER"]
-    # A number: Kubernetes' runAsNonRoot cannot tell whether a user name is root's.
+    # A number: Kubernetes' runAsNonRoot cannot determine whether a user name is root's.
     if not users or not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", users[-1]):
         yield f"the image runs as {users[-1:] or 'root'}"
 

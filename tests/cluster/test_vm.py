@@ -51,8 +51,8 @@ def start_commands(config: Config, node: str) -> list[str]:
 
 
 def provider_fields_are_read(config: Config) -> Iterator[str]:
-    known = provider_fields(config["provider"]["type"])
-    yield from (f"provider.{name} is not read by Ray" for name in config["provider"] if name not in known)
+    fields_read = provider_fields(config["provider"]["type"])
+    yield from (f"provider.{name} is not read by Ray" for name in config["provider"] if name not in fields_read)
 
 
 def node_config_is_valid(config: Config) -> Iterator[str]:

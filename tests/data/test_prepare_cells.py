@@ -97,7 +97,9 @@ def test_unusual_outlines_are_drawn_or_reported() -> None:
         0,
         {"degenerate_polygon": "all coordinates are in 0 to 1: fractions of the image's size?"},
     )
-    assert checked(square(2, 2, 20), square(8, 8, 4))[1] == {"inner_outline": "a part lies in another part of its cell"}
+    assert checked(square(2, 2, 20), square(8, 8, 4))[1] == {
+        "inner_outline": "a part is inside another part of its cell"
+    }
     assert checked(square(2, 2, 4), square(20, 20, 4)) == (32, {})
     assert "degenerate_polygon" in checked([1, 1, 5, 5, 9, 9])[1]
 

@@ -190,9 +190,9 @@ def test_many_crowds_need_an_explicit_rule(folder: SourceFolder, tmp_path: Path)
         as_brush(cell)
     with pytest.raises(UserError, match=f"3 of {2 * N} annotations .*--on-defect crowd_region=keep"):
         prepare(folder.write(), str(tmp_path / "most"))
-    kept = prepare(folder.write(), str(tmp_path / "kept"), PrepareConfig(on_defect={"crowd_region": "keep"}))
+    kept_crowds = prepare(folder.write(), str(tmp_path / "kept"), PrepareConfig(on_defect={"crowd_region": "keep"}))
     dropped = prepare(folder.write(), str(tmp_path / "dropped"), PrepareConfig(on_defect={"crowd_region": "drop"}))
-    assert (counts(kept)["train"], counts(dropped)["train"]) == ((2, 2 * N), (2, 2 * N - 3))
+    assert (counts(kept_crowds)["train"], counts(dropped)["train"]) == ((2, 2 * N), (2, 2 * N - 3))
 
 
 @pytest.mark.usefixtures("no_ray")

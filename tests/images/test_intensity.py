@@ -218,9 +218,12 @@ def test_prepare_reports_unusable_and_unusual_images() -> None:
         listed = type("Image", (), {"file_name": name, "id": 1})()
         entries.append(Entry(entry.split, entry.annotation, listed, name, 1, "A172"))
         facts[name] = defects.ImageInfo(measures=tuple(measured(image)))
-    kept, found = defects.check_intensity(entries, facts, RULE, {})
-    assert [one.path for one in kept] == ["good", "dark"]
-    assert [(one.defect, one.file_name) for one in found] == [("odd_intensity", "dark"), ("no_picture", "black")]
+    usable, unusual = defects.check_intensity(entries, facts, RULE, {})
+    assert [entry.path for entry in usable] == ["good", "dark"]
+    assert [(entry.defect, entry.file_name) for entry in unusual] == [
+        ("odd_intensity", "dark"),
+        ("no_picture", "black"),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -79,10 +79,10 @@ def test_overlay_colours_match_the_legend() -> None:
     truth, predicted = disk(centre=(32, 26)), disk(centre=(32, 38))
     pixels = overlay.overlay(image, truth, predicted).astype(int)
     assert pixels.shape == (64, 64, 3)
-    false, missed, found = pixels[32, 50], pixels[32, 13], pixels[32, 41]
+    false, missed, agreeing = pixels[32, 50], pixels[32, 13], pixels[32, 41]
     assert false[0] > false[2] + 60
     assert missed[2] > missed[0] + 60
-    assert tuple(found) == overlay.FOUND
+    assert tuple(agreeing) == overlay.FOUND
     assert (pixels[32, 32] == 128).all()  # the inside of a found cell is unchanged
     assert (pixels[2, 2] == 128).all()
     assert (image == 128).all()

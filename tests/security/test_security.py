@@ -240,8 +240,10 @@ def test_a_network_in_a_file(model_name: str, tmp_path: Path, marker: Path, caps
     Image.new("L", (32, 32)).save(tmp_path / "x.png")
     for data in (pickled(marker), torch_saved(marker)):
         (tmp_path / model_name).write_bytes(data)
-        told = refused(capsys, f"predict --checkpoint {tmp_path}/{model_name} --images {tmp_path} --out {tmp_path}/o")
-        assert ("is no ONNX file" if model_name == "m.onnx" else "no checkpoint at") in told
+        message = refused(
+            capsys, f"predict --checkpoint {tmp_path}/{model_name} --images {tmp_path} --out {tmp_path}/o"
+        )
+        assert ("is no ONNX file" if model_name == "m.onnx" else "no checkpoint at") in message
     assert not marker.exists()
 
 

@@ -210,15 +210,15 @@ def searches(draw: st.DrawFn) -> SweepConfig:
     order = draw(st.permutations(sorted(SPACES)))[: draw(st.integers(0, len(SPACES)))]
     fields: dict[str, Dimension] = {}
     for path in order:
-        known = {field: SPACES[field][1] for field in fields} | {
+        ranges = {field: SPACES[field][1] for field in fields} | {
             field: conditions
             for field, conditions in ON_OTHERS.items()
             if not any(f"{field}.".startswith(f"{later}.") for later in set(order) - set(fields))
         }
         if "loss.border_weight" in set(order) - set(fields):
-            known.pop("loss.aux_weight", None)
-        others = draw(st.lists(st.sampled_from(sorted(known)), max_size=2, unique=True))
-        when = {other: draw(st.sampled_from(known[other])) for other in others}
+            ranges.pop("loss.aux_weight", None)
+        others = draw(st.lists(st.sampled_from(sorted(ranges)), max_size=2, unique=True))
+        when = {other: draw(st.sampled_from(ranges[other])) for other in others}
         fields[path] = SPACES[path][0].model_copy(update={"when": when})
     return SweepConfig(space=fields, shares=(Shares(fields=WEIGHTS[:2], min=0.1),))
 
