@@ -1,13 +1,11 @@
 """Progress of `train` on the console: a live bar in a terminal, plain lines elsewhere."""
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from raylivecell.core.console import PLAIN_EVERY_S, console
+from raylivecell.core.console import ProgressBar, console
 
 # Seconds between two polls for messages: at 0.5 s polling and sending took 4 % of a core.
 POLL_S = 1.0
@@ -23,20 +21,17 @@ class ProgressDisplay:
         self.steps, self.read_messages = steps, read_messages
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._listen, daemon=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task("starting workers", total=steps)
-        self.last_plain = 0.0
+        self.bar, self.exit_stack = ProgressBar("starting workers", steps), ExitStack()
 
     def __enter__(self) -> "ProgressDisplay":
-        self.bar.start()
+        self.exit_stack.enter_context(self.bar)
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.thread.join()
-        self.bar.stop()
+        self.exit_stack.close()
 
     def _listen(self) -> None:
         while not self.stop.is_set():
@@ -53,10 +48,7 @@ class ProgressDisplay:
         if "start" in message:
             console.print(describe_start(message["start"]), soft_wrap=True)
             return
-        self.bar.update(self.task, completed=message["step"], description=f"{message['images_per_s']:.1f} images/s")
-        if not console.is_terminal and time.monotonic() - self.last_plain > PLAIN_EVERY_S:
-            self.last_plain = time.monotonic()
-            console.print(f"step {message['step']}/{self.steps}  {message['images_per_s']:.1f} images/s")
+        self.bar.update(message["step"], text=f"training, {message['images_per_s']:.1f} images/s")
 
 
 def describe(row: dict[str, Any], steps: int) -> str:

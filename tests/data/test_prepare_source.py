@@ -155,7 +155,7 @@ def test_only_chosen_categories_are_cells(
         data["annotations"][0]["category_id"] = 2
     description = prepare(folder.write(), str(tmp_path / "all"))
     assert counts(description)["train"] == (2, 2 * N)
-    assert f"2 categories are all taken as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
+    assert f"2 categories are used as cells: cell ({6 * N - 3}), scale bar (3)" in capsys.readouterr().err
     description = prepare(folder.write(), str(tmp_path / "cells"), PrepareConfig(categories=("cell",)))
     assert counts(description)["train"] == (2, 2 * N - 1)
     assert "warning" not in capsys.readouterr().err
