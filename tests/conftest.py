@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
 
 
-def missing(reason: str) -> NoReturn:
+def skip_or_fail(reason: str) -> NoReturn:
     """Skip a test because a program is not installed; fail in CI, which installs all of them."""
     if os.environ.get("RAYLIVECELL_NO_SKIPS"):
         pytest.fail(reason)
@@ -93,7 +93,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unguarded_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let a test send SIGTERM and SIGINT to its own process: no delayed exit, and handlers are restored afterwards.
 
     SIGINT has its default handler, as in a terminal: a shell ignores it in background processes (tests/streams.sh).
@@ -162,7 +162,7 @@ def browser() -> Iterator[Any]:
 
     chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if not (chromium and driver):
-        missing("no Chromium with its driver: install Debian's packages chromium and chromium-driver")
+        skip_or_fail("no Chromium with its driver: install Debian's packages chromium and chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
@@ -173,7 +173,7 @@ def browser() -> Iterator[Any]:
     chrome.quit()
 
 
-def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run `code` in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -184,7 +184,7 @@ def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> 
     )
 
 
-def joined(env: dict[str, str] | None = None) -> dict[str, str]:
+def job_env(env: dict[str, str] | None = None) -> dict[str, str]:
     """Environment variables that make a process a job on the session's cluster (two on one machine interfere).
 
     Ray's processes for that job get the variables `env` too.
@@ -205,13 +205,13 @@ def kill_at(run: Path, reports: int, *names: str, most: int = 99) -> tuple[threa
         The thread, and the list to which it appends the pids.
     """
     import psutil
-    from hosts import until
+    from hosts import wait_until
 
     killed: list[int] = []
     metrics = run / "metrics.jsonl"
 
     def kill() -> None:
-        until("reports", lambda: len(metrics.read_text().splitlines()) >= reports, 300, pause=0.01)
+        wait_until("reports", lambda: len(metrics.read_text().splitlines()) >= reports, 300, pause=0.01)
         for process in psutil.process_iter(["cmdline"]):
             if len(killed) < most and any(name in " ".join(process.info["cmdline"] or []) for name in names):
                 process.kill()

@@ -29,7 +29,7 @@ OWN_MOUNTS = ("/tmp", "/dev/shm")
 """Folders that each host mounts for itself."""
 
 
-def possible() -> str:
+def unsupported_reason() -> str:
     """Reason why hosts cannot run on this machine, in one line; empty if they can."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return "they need Linux, root and iproute2"
@@ -48,7 +48,7 @@ def sh(*words: str, check: bool = True) -> str:
     return done.stdout
 
 
-def until(
+def wait_until(
     what: str, ready: Callable[[], bool], limit_s: float = 120.0, strict: bool = True, pause: float = 0.2
 ) -> float:
     """Call `ready`, which may raise, every `pause` seconds until it is true; returns the seconds waited.
@@ -94,7 +94,7 @@ class Host:
                 os.kill(pid, signal.SIGKILL)
         return len(pids)
 
-    def cable(self, plugged: bool) -> None:
+    def set_cable(self, plugged: bool) -> None:
         """Plug in the network cable, or unplug it."""
         sh("ip", "link", "set", f"v{self.name}", "up" if plugged else "down")
 
@@ -209,7 +209,7 @@ def delete(name: str) -> None:
 
 
 @contextlib.contextmanager
-def running(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
+def running_hosts(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
     """Run hosts, name -> logical CPUs, the first of them the head; all have joined before the body runs."""
     _clear()
     hosts = Hosts(root)
@@ -221,7 +221,7 @@ def running(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
         hosts.serve(sys.executable, str(Path(__file__).with_name("flaky_proxy.py")), str(root / "s3-is-down"))
         for number, (name, count) in enumerate(cpus.items()):
             host = hosts.start_host(name, number, count)
-            until(f"Ray on {name}", lambda at=host.address: at in hosts.alive())  # type: ignore[misc]
+            wait_until(f"Ray on {name}", lambda at=host.address: at in hosts.alive())  # type: ignore[misc]
         yield hosts
     finally:
         hosts.close()

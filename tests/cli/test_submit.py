@@ -87,11 +87,13 @@ def test_a_mistake_is_reported_before_the_upload(
         ("--name train", ["--name", "train"], None, []),
     ],
 )
-def test_the_stage_is_no_flags_value(words: str, own: list[str], stage: str | None, rest: list[str]) -> None:
+def test_a_flags_value_is_not_taken_for_the_stage(
+    words: str, own: list[str], stage: str | None, rest: list[str]
+) -> None:
     assert submit.split(words.split(), {"--name", "--working-dir", "--env"}) == (own, stage, rest)
 
 
-def test_a_stages_name_may_be_a_flags_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flags_value_may_be_the_name_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[submit.Request] = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(submit, "run", lambda job, *_: requests.append(job) or 0)

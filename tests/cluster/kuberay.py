@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from conftest import missing
+from conftest import skip_or_fail
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster" / "kubernetes"
@@ -35,7 +35,7 @@ def kubectl() -> str:
         path and subprocess.run([path, "version", "--client", "-o", "json"], capture_output=True, text=True).stdout
     )
     if not (path and version and json.loads(version).get("kustomizeVersion", "").startswith("v5")):
-        missing("no kubectl of 1.27 or later: `.venv/bin/python .ci/kubectl.py .venv/bin` fetches one")
+        skip_or_fail("no kubectl of 1.27 or later: `.venv/bin/python .ci/kubectl.py .venv/bin` fetches one")
     return path
 
 

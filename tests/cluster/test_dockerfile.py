@@ -330,7 +330,7 @@ def run_in_image(image: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_image_holds_the_complete_package(image: Path) -> None:
+def test_image_contains_the_complete_package(image: Path) -> None:
     (site,) = (image / "venv").glob("lib/python*/site-packages")
 
     def files(folder: Path) -> set[str]:

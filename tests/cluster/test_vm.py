@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
-from conftest import missing
+from conftest import skip_or_fail
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
@@ -239,7 +239,7 @@ def run_script(name: str, tmp_path: Path, *arguments: str, **env: str) -> subpro
 def test_scripts_pass_shellcheck(name: str) -> None:
     subprocess.run(["bash", "-n", FOLDER / name], check=True)
     if not shutil.which("shellcheck"):
-        missing("no shellcheck: install Debian's package of that name")
+        skip_or_fail("no shellcheck: install Debian's package of that name")
     done = subprocess.run(["shellcheck", FOLDER / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -351,7 +351,7 @@ def test_spot_notice_drains_the_node_before_the_machine_stops(
     assert options["deadline_remaining_seconds"] == int(words[-1])
 
 
-def test_no_metadata_service_is_no_notice(spot_notice: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_metadata_service_is_not_a_notice(spot_notice: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     assert spot_notice.stop_time("http://127.0.0.1:9") is None
 

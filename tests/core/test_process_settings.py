@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_apart
+from conftest import run_python
 
 import raylivecell
 from raylivecell.core import process_settings
@@ -67,8 +67,8 @@ else:
 def test_importing_every_module_changes_nothing(tmp_path: Path) -> None:
     """Changes by the imported libraries do not count: a first process lists them, and they are imported first."""
     package, libraries = str(Path(raylivecell.__file__).parent), tmp_path / "libraries.json"
-    libraries.write_text(run_apart(IMPORTS, package).stdout.splitlines()[-1])
-    done = run_apart(IMPORTS, package, str(libraries))
+    libraries.write_text(run_python(IMPORTS, package).stdout.splitlines()[-1])
+    done = run_python(IMPORTS, package, str(libraries))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -36,7 +36,7 @@ def test_a_process_that_drops_interrupts_ends() -> None:
     assert process.returncode == 143
 
 
-def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unwatched: None) -> None:
+def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unguarded_signals: None) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a shell's background jobs
     try:
         with signals.sigterm_as_interrupt("") as termination, pytest.raises(KeyboardInterrupt):
@@ -52,7 +52,7 @@ def _delete_and_wait(create: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_in_a_destructor_is_not_lost(number: signal.Signals, unwatched: None) -> None:
+def test_an_interrupt_in_a_destructor_is_not_lost(number: signal.Signals, unguarded_signals: None) -> None:
     """Python drops exceptions raised there."""
 
     class Deleted:

@@ -102,5 +102,5 @@ def test_percent_encoding_and_separators_do_not_matter(path: str) -> None:
     assert resolved([path], quote(path)) == resolved([path], path.replace("/", "\\")) == [path]
 
 
-def test_a_weaker_match_loses() -> None:
+def test_the_better_match_wins() -> None:
     assert resolve_conflicts([("a", "train", Match(("x",), 2)), ("b", "train", Match(("x",), 0))]) == [(), ("x",)]

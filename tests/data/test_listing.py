@@ -81,7 +81,7 @@ def test_hidden_files_are_skipped(hidden: str, folder: Path) -> None:
     assert sorted(list_folder(str(folder)).infos) == ["a.png", "train.json"]
 
 
-def test_names_that_are_not_utf8_are_left_out_with_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_utf8_are_skipped_with_a_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (b"zelle_\xfc.png", b"notes_\xfc.txt"):
         (Path(os.fsdecode(bytes(folder) + b"/" + name))).write_bytes(b"")
     listing = list_folder(str(folder))

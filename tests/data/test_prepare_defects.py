@@ -124,7 +124,7 @@ def test_every_defect_is_reported_and_handled_by_its_rule(folder: SourceFolder, 
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_the_other_rules(folder: SourceFolder, tmp_path: Path) -> None:
+def test_non_default_rules(folder: SourceFolder, tmp_path: Path) -> None:
     planted = with_every_defect(folder)
     config = PrepareConfig(
         on_defect={
@@ -158,7 +158,7 @@ def test_the_other_rules(folder: SourceFolder, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_strict_lists_defects_and_leaves_nothing(
+def test_strict_lists_defects_and_writes_nothing(
     folder: SourceFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.image("train", "A172_Phase_none.png", [])
@@ -265,7 +265,7 @@ def test_the_test_split_keeps_published_images(
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_refuse_rules(folder: SourceFolder, tmp_path: Path) -> None:
+def test_rules_that_refuse_the_dataset(folder: SourceFolder, tmp_path: Path) -> None:
     folder.entry("train", "A172_Phase_gone.png")
     source = folder.write()
     assert prepare(source, str(tmp_path / "out"))["defects"]["counts"] == {"missing_file": 1}

@@ -197,7 +197,7 @@ def test_file_names_that_lead_out_of_the_folder_are_bad_records(folder: SourceFo
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_user_errors_are_one_line(folder: SourceFolder, tmp_path: Path) -> None:
+def test_user_errors_are_reported_in_one_line(folder: SourceFolder, tmp_path: Path) -> None:
     source = folder.write()
     for config, message in (
         (PrepareConfig(annotations={"train": "nothing.json"}), "no annotation file nothing.json"),

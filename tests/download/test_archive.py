@@ -142,7 +142,7 @@ def test_damaged_zips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 22])
-def test_json_cut_anywhere(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_truncated_anywhere_is_refused(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "BLOCK", block)
     tricky = {"a": [{"b": 'q"}\\'}, "\\\\", '\\"', "{[", "]}"], 'k"\\': {"": []}, "\u00e9": "\u00e9\n"}
     path, body = tmp_path / "a.json", json.dumps(tricky).encode()

@@ -173,7 +173,7 @@ def test_not_found_is_requested_once(server: Server, tmp_path: Path) -> None:
     assert_unpublished(tmp_path)
 
 
-def test_no_server(server: Server, sleeps: list[float], tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported(server: Server, sleeps: list[float], tmp_path: Path) -> None:
     url = server.url
     server.shutdown()
     server.server_close()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import joined, run_apart
-from hosts import until
+from conftest import job_env, run_python
+from hosts import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -72,7 +72,7 @@ def test_output_names_keep_suffixes_only_if_ambiguous() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 4), (2, 90)])
 @pytest.mark.parametrize("highest", [0, 7, 65_535, 65_536])
-def test_label_tiffs_hold_every_cell_number(shape: tuple[int, int], highest: int) -> None:
+def test_label_tiffs_contain_every_cell_number(shape: tuple[int, int], highest: int) -> None:
     labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % (highest + 1)
     labels[-1, -1] = highest
     data = image_file.label_tiff(labels)
@@ -245,8 +245,10 @@ def test_a_killed_predict_resumes(ray_cluster: None, saved: str, tmp_path: Path)
     images, out, fresh = tmp_path / "images", tmp_path / "out", tmp_path / "fresh"
     write_frames(images, range(80))  # more than the actor has at hand when it loses its driver
     arguments = ["predict", "--checkpoint", saved, "--images", str(images), "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | joined())
-    until("a result", lambda: process.poll() is not None or bool(list((out / ".parts").glob("*.json"))), pause=0.01)
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | job_env())
+    wait_until(
+        "a result", lambda: process.poll() is not None or bool(list((out / ".parts").glob("*.json"))), pause=0.01
+    )
     assert process.poll() is None
     process.kill()
     process.wait()
@@ -290,5 +292,5 @@ assert result.row.cells == len(result.records) == 1, result
 
 
 def test_predicting_with_an_onnx_model_needs_no_torch(tmp_path: Path) -> None:
-    process = run_apart(WITHOUT_TORCH, str(tmp_path))
+    process = run_python(WITHOUT_TORCH, str(tmp_path))
     assert process.returncode == 0, process.stderr

@@ -54,7 +54,7 @@ def versions_of(files: list[str], version: str = "1") -> dict[str, str]:
     return {file: results.version(file, file, 3, version) for file in files}
 
 
-def test_tables_hold_every_image_and_cell_in_order(tmp_path: Path) -> None:
+def test_tables_contain_every_image_and_cell_in_order(tmp_path: Path) -> None:
     versions = versions_of(FILES)
     assert run(str(tmp_path), versions) == FILES
     assert set(tree(tmp_path)) == {"images.csv", "cells.csv", "coco.json"}

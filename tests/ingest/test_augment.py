@@ -43,7 +43,7 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("size", [None, (33, 47), (61, 61)])
-def test_augment_is_a_function_of_its_rng_and_writes_no_input(
+def test_augment_is_a_function_of_its_rng_and_does_not_modify_its_input(
     shape: tuple[int, int], size: tuple[int, int] | None
 ) -> None:
     image, planes = noise(shape), noise((*shape, 2), 1)
@@ -237,7 +237,7 @@ def test_small_images_are_padded_by_reflection(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [None, (90, 101), (150, 400)])
-def test_planes_get_the_same_pixels(size: tuple[int, int] | None) -> None:
+def test_planes_are_sampled_at_the_same_positions_as_the_image(size: tuple[int, int] | None) -> None:
     planes = noise((3, 141, 160))
     targets = planes[1:].transpose(1, 2, 0)
     for seed in range(6):
@@ -274,7 +274,7 @@ def test_brightness_and_contrast_stay_in_their_range() -> None:
     assert 1 / 1.27 < min(slopes) < 0.85 < 1.18 < max(slopes) < 1.27
 
 
-def test_a_setting_changes_no_other_draw() -> None:
+def test_a_setting_does_not_change_the_other_random_parameters() -> None:
     image, labels = noise((120, 130)), cells((120, 130))
     for seed in range(5):
         first = augment(image, labels, rng(seed), config(flip=0.5, rotation={"p": 1}), (64, 64))

@@ -70,7 +70,7 @@ def test_flips_and_quarter_turns_are_exact() -> None:
     np.testing.assert_array_equal(result, expected)
 
 
-def test_batches_hold_the_scheduled_originals_and_augmented_copies() -> None:
+def test_batches_contain_the_scheduled_originals_and_augmented_copies() -> None:
     frames = [frame(i, 50, 60) for i in range(5)]
     schedule = SampleSchedule(7, 5, 4, (PhaseConfig(epochs=2, augmented_copies=1),))
     config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames, which are padded

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
-from conftest import run_apart, write_tiny_dataset
-from hosts import until
+from conftest import run_python, write_tiny_dataset
+from hosts import wait_until
 
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -77,7 +77,7 @@ def test_blocks_follow_the_schedule(source: blocks.Source, batches: Batches) -> 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("start", [0, 11])
-def test_all_ranks_together_get_the_same_batches_from_any_step_on(
+def test_all_ranks_together_get_the_same_batches_from_any_step(
     source: blocks.Source, batches: Batches, ranks: int, start: int
 ) -> None:
     shares = [direct(source, start, rank, ranks) for rank in range(ranks)]
@@ -156,7 +156,7 @@ def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(ray_cluster: None, 
         gc.collect()  # the thread of the last stream may not have ended before `close` collected
         return ray.available_resources().get("CPU") == cpus and used() <= before
 
-    until("CPUs and blocks are free", free, 60)
+    wait_until("CPUs and blocks are free", free, 60)
 
 
 def test_distance_maps_are_drawn_from_the_warped_labels(source: blocks.Source, batches: Batches) -> None:
@@ -205,7 +205,7 @@ def test_no_task_imports_torch(ray_cluster: None, source: blocks.Source) -> None
     assert {torch for decoding, torch in ray.get(read.remote()) if decoding} == {False}
 
 
-def test_ray_s_scheduler_wait_is_restored_after_a_stream(
+def test_rays_scheduler_wait_is_restored_after_a_stream(
     ray_cluster: None, source: blocks.Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Data's settings are never changed for the process, and the throttle sees each round of the scheduler."""
@@ -271,7 +271,7 @@ print(json.dumps({"cached": cached is not None, "seen": seen, "peak": peak, "spi
 def test_a_dataset_five_times_the_object_store_is_streamed(tmp_path: Path) -> None:
     images = 5 * STORE // (3 * 600 * 600)
     data = write_tiny_dataset(tmp_path, images, 600)
-    done = run_apart(STREAM_LARGE, data, str(STORE), str(tmp_path / "spilled"))
+    done = run_python(STREAM_LARGE, data, str(STORE), str(tmp_path / "spilled"))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert not result["cached"]

@@ -112,7 +112,7 @@ def test_a_sweep_over_invalid_options_is_rejected() -> None:
     sweep._check_networks(base, SweepConfig(space=one_option, shares=()))
 
 
-def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
+def test_the_dice_loss_is_that_of_monai_and_only_training_imports_it() -> None:
     from monai.losses import DiceLoss
 
     loss = dice.dice_loss()

@@ -48,7 +48,7 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
         assert requirement.specifier.contains(version_of(pin), prereleases=True), f"{pin} is outside {requirement}"
 
 
-def test_pins_hold_on_every_machine() -> None:
+def test_pins_are_valid_on_every_machine() -> None:
     """No local build (+cpu), no URL, and a marker only for a release that does not support Python 3.10."""
     for name, pin in pins().items():
         assert "+" not in version_of(pin), f"{pin} is a local build"

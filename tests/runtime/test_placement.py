@@ -68,7 +68,7 @@ def test_workers_and_a_data_task_fit(machines: list[Machine], workers: int, shar
         ([Machine(4), Machine(4)], 2, 0.5),
     ],
 )
-def test_cpus_per_worker_of_some_clusters(machines: list[Machine], workers: int, expected: float) -> None:
+def test_cpus_per_worker_of_example_clusters(machines: list[Machine], workers: int, expected: float) -> None:
     assert placement.worker_cpus(workers, machines) == expected
 
 

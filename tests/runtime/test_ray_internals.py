@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import run_apart
+from conftest import run_python
 from ray.train import BackendConfig
 
 import raylivecell
@@ -73,7 +73,7 @@ def test_guard_scheduler_pace() -> None:
 
 
 def test_guard_data_parallel_trainer() -> None:
-    done = run_apart(
+    done = run_python(
         "import sys; from raylivecell.runtime import ray_internals; cls = ray_internals.data_parallel_trainer()\n"
         "assert cls.__name__ == 'DataParallelTrainer', cls\n"
         "assert 'torch' not in sys.modules, 'it imports torch'\n"
@@ -126,7 +126,9 @@ def test_two_concurrent_streams_restore_rays_wait() -> None:
     assert before == state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
 
 
-def test_without_the_names_it_works_and_warns_once(other_ray: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_the_private_names_ray_works_and_a_warning_is_logged_once(
+    other_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
     from ray.train.torch import TorchTrainer
 
     with caplog.at_level(logging.WARNING, ray_internals.__name__):

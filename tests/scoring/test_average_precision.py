@@ -94,7 +94,7 @@ def test_detections_past_the_best_two_thousand_do_not_count() -> None:
     )
 
 
-def test_no_detection_and_no_cell() -> None:
+def test_images_without_detections_or_without_cells() -> None:
     nothing = protocol.match([], np.zeros(0), [])
     missed = protocol.match([], np.zeros(0), [rectangle(0, 0, 9, 9)])
     assert set(protocol.average_precision([nothing]).values()) == {None}
@@ -115,7 +115,7 @@ def test_intervals_contain_the_score_and_are_reproducible() -> None:
 
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 4), min_size=5, max_size=5))
 @settings(max_examples=40)
-def test_a_resampled_set_is_the_set_with_images_repeated(seed: int, times: list[int]) -> None:
+def test_weighting_images_equals_repeating_them(seed: int, times: list[int]) -> None:
     """Equal to the last digit if no two detections share a score: COCO counts ties one by one, weights at once."""
     rng = np.random.default_rng(seed)
     images = [image(rng, *rng.integers(0, 9, 2)) for _ in times]

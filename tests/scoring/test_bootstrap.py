@@ -28,7 +28,7 @@ def test_interval_equals_a_loop_over_resamples(resamples: int) -> None:
     np.testing.assert_allclose(bounds, np.quantile(dice, [0.1, 0.9]))
 
 
-def test_several_values_and_undefined_resamples() -> None:
+def test_several_statistics_and_undefined_resamples() -> None:
     def statistics(values: np.ndarray) -> np.ndarray:
         return np.array([values.mean() if values.any() else np.nan, len(values)])
 

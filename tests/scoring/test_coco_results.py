@@ -64,7 +64,7 @@ def test_masks_and_scores_are_read_as_they_were_written() -> None:
     assert masks[1].sum() == 20
 
 
-def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
+def test_polygons_are_drawn_as_by_pycocotools() -> None:
     corners = np.random.default_rng(4).uniform(-9, 70, (30, 5, 2))
     shapes = [
         [polygon.ravel().tolist(), square, [5.0, 5.0, 9.0, 9.0]]
@@ -96,7 +96,7 @@ IDS = st.one_of(st.none(), NUMBERS, st.booleans(), st.sampled_from([1, 1.0, "1",
 
 @given(SEGMENTATIONS, NUMBERS, IDS, IDS)
 @settings(max_examples=300)
-def test_any_record_is_left_out_or_can_be_scored(segmentation: Any, score: Any, image_id: Any, name: Any) -> None:
+def test_any_record_is_skipped_or_can_be_scored(segmentation: Any, score: Any, image_id: Any, name: Any) -> None:
     """pycocotools alone never ends, or ends the process, on some of these."""
     strange = {"image_id": image_id, "segmentation": segmentation, "score": score, "file_name": name}
     try:
@@ -135,7 +135,7 @@ def test_any_record_is_left_out_or_can_be_scored(segmentation: Any, score: Any, 
         ([GOOD | {"segmentation": [[1, 2, float("inf"), 4, 5, 6]]}], "neither polygons .* nor RLE"),
     ],
 )
-def test_bad_records_are_reported_and_an_error_only_without_good_ones(content: Any, message: str) -> None:
+def test_bad_records_are_reported_and_are_an_error_only_if_none_is_good(content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(content, ONE)
     if isinstance(content, list):
@@ -185,19 +185,19 @@ def test_a_record_refers_to_an_image_by_path_or_id(name: Any, image_id: Any) -> 
     ],
     ids=["base name", "two ids of one name", "ids of two files", "an id that is a name"],
 )
-def test_what_may_mean_two_images_is_refused(records: list[Any], split: list[Image], message: str) -> None:
+def test_ambiguous_records_are_refused(records: list[Any], split: list[Image], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(records, split)
 
 
-def test_an_unclear_record_costs_itself_where_every_image_has_clear_ones() -> None:
+def test_only_the_ambiguous_record_is_skipped_if_every_image_has_others() -> None:
     records = [record("well0/im.png", 1, 3), record("well1/im.png", 2, 5), record("im.png", 3, 9)]
     results = read(records, WELLS)
     assert places(results) == [[3], [5]]
     assert list(results.left_out.values()) == [["record 2 ('im.png')"]]
 
 
-def test_images_of_another_split_with_the_same_name_stay_apart() -> None:
+def test_an_image_of_another_split_with_the_same_name_is_not_matched() -> None:
     """`predict` over the whole folder; the annotation files hold base names."""
     split = images("images/test/000.png", file_names=("000.png",))
     records = [record("train/000.png", 1, 3), record("test/000.png", 2, 5)]
@@ -206,7 +206,7 @@ def test_images_of_another_split_with_the_same_name_stay_apart() -> None:
         read(records[:1], split, ("images/train/000.png",))
 
 
-def test_a_base_name_is_enough_where_the_dataset_has_it_once() -> None:
+def test_a_unique_base_name_is_enough() -> None:
     split = images("images/livecell_test_images/A172_1.tif")
     assert places(read([record("copies/A172_1.png", 9, 5)], split, ("images/B.tif",))) == [[5]]
     with pytest.raises(UserError, match="does not hold"):
@@ -216,7 +216,7 @@ def test_a_base_name_is_enough_where_the_dataset_has_it_once() -> None:
     assert places(results) == [[], [3]], "a file that names folders of the dataset means its folders"
 
 
-def test_records_of_one_image_may_name_it_in_two_ways() -> None:
+def test_records_of_an_image_may_refer_to_it_by_name_and_by_id() -> None:
     records = [record("a.png", 1, 3), record(None, 1, 5), record("a.png", None, 7)]
     assert places(read(records, images("a.png", "b.png"))) == [[3, 5, 7], []]
 
@@ -225,7 +225,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "a.b"]), min_size=1, max_size=3).map
 
 
 @given(st.sets(NAMES.map(lambda name: name + ".png"), min_size=1, max_size=6), st.sampled_from(["", "up/", "/x/y/"]))
-def test_predictions_of_a_folder_find_their_images(sources: set[str], above: str) -> None:
+def test_records_with_paths_match_their_images(sources: set[str], above: str) -> None:
     """Whatever the names: from the prepared folder, one above it or one in it, each image has its own records."""
     split = images(*sorted(sources))
     records = [record(above + image.source, 100 + place, place) for place, image in enumerate(split)]

@@ -78,7 +78,7 @@ def test_scores_do_not_depend_on_labels_and_are_symmetric(seed: int) -> None:
         assert swapped[name] == pytest.approx(scores[name])
 
 
-def test_known_answers() -> None:
+def test_cases_with_known_scores() -> None:
     truth = np.zeros((10, 20), int)
     truth[:, 2:6], truth[:, 10:14] = 1, 2
     assert im.instance_scores(truth, truth) == {
@@ -98,7 +98,7 @@ def test_known_answers() -> None:
     assert im.instance_scores(truth, nothing)["count_error"] == 2.0
 
 
-def test_halves_of_a_cell_share_one_partner() -> None:
+def test_one_half_of_a_split_cell_matches() -> None:
     """Two halves reach an IoU of 0.5 each: one is right, the other wrong."""
     truth = np.zeros((4, 8), int)
     truth[1:3, 2:6] = 1
@@ -108,6 +108,6 @@ def test_halves_of_a_cell_share_one_partner() -> None:
     assert im.segmentation_accuracy(im.overlaps(halves, truth))[0] == 0.5
 
 
-def test_shapes_must_agree() -> None:
+def test_different_shapes_are_an_error() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         im.overlaps(np.zeros((2, 3), int), np.zeros((3, 2), int))

@@ -52,7 +52,7 @@ def test_split_into_batches_changes_nothing() -> None:
     assert pixel_scores.dice(counts) == pixel_scores.dice(parts.sum(dim=0)) == pixel_scores.dice(parts.flip(0))
 
 
-def test_both_empty_is_one_and_one_empty_is_zero() -> None:
+def test_dice_of_empty_masks() -> None:
     assert (
         pixel_scores.dice([0, 0, 0, 9])
         == pixel_scores.iou([0, 0, 0, 9])
@@ -87,7 +87,7 @@ def test_counts_do_not_overflow() -> None:
     assert pixel_scores.dice(many) == pytest.approx(0.5)
 
 
-def test_intervals_hold_the_scores() -> None:
+def test_intervals_contain_the_scores() -> None:
     rng = np.random.default_rng(0)
     summary = pixel_scores.scores(rng.integers(1, 5000, (30, 4)))
     assert summary.keys() == {"images", "dice", "iou", "mean_image_dice", "intervals"}

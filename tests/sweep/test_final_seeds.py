@@ -250,7 +250,7 @@ SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=3e-2, log=T
         ([good(0.7), good(0.6)], {"trial-1-seed1": good(0.9)}, 1, ("ms_per_image",), "trial 0 of 2; ms an image 5"),
     ],
 )
-def test_best_yaml_is_of_a_run_that_finished(
+def test_best_yaml_is_the_recipe_of_a_finished_run(
     tiny_dataset: str,
     tmp_path: Path,
     without_ray: Callable[..., None],

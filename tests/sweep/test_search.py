@@ -38,7 +38,7 @@ def test_the_first_trial_is_the_starting_recipe(tmp_path: Path) -> None:
     assert space.apply(Recipe(), job["values"]) == Recipe()
 
 
-def test_each_trial_gets_its_final_state(tmp_path: Path) -> None:
+def test_each_trial_is_stored_with_its_final_state(tmp_path: Path) -> None:
     search = make_search(tmp_path)
     for name in "abcde":
         search.suggest(name)
@@ -146,7 +146,7 @@ def test_no_pickle_contains_the_storage_url(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_before", [False, True])
-def test_a_study_file_is_never_seen_without_its_tables(tmp_path: Path, killed_before: bool) -> None:
+def test_a_study_file_never_appears_without_its_tables(tmp_path: Path, killed_before: bool) -> None:
     """A process that opens it then, such as a dashboard, would create them too, and one of the two would fail."""
     file, seen, done = tmp_path / "study.db", [], threading.Event()
     if killed_before:

@@ -47,7 +47,7 @@ def test_every_suggestion_is_a_recipe_and_conditions_hold() -> None:
     assert 20 < sum(off) < 80
 
 
-def test_shares_are_spread_evenly_over_the_simplex() -> None:
+def test_shares_are_uniform_on_the_simplex() -> None:
     """The mean of each of n even shares is 1/n, its variance (n - 1) / (n^2 (n + 1)) (Dirichlet of ones)."""
     config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, sum=6),))
     draws = [[values[path] / 6 for path in WEIGHTS] for values in suggestions(config, Recipe(), 4000)]
@@ -59,14 +59,14 @@ def test_shares_are_spread_evenly_over_the_simplex() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.5), (0.5, 0.5, 2.0), (2.0, 0.5, 0.5)])
-def test_the_start_of_shares_is_reproduced(weights: tuple[float, float, float]) -> None:
+def test_shares_start_with_the_weights_of_the_recipe(weights: tuple[float, float, float]) -> None:
     recipe = space.apply(Recipe(), dict(zip(WEIGHTS, weights)))
     config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, min=0.25),))
     values = space.suggest(FixedTrial(space.start_parameters(recipe, config)), recipe, config)
     assert [values[path] for path in WEIGHTS] == pytest.approx(weights)
 
 
-def test_paths_into_lists_choices_of_lists_and_whole_numbers() -> None:
+def test_paths_into_lists_choices_of_lists_and_integers() -> None:
     config = SweepConfig(
         space={
             "model.features": Dimension(choices=([8, 16], [64, 128, 256, 512])),
@@ -250,7 +250,7 @@ def _part(tree: Any, name: str) -> Any:
     return tree[int(name)] if isinstance(tree, list) else tree[name]
 
 
-def test_a_condition_reads_the_starting_recipe_where_its_field_is_not_searched() -> None:
+def test_a_condition_reads_the_starting_recipe_if_its_field_is_not_searched() -> None:
     config = SweepConfig(
         space={"model.features.0": Dimension(low=8, high=64, when={"model.norm": Condition(in_=("group",))})},
         shares=(),

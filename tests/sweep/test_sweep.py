@@ -16,9 +16,9 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import joined, kill_at, missing
+from conftest import job_env, kill_at, skip_or_fail
 from hostile import pickled
-from hosts import until
+from hosts import wait_until
 from optuna.trial import TrialState
 from quick_trial import quick_trial
 
@@ -91,7 +91,7 @@ def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPat
     return out
 
 
-def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> None:
+def test_every_trial_ends_and_keeps_only_its_best_checkpoint(swept: Path) -> None:
     trials = study_of(swept).trials
     assert len(trials) == 10
     assert {trial.state for trial in trials} <= set(ENDS)
@@ -180,7 +180,7 @@ def _fetch(url: str, server: subprocess.Popen) -> bytes:
             content.append(answer.read())
         return True
 
-    until("an answer", answered)
+    wait_until("an answer", answered)
     return content[0]
 
 
@@ -223,7 +223,7 @@ def test_a_sweep_killed_repeatedly_ends_with_all_trials(tiny_dataset: str, ray_c
     """Killed in the middle of its first trials, and stopped by Ctrl-C."""
     out, trials = tmp_path / "killed", 6
     Path(f"{out}-recipe.yaml").write_text(space.dump(RECIPE, CONFIG))
-    env = os.environ | joined()
+    env = os.environ | job_env()
     seen: dict[int, tuple] = {}
     moments = [
         (signal.SIGKILL, lambda done, started: started > done >= 1),
@@ -236,7 +236,7 @@ def test_a_sweep_killed_repeatedly_ends_with_all_trials(tiny_dataset: str, ray_c
             assert driver.poll() is None, "the sweep ended by itself"
             return moment(*_counts(out))
 
-        until("its moment", due, 300)  # each look at the study takes 20 ms of a core
+        wait_until("its moment", due, 300)  # each look at the study takes 20 ms of a core
         driver.send_signal(how)
         driver.wait()
         for trial in study_of(out).trials:
@@ -291,7 +291,7 @@ def test_a_killed_trial_resumes_and_a_hopeless_one_fails_with_its_reason(
 
 
 @pytest.mark.slow
-def test_several_workers_a_trial_stop_early_without_a_hang(
+def test_trials_with_several_workers_stop_early_without_a_hang(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
     out, config = tmp_path / "nested", CONFIG.model_copy(update={"workers_per_trial": 2, "grace": 0.3})
@@ -318,7 +318,9 @@ def test_stopping_workers_needs_the_state_api(
     assert not (tmp_path / "out").exists()
 
 
-def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, quick: None, tmp_path: Path) -> None:
+def test_dice_against_speed_gives_a_pareto_front(
+    tiny_dataset: str, ray_cluster: None, quick: None, tmp_path: Path
+) -> None:
     out = tmp_path / "front"
     features = Dimension(choices=([4, 8], [2, 4], [32, 64]))
     config = SweepConfig(space={"model.features": features}, shares=(), objectives=("dice", "ms_per_image"))
@@ -336,7 +338,7 @@ def postgres() -> Iterator[str]:
         Path(path) for path in [shutil.which("pg_ctl")] if path
     ]
     if not programs:
-        missing("no PostgreSQL server: install Debian's package postgresql")
+        skip_or_fail("no PostgreSQL server: install Debian's package postgresql")
     # It refuses to run as root.
     user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     with socket.socket() as free:

@@ -106,7 +106,7 @@ def test_livecells_layout(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_names_ids_and_splits_of_a_full_size_set() -> None:
+def test_names_ids_and_splits_of_a_full_size_dataset() -> None:
     all_frames = [writer.Frame("", SEED, index) for index in range(5239)]
     assert (
         len({frame.file_name for frame in all_frames})
@@ -186,7 +186,7 @@ def test_an_interrupted_dataset_is_completed_and_a_complete_one_kept(tmp_path: P
     assert summary["whole"]
 
 
-def test_another_folder_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="choose another --out"):
         writer.write_dataset(tmp_path, 3, SEED)

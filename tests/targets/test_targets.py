@@ -128,7 +128,7 @@ def test_boundaries_are_pixels_with_different_neighbours(shape: tuple[int, int],
 @pytest.mark.parametrize("targets", NAMES)
 @settings(max_examples=20)
 @given(shape=SHAPES, seed=SEEDS)
-def test_planes_hold_the_packed_labels_and_border(targets: Targets, shape: tuple[int, int], seed: int) -> None:
+def test_planes_contain_the_packed_labels_and_border(targets: Targets, shape: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     image, border = rng.integers(0, 256, (2, *shape), np.uint8)
     labels = cells(rng, shape)

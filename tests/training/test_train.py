@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import joined, kill_at, run_apart, write_tiny_dataset
-from hosts import until
+from conftest import job_env, kill_at, run_python, write_tiny_dataset
+from hosts import wait_until
 from ray.train import UserCallback
 
 from raylivecell.core.errors import UserError
@@ -138,8 +138,8 @@ train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=1)
 def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     command = [sys.executable, "-c", DRIVER, tiny_dataset, str(run), str(one_worker / "recipe.yaml")]
-    driver = subprocess.Popen(command, env=os.environ | joined())
-    until("reports", lambda: driver.poll() is not None or len(history(run)) >= 7, 300, pause=0.01)
+    driver = subprocess.Popen(command, env=os.environ | job_env())
+    wait_until("reports", lambda: driver.poll() is not None or len(history(run)) >= 7, 300, pause=0.01)
     assert driver.poll() is None, "the run ended before it was killed"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
@@ -236,7 +236,7 @@ def test_the_driver_does_not_import_torch_before_its_report() -> None:
     """The import would take 1.1 s of every start."""
     modules = "training.train", "training.ray_train", "training.job", "ingest.dataset", "recipe"
     imports = ", ".join(f"raylivecell.{module}" for module in modules)
-    process = run_apart(f"import sys, {imports}; sys.exit('torch' in sys.modules)")
+    process = run_python(f"import sys, {imports}; sys.exit('torch' in sys.modules)")
     assert process.returncode == 0, process.stderr
 
 
