@@ -20,7 +20,7 @@ import hosts as network
 from hosts import Host, Hosts, wait_until
 
 STEPS, REPORT = 400, 40
-# Seconds that a fault may cost the run at most; a hang of Ray costs half an hour.
+# Maximum delay by a fault, in seconds; a hang of Ray would cost half an hour.
 LIMIT_S = 420.0
 DICE_NOISE, LOSS_NOISE = 0.02, 0.05
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ FLAGS = f"""--recipe small --data s3://cells/data --batch-size 12 --crop 48 48
 
 
 class Fault(NamedTuple):
-    """Description, and a function that disturbs a run after its first reports and returns what it did."""
+    """A fault; `inject` disturbs a run after its first reports and returns a description of its action."""
 
     description: str
     inject: Callable[["Run"], str]
@@ -44,7 +44,7 @@ class Run:
         self.job = self.submit()
 
     def submit(self) -> subprocess.Popen[bytes]:
-        """`raylivecell submit train`, from outside the hosts; resumes a started run."""
+        """Run `raylivecell submit train` from outside the hosts; a started run resumes."""
         words = ["raylivecell", "submit", "--address", self.hosts.address(), "train", *FLAGS, "--workers", self.workers]
         words += ["--out", f"s3://cells/runs/{self.name}", "--resume", "auto"]
         with open(self.hosts.root / f"{self.name}.log", "ab") as log:
@@ -78,7 +78,7 @@ class Run:
         return workers[-1]
 
     def wait(self, limit_s: float) -> float:
-        """Wait for the end of the job; returns the seconds."""
+        """Wait for the end of the job; return the seconds."""
         begin = time.monotonic()
         assert self.job.wait(limit_s) == 0, f"the job ended with {self.job.returncode}: see {self.name}.log"
         return time.monotonic() - begin
@@ -146,7 +146,7 @@ def stop_s3(run: Run) -> str:
 def kill_data_tasks(run: Run) -> str:
     killed = 0
 
-    def kill() -> bool:  # the processes have that title only while they run a task
+    def kill() -> bool:  # processes have this title only while they run a task
         nonlocal killed
         killed += sum(host.kill("ray::ReadSamples") for host in run.hosts.hosts.values())
         return killed >= 2
@@ -182,7 +182,7 @@ FAULTS = {
 
 
 def run_with_fault(hosts: Hosts, s3: Any, name: str, fault: Fault, expected: dict[str, Any]) -> str:
-    """Run with a fault and compare the last row with the undisturbed run's; returns a row of the table."""
+    """Run with a fault and compare the last row with the undisturbed run's; return a row of the table."""
     run = Run(hosts, s3, name, fault.workers)
     run.wait_for_step(2 * REPORT)
     action, begin, step = fault.inject(run), time.monotonic(), run.steps()
@@ -197,14 +197,14 @@ def run_with_fault(hosts: Hosts, s3: Any, name: str, fault: Fault, expected: dic
 
 
 def check_reports(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Check that every report occurs once; returns the last row."""
+    """Check that every report occurs once; return the last row."""
     assert [row["step"] for row in rows] == list(range(REPORT, STEPS + 1, REPORT)), [row["step"] for row in rows]
     assert [row["samples"] for row in rows] == [12 * row["step"] for row in rows]
     return rows[-1]
 
 
 def upload_dataset(hosts: Hosts) -> Any:
-    """Create the bucket with the dataset; returns the boto3 client."""
+    """Create the bucket and upload the dataset; return the boto3 client."""
     import boto3
     from conftest import write_tiny_dataset
 
@@ -225,9 +225,9 @@ def upload_dataset(hosts: Hosts) -> Any:
 
 
 def main(names: list[str]) -> int:
-    """Play the faults; returns the number of failures."""
+    """Inject the faults one after another; return the number of failures."""
     if reason := network.unsupported_reason():
-        sys.exit(f"no hosts can run here: {reason}")
+        sys.exit(f"cannot simulate hosts: {reason}")
     failures = 0
     root = Path(tempfile.mkdtemp(prefix="faults"))
     with network.running_hosts(root, {"head": 1, "one": 1, "two": 1, "three": 1}) as hosts:
@@ -250,7 +250,7 @@ def main(names: list[str]) -> int:
 
 
 def revive(hosts: Hosts, host: Host, number: int, cpus: int) -> None:
-    """Replace a host whose Ray has died by a new one."""
+    """Replace a host whose Ray has died with a new host."""
     if host.address in hosts.alive() and host.pids("raylet/raylet"):
         return
     name = next(key for key, value in hosts.hosts.items() if value is host)

@@ -257,7 +257,7 @@ def test_real_files(livecell_mini: Path) -> None:
 
 
 def test_values_of_other_converters_are_read() -> None:
-    """Numbers as text or floats, points in pairs, a polygon without its list, repr() of Python bytes are all read."""
+    """Accepted: numbers as text or floats, points as pairs, a polygon outside a list, repr() of Python bytes."""
     square = [1, 1, 5, 1, 5, 5]
     cells_json: list[Any] = [
         {"id": "1", "image_id": "7", "category_id": "1", "iscrowd": "0", "segmentation": [square]},

@@ -1,4 +1,4 @@
-"""A user's error ends a command with one line (cause and fix), exit code 2 and no files left; so does a signal."""
+"""A user error ends a command with one line (cause and fix), exit code 2 and no files; a signal ends it in one line."""
 
 import errno
 import os
@@ -68,7 +68,7 @@ def test_user_errors_are_one_line_with_exit_code_2(
 
 @pytest.fixture
 def every_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Replace the function of every command."""
+    """Function that replaces the implementation of every command."""
 
     def replace(work: Callable[[], object]) -> None:
         for name, (what, _) in list(main.COMMANDS.items()):
@@ -151,7 +151,7 @@ def test_a_bug_is_not_a_user_error(every_command: Callable[[Callable[[], object]
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_help_does_not_contain_the_line_breaks_of_the_source(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the texts that tyro prints; in the printed help it breaks lines itself, to fill columns of boxes."""
+    """Checks the texts passed to tyro, which wraps lines itself in the printed help."""
     texts: list[str] = []
 
     def collect(command: Callable[..., object], registry: ConstructorRegistry, **options: object) -> None:

@@ -29,7 +29,7 @@ REMOVE = object()
 
 @functools.cache
 def kubectl() -> str:
-    """Path of a kubectl with kustomize 5; without one the test is skipped."""
+    """Path of a kubectl with kustomize 5; skip the test if there is none."""
     path = shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     version = (
         path and subprocess.run([path, "version", "--client", "-o", "json"], capture_output=True, text=True).stdout
@@ -53,10 +53,10 @@ def render(overlay: str) -> list[Doc]:
 
 
 def broken(where: str, edits: Mapping[str, Any]) -> list[Doc]:
-    """An overlay with fields of one document changed.
+    """An overlay in which fields of one document are changed.
 
     Args:
-        where: an overlay, to edit its Ray document; or a kind of document in the overlay cpu.
+        where: an overlay, to edit its Ray document; or a kind of document in the overlay `cpu`.
         edits: JSON pointer -> value, or REMOVE.
     """
     kinds = {where} if where not in OVERLAYS else {"RayCluster", "RayJob", "RayCronJob"}
@@ -146,7 +146,7 @@ class Pod(NamedTuple):
     spec: Doc
     labels: dict[str, str]
     ray: bool
-    """Whether it is a Ray node; `labels` then include the operator's."""
+    """Whether it is a Ray node; if so, `labels` include the operator's."""
 
     def ports(self) -> dict[str, int]:
         """Ports of the first container: name -> number."""
@@ -154,7 +154,7 @@ class Pod(NamedTuple):
 
 
 def pods(docs: list[Doc]) -> Iterator[Pod]:
-    """One Pod of each kind in an overlay, the jobs' submitters included."""
+    """One Pod of each kind in an overlay, including the jobs' submitters."""
     for cluster in clusters(docs):
         for name, group in cluster.pods():
             own = group["template"].get("metadata", {}).get("labels", {})

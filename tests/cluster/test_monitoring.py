@@ -70,7 +70,7 @@ def names(expression: str) -> set[str]:
 
 
 def problems(dashboard: dict[str, Any]) -> list[str]:
-    """Errors in a dashboard that can be detected without Grafana."""
+    """Errors in a dashboard, as far as they can be detected without Grafana."""
     errors = []
     ids = [panel["id"] for panel in dashboard["panels"]]
     errors += [f"panel id {number} twice" for number in set(ids) if ids.count(number) > 1]
@@ -129,7 +129,7 @@ def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def by_http(config: str) -> str:
-    """The configuration changed for another machine, as its comments describe."""
+    """The configuration edited for another machine, as its comments describe."""
     head, tail = config.split("    # http_sd_configs:")
     head = re.sub(r"    file_sd_configs:\n.*\n", "", head)
     return head + "    # http_sd_configs:".replace("# ", "") + tail.replace("    # ", "    ")
@@ -192,11 +192,11 @@ class Prometheus(NamedTuple):
             return json.load(response)["data"]
 
     def series(self, expression: str, since: float) -> list[dict[str, Any]]:
-        """A panel's query as Grafana sends it: a value per second from `since` to now."""
+        """Run a panel's query as Grafana does: one value per second from `since` to now."""
         return self.query("query_range", query=expression, start=since, end=time.time(), step=1)["result"]
 
     def healthy_targets(self, label: str) -> int:
-        """Number of targets with the discovery label `label` that answer."""
+        """Number of healthy targets with the discovery label `label`."""
         targets = self.query("targets", state="active")["activeTargets"]
         return sum(target["health"] == "up" and label in target["discoveredLabels"] for target in targets)
 
@@ -206,7 +206,7 @@ class Prometheus(NamedTuple):
 
 
 def wait_until(what: str, attempt: Callable[[], Any]) -> Any:
-    """Call `attempt` until its result is true; returns that result."""
+    """Call `attempt` until its result is true; return that result."""
     end, pause, last = time.monotonic() + DEADLINE_S, threading.Event(), None
     while time.monotonic() < end:
         try:
@@ -255,7 +255,7 @@ class Scraped(NamedTuple):
 
 @pytest.fixture(scope="module")
 def scraped(prometheus: Prometheus, tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Scraped:
-    """Train and sweep under names that no other test on this cluster uses."""
+    """Run `train` and `sweep` under names that no other test on this cluster uses."""
     folder, since = tmp_path_factory.mktemp("scraped"), time.time()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # as in every job of a cluster

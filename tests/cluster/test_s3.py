@@ -1,4 +1,4 @@
-"""All stages with data, run, scores and masks at s3:// URIs, nothing on a local disk, as a job on a cluster."""
+"""All stages as jobs on a cluster, with data, run, scores and masks at s3:// URIs and nothing on a local disk."""
 
 import csv
 import json

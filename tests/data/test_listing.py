@@ -1,4 +1,4 @@
-"""Folders of common tools: hidden files, links of git-annex and DVC, names that are not UTF-8."""
+"""Listing image folders: hidden files, links of git-annex and DVC, names that are not UTF-8."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def store(root: Path, kind: str, data: bytes) -> Path:
-    """Write `data` to a content store, named as by git-annex, DVC or the Hugging Face cache."""
+    """Write `data` to a content store with the file name that git-annex, DVC or the Hugging Face cache uses."""
     sha, md5 = hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()
     key = f"SHA256E-s{len(data)}--{sha}.png"
     names = {

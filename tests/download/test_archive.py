@@ -1,4 +1,4 @@
-"""Unpacking images.zip and checking zip and JSON files: harmful, oversized, cut and damaged ones are refused."""
+"""Unpacking images.zip, checking zip and JSON files: malicious, oversized, truncated and damaged ones are refused."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def test_missing_or_damaged_images_are_unpacked_again(server: Server, tmp_path: 
 
 
 def test_interrupted_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No `images` folder until it is complete; the next run does not write the same images again."""
+    """No folder `images` until it is complete; the next run does not write the same images again."""
     (tmp_path / "images.zip").write_bytes(make_zip(IMAGES))
     read, members = zipfile.ZipFile.read, []
 
@@ -116,7 +116,7 @@ def test_zip_bombs(limit: str, value: int, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_damaged_zips(tmp_path: Path) -> None:
-    """Cut anywhere; one bit flipped in any byte of a member."""
+    """Truncated anywhere; one bit flipped in any byte of a member."""
     path, body = tmp_path / "images.zip", make_zip(IMAGES)
     for end in (*range(0, len(body), 11), len(body) - 1):
         path.write_bytes(body[:end])

@@ -142,7 +142,7 @@ def test_a_file_changed_locally_is_fetched_again(
 
 
 def test_a_copy_from_elsewhere_is_verified(server: Server, tmp_path: Path) -> None:
-    """A complete file without a record is kept; one of another length is renamed, never lost."""
+    """A complete file without a record is kept; a file of another length is renamed, never deleted."""
     target = tmp_path / TRAIN
     target.parent.mkdir(parents=True)
     target.write_bytes(server.files[TRAIN])
@@ -172,7 +172,7 @@ def test_too_little_free_space(server: Server, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_download_resumes_after_a_failed_write(server: Server, tmp_path: Path) -> None:
-    """A real limit on file size, in the middle of the second block: what fits is kept and resumed from."""
+    """A file size limit in the middle of the second block: the bytes that fit are kept, and the download resumes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK + 1000, hard))
     try:

@@ -1,4 +1,4 @@
-"""`export`: a file with the same maps at any size and with metadata; ONNX runs without torch."""
+"""`export`: exported files compute the same maps at any size and contain metadata; ONNX runs without torch."""
 
 import json
 import subprocess

@@ -20,11 +20,11 @@ TABLES = ("cells", "coco")
 
 
 class Killed(Exception):
-    """Stands for the death of the process."""
+    """Simulates the end of the process by a kill."""
 
 
 def image_result(file: str, version: str) -> ImageResult:
-    """Result of an image with as many cells as its index in `FILES`, so the first has none; z.tif cannot be read."""
+    """Result of an image; its number of cells is its index in `FILES` (0 for the first). z.tif cannot be read."""
     if file == "z.tif":
         return ImageResult(ImageRow(file, error="truncated", version=version))
     count = FILES.index(file)
@@ -35,7 +35,7 @@ def image_result(file: str, version: str) -> ImageResult:
 
 
 def run(out: str, versions: Mapping[str, str]) -> list[str]:
-    """Do what `predict` does; returns the files that it segments."""
+    """Call the functions in the order of `predict`; return the files that are segmented."""
     pending = []
     if not results.is_complete(out, versions):
         pending = results.pending(out, versions)
@@ -118,7 +118,7 @@ def parent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class KillSwitch:
-    """Raises `Killed` at the n-th change of a file."""
+    """Raises `Killed` at the n-th file change."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.changes_left: int | None = None

@@ -1,4 +1,4 @@
-"""Networks on images of any size, with and without flips, and on frames with padding."""
+"""Networks on images of any size, with and without flips, and on images with padding."""
 
 from types import SimpleNamespace
 
@@ -62,7 +62,7 @@ def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "strip", "corner"])
 def test_the_network_does_not_see_padding_and_it_is_not_scored(saved: str, kind: str) -> None:
-    """In validation, `--calibrate` and the run report as in `evaluate` and `predict`."""
+    """The same in validation, `--calibrate`, the run report, `evaluate` and `predict`."""
     network, recipe = checkpoint.load_network(saved, torch.device("cpu"))
     rng = np.random.default_rng(1)
     picture = rng.integers(90, 170, (40, 56), np.uint8)
@@ -86,7 +86,7 @@ def test_the_network_does_not_see_padding_and_it_is_not_scored(saved: str, kind:
 def assert_scored_as_segmented(
     network: torch.nn.Module, recipe: Recipe, saved: str, frame: Frame, labels: np.ndarray
 ) -> None:
-    """A worker's validation scores the same cells as `Segmenter` returns."""
+    """A worker's validation scores the same cells that `Segmenter` returns."""
     sample = ValidationSample(frame.levels, labels, frame.padding)
     samples = SimpleNamespace(val=[None], val_sample=lambda number: sample)
     place = RankContext(0, 1, torch.device("cpu"), 1)

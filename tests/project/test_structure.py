@@ -1,4 +1,4 @@
-"""Structure: pinned dependencies, no call that executes the data it reads, 3 to 16 modules per package.
+"""Structure: pinned dependencies, no calls that may execute data, 3 to 16 modules per package.
 
 Which package may import which, and which may import Ray, is checked by import-linter (pyproject.toml, `make lint`);
 text (ASCII, paths, sizes, words) by lint_text.py.
@@ -59,7 +59,7 @@ def test_pins_are_valid_on_every_machine() -> None:
 
 
 def unsafe(node: ast.Call) -> str | None:
-    """Why a call could execute the data it reads, or None."""
+    """Why a call could execute the data it reads; None if it could not."""
     function = ast.unparse(node.func)
     keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
     if re.fullmatch(r"(pickle|cloudpickle|marshal|dill|joblib)\.(load|loads|Unpickler)", function):

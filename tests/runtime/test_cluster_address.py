@@ -1,4 +1,4 @@
-"""A wrong RAY_ADDRESS is reported within seconds, without Ray."""
+"""A wrong RAY_ADDRESS is reported within seconds, without starting Ray."""
 
 import contextlib
 import socket
@@ -16,7 +16,7 @@ SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 @contextlib.contextmanager
 def server(answer: bytes | None) -> Iterator[int]:
-    """Port of a server that sends `answer` to each connection; None: it accepts connections and stays silent."""
+    """Port of a server that sends `answer` to each connection; None: it accepts connections but sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:

@@ -1,6 +1,6 @@
-"""Ray's private names: only in ray_internals.py, each valid in this release of Ray, and none of them required.
+"""Ray's private names: used only in ray_internals.py, valid in this release of Ray, and not required.
 
-The guard tests are named after the entries: if one fails after an upgrade of Ray, that entry must change.
+The guard tests are named after the entries of that file: if one fails after an upgrade of Ray, update its entry.
 """
 
 import importlib
@@ -31,7 +31,7 @@ ALLOWED = {"ray_internals.py"}
 
 @pytest.fixture(autouse=True)
 def warn_again() -> None:
-    """Forget the warnings of other tests: each is logged once per process."""
+    """Reset the warnings of other tests: each is logged once per process."""
     ray_internals._warn_missing.cache_clear()
 
 
@@ -47,7 +47,7 @@ def other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def code_of(file: Path) -> str:
-    """Code of the file without comments and strings, which may mention any name."""
+    """Code of the file without comments and strings, which may contain any name."""
     tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
     ignored = (tokenize.COMMENT, tokenize.STRING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
     return "".join(f"{token.string} " if token.type not in ignored else "\n" for token in tokens).replace(" . ", ".")

@@ -26,7 +26,7 @@ loop: {precision: float32, report_steps: 2}
 
 
 def command(*words: str, folder: Path) -> subprocess.Popen[str]:
-    """Start `raylivecell WORDS` in `folder` by the installed script."""
+    """Start the installed script `raylivecell WORDS` in `folder`."""
     script = Path(sys.executable).with_name("raylivecell")
     env = os.environ | {"HOME": "/proc/no-home", "TMPDIR": str(folder / ("long" * 20)), "PYTHONPATH": str(ROOT)}
     Path(env["TMPDIR"]).mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def command(*words: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def run(*words: str, folder: Path) -> str:
-    """Run the command and return its output; AssertionError if it fails."""
+    """Run the command and return its output; raise AssertionError if it fails."""
     process = command(*words, folder=folder)
     text = process.communicate(timeout=400)[0]
     assert process.returncode == 0, text

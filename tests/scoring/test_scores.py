@@ -1,4 +1,4 @@
-"""Scores of a set of images: every field, any order of the images."""
+"""Scores of several images: every field, in any order of the images."""
 
 import json
 

@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_loading_the_pickles_runs_code(marker: Path) -> None:
-    """Precondition of the other tests."""
+    """Precondition of the other tests: these contents do execute code when unpickled."""
     for load in (
         lambda: pickle.loads(pickled(marker)),
         lambda: torch.load(io.BytesIO(torch_saved(marker)), weights_only=False),
@@ -118,7 +118,7 @@ def test_a_recipe_with_python_tags_is_refused(
 
 @pytest.mark.parametrize("name", ["../../precious", "/precious", "checkpoint_1/../../precious", "..", 3])
 def test_a_malicious_list_of_checkpoints_is_refused(name: str | int, data: Path, tmp_path: Path, marker: Path) -> None:
-    """Ray deletes the listed folders."""
+    """Ray deletes listed folders, so their names must be plain."""
     run_folder.initialise(out := str(tmp_path / "run"), str(data), "")
     assert run_folder.check_resumable(out, str(data), resume=True)
     snapshot = tmp_path / "run" / run_folder.SNAPSHOT
@@ -185,7 +185,7 @@ def test_shards_with_pickles_are_refused(data: Path, marker: Path) -> None:
         assert line.startswith("raylivecell: ")
         assert path in line
     assert not marker.exists()
-    run_python(READ_SHARDS, paths[0])  # with plain pyarrow
+    run_python(READ_SHARDS, paths[0])  # plain pyarrow does execute them
     assert marker.exists()
 
 
@@ -204,7 +204,7 @@ COLUMNS = ("trial_user_attributes.value_json", "trial_params.distribution_json")
 
 @pytest.mark.parametrize("column", ["", *COLUMNS])
 def test_a_study_with_pickles_is_refused(column: str, tmp_path: Path, marker: Path) -> None:
-    """A pickle instead of the database, or of its values."""
+    """A pickle in place of the database, or of a value in it."""
     url = f"sqlite:///{tmp_path}/study.db"
     if column:
         trial = (new_study := study.open_study(url, "s", RECIPE, SEARCH, resume=False)).ask()
@@ -240,7 +240,7 @@ def test_a_malicious_final_run_is_refused(tmp_path: Path, marker: Path) -> None:
 def test_a_malicious_exported_network_is_refused(
     model_name: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torch.export's files can contain pickles: the package writes and compares its own, and opens no other."""
+    """Files of torch.export may contain pickles: the package opens none, except those that it has just written."""
     Image.new("L", (32, 32)).save(tmp_path / "x.png")
     for data in (pickled(marker), torch_saved(marker)):
         (tmp_path / model_name).write_bytes(data)
@@ -255,7 +255,7 @@ def test_a_malicious_exported_network_is_refused(
 def test_malicious_outputs_of_predict_are_refused(
     kind: str, model: Path, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image, out = tmp_path / "pictures" / "x.png", tmp_path / "out"
+    image, out = tmp_path / "images" / "x.png", tmp_path / "out"
     image.parent.mkdir()
     Image.fromarray(np.full((32, 32), 128, np.uint8)).save(image)
     command = f"predict --checkpoint {model} --images {image.parent} --out {out}"

@@ -1,4 +1,4 @@
-"""Small files that expand to gigabytes, and paths that leave a folder: refused, nothing written outside --out."""
+"""Small files that expand to gigabytes and paths that leave a folder are refused; nothing is written outside --out."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import image_names, shards, sources
 
 REFUSED = {
-    "pictures": {
+    "images": {
         "png of 100,000 x 100,000": "more than",
         "png with a gigabyte too much": "",
         "png with zTXt": "",
@@ -149,7 +149,7 @@ def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["in/../../out.png", "in/a/../../../out.png", "in/.."])
 def test_object_store_keys_that_leave_the_folder_are_refused(key: str, s3: S3) -> None:
-    """Keys are arbitrary text: joined to --out on a disk they could leave it."""
+    """Keys are arbitrary text: appended to a local --out they could lead out of it."""
     s3.client.put_object(Bucket="cells", Key="in/a.png", Body=b"")
     s3.client.put_object(Bucket="cells", Key=key, Body=b"")
     process = run_python("from raylivecell.data import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)

@@ -1,4 +1,4 @@
-"""Ray with token authentication: every interface refuses requests without the token; which processes listen, where."""
+"""Ray with token authentication: every interface refuses requests without the token; listening addresses."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ TOKEN = secrets.token_hex(32)
 
 
 class Head(NamedTuple):
-    """Addresses of a running cluster of one node, as HOST:PORT."""
+    """Addresses (HOST:PORT) of a running cluster of one node."""
 
     gcs: str
     dashboard: str
@@ -43,9 +43,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(home: Path | str, token: str | None) -> dict[str, str]:
-    """Environment of a process whose home folder `home` has no token file."""
+    """Environment of a process with the home folder `home`, which contains no token file."""
     env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-    # As on macOS: the cluster is at 127.0.0.1, and drivers do not replace it with the machine's other address.
+    # As on macOS: the cluster uses 127.0.0.1, and drivers do not replace it with the machine's other address.
     return env | {"RAY_AUTH_TOKEN": token or "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -151,7 +151,7 @@ def test_a_driver_needs_the_token(token: str | None, head: Head, tmp_path: Path)
 
 
 def test_the_ray_client_port_needs_the_token(head: Head) -> None:
-    """The first request of a `ray://` client."""
+    """Sends the first request of a `ray://` client."""
     ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
     with grpc.insecure_channel(head.client) as channel:
         stub = ray_client_pb2_grpc.RayletDriverStub(channel)
@@ -226,7 +226,7 @@ sys.exit(cli.main(["train"]))
 
 
 def test_listeners_of_a_local_training(tmp_path: Path) -> None:
-    """Ray listens on loopback only; while two workers train, torch's store listens on all interfaces, as documented."""
+    """Ray listens on loopback only; while two workers train, torch's store listens on all interfaces."""
     data = write_tiny_dataset(tmp_path / "data")
     steps = {"phases": [{"steps": 4}], "crop": [32, 32], "model": {"features": [4]}, "loop": {"precision": "float32"}}
     (tmp_path / "r.yaml").write_text(json.dumps(steps))

@@ -1,4 +1,4 @@
-"""The sweep report without Ray: its sections for the studies that a search can leave."""
+"""The sweep report without Ray: its sections for different studies."""
 
 from pathlib import Path
 
