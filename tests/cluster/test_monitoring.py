@@ -128,14 +128,14 @@ def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=60)
 
 
-def by_http(config: str) -> str:
+def with_http_discovery(config: str) -> str:
     """The configuration edited for another machine, as its comments describe."""
     head, tail = config.split("    # http_sd_configs:")
     head = re.sub(r"    file_sd_configs:\n.*\n", "", head)
     return head + "    # http_sd_configs:".replace("# ", "") + tail.replace("    # ", "    ")
 
 
-@pytest.mark.parametrize("config", [CONFIG, by_http(CONFIG)], ids=["list", "http"])
+@pytest.mark.parametrize("config", [CONFIG, with_http_discovery(CONFIG)], ids=["list", "http"])
 def test_prometheus_accepts_the_configuration(config: str, tmp_path: Path) -> None:
     (tmp_path / "prometheus.yml").write_text(config)
     done = promtool("check", "config", "--syntax-only", str(tmp_path / "prometheus.yml"))
@@ -302,9 +302,11 @@ def test_variable_run_lists_the_run_and_the_sweep(prometheus: Prometheus, scrape
 def test_nodes_are_discovered_from_another_machine(prometheus: Prometheus, tmp_path: Path) -> None:
     token = "".join(get_auth_headers_if_auth_enabled({}).values()).removeprefix("Bearer ")
     (tmp_path / "token").write_text(token)
-    config = every_second(by_http(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
+    config = every_second(with_http_discovery(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
     prometheus.reload(config.replace("http://HEAD:8265", str(session.dashboard())))
-    wait_until("Prometheus scrapes what the dashboard lists", lambda: prometheus.healthy_targets("__meta_url"))
+    wait_until(
+        "Prometheus scrapes the nodes that the dashboard lists", lambda: prometheus.healthy_targets("__meta_url")
+    )
 
 
 @pytest.mark.slow

@@ -56,10 +56,10 @@ def reference(images: list[Image]) -> dict[str, float]:
 
 
 def compare(images: list[Image]) -> None:
-    got = protocol.average_precision([protocol.match(*case) for case in images])
+    actual = protocol.average_precision([protocol.match(*case) for case in images])
     expected = reference(images)
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         assert (-1 if value is None else value) == pytest.approx(expected[name], abs=1e-9), name
 
 

@@ -40,7 +40,7 @@ def rasterise(points: list[float]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def frames() -> dict[int, tuple[np.ndarray, list[Mask]]]:
-    """One frame of each kind."""
+    """One image of each cell line, with its masks."""
     return {index: writer.draw_frame(SEED, index) for index in range(len(KINDS))}
 
 
