@@ -1,4 +1,4 @@
-"""Fixtures and helpers of the tests: LIVECell images, one Ray per process, an S3 server, a browser."""
+"""Fixtures and helpers: LIVECell images, one Ray per process, an S3 server, a browser."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Delays of a busy machine must not fail tests.
+# Delays on a busy machine must not fail tests.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 # Ray's sockets need a short path; a separate temporary folder isolates a test run from any other Ray.
@@ -29,13 +29,13 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that uses the shared Ray: streams.sh runs those in one process, in parallel with the rest."""
+    """Mark every test that uses the shared Ray: streams.sh runs these in one process, in parallel with the others."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
 
 
-def missing(reason: str) -> NoReturn:
+def skip_or_fail(reason: str) -> NoReturn:
     """Skip a test because a program is not installed; fail in CI, which installs all of them."""
     if os.environ.get("RAYLIVECELL_NO_SKIPS"):
         pytest.fail(reason)
@@ -47,11 +47,11 @@ SHARED = Path(os.environ.get("RAYLIVECELL_SHARED", Path(__file__).parents[2] / "
 
 @pytest.fixture(scope="session")
 def livecell_mini() -> Path:
-    """The folder of 20 real LIVECell images."""
+    """Folder with 20 real LIVECell images."""
     folder = SHARED / "livecell-mini"
     if not folder.is_dir():
         pytest.skip(
-            f"no real LIVECell images at {folder}: set RAYLIVECELL_SHARED to the folder that holds livecell-mini"
+            f"no real LIVECell images at {folder}: set RAYLIVECELL_SHARED to the folder that contains livecell-mini"
         )
     return folder
 
@@ -93,8 +93,8 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unwatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a test send SIGTERM and SIGINT to its own process: no delayed exit, and handlers are restored afterwards.
+def unguarded_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test send SIGTERM and SIGINT to its own process: disable the delayed exit, restore the handlers afterwards.
 
     SIGINT has its default handler, as in a terminal: a shell ignores it in background processes (tests/streams.sh).
     """
@@ -113,9 +113,9 @@ class S3(NamedTuple):
     """An S3 server (moto) on this machine."""
 
     env: dict[str, str]
-    """Environment variables with which a process uses it."""
+    """Environment variables for processes that use it."""
     client: Any
-    """boto3 client, to inspect the server; it has the bucket `cells`, empty at first."""
+    """boto3 client, to inspect the server; the bucket `cells` exists and is empty at first."""
 
     def upload(self, folder: str, prefix: str) -> None:
         """Upload every file in `folder` to cells/`prefix`/."""
@@ -157,12 +157,12 @@ def s3() -> Iterator[S3]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, driven by selenium, that logs its console and every address it requests."""
+    """Headless Chromium, driven by Selenium, that logs its console and every URL it requests."""
     from selenium import webdriver
 
     chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if not (chromium and driver):
-        missing("no Chromium with its driver: install Debian's packages chromium and chromium-driver")
+        skip_or_fail("no Chromium with its driver: install Debian's packages chromium and chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
@@ -173,8 +173,8 @@ def browser() -> Iterator[Any]:
     chrome.quit()
 
 
-def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a separate process."""
+def run_python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a separate Python process."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -184,10 +184,10 @@ def run_apart(code: str, *arguments: str, env: dict[str, str] | None = None) -> 
     )
 
 
-def joined(env: dict[str, str] | None = None) -> dict[str, str]:
-    """Environment variables that make a process a job on the session's cluster (two on one machine interfere).
+def job_env(env: dict[str, str] | None = None) -> dict[str, str]:
+    """Environment variables that make a process a job on the session's cluster (a second cluster would interfere).
 
-    Ray's processes for that job get the variables `env` too.
+    Ray's processes for that job also get the variables `env`.
     """
     import ray
 
@@ -198,22 +198,22 @@ def joined(env: dict[str, str] | None = None) -> dict[str, str]:
     return address | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": env}})}
 
 
-def kill_at(run: Path, reports: int, *names: str, most: int = 99) -> tuple[threading.Thread, list[int]]:
-    """Start a thread that sends SIGKILL to up to `most` processes of these names once `run` has `reports` rows.
+def kill_at(run: Path, reports: int, *names: str, max_killed: int = 99) -> tuple[threading.Thread, list[int]]:
+    """Start a thread that sends SIGKILL to at most `max_killed` processes of these names once `run` has `reports` rows.
 
     Returns:
-        The thread, and the list to which it appends the pids.
+        The thread, and the list to which it appends the process ids.
     """
     import psutil
-    from hosts import until
+    from hosts import wait_until
 
     killed: list[int] = []
     metrics = run / "metrics.jsonl"
 
     def kill() -> None:
-        until("reports", lambda: len(metrics.read_text().splitlines()) >= reports, 300, pause=0.01)
+        wait_until("reports", lambda: len(metrics.read_text().splitlines()) >= reports, 300, pause=0.01)
         for process in psutil.process_iter(["cmdline"]):
-            if len(killed) < most and any(name in " ".join(process.info["cmdline"] or []) for name in names):
+            if len(killed) < max_killed and any(name in " ".join(process.info["cmdline"] or []) for name in names):
                 process.kill()
                 killed.append(process.pid)
 
@@ -258,5 +258,5 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of the dataset of `write_tiny_dataset`."""
+    """Path of a dataset written by `write_tiny_dataset`."""
     return write_tiny_dataset(tmp_path_factory.mktemp("tiny"))

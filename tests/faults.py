@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hosts as network
-from hosts import Host, Hosts, until
+from hosts import Host, Hosts, wait_until
 
 STEPS, REPORT = 400, 40
-# Seconds that a fault may cost the run at most; a hang of Ray costs half an hour.
+# Maximum delay by a fault, in seconds; a hang of Ray would cost half an hour.
 LIMIT_S = 420.0
 DICE_NOISE, LOSS_NOISE = 0.02, 0.05
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ FLAGS = f"""--recipe small --data s3://cells/data --batch-size 12 --crop 48 48
 
 
 class Fault(NamedTuple):
-    """Description, and a function that disturbs a run after its first reports and returns what it did."""
+    """A fault; `inject` disturbs a run after its first reports and returns a description of its action."""
 
     description: str
     inject: Callable[["Run"], str]
@@ -44,7 +44,7 @@ class Run:
         self.job = self.submit()
 
     def submit(self) -> subprocess.Popen[bytes]:
-        """`raylivecell submit train`, from outside the hosts; resumes a started run."""
+        """Run `raylivecell submit train` from outside the hosts; a started run resumes."""
         words = ["raylivecell", "submit", "--address", self.hosts.address(), "train", *FLAGS, "--workers", self.workers]
         words += ["--out", f"s3://cells/runs/{self.name}", "--resume", "auto"]
         with open(self.hosts.root / f"{self.name}.log", "ab") as log:
@@ -64,7 +64,7 @@ class Run:
 
     def wait_for_step(self, step: int, limit_s: float = LIMIT_S) -> float:
         """Wait until the run has reported `step`."""
-        return until(f"step {step} of {self.name}", lambda: self.steps() >= step or self.ended(), limit_s)
+        return wait_until(f"step {step} of {self.name}", lambda: self.steps() >= step or self.ended(), limit_s)
 
     def ended(self) -> bool:
         if self.job.poll() not in (None, 0):
@@ -78,31 +78,31 @@ class Run:
         return workers[-1]
 
     def wait(self, limit_s: float) -> float:
-        """Wait for the end of the job; returns the seconds."""
+        """Wait for the end of the job; return the seconds."""
         begin = time.monotonic()
         assert self.job.wait(limit_s) == 0, f"the job ended with {self.job.returncode}: see {self.name}.log"
         return time.monotonic() - begin
 
 
-def worker_killed(run: Run) -> str:
+def kill_worker(run: Run) -> str:
     host = run.victim()
     return f"{host.kill('RayTrainWorker')} process on {host.address}"
 
 
-def raylet_killed(run: Run) -> str:
+def kill_raylet(run: Run) -> str:
     host = run.victim()
     host.kill("raylet/raylet")
     return f"raylet of {host.address}"
 
 
-def node_lost_and_added(run: Run) -> str:
+def replace_node(run: Run) -> str:
     host = run.victim()
     host.kill()
     new = run.hosts.start_host(f"n{len(run.hosts.hosts)}", len(run.hosts.hosts), 1)
     return f"{host.address} lost, {new.address} added"
 
 
-def drained(run: Run) -> str:
+def drain_node(run: Run) -> str:
     host = run.victim()
     node = run.hosts.alive()[host.address]
     words = f"ray drain-node --address {network.NET}.10:{network.HEAD_PORT} --node-id {node}".split()
@@ -116,18 +116,18 @@ def drained(run: Run) -> str:
     return f"{host.address} draining at step {before}, lost 17 s later at step {run.steps()}"
 
 
-def cut(seconds: float) -> Callable[[Run], str]:
+def cut_network(seconds: float) -> Callable[[Run], str]:
     def inject(run: Run) -> str:
         host = run.victim()
-        host.cable(False)
+        host.set_cable(False)
         threading.Event().wait(seconds)
-        host.cable(True)
+        host.set_cable(True)
         return f"{host.address} without network for {seconds:g} s"
 
     return inject
 
 
-def driver_killed(run: Run) -> str:
+def kill_driver(run: Run) -> str:
     killed = sum(host.kill("jobs/train.py") for host in run.hosts.hosts.values())
     code = run.job.wait(120)
     assert code != 0
@@ -135,7 +135,7 @@ def driver_killed(run: Run) -> str:
     return f"{killed} processes of the driver; submitted again"
 
 
-def s3_down(run: Run) -> str:
+def stop_s3(run: Run) -> str:
     flag = run.hosts.root / "s3-is-down"
     flag.touch()
     threading.Event().wait(30)
@@ -143,68 +143,68 @@ def s3_down(run: Run) -> str:
     return "503 for 30 s"
 
 
-def data_tasks_killed(run: Run) -> str:
+def kill_data_tasks(run: Run) -> str:
     killed = 0
 
-    def kill() -> bool:  # the processes have that title only while they run a task
+    def kill() -> bool:  # processes have this title only while they run a task
         nonlocal killed
         killed += sum(host.kill("ray::ReadSamples") for host in run.hosts.hosts.values())
         return killed >= 2
 
-    until("data tasks running", kill, 60)
+    wait_until("data tasks running", kill, 60)
     return f"{killed} processes, as by the out-of-memory killer"
 
 
-def disk_full(run: Run) -> str:
+def fill_disk(run: Run) -> str:
     """Fill the disk on which the checkpoint is written before its upload to S3."""
     host = run.victim()
     on_host = ["nsenter", "-m", "-t", str(host.pids("raylet/raylet")[0])]
     subprocess.run([*on_host, "dd", "if=/dev/zero", "of=/tmp/full", "bs=1M"], capture_output=True)
     free = subprocess.run([*on_host, "df", "--output=avail", "-B1", "/tmp"], capture_output=True, text=True, check=True)
     step = run.steps()
-    until("a report while the disk is full", lambda: run.steps() > step + REPORT, 30, strict=False)
+    wait_until("a report while the disk is full", lambda: run.steps() > step + REPORT, 30, strict=False)
     subprocess.run([*on_host, "rm", "/tmp/full"], check=True)
     return f"{free.stdout.split()[-1]} bytes free on {host.address} until step {run.steps()} (from {step})"
 
 
 FAULTS = {
-    "worker": Fault("a training worker killed (SIGKILL)", worker_killed),
-    "raylet": Fault("a node's raylet killed", raylet_killed),
-    "drain": Fault("a node drained as a spot preemption", drained),
-    "elastic": Fault("a node lost, another one added (--workers 1:3)", node_lost_and_added, "1:3"),
-    "cut20": Fault("the network of a node cut for 20 s", cut(20)),
-    "driver": Fault("the driver killed, the job submitted again", driver_killed),
-    "s3": Fault("S3 answers 503 for 30 s", s3_down),
-    "data": Fault("the processes of data tasks killed", data_tasks_killed),
-    "disk": Fault("the disk of a worker full for 30 s", disk_full),
-    "cut300": Fault("the network of a node cut for 5 minutes", cut(300)),
+    "worker": Fault("a training worker killed (SIGKILL)", kill_worker),
+    "raylet": Fault("a node's raylet killed", kill_raylet),
+    "drain": Fault("a node drained as a spot preemption", drain_node),
+    "elastic": Fault("a node lost, another one added (--workers 1:3)", replace_node, "1:3"),
+    "cut20": Fault("the network of a node cut for 20 s", cut_network(20)),
+    "driver": Fault("the driver killed, the job submitted again", kill_driver),
+    "s3": Fault("S3 answers 503 for 30 s", stop_s3),
+    "data": Fault("the processes of data tasks killed", kill_data_tasks),
+    "disk": Fault("the disk of a worker full for 30 s", fill_disk),
+    "cut300": Fault("the network of a node cut for 5 minutes", cut_network(300)),
 }
 
 
-def play(hosts: Hosts, s3: Any, name: str, fault: Fault, expected: dict[str, Any]) -> str:
-    """Run with a fault and compare the last row with the undisturbed run's; returns a row of the table."""
+def run_with_fault(hosts: Hosts, s3: Any, name: str, fault: Fault, expected: dict[str, Any]) -> str:
+    """Run with a fault and compare the last row with the undisturbed run's; return a row of the table."""
     run = Run(hosts, s3, name, fault.workers)
     run.wait_for_step(2 * REPORT)
     action, begin, step = fault.inject(run), time.monotonic(), run.steps()
-    recovered = until("a step after the fault", lambda: run.steps() > step or run.ended(), LIMIT_S)
+    recovered = wait_until("a step after the fault", lambda: run.steps() > step or run.ended(), LIMIT_S)
     run.wait(LIMIT_S)
     total = time.monotonic() - begin
-    row = verified(run.rows())
+    row = check_reports(run.rows())
     scores = f"Dice {row['val_dice']:.4f} ({expected['val_dice']:.4f}), loss {row['loss']:.5f} ({expected['loss']:.5f})"
     assert abs(row["val_dice"] - expected["val_dice"]) < DICE_NOISE, f"{name}: {scores}"
     assert abs(row["loss"] / expected["loss"] - 1) < LOSS_NOISE, f"{name}: {scores}"
     return f"| {fault.description} | {action} | {recovered:.0f} s | {total:.0f} s | {scores} |"
 
 
-def verified(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Check that every report occurs once; returns the last row."""
+def check_reports(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Check that every report occurs once; return the last row."""
     assert [row["step"] for row in rows] == list(range(REPORT, STEPS + 1, REPORT)), [row["step"] for row in rows]
     assert [row["samples"] for row in rows] == [12 * row["step"] for row in rows]
     return rows[-1]
 
 
 def upload_dataset(hosts: Hosts) -> Any:
-    """Create the bucket with the dataset; returns the boto3 client."""
+    """Create the bucket and upload the dataset; return the boto3 client."""
     import boto3
     from conftest import write_tiny_dataset
 
@@ -216,7 +216,7 @@ def upload_dataset(hosts: Hosts) -> Any:
         aws_secret_access_key="secret",
         region_name="us-east-1",
     )
-    until("S3", lambda: bool(s3.create_bucket(Bucket="cells")))
+    wait_until("S3", lambda: bool(s3.create_bucket(Bucket="cells")))
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_dataset(Path(folder), images=24)
         for path in Path(folder).rglob("*.*"):
@@ -225,22 +225,22 @@ def upload_dataset(hosts: Hosts) -> Any:
 
 
 def main(names: list[str]) -> int:
-    """Play the faults; returns the number of failures."""
-    if reason := network.possible():
-        sys.exit(f"no hosts can run here: {reason}")
+    """Inject the faults one after another; return the number of failures."""
+    if reason := network.unsupported_reason():
+        sys.exit(f"cannot simulate hosts: {reason}")
     failures = 0
     root = Path(tempfile.mkdtemp(prefix="faults"))
-    with network.running(root, {"head": 1, "one": 1, "two": 1, "three": 1}) as hosts:
+    with network.running_hosts(root, {"head": 1, "one": 1, "two": 1, "three": 1}) as hosts:
         s3, begin = upload_dataset(hosts), time.monotonic()
         undisturbed = Run(hosts, s3, "undisturbed", "2")
-        until("the first step", lambda: "\nstep " in (root / "undisturbed.log").read_text(), LIMIT_S)
+        wait_until("the first step", lambda: "\nstep " in (root / "undisturbed.log").read_text(), LIMIT_S)
         first = time.monotonic() - begin
         undisturbed.wait(LIMIT_S)
-        row, total = verified(undisturbed.rows()), time.monotonic() - begin
+        row, total = check_reports(undisturbed.rows()), time.monotonic() - begin
         print(f"undisturbed: first step {first:.0f} s after submit, {total:.0f} s in all, logs in {root}", flush=True)
         for name in names or FAULTS:
             try:
-                print(play(hosts, s3, name, FAULTS[name], row), flush=True)
+                print(run_with_fault(hosts, s3, name, FAULTS[name], row), flush=True)
             except (AssertionError, TimeoutError, subprocess.SubprocessError) as error:
                 failures += 1
                 print(f"| {FAULTS[name].description} | FAILED: {error} |", flush=True)
@@ -250,7 +250,7 @@ def main(names: list[str]) -> int:
 
 
 def revive(hosts: Hosts, host: Host, number: int, cpus: int) -> None:
-    """Replace a host whose Ray has died by a new one."""
+    """Replace a host whose Ray has died with a new host."""
     if host.address in hosts.alive() and host.pids("raylet/raylet"):
         return
     name = next(key for key, value in hosts.hosts.items() if value is host)
@@ -261,7 +261,7 @@ def revive(hosts: Hosts, host: Host, number: int, cpus: int) -> None:
     network.delete(host.name)
     del hosts.hosts[name]
     new = hosts.start_host(f"{name}x", len(list(hosts.root.iterdir())) + 20, cpus)
-    until(f"Ray on {new.address}", lambda: new.address in hosts.alive())
+    wait_until(f"Ray on {new.address}", lambda: new.address in hosts.alive())
 
 
 if __name__ == "__main__":

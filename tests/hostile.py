@@ -34,13 +34,13 @@ def torch_saved(marker: Path) -> bytes:
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: str, *more: str | Path) -> str:
-    """Run `command` and check that it is refused; returns the one line of the message."""
+    """Run `command` and check that it is refused; return its one-line message."""
     capsys.readouterr()
     return one_line(main.main([*command.split(), *map(str, more)]), capsys.readouterr().err)
 
 
 def one_line(code: int, output: str) -> str:
-    """Check an exit code of 2 and an output of one line; returns that line."""
+    """Check an exit code of 2 and an output of one line; return that line."""
     assert code == 2
     lines: Sequence[str] = [line for line in output.splitlines() if line.strip()]
     assert len(lines) == 1, output

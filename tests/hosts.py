@@ -1,6 +1,6 @@
-"""Several hosts on one machine: each a network namespace with its own address, /tmp, /dev/shm and Ray.
+"""Simulate several hosts on one machine: each is a network namespace with its own address, /tmp, /dev/shm and Ray.
 
-Needs root and iproute2 on Linux. Hosts do not see each other's disks; they share an S3 server, and their network cables
+Needs root and iproute2 on Linux. Hosts cannot access each other's disks; they share an S3 server. Their network cables
 (veth pairs on one bridge) can be unplugged.
 """
 
@@ -29,14 +29,14 @@ OWN_MOUNTS = ("/tmp", "/dev/shm")
 """Folders that each host mounts for itself."""
 
 
-def possible() -> str:
-    """Reason why hosts cannot run on this machine, in one line; empty if they can."""
+def unsupported_reason() -> str:
+    """Why hosts cannot be simulated on this machine, in one line; empty if they can."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
-        return "they need Linux, root and iproute2"
+        return "hosts need Linux, root and iproute2"
     for path in (Path(__file__).resolve().parents[1], Path(sys.prefix), Path(sys.base_prefix)):
         for own in OWN_MOUNTS:
             if path.resolve().is_relative_to(own):
-                return f"each host mounts its own {own} and would not see {path}; use a checkout elsewhere"
+                return f"each host mounts its own {own}, which hides {path}; use a checkout elsewhere"
     done = subprocess.run(["ip", "netns", "add", "rlcprobe"], capture_output=True, text=True)
     sh("ip", "netns", "del", "rlcprobe", check=False)
     return "" if done.returncode == 0 else f"network namespaces cannot be created here ({done.stderr.strip()})"
@@ -48,12 +48,12 @@ def sh(*words: str, check: bool = True) -> str:
     return done.stdout
 
 
-def until(
+def wait_until(
     what: str, ready: Callable[[], bool], limit_s: float = 120.0, strict: bool = True, pause: float = 0.2
 ) -> float:
-    """Call `ready`, which may raise, every `pause` seconds until it is true; returns the seconds waited.
+    """Call `ready`, which may raise, every `pause` seconds until it returns true; return the seconds waited.
 
-    After `limit_s` it raises TimeoutError if `strict`, else returns.
+    After `limit_s` raise TimeoutError if `strict`, otherwise return.
     """
     begin = time.monotonic()
     while time.monotonic() - begin < limit_s:
@@ -77,7 +77,7 @@ class Host:
     ray: subprocess.Popen[bytes] | None = None
 
     def pids(self, *words: str) -> list[int]:
-        """Processes of the host whose command line holds one of `words`; without words all."""
+        """Ids of the host's processes whose command line contains one of `words`; without words all."""
         pids = []
         for pid in sh("ip", "netns", "pids", self.name, check=False).split():
             with contextlib.suppress(OSError):
@@ -87,21 +87,21 @@ class Host:
         return pids
 
     def kill(self, *words: str) -> int:
-        """Send SIGKILL to `pids(*words)`; returns their number."""
+        """Send SIGKILL to `pids(*words)`; return their number."""
         pids = self.pids(*words)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return len(pids)
 
-    def cable(self, plugged: bool) -> None:
+    def set_cable(self, plugged: bool) -> None:
         """Plug in the network cable, or unplug it."""
         sh("ip", "link", "set", f"v{self.name}", "up" if plugged else "down")
 
 
 @dataclass
 class Hosts:
-    """The hosts, the first of them the head, and the S3 server for all."""
+    """The hosts (the first is the head) and their S3 server."""
 
     root: Path
     token: str = field(default_factory=lambda: secrets.token_hex(32))
@@ -166,7 +166,7 @@ class Hosts:
             return json.loads(response.read())
 
     def alive(self) -> dict[str, str]:
-        """Address -> node id of the nodes alive."""
+        """Address -> id of each live node."""
         rows = self.get("/api/v0/nodes")["data"]["result"]["result"]
         return {row["node_ip"]: row["node_id"] for row in rows if row["state"] == "ALIVE"}
 
@@ -189,7 +189,7 @@ class Hosts:
 
 
 def _clear() -> None:
-    """Remove what a killed run has left."""
+    """Remove processes, namespaces and links that a killed run has left."""
     for process in psutil.process_iter(["cmdline"]):
         if any(GATEWAY in word or "flaky_proxy" in word for word in process.info["cmdline"] or []):
             process.kill()
@@ -197,7 +197,7 @@ def _clear() -> None:
         Host(name, "", Path()).kill()
         delete(name)
     for link in json.loads(sh("ip", "-json", "link")):
-        if link["ifname"].startswith("vrlc"):  # of a namespace that has no name any more but still a process
+        if link["ifname"].startswith("vrlc"):  # its namespace has lost its name but still has a process
             sh("ip", "link", "del", link["ifname"], check=False)
     sh("ip", "link", "del", BRIDGE, check=False)
 
@@ -209,8 +209,8 @@ def delete(name: str) -> None:
 
 
 @contextlib.contextmanager
-def running(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
-    """Run hosts, name -> logical CPUs, the first of them the head; all have joined before the body runs."""
+def running_hosts(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
+    """Start hosts (name -> logical CPUs; the first is the head), and wait until all have joined the cluster."""
     _clear()
     hosts = Hosts(root)
     try:
@@ -221,7 +221,7 @@ def running(root: Path, cpus: dict[str, int]) -> Iterator[Hosts]:
         hosts.serve(sys.executable, str(Path(__file__).with_name("flaky_proxy.py")), str(root / "s3-is-down"))
         for number, (name, count) in enumerate(cpus.items()):
             host = hosts.start_host(name, number, count)
-            until(f"Ray on {name}", lambda at=host.address: at in hosts.alive())  # type: ignore[misc]
+            wait_until(f"Ray on {name}", lambda at=host.address: at in hosts.alive())  # type: ignore[misc]
         yield hosts
     finally:
         hosts.close()

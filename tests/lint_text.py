@@ -1,6 +1,6 @@
-"""Check the text of files: `python tests/lint_text.py [FILE ...]`, without files all that git knows.
+"""Check the text of files: `python tests/lint_text.py [FILE ...]`; without arguments, all files in git.
 
-Each line of output is PATH:LINE: what is wrong; exit 1 if there is any. Standard library only: a second at most.
+Each line of output is PATH:LINE: what is wrong; exit 1 if there is any. Standard library only, takes at most a second.
 """
 
 import ast
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 """Limits of Python files, tests included."""
 OWN = {str(ROOT), str(ROOT.parent), str(Path.home())} - {"/", "/tmp", "/home"}
-# This checkout's folder, or somebody's home; the home folder in Ray's images is /home/ray.
+# This checkout's folder, or a home folder; the home folder in Ray's images is /home/ray.
 FOLDERS = [rf"(?<![\w.}}]){re.escape(path)}/" for path in sorted(OWN)]
 MACHINE = re.compile("|".join([*FOLDERS, r"/home/(?!ray\b)\w+/", r"/Users/\w+/", r"[A-Z]:\\\\?Users"]))
 CONFLICT = re.compile(r"^(<{7} |>{7} |\|{7} )")
@@ -97,7 +97,7 @@ def faults(path: Path) -> Iterator[str]:
 
 
 def project_files() -> list[Path]:
-    """Files that are committed or will be; without git, all but those of hidden folders and outputs."""
+    """Files that are committed or not ignored; without git, all except those in hidden folders and outputs."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, check=True, capture_output=True).stdout.decode("utf-8", "surrogateescape")

@@ -85,9 +85,9 @@ def test_cells_are_float32_in_file_order() -> None:
     annotations = read(data)
     for image in (1, 2, 3):
         expected = [cell for cell in data["annotations"] if cell["image_id"] == image]
-        got = cells_of(annotations, image)
-        assert [cell.id for cell in got] == [cell["id"] for cell in expected]
-        for cell, annotation in zip(got, expected):
+        actual = cells_of(annotations, image)
+        assert [cell.id for cell in actual] == [cell["id"] for cell in expected]
+        for cell, annotation in zip(actual, expected):
             np.testing.assert_array_equal(cell.polygons[0].ravel(), np.float32(annotation["segmentation"][0]))
     assert annotations.payload(77) == b""
 
@@ -192,10 +192,10 @@ def test_compressed_and_uncompressed_rle_equal_pycocotools(seed: int) -> None:
     }
     first, second, third = cells_of(read(data), 1)
     for cell in (first, second, third):
-        ((got_size, got_runs),) = cell.runs
-        got = rle.mask_of_runs(got_size, got_runs)
-        assert got is not None
-        np.testing.assert_array_equal(got, mask)
+        ((actual_size, actual_runs),) = cell.runs
+        actual = rle.mask_of_runs(actual_size, actual_runs)
+        assert actual is not None
+        np.testing.assert_array_equal(actual, mask)
     assert (first.crowd, second.crowd) == (False, True)
     assert len(third.polygons) == 1
 
@@ -249,15 +249,16 @@ def test_real_files(livecell_mini: Path) -> None:
         assert annotations.size == path.stat().st_size
         for entry in data["images"]:
             expected = [cell for cell in data["annotations"] if cell["image_id"] == entry["id"]]
-            got = cells_of(annotations, entry["id"])
-            assert [cell.id for cell in got] == [cell["id"] for cell in expected]
+            actual = cells_of(annotations, entry["id"])
+            assert [cell.id for cell in actual] == [cell["id"] for cell in expected]
             assert all(
-                np.array_equal(a.polygons[0].ravel(), np.float32(b["segmentation"][0])) for a, b in zip(got, expected)
+                np.array_equal(a.polygons[0].ravel(), np.float32(b["segmentation"][0]))
+                for a, b in zip(actual, expected)
             )
 
 
 def test_values_of_other_converters_are_read() -> None:
-    """Numbers as text or floats, points in pairs, a polygon without its list, repr() of Python bytes are all read."""
+    """Accepted: numbers as text or floats, points as pairs, a polygon outside a list, repr() of Python bytes."""
     square = [1, 1, 5, 1, 5, 5]
     cells_json: list[Any] = [
         {"id": "1", "image_id": "7", "category_id": "1", "iscrowd": "0", "segmentation": [square]},
@@ -344,25 +345,25 @@ def test_categories_are_selected_by_name_or_id() -> None:
     data["categories"] = [{"id": i, "name": name} for i, name in enumerate([*names, "1"], 1)]
     other = data | {"categories": [{"id": 2, "name": "cell"}]}
 
-    def selected_cells(*wanted: str) -> tuple[list[int | str], list[int | str]]:
+    def selected_cells(*selection: str) -> tuple[list[int | str], list[int | str]]:
         files = [read(data), read(other)]
-        rows = categories.choose(files, wanted)
+        rows = categories.choose(files, selection)
         assert sum(row["annotations"] for row in rows) == 10
         chosen = {row["name"] for row in rows if row["chosen"]}
-        assert chosen == {row["name"] for row in rows} or wanted
+        assert chosen == {row["name"] for row in rows} or selection
         return tuple([cell.id for cell in cells_of(file, 1)] for file in files)  # type: ignore[return-value]
 
     assert selected_cells() == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
     assert selected_cells("cell") == ([0], [1, 2])
     assert selected_cells("debris", "SCALE_BAR") == ([1, 2, 3], [])
     assert selected_cells("9") == ([4], [4])
-    for wanted, message in (
+    for name, message in (
         ("celll", "did you mean cell"),
         ("nucleus", "the dataset has 1, 3, 9, Debris"),
         ("2", "Debris or cell"),
     ):
         with pytest.raises(UserError, match=message):
-            selected_cells(wanted)
+            selected_cells(name)
     line = categories.notice(categories.choose([read(data)], ()), ())
     assert "9 (1 of an unlisted category)" in line
     assert "Debris (2)" in line

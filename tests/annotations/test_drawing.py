@@ -1,4 +1,4 @@
-"""Label images compared with pycocotools, border maps with their definition."""
+"""Label images compared with pycocotools, border maps compared with their definition."""
 
 import json
 from pathlib import Path

@@ -109,8 +109,8 @@ def test_operations_per_image_of_a_unet() -> None:
 
     tiny = Recipe(model=ModelConfig(features=(4,)))
     h, w = step.CROP
-    # Each convolution runs once forward and twice backward, except for the gradient of the image: channels in and out,
-    # taps, and the factor by which pooling shrinks the image.
+    # Each convolution runs once forward and twice backward, except for the gradient of the image. Factors: input and
+    # output channels, taps, and the factor by which pooling shrinks the image.
     inner = [(1, 4, 9, 1), (4, 4, 9, 1), (4, 8, 9, 4), (8, 8, 9, 4), (8, 4, 4, 4), (8, 4, 9, 1), (4, 4, 9, 1)]
     forward = [2 * a * b * taps * h * w / factor for a, b, taps, factor in [*inner, (4, 1, 1, 1)]]
     operations = step.flop_per_image(tiny, torch.device("cpu"))

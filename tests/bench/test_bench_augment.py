@@ -10,7 +10,7 @@ from raylivecell.recipe import AugmentConfig
 
 
 def test_the_direct_form_equals_augment_without_deformation() -> None:
-    """Same draws: same flips, angle and colours."""
+    """The same random numbers give the same flips, angle and colours."""
     random = np.random.default_rng(0)
     image = cv2.GaussianBlur(random.integers(0, 256, (120, 150), np.uint8), (0, 0), 3)
     labels = random.integers(0, 9, (8, 10), np.uint16).repeat(15, axis=0).repeat(15, axis=1)

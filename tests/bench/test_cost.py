@@ -1,4 +1,4 @@
-"""Predicted time of an epoch: how each resource's seconds depend on images and cluster size."""
+"""Predicted epoch time: how the seconds of each resource depend on images and cluster size."""
 
 import pytest
 from hypothesis import given

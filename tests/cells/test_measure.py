@@ -34,7 +34,7 @@ def compare(labels: np.ndarray, image: np.ndarray) -> None:
     st.integers(0, 9),
 )
 def test_any_labels(labels: np.ndarray, seed: int) -> None:
-    """Scattered and nested cells, and missing numbers: everything that a label image may contain."""
+    """Scattered and nested cells and missing labels: all that a label image may contain."""
     compare(labels, np.random.default_rng(seed).integers(0, 256, labels.shape, np.uint8))
 
 

@@ -1,4 +1,4 @@
-"""Overlapping windows and strips, compared with the complete image in one piece."""
+"""Overlapping windows and strips, compared with processing the complete image at once."""
 
 import itertools
 import subprocess
@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 def mosaic(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Labels of adjacent and overlapping ellipses, also on every seam: up to 24 rows, half of HALO, high."""
+    """Labels of adjacent and overlapping ellipses, also across every strip edge; up to 24 rows high, half of HALO."""
     labels = np.zeros(shape, np.uint16)
     for label in range(1, 2 + shape[0] * shape[1] // 250):
         centre = [int(rng.integers(0, size)) for size in shape[::-1]]
@@ -39,7 +39,7 @@ def mosaic(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def encoded(labels: np.ndarray, targets: Targets) -> tuple[np.ndarray, Network]:
-    """An image whose pixels encode the ideal maps there, and the network that decodes them."""
+    """An image whose pixels encode the ideal maps at that pixel, and the network that decodes them."""
     planes = sample_planes.draw(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
     cell, maps = planes[sample_planes.FOREGROUND], planes[sample_planes.MAPS]
     if targets == "foreground":
@@ -56,12 +56,12 @@ def encoded(labels: np.ndarray, targets: Targets) -> tuple[np.ndarray, Network]:
 
 
 def blurred(network: Network) -> Network:
-    """A network that uses neighbouring pixels and has none at the edges of its window."""
+    """A network that uses neighbouring pixels, which are missing at the edges of its window."""
     return lambda image: np.stack([cv2.blur(plane, (3, 3)) for plane in network(image)])
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """Two maps, each a function of the pixel alone."""
+    """Two maps that depend only on the pixel itself."""
     return np.stack([image, 255 - image]).astype(np.float32)
 
 
@@ -95,7 +95,7 @@ def test_maps_of_an_image_that_fits_in_a_window_are_unchanged() -> None:
 @settings(max_examples=30)
 @given(st.tuples(st.integers(3, 200), st.integers(3, 200)))
 def test_window_edges_hardly_count_inside_the_image(shape: tuple[int, int]) -> None:
-    """Each window has an error of 1 in its outermost pixels, where overlapping windows have none."""
+    """Each window has an error of 1 in its outermost pixels; the windows that overlap it have none there."""
 
     def network(pixels: np.ndarray) -> np.ndarray:
         error = np.ones((1, *pixels.shape), np.float32)
@@ -113,9 +113,9 @@ def test_maps_of_another_size_are_rejected() -> None:
 
 
 def assert_same(labels: np.ndarray, expected: np.ndarray, exceptions: int = 0) -> None:
-    """Both have the same number of cells, and each cell has a counterpart, with up to `exceptions`.
+    """Check for equal numbers of cells and a counterpart of each cell, with at most `exceptions` exceptions.
 
-    Where the maps tie, a pixel between two cells goes to either, by the order of flooding: up to five of 37.
+    Where the maps are equal, the order of flooding assigns a pixel between two cells to either: up to five of 37.
     """
     pairs = instance_scores.overlaps(labels, expected)
     assert abs(pairs.cells - pairs.true_cells) <= exceptions
@@ -129,7 +129,7 @@ def assert_same(labels: np.ndarray, expected: np.ndarray, exceptions: int = 0) -
 def test_strips_give_the_cells_of_the_complete_image(
     targets: Targets, uses_neighbours: bool, shape: tuple[int, int], seed: int
 ) -> None:
-    """Maps of a network that uses neighbours differ by about 0.002 at window edges: a saddle may be that close."""
+    """Maps of a network that uses neighbours differ by about 0.002 at window edges, enough to merge at some saddles."""
     image, network = encoded(mosaic(np.random.default_rng(seed), shape), targets)
     network = blurred(network) if uses_neighbours else network
     maps = network(image)
@@ -156,7 +156,7 @@ def test_a_strip_owns_no_cell_whose_neighbours_it_cuts() -> None:
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(3, 300)), max_size=6), st.integers(12, 40))
 def test_cells_of_any_height_are_complete(targets: Targets, bars: list[tuple[int, int]], halo: int) -> None:
-    """Bars of up to 300 rows, of which a strip contains at most 2 * 40 + 36."""
+    """Bars of up to 300 rows; a strip contains at most 2 * 40 + 36 of them."""
     labels = np.zeros((320, 90), np.uint16)
     for label, (top, height) in enumerate(bars, 1):
         labels[top : top + height, 14 * label - 10 : 14 * label] = label
@@ -170,7 +170,7 @@ def test_cells_of_any_height_are_complete(targets: Targets, bars: list[tuple[int
 
 
 def test_exactly_one_of_two_strips_owns_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If all cells are two rows longer in every second strip, none is lost and none occurs twice."""
+    """No cell is lost or duplicated if all cells are two rows longer in every second strip."""
     image = np.zeros((163, 64), np.uint8)
     for y in range(5, 150, 15):
         image[y : y + 12, 10:50] = 1
@@ -192,7 +192,7 @@ def test_exactly_one_of_two_strips_owns_a_cell(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_cell_continues_the_one_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bars one column apart over the full height, shifted by three columns to the left in every second strip."""
+    """Full-height bars one column apart, shifted three columns to the left in every second strip."""
     calls, columns = itertools.count(), np.arange(60)
 
     def shifted_every_second_time(maps: np.ndarray, *_: object) -> np.ndarray:
@@ -254,7 +254,7 @@ MEMORY = """
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory in /proc")
 def test_memory_is_bounded() -> None:
-    """10,000 x 10,000 pixels and 62,500 cells: image, labels and foreground are 0.6 GB, the maps would be 1.2 GB."""
+    """10,000 x 10,000 pixels and 62,500 cells: image, labels and foreground take 0.6 GB, the maps would take 1.2 GB."""
     command = [sys.executable, "-c", textwrap.dedent(MEMORY)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     cells, score, peak_kib = map(float, done.stdout.split())

@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 def ellipses(rng: np.random.Generator, shape: tuple[int, int], distance: float) -> np.ndarray:
-    """Labels, uint16, of ellipses with centres at least `distance` apart; many touch, the image edge cuts some."""
+    """Labels (uint16) of ellipses with centres at least `distance` apart; many touch, the image edge cuts some."""
     centres: list[np.ndarray] = []
     labels = np.zeros(shape, np.uint16)
     for centre in rng.integers(0, np.array(shape), (80, 2)):
@@ -32,7 +32,7 @@ def ellipses(rng: np.random.Generator, shape: tuple[int, int], distance: float) 
 
 
 def ideal(labels: np.ndarray, targets: Targets) -> np.ndarray:
-    """Error-free maps float32 (C, H, W); the height of the background, which no loss determines, is 0."""
+    """Error-free maps, float32 (C, H, W); 0 in the background, where the loss does not determine the height map."""
     planes = sample_planes.draw(np.zeros(labels.shape, np.uint8), labels.astype(np.uint32), targets)
     if targets == "distance":
         planes[3, labels == 0] = 255
@@ -52,7 +52,7 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], targets: Targets) ->
 @given(shape=SHAPES, seed=SEEDS)
 def test_labels_are_recovered_from_ideal_maps(targets: Targets, shape: tuple[int, int], seed: int) -> None:
     labels = ellipses(np.random.default_rng(seed), shape, distance=16)
-    labels[np.isin(labels, np.flatnonzero(np.bincount(labels.ravel()) < 40))] = 0  # small remains of cut cells
+    labels[np.isin(labels, np.flatnonzero(np.bincount(labels.ravel()) < 40))] = 0  # cells cut by the image edge
     cells = watershed.segment(ideal(labels, targets), targets, watershed.default(targets))
     assert not cells[~ndimage.binary_fill_holes(labels > 0)].any()
     assert (cells > 0).sum() >= 0.95 * (labels > 0).sum()
@@ -63,7 +63,7 @@ def test_labels_are_recovered_from_ideal_maps(targets: Targets, shape: tuple[int
 @settings(max_examples=40)
 @given(st.tuples(st.integers(24, 80), st.integers(24, 80)), SEEDS)
 def test_separate_ellipses_of_foreground_get_one_label_each(shape: tuple[int, int], seed: int) -> None:
-    """No cell fills the image: a cell that leaves only two corners free would have a peak in each other corner."""
+    """No cell fills the image: one that leaves only two corners free would have a peak in each of the other two."""
     labels = ellipses(np.random.default_rng(seed), shape, distance=24)
     config = watershed.default("foreground").model_copy(update={"min_area": 0})
     cells = watershed.segment(ideal(labels, "foreground"), "foreground", config)
@@ -117,7 +117,7 @@ def test_invariants_for_any_maps(targets: Targets, shape: tuple[int, int], seed:
 def test_prominence_1_merges_connected_foreground(
     targets: Targets, shape: tuple[int, int], seed: int, smoothing: float
 ) -> None:
-    """Without parts that touch at a corner: peaks are maxima over 8 neighbours, flooding uses 4."""
+    """Without parts that touch at a corner: peaks are maxima over 8 neighbours, but flooding uses 4."""
     maps = np.clip(noise(np.random.default_rng(seed), shape, targets), 0.01, 0.99)  # no peak has prominence 1
     config = InstanceConfig(prominence=1, smoothing=smoothing, min_area=0)
     blobs = ndimage.label(maps[0] > config.threshold)[0]

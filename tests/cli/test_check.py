@@ -1,4 +1,4 @@
-"""`check`: each finding passes on a sound setup and reports what is wrong with another."""
+"""`check`: each check passes on a sound setup and reports the problem of a broken one."""
 
 import shutil
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def test_a_problem_of_the_cluster_is_reported(run_check: Callable[[], Finding], 
 
 @pytest.mark.parametrize(("offset", "reported"), [(0.0, 0.0), (5.0, 4.5), (-5.0, -4.5), (0.3, 0.0)])
 def test_latency_is_subtracted_from_a_clock_offset(offset: float, reported: float) -> None:
-    """The call takes 1 s: 0.5 s before the clock is read, 0.5 s after."""
+    """The call takes 1 s: the clock is read after 0.5 s."""
     now = iter([100.0, 101.0])
     assert probe.clock_offset(lambda: 100.5 + offset, lambda: next(now)) == pytest.approx(reported)
 
@@ -133,7 +133,7 @@ def test_all_findings_on_a_real_cluster(
     assert not list(tmp_path.iterdir()), "check leaves nothing behind"
     out.mkdir()
     assert main.main(words) == 0
-    assert list(tmp_path.iterdir()) == [out], "check keeps a folder that was there before"
+    assert list(tmp_path.iterdir()) == [out], "check keeps a folder that already existed"
     capsys.readouterr()
     bad = ["check", "--data", tiny_dataset, "--recipe", "small", "--out", "/proc/none", "--workers", "40"]
     assert main.main([*bad, "--batch-size", "4"]) == 1
@@ -147,7 +147,7 @@ def test_all_findings_on_a_real_cluster(
 def test_a_node_that_cannot_read_the_drivers_file_is_reported(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a path that is on another disk on the driver's machine."""
+    """As with a path that exists only on the disk of the driver's machine."""
     monkeypatch.setattr(probe.storage, "write_bytes", lambda *_: None)
     (node,) = probe.collect(str(tmp_path))
     assert "No such file" in node.storage_error

@@ -1,4 +1,4 @@
-"""A user's error ends a command with one line (cause and fix), exit code 2 and no files left; so does a signal."""
+"""A user error ends a command with one line (cause and fix), exit code 2 and no files; a signal ends it in one line."""
 
 import errno
 import os
@@ -47,7 +47,7 @@ from raylivecell.core.errors import UserError
         ("demo --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
     ],
 )
-def test_one_line_and_exit_code_2(
+def test_user_errors_are_one_line_with_exit_code_2(
     command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
@@ -68,7 +68,7 @@ def test_one_line_and_exit_code_2(
 
 @pytest.fixture
 def every_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Replace the function of every command."""
+    """Function that replaces the implementation of every command."""
 
     def replace(work: Callable[[], object]) -> None:
         for name, (what, _) in list(main.COMMANDS.items()):
@@ -85,7 +85,7 @@ def test_a_signal_ends_every_command_in_one_line(
     code: int,
     line: str,
     every_command: Callable[[Callable[[], object]], None],
-    unwatched: None,
+    unguarded_signals: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     every_command(lambda: os.kill(os.getpid(), number))
@@ -98,7 +98,7 @@ def test_a_signal_ends_every_command_in_one_line(
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_stops_reading_is_no_error(unbuffered: str) -> None:
+def test_a_closed_output_pipe_is_not_an_error(unbuffered: str) -> None:
     command = [sys.executable, "-m", "raylivecell", "train", "--help"]
     reading = {
         "stdout": subprocess.PIPE,
@@ -111,7 +111,7 @@ def test_a_reader_that_stops_reading_is_no_error(unbuffered: str) -> None:
     assert process.returncode == main.EXIT_READER_GONE
 
 
-def test_sigterm_is_what_it_was_after_a_command(every_command: Callable[[Callable[[], object]], None]) -> None:
+def test_the_sigterm_handler_is_restored_after_a_command(every_command: Callable[[Callable[[], object]], None]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     inside: list[object] = []
     every_command(lambda: inside.append(signal.getsignal(signal.SIGTERM)))
@@ -140,7 +140,7 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], None]) -> None:
+def test_a_bug_is_not_a_user_error(every_command: Callable[[Callable[[], object]], None]) -> None:
     def bug() -> None:
         {}["name"]
 
@@ -150,8 +150,8 @@ def test_a_bug_is_no_user_error(every_command: Callable[[Callable[[], object]], 
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
-def test_help_has_no_line_breaks_of_the_source(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the texts that tyro prints; in the printed help it breaks lines itself, to fill columns of boxes."""
+def test_help_does_not_contain_the_line_breaks_of_the_source(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks the texts passed to tyro, which wraps lines itself in the printed help."""
     texts: list[str] = []
 
     def collect(command: Callable[..., object], registry: ConstructorRegistry, **options: object) -> None:
@@ -167,7 +167,7 @@ def test_help_has_no_line_breaks_of_the_source(name: str, monkeypatch: pytest.Mo
         assert not re.search(r"[^\n]\n(?!\n)", text), text
 
 
-def test_a_resumed_run_takes_its_own_recipe(tmp_path: Path) -> None:
+def test_a_resumed_run_uses_its_stored_recipe(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     assert arguments.recipe_file(["--out", str(run), "--resume", "always"]) is None
@@ -190,11 +190,11 @@ def test_when_a_run_is_resumed(mode: arguments.Resume, without_run: bool, with_r
 
 
 @pytest.mark.parametrize(("text", "workers"), [("1", 1), ("4", 4), ("1:4", (1, 4))])
-def test_workers(text: str, workers: object) -> None:
+def test_numbers_of_workers_are_parsed(text: str, workers: object) -> None:
     assert arguments.workers_in(text) == workers
 
 
 @pytest.mark.parametrize("text", ["0", "4:1", "a", "1:2:3", ""])
-def test_no_workers(text: str) -> None:
+def test_invalid_numbers_of_workers_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="give a number"):
         arguments.workers_in(text)

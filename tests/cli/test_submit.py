@@ -1,4 +1,4 @@
-"""Jobs: which files are uploaded, which mistakes are refused before that, and a job on a real cluster."""
+"""Jobs: the uploaded files, mistakes that are refused before the upload, and a job on a real cluster."""
 
 import os
 import sys
@@ -87,11 +87,13 @@ def test_a_mistake_is_reported_before_the_upload(
         ("--name train", ["--name", "train"], None, []),
     ],
 )
-def test_the_stage_is_no_flags_value(words: str, own: list[str], stage: str | None, rest: list[str]) -> None:
+def test_a_flags_value_is_not_taken_for_the_stage(
+    words: str, own: list[str], stage: str | None, rest: list[str]
+) -> None:
     assert submit.split(words.split(), {"--name", "--working-dir", "--env"}) == (own, stage, rest)
 
 
-def test_a_stages_name_may_be_a_flags_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flags_value_may_be_the_name_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[submit.Request] = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(submit, "run", lambda job, *_: requests.append(job) or 0)
@@ -114,7 +116,7 @@ def test_only_code_and_recipes_are_uploaded(tmp_path: Path) -> None:
 
 
 class Client:
-    """Client of a job whose log connection breaks, on an unreliable cluster; each log starts with the first line."""
+    """Job client of an unreliable cluster whose log connection breaks; each new log starts with the first line."""
 
     def __init__(self, logs: list[list[str | Exception]], answers: list[JobStatus | Exception]) -> None:
         self.logs, self.answers = logs, answers
@@ -176,7 +178,7 @@ def test_following_ends_if_a_retry_does_not_help(answer: Exception, line: str, m
 def test_a_real_job(
     ray_cluster: None, tiny_dataset: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """It trains with the uploaded code and its flags alone; a second job with the same --out is refused."""
+    """It trains with only the uploaded code and the flags; a second job with the same --out is refused."""
     import ray
 
     monkeypatch.chdir(ROOT)
@@ -184,7 +186,7 @@ def test_a_real_job(
     out = f"{tmp_path}/runs/first"
     flags = f"train --recipe small --data {tiny_dataset} --out {out} --workers 1 --batch-size 4 --crop 48 48"
     words = f"{flags} --phases.0.steps 2 --loop.report-steps 1".split()
-    # On a cluster, `python` is that of the image; here it must be that of the tests.
+    # On a cluster, `python` is the image's; here it must be the interpreter of the tests.
     own = ["submit", "--address", address, "--env", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"]
     assert main.main([*own, *words]) == 0
     assert (Path(out) / "report.html").is_file()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from conftest import missing
+from conftest import skip_or_fail
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster" / "kubernetes"
@@ -29,13 +29,13 @@ REMOVE = object()
 
 @functools.cache
 def kubectl() -> str:
-    """Path of a kubectl with kustomize 5; without one the test is skipped."""
+    """Path of a kubectl with kustomize 5; skip the test if there is none."""
     path = shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     version = (
         path and subprocess.run([path, "version", "--client", "-o", "json"], capture_output=True, text=True).stdout
     )
     if not (path and version and json.loads(version).get("kustomizeVersion", "").startswith("v5")):
-        missing("no kubectl of 1.27 or later: `.venv/bin/python .ci/kubectl.py .venv/bin` fetches one")
+        skip_or_fail("no kubectl of 1.27 or later: `.venv/bin/python .ci/kubectl.py .venv/bin` fetches one")
     return path
 
 
@@ -53,10 +53,10 @@ def render(overlay: str) -> list[Doc]:
 
 
 def broken(where: str, edits: Mapping[str, Any]) -> list[Doc]:
-    """An overlay with fields of one document changed.
+    """An overlay in which fields of one document are changed.
 
     Args:
-        where: an overlay, to edit its Ray document; or a kind of document in the overlay cpu.
+        where: an overlay, to edit its Ray document; or a kind of document in the overlay `cpu`.
         edits: JSON pointer -> value, or REMOVE.
     """
     kinds = {where} if where not in OVERLAYS else {"RayCluster", "RayJob", "RayCronJob"}
@@ -146,7 +146,7 @@ class Pod(NamedTuple):
     spec: Doc
     labels: dict[str, str]
     ray: bool
-    """Whether it is a Ray node; `labels` then include the operator's."""
+    """Whether it is a Ray node; if so, `labels` include the operator's."""
 
     def ports(self) -> dict[str, int]:
         """Ports of the first container: name -> number."""
@@ -154,7 +154,7 @@ class Pod(NamedTuple):
 
 
 def pods(docs: list[Doc]) -> Iterator[Pod]:
-    """One Pod of each kind in an overlay, the jobs' submitters included."""
+    """One Pod of each kind in an overlay, including the jobs' submitters."""
     for cluster in clusters(docs):
         for name, group in cluster.pods():
             own = group["template"].get("metadata", {}).get("labels", {})

@@ -1,4 +1,4 @@
-"""Rules: the validation that KubeRay 1.7 and Kueue do beyond their schemas, reimplemented.
+"""Rules: reimplementation of the validation by KubeRay 1.7 and Kueue that their schemas do not cover.
 
 A rule maps an overlay's documents to errors.
 """
@@ -135,7 +135,7 @@ def gates(docs: list[Doc]) -> Iterator[str]:
 
 
 def cleanup(docs: list[Doc]) -> Iterator[str]:
-    """What happens to a job's cluster after the job."""
+    """Deletion of a job's cluster after the job."""
     for job in jobs(docs):
         shutdown, seconds = job.spec.get("shutdownAfterJobFinishes"), job.spec.get("ttlSecondsAfterFinished", 0)
         if seconds < 0 or (seconds and not shutdown):
@@ -226,7 +226,7 @@ def schedule(docs: list[Doc]) -> Iterator[str]:
 
 
 def kueue(docs: list[Doc]) -> Iterator[str]:
-    """Kueue's webhook for jobs in a queue."""
+    """The checks of Kueue's webhook for jobs in a queue."""
     for job in jobs(docs):
         if QUEUE not in job.labels:
             continue

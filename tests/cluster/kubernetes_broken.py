@@ -1,4 +1,4 @@
-"""Broken manifests: for every check some edits, and a part of the resulting error."""
+"""Broken manifests: edits for every check, and a part of the resulting error."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rules: cluster/kubernetes agrees with the code in scripts, recipes, flags, images, versions and variables."""
+"""Rules: the scripts, recipes, flags, images, versions and variables in cluster/kubernetes match the code."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ STAGES = ("training.train.train", "sweep.sweep.sweep", "inference.predict.predic
 
 @functools.cache
 def _run_script(script: Path, words: tuple[str, ...]) -> tuple[str, tuple, dict]:
-    """Run a job's script with mocks of the stages: its error message, and the arguments of the call."""
+    """Run a job's script with mocked stages; return its error message, and the arguments of the call."""
     with contextlib.ExitStack() as stack:
         stubs = [stack.enter_context(mock.patch(f"raylivecell.{stage}")) for stage in STAGES]
         stack.enter_context(mock.patch.object(run_folder, "holds_run", return_value=False))
@@ -61,13 +61,13 @@ def commands(docs: list[Doc]) -> Iterator[str]:
             yield f"{job.name}: {error}"
         elif "train.py" in words[1]:
             yield from _worker_errors(job, arguments)
-        # A retry without it would be refused, as the folder is in use; predict resumes by itself.
+        # Without it a retry would be refused because the folder is in use; predict always resumes.
         if job.spec.get("backoffLimit") and "predict.py" not in words[1] and value_of("--resume", words) != "auto":
             yield f"{job.name}: a retry would not resume: --resume auto is missing"
 
 
 def _worker_errors(job: Job, arguments: tuple) -> Iterator[str]:
-    """The workers divide the recipe's batch, and each has a GPU."""
+    """The batch size is divisible by the number of workers, and each worker has a GPU."""
     recipe, workers = arguments[2], arguments[3]
     try:
         preflight.batch_divides(recipe.batch_size, workers)
@@ -125,7 +125,7 @@ def _ray_variables() -> frozenset[str]:
 
 
 def variables(docs: list[Doc]) -> Iterator[str]:
-    """Every RAY_ variable occurs in Ray's source; others would have no effect."""
+    """Every RAY_ variable occurs in Ray's source; any other would have no effect."""
     for pod in pods(docs):
         for name in (env["name"] for container in pod.spec["containers"] for env in container.get("env", [])):
             if name.startswith("RAY_") and name not in _ray_variables():

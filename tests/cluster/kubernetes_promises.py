@@ -1,4 +1,4 @@
-"""Rules: what cluster/kubernetes promises beyond Kubernetes' and KubeRay's own: rights, sizes, pools, network."""
+"""Rules for cluster/kubernetes beyond those of Kubernetes and KubeRay: rights, sizes, pools, network."""
 
 import re
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def writable_folders(docs: list[Doc]) -> Iterator[str]:
 
 
 def resource_limits(docs: list[Doc]) -> Iterator[str]:
-    """Requests equal limits, so that a full node kills no Pod within its limits."""
+    """Requests equal limits, so that a full node does not kill a Pod within its limits."""
     for pod in pods(docs):
         for container in pod.spec["containers"]:
             limits = container.get("resources", {}).get("limits", {})
@@ -160,7 +160,7 @@ def secrets(docs: list[Doc]) -> Iterator[str]:
 
 
 def credentials(docs: list[Doc]) -> Iterator[str]:
-    """Pods authenticate to the object store by a service account; only the head's autoscaler may use the API server."""
+    """Pods use a service account for the object store; only the head's autoscaler may use the API server."""
     accounts = {doc["metadata"]["name"]: doc["metadata"] for doc in docs if doc["kind"] == "ServiceAccount"}
     for pod in pods(docs):
         if pod.ray and not accounts.get(pod.spec.get("serviceAccountName", "default"), {}).get("annotations"):
@@ -169,7 +169,7 @@ def credentials(docs: list[Doc]) -> Iterator[str]:
             yield f"{pod.name}: has a token of the API server"
 
 
-# Peers around a Pod, and the PORTS at which each may reach it or be reached.
+# Peers of a Pod, and the PORTS at which each may connect to it or be connected to.
 PORTS = (22, 53, 80, 443, 6379, 6443, 8080, 8265, 10001, 44217, 44227, 52365)
 PROMETHEUS = Peer("Prometheus", "monitoring", {"app.kubernetes.io/name": "prometheus"})
 OPERATOR = Peer("the operator", "kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"})
@@ -185,7 +185,7 @@ DNS = Peer("DNS", "kube-system", {"k8s-app": "kube-dns"})
 
 
 def network(docs: list[Doc]) -> Iterator[str]:
-    """The policies allow every wanted connection, and no other connection with the peers around the Pods."""
+    """The policies allow exactly the listed connections between the Pods and their peers."""
     redis = any("gcsFaultToleranceOptions" in cluster.spec for cluster in clusters(docs))
     peers = [Peer(pod.name, NAMESPACE, pod.labels) for pod in pods(docs)]
     for own in peers:
@@ -208,7 +208,7 @@ def network(docs: list[Doc]) -> Iterator[str]:
 
 
 def monitor(docs: list[Doc]) -> Iterator[str]:
-    """The PodMonitor, whose schema is not available: its fields, and that its ports exist and can be reached."""
+    """The PodMonitor (no schema is available): its fields are known, and its ports exist and are reachable."""
     (doc,) = [doc for doc in docs if doc["kind"] == "PodMonitor"]
     spec = doc["spec"]
     if doc["apiVersion"] != "monitoring.coreos.com/v1" or set(spec) - {
@@ -246,7 +246,7 @@ def monitoring_variables(docs: list[Doc]) -> Iterator[str]:
 
 
 def deadlines(docs: list[Doc]) -> Iterator[str]:
-    """A job releases its nodes at its end, and every phase of it has a limit."""
+    """A job releases its nodes at its end, and each of its phases has a time limit."""
     for job in jobs(docs):
         needed = {"shutdownAfterJobFinishes", "activeDeadlineSeconds", "preRunningDeadlineSeconds", "backoffLimit"}
         yield from (f"{job.name}: no {field}" for field in sorted(needed) if not job.spec.get(field))

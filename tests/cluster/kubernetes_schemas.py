@@ -16,7 +16,7 @@ KUBERNETES = "1.33"
 
 @functools.cache
 def core_errors(text: str) -> tuple[str, ...]:
-    """Schema errors of one document, as JSON, of Kubernetes' own kinds."""
+    """Schema errors of one JSON document of a built-in kind."""
     try:
         kubernetes_validate.validate(json.loads(text), KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -25,7 +25,7 @@ def core_errors(text: str) -> tuple[str, ...]:
 
 
 def core_schema(docs: list[Doc]) -> Iterator[str]:
-    """Kubernetes' own kinds, and the Pods inside KubeRay's."""
+    """The built-in kinds, and the Pods inside KubeRay's kinds."""
     for doc in docs:
         if not doc["apiVersion"].startswith(("ray.io/", "monitoring.")):
             yield from core_errors(json.dumps(doc))

@@ -1,4 +1,4 @@
-"""Evaluate Kubernetes' NetworkPolicies: which connections would a network that enforces them allow?"""
+"""Evaluate Kubernetes NetworkPolicies: the connections that a network enforcing them allows."""
 
 import ipaddress
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from kuberay import Doc
 
 
 class Peer(NamedTuple):
-    """A Pod, by namespace and labels, or a host outside the cluster, by address."""
+    """A Pod (namespace and labels) or a host outside the cluster (address)."""
 
     name: str
     namespace: str = ""

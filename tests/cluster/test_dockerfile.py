@@ -1,4 +1,4 @@
-"""The Dockerfile: rules for its text, its build context, and the commands of its image, replayed without an engine."""
+"""The Dockerfile: rules for its text, its build context, and the commands of its image, run without Docker."""
 
 import json
 import os
@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 class Step(NamedTuple):
-    """An instruction, with the name and number of its stage."""
+    """An instruction with the name and number of its stage."""
 
     stage: str
     number: int
@@ -53,7 +53,7 @@ def final(text: str) -> list[Step]:
 
 
 def runs(text: str, program: str) -> Iterator[tuple[Step, str]]:
-    """Each call of `program` in a RUN, with that RUN."""
+    """Each (RUN instruction, call of `program` in it)."""
     for step in steps(text):
         if step.word == "RUN":
             for command in re.split(r"&&|\|\||;", step.rest):
@@ -64,7 +64,7 @@ def runs(text: str, program: str) -> Iterator[tuple[Step, str]]:
 def in_context(path: str, ignore: str) -> bool:
     """Whether .dockerignore admits `path` to the build context: the last pattern that matches it or a parent decides.
 
-    `**/` matches any number of folders, none too.
+    `**/` matches any number of folders, including none.
     """
     admitted = True
     wildcards = {"**/": "(?:.*/)?", "*": "[^/]*"}
@@ -77,7 +77,7 @@ def in_context(path: str, ignore: str) -> bool:
 
 
 def copied_files(source: str, ignore: str) -> list[str]:
-    """The project's files that COPY `source` copies."""
+    """The files of the project that `COPY source` copies."""
     path = ROOT / source
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return [name for file in files if in_context(name := file.relative_to(ROOT).as_posix(), ignore)]
@@ -285,9 +285,9 @@ def test_health_check_queries_the_raylet_if_there_is_one(
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the COPYs and the pip RUNs of the stages `package` and `runtime` were replayed.
+    """A folder in which the COPY and pip RUN instructions of the stages `package` and `runtime` were executed.
 
-    The dependencies are this environment's; everything else comes from the Dockerfile.
+    The dependencies are those of this environment; everything else is from the Dockerfile.
     """
     root = tmp_path_factory.mktemp("image")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root / "venv")], check=True)
@@ -330,7 +330,7 @@ def run_in_image(image: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_image_holds_the_complete_package(image: Path) -> None:
+def test_image_contains_the_complete_package(image: Path) -> None:
     (site,) = (image / "venv").glob("lib/python*/site-packages")
 
     def files(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""cluster/kubernetes: every overlay passes every check, and every check rejects manifests broken on purpose."""
+"""cluster/kubernetes: every overlay passes every check, and every check rejects broken manifests."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A Pod's container reproduced without Kubernetes: its user, its mounts, a read-only root.
+"""A Pod's container simulated without Kubernetes: its user, its mounts, a read-only root.
 
 Ray starts there, the job of overlays/train runs twice (a retry resumes), and SIGTERM drains the node.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from kuberay import ROOT, jobs, pods, render
 
-# The root is a tmpfs with the system, the interpreter and the project bound into it, made read-only. $1: its path;
+# The root is a read-only tmpfs into which the system, the interpreter and the project are bind-mounted. $1: its path;
 # $2: the dataset; $3: folders to bind; $4: folders that the Pod may write to. Those are mounted first, as the
 # project may be in /tmp.
 CONTAINER = """
@@ -69,7 +69,7 @@ def _has_namespaces() -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # in its own namespaces, so it may run in parallel with other tests of Ray
+@pytest.mark.timeout(1200)  # uses its own namespaces, so it may run in parallel with other tests of Ray
 def test_ray_and_a_job_run_within_the_limits_of_the_pod(tiny_dataset: str, tmp_path: Path) -> None:
     if not _has_namespaces():
         pytest.skip("needs Linux, util-linux, iproute2 and root with the right to create namespaces")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import ray
-from conftest import missing
+from conftest import skip_or_fail
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
 from raylivecell.recipe import LoopConfig, ModelConfig, PhaseConfig, Recipe
@@ -70,7 +70,7 @@ def names(expression: str) -> set[str]:
 
 
 def problems(dashboard: dict[str, Any]) -> list[str]:
-    """Errors in a dashboard that can be detected without Grafana."""
+    """Errors in a dashboard, as far as they can be detected without Grafana."""
     errors = []
     ids = [panel["id"] for panel in dashboard["panels"]]
     errors += [f"panel id {number} twice" for number in set(ids) if ids.count(number) > 1]
@@ -124,18 +124,18 @@ def test_broken_dashboard_is_rejected(old: str, new: str, message: str) -> None:
 def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
     tool = shutil.which("promtool")
     if not tool:
-        missing("no promtool: install Debian's package prometheus")
+        skip_or_fail("no promtool: install Debian's package prometheus")
     return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=60)
 
 
-def by_http(config: str) -> str:
-    """The configuration changed for another machine, as its comments describe."""
+def with_http_discovery(config: str) -> str:
+    """The configuration edited for another machine, as its comments describe."""
     head, tail = config.split("    # http_sd_configs:")
     head = re.sub(r"    file_sd_configs:\n.*\n", "", head)
     return head + "    # http_sd_configs:".replace("# ", "") + tail.replace("    # ", "    ")
 
 
-@pytest.mark.parametrize("config", [CONFIG, by_http(CONFIG)], ids=["list", "http"])
+@pytest.mark.parametrize("config", [CONFIG, with_http_discovery(CONFIG)], ids=["list", "http"])
 def test_prometheus_accepts_the_configuration(config: str, tmp_path: Path) -> None:
     (tmp_path / "prometheus.yml").write_text(config)
     done = promtool("check", "config", "--syntax-only", str(tmp_path / "prometheus.yml"))
@@ -192,11 +192,11 @@ class Prometheus(NamedTuple):
             return json.load(response)["data"]
 
     def series(self, expression: str, since: float) -> list[dict[str, Any]]:
-        """A panel's query as Grafana sends it: a value per second from `since` to now."""
+        """Run a panel's query as Grafana does: one value per second from `since` to now."""
         return self.query("query_range", query=expression, start=since, end=time.time(), step=1)["result"]
 
     def healthy_targets(self, label: str) -> int:
-        """Number of targets with the discovery label `label` that answer."""
+        """Number of healthy targets with the discovery label `label`."""
         targets = self.query("targets", state="active")["activeTargets"]
         return sum(target["health"] == "up" and label in target["discoveredLabels"] for target in targets)
 
@@ -205,8 +205,8 @@ class Prometheus(NamedTuple):
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/-/reload", method="POST"), timeout=10)
 
 
-def until(what: str, attempt: Callable[[], Any]) -> Any:
-    """Call `attempt` until its result is true; returns that result."""
+def wait_until(what: str, attempt: Callable[[], Any]) -> Any:
+    """Call `attempt` until its result is true; return that result."""
     end, pause, last = time.monotonic() + DEADLINE_S, threading.Event(), None
     while time.monotonic() < end:
         try:
@@ -227,7 +227,7 @@ def every_second(config: str) -> str:
 def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     program = shutil.which("prometheus")
     if not program:
-        missing("no Prometheus: install Debian's package prometheus")
+        skip_or_fail("no Prometheus: install Debian's package prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     nodes = Path(ray._private.worker._global_node.get_session_dir_path()).parent / "prom_metrics_service_discovery.json"
     (config := folder / "prometheus.yml").write_text(every_second(CONFIG).replace(f"/tmp/ray/{nodes.name}", str(nodes)))
@@ -240,7 +240,7 @@ def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> I
         subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log) as process,
     ):
         server = Prometheus(f"http://{address}", config)
-        until("Prometheus scrapes Ray's nodes", lambda: server.healthy_targets("__meta_filepath"))
+        wait_until("Prometheus scrapes Ray's nodes", lambda: server.healthy_targets("__meta_filepath"))
         yield server
         process.terminate()
 
@@ -255,7 +255,7 @@ class Scraped(NamedTuple):
 
 @pytest.fixture(scope="module")
 def scraped(prometheus: Prometheus, tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Scraped:
-    """Train and sweep under names that no other test on this cluster uses."""
+    """Run `train` and `sweep` under names that no other test on this cluster uses."""
     folder, since = tmp_path_factory.mktemp("scraped"), time.time()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # as in every job of a cluster
@@ -270,7 +270,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus,
     for title, expression in expressions(DASHBOARD).items():
         if gpus or not names(expression) & GPU_METRICS:
             query = expression.replace("$run", f"({RUN}|{SWEEP})")
-            until(f"{title}: {query}", lambda query=query: prometheus.series(query, scraped.since))
+            wait_until(f"{title}: {query}", lambda query=query: prometheus.series(query, scraped.since))
     assert not prometheus.series(f"ray_{gauges.PREFIX}accuracy", scraped.since)
 
 
@@ -282,9 +282,9 @@ def test_scraped_values_are_those_that_the_run_reported(prometheus: Prometheus, 
 
     assert scraped.last["step"] == 4
     for name in gauges.OF_RUN.keys() & scraped.last.keys():
-        until(name, lambda name=name: last(name, f'run="{RUN}"') == pytest.approx(scraped.last[name]))
-    until("best", lambda: last(gauges.SWEEP_BEST, f'run="{SWEEP}"') == pytest.approx(scraped.best))
-    until("trials", lambda: last(gauges.SWEEP_TRIALS, f'run="{SWEEP}"', 'state="complete"') == 2)
+        wait_until(name, lambda name=name: last(name, f'run="{RUN}"') == pytest.approx(scraped.last[name]))
+    wait_until("best", lambda: last(gauges.SWEEP_BEST, f'run="{SWEEP}"') == pytest.approx(scraped.best))
+    wait_until("trials", lambda: last(gauges.SWEEP_TRIALS, f'run="{SWEEP}"', 'state="complete"') == 2)
 
 
 @pytest.mark.slow
@@ -302,9 +302,11 @@ def test_variable_run_lists_the_run_and_the_sweep(prometheus: Prometheus, scrape
 def test_nodes_are_discovered_from_another_machine(prometheus: Prometheus, tmp_path: Path) -> None:
     token = "".join(get_auth_headers_if_auth_enabled({}).values()).removeprefix("Bearer ")
     (tmp_path / "token").write_text(token)
-    config = every_second(by_http(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
+    config = every_second(with_http_discovery(CONFIG)).replace("/etc/prometheus/ray-token", str(tmp_path / "token"))
     prometheus.reload(config.replace("http://HEAD:8265", str(session.dashboard())))
-    until("Prometheus scrapes what the dashboard lists", lambda: prometheus.healthy_targets("__meta_url"))
+    wait_until(
+        "Prometheus scrapes the nodes that the dashboard lists", lambda: prometheus.healthy_targets("__meta_url")
+    )
 
 
 @pytest.mark.slow

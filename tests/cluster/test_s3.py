@@ -1,4 +1,4 @@
-"""All stages with data, run, scores and masks at s3:// URIs, nothing on a local disk, as a job on a cluster."""
+"""All stages as jobs on a cluster, with data, run, scores and masks at s3:// URIs and nothing on a local disk."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import optuna
 import pytest
-from conftest import S3, joined, run_apart
+from conftest import S3, job_env, run_python
 
 JOB = """
 from raylivecell.cli import main as cli
@@ -40,7 +40,7 @@ SMALL = "batch_size: 4\ncrop: [32, 40]\nmodel: {features: [4, 8]}\nloop: {report
 
 def run_job(code: str, recipe: Path, s3: S3) -> subprocess.CompletedProcess[str]:
     """Run `code` as a job on the session's cluster."""
-    done = run_apart(code.replace("RECIPE", repr(str(recipe))), env=s3.env | joined(s3.env))
+    done = run_python(code.replace("RECIPE", repr(str(recipe))), env=s3.env | job_env(s3.env))
     assert done.returncode == 0, done.stderr
     return done
 

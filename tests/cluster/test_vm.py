@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
-from conftest import missing
+from conftest import skip_or_fail
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
@@ -36,7 +36,7 @@ Config = dict[str, Any]
 
 
 def provider_fields(provider: str) -> set[str]:
-    """Fields of `provider:` that Ray's code for it reads; the schema allows any."""
+    """Fields of `provider:` that Ray's code for this provider reads; the schema allows any."""
     files = [*(LAUNCHER / "_private").glob("*.py"), *(LAUNCHER / "_private" / provider).rglob("*.py")]
     access = r"""(?:provider_config|\["provider"\])(?:\.get\(|\[)\s*"(\w+)\""""
     return {name for file in files for name in re.findall(access, file.read_text())}
@@ -56,7 +56,7 @@ def provider_fields_are_read(config: Config) -> Iterator[str]:
 
 
 def node_config_is_valid(config: Config) -> Iterator[str]:
-    """By botocore's model of RunInstances; the schema allows any node_config."""
+    """Checked with botocore's model of RunInstances; the schema allows any node_config."""
     from botocore.session import Session
     from botocore.validate import ParamValidator
 
@@ -121,7 +121,7 @@ def referenced_files_exist(config: Config) -> Iterator[str]:
                 name == mount or name.startswith(f"{mount}/") for mount in mounts
             ):
                 yield f"{name} is not on the nodes"
-    # setup.sh installs the project from there, so all that pyproject.toml refers to must be copied.
+    # setup.sh installs the project from there, so all files that pyproject.toml refers to must be copied.
     required = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "raylivecell"}
     yield from (f"{name} is not copied" for name in required - set(mounts))
 
@@ -239,7 +239,7 @@ def run_script(name: str, tmp_path: Path, *arguments: str, **env: str) -> subpro
 def test_scripts_pass_shellcheck(name: str) -> None:
     subprocess.run(["bash", "-n", FOLDER / name], check=True)
     if not shutil.which("shellcheck"):
-        missing("no shellcheck: install Debian's package of that name")
+        skip_or_fail("no shellcheck: install Debian's package of that name")
     done = subprocess.run(["shellcheck", FOLDER / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -305,7 +305,7 @@ def spot_notice() -> ModuleType:
 
 @pytest.fixture
 def metadata() -> Iterator[tuple[str, list[str | None]]]:
-    """EC2's metadata service (version 2): its URL, and the answers it will give in order; None is a 404."""
+    """EC2's metadata service (version 2): its URL, and its responses in order; None is a 404."""
     answers: list[str | None] = []
 
     class Service(http.server.BaseHTTPRequestHandler):
@@ -351,7 +351,7 @@ def test_spot_notice_drains_the_node_before_the_machine_stops(
     assert options["deadline_remaining_seconds"] == int(words[-1])
 
 
-def test_no_metadata_service_is_no_notice(spot_notice: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_metadata_service_is_not_a_notice(spot_notice: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     assert spot_notice.stop_time("http://127.0.0.1:9") is None
 

@@ -1,4 +1,4 @@
-"""Progress on standard error, as plain lines where it is not a terminal."""
+"""Progress on standard error; plain lines if it is not a terminal."""
 
 import pytest
 

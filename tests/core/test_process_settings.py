@@ -1,4 +1,4 @@
-"""Imports and calls leave a notebook's process unchanged: environment, warnings, logging, threads, Ray Data."""
+"""Imports and calls do not change a notebook's process: environment, warnings, logging, threads, Ray Data."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_apart
+from conftest import run_python
 
 import raylivecell
 from raylivecell.core import process_settings
@@ -65,10 +65,10 @@ else:
 
 
 def test_importing_every_module_changes_nothing(tmp_path: Path) -> None:
-    """Changes by the imported libraries do not count: a first process lists them, and they are imported first."""
+    """Third-party libraries may change it: a first process lists them, and they are imported first."""
     package, libraries = str(Path(raylivecell.__file__).parent), tmp_path / "libraries.json"
-    libraries.write_text(run_apart(IMPORTS, package).stdout.splitlines()[-1])
-    done = run_apart(IMPORTS, package, str(libraries))
+    libraries.write_text(run_python(IMPORTS, package).stdout.splitlines()[-1])
+    done = run_python(IMPORTS, package, str(libraries))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends the process even if the main thread does not react."""
+"""SIGTERM ends the process even if the main thread does not respond."""
 
 import signal
 import subprocess
@@ -36,8 +36,8 @@ def test_a_process_that_drops_interrupts_ends() -> None:
     assert process.returncode == 143
 
 
-def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unwatched: None) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a shell's background jobs
+def test_an_ignored_ctrl_c_does_not_ignore_sigterm(unguarded_signals: None) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background jobs
     try:
         with signals.sigterm_as_interrupt("") as termination, pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
@@ -52,8 +52,8 @@ def _delete_and_wait(create: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_in_a_destructor_is_not_lost(number: signal.Signals, unwatched: None) -> None:
-    """Python drops exceptions raised there."""
+def test_an_interrupt_in_a_destructor_is_not_lost(number: signal.Signals, unguarded_signals: None) -> None:
+    """Python drops exceptions raised in `__del__`."""
 
     class Deleted:
         def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""Addresses and storage: every file name, on every filesystem, is written and read unchanged."""
+"""Addresses and storage: files of any name are written and read unchanged on every filesystem."""
 
 import os
 import threading

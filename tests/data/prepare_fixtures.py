@@ -14,7 +14,7 @@ from raylivecell.runtime import session
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the Ray Data tasks in this process: the same work, in milliseconds."""
+    """Run the Ray Data tasks in this process, in milliseconds."""
 
     def run_here(function: Callable[[Json], Json], rows: Sequence[Json]) -> Iterator[Json]:
         for row in rows:

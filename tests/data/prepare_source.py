@@ -1,4 +1,4 @@
-"""Sources for the tests of `prepare`, and readers of what it writes."""
+"""Sources for the tests of `prepare`, and readers of its outputs."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ N = len(SQUARES)
 
 
 def pixels(seed: int, outlines: Sequence[list[float]] = SQUARES) -> np.ndarray:
-    """Return uint8 (48, 64): grey 128 with noise, and a rough patch in the box of each outline."""
+    """Return uint8 (48, 64): grey 128 with noise, and a rough patch in the bounding box of each outline."""
     rng = np.random.default_rng(seed)
     image = rng.integers(127, 130, (HEIGHT, WIDTH)).astype(np.uint8)
     for outline in outlines:
@@ -36,7 +36,7 @@ def pixels(seed: int, outlines: Sequence[list[float]] = SQUARES) -> np.ndarray:
 
 
 class SourceFolder:
-    """A source under construction: images and one JSON per split, in LIVECell's layout."""
+    """Builder of a source: images and one JSON file per split, in LIVECell's layout."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.splits, self.number = root, dict[str, Json](), 0

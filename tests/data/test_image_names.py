@@ -1,4 +1,4 @@
-"""Matching names in annotation files with image files: the right file or none, never that of another image."""
+"""Matching names in annotation files with image files: the right file or none, never the file of another image."""
 
 import unicodedata
 from urllib.parse import quote
@@ -53,7 +53,7 @@ def test_a_name_matches_one_file(listed: str, file: str) -> None:
         (["p1/a.png", "p2/a.png"], ["a.png"], ["p1/a.png|p2/a.png"]),
         (["p1/a.png", "p2/a.png"], ["p2/a.png", "p1/a.png"], ["p2/a.png", "p1/a.png"]),
         (["a.png", "copy/a.png"], ["a.png"], ["a.png"]),
-        # A missing image does not get the file of another.
+        # A missing image does not match the file of another.
         (["well0/im.png"], ["well0/im.png", "well1/im.png"], ["well0/im.png", ""]),
         (["im.png"], ["well0/im.png", "well1/im.png"], ["", ""]),
         (["im.png"], ["im.png", "im.PNG"], ["im.png", ""]),
@@ -72,7 +72,7 @@ def test_folders_of_splits_and_annotation_files_resolve_ambiguity() -> None:
     folder = find_images(files, None)
     claims = [(split, folder.find("001.png", split, f"{split}.json")) for split in ("train", "test")]
     assert resolve_conflicts(("001.png", split, match) for split, match in claims) == [("images/train/001.png",), ()]
-    # LIVECell's train and val share a folder: a file that both list is a leak, and both get it.
+    # LIVECell's train and val share a folder: a file listed in both is a leak and matches in both.
     shared = find_images(["images/livecell_train_val_images/x.tif"], None)
     claims = [(split, shared.find("x.tif", split, f"{split}.json")) for split in ("train", "val")]
     assert [len(paths) for paths in resolve_conflicts(("x.tif", split, match) for split, match in claims)] == [1, 1]
@@ -88,7 +88,7 @@ PATH = st.lists(PART, min_size=1, max_size=3).map(lambda parts: "/".join(parts) 
 def test_a_file_matches_its_own_name_and_at_most_one_image(
     files: list[str], others: list[str], data: st.DataObject
 ) -> None:
-    """A complete path matches its file whatever else is listed; no file matches two different names."""
+    """A complete path always matches its file; no file matches two different names."""
     path = data.draw(st.sampled_from(files))
     names = list(dict.fromkeys([path, *others]))
     matched = resolved([*files, "images/keep"], *names)
@@ -102,5 +102,5 @@ def test_percent_encoding_and_separators_do_not_matter(path: str) -> None:
     assert resolved([path], quote(path)) == resolved([path], path.replace("/", "\\")) == [path]
 
 
-def test_a_weaker_match_loses() -> None:
+def test_the_better_match_wins() -> None:
     assert resolve_conflicts([("a", "train", Match(("x",), 2)), ("b", "train", Match(("x",), 0))]) == [(), ("x",)]

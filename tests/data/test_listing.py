@@ -1,4 +1,4 @@
-"""Folders of common tools: hidden files, links of git-annex and DVC, names that are not UTF-8."""
+"""Listing image folders: hidden files, links of git-annex and DVC, names that are not UTF-8."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def store(root: Path, kind: str, data: bytes) -> Path:
-    """Write `data` to a content store, named as by git-annex, DVC or the Hugging Face cache."""
+    """Write `data` to a content store with the file name that git-annex, DVC or the Hugging Face cache uses."""
     sha, md5 = hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()
     key = f"SHA256E-s{len(data)}--{sha}.png"
     names = {
@@ -81,7 +81,7 @@ def test_hidden_files_are_skipped(hidden: str, folder: Path) -> None:
     assert sorted(list_folder(str(folder)).infos) == ["a.png", "train.json"]
 
 
-def test_names_that_are_not_utf8_are_left_out_with_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_utf8_are_skipped_with_a_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (b"zelle_\xfc.png", b"notes_\xfc.txt"):
         (Path(os.fsdecode(bytes(folder) + b"/" + name))).write_bytes(b"")
     listing = list_folder(str(folder))

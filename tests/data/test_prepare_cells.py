@@ -54,7 +54,7 @@ CORNERS = st.lists(st.tuples(st.integers(-40, 300), st.integers(-40, 230)), min_
 @given(st.lists(st.tuples(CORNERS, st.booleans()), min_size=1, max_size=8))
 @settings(max_examples=100)
 def test_outlines_are_complete_masks_as_drawn_by_pycocotools(cells: list[Any]) -> None:
-    """In the order of the labels; overlapping cells both keep the shared pixels, although a pixel has one label."""
+    """In label order; overlapping cells both keep the shared pixels, although each pixel has only one label."""
     records, masks = zip(*(record(i, np.array(corners) / 4, as_rle) for i, (corners, as_rle) in enumerate(cells)))
     image = plan.ImagePlan("a.png", "a.png", "train", "train.json", 1, "A172", "", (1, 1), HEIGHT * WIDTH)
     rules, reported = {"doubled_contour": "keep", "no_annotations": "keep"}, list[defects.Defect]()
@@ -71,7 +71,7 @@ def test_outlines_are_complete_masks_as_drawn_by_pycocotools(cells: list[Any]) -
 
 @pytest.mark.usefixtures("no_ray")
 def test_overlapping_cells_both_keep_shared_pixels_in_the_shard(folder: SourceFolder, tmp_path: Path) -> None:
-    outside = square(200, 200)  # owns no pixel: neither a label nor an outline
+    outside = square(200, 200)  # without pixels it has neither a label nor an outline
     folder.image("train", "A172_Phase_two.png", [square(4, 4, 12), outside, square(10, 10, 9)])
     prepare(folder.write(), str(tmp_path / "out"))
     row = rows_of(tmp_path / "out", "train")["A172_Phase_two.png"]
@@ -105,7 +105,7 @@ def test_unusual_outlines_are_drawn_or_reported() -> None:
 
 
 def test_run_lengths_are_scaled_with_their_image() -> None:
-    """8 x 4 pixels in the JSON, 16 x 12 in the file: each pixel of the mask becomes 2 x 3."""
+    """8 x 4 pixels in the JSON, 16 x 12 in the file: each mask pixel becomes 2 x 3 pixels."""
     mask = np.random.default_rng(0).random((4, 8)) > 0.5
     values = mask.T.ravel()
     edges = np.flatnonzero(np.diff(values)) + 1

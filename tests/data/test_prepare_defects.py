@@ -36,7 +36,7 @@ pytest_plugins = ["prepare_fixtures"]
 
 
 def test_visible_pixels_separate_complete_from_few_annotations_on_real_images(livecell_mini: Path) -> None:
-    """LIVECell issue 21: images with 1 to 10 of hundreds of cells annotated."""
+    """LIVECell issue 21: images with only 1 to 10 of hundreds of cells annotated."""
     source = sources.read_source(str(livecell_mini), PrepareConfig())
     for entry in source.entries:
         visible = draw.examine(str(livecell_mini / str(entry.path))).visible
@@ -124,7 +124,7 @@ def test_every_defect_is_reported_and_handled_by_its_rule(folder: SourceFolder, 
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_the_other_rules(folder: SourceFolder, tmp_path: Path) -> None:
+def test_non_default_rules(folder: SourceFolder, tmp_path: Path) -> None:
     planted = with_every_defect(folder)
     config = PrepareConfig(
         on_defect={
@@ -149,16 +149,16 @@ def test_the_other_rules(folder: SourceFolder, tmp_path: Path) -> None:
     assert set(train) == {f"A172_Phase_{name}.png" for name in names}
     assert not train["A172_Phase_none.png"]["foreground"].any()
     assert train["A172_Phase_both.png"]["source"].endswith("/x/A172_Phase_both.png")
-    # The doubled contour is kept, and has no pixel of its own.
+    # The doubled contour is kept, but all its pixels belong to the other cell.
     assert defects_of(description, "hidden_cell")[0]["ids"] == planted["doubled_contour"][1]
     assert train["A172_Phase_cells.png"]["cells"] == N + 2
     assert set(val) == {f"A172_Phase_{name}.png" for name in ("val_1", "val_2", "val_1_copy", "size")}
-    # 32 pixels wide in the JSON, 64 in the file: scaled by 2, and the two cells that then leave the image are dropped.
+    # 32 pixels wide in the JSON, 64 in the file: scaled by 2; the two cells that are then outside are dropped.
     assert val["A172_Phase_size.png"]["foreground"].sum() == 2 * 36 * (N - 2)
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_strict_lists_defects_and_leaves_nothing(
+def test_strict_lists_defects_and_writes_nothing(
     folder: SourceFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.image("train", "A172_Phase_none.png", [])
@@ -174,7 +174,7 @@ def test_strict_lists_defects_and_leaves_nothing(
 
 
 def as_brush(cell: Json) -> None:
-    """Convert to CVAT's form of a cell drawn by brush: an RLE of the entire image, iscrowd 1."""
+    """Convert a cell to CVAT's format for brush masks: an RLE of the entire image, iscrowd 1."""
     (rle,) = coco_mask.frPyObjects([cell["segmentation"][0]], HEIGHT, WIDTH)
     cell |= {"iscrowd": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}}
 
@@ -265,7 +265,7 @@ def test_the_test_split_keeps_published_images(
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_refuse_rules(folder: SourceFolder, tmp_path: Path) -> None:
+def test_rules_that_refuse_the_dataset(folder: SourceFolder, tmp_path: Path) -> None:
     folder.entry("train", "A172_Phase_gone.png")
     source = folder.write()
     assert prepare(source, str(tmp_path / "out"))["defects"]["counts"] == {"missing_file": 1}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import S3, joined, run_apart
+from conftest import S3, job_env, run_python
 from prepare_source import Json, N, SourceFolder, counts, files_of
 
 from raylivecell.core.errors import UserError
@@ -47,14 +47,14 @@ def test_missing_shard_is_drawn_again(folder: SourceFolder, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_unwritable_output_is_one_line(folder: SourceFolder, tmp_path: Path) -> None:
+def test_unwritable_output_is_reported_in_one_line(folder: SourceFolder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="Not a directory"):
         prepare(folder.write(), str(tmp_path / "file" / "out"))
 
 
 @pytest.mark.ray
-def test_user_error_in_a_task(ray_cluster: None) -> None:
+def test_a_user_error_in_a_task_is_reported_in_one_line(ray_cluster: None) -> None:
     def fail(row: Json) -> Json:
         raise UserError(f"file {row['number']} changed; start again")
 
@@ -98,12 +98,12 @@ print(last)
 
 
 def test_killed_before_each_write_ends_with_the_same_bytes(folder: SourceFolder, no_ray: None, tmp_path: Path) -> None:
-    """Each run gets one write, rename or deletion further than the previous one, and starts from what that left."""
+    """Each run is killed one write, rename or deletion later than the previous one, and starts from its output."""
     for number in range(6):
         folder.image("train", f"BV2_Phase_{number}.png")
     source, out = folder.write(), tmp_path / "out"
     prepare(source, str(tmp_path / "undisturbed"), PrepareConfig(shard_images=2))
-    process = run_apart(KILLED_AT_EACH_WRITE, source, str(out))
+    process = run_python(KILLED_AT_EACH_WRITE, source, str(out))
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) > 15
     assert files_of(out) == files_of(tmp_path / "undisturbed")
@@ -130,7 +130,7 @@ def test_killed_while_drawing_keeps_complete_shards(folder: SourceFolder, ray_cl
         folder.image("train", f"BV2_Phase_{number}.png")
     source, out = folder.write(), tmp_path / "out"
     prepare(source, str(tmp_path / "undisturbed"), PrepareConfig(shard_images=2))
-    process = run_apart(KILLED_WHILE_DRAWING, source, str(out), env=joined())
+    process = run_python(KILLED_WHILE_DRAWING, source, str(out), env=job_env())
     assert process.returncode == -9, process.stderr
     assert not (out / "dataset.json").exists()
     accounts = [json.loads(path.read_text()) for path in out.glob(".prepare-*/*.json")]
@@ -154,10 +154,10 @@ print(shards.read_row(shards.list_rows(sys.argv[2], "test")[0], ["labels"])["lab
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_from_s3_to_s3(folder: SourceFolder, ray_cluster: None, s3: S3, tmp_path: Path) -> None:
+def test_source_and_output_on_s3(folder: SourceFolder, ray_cluster: None, s3: S3, tmp_path: Path) -> None:
     source = folder.write()
     s3.upload(source, "source")
-    process = run_apart(ON_S3, "s3://cells/source", "s3://cells/prepared", env=s3.env | joined(s3.env))
+    process = run_python(ON_S3, "s3://cells/source", "s3://cells/prepared", env=s3.env | job_env(s3.env))
     assert process.returncode == 0, process.stderr
     assert process.stdout.split()[-1] == str(N)
     written = ["dataset.json", *(f"{split}/part-00000.parquet" for split in sorted(shards.SPLITS))]

@@ -111,7 +111,7 @@ def test_single_cell_type_and_size_split_files(folder: SourceFolder, tmp_path: P
         ),
     )
     assert counts(selected) == {"train": (1, N), "val": (0, 0), "test": (2, 2 * N)}
-    # Each single-type file contains annotations of images that it does not list.
+    # Each single-type file also contains annotations of images that it does not list.
     assert {defect["detail"] for defect in defects_of(selected, "orphan_annotation")} == {
         f"{N} annotations of images not listed"
     }
@@ -166,7 +166,7 @@ def test_only_chosen_categories_are_cells(
 
 @pytest.mark.usefixtures("no_ray")
 def test_paths_of_another_computer_select_among_the_files(folder: SourceFolder, tmp_path: Path) -> None:
-    """Results are then named after the file, so that a name in the JSON cannot lead out of the folder."""
+    """Results are named after the file, so that a name in the JSON cannot lead out of the folder."""
     names = ["..\\..\\upload\\A172_Phase_train_1.png", "https://host.org/b/A172_Phase_train_2.png?x=1"]
     for image, name in zip(folder.splits["train"]["images"], names):
         image["file_name"] = name
@@ -197,7 +197,7 @@ def test_file_names_that_lead_out_of_the_folder_are_bad_records(folder: SourceFo
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_user_errors_are_one_line(folder: SourceFolder, tmp_path: Path) -> None:
+def test_user_errors_are_reported_in_one_line(folder: SourceFolder, tmp_path: Path) -> None:
     source = folder.write()
     for config, message in (
         (PrepareConfig(annotations={"train": "nothing.json"}), "no annotation file nothing.json"),

@@ -1,4 +1,4 @@
-"""Rows of a split by their index, and validation of dataset.json."""
+"""Access to the rows of a split by index, and validation of dataset.json."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
-"""An HTTP server on 127.0.0.1 that cuts, misreports, changes or refuses files; fixtures of the download tests.
+"""An HTTP server on 127.0.0.1 that truncates, misreports, changes or refuses files; fixtures of the download tests.
 
-PYTEST_DONT_REWRITE: test modules import it before they name it as a plugin.
+PYTEST_DONT_REWRITE: test modules import it before they declare it as a plugin.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Answer = Callable[["Handler", bytes], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Sends the next answer of the server's script, then correct answers."""
+    """Sends the scripted responses in order, then correct ones."""
 
     server: "Server"
 
@@ -84,11 +84,11 @@ class Server(ThreadingHTTPServer):
         return [headers.get("Range") for method, _, headers in self.requests if method == "GET"]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients close the connection on a wrong answer
+        pass  # clients close the connection on a wrong response
 
 
 def requested_start(handler: Handler) -> int | None:
-    """The first byte of a Range request whose If-Range matches; None if the complete file is due."""
+    """The first byte of a Range request whose If-Range matches; None if the complete file is to be sent."""
     match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
     is_current = handler.headers.get("If-Range", "") == handler.server.headers.get("ETag")
     return int(match[1]) if match and is_current else None
@@ -218,7 +218,7 @@ def server(sleeps: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ser
 
 @pytest.fixture
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of every `time.sleep`, none of which is waited for; four attempts, blocks of 64 KiB."""
+    """Record the seconds of every `time.sleep` instead of waiting; set four attempts and blocks of 64 KiB."""
     seconds: list[float] = []
     monkeypatch.setattr("time.sleep", seconds.append)
     monkeypatch.setattr(fetching, "ATTEMPTS", 4)
@@ -231,7 +231,7 @@ def fetch_train(server: Server, out: Path, **options: Any) -> dict[str, Any]:
 
 
 def assert_complete(server: Server, out: Path) -> None:
-    """The right bytes have the final name and a record; no other file is left."""
+    """Check that the final file has the right bytes and a record, and that no other file is left."""
     body = server.files[TRAIN]
     assert (out / TRAIN).read_bytes() == body
     entry = json.loads((out / "download.json").read_bytes())["files"][TRAIN]
@@ -241,7 +241,7 @@ def assert_complete(server: Server, out: Path) -> None:
 
 
 def assert_unpublished(out: Path) -> None:
-    """No file has a final name, a name that a reader would use, or a record."""
+    """Check that no file has a final name, a name that a reader would use, or a record."""
     files = [path for path in out.rglob("*") if path.is_file()]
     assert all(path.name.endswith((".partial", ".partial.note")) for path in files), files
     assert not [path for path in files if path.suffix in (".json", ".zip", ".tif")]

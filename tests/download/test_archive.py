@@ -1,4 +1,4 @@
-"""Unpacking images.zip and checking zip and JSON files: harmful, oversized, cut and damaged ones are refused."""
+"""Unpacking images.zip, checking zip and JSON files: malicious, oversized, truncated and damaged ones are refused."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def test_missing_or_damaged_images_are_unpacked_again(server: Server, tmp_path: 
 
 
 def test_interrupted_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No `images` folder until it is complete; the next run does not write the same images again."""
+    """No folder `images` until it is complete; the next run does not write the same images again."""
     (tmp_path / "images.zip").write_bytes(make_zip(IMAGES))
     read, members = zipfile.ZipFile.read, []
 
@@ -78,7 +78,7 @@ def add_link(packed: zipfile.ZipFile) -> None:
 
 
 def add(name: str) -> Callable[[zipfile.ZipFile], None]:
-    return lambda packed: packed.writestr(name, b"harm")
+    return lambda packed: packed.writestr(name, b"malicious")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def add(name: str) -> Callable[[zipfile.ZipFile], None]:
         (add_link, "is a link or device"),
     ],
 )
-def test_harmful_zips(
+def test_malicious_zips_are_refused(
     add_member: Callable[[zipfile.ZipFile], None], message: str, server: Server, tmp_path: Path
 ) -> None:
     server.files["images.zip"] = make_zip(IMAGES, add_member)
@@ -104,7 +104,7 @@ def test_harmful_zips(
 
 
 @pytest.mark.parametrize(("limit", "value"), [("MAX_BYTES", 1000), ("MAX_MEMBERS", 2), ("MAX_MEMBER_BYTES", 100)])
-def test_zip_bombs(limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bombs_are_refused(limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "images.zip"
     path.write_bytes(make_zip(IMAGES))
     archive.check_zip(path)
@@ -115,8 +115,8 @@ def test_zip_bombs(limit: str, value: int, tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["images.zip"]
 
 
-def test_damaged_zips(tmp_path: Path) -> None:
-    """Cut anywhere; one bit flipped in any byte of a member."""
+def test_damaged_zips_are_refused(tmp_path: Path) -> None:
+    """Truncated anywhere; one bit flipped in any byte of a member."""
     path, body = tmp_path / "images.zip", make_zip(IMAGES)
     for end in (*range(0, len(body), 11), len(body) - 1):
         path.write_bytes(body[:end])
@@ -142,7 +142,7 @@ def test_damaged_zips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 22])
-def test_json_cut_anywhere(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_truncated_anywhere_is_refused(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "BLOCK", block)
     tricky = {"a": [{"b": 'q"}\\'}, "\\\\", '\\"', "{[", "]}"], 'k"\\': {"": []}, "\u00e9": "\u00e9\n"}
     path, body = tmp_path / "a.json", json.dumps(tricky).encode()

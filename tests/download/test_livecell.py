@@ -75,7 +75,7 @@ def test_wrong_md5_twice(server: Server, tmp_path: Path) -> None:
     ],
     ids=["multipart", "encrypted by KMS", "not S3"],
 )
-def test_other_etags_are_no_checksum(
+def test_other_etags_are_not_a_checksum(
     headers: dict[str, str], server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     server.headers = headers
@@ -142,7 +142,7 @@ def test_a_file_changed_locally_is_fetched_again(
 
 
 def test_a_copy_from_elsewhere_is_verified(server: Server, tmp_path: Path) -> None:
-    """A complete file without a record is kept; one of another length is renamed, never lost."""
+    """A complete file without a record is kept; a file of another length is renamed, never deleted."""
     target = tmp_path / TRAIN
     target.parent.mkdir(parents=True)
     target.write_bytes(server.files[TRAIN])
@@ -171,8 +171,8 @@ def test_too_little_free_space(server: Server, tmp_path: Path, monkeypatch: pyte
     assert_unpublished(tmp_path)
 
 
-def test_the_disk_refuses_a_write(server: Server, tmp_path: Path) -> None:
-    """A real limit on file size, in the middle of the second block: what fits is kept and resumed from."""
+def test_a_download_resumes_after_a_failed_write(server: Server, tmp_path: Path) -> None:
+    """A file size limit in the middle of the second block: the bytes that fit are kept, and the download resumes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK + 1000, hard))
     try:
@@ -186,7 +186,7 @@ def test_the_disk_refuses_a_write(server: Server, tmp_path: Path) -> None:
     assert_complete(server, tmp_path)
 
 
-def test_out_is_a_file(server: Server, tmp_path: Path) -> None:
+def test_out_that_is_a_file_is_refused(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     with pytest.raises(UserError, match=r"cannot write .*file"):
         fetch_train(server, tmp_path / "file")
@@ -238,7 +238,7 @@ download(Path({str(tmp_path)!r}), ["train"], {server.url!r})
     assert_complete(server, tmp_path)
 
 
-def test_paths_of_livecell() -> None:
+def test_remote_paths_of_livecell() -> None:
     """Paths as in the dataset's README."""
     assert len(livecell.FILES["single-cells"]) == 24
     assert livecell.FILES["size-split"][-1] == "annotations/LIVECell_dataset_size_split/4_train50percent.json"

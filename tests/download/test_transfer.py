@@ -1,4 +1,4 @@
-"""One file over HTTP from a server that cuts, changes or refuses it: resumed, restarted, or a clear error."""
+"""One file over HTTP from a server that truncates, changes or refuses it: resumed, restarted, or a clear error."""
 
 import io
 import random
@@ -99,7 +99,7 @@ def test_recovers_the_right_bytes(case: str, server: Server, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("seed", range(25))
 def test_random_faults(seed: int, server: Server, tmp_path: Path) -> None:
-    """Right bytes of one version of the file, or a clear error and no file with the final name."""
+    """The correct bytes of one version of the file, or a clear error and no file with the final name."""
     rng = random.Random(seed)
     bodies = [annotations(number, rng.randrange(1, 3000)) for number in range(3)]
     server.files[TRAIN] = bodies[0]
@@ -173,24 +173,24 @@ def test_not_found_is_requested_once(server: Server, tmp_path: Path) -> None:
     assert_unpublished(tmp_path)
 
 
-def test_no_server(server: Server, sleeps: list[float], tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported(server: Server, sleeps: list[float], tmp_path: Path) -> None:
     url = server.url
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match=r"Connection refused.*check the network, the proxy"):
         download(tmp_path, ("train",), url)
-    assert sleeps == [2, 4], "growing waits between four attempts, none before the first repetition"
+    assert sleeps == [2, 4], "growing waits between four attempts, none before the first retry"
     assert_unpublished(tmp_path)
 
 
 def test_silent_server(server: Server, sleeps: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection without a byte for TIMEOUT_S counts as broken; the bytes before are kept."""
+    """A connection without data for TIMEOUT_S counts as broken; the bytes received before are kept."""
     assert fetching.TIMEOUT_S == 60
     monkeypatch.setattr(fetching, "TIMEOUT_S", 0.5)
     server.script = [stall_after(BLOCK + 100, threading.Event())]
     fetch_train(server, tmp_path)
     assert_complete(server, tmp_path)
-    assert server.ranges() == [None, f"bytes={BLOCK}-"], "the complete block that came was not kept"
+    assert server.ranges() == [None, f"bytes={BLOCK}-"], "the complete block that arrived was not kept"
     assert sleeps == [1]
 
 
@@ -198,12 +198,12 @@ def test_retry_after(server: Server, sleeps: list[float], tmp_path: Path) -> Non
     past = "Wed, 21 Oct 2015 07:28:00 GMT"
     server.script = [status(503, Retry_After="7"), status(429, Retry_After=past), status(503, Retry_After="99999")]
     fetch_train(server, tmp_path)
-    assert sleeps == [7, 2, fetching.MAX_RETRY_AFTER_S], "a date in the past leaves the usual wait"
+    assert sleeps == [7, 2, fetching.MAX_RETRY_AFTER_S], "with a date in the past the usual wait applies"
     assert_complete(server, tmp_path)
 
 
 def test_gives_up_only_without_progress(server: Server, sleeps: list[float], tmp_path: Path) -> None:
-    """40 broken connections in a row do not stop the download while each brings bytes."""
+    """40 broken connections in a row do not stop the download if each transfers bytes."""
     server.script = [cut(1000)] * 40
     fetch_train(server, tmp_path)
     assert_complete(server, tmp_path)

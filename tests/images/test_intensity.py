@@ -1,4 +1,4 @@
-"""Intensity rule: robust to outlier pixels and images, exact on 8 bits, the same in all commands."""
+"""Intensity rule: robust to outlier pixels and images, exact for 8-bit data, the same in all commands."""
 
 import json
 from pathlib import Path
@@ -37,12 +37,12 @@ def frame(seed: int, background: float = 128, cells: int = 9, shape: tuple[int, 
     return np.clip(np.rint(image), 1, 254).astype(np.uint8)
 
 
-def measured(image: np.ndarray) -> Measures:
+def measures_of(image: np.ndarray) -> Measures:
     return measure(image, padding_mask(image))
 
 
 FRAMES = [frame(seed) for seed in range(6)]
-RULE = choose([measured(image) for image in FRAMES])
+RULE = choose([measures_of(image) for image in FRAMES])
 STORED: dict[str, Any] = {
     "257": lambda image: image.astype(np.uint16) * 257,
     "shifted": lambda image: image.astype(np.uint16) << 4,
@@ -61,7 +61,7 @@ def test_eight_bits_are_unchanged_and_livecell_keeps_its_zero() -> None:
 
 def test_real_livecell_is_unchanged(livecell_mini: Path) -> None:
     images = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(livecell_mini.rglob("*.tif"))]
-    rule = choose([measured(image) for image in images])
+    rule = choose([measures_of(image) for image in images])
     assert (rule.background_level, rule.scale) == (128, 5)
     for image in images:
         result = to_uint8(image, rule)
@@ -72,9 +72,9 @@ def test_real_livecell_is_unchanged(livecell_mini: Path) -> None:
 @pytest.mark.parametrize("stored", ["257", "shifted"])
 def test_eight_bit_data_stored_in_sixteen_bits_are_restored(stored: str) -> None:
     deep = [STORED[stored](image) for image in FRAMES]
-    rule = choose([measured(image) for image in deep])
+    rule = choose([measures_of(image) for image in deep])
     assert (rule.depth, rule.background_level, rule.scale) == (16, 128, 5)
-    for applied in (rule, RULE):  # of a 16-bit and of an 8-bit dataset
+    for applied in (rule, RULE):  # rules of a 16-bit and of an 8-bit dataset
         for image, original in zip(deep, FRAMES):
             result = to_uint8(image, applied)
             assert result.warnings == ()
@@ -84,14 +84,14 @@ def test_eight_bit_data_stored_in_sixteen_bits_are_restored(stored: str) -> None
 @pytest.mark.parametrize("stored", list(STORED))
 def test_outlier_pixels_and_images_have_no_influence(stored: str) -> None:
     deep = [STORED[stored](image) for image in FRAMES]
-    rule = choose([measured(image) for image in deep])
+    rule = choose([measures_of(image) for image in deep])
     levels = to_uint8(deep[0], rule).levels
     assert len(np.unique(levels)) > 60, "over 60 of 256 levels are used"
     hot = deep[0].copy()
     hot[5, 5] = 65535
     assert (to_uint8(hot, rule).levels != levels).sum() <= 1
     for outlier in (hot, np.zeros_like(hot), np.full_like(hot, 65535), deep[0] // 4):
-        other = choose([measured(image) for image in [*deep, outlier]])
+        other = choose([measures_of(image) for image in [*deep, outlier]])
         assert (other.low, other.high) == (rule.low, rule.high)
         assert other.background == pytest.approx(rule.background, rel=0.001)
         assert (to_uint8(deep[1], other).levels == to_uint8(deep[1], rule).levels).all()
@@ -118,7 +118,7 @@ def test_darker_image_is_scaled_to_the_background_with_a_warning(factor: float) 
 
 
 def test_confluent_layer_is_not_scaled() -> None:
-    """The median is the level of the cells; the remaining background shows a normal exposure."""
+    """The median is a grey level of cells; the remaining background shows that the exposure is normal."""
     image = frame(1, 128, cells=0)
     rng = np.random.default_rng(0)
     image[:, :150] = np.clip(rng.normal(85, 9, (120, 150)), 1, 254)
@@ -197,14 +197,14 @@ def test_bright_cells_on_exact_zeros_are_not_padding() -> None:
         cv2.circle(image, (int(x) + 20, int(y)), 6, 180, -1)
     image = np.maximum(image, cv2.GaussianBlur(image, (0, 0), 1))
     assert padding_mask(image) is None
-    rule = choose([measured(image)])
+    rule = choose([measures_of(image)])
     assert (rule.background_level, rule.by_background) == (0, False)
     np.testing.assert_array_equal(to_uint8(image // 2, rule).levels, image // 2)
 
 
 def test_dataset_of_both_depths_uses_the_more_frequent_one() -> None:
     mixed = [*FRAMES[:4], *(STORED["257"](image) for image in FRAMES[4:])]
-    rule = choose([measured(image) for image in mixed])
+    rule = choose([measures_of(image) for image in mixed])
     assert rule.as_stored
     for image, original in zip(mixed, FRAMES):
         np.testing.assert_array_equal(to_uint8(image, rule).levels, original)
@@ -217,7 +217,7 @@ def test_prepare_reports_unusable_and_unusual_images() -> None:
     for name, image in images.items():
         listed = type("Image", (), {"file_name": name, "id": 1})()
         entries.append(Entry(entry.split, entry.annotation, listed, name, 1, "A172"))
-        facts[name] = defects.ImageInfo(measures=tuple(measured(image)))
+        facts[name] = defects.ImageInfo(measures=tuple(measures_of(image)))
     usable, unusual = defects.check_intensity(entries, facts, RULE, {})
     assert [entry.path for entry in usable] == ["good", "dark"]
     assert [(entry.defect, entry.file_name) for entry in unusual] == [
@@ -227,8 +227,8 @@ def test_prepare_reports_unusable_and_unusual_images() -> None:
 
 
 @pytest.fixture(scope="module")
-def network_of_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Save a checkpoint of a random network with the rule of a dataset, by the kind of dataset."""
+def save_network(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Function that saves a checkpoint of a random network with the intensity rule of a kind of dataset."""
 
     def save(kind: str, rule: Intensity) -> str:
         torch.manual_seed(3)
@@ -258,10 +258,10 @@ def prepared(folder: Path, images: dict[str, np.ndarray], rule: Intensity) -> li
 
 
 @pytest.mark.parametrize("kind", ["stored", "shifted", "offset"])
-def test_all_commands_give_the_same_cells(kind: str, network_of_set: Any, tmp_path: Path) -> None:
-    """Compare evaluate on a prepared dataset, predict on the same files, arrays, and ONNX."""
+def test_all_commands_give_the_same_cells(kind: str, save_network: Any, tmp_path: Path) -> None:
+    """Compare evaluate on a prepared dataset with predict on the same files, with arrays, and with ONNX."""
     store = STORED.get(kind, lambda image: image)
-    rule = choose([measured(store(image)) for image in FRAMES])
+    rule = choose([measures_of(store(image)) for image in FRAMES])
     images = {
         "plain.tif": store(FRAMES[0]),
         "padded.tif": padded(store(FRAMES[1]), "stitched")[0],
@@ -269,7 +269,7 @@ def test_all_commands_give_the_same_cells(kind: str, network_of_set: Any, tmp_pa
         "hot.tif": store(FRAMES[3]),
     }
     images["hot.tif"][5, 5] = np.iinfo(images["hot.tif"].dtype).max
-    folder = network_of_set(kind, rule)
+    folder = save_network(kind, rule)
     export.export(folder, str(tmp_path / "model.onnx"))
     (tmp_path / "out").mkdir()
     rows = prepared(tmp_path, images, rule)
@@ -286,19 +286,19 @@ def test_all_commands_give_the_same_cells(kind: str, network_of_set: Any, tmp_pa
         np.testing.assert_array_equal(model.segment(tmp_path / name).labels, labels)
         assert (onnx.segment(image).labels != labels).mean() < 0.01
         assert bool(part.row.warning) == (name in ("padded.tif", "dark.tif"))
-        other = choose([measured(store(image)) for image in FRAMES[:2]])  # another dataset of the same kind
+        other = choose([measures_of(store(image)) for image in FRAMES[:2]])  # another dataset of the same kind
         if conversion := intensity.conversion(other, rule):
             converted = evaluate._frame(shards.read_row(row, evaluate.SAMPLE), conversion)
             assert (converted.levels != to_uint8(image, rule).levels).mean() < 0.01
 
 
-def test_datasets_with_other_maps_are_refused(network_of_set: Any, tmp_path: Path) -> None:
-    shifted, offset = (choose([measured(STORED[kind](image)) for image in FRAMES]) for kind in ("shifted", "offset"))
+def test_datasets_with_another_mapping_are_refused(save_network: Any, tmp_path: Path) -> None:
+    shifted, offset = (choose([measures_of(STORED[kind](image)) for image in FRAMES]) for kind in ("shifted", "offset"))
     assert intensity.conversion(shifted, shifted) is None
     assert intensity.conversion(RULE, shifted) == shifted, "8-bit images are stored unchanged"
     with pytest.raises(ValueError, match="by another map"):
         intensity.conversion(shifted, offset)
-    folder = network_of_set("other", offset)
+    folder = save_network("other", offset)
     assert segmenter.intensity_rule(folder) == offset
     (Path(folder) / checkpoint.INTENSITY).unlink()
     with pytest.raises(segmenter.UserError, match="older raylivecell wrote it"):

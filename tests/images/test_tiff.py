@@ -52,7 +52,7 @@ def error_message(data: bytes) -> str:
 
 @st.composite
 def tifffile_images(draw: st.DrawFn) -> tuple[bytes, np.ndarray]:
-    """A file written by tifffile, and its pixels."""
+    """A file written by tifffile with random options, and its pixels."""
     dtype = draw(st.sampled_from([np.uint8, np.uint16]))
     shape = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
     seed = draw(st.integers(0, 2**16))
@@ -262,7 +262,7 @@ def test_sub_directories() -> None:
     ("files", "planes", "refused"), [((), 1, False), ((), 6, True), (("a", "a"), 6, True), (("a", "b"), 6, False)]
 )
 def test_ome_metadata_of_one_directory(files: tuple[str, ...], planes: int, refused: bool) -> None:
-    """Planes in other files are accepted; planes missing from all files are refused."""
+    """Planes stored in other files are accepted; planes that no file contains are refused."""
     parts = "".join(f'<TiffData IFD="0"><UUID FileName="{name}.ome.tif">urn:x</UUID></TiffData>' for name in files)
     text = (
         f'<?xml version="1.0"?><OME xmlns="http://x"><Image ID="Image:0"><Pixels SizeC="1" SizeT="{planes}" SizeX="53" '

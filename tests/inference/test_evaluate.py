@@ -1,4 +1,4 @@
-"""`evaluate`: every image scored once, with equal scores for a network and for a COCO file of its cells."""
+"""`evaluate`: every image is scored once; a network and a COCO file of its cells have equal scores."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def sample(index: int) -> dict[str, Any]:
         cv2.circle(cell, centre, int(rng.integers(4, 8)), 1, -1)
         labels[cell > 0] = label
         outlines.append(coco_mask.encode(np.asfortranarray(cell))["counts"])
-    visible = np.unique(labels[labels > 0])  # some cells are hidden by others
+    visible = np.unique(labels[labels > 0])  # some cells are hidden by later ones
     outlines = [outlines[label - 1] for label in visible]
     labels = np.searchsorted(visible, labels).astype(np.uint16) + (labels > 0)
     image = np.clip(128 + 50 * (labels > 0) + rng.normal(0, 8, shape), 0, 255).astype(np.uint8)
@@ -86,7 +86,7 @@ def test_a_network_and_a_coco_file_of_its_cells_have_equal_scores(
         counts = pixel_scores.mask_counts(cells.foreground, sample(index)["labels"])
         row = result["per_image"][index]
         assert row["file_name"] == sample(index)["file_name"]
-        # A pixel whose logit is exactly 0 may change sides with another number of threads.
+        # A pixel whose logit is exactly 0 may change class with another number of threads.
         assert max(abs(row[name] - counts[name]) for name in pixel_scores.COUNTS) <= 2
         records += average_precision.results(1000 + index, rle.encode(cells.labels), cells.scores)
     assert sum(row["cells"] for row in result["per_image"]) == len(records) > 20

@@ -1,4 +1,4 @@
-"""`export`: a file with the same maps at any size and with metadata; ONNX runs without torch."""
+"""`export`: exported files compute the same maps at any size and contain metadata; ONNX runs without torch."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return saved, str(folder / "model.onnx")
 
 
-def test_exported_files_hold_the_metadata(exported: tuple[str, str], tmp_path: Path) -> None:
+def test_exported_files_contain_the_metadata(exported: tuple[str, str], tmp_path: Path) -> None:
     saved, file = exported
     model = onnx_model.load(file)
     assert model.targets == "distance"

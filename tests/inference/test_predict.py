@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import joined, run_apart
-from hosts import until
+from conftest import job_env, run_python
+from hosts import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -33,7 +33,7 @@ TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}
 
 
 def disks(shape: tuple[int, int], seed: int) -> np.ndarray:
-    """An image of bright disks on 128."""
+    """An image of bright disks on a background of 128."""
     rng = np.random.default_rng(seed)
     truth = np.zeros(shape, np.uint8)
     for _ in range(3):
@@ -44,7 +44,7 @@ def disks(shape: tuple[int, int], seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of a network with random weights that finds dozens of cells."""
+    """A checkpoint of a network with random weights that segments dozens of cells."""
     torch.manual_seed(3)
     recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
     folder = str(tmp_path_factory.mktemp("checkpoint"))
@@ -72,7 +72,7 @@ def test_output_names_keep_suffixes_only_if_ambiguous() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 4), (2, 90)])
 @pytest.mark.parametrize("highest", [0, 7, 65_535, 65_536])
-def test_label_tiffs_hold_every_cell_number(shape: tuple[int, int], highest: int) -> None:
+def test_label_tiffs_contain_every_cell_number(shape: tuple[int, int], highest: int) -> None:
     labels = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % (highest + 1)
     labels[-1, -1] = highest
     data = image_file.label_tiff(labels)
@@ -115,7 +115,7 @@ def test_the_command_needs_a_checkpoint(saved: str, tmp_path: Path, capsys: pyte
 
 
 def write_images(folder: Path) -> dict[str, np.ndarray]:
-    """Write images of every format; returns their 8-bit grey levels by relative path."""
+    """Write images of every format; return their 8-bit pixels by relative path."""
     (folder / "deep" / "er").mkdir(parents=True)
     gray = {name: disks((48, 64), i) for i, name in enumerate("abcd")}
     tifffile.imwrite(folder / "a.tif", gray["a"])
@@ -151,12 +151,12 @@ def contents(out: Path) -> dict[str, bytes]:
 def check_image(
     out: Path, row: dict[str, str], cells: list[dict[str, str]], records: list[dict], expected: Any
 ) -> None:
-    """Compare the outputs of an image with the network's cells."""
+    """Compare the outputs for an image with the network's cells."""
     shape = (int(row["height"]), int(row["width"]))
     labels = tifffile.imread(out / row["labels"])
     mask = cv2.imread(str(out / row["masks"]), cv2.IMREAD_UNCHANGED)
     assert labels.shape == mask.shape == shape == expected.labels.shape
-    # A pixel exactly on the threshold may change sides with another number of threads.
+    # A pixel exactly on the threshold may change class with another number of threads.
     assert ((labels != 0) != (expected.labels != 0)).mean() < 1e-3
     assert ((mask == 255) != expected.foreground).mean() < 1e-3
     assert set(np.unique(mask)) <= {0, 255}
@@ -191,9 +191,9 @@ def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, saved: str,
         image_records = [record for record in records if record["image_id"] == int(row["image_id"])]
         check_image(out, row, image_cells, image_records, network.segment(image))
     assert len(cells) == len(records) == summary["cells"] > 50
-    pictures = {row[kind] for row in rows.values() for kind in ("labels", "masks", "overlays")} - {""}
-    assert contents(out).keys() == pictures | TABLES
-    assert len(pictures) == 18
+    image_outputs = {row[kind] for row in rows.values() for kind in ("labels", "masks", "overlays")} - {""}
+    assert contents(out).keys() == image_outputs | TABLES
+    assert len(image_outputs) == 18
     assert (summary["images"], summary["segmented"]) == (8, 6)
     assert summary["confluence"] == pytest.approx(np.mean([float(rows[file]["confluence"]) for file in expected]))
     assert [failure["file"] for failure in summary["failed"]] == ["cut.tif", "stack.tif"]
@@ -243,10 +243,12 @@ COMMAND = "import sys; from raylivecell.cli import main as cli; sys.exit(cli.mai
 @pytest.mark.ray
 def test_a_killed_predict_resumes(ray_cluster: None, saved: str, tmp_path: Path) -> None:
     images, out, fresh = tmp_path / "images", tmp_path / "out", tmp_path / "fresh"
-    write_frames(images, range(80))  # more than the actor has at hand when it loses its driver
+    write_frames(images, range(80))  # more images than an actor receives before its driver is killed
     arguments = ["predict", "--checkpoint", saved, "--images", str(images), "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | joined())
-    until("a result", lambda: process.poll() is not None or bool(list((out / ".parts").glob("*.json"))), pause=0.01)
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | job_env())
+    wait_until(
+        "a result", lambda: process.poll() is not None or bool(list((out / ".parts").glob("*.json"))), pause=0.01
+    )
     assert process.poll() is None
     process.kill()
     process.wait()
@@ -290,5 +292,5 @@ assert result.row.cells == len(result.records) == 1, result
 
 
 def test_predicting_with_an_onnx_model_needs_no_torch(tmp_path: Path) -> None:
-    process = run_apart(WITHOUT_TORCH, str(tmp_path))
+    process = run_python(WITHOUT_TORCH, str(tmp_path))
     assert process.returncode == 0, process.stderr

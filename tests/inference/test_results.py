@@ -20,11 +20,11 @@ TABLES = ("cells", "coco")
 
 
 class Killed(Exception):
-    """Stands for the death of the process."""
+    """Simulates the end of the process by a kill."""
 
 
 def image_result(file: str, version: str) -> ImageResult:
-    """Result of an image with as many cells as its index in `FILES`, so the first has none; z.tif cannot be read."""
+    """Result of an image; its number of cells is its index in `FILES` (0 for the first). z.tif cannot be read."""
     if file == "z.tif":
         return ImageResult(ImageRow(file, error="truncated", version=version))
     count = FILES.index(file)
@@ -35,7 +35,7 @@ def image_result(file: str, version: str) -> ImageResult:
 
 
 def run(out: str, versions: Mapping[str, str]) -> list[str]:
-    """Do what `predict` does; returns the files that it segments."""
+    """Call the functions in the order of `predict`; return the files that are segmented."""
     pending = []
     if not results.is_complete(out, versions):
         pending = results.pending(out, versions)
@@ -54,7 +54,7 @@ def versions_of(files: list[str], version: str = "1") -> dict[str, str]:
     return {file: results.version(file, file, 3, version) for file in files}
 
 
-def test_tables_hold_every_image_and_cell_in_order(tmp_path: Path) -> None:
+def test_tables_contain_every_image_and_cell_in_order(tmp_path: Path) -> None:
     versions = versions_of(FILES)
     assert run(str(tmp_path), versions) == FILES
     assert set(tree(tmp_path)) == {"images.csv", "cells.csv", "coco.json"}
@@ -118,7 +118,7 @@ def parent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class KillSwitch:
-    """Raises `Killed` at the n-th change of a file."""
+    """Raises `Killed` at the n-th file change."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.changes_left: int | None = None

@@ -43,12 +43,12 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("size", [None, (33, 47), (61, 61)])
-def test_augment_is_a_function_of_its_rng_and_writes_no_input(
+def test_augment_is_a_function_of_its_rng_and_does_not_modify_its_input(
     shape: tuple[int, int], size: tuple[int, int] | None
 ) -> None:
     image, planes = noise(shape), noise((*shape, 2), 1)
     first = augment(image, planes, rng(1, 2), AugmentConfig(), size)
-    augment(noise((50, 60)), planes[:50, :60], rng(7), AugmentConfig())  # reuses the scratch memory
+    augment(noise((50, 60)), planes[:50, :60], rng(7), AugmentConfig())  # reuses the buffers
     again = augment(image, planes, rng(1, 2), AugmentConfig(), size)
     other = augment(image, planes, rng(1, 3), AugmentConfig(), size)
     for a, b, c in zip(first, again, other):
@@ -102,7 +102,7 @@ def test_zero_strength_is_a_random_crop() -> None:
     for seed in range(40):
         zero_strength = config(elastic={"p": 1, "alpha_x": 0, "alpha_y": 0}, rotation={"p": 1, "degrees": 0})
         result = augment(image, labels, rng(seed), zero_strength, (50, 31))
-        crop = random_crop(image, labels, rng(seed), (50, 31))  # also draws top and left first
+        crop = random_crop(image, labels, rng(seed), (50, 31))  # also draws the crop's top and left first
         for a, b in zip(result, crop):
             np.testing.assert_array_equal(a, b)
         windows = np.lib.stride_tricks.sliding_window_view(image, (50, 31))
@@ -128,7 +128,7 @@ def test_flips_are_exact() -> None:
 
 
 class Angle(np.random.Generator):
-    """Draws 0 except for the angle: the fraction `turn` of the range from -degrees to degrees."""
+    """Random generator that draws 0 except for the angle: the fraction `turn` of the range from -degrees to degrees."""
 
     def __init__(self, turn: float) -> None:
         super().__init__(np.random.PCG64(0))
@@ -163,7 +163,7 @@ def test_a_positive_angle_rotates_as_in_opencv() -> None:
 @pytest.mark.parametrize("border", ["reflect", "constant"])
 @pytest.mark.parametrize("sigma", [2.0, 10.0])
 def test_image_and_targets_stay_aligned_to_the_pixel(shape: tuple[int, int], border: str, sigma: float) -> None:
-    """The image shows its own foreground: both must agree where all four neighbours, one of them the nearest, agree."""
+    """The image is its own foreground: both must agree where the four interpolated pixels agree."""
     foreground = (cells(shape, count=60) > 0).astype(np.uint8)
     image = frozen(55 + 145 * foreground)
     strong = {"p": 1, "alpha_x": 20 * sigma, "alpha_y": 35 * sigma, "sigma": sigma}
@@ -174,7 +174,7 @@ def test_image_and_targets_stay_aligned_to_the_pixel(shape: tuple[int, int], bor
         pure = (warped == 55) | (warped == 200)
         assert pure.mean() > 0.5
         np.testing.assert_array_equal(mask[pure], warped[pure] == 200)
-        # Between pixels the nearest neighbour has a weight of at least a quarter.
+        # In bilinear interpolation the nearest pixel has a weight of at least a quarter.
         value = (warped.astype(float) - 55) / 145
         inside = warped != 128 if border == "constant" else np.ones(warped.shape, bool)
         assert (np.abs(value - mask)[inside & (warped >= 55)] <= 0.76).mean() > 0.999
@@ -194,7 +194,7 @@ def test_alpha_x_displaces_along_x_only() -> None:
 
 
 def test_the_image_is_displaced_by_the_field() -> None:
-    """A ramp shows its own displacement: image and labels have the same field, of the stated strength."""
+    """A ramp image encodes its displacement: image and labels have the same field, of the configured strength."""
     ramp = frozen(np.tile((np.arange(300) % 256).astype(np.uint8), (200, 1)))
     labels = np.tile(np.arange(300, dtype=np.uint16), (200, 1))
     strength = config(elastic={"p": 1, "alpha_x": 300, "alpha_y": 0, "sigma": 8})
@@ -216,7 +216,7 @@ def test_a_crop_is_a_part_of_the_complete_frame(size: tuple[int, int]) -> None:
         crop, _ = augment(image, labels, rng(seed), config(elastic={"p": 1}, rotation={"p": 1}), size)
         top, left = (int(u * (n - m + 1)) for u, n, m in zip(rng(seed).random(2), shape, size))
         expected = frame[top : top + size[0], left : left + size[1]].astype(int)
-        assert np.abs(crop - expected).mean() < 1  # not equal: other control points
+        assert np.abs(crop - expected).mean() < 1  # not equal: the control points differ
         assert np.corrcoef(crop.ravel(), expected.ravel())[0, 1] > 0.99
 
 
@@ -237,7 +237,7 @@ def test_small_images_are_padded_by_reflection(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [None, (90, 101), (150, 400)])
-def test_planes_get_the_same_pixels(size: tuple[int, int] | None) -> None:
+def test_planes_are_sampled_at_the_same_positions_as_the_image(size: tuple[int, int] | None) -> None:
     planes = noise((3, 141, 160))
     targets = planes[1:].transpose(1, 2, 0)
     for seed in range(6):
@@ -274,7 +274,7 @@ def test_brightness_and_contrast_stay_in_their_range() -> None:
     assert 1 / 1.27 < min(slopes) < 0.85 < 1.18 < max(slopes) < 1.27
 
 
-def test_a_setting_changes_no_other_draw() -> None:
+def test_a_setting_does_not_change_the_other_random_parameters() -> None:
     image, labels = noise((120, 130)), cells((120, 130))
     for seed in range(5):
         first = augment(image, labels, rng(seed), config(flip=0.5, rotation={"p": 1}), (64, 64))
@@ -288,12 +288,12 @@ def test_invalid_fields_are_rejected(fields: dict[str, Any]) -> None:
         AugmentConfig.model_validate(fields)
 
 
-# The field compared with its direct form. Both are linear in independent numbers and separable, so the covariance of
-# any two pixels is known exactly, without random draws.
+# The displacement field compared with its direct form. Both are separable and linear in independent random numbers, so
+# the covariance of any two pixels can be computed exactly, without random draws.
 
 
 class Amplitude(np.random.Generator):
-    """Draws a single amplitude of 1: frequency k along y, frequency 0 along x."""
+    """Random generator that draws a single amplitude of 1: frequency k along y, frequency 0 along x."""
 
     def __init__(self, k: int) -> None:
         super().__init__(np.random.PCG64(0))
@@ -307,18 +307,18 @@ class Amplitude(np.random.Generator):
 
 
 def our_rows(length: int, sigma: float) -> np.ndarray:
-    """The field along one axis: row = pixel, column = weight of an independent number of variance 1."""
+    """The field along one axis: row = pixel, column = weight of an independent random number of variance 1."""
     first = Amplitude(0)
     constant = field(first, (length, length), sigma)[0, :, 0].astype(float)
     others = [field(Amplitude(k), (length, length), sigma)[0, :, 0] for k in range(1, first.count)]
-    # Weight of frequency 0 along x, equal for all pixels; the noise has variance 1/3.
+    # Divide by the weight of frequency 0 along x, equal for all pixels; the noise has variance 1/3.
     level = np.sqrt(constant[0] * np.sqrt(3))
     return np.stack([constant, *others], axis=1) * np.sqrt(3) / level
 
 
 def direct_rows(length: int, sigma: float) -> np.ndarray:
-    """The direct form along one axis: row = pixel, column = weight of the noise there."""
-    taps = int(np.rint(8 * sigma + 1)) | 1  # as cv2.GaussianBlur chooses for float images
+    """The direct form along one axis: row = pixel, column = weight of the noise at a pixel."""
+    taps = int(np.rint(8 * sigma + 1)) | 1  # kernel size of cv2.GaussianBlur for float images
     return cv2.GaussianBlur(np.eye(length), (1, taps), sigmaX=sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT)
 
 
@@ -330,7 +330,7 @@ def covariance(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def correlation_length(correlation: np.ndarray) -> float:
-    """Lag at which `correlation`, from lag 0 on, first falls below 1/e, interpolated between pixels."""
+    """Lag at which `correlation` (starting at lag 0) first falls below 1/e, interpolated between pixels."""
     after = int(np.argmax(correlation < np.exp(-1)))
     high, low = correlation[after - 1], correlation[after]
     return float(after - (np.exp(-1) - low) / (high - low))

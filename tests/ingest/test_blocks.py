@@ -1,4 +1,4 @@
-"""A process's memory for blocks is reused exactly when nothing refers to it."""
+"""The memory of blocks is reused if, and only if, nothing refers to it any more."""
 
 import numpy as np
 from hypothesis import given
@@ -36,4 +36,4 @@ def test_memory_is_reused_after_a_block_is_deleted() -> None:
         addresses.add(array.ctypes.data)
         block = BlockAccessor.batch_to_block({"planes": array})
         del array, block
-    assert len(addresses) == 1, "new pages for each block cost as much as the transforms"
+    assert len(addresses) == 1, "allocating new pages for each block costs as much as the transforms"

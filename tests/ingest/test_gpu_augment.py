@@ -43,7 +43,7 @@ def frame(seed: int, height: int, width: int) -> np.ndarray:
 def on_cpu_and_torch(
     planes: np.ndarray, key: tuple[int, ...], config: AugmentConfig, size: tuple[int, int] | None
 ) -> list[np.ndarray]:
-    """The same crop by `augment` and by `gpu_augment`."""
+    """The same crop computed by `augment` and by `gpu_augment`."""
     from_cpu = augment.augment_planes(planes, np.random.default_rng(key), config, size)
     warp = augment.warp_of(planes.shape[1:], np.random.default_rng(key), config, size, augmented=True)
     batch = gpu_augment.apply_warp(torch.from_numpy(planes)[None], *gpu_augment.stack_warps([warp]), config, size)
@@ -70,10 +70,10 @@ def test_flips_and_quarter_turns_are_exact() -> None:
     np.testing.assert_array_equal(result, expected)
 
 
-def test_batches_hold_the_scheduled_originals_and_augmented_copies() -> None:
+def test_batches_contain_the_scheduled_originals_and_augmented_copies() -> None:
     frames = [frame(i, 50, 60) for i in range(5)]
     schedule = SampleSchedule(7, 5, 4, (PhaseConfig(epochs=2, augmented_copies=1),))
-    config, size = AugmentConfig(device="cuda"), (64, 40)  # higher than the frames, which are padded
+    config, size = AugmentConfig(device="cuda"), (64, 40)  # larger than the images, which are padded
     source = blocks.Source([shards.Row("memory", i) for i in range(5)], schedule, config, size, (50, 60))
     rows = [schedule.rows(step) for step in range(schedule.steps)]
     frame_batches = (

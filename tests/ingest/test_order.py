@@ -1,4 +1,4 @@
-"""Every sample once per epoch, and the same batches for any number of ranks, from any step on."""
+"""Every sample occurs once per epoch; batches are the same for any number of ranks and from any step."""
 
 from unittest import mock
 
@@ -80,7 +80,7 @@ def test_the_order_without_a_table_is_uniform() -> None:
     size, epochs = 10, 3000
     with mock.patch.object(order, "MAX_TABLE", 0):
         permutations = np.array([order.permute(np.arange(size), 1, epoch, size) for epoch in range(epochs)])
-    for position in range(size):  # all items equally frequent at each position, and all pairs of successive items
+    for position in range(size):  # at each position all items, and all pairs of successive items, are equally frequent
         assert stats.chisquare(np.bincount(permutations[:, position], minlength=size)).pvalue > 1e-5
     pairs = np.bincount(size * permutations[:, 3] + permutations[:, 4], minlength=size**2).reshape(size, size)
     assert stats.chisquare(pairs[~np.eye(size, dtype=bool)]).pvalue > 1e-5

@@ -1,4 +1,4 @@
-"""The stream of batches: the scheduled samples, and the same pixels for any number of ranks, from any step on."""
+"""The stream of batches: the scheduled samples, with the same pixels for any number of ranks and from any step."""
 
 import gc
 import json
@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
-from conftest import run_apart, write_tiny_dataset
-from hosts import until
+from conftest import run_python, write_tiny_dataset
+from hosts import wait_until
 
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -52,12 +52,12 @@ def collect(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1
 
 
 def direct(source: blocks.Source, start: int = 0, rank: int = 0, ranks: int = 1) -> Batches:
-    """The stream of a rank from the functions of Ray Data's tasks, called in this process."""
+    """The stream of a rank, computed by calling the functions of Ray Data's tasks in this process."""
     batch = source.schedule.batch_size // ranks
-    share = blocks.RankShard(start, rank, ranks, ingest.block_steps(source, batch, None))
+    shard = blocks.RankShard(start, rank, ranks, ingest.block_steps(source, batch, None))
     rows = [
-        share.block_rows(block, source.schedule)
-        for block in range(-(-(source.schedule.steps - start) // share.block_steps))
+        shard.block_rows(block, source.schedule)
+        for block in range(-(-(source.schedule.steps - start) // shard.block_steps))
     ]
     planes = np.concatenate([blocks.load(block_rows, source) for block_rows in rows])
     return planes.reshape(-1, batch, *planes.shape[1:]), np.concatenate(rows).reshape(-1, batch, 3)
@@ -77,17 +77,17 @@ def test_blocks_follow_the_schedule(source: blocks.Source, batches: Batches) -> 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("start", [0, 11])
-def test_all_ranks_together_get_the_same_batches_from_any_step_on(
+def test_all_ranks_together_get_the_same_batches_from_any_step(
     source: blocks.Source, batches: Batches, ranks: int, start: int
 ) -> None:
-    shares = [direct(source, start, rank, ranks) for rank in range(ranks)]
-    for expected, *values in zip(batches, *shares):
+    rank_batches = [direct(source, start, rank, ranks) for rank in range(ranks)]
+    for expected, *values in zip(batches, *rank_batches):
         np.testing.assert_array_equal(np.concatenate(values, axis=1), expected[start:])
 
 
 @pytest.mark.parametrize("targets", ["foreground", "distance"])
 def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source, targets: Targets) -> None:
-    """One of two ranks from step 5 on, from the shards and from cached samples; nothing after the last step."""
+    """One of two ranks from step 5, from shards and from cached samples; no batch after the last step."""
     source = replace(source, targets=targets)
     expected = direct(source, 5, 1, 2)
     cached = dataset.cache(source.rows, 1, budget=1, cells=targets != "foreground")
@@ -99,7 +99,7 @@ def test_ray_data_streams_these_blocks(ray_cluster: None, source: blocks.Source,
 
 
 def test_concurrent_runs_share_the_object_store(tiny_dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training and validation samples share one budget, a fraction of what is free when the run starts."""
+    """Training and validation samples share one budget, a fraction of the memory that is free when the run starts."""
     store = free = 10_000.0
     monkeypatch.setattr(dataset.ray, "available_resources", lambda: {"object_store_memory": free})
     monkeypatch.setattr(dataset.session, "task_cpus", lambda: 1.0)
@@ -156,7 +156,7 @@ def test_a_stream_closed_early_frees_its_cpus_and_its_blocks(ray_cluster: None, 
         gc.collect()  # the thread of the last stream may not have ended before `close` collected
         return ray.available_resources().get("CPU") == cpus and used() <= before
 
-    until("CPUs and blocks are free", free, 60)
+    wait_until("CPUs and blocks are free", free, 60)
 
 
 def test_distance_maps_are_drawn_from_the_warped_labels(source: blocks.Source, batches: Batches) -> None:
@@ -190,7 +190,7 @@ def test_an_error_is_raised_by_the_first_batch(source: blocks.Source, monkeypatc
 
 @pytest.mark.slow
 def test_no_task_imports_torch(ray_cluster: None, source: blocks.Source) -> None:
-    """It would cost each data process 1 s and 200 MB. Its own environment excludes processes of other tests."""
+    """It would cost each process 1 s and 200 MB. A separate runtime environment excludes processes of other tests."""
 
     @ray.remote
     def loaded() -> tuple[bool, bool]:
@@ -205,7 +205,7 @@ def test_no_task_imports_torch(ray_cluster: None, source: blocks.Source) -> None
     assert {torch for decoding, torch in ray.get(read.remote()) if decoding} == {False}
 
 
-def test_ray_s_scheduler_wait_is_restored_after_a_stream(
+def test_rays_scheduler_wait_is_restored_after_a_stream(
     ray_cluster: None, source: blocks.Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Data's settings are never changed for the process, and the throttle sees each round of the scheduler."""
@@ -271,10 +271,10 @@ print(json.dumps({"cached": cached is not None, "seen": seen, "peak": peak, "spi
 def test_a_dataset_five_times_the_object_store_is_streamed(tmp_path: Path) -> None:
     images = 5 * STORE // (3 * 600 * 600)
     data = write_tiny_dataset(tmp_path, images, 600)
-    done = run_apart(STREAM_LARGE, data, str(STORE), str(tmp_path / "spilled"))
+    done = run_python(STREAM_LARGE, data, str(STORE), str(tmp_path / "spilled"))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert not result["cached"]
     assert sorted(set(result["seen"])) == list(range(images))
     assert result["spilled"] == []
-    assert result["peak"] < 5 * STORE, "the reading process holds batches, not the dataset"
+    assert result["peak"] < 5 * STORE, "the reading process has batches in memory, not the dataset"

@@ -1,4 +1,4 @@
-"""Networks on images of any size, with and without flips, and on frames with padding."""
+"""Networks on images of any size, with and without flips, and on images with padding."""
 
 from types import SimpleNamespace
 
@@ -61,24 +61,24 @@ def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "strip", "corner"])
-def test_the_network_does_not_see_padding_and_it_is_not_scored(saved: str, kind: str) -> None:
-    """In validation, `--calibrate` and the run report as in `evaluate` and `predict`."""
+def test_padding_is_neither_given_to_the_network_nor_scored(saved: str, kind: str) -> None:
+    """The same in validation, `--calibrate`, the run report, `evaluate` and `predict`."""
     network, recipe = checkpoint.load_network(saved, torch.device("cpu"))
     rng = np.random.default_rng(1)
-    picture = rng.integers(90, 170, (40, 56), np.uint8)
+    unpadded = rng.integers(90, 170, (40, 56), np.uint8)
     image, labels = np.full((64, 56), 128, np.uint8), np.zeros((64, 56), np.uint16)
-    image[:40], labels[3:30, 5:45] = picture, 1
+    image[:40], labels[3:30, 5:45] = unpadded, 1
     padding = np.zeros(image.shape, bool)
     padding[40:] = True
     if kind == "corner":
         padding[:8, :8], labels[:8, :8] = True, 0
     if kind == "none":
-        image, labels, padding = picture, labels[:40], padding[:40]
+        image, labels, padding = unpadded, labels[:40], padding[:40]
     frame = Frame(image, padding if padding.any() else None)
     maps = forward.maps_of_frame(network, frame)
     assert not maps[:, padding].any()
     if kind != "corner":
-        np.testing.assert_array_equal(maps[:, :40], forward.maps(network, picture))
+        np.testing.assert_array_equal(maps[:, :40], forward.maps(network, unpadded))
     assert not forward.maps_of_frame(network, frame._replace(usable=False)).any()
     assert_scored_as_segmented(network, recipe, saved, frame, labels)
 
@@ -86,11 +86,11 @@ def test_the_network_does_not_see_padding_and_it_is_not_scored(saved: str, kind:
 def assert_scored_as_segmented(
     network: torch.nn.Module, recipe: Recipe, saved: str, frame: Frame, labels: np.ndarray
 ) -> None:
-    """A worker's validation scores the same cells as `Segmenter` returns."""
+    """A worker's validation scores the same cells that `Segmenter` returns."""
     sample = ValidationSample(frame.levels, labels, frame.padding)
     samples = SimpleNamespace(val=[None], val_sample=lambda number: sample)
-    place = RankContext(0, 1, torch.device("cpu"), 1)
-    scores = Validation(samples, place, recipe.targets).scores(network)  # type: ignore[arg-type]
+    context = RankContext(0, 1, torch.device("cpu"), 1)
+    scores = Validation(samples, context, recipe.targets).scores(network)  # type: ignore[arg-type]
     cells = segmenter.load(saved).segment_frame(frame)
     predicted, truth = cells.foreground, labels != 0
     assert scores["val_dice"] == pytest.approx(2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()))

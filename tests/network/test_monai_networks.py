@@ -39,7 +39,7 @@ def test_any_image_size_and_a_gradient_for_every_weight(name: str) -> None:
         logits = network(torch.randn(2, 1, *size))
         assert logits.shape == (2, 3, *size)
     logits.square().mean().backward()
-    assert [key for key, weight in network.named_parameters() if weight.grad is None] == [], "DDP would wait for these"
+    assert [key for key, weight in network.named_parameters() if weight.grad is None] == [], "DDP would wait for them"
 
 
 def test_padding_changes_no_image_of_a_suitable_size() -> None:
@@ -99,7 +99,7 @@ def test_a_sweep_searches_networks_and_their_options() -> None:
 
 
 def test_a_sweep_over_invalid_options_is_rejected() -> None:
-    """Before the first trial, unless network and options are both searched: then only trials show the combinations."""
+    """Before the first trial, unless network and options are both searched: then trials with bad combinations fail."""
     base = recipe.parse({"model": {"name": "SegResNet", "options": {"init_filters": 8}}}, "test")
     options = Dimension(choices=({"init_filters": 8}, {"filters": 16}))
     with pytest.raises(UserError, match=r"with model.options \{'filters': 16\}, .*SegResNet has no option filters"):
@@ -112,7 +112,7 @@ def test_a_sweep_over_invalid_options_is_rejected() -> None:
     sweep._check_networks(base, SweepConfig(space=one_option, shares=()))
 
 
-def test_the_dice_loss_is_monai_s_and_only_training_imports_it() -> None:
+def test_the_dice_loss_is_that_of_monai_and_only_training_imports_it() -> None:
     from monai.losses import DiceLoss
 
     loss = dice.dice_loss()

@@ -30,7 +30,7 @@ def test_the_papers_crop_and_size() -> None:
         assert model(torch.zeros(1, 1, 333, 434)).shape == (1, 1, 333, 434)
 
 
-def test_background_becomes_zero_and_grey_stays_ordered() -> None:
+def test_background_becomes_zero_and_grey_levels_stay_ordered() -> None:
     grey = Normalise()(torch.arange(256, dtype=torch.uint8))
     assert grey[128] == 0
     assert Normalise(90, 2.5)(torch.tensor([90.0])) == 0
@@ -76,7 +76,7 @@ def test_the_loss_matches_its_formula() -> None:
     torch.testing.assert_close(loss.total.double(), 0.3 * bce + 0.7 * dice, rtol=1e-5, atol=1e-6)
 
 
-def test_distances_count_inside_cells_only() -> None:
+def test_distance_loss_is_computed_inside_cells_only() -> None:
     logits, planes = batch("distance")
     config = LossConfig(aux_weight=0.5)
     loss = segmentation_loss(logits, planes, config, "distance")

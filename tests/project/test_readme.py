@@ -1,4 +1,4 @@
-"""The documents: commands, flags, recipes, packages and files that they name exist; the README can be followed."""
+"""Documents: the commands, flags, recipes, packages and files they mention exist; the README's instructions work."""
 
 import os
 import re
@@ -69,11 +69,11 @@ def test_the_results_table_is_short() -> None:
 
 @pytest.mark.slow
 def test_the_instructions_work(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this machine, in the README's order; test_submit.py and test_check.py cover the cluster."""
+    """Run on this machine in the README's order; test_submit.py and test_check.py cover the cluster."""
     monkeypatch.chdir(tmp_path)
     for command, arguments in COMMAND.findall(TEXT.split("## On a cluster")[0]):
         words = re.sub(r"--(trials|final-seeds) \d+", "", arguments).split()
-        if command == "download":  # 3.4 GB; tests/download has a server of its own
+        if command == "download":  # 3.4 GB; tests/download uses a local server
             command, words = "synth", [*words, "--images", "8"]
         assert main.main([command, *words, *SMALLER.get(command, "").split()]) == 0, command
     cv2.imwrite("well_A1.tif", np.random.default_rng(0).integers(100, 156, (90, 120), np.uint8))

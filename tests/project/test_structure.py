@@ -1,4 +1,4 @@
-"""Structure: pinned dependencies, no call that executes the data it reads, 3 to 16 modules per package.
+"""Structure: pinned dependencies, no calls that may execute data, 3 to 16 modules per package.
 
 Which package may import which, and which may import Ray, is checked by import-linter (pyproject.toml, `make lint`);
 text (ASCII, paths, sizes, words) by lint_text.py.
@@ -48,7 +48,7 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
         assert requirement.specifier.contains(version_of(pin), prereleases=True), f"{pin} is outside {requirement}"
 
 
-def test_pins_hold_on_every_machine() -> None:
+def test_pins_are_valid_on_every_machine() -> None:
     """No local build (+cpu), no URL, and a marker only for a release that does not support Python 3.10."""
     for name, pin in pins().items():
         assert "+" not in version_of(pin), f"{pin} is a local build"
@@ -59,7 +59,7 @@ def test_pins_hold_on_every_machine() -> None:
 
 
 def unsafe(node: ast.Call) -> str | None:
-    """Why a call could execute the data it reads, or None."""
+    """Why a call could execute the data it reads; None if it could not."""
     function = ast.unparse(node.func)
     keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
     if re.fullmatch(r"(pickle|cloudpickle|marshal|dill|joblib)\.(load|loads|Unpickler)", function):

@@ -17,7 +17,7 @@ CODE = "import raylivecell, sys; print(raylivecell.__file__); from raylivecell.c
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with only the unpacked wheel."""
+    """Folder that contains only the unpacked wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = folder / "source"
@@ -54,7 +54,7 @@ def test_the_wheel_is_the_package_with_its_recipes_and_templates(installed: Path
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_demo_of_the_wheel_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    """With a twentieth of the steps of its own recipe, to save minutes."""
+    """With a twentieth of the steps of the demo's recipe, to save minutes."""
     listed = run(installed, tmp_path, "recipes", "demo")
     recipe = listed.stdout.split("\n", 1)[1]  # the first line is the package's path
     short = re.sub(r"steps: (\d+)", lambda match: f"steps: {int(match[1]) // 20}", recipe)

@@ -43,7 +43,7 @@ DATASET = {
 
 
 class Page(HTMLParser):
-    """Collects tags that are open at the end, sources, and text."""
+    """Parser that collects unclosed tags, sources, and text."""
 
     void = frozenset({"meta", "img", "br"})
 
@@ -83,7 +83,7 @@ def test_overlay_colours_match_the_legend() -> None:
     assert false[0] > false[2] + 60
     assert missed[2] > missed[0] + 60
     assert tuple(agreeing) == overlay.FOUND
-    assert (pixels[32, 32] == 128).all()  # the inside of a found cell is unchanged
+    assert (pixels[32, 32] == 128).all()  # the inside of a predicted cell is unchanged
     assert (pixels[2, 2] == 128).all()
     assert (image == 128).all()
 
@@ -95,7 +95,7 @@ def test_outlines_of_touching_cells_are_both_visible() -> None:
     pixels = overlay.outlined(image, labels)
     lines = overlay.edges(labels)
     assert (pixels[~lines] == image[~lines][:, None]).all()
-    assert lines.sum() == 16 * (15 * 15 - 13 * 13)  # of each cell, all round
+    assert lines.sum() == 16 * (15 * 15 - 13 * 13)  # the outline of each cell is closed
     colours = {}
     for label in range(1, 17):
         (colour,) = {tuple(pixel) for pixel in pixels[lines & (labels == label)].tolist()}
@@ -135,7 +135,7 @@ def test_report_is_self_contained_and_well_formed(tmp_path: Path) -> None:
     page = write_report(tmp_path, history())
     assert page.stack == []
     assert not page.tags & {"script", "link", "iframe", "object"}
-    assert len(page.sources) == 6  # five curves, one picture
+    assert len(page.sources) == 6  # five curves, one overlay
     assert all(re.match(r"data:image/(png|svg\+xml);base64,", source) for source in page.sources)
     assert "@import" not in page.text
     assert "url(" not in page.text

@@ -64,7 +64,7 @@ def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Unpickling this creates a file."""
+    """Object whose pickle creates a file when loaded."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -98,7 +98,7 @@ def test_writes_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_latest_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
-    """Names sort by steps only below a million; of equal scores the later checkpoint is the best."""
+    """Names sort by step only below a million; among equal scores the latest checkpoint is the best."""
     for steps in (999_999, 1_000_000, 200_000):
         save(tmp_path / progress.name(steps), 0.5, steps)
     assert progress.latest(str(tmp_path)) == str(tmp_path / "checkpoint_1000000")

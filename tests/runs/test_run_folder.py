@@ -1,4 +1,4 @@
-"""A failed run frees its folder without losing a file."""
+"""A failed run releases its folder without losing a file."""
 
 import re
 from pathlib import Path

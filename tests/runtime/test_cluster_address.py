@@ -1,4 +1,4 @@
-"""A wrong RAY_ADDRESS is reported within seconds, without Ray."""
+"""A wrong RAY_ADDRESS is reported within seconds, without starting Ray."""
 
 import contextlib
 import socket
@@ -16,7 +16,7 @@ SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 @contextlib.contextmanager
 def server(answer: bytes | None) -> Iterator[int]:
-    """Port of a server that sends `answer` to each connection; None: it accepts connections and stays silent."""
+    """Port of a server that sends `answer` to each connection; None: it accepts connections but sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -52,7 +52,7 @@ def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_servers(answer: bytes | None, problem: str | None, scheme: str) -> None:
+def test_a_server_that_is_not_ray_is_reported(answer: bytes | None, problem: str | None, scheme: str) -> None:
     with server(answer) as port:
         address = f"{scheme}127.0.0.1:{port}"
         if problem is None:
@@ -79,13 +79,13 @@ def test_servers(answer: bytes | None, problem: str | None, scheme: str) -> None
         ("[::1]:1", "Ray does not answer"),
     ],
 )
-def test_addresses(address: str, problem: str) -> None:
+def test_an_invalid_address_is_reported(address: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as raised:
         cluster_address.check(address)
     assert address in str(raised.value)
 
 
-def test_a_stale_record_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_record_of_a_cluster_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     cluster_address.check("auto")  # left to Ray
     record = tmp_path / "ray" / "ray_current_cluster"

@@ -1,4 +1,4 @@
-"""Placement: every reservation fits a machine, and a task of Ray Data always fits too."""
+"""Placement: every reservation fits on a machine and leaves space for a task of Ray Data."""
 
 import itertools
 from pathlib import Path
@@ -26,7 +26,7 @@ MACHINES = st.lists(
 
 
 def fill(machines: list[Machine], cpus: float, gpus: float, count: int) -> list[float] | None:
-    """Free CPUs per machine after `count` processes were placed on the first machine they fit; None if one does not."""
+    """Free CPUs per machine after first-fit placement of `count` processes; None if they do not fit."""
     free = [list(machine) for machine in machines]
     for _ in range(count):
         target = next((machine for machine in free if machine[0] >= cpus - 1e-6 and machine[1] >= gpus - 1e-6), None)
@@ -45,7 +45,7 @@ def test_workers_and_a_data_task_fit(machines: list[Machine], workers: int, shar
     assume(cpus > 0)
     assert cpus >= placement.MIN_WORKER_CPU
     free = fill(machines, cpus, share if slots else 0.0, active)
-    assert free is not None, "each worker fits a machine"
+    assert free is not None, "each worker fits on a machine"
     assert max(free) >= task - 1e-6
 
 
@@ -59,7 +59,7 @@ def test_workers_and_a_data_task_fit(machines: list[Machine], workers: int, shar
         ([Machine(16, 1)], 1, 1.0),
         ([Machine(1, 1)], 1, 0.5),
         ([Machine(8, 8)], 8, 0.8),
-        ([Machine(4, 8)], 8, 0.0),  # half a CPU each leaves none
+        ([Machine(4, 8)], 8, 0.0),  # half a CPU for each leaves none for data
         ([Machine(4, 8)], 6, 0.5),
         ([Machine(2, 8), Machine(32)], 8, 0.0),  # the free CPUs are on the machine without GPUs
         ([Machine(2, 8), Machine(32)], 4, 0.5),
@@ -68,7 +68,7 @@ def test_workers_and_a_data_task_fit(machines: list[Machine], workers: int, shar
         ([Machine(4), Machine(4)], 2, 0.5),
     ],
 )
-def test_cpus_per_worker_of_some_clusters(machines: list[Machine], workers: int, expected: float) -> None:
+def test_cpus_per_worker_of_example_clusters(machines: list[Machine], workers: int, expected: float) -> None:
     assert placement.worker_cpus(workers, machines) == expected
 
 
@@ -77,10 +77,10 @@ def test_a_pool_of_actors_fits(items: int, machines: list[Machine], use_gpus: bo
     assume(any(machine.cpus for machine in machines))
     count, cpus, gpus = placement.actor_pool(items, actors.BLOCK, machines, use_gpus)
     assert count >= 1
-    assert (count - 1) * actors.BLOCK < items, "every actor has a block"
+    assert (count - 1) * actors.BLOCK < items, "every actor gets a block"
     assert gpus == 0 or use_gpus
     free = fill(machines, cpus, gpus, count)
-    assert free is not None, "each actor fits a machine"
+    assert free is not None, "each actor fits on a machine"
     if sum(machine.cpus for machine in machines) > 1 and not gpus:
         assert sum(free) >= 1, "one CPU is left for Ray Data"
 
@@ -206,7 +206,7 @@ def test_every_number_of_workers_up_to_most_workers_fits() -> None:
 
 
 def test_the_demo_checks_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A GPU that torch does not find, a recipe for GPUs, a folder with other files: an earlier demo is kept."""
+    """A GPU that torch does not detect, a recipe for GPUs, a folder with other files: an earlier demo is kept."""
     out, file = tmp_path / "demo", tmp_path / "recipe.yaml"
     (out / "cells").mkdir(parents=True)
     (out / demo.MARK).touch()

@@ -1,4 +1,4 @@
-"""Errors raised in Ray's processes become one line with cause and fix; bugs are raised unchanged."""
+"""User errors raised in Ray's processes become one line with cause and fix; bugs are raised unchanged."""
 
 import errno
 import os
@@ -17,14 +17,14 @@ from raylivecell.runtime import ray_errors
 
 
 def from_task(error: Exception) -> Exception:
-    """`error` of a task, as `ray.get` raises it."""
+    """`error` raised in a task, as `ray.get` raises it."""
     text = f"Traceback (most recent call last): ...\n{type(error).__module__}.{type(error).__name__}: {error}"
     wrapped = RayTaskError("function", text, error, actor_id="1")
     return pickle.loads(pickle.dumps(wrapped)).as_instanceof_cause()
 
 
 def from_data(error: Exception) -> Exception:
-    """`error` of a function of `map_batches`, which arrives as the text of a traceback."""
+    """`error` raised in a function of `map_batches`; it arrives as the text of a traceback."""
     try:
         try:
             raise error
@@ -36,13 +36,13 @@ def from_data(error: Exception) -> Exception:
 
 
 def from_constructor(error: Exception) -> Exception:
-    """`error` of an actor's constructor, as it arrives."""
+    """`error` raised in an actor's constructor, as the caller receives it."""
     text = f"Traceback (most recent call last): ...\n{type(error).__module__}.{type(error).__name__}: {error}"
     return ActorDiedError(RayTaskError("function", text, error, actor_id="1"))
 
 
 def from_killed_worker(error: BaseException) -> Exception:
-    """Error of a worker that does not answer: Ray Train's class has the cause in an attribute."""
+    """Error for a worker that does not respond: Ray Train's class stores the cause in an attribute."""
     failure = RuntimeError("a worker is dead")
     failure.health_check_failure = from_task(error)  # type: ignore[attr-defined]
     return failure

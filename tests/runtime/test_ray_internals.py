@@ -1,6 +1,6 @@
-"""Ray's private names: only in ray_internals.py, each valid in this release of Ray, and none of them required.
+"""Ray's private names: used only in ray_internals.py, valid in this release of Ray, and not required.
 
-The guard tests are named after the entries: if one fails after an upgrade of Ray, that entry must change.
+The guard tests are named after the entries of that file: if one fails after an upgrade of Ray, update its entry.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import run_apart
+from conftest import run_python
 from ray.train import BackendConfig
 
 import raylivecell
@@ -31,7 +31,7 @@ ALLOWED = {"ray_internals.py"}
 
 @pytest.fixture(autouse=True)
 def warn_again() -> None:
-    """Forget the warnings of other tests: each is logged once per process."""
+    """Reset the warnings of other tests: each is logged once per process."""
     ray_internals._warn_missing.cache_clear()
 
 
@@ -47,7 +47,7 @@ def other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def code_of(file: Path) -> str:
-    """Code of the file without comments and strings, which may mention any name."""
+    """Code of the file without comments and strings, which may contain any name."""
     tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
     ignored = (tokenize.COMMENT, tokenize.STRING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
     return "".join(f"{token.string} " if token.type not in ignored else "\n" for token in tokens).replace(" . ", ".")
@@ -73,7 +73,7 @@ def test_guard_scheduler_pace() -> None:
 
 
 def test_guard_data_parallel_trainer() -> None:
-    done = run_apart(
+    done = run_python(
         "import sys; from raylivecell.runtime import ray_internals; cls = ray_internals.data_parallel_trainer()\n"
         "assert cls.__name__ == 'DataParallelTrainer', cls\n"
         "assert 'torch' not in sys.modules, 'it imports torch'\n"
@@ -126,7 +126,9 @@ def test_two_concurrent_streams_restore_rays_wait() -> None:
     assert before == state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
 
 
-def test_without_the_names_it_works_and_warns_once(other_ray: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_the_private_names_ray_works_and_a_warning_is_logged_once(
+    other_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
     from ray.train.torch import TorchTrainer
 
     with caplog.at_level(logging.WARNING, ray_internals.__name__):

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import write_tiny_dataset
-from hosts import until
+from hosts import wait_until
 
 from raylivecell.runtime import session
 
@@ -26,7 +26,7 @@ loop: {precision: float32, report_steps: 2}
 
 
 def command(*words: str, folder: Path) -> subprocess.Popen[str]:
-    """Start `raylivecell WORDS` in `folder` by the installed script."""
+    """Start the installed script `raylivecell WORDS` in `folder`."""
     script = Path(sys.executable).with_name("raylivecell")
     env = os.environ | {"HOME": "/proc/no-home", "TMPDIR": str(folder / ("long" * 20)), "PYTHONPATH": str(ROOT)}
     Path(env["TMPDIR"]).mkdir(exist_ok=True)
@@ -35,14 +35,14 @@ def command(*words: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def run(*words: str, folder: Path) -> str:
-    """Run the command and return its output; AssertionError if it fails."""
+    """Run the command and return its output; raise AssertionError if it fails."""
     process = command(*words, folder=folder)
     text = process.communicate(timeout=400)[0]
     assert process.returncode == 0, text
     return text
 
 
-def test_where_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_starts_in_an_empty_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     search_path = os.pathsep.join(["", ".", "modules", "/elsewhere", str(tmp_path)])
     monkeypatch.setenv("PYTHONPATH", search_path)
@@ -59,7 +59,7 @@ def test_where_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_downloaded_files(tmp_path: Path) -> None:
+def test_downloaded_modules_are_not_executed(tmp_path: Path) -> None:
     downloads = tmp_path / "downloads"
     downloads.mkdir()
     data = write_tiny_dataset(tmp_path / "data")
@@ -76,7 +76,7 @@ def test_downloaded_files(tmp_path: Path) -> None:
     assert "core_worker.cc" not in text
     assert "1 of 1 images segmented" in text
     training = command("train", "--data", data, "--out", "../more", "--recipe", "../long.yaml", folder=downloads)
-    until("training", lambda: (tmp_path / "more" / "metrics.jsonl").exists(), 200)
+    wait_until("training", lambda: (tmp_path / "more" / "metrics.jsonl").exists(), 200)
     started = psutil.Process(training.pid).children(recursive=True)
     training.send_signal(signal.SIGTERM)
     text = training.communicate(timeout=60)[0]

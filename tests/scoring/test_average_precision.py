@@ -1,4 +1,4 @@
-"""Average precision as pycocotools gives it, with LIVECell's changes."""
+"""Average precision equals that of pycocotools with LIVECell's changes."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def image(rng: np.random.Generator, cells: int, detections: int) -> Image:
 
 
 def reference(images: list[Image]) -> dict[str, float]:
-    """Scores by COCOeval; -1 if there is no such cell."""
+    """Scores by COCOeval; -1 if there is no cell of that size."""
     truth: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
     results = []
     for number, (prediction, scores, true) in enumerate(images, 1):
@@ -46,7 +46,7 @@ def reference(images: list[Image]) -> dict[str, float]:
             truth["annotations"].append({**about, "segmentation": mask, "area": int(coco_mask.area(mask))})
         results += protocol.results(number, prediction, scores)
     for record in results:
-        del record["bbox"]  # LIVECell's script: with it, COCO uses the box's area
+        del record["bbox"]  # as in LIVECell's script: makes COCO use the area of the box
     evaluation = livecell_evaluation(truth, results)
     precision, recall = evaluation.eval["precision"][:, :, 0, :, 2], evaluation.eval["recall"][:, 0, 0, :]
     metrics = {f"ap{letter}": precision[:, :, area].mean() for area, letter in enumerate(["", "s", "m", "l"])}
@@ -56,10 +56,10 @@ def reference(images: list[Image]) -> dict[str, float]:
 
 
 def compare(images: list[Image]) -> None:
-    got = protocol.average_precision([protocol.match(*case) for case in images])
+    actual = protocol.average_precision([protocol.match(*case) for case in images])
     expected = reference(images)
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         assert (-1 if value is None else value) == pytest.approx(expected[name], abs=1e-9), name
 
 
@@ -94,7 +94,7 @@ def test_detections_past_the_best_two_thousand_do_not_count() -> None:
     )
 
 
-def test_no_detection_and_no_cell() -> None:
+def test_images_without_detections_or_without_cells() -> None:
     nothing = protocol.match([], np.zeros(0), [])
     missed = protocol.match([], np.zeros(0), [rectangle(0, 0, 9, 9)])
     assert set(protocol.average_precision([nothing]).values()) == {None}
@@ -115,8 +115,8 @@ def test_intervals_contain_the_score_and_are_reproducible() -> None:
 
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 4), min_size=5, max_size=5))
 @settings(max_examples=40)
-def test_a_resampled_set_is_the_set_with_images_repeated(seed: int, times: list[int]) -> None:
-    """Equal to the last digit if no two detections share a score: COCO counts ties one by one, weights at once."""
+def test_weighting_images_equals_repeating_them(seed: int, times: list[int]) -> None:
+    """Exact if no two detections have equal scores: COCO counts ties one by one, weights count them at once."""
     rng = np.random.default_rng(seed)
     images = [image(rng, *rng.integers(0, 9, 2)) for _ in times]
     matches = [protocol.match(prediction, rng.random(len(prediction)), truth) for prediction, _, truth in images]

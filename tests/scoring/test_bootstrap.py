@@ -7,7 +7,7 @@ from raylivecell.scoring import bootstrap, pixel_scores
 
 
 def test_interval_covers_the_true_mean_at_its_level() -> None:
-    """Of 200 sets of 60 images whose true mean is known, about 95 % of the intervals hold it."""
+    """For 200 samples of 60 images with a known true mean, about 95 % of the intervals contain it."""
     rng = np.random.default_rng(5)
     covered = 0
     for trial in range(200):
@@ -19,7 +19,7 @@ def test_interval_covers_the_true_mean_at_its_level() -> None:
     assert 178 <= covered <= 198
 
 
-@pytest.mark.parametrize("resamples", [7, 250])  # one batch, several
+@pytest.mark.parametrize("resamples", [7, 250])  # one batch of resamples, several batches
 def test_interval_equals_a_loop_over_resamples(resamples: int) -> None:
     counts = np.random.default_rng(1).integers(0, 999, (20, 4))
     rng = np.random.default_rng(3)
@@ -28,7 +28,7 @@ def test_interval_equals_a_loop_over_resamples(resamples: int) -> None:
     np.testing.assert_allclose(bounds, np.quantile(dice, [0.1, 0.9]))
 
 
-def test_several_values_and_undefined_resamples() -> None:
+def test_several_statistics_and_undefined_resamples() -> None:
     def statistics(values: np.ndarray) -> np.ndarray:
         return np.array([values.mean() if values.any() else np.nan, len(values)])
 

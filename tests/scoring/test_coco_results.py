@@ -1,4 +1,4 @@
-"""Results files of any tool: each record is matched with its image, or reported and left out."""
+"""Results files of any tool: each record is matched with its image, or skipped and reported."""
 
 import json
 import tempfile
@@ -16,19 +16,19 @@ from raylivecell.scoring import average_precision, coco_results
 from raylivecell.scoring.coco_results import Image, Results
 
 SIZE = (60, 60)
-WHOLE = {"size": list(SIZE), "counts": [SIZE[0] * SIZE[1]]}
-GOOD = {"image_id": 1, "segmentation": WHOLE, "score": 0.5}
+FULL_MASK = {"size": list(SIZE), "counts": [SIZE[0] * SIZE[1]]}
+GOOD = {"image_id": 1, "segmentation": FULL_MASK, "score": 0.5}
 ONE = [Image("a.tif", "a.tif", "1", SIZE)]
 
 
 def images(*sources: str, ids: str = "", file_names: tuple[str, ...] = ()) -> list[Image]:
-    """Images of these sources with the ids 1, 2, ... or the letters of `ids`."""
+    """Images with these sources and the ids 1, 2, ... or the letters of `ids`."""
     numbers = ids or [str(number) for number in range(1, len(sources) + 1)]
     return [Image(*values, SIZE) for values in zip(sources, file_names or sources, numbers)]
 
 
 def record(name: Any = None, image_id: Any = None, corner: int = 0) -> dict[str, Any]:
-    """A record with a cell of its own place."""
+    """A record with a square cell whose left edge is at x = `corner`."""
     square = [corner, 0, corner + 9, 0, corner + 9, 9, corner, 9]
     keys = {"file_name": name, "image_id": image_id}
     return {"segmentation": [square], "score": 0.5} | {key: value for key, value in keys.items() if value is not None}
@@ -41,8 +41,8 @@ def read(records: Any, split: list[Image], others: tuple[str, ...] = ()) -> Resu
         return coco_results.read(str(file), split, lambda: others)
 
 
-def places(results: Results) -> list[list[int]]:
-    """Corners of each image's cells."""
+def left_edges(results: Results) -> list[list[int]]:
+    """Left edges of each image's cells."""
     return [[int(coco_mask.toBbox(mask)[0]) for mask in masks] for masks, _ in results.cells]
 
 
@@ -64,7 +64,7 @@ def test_masks_and_scores_are_read_as_they_were_written() -> None:
     assert masks[1].sum() == 20
 
 
-def test_polygons_are_drawn_as_pycocotools_draws_them() -> None:
+def test_polygons_are_drawn_as_by_pycocotools() -> None:
     corners = np.random.default_rng(4).uniform(-9, 70, (30, 5, 2))
     shapes = [
         [polygon.ravel().tolist(), square, [5.0, 5.0, 9.0, 9.0]]
@@ -96,11 +96,11 @@ IDS = st.one_of(st.none(), NUMBERS, st.booleans(), st.sampled_from([1, 1.0, "1",
 
 @given(SEGMENTATIONS, NUMBERS, IDS, IDS)
 @settings(max_examples=300)
-def test_any_record_is_left_out_or_can_be_scored(segmentation: Any, score: Any, image_id: Any, name: Any) -> None:
-    """pycocotools alone never ends, or ends the process, on some of these."""
-    strange = {"image_id": image_id, "segmentation": segmentation, "score": score, "file_name": name}
+def test_any_record_is_skipped_or_can_be_scored(segmentation: Any, score: Any, image_id: Any, name: Any) -> None:
+    """On some of these records pycocotools itself does not terminate, or crashes the process."""
+    unusual = {"image_id": image_id, "segmentation": segmentation, "score": score, "file_name": name}
     try:
-        results = read([GOOD, strange], ONE)
+        results = read([GOOD, unusual], ONE)
     except UserError as error:
         assert isinstance(name, str)
         assert "no record can be used" in str(error) or "several images" in str(error)  # noqa: PT017
@@ -117,25 +117,25 @@ def test_any_record_is_left_out_or_can_be_scored(segmentation: Any, score: Any, 
         ("nothing", "is not JSON"),
         ('{"annotations": []}', "not a list of detections"),
         ([{"image_id": 1, "score": 1}], r"1 record \(record 0\): lacks one of image_id, segmentation, score"),
-        ([{"segmentation": WHOLE, "score": 1}], "lacks image_id and file_name"),
+        ([{"segmentation": FULL_MASK, "score": 1}], "lacks image_id and file_name"),
         ([GOOD | {"score": "high"}], "score 'high' is not a finite number"),
         ([GOOD | {"score": float("nan")}], "not a finite number"),
         ([GOOD | {"score": None}], "score None is not a finite number"),
         ([GOOD | {"image_id": 1.5}], "image_id 1.5 is neither"),
         ([GOOD | {"image_id": 9}] * 3, r"3 records \(record 0 \(9\), .*: of images that the split does not hold"),
         ([GOOD | {"score": 10**400}], "not a finite number"),
-        ([GOOD | {"segmentation": WHOLE | {"size": [9, 9]}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": "0"}}], r"its RLE does not fill the image \[60, 60\]"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [5, 3594]}}], "its RLE does not fill the image"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [-5, 5, 3600]}}], "its RLE does not fill the image"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [2**62] * 4 + [3600]}}], "its RLE does not fill the image"),
-        ([GOOD | {"segmentation": WHOLE | {"counts": [0.5, 3599.5]}}], "neither polygons .* nor RLE"),
+        ([GOOD | {"segmentation": FULL_MASK | {"size": [9, 9]}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
+        ([GOOD | {"segmentation": FULL_MASK | {"counts": "0"}}], r"its RLE does not fill the image \[60, 60\]"),
+        ([GOOD | {"segmentation": FULL_MASK | {"counts": [5, 3594]}}], "its RLE does not fill the image"),
+        ([GOOD | {"segmentation": FULL_MASK | {"counts": [-5, 5, 3600]}}], "its RLE does not fill the image"),
+        ([GOOD | {"segmentation": FULL_MASK | {"counts": [2**62] * 4 + [3600]}}], "its RLE does not fill the image"),
+        ([GOOD | {"segmentation": FULL_MASK | {"counts": [0.5, 3599.5]}}], "neither polygons .* nor RLE"),
         ([GOOD | {"segmentation": "cell"}], "neither polygons .* nor RLE"),
         ([GOOD | {"segmentation": []}], "neither polygons .* nor RLE"),
         ([GOOD | {"segmentation": [[1, 2, float("inf"), 4, 5, 6]]}], "neither polygons .* nor RLE"),
     ],
 )
-def test_bad_records_are_reported_and_an_error_only_without_good_ones(content: Any, message: str) -> None:
+def test_bad_records_are_reported_and_are_an_error_only_if_none_is_good(content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(content, ONE)
     if isinstance(content, list):
@@ -158,11 +158,11 @@ WELLS = images("w/well0/im.png", "w/well1/im.png", file_names=("well0/im.png", "
     ("name", "image_id"),
     [
         ("w/well1/im.png", 77),  # the path in the prepared folder
-        ("well1/im.png", 77),  # from a folder in it, or as the annotation file has it
-        ("/data/in/w/well1/im.png", None),  # from a folder above
+        ("well1/im.png", 77),  # relative to a folder in it, or as in the annotation file
+        ("/data/in/w/well1/im.png", None),  # relative to a folder above
         (".\\w\\well1\\im.png", None),
         ("well1/im", None),
-        ("well1/im.tif", None),  # converted
+        ("well1/im.tif", None),  # converted to another format
         (None, "well1/im.png"),
         (None, 2),
         (None, 2.0),
@@ -171,7 +171,7 @@ WELLS = images("w/well0/im.png", "w/well1/im.png", file_names=("well0/im.png", "
     ],
 )
 def test_a_record_refers_to_an_image_by_path_or_id(name: Any, image_id: Any) -> None:
-    assert places(read([record(name, image_id, 7)], WELLS)) == [[], [7]]
+    assert left_edges(read([record(name, image_id, 7)], WELLS)) == [[], [7]]
     assert read([record(name, image_id, 7)], WELLS).missing == ["w/well0/im.png"]
 
 
@@ -185,52 +185,52 @@ def test_a_record_refers_to_an_image_by_path_or_id(name: Any, image_id: Any) -> 
     ],
     ids=["base name", "two ids of one name", "ids of two files", "an id that is a name"],
 )
-def test_what_may_mean_two_images_is_refused(records: list[Any], split: list[Image], message: str) -> None:
+def test_ambiguous_records_are_refused(records: list[Any], split: list[Image], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(records, split)
 
 
-def test_an_unclear_record_costs_itself_where_every_image_has_clear_ones() -> None:
+def test_only_the_ambiguous_record_is_skipped_if_every_image_has_others() -> None:
     records = [record("well0/im.png", 1, 3), record("well1/im.png", 2, 5), record("im.png", 3, 9)]
     results = read(records, WELLS)
-    assert places(results) == [[3], [5]]
+    assert left_edges(results) == [[3], [5]]
     assert list(results.left_out.values()) == [["record 2 ('im.png')"]]
 
 
-def test_images_of_another_split_with_the_same_name_stay_apart() -> None:
-    """`predict` over the whole folder; the annotation files hold base names."""
+def test_an_image_of_another_split_with_the_same_name_is_not_matched() -> None:
+    """`predict` ran on the complete folder; the annotation files contain base names."""
     split = images("images/test/000.png", file_names=("000.png",))
     records = [record("train/000.png", 1, 3), record("test/000.png", 2, 5)]
-    assert places(read(records, split, ("images/train/000.png",))) == [[5]]
+    assert left_edges(read(records, split, ("images/train/000.png",))) == [[5]]
     with pytest.raises(UserError, match="does not hold"):
         read(records[:1], split, ("images/train/000.png",))
 
 
-def test_a_base_name_is_enough_where_the_dataset_has_it_once() -> None:
+def test_a_unique_base_name_is_enough() -> None:
     split = images("images/livecell_test_images/A172_1.tif")
-    assert places(read([record("copies/A172_1.png", 9, 5)], split, ("images/B.tif",))) == [[5]]
+    assert left_edges(read([record("copies/A172_1.png", 9, 5)], split, ("images/B.tif",))) == [[5]]
     with pytest.raises(UserError, match="does not hold"):
         read([record("copies/A172_1.png", 9, 5)], split, ("images/x/A172_1.tif",))
     both = [*split, *images("images/livecell_test_images/B.tif", ids="5")]
     results = read([record("livecell_test_images/B.tif", 8, 3), record("train/A172_1.tif", 9, 5)], both)
-    assert places(results) == [[], [3]], "a file that names folders of the dataset means its folders"
+    assert left_edges(results) == [[], [3]], "a path with folders of the dataset refers to these folders"
 
 
-def test_records_of_one_image_may_name_it_in_two_ways() -> None:
+def test_records_of_an_image_may_refer_to_it_by_name_and_by_id() -> None:
     records = [record("a.png", 1, 3), record(None, 1, 5), record("a.png", None, 7)]
-    assert places(read(records, images("a.png", "b.png"))) == [[3, 5, 7], []]
+    assert left_edges(read(records, images("a.png", "b.png"))) == [[3, 5, 7], []]
 
 
 NAMES = st.lists(st.sampled_from(["a", "b", "a.b"]), min_size=1, max_size=3).map("/".join)
 
 
 @given(st.sets(NAMES.map(lambda name: name + ".png"), min_size=1, max_size=6), st.sampled_from(["", "up/", "/x/y/"]))
-def test_predictions_of_a_folder_find_their_images(sources: set[str], above: str) -> None:
-    """Whatever the names: from the prepared folder, one above it or one in it, each image has its own records."""
+def test_records_with_paths_match_their_images(sources: set[str], parent: str) -> None:
+    """Paths relative to the prepared folder, to one above it or to one in it all match the right image."""
     split = images(*sorted(sources))
-    records = [record(above + image.source, 100 + place, place) for place, image in enumerate(split)]
-    assert places(read(records, split)) == [[place] for place in range(len(split))]
+    records = [record(parent + image.source, 100 + place, place) for place, image in enumerate(split)]
+    assert left_edges(read(records, split)) == [[place] for place in range(len(split))]
     deeper = [image._replace(source="in/" + image.source) for image in split]
     records = [record(image.source, 100 + place, place) for place, image in enumerate(split)]
     if any("/" in source for source in sources):
-        assert places(read(records, deeper)) == [[place] for place in range(len(split))]
+        assert left_edges(read(records, deeper)) == [[place] for place in range(len(split))]

@@ -1,4 +1,4 @@
-"""Scores of instances against a slow reference, and in cases with a known answer."""
+"""Instance scores, compared with a slow reference and in cases with known scores."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from raylivecell.scoring import instance_scores as im
 
 
 def discs(rng: np.random.Generator, cells: int, size: int = 48) -> np.ndarray:
-    """A label image of discs that hide each other, its labels not consecutive."""
+    """A label image of overlapping discs with non-consecutive labels."""
     labels = np.zeros((size, size), np.int32)
     y, x = np.ogrid[:size, :size]
     for label in range(cells):
@@ -20,7 +20,7 @@ def discs(rng: np.random.Generator, cells: int, size: int = 48) -> np.ndarray:
 
 
 def moved(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shifted by up to two pixels, some cells lost, some split."""
+    """Copy of the labels in which cells are shifted by up to two pixels, some are lost and some split."""
     shifted = np.roll(labels, rng.integers(-2, 3, 2), (0, 1))
     for label in np.unique(shifted)[1:]:
         chance = rng.random()
@@ -34,7 +34,7 @@ def moved(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def reference(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
-    """SA at each threshold and PQ by a full matrix and the Hungarian method."""
+    """SA at each threshold and PQ, computed with a full IoU matrix and the Hungarian method."""
     predicted = [prediction == label for label in np.unique(prediction) if label]
     true = [truth == label for label in np.unique(truth) if label]
     if not predicted and not true:
@@ -78,7 +78,7 @@ def test_scores_do_not_depend_on_labels_and_are_symmetric(seed: int) -> None:
         assert swapped[name] == pytest.approx(scores[name])
 
 
-def test_known_answers() -> None:
+def test_cases_with_known_scores() -> None:
     truth = np.zeros((10, 20), int)
     truth[:, 2:6], truth[:, 10:14] = 1, 2
     assert im.instance_scores(truth, truth) == {
@@ -98,8 +98,8 @@ def test_known_answers() -> None:
     assert im.instance_scores(truth, nothing)["count_error"] == 2.0
 
 
-def test_halves_of_a_cell_share_one_partner() -> None:
-    """Two halves reach an IoU of 0.5 each: one is right, the other wrong."""
+def test_one_half_of_a_split_cell_matches() -> None:
+    """Both halves have an IoU of 0.5: one is a true positive, the other a false positive."""
     truth = np.zeros((4, 8), int)
     truth[1:3, 2:6] = 1
     halves = truth.copy()
@@ -108,6 +108,6 @@ def test_halves_of_a_cell_share_one_partner() -> None:
     assert im.segmentation_accuracy(im.overlaps(halves, truth))[0] == 0.5
 
 
-def test_shapes_must_agree() -> None:
+def test_different_shapes_are_an_error() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         im.overlaps(np.zeros((2, 3), int), np.zeros((3, 2), int))

@@ -1,4 +1,4 @@
-"""Pixel counts add up, ratios are taken last, and MONAI gives the same scores."""
+"""Pixel counts are summed before ratios are computed; MONAI gives the same scores."""
 
 import numpy as np
 import pytest
@@ -37,11 +37,11 @@ def test_agrees_with_monai(seed: int) -> None:
     np.testing.assert_allclose([pixel_scores.iou(row) for row in counts], monai_iou, rtol=1e-6)
     np.testing.assert_allclose([pixel_scores.dice(row) for row in counts], monai_dice, rtol=1e-6)
     assert pixel_scores.mean_image_dice(counts) == pytest.approx(monai_dice.mean(), rel=1e-6)
-    # Sums over pixels = one image made of all images side by side.
-    joined = DiceMetric(include_background=True, reduction="none")(
+    # Summing over pixels = scoring one image that contains all images side by side.
+    combined = DiceMetric(include_background=True, reduction="none")(
         predicted.reshape(1, 1, -1, 41), cell.reshape(1, 1, -1, 41)
     )
-    assert pixel_scores.dice(counts) == pytest.approx(joined.item(), rel=1e-6)
+    assert pixel_scores.dice(counts) == pytest.approx(combined.item(), rel=1e-6)
 
 
 def test_split_into_batches_changes_nothing() -> None:
@@ -52,7 +52,7 @@ def test_split_into_batches_changes_nothing() -> None:
     assert pixel_scores.dice(counts) == pixel_scores.dice(parts.sum(dim=0)) == pixel_scores.dice(parts.flip(0))
 
 
-def test_both_empty_is_one_and_one_empty_is_zero() -> None:
+def test_dice_of_empty_masks() -> None:
     assert (
         pixel_scores.dice([0, 0, 0, 9])
         == pixel_scores.iou([0, 0, 0, 9])
@@ -87,7 +87,7 @@ def test_counts_do_not_overflow() -> None:
     assert pixel_scores.dice(many) == pytest.approx(0.5)
 
 
-def test_intervals_hold_the_scores() -> None:
+def test_intervals_contain_the_scores() -> None:
     rng = np.random.default_rng(0)
     summary = pixel_scores.scores(rng.integers(1, 5000, (30, 4)))
     assert summary.keys() == {"images", "dice", "iou", "mean_image_dice", "intervals"}

@@ -1,4 +1,4 @@
-"""Scores of a set of images: every field, any order of the images."""
+"""Scores of several images: every field, in any order of the images."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_summary_has_every_field_and_is_independent_of_the_order() -> None:
     assert json.loads(json.dumps(summary)) == scores.summarise(rows[::-1], matches[::-1])
 
 
-def test_one_image_has_no_interval_and_no_image_is_an_error() -> None:
+def test_a_single_image_has_no_interval_and_zero_images_are_an_error() -> None:
     assert set(scores.summarise(*scored(1))["intervals"].values()) == {None}
     with pytest.raises(ValueError, match="no image"):
         scores.summarise([], [])

@@ -1,4 +1,4 @@
-"""Read small files that expand to gigabytes, in a process limited to 256 MiB more than it has after its imports."""
+"""Read small files that expand to gigabytes, in a process limited to 256 MiB beyond its memory after the imports."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def tiff(width: int, height: int, tags: dict[int, Any], data: bytes) -> bytes:
 
 
 def message_of(function: Callable[..., Any], *arguments: Any) -> str:
-    """The message of the refusal, or "read"."""
+    """The error message of `function`, or "read" if it succeeds."""
     try:
         function(*arguments)
         return "read"
@@ -77,7 +77,7 @@ def gigabyte_tile() -> bytes:
     return tiff(64, 64, {322: 2**15, 323: 2**15, 324: "offset", 325: "length"}, GIGABYTE)
 
 
-def pictures() -> Iterator[tuple[str, str]]:
+def images() -> Iterator[tuple[str, str]]:
     yield "png of 100,000 x 100,000", message_of(formats.decode, png(100_000, chunk(b"IDAT", GIGABYTE)))
     yield "png with a gigabyte too much", message_of(formats.decode, png(64, chunk(b"IDAT", GIGABYTE)))
     for kind in (b"zTXt", b"iTXt", b"iCCP"):
@@ -262,7 +262,7 @@ def checkpoints() -> Iterator[tuple[str, str]]:
 
 
 def unguarded() -> Iterator[tuple[str, str]]:
-    """Show that the memory limit works: the tile does not fit when its check is disabled."""
+    """Show that the memory limit works: the tile does not fit if its check is disabled."""
     tiff_segments._MAX_SEGMENT_BYTES, Image.MAX_IMAGE_PIXELS = 2**40, None
     tiff_segments.Layout.padded_pixels = property(lambda layout: 0)  # type: ignore[assignment,method-assign]
     try:
@@ -278,7 +278,7 @@ def main() -> None:
     build_model(ModelConfig(features=(4,)))
     limit = psutil.Process().memory_info().vms + 256 * MIB
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    kinds = (pictures, annotations, results, recipes, datasets, checkpoints, unguarded)
+    kinds = (images, annotations, results, recipes, datasets, checkpoints, unguarded)
     print(json.dumps({kind.__name__: dict(kind()) for kind in kinds}))
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_apart, write_tiny_dataset
+from conftest import run_python, write_tiny_dataset
 from hostile import pickled, refused, torch_saved
 from PIL import Image
 
@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_loading_the_pickles_runs_code(marker: Path) -> None:
-    """Precondition of the other tests."""
+    """Precondition of the other tests: these contents do execute code when unpickled."""
     for load in (
         lambda: pickle.loads(pickled(marker)),
         lambda: torch.load(io.BytesIO(torch_saved(marker)), weights_only=False),
@@ -64,7 +64,7 @@ def test_loading_the_pickles_runs_code(marker: Path) -> None:
 
 @pytest.mark.parametrize("hostile", [pickled, torch_saved])
 @pytest.mark.parametrize("name", ["model.safetensors", "recipe.yaml", "data.json", "instances.json"])
-def test_a_checkpoint(
+def test_a_malicious_checkpoint_is_refused(
     hostile: Callable[[Path], bytes], name: str, model: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (model / name).write_bytes(hostile(marker))
@@ -73,7 +73,7 @@ def test_a_checkpoint(
 
 
 @pytest.mark.parametrize("hostile", [pickled, torch_saved])
-def test_the_state_that_training_resumes_from(hostile: Callable[[Path], bytes], model: Path, marker: Path) -> None:
+def test_a_malicious_training_state_is_refused(hostile: Callable[[Path], bytes], model: Path, marker: Path) -> None:
     for name in ("training.pt", "state.json"):
         original = (model / name).read_bytes()
         (model / name).write_bytes(hostile(marker))
@@ -84,13 +84,13 @@ def test_the_state_that_training_resumes_from(hostile: Callable[[Path], bytes], 
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"thresholds": {"threshold": "x"}}', '{"thresholds": {"a": 1}}', "7"])
-def test_invalid_thresholds(text: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_thresholds_are_refused(text: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / "instances.json").write_text(text)
     assert "instances.json" in refused(capsys, f"export --checkpoint {model} --out {model}.onnx")
 
 
 @pytest.mark.parametrize("text", ["[]", '{"step": -1}', '{"history": 3}', '{"history": [3]}', '{"speed": 3}', "7"])
-def test_a_state_that_is_none(text: str, model: Path) -> None:
+def test_an_invalid_state_is_refused(text: str, model: Path) -> None:
     (model / "state.json").write_text(text)
     with pytest.raises(UserError, match=r"state\.json is not what"):
         progress.load_state(str(model))
@@ -106,7 +106,9 @@ def test_a_state_that_is_none(text: str, model: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["train", "sweep"])
-def test_a_recipe(text: str, command: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_with_python_tags_is_refused(
+    text: str, command: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "r.yaml").write_text(text.replace("MARKER", str(marker)))
     message = refused(capsys, f"{command} --data d --out {tmp_path}/o --recipe {tmp_path}/r.yaml")
     assert "r.yaml: not YAML: could not determine a constructor" in message
@@ -115,8 +117,8 @@ def test_a_recipe(text: str, command: str, tmp_path: Path, marker: Path, capsys:
 
 
 @pytest.mark.parametrize("name", ["../../precious", "/precious", "checkpoint_1/../../precious", "..", 3])
-def test_rays_list_of_checkpoints(name: str | int, data: Path, tmp_path: Path, marker: Path) -> None:
-    """Ray deletes the listed folders."""
+def test_a_malicious_list_of_checkpoints_is_refused(name: str | int, data: Path, tmp_path: Path, marker: Path) -> None:
+    """Ray deletes listed folders, so their names must be plain."""
     run_folder.initialise(out := str(tmp_path / "run"), str(data), "")
     assert run_folder.check_resumable(out, str(data), resume=True)
     snapshot = tmp_path / "run" / run_folder.SNAPSHOT
@@ -131,7 +133,7 @@ def test_rays_list_of_checkpoints(name: str | int, data: Path, tmp_path: Path, m
 
 @pytest.mark.parametrize("hostile", [pickled, torch_saved])
 @pytest.mark.parametrize("name", ["dataset.json", "test/part-00000.parquet", "results.json"])
-def test_a_dataset_and_results(
+def test_a_malicious_dataset_or_results_file_is_refused(
     hostile: Callable[[Path], bytes], name: str, data: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data / "results.json").write_text("[]")
@@ -163,7 +165,7 @@ if len(sys.argv) == 2:
 EXTENSIONS = {"ray.data.arrow_pickled_object": b"", "ray.data.arrow_tensor": None, "arrow.py_extension_type": None}
 
 
-def shard_of_pickles(name: str, data: Path, marker: Path) -> str:
+def write_shard_of_pickles(name: str, data: Path, marker: Path) -> str:
     """Write a shard whose images are a column of the extension type `name`; return its path."""
     table, tensor = pq.read_table(data / "test/part-00000.parquet"), name.endswith("tensor")
     content = EXTENSIONS[name]
@@ -176,14 +178,14 @@ def shard_of_pickles(name: str, data: Path, marker: Path) -> str:
     return str(data / f"{name}.parquet")
 
 
-def test_shards_of_pickles(data: Path, marker: Path) -> None:
-    paths = [shard_of_pickles(name, data, marker) for name in EXTENSIONS]
-    process = run_apart(READ_SHARDS, *paths)
+def test_shards_with_pickles_are_refused(data: Path, marker: Path) -> None:
+    paths = [write_shard_of_pickles(name, data, marker) for name in EXTENSIONS]
+    process = run_python(READ_SHARDS, *paths)
     for path, line in zip(paths, process.stdout.splitlines(), strict=True):
         assert line.startswith("raylivecell: ")
         assert path in line
     assert not marker.exists()
-    run_apart(READ_SHARDS, paths[0])  # with plain pyarrow
+    run_python(READ_SHARDS, paths[0])  # plain pyarrow does execute them
     assert marker.exists()
 
 
@@ -201,8 +203,8 @@ COLUMNS = ("trial_user_attributes.value_json", "trial_params.distribution_json")
 
 
 @pytest.mark.parametrize("column", ["", *COLUMNS])
-def test_a_study(column: str, tmp_path: Path, marker: Path) -> None:
-    """A pickle instead of the database, or of its values."""
+def test_a_study_with_pickles_is_refused(column: str, tmp_path: Path, marker: Path) -> None:
+    """A pickle in place of the database, or of a value in it."""
     url = f"sqlite:///{tmp_path}/study.db"
     if column:
         trial = (new_study := study.open_study(url, "s", RECIPE, SEARCH, resume=False)).ask()
@@ -219,12 +221,12 @@ def test_a_study(column: str, tmp_path: Path, marker: Path) -> None:
     assert not marker.exists()
 
 
-def test_no_pickles_from_redis() -> None:
+def test_a_redis_storage_is_refused() -> None:
     with pytest.raises(UserError, match="pickles in Redis"):
         study.open_study("redis://127.0.0.1:1/0", "s", RECIPE, SEARCH, resume=False)
 
 
-def test_a_run_with_a_final_seed(tmp_path: Path, marker: Path) -> None:
+def test_a_malicious_final_run_is_refused(tmp_path: Path, marker: Path) -> None:
     folder = tmp_path / "final" / "start-seed1"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_bytes(pickled(marker))
@@ -235,8 +237,10 @@ def test_a_run_with_a_final_seed(tmp_path: Path, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("model_name", ["m.onnx", "m.pt2"])
-def test_a_network_in_a_file(model_name: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """torch.export's files can contain pickles: the package writes and compares its own, and opens no other."""
+def test_a_malicious_exported_network_is_refused(
+    model_name: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of torch.export may contain pickles: the package opens none, except those that it has just written."""
     Image.new("L", (32, 32)).save(tmp_path / "x.png")
     for data in (pickled(marker), torch_saved(marker)):
         (tmp_path / model_name).write_bytes(data)
@@ -248,10 +252,10 @@ def test_a_network_in_a_file(model_name: str, tmp_path: Path, marker: Path, caps
 
 
 @pytest.mark.parametrize("kind", ["part", "images.csv", "predict.json"])
-def test_what_an_earlier_predict_left(
+def test_malicious_outputs_of_predict_are_refused(
     kind: str, model: Path, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image, out = tmp_path / "pictures" / "x.png", tmp_path / "out"
+    image, out = tmp_path / "images" / "x.png", tmp_path / "out"
     image.parent.mkdir()
     Image.fromarray(np.full((32, 32), 128, np.uint8)).save(image)
     command = f"predict --checkpoint {model} --images {image.parent} --out {out}"
@@ -271,7 +275,9 @@ def test_what_an_earlier_predict_left(
 
 
 @pytest.mark.parametrize("name", ["train.json", "x.png"])
-def test_a_source(name: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malicious_source_is_refused(
+    name: str, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     Image.new("L", (32, 32)).save(source / "x.png")
@@ -283,7 +289,9 @@ def test_a_source(name: str, tmp_path: Path, marker: Path, capsys: pytest.Captur
     assert not marker.exists()
 
 
-def test_what_an_earlier_prepare_left(tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malicious_outputs_of_prepare_are_refused(
+    tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     out.mkdir()

@@ -1,10 +1,10 @@
-"""Small files that expand to gigabytes, and paths that leave a folder: refused, nothing written outside --out."""
+"""Small files that expand to gigabytes and paths that leave a folder are refused; nothing is written outside --out."""
 
 import json
 from pathlib import Path
 
 import pytest
-from conftest import S3, run_apart, write_tiny_dataset
+from conftest import S3, run_python, write_tiny_dataset
 from hostile import refused
 from PIL import Image
 
@@ -12,7 +12,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import image_names, shards, sources
 
 REFUSED = {
-    "pictures": {
+    "images": {
         "png of 100,000 x 100,000": "more than",
         "png with a gigabyte too much": "",
         "png with zTXt": "",
@@ -84,7 +84,7 @@ REFUSED = {
 def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """The message for each bomb, by kind and name."""
     script = Path(__file__).with_name("bombs.py")
-    process = run_apart(
+    process = run_python(
         f"import runpy, sys; runpy.run_path({str(script)!r}, run_name='__main__')",
         str(tmp_path_factory.mktemp("bombs")),
     )
@@ -102,12 +102,12 @@ def test_bombs_are_refused_in_bounded_memory(kind: str, messages: dict[str, dict
 @pytest.mark.parametrize(
     "name", ["../x.png", "/etc/x.png", "a/../../x.png", "..", "\\x.png", "c:x.png", "~/x.png", "x\0.png"]
 )
-def test_names_that_leave_the_folder(name: str) -> None:
+def test_names_that_leave_the_folder_are_unsafe(name: str) -> None:
     assert not image_names.is_safe_name(name)
 
 
 @pytest.mark.parametrize("name", ["x.png", "a/b/x..y.png", "..x.png", "a~/x.png"])
-def test_names_inside_the_folder(name: str) -> None:
+def test_names_inside_the_folder_are_safe(name: str) -> None:
     assert image_names.is_safe_name(name)
 
 
@@ -122,7 +122,9 @@ LINKS = {
 
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize("command", ["predict --checkpoint m.onnx --images", "prepare --source"])
-def test_links(kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_out_of_the_folder_are_refused(
+    kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     link, target = LINKS[kind]
     for path in ("elsewhere/secret.png", "images/a.png"):
         (tmp_path / path).parent.mkdir()
@@ -136,7 +138,7 @@ def test_links(kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "o").exists()
 
 
-def test_links_inside_the_folder(tmp_path: Path) -> None:
+def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
     """Links inside the folder, and a folder that is itself a link."""
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.new("L", (32, 32)).save(tmp_path / "images" / "a" / "x.png")
@@ -146,18 +148,18 @@ def test_links_inside_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["in/../../out.png", "in/a/../../../out.png", "in/.."])
-def test_keys_of_an_object_store(key: str, s3: S3) -> None:
-    """Keys are arbitrary text: joined to --out on a disk they could leave it."""
+def test_object_store_keys_that_leave_the_folder_are_refused(key: str, s3: S3) -> None:
+    """Keys are arbitrary text: appended to a local --out they could lead out of it."""
     s3.client.put_object(Bucket="cells", Key="in/a.png", Body=b"")
     s3.client.put_object(Bucket="cells", Key=key, Body=b"")
-    process = run_apart("from raylivecell.data import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)
+    process = run_python("from raylivecell.data import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)
     assert "a name that leads out of it" in process.stderr, process.stdout
 
 
 @pytest.mark.parametrize(
     "file", ["../x.parquet", "/etc/x.parquet", "train/../../x.parquet", "val/x.parquet", "train/x", 3]
 )
-def test_shards_elsewhere(file: str | int, tmp_path: Path) -> None:
+def test_shards_outside_their_folder_are_refused(file: str | int, tmp_path: Path) -> None:
     data = Path(write_tiny_dataset(tmp_path, images=1))
     description = json.loads((data / "dataset.json").read_text())
     description["splits"]["train"]["shards"][0]["file"] = file

@@ -1,4 +1,4 @@
-"""Ray with token authentication: every interface refuses requests without the token; which processes listen, where."""
+"""Ray with token authentication: every interface refuses requests without the token; listening addresses."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import grpc
 import psutil
 import pytest
-from conftest import run_apart, write_tiny_dataset
-from hosts import until
+from conftest import run_python, write_tiny_dataset
+from hosts import wait_until
 from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -26,7 +26,7 @@ TOKEN = secrets.token_hex(32)
 
 
 class Head(NamedTuple):
-    """Addresses of a running cluster of one node, as HOST:PORT."""
+    """Addresses (HOST:PORT) of a running cluster of one node."""
 
     gcs: str
     dashboard: str
@@ -43,9 +43,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(home: Path | str, token: str | None) -> dict[str, str]:
-    """Environment of a process whose home folder `home` has no token file."""
+    """Environment of a process with the home folder `home`, which contains no token file."""
     env = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-    # As on macOS: the cluster is at 127.0.0.1, and drivers do not replace it with the machine's other address.
+    # As on macOS: the cluster uses 127.0.0.1, and drivers do not replace it with the machine's other address.
     return env | {"RAY_AUTH_TOKEN": token or "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -70,7 +70,7 @@ def head() -> Iterator[Head]:
         env = os.environ | environment(home, TOKEN)
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         try:
-            until("the dashboard", lambda: query_dashboard(head, "/api/version", TOKEN)[0] == 200)
+            wait_until("the dashboard", lambda: query_dashboard(head, "/api/version", TOKEN)[0] == 200)
             yield head
         finally:
             kill_tree(process.pid)
@@ -96,12 +96,12 @@ WRONG_TOKENS = (None, "", secrets.token_hex(32), TOKEN[:-1])
 
 
 @pytest.mark.parametrize("path", CALLS)
-def test_the_dashboard(path: str, head: Head) -> None:
+def test_the_dashboard_needs_the_token(path: str, head: Head) -> None:
     assert {query_dashboard(head, path, token)[0] for token in WRONG_TOKENS} <= {401, 403}
     assert query_dashboard(head, path, TOKEN)[0] not in (401, 403)
 
 
-def test_a_job(head: Head, tmp_path: Path) -> None:
+def test_a_job_needs_the_token(head: Head, tmp_path: Path) -> None:
     job = {"entrypoint": f"touch {tmp_path}/ran", "submission_id": f"job-{secrets.token_hex(4)}"}
     assert {query_dashboard(head, "/api/jobs/", token, job)[0] for token in WRONG_TOKENS} <= {401, 403}
     assert query_dashboard(head, f"/api/jobs/{job['submission_id']}", TOKEN)[0] == 404
@@ -112,9 +112,9 @@ def test_a_job(head: Head, tmp_path: Path) -> None:
         return responses[-1][0] == 200 or "already exists" in responses[-1][1]
 
     with contextlib.suppress(TimeoutError):
-        until("the job is accepted", is_accepted)
+        wait_until("the job is accepted", is_accepted)
     assert is_accepted(), responses[-1]
-    until("the job", (tmp_path / "ran").exists)
+    wait_until("the job", (tmp_path / "ran").exists)
 
 
 SUBMIT = """
@@ -125,10 +125,10 @@ sys.exit(cli.main(["submit", "--address", sys.argv[1], "--working-dir", sys.argv
 """
 
 
-def test_submit_without_a_token(head: Head, tmp_path: Path) -> None:
+def test_submit_without_a_token_is_refused(head: Head, tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "prepare.py").write_text("")
-    process = run_apart(SUBMIT, f"http://{head.dashboard}", str(tmp_path), env=environment(tmp_path, None))
+    process = run_python(SUBMIT, f"http://{head.dashboard}", str(tmp_path), env=environment(tmp_path, None))
     assert process.returncode == 2
     assert "token" in process.stderr.splitlines()[-1].lower(), process.stderr
 
@@ -142,16 +142,16 @@ print("result:", ray.get(ray.remote(lambda: 6 * 7).remote()))
 
 
 @pytest.mark.parametrize("token", [None, secrets.token_hex(32), TOKEN])
-def test_a_driver(token: str | None, head: Head, tmp_path: Path) -> None:
-    process = run_apart(CONNECT, head.gcs, env=environment(tmp_path, token))
+def test_a_driver_needs_the_token(token: str | None, head: Head, tmp_path: Path) -> None:
+    process = run_python(CONNECT, head.gcs, env=environment(tmp_path, token))
     assert ("result: 42" in process.stdout) == (token == TOKEN), process.stderr[-2000:]
     assert (process.returncode == 0) == (token == TOKEN)
     if token != TOKEN:
         assert "token" in process.stderr.lower()
 
 
-def test_the_ray_client_port(head: Head) -> None:
-    """The first request of a `ray://` client."""
+def test_the_ray_client_port_needs_the_token(head: Head) -> None:
+    """Sends the first request of a `ray://` client."""
     ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
     with grpc.insecure_channel(head.client) as channel:
         stub = ray_client_pb2_grpc.RayletDriverStub(channel)
@@ -169,8 +169,8 @@ def test_the_ray_client_port(head: Head) -> None:
         ]
 
 
-def test_a_driver_with_authentication_disabled(head: Head, tmp_path: Path) -> None:
-    process = run_apart(CONNECT, head.gcs, env=environment(tmp_path, None) | {"RAY_AUTH_MODE": "disabled"})
+def test_a_driver_with_authentication_disabled_is_refused(head: Head, tmp_path: Path) -> None:
+    process = run_python(CONNECT, head.gcs, env=environment(tmp_path, None) | {"RAY_AUTH_MODE": "disabled"})
     assert process.returncode
     assert "result:" not in process.stdout
 
@@ -226,13 +226,13 @@ sys.exit(cli.main(["train"]))
 
 
 def test_listeners_of_a_local_training(tmp_path: Path) -> None:
-    """Ray listens on loopback only; while two workers train, torch's store listens on all interfaces, as documented."""
+    """Ray listens on loopback only; while two workers train, torch's store listens on all interfaces."""
     data = write_tiny_dataset(tmp_path / "data")
     steps = {"phases": [{"steps": 4}], "crop": [32, 32], "model": {"features": [4]}, "loop": {"precision": "float32"}}
     (tmp_path / "r.yaml").write_text(json.dumps(steps))
     with tempfile.TemporaryDirectory(prefix="rlc") as home:
         env = {"HOME": home, "RAY_TMPDIR": home}
-        process = run_apart(LISTENERS, data, str(tmp_path / "run"), str(tmp_path / "r.yaml"), env=env)
+        process = run_python(LISTENERS, data, str(tmp_path / "run"), str(tmp_path / "r.yaml"), env=env)
     assert process.returncode == 0, process.stderr[-2000:]
     report = json.loads(process.stdout.splitlines()[-1])
     assert {name for name, _ in report["connected"]} >= {"gcs_server", "raylet"}

@@ -1,4 +1,4 @@
-"""Trials of a sweep in milliseconds: `trial.OneWorker` with a formula instead of training."""
+"""Trials that take milliseconds: `trial.OneWorker` with a formula instead of training."""
 
 import math
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ BEST_LR = 3e-3
 
 
 def quick_trial() -> type[trial.OneWorker]:
-    """Class to replace `tune.OneWorker`; defined here so that Ray sends it by value: workers cannot import tests."""
+    """Class that replaces `tune.OneWorker`; local, so that Ray sends it by value: workers cannot import tests."""
 
     def row(job: TrainJob, step: int) -> dict[str, float]:
-        """A score that rises with the steps and is best at BEST_LR; the seed changes it a little."""
+        """Report with a score that rises with the steps, is best at BEST_LR and varies slightly with the seed."""
         recipe, plan = job.recipe, job.schedule()
         score = 0.9 - 0.1 * abs(math.log10(recipe.optimizer.lr / BEST_LR)) - 0.2 * (1 - step / plan.steps)
         score += 1e-3 * math.sin(recipe.seed + recipe.loss.bce_weight)

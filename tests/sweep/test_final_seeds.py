@@ -1,4 +1,4 @@
-"""The end of a sweep, without Ray: the recipe of a finished run, or the reason why there is none."""
+"""The end of a sweep, without Ray: best.yaml is the recipe of a finished run, or an error states why it is missing."""
 
 import csv
 import json
@@ -45,17 +45,17 @@ CONDITIONAL = SweepConfig(
 def write_run(folder: Path, recipe: Recipe, scores: list[float], steps: int = STEPS) -> None:
     """Write a run that reached `steps`, with a report for each of `scores` and its best checkpoint."""
     rows = [
-        {"step": (place + 1) * steps // len(scores), "val_mean_image_dice": score} for place, score in enumerate(scores)
+        {"step": (index + 1) * steps // len(scores), "val_mean_image_dice": score} for index, score in enumerate(scores)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    best = max(range(len(rows)), key=lambda place: scores[place])
+    best = max(range(len(rows)), key=lambda index: scores[index])
     state = progress.Progress(rows[best]["step"], rows[: best + 1])
     checkpoint.save(str(folder / progress.name(state.step)), build_model(recipe.model), {}, state, recipe)
 
 
 def write_final_run(out: Path, name: str, seed: int, scores: list[float] | None, steps: int = STEPS) -> None:
-    """Write a run with a fresh seed; `scores` None: it crashed before its first report."""
+    """Write a run with a final seed; if `scores` is None it crashed before its first report."""
     folder, recipe = out / "final" / f"{name}-seed{seed}", RECIPE.model_copy(update={"seed": seed})
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipes.dump(recipe))
@@ -77,13 +77,13 @@ def study_of(config: SweepConfig, *trials: FrozenTrial) -> optuna.Study:
 
 
 def test_a_trial_without_the_deformation_field_has_the_starting_value(tmp_path: Path) -> None:
-    """`augment.elastic.p` with a condition is in no batch-norm trial, which has the starting recipe's value."""
+    """Batch-norm trials lack the conditional `augment.elastic.p`, so the starting recipe's value applies to them."""
     start = RECIPE.augment.elastic.p
     assert start > 0
     params = {"model.norm": "batch", "augment.elastic.alpha_x": RECIPE.augment.elastic.alpha_x}
     searched = study_of(CONDITIONAL, trial(CONDITIONAL, params, [0.9]))
     candidates = final_seeds.candidates(RECIPE, CONDITIONAL, searched, searched.trials[0])
-    assert list(candidates) == ["start", "trial-0-augment.elastic.p-off"], "and trial 0 is the starting recipe itself"
+    assert list(candidates) == ["start", "trial-0-augment.elastic.p-off"], "trial 0 is the starting recipe itself"
     assert space.apply(RECIPE, candidates["trial-0-augment.elastic.p-off"]).augment.elastic.p == 0
 
 
@@ -105,7 +105,7 @@ def test_a_trial_without_deformation_is_compared_with_the_best_that_deforms(
 
 
 def test_each_searched_field_of_compare_off_adds_a_candidate() -> None:
-    """Off writes the off value into tied fields too; a field that is not searched is left out."""
+    """The off value is also written into tied fields; a field that is not searched is skipped."""
     config = SweepConfig(
         space={
             "loss.border_weight": Dimension(low=0, high=9, tied_to=("loss.aux_weight",)),
@@ -141,7 +141,7 @@ def test_candidates_are_compared_over_the_seeds_that_all_finished(tmp_path: Path
     scores = final_seeds.scores(str(tmp_path), names, samples=8)
     assert scores == {"start": {2: 0.6}, "trial-3": {2: 0.7}, "trial-3-augment.elastic.p-off": {2: 0.8}}
     folder, why = final_seeds.winner(str(tmp_path), scores, "validation Dice")
-    assert folder == str(tmp_path / "final" / "trial-3-augment.elastic.p-off-seed2"), "a seed, not a place in a list"
+    assert folder == str(tmp_path / "final" / "trial-3-augment.elastic.p-off-seed2"), "the seed, not an index"
     assert progress.find(folder)
     assert "with fresh seeds 2" in why
     assert final_seeds.scores(str(tmp_path), [*names, "trial-4"], samples=8) == {}, "a candidate that was never started"
@@ -181,8 +181,8 @@ def crashed(folder: Path, recipe: Recipe, number: int) -> None:
     return None
 
 
-class Tune:
-    """Replaces `tune.run`: ends each trial as given, in this process."""
+class FakeTune:
+    """Replaces `tune.run`: each trial ends in this process as configured."""
 
     def __init__(self, trials: list[End], final_runs: dict[str, End]) -> None:
         self.trials, self.final_runs = trials, final_runs
@@ -202,12 +202,12 @@ class Tune:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Patch the sweep so that its trials end as given."""
+    """Function that patches the sweep so that its trials end as configured."""
 
     def patch(trials: list[End], final_runs: dict[str, End] | None = None) -> None:
         monkeypatch.setattr(sweep.session, "connect", lambda dashboard: None)
         monkeypatch.setattr(sweep.session, "machines", lambda: [Machine(4)])
-        monkeypatch.setattr(sweep.tune, "run", Tune(trials, final_runs or {}))
+        monkeypatch.setattr(sweep.tune, "run", FakeTune(trials, final_runs or {}))
         monkeypatch.setattr(sweep.prometheus, "show_sweep", lambda *_: None)
         monkeypatch.setattr(sweep.report, "write", lambda *_: None)
         samples = SimpleNamespace(train=range(12))
@@ -230,7 +230,13 @@ SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=3e-2, log=T
         ([good(0.6)], {}, 2, ("dice",), "start; mean validation Dice with fresh seeds 1, 2"),
         ([diverged, good(0.6), crashed], {}, 0, ("dice",), "trial 1 of 3"),
         ([good(0.6), stopped], {}, 0, ("dice",), "trial 0 of 2"),
-        ([good(0.6), good(0.7)], {"trial-1-seed1": good(0.8)}, 2, ("dice",), "trial-1; mean validation Dice"),
+        (
+            [good(0.6), good(0.7)],
+            {"trial-1-seed1": good(0.8)},
+            2,
+            ("dice",),
+            "trial-1; mean validation Dice",
+        ),
         (
             [good(0.6), good(0.7)],
             {"trial-1-seed1": crashed},
@@ -238,7 +244,13 @@ SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=3e-2, log=T
             ("dice",),
             "start; mean validation Dice with fresh seeds 2",
         ),
-        ([good(0.6), good(0.7)], {"trial-1-seed1": crashed, "trial-1-seed2": crashed}, 2, ("dice",), "start; mean"),
+        (
+            [good(0.6), good(0.7)],
+            {"trial-1-seed1": crashed, "trial-1-seed2": crashed},
+            2,
+            ("dice",),
+            "start; mean",
+        ),
         (
             [good(0.6), good(0.7)],
             {f"{name}-seed1": crashed for name in ("start", "trial-1")},
@@ -247,10 +259,16 @@ SEARCH = SweepConfig(space={"optimizer.lr": Dimension(low=1e-4, high=3e-2, log=T
             "trial 1 of 2; validation Dice 0.7",
         ),
         ([good(0.6), good(0.7)], {"start-seed1": good(0.9)}, 1, ("dice", "ms_per_image"), "trial 1 of 2"),
-        ([good(0.7), good(0.6)], {"trial-1-seed1": good(0.9)}, 1, ("ms_per_image",), "trial 0 of 2; ms an image 5"),
+        (
+            [good(0.7), good(0.6)],
+            {"trial-1-seed1": good(0.9)},
+            1,
+            ("ms_per_image",),
+            "trial 0 of 2; ms an image 5",
+        ),
     ],
 )
-def test_best_yaml_is_of_a_run_that_finished(
+def test_best_yaml_is_the_recipe_of_a_finished_run(
     tiny_dataset: str,
     tmp_path: Path,
     without_ray: Callable[..., None],
@@ -271,7 +289,7 @@ def test_best_yaml_is_of_a_run_that_finished(
     assert len(rows) == len(trials)
 
 
-def test_a_sweep_without_a_good_trial_reports_the_reasons_and_can_be_resumed(
+def test_a_sweep_without_a_finished_trial_reports_the_reasons_and_can_be_resumed(
     tiny_dataset: str, tmp_path: Path, without_ray: Callable[..., None]
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The sweep report without Ray: its sections for the studies that a search can leave."""
+"""The sweep report without Ray: its sections for different studies."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_each_searched_field_of_compare_off_has_a_section(tmp_path: Path, monkey
     assert "Best, trial 19: &lt;1&gt;.tif" in page
 
 
-def test_few_trials_have_neither_importance_nor_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_trials_give_neither_importance_nor_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = write_report(
         tmp_path, 2, SweepConfig(space={"optimizer.lr": SweepConfig().space["optimizer.lr"]}), monkeypatch
     )

@@ -38,7 +38,7 @@ def test_the_first_trial_is_the_starting_recipe(tmp_path: Path) -> None:
     assert space.apply(Recipe(), job["values"]) == Recipe()
 
 
-def test_each_trial_gets_its_final_state(tmp_path: Path) -> None:
+def test_each_trial_is_stored_with_its_final_state(tmp_path: Path) -> None:
     search = make_search(tmp_path)
     for name in "abcde":
         search.suggest(name)
@@ -68,7 +68,7 @@ def test_trials_that_a_killed_driver_left_running_are_resumed(tmp_path: Path) ->
     before.on_trial_complete("b", row(100, 0.5))
     after = make_search(tmp_path, resume=True)
     again = [after.suggest(name)["job"] for name in "xyz"]
-    assert again[:2] == [jobs[0], jobs[2]], "same numbers, same values"
+    assert again[:2] == [jobs[0], jobs[2]], "same trial numbers and values"
     assert again[2]["folder"] == "trials/0003"
     for name in "xyz":
         after.on_trial_complete(name, row(100, 0.6))
@@ -106,18 +106,18 @@ def test_a_resumed_search_does_not_repeat_suggestions(tmp_path: Path, sampler: A
     rates = []
     for round_ in range(3):
         search = make_search(tmp_path, resume=round_ > 0, config=config)
-        for place in range(2):
-            rates.append(search.suggest(str(place))["job"]["values"]["optimizer.lr"])
-            search.on_trial_complete(str(place), row(100, 0.5))
+        for index in range(2):
+            rates.append(search.suggest(str(index))["job"]["values"]["optimizer.lr"])
+            search.on_trial_complete(str(index), row(100, 0.5))
     assert len(set(rates)) == len(rates)
 
 
 def test_early_stopping_includes_the_trials_before_a_kill(tmp_path: Path) -> None:
     search = make_search(tmp_path)
-    for place in range(6):
-        search.suggest(str(place))
-        search.on_trial_result(str(place), row(20, 0.8))
-        search.on_trial_complete(str(place), row(100, 0.9))
+    for index in range(6):
+        search.suggest(str(index))
+        search.on_trial_result(str(index), row(20, 0.8))
+        search.on_trial_complete(str(index), row(100, 0.9))
     scheduler = tune.scheduler(open_study(tmp_path, resume=True), CONFIG)
     new: Any = type("Trial", (), {"trial_id": "new"})()
     scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
@@ -139,15 +139,15 @@ def test_several_objectives_are_stored_in_order(tmp_path: Path) -> None:
 
 
 def test_no_pickle_contains_the_storage_url(tmp_path: Path) -> None:
-    """Tune pickles the searcher into the sweep's folder: a database's password must not be in it."""
+    """Tune pickles the searcher into the sweep's folder: it must not contain the password of a database."""
     import cloudpickle
 
     assert b"study.db" not in cloudpickle.dumps(make_search(tmp_path))
 
 
 @pytest.mark.parametrize("killed_before", [False, True])
-def test_a_study_file_is_never_seen_without_its_tables(tmp_path: Path, killed_before: bool) -> None:
-    """A process that opens it then, such as a dashboard, would create them too, and one of the two would fail."""
+def test_a_study_file_never_appears_without_its_tables(tmp_path: Path, killed_before: bool) -> None:
+    """A process that opened it without tables, such as a dashboard, would create them too, and one would fail."""
     file, seen, done = tmp_path / "study.db", [], threading.Event()
     if killed_before:
         (tmp_path / "study.db.new").write_bytes(b"half")
@@ -166,7 +166,7 @@ def test_a_study_file_is_never_seen_without_its_tables(tmp_path: Path, killed_be
     assert {"studies", "trials", "version_info", "alembic_version"} <= set(seen)
     study.open_study(url, "one", Recipe(), CONFIG, False)
     assert study.StudyFile(str(tmp_path), None).url == url
-    assert [summary.study_name for summary in optuna.get_all_study_summaries(url)] == ["one"], "a file in use stays"
+    assert [summary.study_name for summary in optuna.get_all_study_summaries(url)] == ["one"], "a file in use is kept"
 
 
 def test_a_study_in_use_or_out_of_reach_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The search space: suggestions are valid recipes, the start is reproduced, errors name the field and the fix."""
+"""The search space: suggestions are valid recipes, the first is the starting recipe, errors name field and fix."""
 
 import functools
 import math
@@ -47,8 +47,8 @@ def test_every_suggestion_is_a_recipe_and_conditions_hold() -> None:
     assert 20 < sum(off) < 80
 
 
-def test_shares_are_spread_evenly_over_the_simplex() -> None:
-    """The mean of each of n even shares is 1/n, its variance (n - 1) / (n^2 (n + 1)) (Dirichlet of ones)."""
+def test_shares_are_uniform_on_the_simplex() -> None:
+    """Each of n shares has the mean 1/n and the variance (n - 1) / (n^2 (n + 1)) (flat Dirichlet distribution)."""
     config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, sum=6),))
     draws = [[values[path] / 6 for path in WEIGHTS] for values in suggestions(config, Recipe(), 4000)]
     for column in zip(*draws):
@@ -59,14 +59,14 @@ def test_shares_are_spread_evenly_over_the_simplex() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.5), (0.5, 0.5, 2.0), (2.0, 0.5, 0.5)])
-def test_the_start_of_shares_is_reproduced(weights: tuple[float, float, float]) -> None:
+def test_shares_start_with_the_weights_of_the_recipe(weights: tuple[float, float, float]) -> None:
     recipe = space.apply(Recipe(), dict(zip(WEIGHTS, weights)))
     config = SweepConfig(space={}, shares=(Shares(fields=WEIGHTS, min=0.25),))
     values = space.suggest(FixedTrial(space.start_parameters(recipe, config)), recipe, config)
     assert [values[path] for path in WEIGHTS] == pytest.approx(weights)
 
 
-def test_paths_into_lists_choices_of_lists_and_whole_numbers() -> None:
+def test_paths_into_lists_choices_of_lists_and_integers() -> None:
     config = SweepConfig(
         space={
             "model.features": Dimension(choices=([8, 16], [64, 128, 256, 512])),
@@ -90,7 +90,7 @@ def test_a_dumped_search_loads_equal(tmp_path: Path) -> None:
     recipe, config = space.load(recipes.find("sweep"))
     (tmp_path / "recipe.yaml").write_text(space.dump(recipe, config))
     assert space.load(str(tmp_path / "recipe.yaml")) == (recipe, config)
-    assert recipes.load(tmp_path / "recipe.yaml") == recipe, "train takes the file as it is"
+    assert recipes.load(tmp_path / "recipe.yaml") == recipe, "train accepts the same file"
     when = {"model.norm": Condition(in_=("group",))}
     config = SweepConfig(
         space={"optimizer.clip_norm": Dimension(choices=(None, 1.0), when=when)},
@@ -185,7 +185,7 @@ def test_an_error_names_the_field_and_the_fix(part: dict, message: str, tmp_path
     assert "\n" not in str(error.value)
 
 
-# Fields, the values that each may be given, and conditions on each that hold for some of them.
+# Field -> its possible values, and conditions on it that some of these values meet.
 SPACES: dict[str, tuple[Dimension, tuple[Condition, ...]]] = {
     "model.norm": (Dimension(choices=("batch", "group")), (Condition(in_=("group",)),)),
     "optimizer.clip_norm": (Dimension(choices=(None, 1.0, 5.0)), (Condition(above=0), Condition(in_=(None,)))),
@@ -194,31 +194,31 @@ SPACES: dict[str, tuple[Dimension, tuple[Condition, ...]]] = {
     "loss.border_weight": (Dimension(low=0, high=9, tied_to=("loss.aux_weight",)), (Condition(above=4),)),
     "phases.0.epochs": (Dimension(low=5, high=15), (Condition(above=9.5),)),
 }
-ON_OTHERS = {
+OTHER_CONDITIONS = {
     "model.features.1": (Condition(above=20),),
-    "model.features.3": (Condition(above=20),),  # not in each trial
+    "model.features.3": (Condition(above=20),),  # not in every trial
     "loss.aux_weight": (Condition(above=5),),  # tied to another field
-    "loss.cell_weight": (Condition(above=1),),  # has a share of a sum
+    "loss.cell_weight": (Condition(above=1),),  # one of the shares of a sum
     "loss.background_weight": (Condition(above=1.0),),
-    "optimizer.amsgrad": (Condition(in_=(True,)), Condition(in_=(False,))),  # is not searched
+    "optimizer.amsgrad": (Condition(in_=(True,)), Condition(in_=(False,))),  # not searched
 }
 
 
 @st.composite
 def searches(draw: st.DrawFn) -> SweepConfig:
-    """Fields in any order, each with conditions on fields before it, shares and fields that are not searched."""
+    """Fields in any order, with conditions on preceding fields, on shares and on fields that are not searched."""
     order = draw(st.permutations(sorted(SPACES)))[: draw(st.integers(0, len(SPACES)))]
     fields: dict[str, Dimension] = {}
     for path in order:
         ranges = {field: SPACES[field][1] for field in fields} | {
             field: conditions
-            for field, conditions in ON_OTHERS.items()
+            for field, conditions in OTHER_CONDITIONS.items()
             if not any(f"{field}.".startswith(f"{later}.") for later in set(order) - set(fields))
         }
         if "loss.border_weight" in set(order) - set(fields):
             ranges.pop("loss.aux_weight", None)
-        others = draw(st.lists(st.sampled_from(sorted(ranges)), max_size=2, unique=True))
-        when = {other: draw(st.sampled_from(ranges[other])) for other in others}
+        condition_fields = draw(st.lists(st.sampled_from(sorted(ranges)), max_size=2, unique=True))
+        when = {field: draw(st.sampled_from(ranges[field])) for field in condition_fields}
         fields[path] = SPACES[path][0].model_copy(update={"when": when})
     return SweepConfig(space=fields, shares=(Shares(fields=WEIGHTS[:2], min=0.1),))
 
@@ -226,7 +226,7 @@ def searches(draw: st.DrawFn) -> SweepConfig:
 @settings(max_examples=60)
 @given(searches(), st.integers(0, 1000))
 def test_conditions_are_those_of_the_trial(config: SweepConfig, seed: int) -> None:
-    """A condition on any field, such as a share, a tied field or a part of a field, holds in the trial's recipe."""
+    """Conditions on any field (also a share, a tied field, a part of a field) are evaluated on the trial's recipe."""
     recipe = Recipe()
     space_check.check(recipe, config)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
@@ -234,9 +234,9 @@ def test_conditions_are_those_of_the_trial(config: SweepConfig, seed: int) -> No
         tried = space.apply(recipe, values).model_dump(mode="json")
         for path, dimension in config.space.items():
             met = True
-            for other, condition in dimension.when.items():
+            for field, condition in dimension.when.items():
                 try:
-                    met &= condition.holds(functools.reduce(_part, other.split("."), tried))
+                    met &= condition.holds(functools.reduce(_part, field.split("."), tried))
                 except IndexError:
                     met = False
             assert (path in values) == met, (path, dimension.when, values)
@@ -250,7 +250,7 @@ def _part(tree: Any, name: str) -> Any:
     return tree[int(name)] if isinstance(tree, list) else tree[name]
 
 
-def test_a_condition_reads_the_starting_recipe_where_its_field_is_not_searched() -> None:
+def test_a_condition_reads_the_starting_recipe_if_its_field_is_not_searched() -> None:
     config = SweepConfig(
         space={"model.features.0": Dimension(low=8, high=64, when={"model.norm": Condition(in_=("group",))})},
         shares=(),

@@ -1,4 +1,4 @@
-"""Statistics of a study: effects that exist are found, others are not claimed."""
+"""Statistics of a study: real effects are detected, others are not reported."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ DISTRIBUTIONS = {
 
 
 def make_study(trials: int, gain: float, seed: int = 0) -> optuna.Study:
-    """A study whose scores depend on the learning rate and rise by `gain` with elastic deformation; a third pruned."""
+    """A study whose scores depend on the learning rate and rise by `gain` with deformation; a third is pruned."""
     rng = np.random.default_rng(seed)
     study = optuna.create_study(direction="maximize")
     for number in range(trials):
@@ -78,7 +78,7 @@ def test_too_few_trials_give_no_result() -> None:
 
 @pytest.mark.parametrize("gain", [-0.1, 0.0, 0.1])
 def test_interval_of_off_against_on_contains_the_true_gain(gain: float) -> None:
-    """Over 40 studies a 95 % interval misses the truth four times at most (binomial, p < 0.05 for five)."""
+    """In 40 studies the 95 % interval misses the true gain at most four times (binomial, p < 0.05 for five)."""
     misses = 0
     for seed in range(40):
         off, on = statistics.off_on_groups(make_study(40, gain, seed), ELASTIC, 0.0)

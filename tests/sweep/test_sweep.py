@@ -1,4 +1,4 @@
-"""Sweeps on Ray: results, kills, several workers, other storages, the report in a browser."""
+"""Sweeps on Ray: results, kills, several workers, other databases, the report in a browser."""
 
 import csv
 import json
@@ -16,9 +16,9 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import joined, kill_at, missing
+from conftest import job_env, kill_at, skip_or_fail
 from hostile import pickled
-from hosts import until
+from hosts import wait_until
 from optuna.trial import TrialState
 from quick_trial import quick_trial
 
@@ -71,7 +71,7 @@ def study_of(out: Path) -> optuna.Study:
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Trials in milliseconds, and reports that draw fewer samples of each importance (50 take 2 s of a core)."""
+    """Use trials that take milliseconds, and fewer samples per importance in reports (50 take 2 s of a core)."""
     patch.setattr(tune, "OneWorker", quick_trial())
     patch.setattr(statistics, "RESAMPLES", 5)
 
@@ -83,7 +83,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of ten quick trials, then confirmed with two seeds."""
+    """A sweep of ten quick trials with two final seeds."""
     out = tmp_path_factory.mktemp("sweep") / "one \u00fc"
     with pytest.MonkeyPatch.context() as patch:
         make_quick(patch)
@@ -91,7 +91,7 @@ def swept(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.TempPat
     return out
 
 
-def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> None:
+def test_every_trial_ends_and_keeps_only_its_best_checkpoint(swept: Path) -> None:
     trials = study_of(swept).trials
     assert len(trials) == 10
     assert {trial.state for trial in trials} <= set(ENDS)
@@ -109,20 +109,20 @@ def test_every_trial_has_an_end_and_its_best_checkpoint_only(swept: Path) -> Non
 
 
 def test_best_yaml_is_the_best_candidate(swept: Path) -> None:
-    """With fresh seeds the best is the candidate with the highest mean, not the trial with the luckiest score."""
+    """With final seeds the best is the candidate with the highest mean, not the trial with the luckiest score."""
     study = study_of(swept)
     runs = {path.name: history(path) for path in (swept / "final").iterdir()}
     best = study.best_trial.number
     names = ["start", f"trial-{best}"] if best else ["start"]  # trial 0 is the start
     assert {f"{name}-seed{seed}" for name in names for seed in (1, 2)} <= runs.keys()
-    assert len(runs) == 2 * len(names) + 2, "and the best without or with elastic deformation"
+    assert len(runs) == 2 * len(names) + 2, "plus the best trial without (or with) elastic deformation"
     assert {rows[-1]["step"] for rows in runs.values()} == {30}
     scores: dict[str, list[float]] = {}
     for name in sorted(runs):
         assert checkpoint.load_model(str(swept / "final" / name))[1].seed == int(name[-1])
         scores.setdefault(name[:-6], []).append(max(row["val_mean_image_dice"] for row in runs[name]))
     winner = max(scores, key=lambda name: sum(scores[name]))
-    lucky = 1 + max(range(2), key=lambda place: scores[winner][place])
+    lucky = 1 + max(range(2), key=lambda index: scores[winner][index])
     best_network, recipe = checkpoint.load_model(str(swept))
     network, same = checkpoint.load_model(str(swept / "final" / f"{winner}-seed{lucky}"))
     assert recipe == same == recipes.load(swept / "best.yaml")
@@ -152,7 +152,7 @@ def test_the_report_is_self_contained_in_a_browser(swept: Path, browser: Any) ->
     assert [url for url in requests if url != address and not url.startswith("data:")] == []
     sizes = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
     assert len(sizes) > 8
-    assert min(sizes) > 0, "every picture is drawn"
+    assert min(sizes) > 0, "every image is loaded"
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def _fetch(url: str, server: subprocess.Popen) -> bytes:
             content.append(answer.read())
         return True
 
-    until("an answer", answered)
+    wait_until("an answer", answered)
     return content[0]
 
 
@@ -194,9 +194,9 @@ def test_a_sweep_in_use_is_an_error_and_a_resumed_one_adds_trials(
         sweep.sweep(tiny_dataset, str(swept), other, CONFIG, trials=12, resume=True)
     with pytest.raises(UserError, match="nothing to resume"):
         sweep.sweep(tiny_dataset, str(swept) + "-none", RECIPE, CONFIG, trials=2, resume=True)
-    there = [path for path in (swept / "tune").rglob("*") if path.is_file()]
-    assert {"tuner", "searcher-state"} <= {path.stem.partition("-2")[0] for path in there}
-    for path in (*there, swept / "tune" / "trainable.pkl", *(path.parent / "params.pkl" for path in there)):
+    tune_files = [path for path in (swept / "tune").rglob("*") if path.is_file()]
+    assert {"tuner", "searcher-state"} <= {path.stem.partition("-2")[0] for path in tune_files}
+    for path in (*tune_files, swept / "tune" / "trainable.pkl", *(path.parent / "params.pkl" for path in tune_files)):
         path.write_bytes(pickled(tmp_path / "ran"))  # Ray Tune's own pickles are untrusted: they are never loaded
     before = [(trial.params, trial.datetime_complete) for trial in study_of(swept).trials]
     sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=12, resume=True, max_concurrent=1)
@@ -220,42 +220,42 @@ sweep.sweep(data, out, recipe, config, int(trials), resume=resume, max_concurren
 
 @pytest.mark.slow
 def test_a_sweep_killed_repeatedly_ends_with_all_trials(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
-    """Killed in the middle of its first trials, and stopped by Ctrl-C."""
+    """The driver is killed during the first trials, and then stopped by Ctrl-C."""
     out, trials = tmp_path / "killed", 6
     Path(f"{out}-recipe.yaml").write_text(space.dump(RECIPE, CONFIG))
-    env = os.environ | joined()
-    seen: dict[int, tuple] = {}
-    moments = [
+    env = os.environ | job_env()
+    finished: dict[int, tuple] = {}
+    kills = [
         (signal.SIGKILL, lambda done, started: started > done >= 1),
         (signal.SIGINT, lambda done, started: done >= 3),
     ]
-    for how, moment in moments:
+    for signal_number, is_due in kills:
         driver = subprocess.Popen([sys.executable, "-c", DRIVER, tiny_dataset, str(out), str(trials)], env=env)
 
-        def due(driver: subprocess.Popen = driver, moment: Callable[[int, int], bool] = moment) -> bool:
+        def due(driver: subprocess.Popen = driver, is_due: Callable[[int, int], bool] = is_due) -> bool:
             assert driver.poll() is None, "the sweep ended by itself"
-            return moment(*_counts(out))
+            return is_due(*_counts(out))
 
-        until("its moment", due, 300)  # each look at the study takes 20 ms of a core
-        driver.send_signal(how)
+        wait_until("the time of the kill", due, 300)  # each read of the study takes 20 ms of a core
+        driver.send_signal(signal_number)
         driver.wait()
         for trial in study_of(out).trials:
             if trial.state.is_finished():
                 now = (trial.state, trial.params, trial.datetime_complete)
-                assert seen.setdefault(trial.number, now) == now, "a finished trial is not repeated"
+                assert finished.setdefault(trial.number, now) == now, "a finished trial is not repeated"
     study = sweep.sweep(tiny_dataset, str(out), RECIPE, CONFIG, trials, resume=True, max_concurrent=2)
     assert [trial.number for trial in study.trials] == list(range(trials))
     assert {trial.state for trial in study.trials} <= set(ENDS)
-    for number, (state, params, end) in seen.items():
+    for number, (state, params, end) in finished.items():
         trial = study.trials[number]
         assert (trial.state, trial.params, trial.datetime_complete) == (state, params, end)
     for trial in study.trials:
         steps = [row["step"] for row in history(out / "trials" / f"{trial.number:04d}")]
-        assert steps == sorted(set(steps)), "each step is reported once, over all kills"
+        assert steps == sorted(set(steps)), "each step is reported once despite the kills"
 
 
 def _counts(out: Path) -> tuple[int, int]:
-    """Number of finished and of started trials."""
+    """Numbers of finished and of started trials."""
     if not (out / "study.db").exists():
         return 0, 0
     try:
@@ -287,11 +287,11 @@ def test_a_killed_trial_resumes_and_a_hopeless_one_fails_with_its_reason(
     assert reasons[3e-3, "[4, 8]"] is None
     assert all("not finite" in why for (lr, deep), why in reasons.items() if lr > 1 and deep == "[4, 8]")
     assert all("at least 256" in why for (_, deep), why in reasons.items() if deep != "[4, 8]")
-    assert len(reasons) > 2, "there were bad trials"
+    assert len(reasons) > 2, "some trials failed"
 
 
 @pytest.mark.slow
-def test_several_workers_a_trial_stop_early_without_a_hang(
+def test_trials_with_several_workers_stop_early_without_a_hang(
     tiny_dataset: str, ray_cluster: None, tmp_path: Path
 ) -> None:
     out, config = tmp_path / "nested", CONFIG.model_copy(update={"workers_per_trial": 2, "grace": 0.3})
@@ -318,7 +318,9 @@ def test_stopping_workers_needs_the_state_api(
     assert not (tmp_path / "out").exists()
 
 
-def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, quick: None, tmp_path: Path) -> None:
+def test_dice_against_speed_gives_a_pareto_front(
+    tiny_dataset: str, ray_cluster: None, quick: None, tmp_path: Path
+) -> None:
     out = tmp_path / "front"
     features = Dimension(choices=([4, 8], [2, 4], [32, 64]))
     config = SweepConfig(space={"model.features": features}, shares=(), objectives=("dice", "ms_per_image"))
@@ -331,13 +333,13 @@ def test_dice_against_speed_gives_a_front(tiny_dataset: str, ray_cluster: None, 
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server of its own."""
+    """URL of a new PostgreSQL server."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")) + [
         Path(path) for path in [shutil.which("pg_ctl")] if path
     ]
     if not programs:
-        missing("no PostgreSQL server: install Debian's package postgresql")
-    # It refuses to run as root.
+        skip_or_fail("no PostgreSQL server: install Debian's package postgresql")
+    # PostgreSQL refuses to run as root.
     user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

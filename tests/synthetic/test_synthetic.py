@@ -1,4 +1,4 @@
-"""Synthetic LIVECell: a function of (seed, index), exact annotations, not solvable by thresholding, planted defects."""
+"""Synthetic LIVECell: images depend only on (seed, index), annotations are exact, thresholding fails, defects."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def depth_of(masks: list[Mask]) -> np.ndarray:
-    """Number of cells at each pixel."""
+    """Number of cells that cover each pixel."""
     depth = np.zeros((HEIGHT, WIDTH), int)
     for mask in masks:
         depth[mask.window] += mask.pixels
@@ -40,7 +40,7 @@ def rasterise(points: list[float]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def frames() -> dict[int, tuple[np.ndarray, list[Mask]]]:
-    """One frame of each kind."""
+    """One image of each cell line, with its masks."""
     return {index: writer.draw_frame(SEED, index) for index in range(len(KINDS))}
 
 
@@ -52,7 +52,7 @@ def defective(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reversed_map(function: Any, items: Any) -> Any:
-    """A mapper with another order of execution and through pickle, as in other processes."""
+    """A mapper that executes in reverse order and pickles, as separate processes do."""
     results = [pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(item))) for item in reversed(items)]
     return reversed(results)
 
@@ -106,7 +106,7 @@ def test_livecells_layout(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_names_ids_and_splits_of_a_full_size_set() -> None:
+def test_names_ids_and_splits_of_a_full_size_dataset() -> None:
     all_frames = [writer.Frame("", SEED, index) for index in range(5239)]
     assert (
         len({frame.file_name for frame in all_frames})
@@ -186,7 +186,7 @@ def test_an_interrupted_dataset_is_completed_and_a_complete_one_kept(tmp_path: P
     assert summary["whole"]
 
 
-def test_another_folder_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="choose another --out"):
         writer.write_dataset(tmp_path, 3, SEED)
@@ -211,7 +211,7 @@ def test_every_defect_is_planted(defective: Path) -> None:
 
 
 def splits_of(data: dict[str, Any], item: dict[str, Any]) -> list[str]:
-    """The splits that list the item's file, one per entry."""
+    """The split of each entry that lists the item's file."""
     return [s for s in writer.SPLITS for e in data[s]["images"] if e["file_name"] == item["file_name"]]
 
 

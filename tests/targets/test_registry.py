@@ -1,4 +1,4 @@
-"""Every target kind is in one module and in the registry."""
+"""Every target kind has one module and is in the registry."""
 
 import subprocess
 import sys

@@ -25,7 +25,7 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def cells(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Labels, uint16 and not consecutive, of ellipses and single pixels that overlap and reach the image edge."""
+    """Non-consecutive labels (uint16) of overlapping ellipses and single pixels, some at the image edge."""
     labels = np.zeros(shape, np.uint16)
     for _ in range(rng.integers(0, 12)):
         centre = [int(rng.integers(0, size)) for size in shape[::-1]]
@@ -35,7 +35,7 @@ def cells(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def depth(labels: np.ndarray) -> np.ndarray:
-    """Distance from each cell pixel to the nearest pixel outside its cell; 1 if there is none."""
+    """Distance from each cell pixel to the nearest pixel outside its cell; 1 if the cell fills the image."""
     distance = np.zeros(labels.shape)
     for label in np.unique(labels[labels > 0]):
         mask = labels == label
@@ -44,19 +44,19 @@ def depth(labels: np.ndarray) -> np.ndarray:
 
 
 def unambiguous(labels: np.ndarray, to_boundary: np.ndarray) -> np.ndarray:
-    """Mask of the background and of cells with a single deepest pixel: if there are several, any may be the centre."""
+    """Mask of the background and of cells with a single deepest pixel; with several, any of them may be the centre."""
     return np.bincount(labels[to_boundary > 1 - 1e-6], minlength=2**16)[labels] <= 1
 
 
 def maximum_per_cell(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Maximum of the values in the cell of each pixel."""
+    """For each pixel the maximum of the values in its cell."""
     return ndimage.maximum(values, labels, np.arange(labels.max(initial=0) + 1))[labels]
 
 
 @settings(max_examples=60)
 @given(SHAPES, SEEDS)
 def test_distances_match_their_definition(shape: tuple[int, int], seed: int) -> None:
-    """One transform for all cells differs by up to 0.42 pixels from a transform of each cell."""
+    """One distance transform for all cells differs by up to 0.42 pixels from a transform per cell."""
     labels = cells(np.random.default_rng(seed), shape)
     to_centre, to_boundary = distances(labels)
     inside = labels > 0
@@ -70,7 +70,7 @@ def test_distances_match_their_definition(shape: tuple[int, int], seed: int) -> 
     truth = depth(labels)
     deepest = maximum_per_cell(labels, truth)[inside]
     assert (np.abs(to_boundary[inside] * deepest - truth[inside]) <= 0.85).all()
-    # The centre is a deepest pixel; the map grows with the distance from it, to 1 at the farthest pixel.
+    # The centre is a deepest pixel; the map increases with the distance from it, up to 1 at the farthest pixel.
     for label in np.unique(labels[inside]):
         mask = labels == label
         y, x = np.nonzero(mask)
@@ -128,7 +128,7 @@ def test_boundaries_are_pixels_with_different_neighbours(shape: tuple[int, int],
 @pytest.mark.parametrize("targets", NAMES)
 @settings(max_examples=20)
 @given(shape=SHAPES, seed=SEEDS)
-def test_planes_hold_the_packed_labels_and_border(targets: Targets, shape: tuple[int, int], seed: int) -> None:
+def test_planes_contain_the_packed_labels_and_border(targets: Targets, shape: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     image, border = rng.integers(0, 256, (2, *shape), np.uint8)
     labels = cells(rng, shape)
@@ -157,6 +157,6 @@ def test_the_same_labels_give_the_same_maps() -> None:
     labels = [cells(rng, (70, 90)) for _ in range(20)]
     first = [np.stack(distances(image)) for image in labels]
     for _ in range(20):
-        blockers = [np.empty(rng.integers(1, 3000)) for _ in range(20)]  # so that arrays get other addresses
+        blockers = [np.empty(rng.integers(1, 3000)) for _ in range(20)]  # so that arrays have other addresses
         np.testing.assert_array_equal(np.stack([np.stack(distances(image)) for image in labels]), first)
         del blockers

@@ -30,7 +30,7 @@ def test_batches_arrive_unchanged_while_the_gpu_computes(gpu: torch.device) -> N
     batches = [torch.randint(0, 256, (4, 3, 300, 300), dtype=torch.uint8) for _ in range(20)]
     sums = []
     for batch in batches:
-        activations = torch.tanh(activations @ activations)  # keeps the GPU behind this process
+        activations = torch.tanh(activations @ activations)  # keeps the GPU busy, so that it lags behind this process
         sums.append(send(batch).long().sum() + 0 * activations[0, 0].long())
     assert [int(total) for total in sums] == [int(batch.long().sum()) for batch in batches]
 

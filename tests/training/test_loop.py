@@ -89,7 +89,7 @@ def test_optimizer_steps_equal_those_of_torch_adamw(amsgrad: bool) -> None:
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_run_resumed_from_a_checkpoint_between_reports_ends_with_the_same_weights(ema: float) -> None:
-    """Requested at step 5, within an epoch of 3 steps, and at step 3, which is reported anyway and yielded once."""
+    """Checkpoints are requested at step 5, within an epoch of 3 steps, and at step 3, which is reported anyway."""
     uninterrupted = new_state(ema)
     yielded = run(uninterrupted, batches(), checkpoint_requested=lambda step: step in (3, 5))
     assert [training.state.step for training in yielded] == [3, 5, 6, 9, 12]

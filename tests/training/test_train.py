@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import joined, kill_at, run_apart, write_tiny_dataset
-from hosts import until
+from conftest import job_env, kill_at, run_python, write_tiny_dataset
+from hosts import wait_until
 from ray.train import UserCallback
 
 from raylivecell.core.errors import UserError
@@ -60,7 +60,7 @@ def one_worker(tiny_dataset: str, ray_cluster: None, tmp_path_factory: pytest.Te
 
 
 def plain_loop(data: str, recipe: Recipe) -> loop.TrainState:
-    """Train the recipe in this process with the loop alone, on samples read as Ray Data's tasks read them."""
+    """Train the recipe with only the loop, in this process, on samples read by the functions of Ray Data's tasks."""
     rows, val = (tuple(shards.list_rows(data, split)) for split in ("train", "val"))
     cells = recipe.targets != "foreground"
     job = TrainJob(recipe, "", dataset.Samples(rows, val, (48, 48), cells=cells), stream_memory=0)
@@ -77,7 +77,7 @@ def plain_loop(data: str, recipe: Recipe) -> loop.TrainState:
 
 
 def check_folder(run: Path) -> None:
-    """Check the files that a finished run leaves."""
+    """Check the files of a finished run."""
     rows = history(run)
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert (run / "report.html").stat().st_size > 10_000
@@ -91,11 +91,11 @@ def check_folder(run: Path) -> None:
 
 def test_two_workers_with_one_killed_equal_the_plain_loop(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
     """An instance recipe with averaged weights: equal history and weights, no step repeated or skipped."""
-    # At the other tests' learning rate rounding errors grow to 3e-3 in single weights, in one process without Ray too;
-    # at this one to 1e-7. In float64 both are 4e-16.
+    # With the learning rate of the other tests rounding errors in single weights grow to 3e-3, even in one process
+    # without Ray; with this one to 1e-7. In float64 both are 4e-16.
     slow = OptimizerConfig(lr=2e-3, ema_decay=0.9)
     recipe, run = RECIPE.model_copy(update={"targets": "distance", "optimizer": slow}), tmp_path / "two \u00fc"
-    thread, killed = kill_at(run, 4, "RayTrainWorker", most=1)
+    thread, killed = kill_at(run, 4, "RayTrainWorker", max_killed=1)
     train(tiny_dataset, str(run), recipe, workers=2)
     thread.join()
     assert killed
@@ -138,12 +138,12 @@ train.train(sys.argv[1], sys.argv[2], recipe.load(sys.argv[3]), workers=1)
 def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     command = [sys.executable, "-c", DRIVER, tiny_dataset, str(run), str(one_worker / "recipe.yaml")]
-    driver = subprocess.Popen(command, env=os.environ | joined())
-    until("reports", lambda: driver.poll() is not None or len(history(run)) >= 7, 300, pause=0.01)
+    driver = subprocess.Popen(command, env=os.environ | job_env())
+    wait_until("reports", lambda: driver.poll() is not None or len(history(run)) >= 7, 300, pause=0.01)
     assert driver.poll() is None, "the run ended before it was killed"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    # A kill while Ray writes its snapshot truncates it, as seen once.
+    # A kill while Ray writes its snapshot can truncate it (observed once).
     (run / folder.SNAPSHOT).write_text((run / folder.SNAPSHOT).read_text()[:20])
     with pytest.raises(UserError, match="holds a run already"):
         train(tiny_dataset, str(run), RECIPE)
@@ -166,7 +166,7 @@ def test_a_non_finite_loss_names_the_images_of_its_batch(tiny_dataset: str, ray_
 def test_a_shard_truncated_during_training_is_named(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Truncated after the dataset was opened and before its images were read; too large for the sample cache."""
+    """Truncated after the dataset is opened and before its images are read; the samples are not cached."""
     data, fit = write_tiny_dataset(tmp_path / "data"), ray_train.fit
     (shard,) = (tmp_path / "data" / "train").glob("*.parquet")
 
@@ -217,7 +217,7 @@ def process_info_callback(file: Path) -> UserCallback:
 
 @pytest.mark.slow
 def test_ray_train_controller_loads_no_torch(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:
-    """With torch the workers would start 1.7 s later. Run as in a notebook, within an event loop."""
+    """Importing torch would delay the workers by 1.7 s. Run within an event loop, as in a notebook."""
     recipe = RECIPE.model_copy(update={"phases": (PhaseConfig(steps=1),)})
     job = TrainJob(recipe, str(tmp_path / "run"), dataset.open_samples(tiny_dataset), stream_memory=2**27)
     handler = signal.getsignal(signal.SIGINT)
@@ -233,10 +233,10 @@ def test_ray_train_controller_loads_no_torch(tiny_dataset: str, ray_cluster: Non
 
 
 def test_the_driver_does_not_import_torch_before_its_report() -> None:
-    """The import would take 1.1 s of every start."""
+    """The import would add 1.1 s to every start."""
     modules = "training.train", "training.ray_train", "training.job", "ingest.dataset", "recipe"
     imports = ", ".join(f"raylivecell.{module}" for module in modules)
-    process = run_apart(f"import sys, {imports}; sys.exit('torch' in sys.modules)")
+    process = run_python(f"import sys, {imports}; sys.exit('torch' in sys.modules)")
     assert process.returncode == 0, process.stderr
 
 
