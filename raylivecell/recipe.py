@@ -114,7 +114,7 @@ class ModelConfig(StrictModel):
     """The network."""
 
     name: Network = "unet"
-    """unet: the paper's U-Net, set by features and norm; all others: networks of MONAI, set by options."""
+    """unet: the paper's U-Net, with features and norm. All other names: networks of MONAI, with options."""
     features: tuple[PositiveInt, ...] = Field((64, 128, 256, 512), min_length=1, max_length=12)
     """unet only: channels of each level of the contracting path; the bottleneck has twice the last."""
     norm: Norm = "batch"

@@ -63,7 +63,7 @@ def _rules(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, str]] 
 def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
     """Return `arguments` with all values of `flag` after a single one at the end: the parser uses only the last."""
     values: list[str] = []
-    others: list[str] = []
+    remaining: list[str] = []
     in_flag = False
     for word in arguments:
         name, equals, value = word.partition("=")
@@ -74,8 +74,8 @@ def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
             values.append(word)
         else:
             in_flag = False
-            others.append(word)
-    return [*others, flag, *values] if len(others) < len(arguments) else others
+            remaining.append(word)
+    return [*remaining, flag, *values] if len(remaining) < len(arguments) else remaining
 
 
 def call(

@@ -182,8 +182,8 @@ def versions(nodes: Sequence[Node]) -> Finding:
             addresses.setdefault(node.versions, []).append(node.address)
     if len(addresses) < 2:
         return Finding("pass", "versions", " ".join(f"{a} {b}" for kind in addresses for a, b in kind) or "no node")
-    majority, *others = sorted(addresses, key=lambda kind: -len(addresses[kind]))
-    deviations = [f"{addresses[kind][0]} has {a} {b}" for kind in others for a, b in kind if (a, b) not in majority]
+    majority, *minorities = sorted(addresses, key=lambda kind: -len(addresses[kind]))
+    deviations = [f"{addresses[kind][0]} has {a} {b}" for kind in minorities for a, b in kind if (a, b) not in majority]
     return Finding(
         "fail", "versions", f"{', '.join(deviations)}, unlike the other nodes", "give every node the same image"
     )

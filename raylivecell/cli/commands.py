@@ -177,7 +177,7 @@ def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
 
 
 def bench(
-    what: tyro.conf.Positional[
+    name: tyro.conf.Positional[
         Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
     ],
     out: Path | None = None,
@@ -187,18 +187,18 @@ def bench(
     """Measure one part against its baselines, in one run; write bench.json and bench.png.
 
     Args:
-        what: `augment`: milliseconds per image. `feed`: images/s into the training loop. `step`: images/s of a training
+        name: `augment`: milliseconds per image. `feed`: images/s into the training loop. `step`: images/s of a training
             step by setting and batch size, and as a fraction of the processor's peak. `train`: images/s of the loader,
             the step and both. `prepare`: images/s and peak memory. `predict`: milliseconds per stage. `evaluate`:
             milliseconds per image. `startup`: seconds to the first step. `scale`: images/s on 1, 2 and 3 simulated
             nodes.
-        out: folder for the results; default: runs/bench/WHAT.
+        out: folder for the results; default: runs/bench/NAME.
         repeats: runs of each baseline, interleaved.
         images: size of the dataset of `feed`, `train`, `prepare`, `evaluate` and `scale`.
     """
     from raylivecell.bench import run as benchmark
 
-    benchmark.bench(what, local(out or Path("runs/bench") / what), repeats, images)
+    benchmark.bench(name, local(out or Path("runs/bench") / name), repeats, images)
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -258,7 +258,7 @@ def submit(arguments: Sequence[str]) -> int:
             label: NAME=VALUE of the nodes on which the driver may run.
             wait: follow the log until the job ends.
             stop_on_interrupt: Ctrl-C stops the job.
-            max_upload_mib: largest upload in MiB; a larger one is refused.
+            max_upload_mib: maximum upload in MiB; a larger upload is rejected.
         """
         job = jobs.request(stage or "", stage_flags, working_dir, name, env, cpus, label)
         return jobs.run(job, working_dir.absolute(), address, wait, stop_on_interrupt, max_upload_mib)

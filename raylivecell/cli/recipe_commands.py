@@ -133,7 +133,7 @@ def check(arguments: Sequence[str]) -> int:
         out: str | None = None,
         workers: str = "1",
     ) -> int:
-        """Find what would fail or hang before a run starts; print numbered findings, exit with 1 if there is a fail.
+        """Find what would fail or hang before a run starts; print numbered findings, exit with 1 at any `fail`.
 
         Args:
             data: URI of a prepared dataset.

@@ -1,4 +1,4 @@
-"""Process-wide settings, changed inside a `with` block and restored after it, so that a notebook keeps its own.
+"""Process-wide settings, changed inside a `with` block and restored after it, so that a notebook is not affected.
 
 A setting that must outlast the call is changed only in processes that this package starts (tasks, actors, training
 workers), never in the caller's.

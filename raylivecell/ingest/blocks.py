@@ -30,7 +30,7 @@ Sample = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples come from and how they are transformed; small, sent to every task."""
+    """Location and transform of the samples; small, sent to every task."""
 
     rows: Sequence[shards.Row]
     schedule: SampleSchedule

@@ -97,7 +97,7 @@ def deform_control_points(
 
 
 def _cosines(positions: np.ndarray, length: int, sigma: float, step: float) -> NDArray[np.float32]:
-    """Cosine basis along one axis: float32 (positions, frequencies); the squares of a row sum to its variance.
+    """Cosine basis along one axis: float32 (positions, frequencies); the squares of a row sum to the variance.
 
     White noise of variance 1 on `length` pixels with reflecting borders has independent amplitudes of variance 1 in the
     orthonormal cosines (DCT-II); the blur multiplies frequency w by exp(-(sigma w)^2 / 2).

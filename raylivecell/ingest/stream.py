@@ -32,7 +32,7 @@ Batch = dict[str, np.ndarray]
 # complete images per second in blocks of 61, and 390 in blocks of 32; crops of 256x256 arrive at 990, 1,380 and 1,660
 # per second in blocks of 64, 128 and 256.
 BLOCK_SAMPLES, BLOCK_BYTES = 256, 64 * 2**20
-# Minimum number of blocks that fit into a stream's memory: one in use, one prefetched, and the others in tasks.
+# Minimum number of blocks that fit into a stream's memory: one in use, one prefetched, and the rest in tasks.
 STREAM_BLOCKS = 8
 
 
