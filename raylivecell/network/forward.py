@@ -52,7 +52,7 @@ def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> N
 def logits_of_picture(
     network: nn.Module, image: NDArray[np.uint8], padding: NDArray[np.bool_] | None, flips: bool = False
 ) -> Tensor:
-    """`logits` of one image, (C, H, W): minus infinity in its padding, which is cut off before the network.
+    """`logits` of one image, (C, H, W): minus infinity in its padding, which is hidden from the network.
 
     Args:
         network: in evaluation mode.

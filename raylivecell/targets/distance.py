@@ -87,7 +87,7 @@ def _depth(labels: NDArray[np.uint16]) -> NDArray[np.float32]:
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     edge = (cv2.dilate(labels, cross) != labels) | (cv2.erode(labels, cross) != labels)
     edge &= labels != 0
-    if not edge.any():  # one cell fills the image
+    if not edge.any():  # no cell, or one that fills the image
         return (labels != 0).astype(np.float32)
     distance = cv2.distanceTransform((~edge).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     # OpenCV 5 rounds a square root up or down depending on the array's address: equal depths must be equal to the bit.
