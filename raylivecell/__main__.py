@@ -5,7 +5,7 @@ import sys
 
 
 def _without_working_folder() -> list[str]:
-    """sys.path without the working folder, which `-m` puts first: files downloaded to it must not be imported.
+    """sys.path without the working folder, which `-m` puts first: files downloaded into it must not be imported.
 
     The working folder is kept if it contains this package, as in a checkout.
     """

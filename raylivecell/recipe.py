@@ -1,9 +1,9 @@
-"""The recipe: everything that determines what is trained, but not where it runs. YAML in and out.
+"""The recipe: all settings that determine the trained network, but not where it is trained; a YAML file.
 
 The shipped recipes are recipes/*.yaml; `find` turns their names into paths.
 
-A recipe file names only what differs from the defaults. An unknown or ill-typed field is refused with its path and
-the nearest right name. Reading a recipe imports neither torch nor Ray.
+A recipe file contains only the fields that differ from the defaults. An unknown field or a wrong type is an error with
+the field's path and the nearest valid name. Reading a recipe imports neither torch nor Ray.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from raylivecell.core.settings import StrictModel, read, validate
 from raylivecell.targets.registry import Targets, target
 
 SWEEP = "sweep"
-"""The part of a recipe file that says how to search (sweep/space.py); no part of the recipe itself."""
+"""Key of a recipe file with the settings of a sweep (sweep/space.py); not part of the recipe itself."""
 
 
 class PhaseConfig(StrictModel):
@@ -30,7 +30,7 @@ class PhaseConfig(StrictModel):
     epochs: int | None = Field(None, ge=1)
     """Length in epochs, each of which includes the augmented copies."""
     steps: int | None = Field(None, ge=1)
-    """Length in optimizer steps; the time needed then does not depend on the size of the dataset."""
+    """Length in optimizer steps, which does not depend on the size of the dataset."""
     originals: bool = True
     """Whether each epoch contains every image once unchanged (only cropped at random)."""
     augmented_copies: int = Field(0, ge=0)
@@ -85,9 +85,9 @@ class AugmentConfig(StrictModel):
     """Differences from the dataset's background level are multiplied by exp(u), u uniform in
     [-log(1 + contrast), log(1 + contrast)]."""
     border: Literal["reflect", "constant"] = "reflect"
-    """How pixels outside the image are filled: by reflection (image and targets), or with the background level."""
+    """Values of pixels outside the image: reflected (image and targets), or the background level."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where samples are augmented: cpu: in Ray Data's tasks; cuda: in the training process on its GPU, for machines
+    """Device of the augmentation. cpu: in Ray Data's tasks; cuda: in the training process on its GPU, for machines
     with few CPUs per GPU. The results agree to within rounding; all images must have the same size."""
 
 
@@ -104,7 +104,7 @@ Network = Literal[
     "UNet",
     "VNet",
 ]
-"""`unet`: this project's; the others are classes of monai.networks.nets, by their names there."""
+"""`unet` is this project's network; all other names are classes of monai.networks.nets."""
 MAX_OPTIONS_BYTES, MAX_OPTION = 2000, 4096
 """Limits of `ModelConfig.options`: bytes of JSON, and absolute value of each number. A checkpoint's recipe is
 untrusted, and a network of a billion blocks would fill the memory before its weights are read."""
@@ -114,15 +114,15 @@ class ModelConfig(StrictModel):
     """The network."""
 
     name: Network = "unet"
-    """unet: the paper's U-Net, with features and norm. The others are MONAI's 2-D networks, with options."""
+    """unet: the paper's U-Net, with features and norm. All other names: networks of MONAI, with options."""
     features: tuple[PositiveInt, ...] = Field((64, 128, 256, 512), min_length=1, max_length=12)
     """unet only: channels of each level of the contracting path; the bottleneck has twice the last."""
     norm: Norm = "batch"
     """unet only. batch: BatchNorm2d (the paper). sync_batch: statistics over all workers' images (GPU only). group:
     GroupNorm, whose result does not depend on how a batch is split over workers."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    """MONAI networks only: arguments of the network's class as JSON, such as {"init_filters": 16}; the others keep
-    MONAI's defaults."""
+    """MONAI networks only: arguments of the network's class as JSON, such as {"init_filters": 16}; arguments not
+    listed keep MONAI's defaults."""
 
     @field_validator("options")
     @classmethod
@@ -151,7 +151,7 @@ class LossConfig(StrictModel):
     """The loss: bce_weight * BCE + (1 - bce_weight) * Dice, plus aux_weight * the loss of boundaries or distances."""
 
     bce_weight: float = Field(0.5, ge=0, le=1)
-    """Weight of the cross-entropy; Dice has 1 - bce_weight."""
+    """Weight of the cross-entropy; the Dice loss has 1 - bce_weight."""
     background_weight: float = Field(1.0, gt=0)
     """BCE weight of a background pixel."""
     cell_weight: float = Field(1.0, gt=0)
@@ -159,7 +159,7 @@ class LossConfig(StrictModel):
     border_weight: float = Field(1.0, ge=0)
     """w0: additional BCE weight between touching cells (10 in the original U-Net)."""
     aux_weight: float = Field(1.0, ge=0)
-    """Weight of the loss of boundaries or distances; the foreground has 1."""
+    """Weight of the loss of boundaries or distances; the foreground loss has weight 1."""
 
 
 class OptimizerConfig(StrictModel):
@@ -170,7 +170,7 @@ class OptimizerConfig(StrictModel):
     betas: tuple[float, float] = (0.9, 0.999)
     """Exponential decay rates of the first and second moment."""
     amsgrad: bool = True
-    """Use the maximum of all second moments so far."""
+    """Use the running maximum of the second moment (AMSGrad)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW) of convolution weights; 0 is plain Adam."""
     schedule: Literal["constant", "poly", "cosine"] = "constant"
@@ -184,7 +184,7 @@ class OptimizerConfig(StrictModel):
 
 
 class LoopConfig(StrictModel):
-    """How the training loop runs."""
+    """Settings of the training loop."""
 
     report_steps: int | None = Field(None, ge=1)
     """Steps between reports (validation, metrics, checkpoint); none: a report after every epoch."""
@@ -194,8 +194,8 @@ class LoopConfig(StrictModel):
     channels_last: bool = True
     """Memory format channels_last: faster on GPUs and CPUs."""
     compile: bool = False
-    """Compile the network with torch.compile: 15 to 60 s at the start, and a C++ compiler on a CPU. Worth it for runs
-    of minutes or more (1.3 times as fast on a CPU with AMX, no gain with AVX-512 alone: `bench step`)."""
+    """Compile the network with torch.compile: 15 to 60 s at the start, and a C++ compiler on a CPU. Pays off in
+    runs of minutes or more (1.3 times as fast on a CPU with AMX, no gain with AVX-512 alone: `bench step`)."""
 
 
 # First the original images, then originals and augmented copies together.
@@ -203,14 +203,14 @@ PAPER_PHASES = (PhaseConfig(epochs=10), PhaseConfig(epochs=10, augmented_copies=
 
 
 class Recipe(StrictModel):
-    """Everything that determines what is trained; where it runs is set by the command's flags."""
+    """All settings that determine the trained network; flags of the command determine where it is trained."""
 
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the sample order and all augmentation."""
     batch_size: int = Field(2, ge=1)
     """Images per optimizer step, over all workers together."""
     crop: tuple[int, int] | None = (333, 434)
-    """Height and width of the random training crops, pixels; none: whole images, which must then have one size."""
+    """Height and width of the random training crops, pixels; none: complete images of equal size."""
     targets: Targets = "foreground"
     """What the network predicts. foreground: cell or background (the paper). boundary: also the boundaries of cells.
     distance: also distances to each cell's centre and boundary, which separates touching cells best."""
@@ -244,22 +244,22 @@ class Recipe(StrictModel):
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that this package holds: name -> YAML file, by name."""
+    """Shipped recipes: name -> YAML file, sorted by name."""
     return {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
 
 
 def describe(path: Path) -> str:
-    """The comment at the top of a recipe file, as one paragraph: what the recipe is for, costs and reaches."""
+    """Return the comment at the top of a recipe file as one paragraph: the recipe's purpose, cost and scores."""
     lines = path.read_text().splitlines()
     end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return " ".join(line.lstrip("# ") for line in lines[:end])
 
 
 def find(name: str) -> str:
-    """Path of the shipped recipe `name` (a word such as small); anything else is a path or URI, returned as it is.
+    """Path of the shipped recipe `name` (a word such as small); anything else is a path or URI, returned unchanged.
 
     Raises:
-        UserError: a word that no shipped recipe is called.
+        UserError: a word that is not the name of a shipped recipe.
     """
     recipes = shipped()
     if not re.fullmatch(r"[\w-]+", name):
@@ -267,22 +267,22 @@ def find(name: str) -> str:
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, 1)
         hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(recipes)}"
-        raise UserError(f"no recipe is called {name!r}; {hint} (a file of your own: its path, as ./{name}.yaml)")
+        raise UserError(f"no shipped recipe {name!r}; {hint} (for a file, give its path: ./{name}.yaml)")
     return str(recipes[name])
 
 
 def load(uri: str | Path) -> Recipe:
-    """The recipe in the YAML file at `uri`; UserError naming the file, the field and the fix if it is wrong."""
+    """Read the recipe in the YAML file at `uri`; UserError with the file, the field and the fix if it is invalid."""
     values = read(uri)
     values.pop(SWEEP, None)
     return parse(values, str(uri))
 
 
 def parse(values: dict[str, Any], source: str) -> Recipe:
-    """`values` as a Recipe; UserError beginning with `source` and the field's path where they are none."""
+    """Validate `values` as a Recipe; UserError that starts with `source` and the path of the invalid field."""
     return validate(Recipe, values, source)
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, every field written out."""
+    """Format the complete recipe as YAML, including fields with default values."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

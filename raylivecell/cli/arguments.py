@@ -1,4 +1,4 @@
-"""Arguments of the command line: calling a command with them, and flags that are read before or after parsing."""
+"""Arguments of the command line: the call of a command with them, and flags that are read before or after parsing."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from raylivecell.core.docstrings import unwrapped
 from raylivecell.core.errors import UserError
 
 Resume = Literal["never", "auto", "always"]
-"""Whether a run in --out is resumed; `auto`: only if there is one."""
+"""Whether to resume the run in --out; `auto`: if there is one."""
 
 FLAGS = ConstructorRegistry()
 """Parsers of types that tyro does not support."""
@@ -61,9 +61,9 @@ def _rules(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, str]] 
 
 
 def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
-    """Return `arguments` with the values of every `flag` after one at the end: a parser would use the last alone."""
+    """Return `arguments` with all values of `flag` after a single one at the end: the parser uses only the last."""
     values: list[str] = []
-    others: list[str] = []
+    remaining: list[str] = []
     in_flag = False
     for word in arguments:
         name, equals, value = word.partition("=")
@@ -74,20 +74,20 @@ def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
             values.append(word)
         else:
             in_flag = False
-            others.append(word)
-    return [*others, flag, *values] if len(others) < len(arguments) else others
+            remaining.append(word)
+    return [*remaining, flag, *values] if len(remaining) < len(arguments) else remaining
 
 
 def call(
     command: Callable[..., Any], name: str, arguments: Sequence[str], registry: ConstructorRegistry = FLAGS
 ) -> Any:
-    """Call `command` with the values that `arguments` give to its parameters; its docstring is the help text."""
+    """Parse `arguments` as the parameters of `command` and call it; its docstring is the help text."""
     command.__doc__ = unwrapped(command.__doc__ or "")
     return tyro.cli(command, prog=f"raylivecell {name}", args=arguments, registry=registry)
 
 
 def recipe_file(arguments: Sequence[str]) -> str | None:
-    """Path or URI of the recipe file: --recipe, else the recipe of the run that --resume continues."""
+    """Path or URI of the recipe file: --recipe, otherwise the recipe of the run that --resume continues."""
     recipe, out = value_of("--recipe", arguments), value_of("--out", arguments)
     resume = value_of("--resume", arguments)
     if recipe is not None:
@@ -103,7 +103,7 @@ def recipe_file(arguments: Sequence[str]) -> str | None:
 
 
 def resumes(mode: Resume, out: str) -> bool:
-    """Whether a run at `out` is to be resumed; UserError later if `always` finds none."""
+    """Whether to resume a run at `out`; with `always` and no run, the command itself raises a UserError."""
     from raylivecell.runs import folder
 
     return mode == "always" or (mode == "auto" and folder.holds_run(out))

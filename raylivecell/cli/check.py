@@ -1,7 +1,7 @@
 """`check`: find what would fail, hang or be slow before a run starts; each finding says how to fix it.
 
-Facts come from the nodes (cli/probe.py), the dataset and a trial batch. Each finding is a plain function of facts, so
-that it can be tested.
+The facts are about the nodes (cli/probe.py), the dataset and a trial batch. Each finding is a plain function of facts,
+so that it can be tested.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
-from raylivecell.network import forward as segment
+from raylivecell.network import forward as network_forward
 from raylivecell.recipe import PhaseConfig, Recipe
 from raylivecell.runs import folder
 from raylivecell.runtime import placement, session
@@ -43,7 +43,7 @@ BATCH_TIMEOUT_S = 300.0
 
 
 class Finding(NamedTuple):
-    """A line of output."""
+    """One line of output."""
 
     level: Level
     subject: str
@@ -61,17 +61,17 @@ class CheckRequest(NamedTuple):
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers."""
+        """Minimum number of workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The most workers."""
+        """Maximum number of workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 def check(request: CheckRequest) -> int:
-    """Print numbered findings; 1 if one is a fail, else 0."""
+    """Print numbered findings; return 1 if any has the level fail, otherwise 0."""
     exit_code, output = 0, Console(highlight=False, soft_wrap=True)
     for number, finding in enumerate(findings(request), 1):
         level = Text(finding.level, COLOURS[finding.level])
@@ -82,7 +82,7 @@ def check(request: CheckRequest) -> int:
 
 
 def findings(request: CheckRequest) -> Iterator[Finding]:
-    """All findings, in the order in which a run would fail; without Ray, only those that do not need it."""
+    """Yield all findings, in the order in which a run would fail; without Ray, only those that do not need it."""
     recipe = request.recipe
     description = None
     with _errors_as_findings("dataset") as errors:
@@ -128,7 +128,7 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
 
 
 def dataset(data: str, description: dict[str, Any]) -> Finding:
-    """Whether every shard exists with the rows and the size listed in dataset.json."""
+    """Check that every shard exists, with the number of rows and the size listed in dataset.json."""
     problems, rows = [], 0
     for split in description["splits"].values():
         for shard in split["shards"]:
@@ -156,17 +156,17 @@ def _shard_problem(uri: str, shard: dict[str, Any]) -> str:
 
 
 def run_name(out: str) -> Finding:
-    """Whether the folder is free: Ray would resume a run in it."""
+    """Check that `out` contains no run: Ray would resume it."""
     if failed := folder.failure(out):
-        state = f"{out} holds a run that failed ({failed.reason})"
+        state = f"{out} contains a run that failed ({failed.reason})"
         return Finding("warn", "run name", state, "train starts again, keeping its files; --resume always continues it")
     if folder.holds_run(out):
-        return Finding("fail", "run name", f"{out} holds a run", "choose another --out, or train with --resume always")
+        return Finding("fail", "run name", f"{out} contains a run", "choose another --out, or --resume always")
     return Finding("pass", "run name", f"{out} is free")
 
 
 def cluster(nodes: Sequence[Node]) -> Finding:
-    """Whether every node answers."""
+    """Check that every node answers."""
     failures = [f"{node.address} ({node.no_answer})" for node in nodes if node.no_answer]
     if failures:
         return Finding("fail", "Ray", f"no answer from {', '.join(failures[:3])}", "see that node's log, or drain it")
@@ -175,44 +175,46 @@ def cluster(nodes: Sequence[Node]) -> Finding:
 
 
 def versions(nodes: Sequence[Node]) -> Finding:
-    """Whether all nodes run the same versions: they exchange tensors and pickles."""
+    """Check that all nodes run the same versions: they exchange tensors and pickles."""
     addresses: dict[Any, list[str]] = {}
     for node in nodes:
         if not node.no_answer:
             addresses.setdefault(node.versions, []).append(node.address)
     if len(addresses) < 2:
         return Finding("pass", "versions", " ".join(f"{a} {b}" for kind in addresses for a, b in kind) or "no node")
-    majority, *others = sorted(addresses, key=lambda kind: -len(addresses[kind]))
-    deviations = [f"{addresses[kind][0]} has {a} {b}" for kind in others for a, b in kind if (a, b) not in majority]
-    return Finding("fail", "versions", f"{', '.join(deviations)}, others not", "give every node the same image")
+    majority, *minorities = sorted(addresses, key=lambda kind: -len(addresses[kind]))
+    deviations = [f"{addresses[kind][0]} has {a} {b}" for kind in minorities for a, b in kind if (a, b) not in majority]
+    return Finding(
+        "fail", "versions", f"{', '.join(deviations)}, unlike the other nodes", "give every node the same image"
+    )
 
 
 def clocks(nodes: Sequence[Node]) -> Finding:
-    """Whether the clocks agree."""
+    """Check that the clocks agree."""
     worst = max((node for node in nodes if not node.no_answer), key=lambda node: abs(node.clock_s), default=None)
-    off = abs(worst.clock_s) if worst else 0.0
-    if worst is None or off < CLOCK_WARN_S:
+    offset = abs(worst.clock_s) if worst else 0.0
+    if worst is None or offset < CLOCK_WARN_S:
         return Finding("pass", "clocks", f"within {CLOCK_WARN_S:g} s")
-    level: Level = "fail" if off > CLOCK_FAIL_S else "warn"
-    return Finding(level, "clocks", f"{worst.address} is {off:.0f} s off", "synchronise it (chrony, NTP)")
+    level: Level = "fail" if offset > CLOCK_FAIL_S else "warn"
+    return Finding(level, "clocks", f"{worst.address} is {offset:.0f} s off", "synchronise it (chrony, NTP)")
 
 
 def shared_memory(nodes: Sequence[Node]) -> Finding:
-    """Whether /dev/shm can hold each node's object store, which is on a disk otherwise."""
-    short = [
+    """Check that each node's object store fits into /dev/shm; otherwise Ray puts it on a disk."""
+    too_small = [
         f"{node.address} has {node.shared_memory / 2**30:.1f} GiB for a store of "
         f"{node.resources.get('object_store_memory', 0) / 2**30:.1f}"
         for node in nodes
         if not node.no_answer and node.shared_memory < node.resources.get("object_store_memory", 0)
     ]
-    if short:
+    if too_small:
         hint = "give the container --shm-size, the pod an emptyDir of medium Memory, or Ray a smaller store"
-        return Finding("warn", "shared memory", ", ".join(short[:3]), hint)
-    return Finding("pass", "shared memory", "holds every node's object store")
+        return Finding("warn", "shared memory", ", ".join(too_small[:3]), hint)
+    return Finding("pass", "shared memory", "every node's object store fits")
 
 
 def gpus(nodes: Sequence[Node], workers: int) -> Finding:
-    """Whether torch finds the GPUs that Ray has, and each of `workers`, the fewest of the run, gets one."""
+    """Check that torch finds the GPUs that Ray has, and that they suffice for `workers`, the minimum of the run."""
     mismatches = [
         f"{node.address}: Ray has {node.resources.get('GPU', 0):g}, torch finds {node.gpus}"
         for node in nodes
@@ -228,7 +230,7 @@ def gpus(nodes: Sequence[Node], workers: int) -> Finding:
 
 
 def shared_storage(nodes: Sequence[Node], out: str) -> Finding:
-    """Whether every node can read what the others write."""
+    """Check that every node can read the files that other nodes write."""
     failures = [f"{node.address}: {node.storage_error}" for node in nodes if node.storage_error]
     if failures:
         hint = f"give --out as {SHARED_OUT}, and its credentials to each node"
@@ -237,7 +239,7 @@ def shared_storage(nodes: Sequence[Node], out: str) -> Finding:
 
 
 def token(mode: str | None, status: int | None) -> Finding:
-    """Whether the job API requires a token: without one, anybody who reaches it can run code.
+    """Check that the job API requires a token: otherwise anybody who reaches it can run code.
 
     Args:
         mode: RAY_AUTH_MODE of this process.
@@ -252,7 +254,7 @@ def token(mode: str | None, status: int | None) -> Finding:
 
 
 def object_store(description: dict[str, Any], request: CheckRequest) -> Finding:
-    """Whether the decoded images fit into the object store; else they are decoded again in every epoch."""
+    """Check that the decoded images fit into the object store; otherwise they are decoded again in every epoch."""
     cells, free = request.recipe.targets != "foreground", cache_budget_bytes()
     needed = description["splits"]["train"]["images"] * sample_bytes(request.data, "train", cells)
     message = f"{needed / 2**30:.1f} GiB of decoded images, {free / 2**30:.1f} GiB available"
@@ -263,7 +265,7 @@ def object_store(description: dict[str, Any], request: CheckRequest) -> Finding:
 
 
 def trial_batch(request: CheckRequest) -> Finding:
-    """Whether a worker of the cluster can train one step on its largest possible share of a batch."""
+    """Check that a worker of the cluster can train one step on its largest possible share of a batch."""
     gpu = min(1, placement.gpu_slots(session.machines()))
     share = max(1, request.recipe.batch_size // request.min_workers)
     crop = request.recipe.crop or max(shards.image_sizes(request.data, "train"), default=(64, 64))
@@ -276,12 +278,12 @@ def trial_batch(request: CheckRequest) -> Finding:
     except Exception as error:  # out of memory, in torch or killed by Ray; no CPU or GPU free
         cause = getattr(error, "cause", None) or error  # without the process and traceback of the task
         hint = "" if isinstance(cause, UserError) else hint
-        return Finding("fail", "trial batch", f"{share} of {crop[0]}x{crop[1]}: {_line(cause)}", hint)
-    return Finding("pass", "trial batch", f"{share} of {crop[0]}x{crop[1]} take {used / 2**30:.2f} GiB")
+        return Finding("fail", "trial batch", f"{share} images of {crop[0]}x{crop[1]}: {_line(cause)}", hint)
+    return Finding("pass", "trial batch", f"{share} images of {crop[0]}x{crop[1]} take {used / 2**30:.2f} GiB")
 
 
 def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
-    """Train one step on random pixels as the recipe does; return the peak memory in bytes: the GPU's, if there is one.
+    """Train one step on random pixels as the recipe does; return the peak memory in bytes, on the GPU if there is one.
 
     Raises:
         UserError: Ray assigned a GPU to this process, but torch does not find one.
@@ -293,7 +295,7 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if ray.get_gpu_ids() and device.type == "cpu":
         raise UserError(preflight.blind_gpu(ray.util.get_node_ip_address()))
-    state = loop.start(segment.build(recipe, device), recipe.optimizer, 1)
+    state = loop.start(network_forward.build(recipe, device), recipe.optimizer, 1)
     forward = wrap(state.model, recipe, 1, device)
     planes = torch.randint(0, 2, (images, sample_planes.count(recipe.targets), *crop), dtype=torch.uint8)
     schedule = order.SampleSchedule(0, images, images, (PhaseConfig(steps=1),))
@@ -321,7 +323,7 @@ def _status_without_token() -> int | None:
 
 
 def _preflight(subject: str, check: Callable[[], Any], message: str) -> Finding:
-    """Finding of a check of training/preflight.py: its error, or `message`."""
+    """Run a check of training/preflight.py; its finding has its error, or `message`."""
     try:
         check()
     except UserError as error:
@@ -331,7 +333,7 @@ def _preflight(subject: str, check: Callable[[], Any], message: str) -> Finding:
 
 @contextlib.contextmanager
 def _errors_as_findings(subject: str, hint: str = "") -> Iterator[list[Finding]]:
-    """Collect an error raised in the block as a fail."""
+    """Collect an error raised in the block as a finding of level fail."""
     findings: list[Finding] = []
     try:
         yield findings

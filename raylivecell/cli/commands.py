@@ -18,9 +18,9 @@ def synth(out: Path, images: int = 40, seed: int = 0, defects: bool = False) -> 
 
     Args:
         out: folder to write; it must be empty or not exist.
-        images: number of images, of train, val and test together.
+        images: total number of images in train, val and test.
         seed: image i depends only on (seed, i).
-        defects: include every kind of defect that `prepare` must find, listed in planted.json.
+        defects: include every kind of defect that `prepare` detects, listed in planted.json.
     """
     from raylivecell.core.console import console, track
     from raylivecell.runtime import session
@@ -47,7 +47,7 @@ def evaluate(
     tta: bool = False,
     calibrate: bool = False,
 ) -> None:
-    """Score a checkpoint, or the cells of any tool, on complete images; writes metrics.json and report.html.
+    """Score a checkpoint, or the results of another tool, on complete images; write metrics.json and report.html.
 
     Args:
         data: a prepared dataset.
@@ -86,16 +86,16 @@ def predict(
     overwrite: bool = False,
     follow_links: bool = False,
 ) -> None:
-    """Segment the cells in a folder of images; resumable. Writes images.csv, a row per image.
+    """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
     Args:
         checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file (runs without torch).
-        images: a folder (nested too) or a file; TIFF or PNG, 8 or 16 bits, as stored.
+        images: a folder (with subfolders) or a file; TIFF or PNG, 8 or 16 bits, as stored.
         out: folder to write.
-        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (a row per cell).
+        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell).
         tta: test-time augmentation: average the predictions of the four flips.
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
-        overwrite: delete the files of an earlier predict in --out.
+        overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to the stores of git-annex and DVC.
     """
     from raylivecell.inference import predict as prediction
@@ -104,7 +104,7 @@ def predict(
 
 
 def export(checkpoint: str, out: str) -> None:
-    """Export a network to one file for other programs; it is loaded again and its output compared.
+    """Export a network to one file for other programs; the file is loaded again and its output compared.
 
     Args:
         checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
@@ -177,28 +177,28 @@ def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
 
 
 def bench(
-    what: tyro.conf.Positional[
+    name: tyro.conf.Positional[
         Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
     ],
     out: Path | None = None,
     repeats: int = 5,
     images: int = 200,
 ) -> None:
-    """Measure one part against its baselines, in one run; writes bench.json and bench.png.
+    """Measure one part against its baselines, in one run; write bench.json and bench.png.
 
     Args:
-        what: `augment`: milliseconds per image. `feed`: images/s into the training loop. `step`: images/s of a training
+        name: `augment`: milliseconds per image. `feed`: images/s into the training loop. `step`: images/s of a training
             step by setting and batch size, and as a fraction of the processor's peak. `train`: images/s of the loader,
             the step and both. `prepare`: images/s and peak memory. `predict`: milliseconds per stage. `evaluate`:
             milliseconds per image. `startup`: seconds to the first step. `scale`: images/s on 1, 2 and 3 simulated
             nodes.
-        out: folder for the results; default: runs/bench/WHAT.
+        out: folder for the results; default: runs/bench/NAME.
         repeats: runs of each baseline, interleaved.
         images: size of the dataset of `feed`, `train`, `prepare`, `evaluate` and `scale`.
     """
     from raylivecell.bench import run as benchmark
 
-    benchmark.bench(what, local(out or Path("runs/bench") / what), repeats, images)
+    benchmark.bench(name, local(out or Path("runs/bench") / name), repeats, images)
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -219,7 +219,7 @@ def prepare(arguments: Sequence[str]) -> None:
         Args:
             source: folder or URI with images and annotation files.
             out: URI of the dataset to write.
-            fields: what to read, and the rule for each kind of defect.
+            fields: settings of the source, and the rule for each kind of defect.
             strict: if there are defects, list them and stop.
         """
         run(source, out, fields, strict, segmenter.intensity_rule)
@@ -250,7 +250,7 @@ def submit(arguments: Sequence[str]) -> int:
         running.
 
         Args:
-            address: the cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS.
+            address: the cluster's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
             working_dir: the project's folder, which contains jobs/ and the recipe.
             name: name of the job; default: the stage, the name of --out and six random hexadecimal digits.
             env: environment variables of the job, NAME=VALUE; the dashboard shows them, so give no secrets.
@@ -258,14 +258,15 @@ def submit(arguments: Sequence[str]) -> int:
             label: NAME=VALUE of the nodes on which the driver may run.
             wait: follow the log until the job ends.
             stop_on_interrupt: Ctrl-C stops the job.
-            max_upload_mib: largest upload in MiB; a larger one is refused.
+            max_upload_mib: maximum upload in MiB; a larger upload is rejected.
         """
         job = jobs.request(stage or "", stage_flags, working_dir, name, env, cpus, label)
         return jobs.run(job, working_dir.absolute(), address, wait, stop_on_interrupt, max_upload_mib)
 
     options = inspect.signature(command).parameters.values()
     with_value = {f"--{option.name.replace('_', '-')}" for option in options if option.annotation is not bool}
-    own, stage, stage_flags = jobs.split(arguments, with_value)
-    if stage is None and not {"-h", "--help"} & set(own):
-        raise UserError(f"no stage in {' '.join(own) or 'an empty command'}; give one of {', '.join(jobs.STAGES)}")
-    return call(command, "submit", own)
+    submit_flags, stage, stage_flags = jobs.split(arguments, with_value)
+    if stage is None and not {"-h", "--help"} & set(submit_flags):
+        command_line = " ".join(submit_flags) or "an empty command"
+        raise UserError(f"no stage in {command_line}; give one of {', '.join(jobs.STAGES)}")
+    return call(command, "submit", submit_flags)

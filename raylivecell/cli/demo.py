@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from raylivecell import recipe
+from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import prepare
@@ -19,14 +20,14 @@ from raylivecell.training import preflight, train
 IMAGES = 64
 MIN_IMAGES = 8
 FOLDERS = ("cells", "data", "run", "scores", "found")
-# File in a folder created by the demo; the demo deletes files only in such a folder.
+# Marks a folder created by the demo; the demo deletes files only in such a folder.
 MARK = ".raylivecell-demo"
 
 
 def demo(out: Path, recipe_file: str, images: int = IMAGES, seed: int = 0) -> dict[str, Any]:
     """Run all stages in `out`, print which files to open, and return the scores of `evaluate`.
 
-    Training uses two workers if this machine has CPUs for them, else one.
+    Training uses two workers if this machine has CPUs for them, otherwise one.
 
     Raises:
         UserError: `out` contains files not written by the demo; the recipe cannot be trained here.
@@ -51,7 +52,7 @@ def demo(out: Path, recipe_file: str, images: int = IMAGES, seed: int = 0) -> di
 
 
 def _workers(settings: recipe.Recipe) -> int:
-    """Number of workers for this machine; UserError before any other stage if training would be refused."""
+    """Number of workers for this machine; UserError, before any stage runs, if training would fail here."""
     workers = preflight.demo_workers(settings.batch_size)
     console.print(f"training will use {workers} worker{'s' if workers > 1 else ''}")
     preflight.hardware(settings)
@@ -68,7 +69,7 @@ def _check_free(out: Path) -> None:
 
 def _clear(out: Path) -> None:
     for name in FOLDERS:
-        prepare.storage.delete(out / name)
+        storage.delete(out / name)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
 
@@ -86,5 +87,5 @@ def _show(out: Path, seconds: float) -> None:
     table.add_row("training curves", str(out / "run" / "report.html"))
     table.add_row("worst, median and best image", str(out / "scores" / "overlays"))
     table.add_row("test images with outlines of the cells", str(out / "found" / "overlays"))
-    table.add_row("a row per cell, a row per image", f"{out / 'found' / 'cells.csv'}, images.csv")
+    table.add_row("one row per cell, one row per image", f"{out / 'found' / 'cells.csv'}, images.csv")
     console.print(table)

@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "sweep": ("search for a better recipe", recipe_commands.sweep),
     "evaluate": ("score a checkpoint on complete images", _typed(commands.evaluate)),
     "predict": ("segment a folder of images", _typed(commands.predict)),
-    "export": ("write a checkpoint as ONNX or torch.export file", _typed(commands.export)),
+    "export": ("export a checkpoint as an ONNX or torch.export file", _typed(commands.export)),
     "submit": ("run a stage as a job on a Ray cluster", commands.submit),
     "recipes": ("list the shipped recipes", _typed(commands.recipes)),
     "bench": ("measure one part against its baselines", _typed(commands.bench)),
@@ -48,7 +48,7 @@ DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "RAYLIVECELL_DEBUG"
 
 def usage() -> str:
     """Text of `raylivecell --help`."""
-    lines = [f"  {name:<10}{what}" for name, (what, _) in COMMANDS.items()]
+    lines = [f"  {name:<10}{summary}" for name, (summary, _) in COMMANDS.items()]
     head = f"raylivecell {__version__}: segment living cells with a U-Net trained on Ray"
     notes = [
         "`raylivecell COMMAND --help` lists its flags.",
@@ -62,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 success; 2 an error the user can fix; 130 after Ctrl-C; 141 if the reader of standard output
-        has gone; 143 after SIGTERM; of `check`, 1 if a finding is a fail; of `submit`, that of the job.
+        has gone; 143 after SIGTERM; of `check`, 1 if a finding has the level fail; of `submit`, that of the job.
     """
     arguments, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
     name = arguments[0] if arguments else ""
     resume = TO_RESUME.get(name, "")
-    # Ray reads the variable when a command imports it. A cluster to be joined must be reachable by other machines.
+    # Ray reads the variable when a command imports it. If Ray joins a cluster, other machines must be able to reach it.
     loopback = {LOOPBACK_ONLY: "0"} if os.environ.get("RAY_ADDRESS", "local") in ("", "local") else {}
     with sigterm_as_interrupt(f"raylivecell: terminated{resume}") as termination, environment(**loopback):
         try:
@@ -84,18 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """Remove --debug; also return whether it or its variable is set. The flags of a submitted stage are left alone."""
+    """Remove --debug; also return whether it or its variable is set. The flags of a submitted stage are unchanged."""
     debug = os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     if arguments[:1] == [DEBUG_FLAG]:
         arguments, debug = arguments[1:], True
     if DEBUG_FLAG not in arguments:
         return arguments, debug
-    own = len(arguments)
+    own_count = len(arguments)
     if arguments[0] == "submit":  # its own flags end where the stage begins
-        own = next((i for i, word in enumerate(arguments) if i and word in COMMANDS), own)
-    if DEBUG_FLAG not in arguments[:own]:
+        own_count = next((i for i, word in enumerate(arguments) if i and word in COMMANDS), own_count)
+    if DEBUG_FLAG not in arguments[:own_count]:
         return arguments, debug
-    return [word for word in arguments[:own] if word != DEBUG_FLAG] + arguments[own:], True
+    return [word for word in arguments[:own_count] if word != DEBUG_FLAG] + arguments[own_count:], True
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
@@ -120,7 +120,7 @@ def _reader_is_gone() -> bool:
     watch.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in watch.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error when it exits
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python prints an error when it exits
     return True
 
 
@@ -142,7 +142,7 @@ def _user_error(error: Exception) -> str | None:
     if isinstance(error, NotADirectoryError | FileExistsError) and error.filename:
         path = Path(error.filename)
         if file := next((parent for parent in (path, *path.parents) if parent.is_file()), None):
-            return f"a file is where a folder is needed: {file}"
+            return f"not a folder but a file: {file}; choose another path"
     if "pydantic" in sys.modules and (line := _field_error(error)):
         return line
     if isinstance(error, UserError):
@@ -156,7 +156,7 @@ def _user_error(error: Exception) -> str | None:
 
 
 def _field_error(error: Exception) -> str | None:
-    """Why the value of a flag is invalid, in one line; None for any other error."""
+    """Reason why the value of a flag is invalid, in one line; None for any other error."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):

@@ -22,7 +22,7 @@ SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True)
 class Node:
-    """Facts about a node; only the first three if it did not answer."""
+    """Facts about a node; only the first three are set if it did not answer."""
 
     address: str
     resources: dict[str, float]
@@ -60,13 +60,15 @@ class _Probe:
 def _storage_error(folder: str, name: str) -> str:
     try:
         storage.write_bytes(storage.join(folder, f"{name}-{ray.get_runtime_context().get_node_id()}"), b"node")
-        return "" if storage.read_bytes(storage.join(folder, name)) == b"driver" else "reads another file of this name"
+        return (
+            "" if storage.read_bytes(storage.join(folder, name)) == b"driver" else "finds a different file of this name"
+        )
     except Exception as error:  # of a disk, a network or a cloud; `check` reports it
         return " ".join(str(error).split())[:200]
 
 
 def collect(out: str | None) -> list[Node]:
-    """Collect facts from all living nodes; each writes to a temporary folder in `out` and reads the driver's file.
+    """Collect facts from all live nodes; each writes to a temporary folder in `out` and reads the driver's file.
 
     Raises:
         OSError: the driver cannot write to `out`.
@@ -105,7 +107,7 @@ def _node(record: dict[str, Any], probe: Any, facts: "ray.ObjectRef") -> Node:
 
 
 def clock_offset(clock: Callable[[], float], now: Callable[[], float] = time.time) -> float:
-    """Offset of `clock` from `now` in seconds, less what the latency of the call can explain; negative if behind."""
+    """Offset of `clock` from `now` in seconds, minus what the call's latency can explain; negative if behind."""
     before = now()
     remote = clock()
     after = now()

@@ -1,4 +1,4 @@
-"""`train`, `sweep` and `check`: their own flags and one for every field of the recipe.
+"""`train`, `sweep` and `check`: their own flags, and one flag for every field of the recipe.
 
 The recipe file is read before the flags are parsed; its values are the defaults of the flags.
 """
@@ -39,8 +39,8 @@ def train(arguments: Sequence[str]) -> None:
             fields: the recipe's fields; a flag overrides the recipe file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
             workers: training processes, N or MIN:MAX (elastic).
-            resume: `always` continues the run in --out from its last checkpoint; `auto` does if there is one and else
-                starts a run, for jobs that the cluster may restart; `never` refuses a folder in use.
+            resume: `always` continues the run in --out from its last checkpoint; `auto` does so if there is one and
+                otherwise starts a run, for jobs that the cluster may restart; `never` refuses a folder in use.
             retries: restarts from the last checkpoint after a worker has died.
         """
         run(
@@ -87,13 +87,14 @@ def sweep(arguments: Sequence[str]) -> None:
             data: URI of a prepared dataset.
             out: URI of the sweep's folder.
             fields: the starting recipe's fields; a flag overrides the recipe file.
-            search: search settings; a flag overrides the `sweep:` part of the recipe file, which also has the space.
+            search: search settings; a flag overrides the `sweep:` part of the recipe file, which also contains the
+                search space.
             recipe: name of a shipped recipe with a `sweep:` part (sweep), or a YAML file.
             trials: number of trials, including those finished before --resume.
-            resume: `always` continues the sweep in --out, also to more --trials; `auto` does if there is one and else
-                starts a sweep, for jobs that the cluster may restart; `never` refuses a folder in use.
+            resume: `always` continues the sweep in --out, also to more --trials; `auto` does so if there is one and
+                otherwise starts a sweep, for jobs that the cluster may restart; `never` refuses a folder in use.
             storage: Optuna storage URL, instead of study.db in --out; with a password: set RAYLIVECELL_STORAGE.
-            max_concurrent: most trials that run at once; default: as many as the cluster has CPUs and GPUs for.
+            max_concurrent: maximum number of concurrent trials; default: as many as the cluster has CPUs and GPUs for.
             retries: restarts of a trial from its last checkpoint after a crash.
             final_seeds: train the starting and the best recipe again with N new seeds; best.yaml is the better one.
             mlflow: MLflow tracking URI, to log the trials there too.
@@ -132,7 +133,7 @@ def check(arguments: Sequence[str]) -> int:
         out: str | None = None,
         workers: str = "1",
     ) -> int:
-        """Find what would fail or hang before a run starts; print numbered findings, exit with 1 if one is a fail.
+        """Find what would fail or hang before a run starts; print numbered findings, exit with 1 at any `fail`.
 
         Args:
             data: URI of a prepared dataset.

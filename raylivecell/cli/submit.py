@@ -35,15 +35,15 @@ MEBIBYTE = 2**20
 MAX_UPLOAD_MIB = 32
 
 JOB_ENV = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "PYTHONUNBUFFERED": "1"}
-"""Environment variables of a job: list its runs at `/api/train/v2/runs/v1`, print lines without buffering."""
+"""Environment variables of a job: to list its runs at `/api/train/v2/runs/v1`, and to print lines without buffering."""
 
-# A job runs in a copy of the uploaded folder, deleted afterwards: these flags need shared paths.
+# A job runs in a copy of the uploaded folder, which is deleted afterwards: these flags need shared paths.
 SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions")
-# Seconds between attempts to continue reading a log, or to submit to a head that is not ready; most attempts to submit.
+# Seconds between attempts to reconnect to a log or to submit to a head that is not ready; maximum attempts to submit.
 RECONNECT_S, TRIES = 2.0, 15
 # Attempts to reach a cluster that does not answer while following a job; a head restarts within minutes.
 OUTAGE_TRIES = 300
-# Answers that a retry does not change: no such job, no access.
+# Errors that a retry does not change: no such job, no access.
 FINAL = tuple(f"status code {code}" for code in (400, 401, 403, 404))
 SECRET_WORDS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL")
 
@@ -154,16 +154,16 @@ def measure(folder: Path, max_upload_mib: float = MAX_UPLOAD_MIB) -> int:
     total = sum(sizes.values())
     if total > max_upload_mib * MEBIBYTE:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-        listed = ", ".join(f"{name} ({sizes[name] / MEBIBYTE:.1f} MiB)" for name in largest)
+        largest_files = ", ".join(f"{name} ({sizes[name] / MEBIBYTE:.1f} MiB)" for name in largest)
         raise UserError(
-            f"{folder} would upload {total / MEBIBYTE:.1f} MiB, over {max_upload_mib:g}; list in .gitignore what the "
-            f"job does not need, or raise --max-upload-mib; the largest are {listed}"
+            f"{folder} would upload {total / MEBIBYTE:.1f} MiB, over {max_upload_mib:g}; list in .gitignore the files "
+            f"that the job does not need, or raise --max-upload-mib; the largest files are {largest_files}"
         )
     return total
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """Connect to the job API at `address` (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else Ray on this machine)."""
+    """Connect to the job API at `address` (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or Ray on this machine)."""
     target = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
     if target.startswith(("http://", "https://")):
         cluster_address.check_listening(target)
@@ -263,7 +263,7 @@ async def _print_logs(client: JobSubmissionClient, name: str) -> JobDetails:
 
 
 def _check_outage(error: Exception, name: str, failures: int) -> None:
-    """Print a line at the first of `failures` in a row; UserError if a retry does not help."""
+    """Print a line at the first of consecutive `failures`; UserError if a retry does not help."""
     line = _line(error)
     if any(code in line for code in FINAL):
         raise UserError(f"cannot follow the job {name}: {line[:200]}") from error

@@ -21,7 +21,7 @@ def sizes(folder: Path, excludes: Sequence[str]) -> dict[str, int]:
         excludes: patterns as in .gitignore, relative to `folder`.
     """
     file_sizes: dict[str, int] = {}
-    visited: set[str] = set()  # a link to a parent folder would be followed endlessly
+    visited: set[str] = set()  # otherwise a link to a parent folder would be followed endlessly
     pending: list[tuple[str, list[tuple[str, GitIgnoreSpec]]]] = [("", [("", _rules(excludes))])]
     while pending:
         parent, parent_rules = pending.pop()

@@ -2,8 +2,9 @@
 them.
 
 A URI is SCHEME://AUTHORITY/PATH?OPTIONS with a percent-encoded path. `join` encodes every name that it appends, and
-`split` decodes it, so that any name survives. In a URI typed by a user, a space, a `#`, a `%` without two hexadecimal
-digits and a `?` without options belong to the path. A local path is never decoded; a `file:` URI is a local path.
+`split` decodes it, so that every name is preserved. In a URI typed by a user, a space, a `#`, a `%` without two
+hexadecimal digits and a `?` without options belong to the path. A local path is never decoded; a `file:` URI is a local
+path.
 """
 
 import os
@@ -74,16 +75,16 @@ def split(address: str) -> Parts | None:
     match = _URI.fullmatch(address)
     if match is None or _FILE.fullmatch(address):
         return None
-    path, mark, options = match["rest"].partition("?")
+    path, question_mark, options = match["rest"].partition("?")
     if not _OPTIONS.fullmatch(options):
-        path, options = path + mark + options, ""
+        path, options = path + question_mark + options, ""
     if match["scheme"].lower() == "file":
         raise UserError(f"{address} is on another machine, {match['authority']}; give a path on this one")
     return Parts(match["scheme"], match["authority"], unquote(path).strip("/"), options)
 
 
 def local_path(address: str) -> str:
-    """Absolute path of a local path or a `file:` URI; UserError if it is not UTF-8."""
+    """Return the absolute path of a local path or a `file:` URI; UserError if it is not UTF-8."""
     check_no_secrets(address)
     match = _FILE.fullmatch(address)
     path = unquote(match["path"]) if match else os.path.expanduser(address)
@@ -108,7 +109,7 @@ def join(address: str, *names: str) -> str:
 
 
 def name(address: str) -> str:
-    """Last part of the path, decoded; without a path, the bucket or host."""
+    """Last part of the path, decoded; the bucket or host if the path is empty."""
     parts = split(address)
     path = local_path(address) if parts is None else parts.path or parts.authority
     return path.rpartition("/")[2]
@@ -123,7 +124,7 @@ def parent(address: str) -> str:
 
 
 def relative(address: str, root: str) -> str | None:
-    """Plain path of `address` relative to the folder `root` ("" for the folder itself); None if it is outside."""
+    """Decoded path of `address` relative to the folder `root` ("" for the folder itself); None if it is outside."""
     parts, root_parts = split(address), split(root)
     if (parts and parts._replace(path="")) != (root_parts and root_parts._replace(path="")):
         return None
@@ -134,12 +135,12 @@ def relative(address: str, root: str) -> str | None:
     return path.removeprefix(folder + "/") if path.startswith(folder + "/") else None
 
 
-def check_no_secrets(address: str, what: str = "a URI", hint: str = CLOUD) -> None:
+def check_no_secrets(address: str, subject: str = "a URI", hint: str = CLOUD) -> None:
     """Raise a UserError, which does not show the URI, if it contains a password, an access key or a signature."""
     if any(secret.match(address) for secret in _SECRETS):
         raise UserError(
-            f"{what} contains a password or an access key, which files, logs and the dashboard would show; remove it "
-            f"and set {hint} in the environment"
+            f"{subject} contains a password or an access key, which files, logs and the dashboard would show; remove "
+            f"it and set {hint} in the environment"
         )
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: a live bar in a terminal, elsewhere a plain line every few seconds."""
+"""Progress of long work on standard error: a live bar in a terminal, otherwise a plain line every few seconds."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 PLAIN_EVERY_S = 5.0
-# Characters per line in a file or a pipe, so that a table or a path stays on one line there.
+# Characters per line in a file or a pipe, so that table rows and paths are not wrapped.
 UNWRAPPED = 10_000
 
 
@@ -33,7 +33,7 @@ console = _console()
 
 
 class ProgressBar:
-    """Progress of one task, shown inside a `with` block: a bar in a terminal, else a line every PLAIN_EVERY_S."""
+    """Progress of one task, shown inside a `with` block: a bar in a terminal, otherwise a line every PLAIN_EVERY_S."""
 
     def __init__(self, text: str, total: int | None = None, unit: Literal["", " bytes"] = "") -> None:
         self.text, self.total, self.unit = text, total, unit
@@ -51,7 +51,7 @@ class ProgressBar:
         self._bar.stop()
 
     def update(self, completed: int, total: int | None = None, text: str | None = None) -> None:
-        """Show `completed` units of the task; a given `total` or `text` replaces the former one."""
+        """Show `completed` units of the task; `total` and `text` replace the previous ones if given."""
         self.total, self.text = total or self.total, text or self.text
         self._bar.update(self._task, completed=completed, total=self.total, description=self.text)
         if not console.is_terminal and time.monotonic() - self._last_line > PLAIN_EVERY_S:
@@ -60,7 +60,7 @@ class ProgressBar:
 
 
 def track(items: Iterable[Item], text: str, total: int) -> Iterator[Item]:
-    """Yield `items`, showing how many of `total` the caller has finished with."""
+    """Yield `items`, and show the number of `total` that the caller has processed."""
     with ProgressBar(text, total) as bar:
         for completed, item in enumerate(items, 1):
             yield item
@@ -68,7 +68,7 @@ def track(items: Iterable[Item], text: str, total: int) -> Iterator[Item]:
 
 
 def show_warnings(warnings: Mapping[str, Sequence[str]], file: str) -> None:
-    """Print one line for each kind of warning (its text before the first colon): number of images, and the first one.
+    """Print one line per kind of warning (its text before the first colon): number of images, and the first image.
 
     Args:
         warnings: texts by image name.

@@ -7,7 +7,7 @@ _SECTION = re.compile(r"(Args|Raises|Returns|Yields):")
 
 
 def unwrapped(docstring: str) -> str:
-    """`docstring` with one line per paragraph, and one per entry of `Args:`, `Raises:`, `Returns:`.
+    """Unwrap `docstring` to one line per paragraph, and one per entry of `Args:`, `Raises:`, `Returns:`.
 
     Args:
         docstring: in Google style; continuation lines of an entry are indented by more than its first line.

@@ -1,4 +1,4 @@
-"""The exception for errors that the user can fix: the command line prints one line and exits with 2."""
+"""Exceptions that the user can fix: the command line prints one line and exits with 2."""
 
 import errno
 
@@ -16,7 +16,7 @@ OS_FIXES = {
     errno.EIO: "check that disk: it cannot be read or written",
 }
 LONGEST = 300
-"""Characters quoted from another library's message."""
+"""Maximum characters quoted from another library's message."""
 
 
 class UserError(Exception):
@@ -46,7 +46,7 @@ class DamagedImageError(UnreadableImageError):
 
 
 def os_error_line(error: OSError, text: str = "") -> str:
-    """Format an OSError as one line: what is wrong (`text`, by default its own message), and the fix of its errno."""
+    """Format an OSError as one line: the problem (`text`; default: its own message), then the fix for its errno."""
     text = shortened(text or str(error))
     fix = OS_FIXES.get(error.errno or 0)
     return f"{text}; {fix}" if fix and fix not in text else text

@@ -1,6 +1,6 @@
-"""Process-wide settings, changed inside a `with` block and restored after it, so that a notebook keeps its own.
+"""Process-wide settings, changed inside a `with` block and restored after it, so that a notebook is not affected.
 
-A setting that must outlast the call is made only in processes that this package starts (tasks, actors, training
+A setting that must outlast the call is changed only in processes that this package starts (tasks, actors, training
 workers), never in the caller's.
 """
 
@@ -29,12 +29,12 @@ def environment(**defaults: str) -> Iterator[None]:
 @contextmanager
 def replaced_environment(**values: str) -> Iterator[None]:
     """Set environment variables inside the block, also those set by the user."""
-    before = {name: os.environ.get(name) for name in values}
+    previous = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -44,13 +44,13 @@ def replaced_environment(**values: str) -> Iterator[None]:
 @contextmanager
 def log_levels(levels: Mapping[str, int]) -> Iterator[None]:
     """Set the levels of loggers, name -> level, inside the block."""
-    before = {name: logging.getLogger(name).level for name in levels}
+    previous = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for name, level in before.items():
+        for name, level in previous.items():
             logging.getLogger(name).setLevel(level)
 
 
@@ -73,9 +73,9 @@ def opencv_threads(count: int) -> Iterator[None]:
     """Run OpenCV with `count` threads inside the block."""
     import cv2  # 0.2 s, not needed by most commands
 
-    before = cv2.getNumThreads()
+    previous = cv2.getNumThreads()
     cv2.setNumThreads(count)
     try:
         yield
     finally:
-        cv2.setNumThreads(before)
+        cv2.setNumThreads(previous)

@@ -1,4 +1,4 @@
-"""Settings from YAML files: strict pydantic models, and errors that name the field and the nearest right name."""
+"""Settings from YAML files: strict pydantic models, and errors that name the field and the nearest valid name."""
 
 import difflib
 from pathlib import Path
@@ -39,7 +39,7 @@ class _Plain(yaml.SafeLoader):
 
 
 def read(uri: str | Path) -> dict[str, Any]:
-    """Read the mapping in the YAML file at `uri`, not validated; UserError if there is none."""
+    """Read the mapping in the YAML file at `uri`, without validation; UserError if there is no file or no mapping."""
     try:
         text = storage.read_bytes(uri).decode()
     except FileNotFoundError as error:
@@ -56,7 +56,7 @@ def read(uri: str | Path) -> dict[str, Any]:
 
 
 def validate(model: type[Model], values: Any, source: str, part: str = "") -> Model:
-    """Validate `values` as a `model`; UserError naming the field and the fix.
+    """Validate `values` as a `model`; UserError with the field and the fix.
 
     Args:
         model: class of the settings.
@@ -89,7 +89,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest(path: str, model: type[BaseModel]) -> str:
-    """`; did you mean X?` for an unknown `path`: a name in its section, else a path, else any field name."""
+    """Hint `; did you mean X?` for an unknown `path`: X is a name in its section, otherwise a path or a field name."""
     paths = field_paths(model)
     section, _, last = f".{path}".rpartition(".")
     siblings = {field.rpartition(".")[2]: field for field in paths if f".{field}".rpartition(".")[0] == section}
@@ -100,4 +100,5 @@ def nearest(path: str, model: type[BaseModel]) -> str:
         matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.65)
         if matches:
             return f"; did you mean {candidates[matches[0]]}?"
-    return f"; the fields {'there ' if siblings and section else ''}are {', '.join((siblings or by_name).values())}"
+    section_words = "of this section " if siblings and section else ""
+    return f"; the fields {section_words}are {', '.join((siblings or by_name).values())}"

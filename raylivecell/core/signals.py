@@ -27,7 +27,7 @@ class Termination:
 def sigterm_as_interrupt(last_line: str) -> Iterator[Termination]:
     """Treat SIGTERM inside the block as Ctrl-C; end the process if it is still alive GRACE_S later.
 
-    Python runs signal handlers between two bytecode instructions, so C++ code that waits, and code that drops a
+    Python runs signal handlers between two bytecode instructions, so blocking C++ code, and code that drops a
     KeyboardInterrupt, could delay the end without limit.
 
     Args:
@@ -49,42 +49,42 @@ def sigterm_as_interrupt(last_line: str) -> Iterator[Termination]:
     sender.setblocking(False)
     threading.Thread(target=_end_after_sigterm, args=(receiver, termination, last_line), daemon=True).start()
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    before = signal.signal(signal.SIGTERM, handle)
+    previous = signal.signal(signal.SIGTERM, handle)
     try:
-        with _dropped_interrupts_raised_again(termination):
+        with _reraising_dropped_interrupts(termination):
             yield termination
     finally:
-        if not termination.received:  # else keep watching: Ray shuts down after this
-            signal.signal(signal.SIGTERM, before)
+        if not termination.received:  # otherwise keep watching: Ray shuts down after this
+            signal.signal(signal.SIGTERM, previous)
             signal.set_wakeup_fd(wakeup)
             sender.close()
 
 
 @contextmanager
-def _dropped_interrupts_raised_again(termination: Termination) -> Iterator[None]:
+def _reraising_dropped_interrupts(termination: Termination) -> Iterator[None]:
     """Raise a KeyboardInterrupt again if it was raised in a destructor or a weakref callback.
 
-    Python prints and drops it there, and the command would continue; this happened in a sweep.
+    Python prints and drops such an exception, and the command would continue; this happened in a sweep.
     """
-    before = sys.unraisablehook
+    previous = sys.unraisablehook
 
     def hook(dropped: "sys.UnraisableHookArgs") -> None:
         if dropped.exc_type is KeyboardInterrupt:
             number = signal.SIGTERM if termination.received else signal.SIGINT
-            # Not at once: the main thread is still in the destructor. A real signal also ends a wait of that thread.
+            # Delayed: the main thread is still in the destructor. A real signal also ends a wait of that thread.
             threading.Timer(RERAISE_DELAY_S, signal.pthread_kill, (threading.main_thread().ident, number)).start()
         else:
-            before(dropped)
+            previous(dropped)
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = previous
 
 
 def _end_after_sigterm(receiver: socket.socket, termination: Termination, last_line: str) -> None:
-    """Read the signal numbers that Python's C handler writes at once; end the process GRACE_S after SIGTERM."""
+    """Read signal numbers, which Python's C handler writes without delay; end the process GRACE_S after SIGTERM."""
     while number := receiver.recv(1):
         if number[0] == signal.SIGTERM:
             threading.Event().wait(GRACE_S)
@@ -96,18 +96,18 @@ def _end_after_sigterm(receiver: socket.socket, termination: Termination, last_l
 
 @contextmanager
 def keeping_sigterm_handler() -> Iterator[None]:
-    """Restore the SIGTERM handler after the block; `ray.init` replaces it by one that ends the process."""
+    """Restore the SIGTERM handler after the block; `ray.init` replaces it with one that ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    previous = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit as end:  # from Ray's handler: SIGTERM arrived inside the block
-        if end.code != signal.SIGTERM or not callable(before):
+        if end.code != signal.SIGTERM or not callable(previous):
             raise
-        before(signal.SIGTERM, None)
+        previous(signal.SIGTERM, None)
         raise
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)

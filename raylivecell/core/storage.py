@@ -25,11 +25,11 @@ from raylivecell.core.errors import UserError
 
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial", re.DOTALL)
 _NAME_BYTES = 200
-"""Bytes of a file's name kept in the name of its temporary file, which may have 255."""
+"""Bytes of a file's name used in the name of its temporary file, whose limit is 255."""
 _SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
 """Environment variables that a filesystem reads when it is opened."""
 _LOCAL = pafs.LocalFileSystem()
-# lru_cache alone calls the function twice where two threads ask for the same root at once.
+# lru_cache alone calls the function twice if two threads request the same root at the same time.
 _OPENING = threading.Lock()
 
 
@@ -49,10 +49,10 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
 
 @functools.lru_cache(maxsize=32)
 def _open_root(root: str, settings: tuple[str | None, ...]) -> tuple[pafs.FileSystem, str]:
-    """The filesystem at the URI `root`, and its bucket. Cached per process: each client of an object store has threads.
+    """Open the filesystem at the URI `root`; also return its bucket. Cached, because every client has threads.
 
     Args:
-        root: scheme, bucket and options of a URI; it holds no credentials.
+        root: scheme, bucket and options of a URI; it contains no credentials.
         settings: values of the environment variables _SETTINGS, from which the filesystem takes its endpoint.
     """
     try:
@@ -87,7 +87,7 @@ def exists(uri: str | Path) -> bool:
 
 
 def list_names(uri: str | Path) -> list[str]:
-    """Names of the files and folders directly in the folder `uri`, sorted; [] if there is no such folder."""
+    """List the names of the files and folders directly in the folder `uri`, sorted; [] if it does not exist."""
     filesystem, path = open_uri(uri)
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
@@ -99,7 +99,7 @@ def list_names(uri: str | Path) -> list[str]:
 
 
 def read_bytes(uri: str | Path) -> bytes:
-    """Read the file at `uri`; FileNotFoundError if there is none."""
+    """Read the file at `uri`; FileNotFoundError if it does not exist."""
     filesystem, path = open_uri(uri)
     with filesystem.open_input_file(path) as stream:
         return stream.read()
@@ -124,7 +124,7 @@ def writing(uri: str | Path) -> Iterator[IO[bytes]]:
         with _replacing(Path(path)) as partial:
             yield partial
         return
-    # An upload cannot be undone once started, so it starts after the last write.
+    # A started upload cannot be undone, so it starts after the last write.
     with tempfile.TemporaryFile() as spool:
         yield spool
         spool.seek(0)
@@ -142,12 +142,12 @@ def move(uri: str | Path, target: str | Path) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether `name` is that of a temporary file of this module."""
+    """Whether `name` is the name of a temporary file of this module."""
     return _PARTIAL.fullmatch(name) is not None
 
 
 def remove_partial_files(uri: str | Path) -> None:
-    """Delete temporary files that killed writers left under the folder `uri`, on a local disk."""
+    """Delete temporary files that killed writers left behind under the folder `uri`, on a local disk."""
     filesystem, path = open_uri(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
         for folder, _, names in os.walk(path):
@@ -156,7 +156,7 @@ def remove_partial_files(uri: str | Path) -> None:
 
 
 def read_json(uri: str | Path) -> Any:
-    """Read the JSON file at `uri`; UserError if it is not JSON, FileNotFoundError if there is none."""
+    """Read the JSON file at `uri`; UserError if it is not JSON, FileNotFoundError if it does not exist."""
     text = read_bytes(uri)
     try:
         return json.loads(text)

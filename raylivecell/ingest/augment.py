@@ -1,6 +1,6 @@
 """Random transforms of a training sample: pure functions of (image, targets, rng).
 
-1. Nine uniform numbers determine everything except the elastic field (`RandomParameters`, drawn in fixed order).
+1. Nine uniform numbers, drawn in fixed order, determine everything except the elastic field (`RandomParameters`).
 2. One map gives the source position of each crop pixel: flips, rotation and elastic deformation combined.
 3. One resampling pass with that map: linear for the image, nearest neighbour for the targets.
 4. Brightness and contrast are one table of 256 entries.
@@ -23,7 +23,7 @@ BACKGROUND = 128
 
 
 class RandomParameters(NamedTuple):
-    """Uniform numbers in [0, 1), always drawn in this order, so that no setting changes what another one draws."""
+    """Uniform numbers in [0, 1), always drawn in this order, so that no setting changes the numbers of another."""
 
     top: float
     left: float
@@ -37,7 +37,7 @@ class RandomParameters(NamedTuple):
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "RandomParameters":
-        """Draw all nine."""
+        """Draw all nine numbers."""
         return cls(*rng.random(len(cls._fields)).tolist())
 
     def deformed(self, config: AugmentConfig) -> bool:
@@ -45,7 +45,7 @@ class RandomParameters(NamedTuple):
         return self.elastic < config.elastic.p and max(config.elastic.alpha_x, config.elastic.alpha_y) > 0
 
     def degrees(self, config: AugmentConfig) -> float:
-        """Rotation angle."""
+        """Rotation angle in degrees; 0 without rotation."""
         return (2 * self.angle - 1) * config.rotation.degrees if self.rotation < config.rotation.p else 0.0
 
     def flips(self, config: AugmentConfig) -> tuple[bool, bool]:
@@ -64,11 +64,11 @@ def augment(
     """Deform, rotate and flip a sample, crop it at random, and change its brightness and contrast.
 
     Args:
-        image: uint8 (H, W); not written; H and W below 32,767 (OpenCV's limit).
-        targets: uint8 (H, W, C) planes or integer (H, W) labels; not written. No new values are created.
-        rng: gives nine uniform numbers, then, if the sample is deformed, the amplitudes of the field.
+        image: uint8 (H, W); not modified; H and W below 32,767 (OpenCV's limit).
+        targets: uint8 (H, W, C) planes or integer (H, W) labels; not modified. No new values are created.
+        rng: for nine uniform numbers, then, if the sample is deformed, the amplitudes of the field.
         config: strengths and probabilities.
-        size: (h, w) of the crop; None: the complete frame. Smaller images are first padded by reflection.
+        size: (h, w) of the crop; None: the complete image. Smaller images are first padded by reflection.
         background: background grey level of the dataset, for contrast and a constant border.
 
     Returns:
@@ -147,13 +147,14 @@ def warp_of(
     augmented: bool,
     background: int = BACKGROUND,
 ) -> Warp:
-    """Warp of a frame of `shape`, at least as large as the crop, from the random numbers of `augment` or `random_crop`.
+    """Warp of an image of `shape`, at least as large as the crop, with the random numbers of `augment` or
+    `random_crop`.
 
     Args:
-        shape: (H, W) of the frame.
+        shape: (H, W) of the image.
         rng: as in `augment`, or in `random_crop`.
         config: strengths and probabilities.
-        size: (h, w) of the crop; None: the complete frame.
+        size: (h, w) of the crop; None: the complete image.
         augmented: `augment` instead of `random_crop`.
         background: background grey level of the dataset.
     """
@@ -172,12 +173,12 @@ def warp_of(
 
 
 def flip(array: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
-    """A view of `array` flipped along x and y as in `flips`."""
+    """Return a view of `array`, flipped along x if `flips[0]` and along y if `flips[1]`."""
     return array[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
 
 
 def remap(array: np.ndarray, maps: Maps, interpolation: int, border: str, fill: int) -> np.ndarray:
-    """`cv2.remap`; pixels outside come from the mirror image, or are `fill`."""
+    """`cv2.remap`; pixels outside the image are reflected, or `fill`."""
     mode = cv2.BORDER_REFLECT_101 if border == "reflect" else cv2.BORDER_CONSTANT
     return cv2.remap(array, *maps, interpolation, borderMode=mode, borderValue=(fill,) * 4)
 
@@ -190,10 +191,10 @@ def recolour(image: np.ndarray, draws: RandomParameters, config: AugmentConfig, 
 
 
 def _pad(array: np.ndarray, size: Size | None) -> np.ndarray:
-    """`array` (H, W, ...), padded by reflection to at least `size`; unchanged if large enough."""
+    """Pad `array` (H, W, ...) by reflection to at least `size`; unchanged if large enough."""
     if size is None or (array.shape[0] >= size[0] and array.shape[1] >= size[1]):
         return array
-    missing = [max(0, wanted - length) for wanted, length in zip(size, array.shape)]
+    missing = [max(0, minimum - length) for minimum, length in zip(size, array.shape)]
     edges = [(m // 2, m - m // 2) for m in missing] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, edges, mode="reflect")
 
@@ -214,7 +215,7 @@ def _maps(
 ) -> Maps | None:
     """Source x and y of each pixel of the window, float32 (h, w); None if the sample is at most flipped.
 
-    The transformed frame is flip(rotate(deform(source))): the source of its pixel p is q + d, q = c + R F (p - c).
+    The transformed image is flip(rotate(deform(source))): the source of its pixel p is q + d, q = c + R F (p - c).
     The field d is drawn at p instead of q: its distribution is the same under flips and rotation, and the displacement
     stays along the source's axes.
     """
@@ -227,7 +228,7 @@ def _maps(
 
 
 def _affine_maps(shape: Size, window: Window, angle: float, flips: tuple[bool, bool], step: float) -> Maps:
-    """Source x and y, float32 (rows, columns), of the window's control points in the flipped and rotated frame."""
+    """Source x and y, float32 (rows, columns), of the window's control points in the flipped and rotated image."""
     y, x = (elastic.control_points(first, length, step) for first, length in zip(window[:2], window[2:]))
     cy, cx = (shape[0] - 1) / 2, (shape[1] - 1) / 2
     fx, fy = (-1 if flipped else 1 for flipped in flips)
@@ -241,7 +242,7 @@ def _affine_maps(shape: Size, window: Window, angle: float, flips: tuple[bool, b
 
 
 def _remap_targets(targets: np.ndarray, maps: Maps, border: str) -> np.ndarray:
-    """Nearest values of `targets` at `maps`. They only move bytes, so each pixel is viewed as a dtype that is fast.
+    """Resample `targets` at `maps` by nearest neighbour, each pixel viewed as a dtype that is fast to copy.
 
     Two uint8 planes as one of uint16 take 0.2 ms, as two channels 0.6 ms (520x704).
     """

@@ -30,7 +30,7 @@ Sample = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples come from and how they are transformed; small, sent to every task."""
+    """Location and transform of the samples; small, sent to every task."""
 
     rows: Sequence[shards.Row]
     schedule: SampleSchedule
@@ -52,7 +52,7 @@ class Source:
 
 
 def read_sample(row: shards.Row, cells: bool = False) -> Sample:
-    """Decode a sample; `cells`: with its labels."""
+    """Decode a sample; with its labels if `cells`."""
     if not cells:
         sample = shards.read_row(row, sample_planes.STORED)
         return np.stack([sample[name] for name in sample_planes.STORED])
@@ -66,13 +66,13 @@ class ValidationSample(NamedTuple):
     image: np.ndarray
     """uint8 (H, W)."""
     truth: np.ndarray
-    """(H, W): labels uint16 if the recipe separates cells, else the foreground, uint8 0 or 1."""
+    """(H, W): labels uint16 if the recipe separates cells, otherwise the foreground, uint8 0 or 1."""
     padding: np.ndarray | None
-    """bool (H, W), True in the frame's padding; None: no padding."""
+    """bool (H, W), True in the image's padding; None: no padding."""
 
 
 def read_validation_sample(row: shards.Row, cells: bool = False) -> ValidationSample:
-    """Decode a validation sample; `cells`: with its labels."""
+    """Decode a validation sample; with its labels if `cells`."""
     truth = "labels" if cells else "foreground"
     sample = shards.read_row(row, ("image", truth, "padding"))
     return ValidationSample(sample["image"], sample[truth], sample["padding"])
@@ -82,7 +82,7 @@ Reader = Callable[[shards.Row, bool], Sample | ValidationSample]
 
 
 def _samples(source: Source, ids: Sequence[int]) -> Iterator[Sample]:
-    """The samples with these ids, in their order."""
+    """Yield the samples with these ids, in this order."""
     if source.cached:
         yield from ray.get([source.cached[sample_id] for sample_id in ids])
     else:
@@ -95,10 +95,10 @@ def transform(
 ) -> np.ndarray:
     """Augment or crop a training sample: a pure function of sample and key.
 
-    If `source.config.device` is a GPU, the complete frame is returned unchanged, for `gpu_augment`.
+    If `source.config.device` is a GPU, the complete sample is returned unchanged, for `gpu_augment`.
 
     Args:
-        sample: from `read_sample`; not written.
+        sample: from `read_sample`; not modified.
         key: (seed, epoch, sample id, variant).
         source: settings of the transform.
         out: C-contiguous uint8 (2 + C, h, w) for the result.
@@ -107,10 +107,10 @@ def transform(
         Planes as in `sample_planes`, uint8 (2 + C, h, w).
     """
     if source.config.device == "cuda":
-        assert isinstance(sample, np.ndarray), "the recipe allows no other targets"
-        frame = np.empty_like(sample) if out is None else out
-        frame[...] = sample
-        return frame
+        assert isinstance(sample, np.ndarray), "the recipe allows only foreground targets"
+        copy = np.empty_like(sample) if out is None else out
+        copy[...] = sample
+        return copy
     rng = np.random.default_rng(key)
     if isinstance(sample, tuple):
         if key[3]:
@@ -124,7 +124,7 @@ def transform(
 
 
 def load(rows: np.ndarray, source: Source) -> np.ndarray:
-    """Samples of rows (n, 3) of the schedule, as planes uint8 (n, 2 + C, h, w)."""
+    """Load the samples of rows (n, 3) of the schedule, as planes uint8 (n, 2 + C, h, w)."""
     batch = empty((len(rows), *source.shape()))
     ids = rows[:, SAMPLE].tolist()
     with opencv_threads(1):  # a task has one CPU
@@ -134,9 +134,9 @@ def load(rows: np.ndarray, source: Source) -> np.ndarray:
 
 
 class ReusedMemory:
-    """A process's memory for blocks, reused for the next block once nothing refers to the last one.
+    """A process's memory for blocks, reused for the next block once nothing refers to the previous one.
 
-    New pages for each block of 70 MB cost 2.4 ms of system time an image, as much as its transform.
+    New pages for each block of 70 MB cost 2.4 ms of system time per image, as much as its transform.
     """
 
     def __init__(self) -> None:
@@ -144,12 +144,12 @@ class ReusedMemory:
         self.last: Callable[[], np.ndarray | None] = lambda: None
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """An uninitialised array."""
+        """Return an uninitialised array."""
         size = math.prod(shape)
         if self.memory.size < size or self.last() is not None:
             self.memory = np.empty(size, np.uint8)
-        # A slice refers to the last array of its chain of bases. An array made from a memoryview is the last one, so it
-        # lives as long as any slice or Arrow buffer of it.
+        # A slice refers to the last array of its chain of bases. An array created from a memoryview is the last one, so
+        # it lives as long as any slice or Arrow buffer of it.
         owner = np.frombuffer(self.memory.data, np.uint8)
         self.last = weakref.ref(owner)
         return owner[:size].reshape(shape)
@@ -160,7 +160,7 @@ empty = ReusedMemory().empty
 
 @dataclass(frozen=True)
 class RankShard:
-    """A rank's part of the run from step `start` on."""
+    """A rank's part of the run, starting at step `start`."""
 
     start: int
     rank: int

@@ -1,4 +1,4 @@
-"""The samples of a dataset, opened by the driver: where they are stored and, if they fit into memory, their cache."""
+"""The samples of a dataset, opened by the driver: their location and, if they fit into memory, their cache."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from raylivecell.targets.sample_planes import bytes_per_pixel
 
 # Budget of a run, as fractions of the object store's free bytes at its start: decoded training and validation samples
 # together, and the streams of all workers or trials. Fractions of the free bytes, so that concurrent runs and sweeps
-# never exceed the store: a second one finds at least 45 % free and fills at most 55 % of that.
+# never exceed the store: a second run finds at least 45 % free and fills at most 55 % of that.
 CACHE_SHARE, STREAM_SHARE = 0.3, 0.25
 # Images per decoding task. A process imports for 0.8 s before its first image and decodes one in about 15 ms.
 IMAGES_PER_TASK = 64
@@ -30,7 +30,7 @@ IMAGES_PER_TASK = 64
 
 @dataclass(frozen=True)
 class Samples:
-    """Training and validation images of a dataset: where they are stored and, if they fit, decoded in the object store.
+    """Training and validation images of a dataset: their location and, if they fit, a decoded copy in the object store.
 
     The driver opens them once for all workers of a run and all trials of a sweep.
     """
@@ -38,7 +38,7 @@ class Samples:
     train: Sequence[shards.Row]
     val: Sequence[shards.Row]
     frame: tuple[int, int]
-    """Height and width of the training images; of the largest if they differ."""
+    """Height and width of the training images; those of the largest if they differ."""
     cached_train: CachedSamples = None
     cached_val: CachedSamples = None
     cells: bool = False
@@ -48,10 +48,10 @@ class Samples:
     task_cpus: float = 1.0
     """`Source.task_cpus`."""
     intensity: Intensity = LIVECELL
-    """Intensity rule of the dataset: how images became grey levels."""
+    """Intensity rule of the dataset: the mapping from stored pixels to grey levels."""
 
     def val_sample(self, index: int) -> ValidationSample:
-        """A validation sample."""
+        """Return a validation sample."""
         return (
             ray.get(self.cached_val[index]) if self.cached_val else read_validation_sample(self.val[index], self.cells)
         )
@@ -81,7 +81,7 @@ def open_samples(data: str, cells: bool = False) -> Samples:
 
 
 def sample_bytes(data: str, split: str, cells: bool) -> int:
-    """Bytes of the decoded sample of the split's largest image, with its masks or labels."""
+    """Bytes of the split's largest decoded sample, including masks or labels."""
     pixels = max((height * width for height, width in shards.image_sizes(data, split)), default=0)
     return pixels * bytes_per_pixel(cells)
 
@@ -89,7 +89,7 @@ def sample_bytes(data: str, split: str, cells: bool) -> int:
 def cache(
     rows: Sequence[shards.Row], size: float, budget: float, cells: bool = False, read: Reader = read_sample
 ) -> CachedSamples:
-    """Decode the samples into the object store, one object each, if their `size` is within `budget`, both in bytes."""
+    """Decode the samples into the object store, one object each, if their `size` is within `budget` (both in bytes)."""
     if size > budget:
         return None
     tasks = [rows[first : first + IMAGES_PER_TASK] for first in range(0, len(rows), IMAGES_PER_TASK)]

@@ -1,7 +1,7 @@
 """Elastic deformation by Gaussian-blurred white noise (Simard et al. 2003), in its cosine form.
 
 White noise blurred with reflecting borders is a sum of cosines with independent amplitudes that fall as
-exp(-(sigma w)^2 / 2). Frequencies above w = 2.5 / sigma hold 0.04 % of the variance and are omitted, so two small
+exp(-(sigma w)^2 / 2). Frequencies above w = 2.5 / sigma have 0.04 % of the variance and are omitted, so two small
 matrix products give the field at control points sigma / 3 apart: at sigma 10 in a tenth of the time of noise and blur
 on every pixel (0.8 and 8.3 ms for 520x704, `bench augment`).
 """
@@ -27,7 +27,7 @@ _scratch = threading.local()
 
 
 def field(rng: np.random.Generator, shape: Size, sigma: float) -> np.ndarray:
-    """Displacements of a frame for alpha 1, float32 (2, H, W), along x and y; distributed as `field_direct`."""
+    """Displacements of an image for alpha 1, float32 (2, H, W), along x and y; distributed as `field_direct`."""
     zero = (np.zeros((1, 1), np.float32),) * 2
     return np.stack(deform(zero, rng, shape, (0, 0, *shape), ElasticConfig(alpha_x=1, alpha_y=1, sigma=sigma)))
 
@@ -49,7 +49,7 @@ def padding(step: float) -> int:
 
 
 def control_points(first: int, length: int, step: float) -> np.ndarray:
-    """Coordinates in the frame of the control points of pixels first .. first + length - 1, at most `step` apart.
+    """Coordinates in the image of the control points of pixels first .. first + length - 1, at most `step` apart.
 
     They are the pixel centres of an image that `cv2.resize` enlarges to `length` plus the padding on both sides. A step
     of 1 or less gives the pixels themselves.
@@ -97,7 +97,7 @@ def deform_control_points(
 
 
 def _cosines(positions: np.ndarray, length: int, sigma: float, step: float) -> NDArray[np.float32]:
-    """Cosine basis along one axis: float32 (positions, frequencies); the squares of a row sum to the variance there.
+    """Cosine basis along one axis: float32 (positions, frequencies); the squares of a row sum to the variance.
 
     White noise of variance 1 on `length` pixels with reflecting borders has independent amplitudes of variance 1 in the
     orthonormal cosines (DCT-II); the blur multiplies frequency w by exp(-(sigma w)^2 / 2).
@@ -123,7 +123,7 @@ def _interpolate(values: np.ndarray, size: Size, step: float, slot: str) -> np.n
 
 
 def _buffer(shape: Size, slot: str) -> NDArray[np.float32]:
-    """This thread's float32 array `slot`: a new array for each call costs 870 page faults, half as long as the work."""
+    """This thread's float32 array `slot`: a new array for each call costs 870 page faults, half the work's time."""
     buffer: NDArray[np.float32] | None = getattr(_scratch, slot, None)
     if buffer is None or buffer.shape != shape:
         buffer = np.empty(shape, np.float32)

@@ -17,7 +17,7 @@ from raylivecell.ingest.blocks import RankShard, Source, read_block
 class SamplesDatasource(ray.data.Datasource):
     """The blocks of a rank, one read task each.
 
-    One operator: mapping block numbers to samples would be two, which Ray Data fuses only for tasks of a full CPU.
+    One operator: mapping block numbers to samples would be two, which Ray Data fuses only if tasks reserve 1.0 CPU.
     """
 
     def __init__(self, source: Source, share: RankShard, blocks: int) -> None:

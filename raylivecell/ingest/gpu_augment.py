@@ -1,8 +1,8 @@
 """`augment` on a GPU (or any torch device): the same warps of the same samples, a batch at a time.
 
-The host draws the random numbers and the field at its control points, about 20 kB a sample; the device interpolates the
-map to every pixel and resamples. Pixels differ from the CPU's by rounding: OpenCV interpolates at 32 positions between
-two pixels, a GPU continuously.
+The host draws the random numbers and the field at its control points, about 20 kB per sample; the device interpolates
+the map to every pixel and resamples. Pixels differ from the CPU's by rounding: OpenCV interpolates at 32 positions
+between two pixels, a GPU continuously.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,15 +28,15 @@ def apply_warp(
     size: Size | None,
     background: int = BACKGROUND,
 ) -> Tensor:
-    """Transformed crops, uint8 (B, 3, h, w), of complete frames, uint8 (B, 3, H, W), as `sample_planes.STORED`.
+    """Transformed crops, uint8 (B, 3, h, w), of complete samples, uint8 (B, 3, H, W), as `sample_planes.STORED`.
 
     Args:
         frames: no smaller than the crop; all tensors on one device.
         points: source of each crop's control points, float32 (B, 2, rows, columns): `augment.Warp.maps`.
         tables: new value of each grey level, uint8 (B, 256): `augment.Warp.table`.
         config: the configuration from which both were drawn.
-        size: (h, w) of the crop; None: the complete frame.
-        background: background grey level of the dataset, outside the frame if `config.border` is constant.
+        size: (h, w) of the crop; None: the complete image.
+        background: background grey level of the dataset, outside the image if `config.border` is constant.
     """
     height, width = frames.shape[-2:]
     maps = _interpolate(points, size or (height, width), elastic.control_step(config.elastic.sigma))
@@ -60,7 +60,7 @@ def batches(
     device: torch.device,
     background: int = BACKGROUND,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of complete frames with their rows of the schedule -> batches of transformed crops on the device."""
+    """Batches of complete samples with their rows of the schedule -> batches of transformed crops on the device."""
     send = DeviceTransfer(device)
     for batch in frames:
         padded = _pad(send(batch["planes"]), size)
@@ -71,7 +71,7 @@ def batches(
 
 
 def stack_warps(warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
-    """`points` and `tables` of `apply_warp`, in host memory."""
+    """Stack warps as `points` and `tables` of `apply_warp`, in host memory."""
     points, tables = (np.stack(column) for column in zip(*warps))
     return torch.from_numpy(points), torch.from_numpy(tables)
 
@@ -84,7 +84,7 @@ def _warps(
     size: Size | None,
     background: int,
 ) -> list[Warp]:
-    height, width = (max(length, wanted) for length, wanted in zip(shape, size or (0, 0)))
+    height, width = (max(length, minimum) for length, minimum in zip(shape, size or (0, 0)))
     warps = []
     for row in rows.tolist():
         rng = np.random.default_rng((schedule.seed, row[EPOCH], row[SAMPLE], row[VARIANT]))
@@ -93,8 +93,8 @@ def _warps(
 
 
 def _pad(frames: Tensor, size: Size | None) -> Tensor:
-    """Frames padded by reflection to at least `size`, as in `augment`."""
-    missing = [max(0, wanted - length) for wanted, length in zip(size or (0, 0), frames.shape[-2:])]
+    """Pad samples by reflection to at least `size`, as in `augment`."""
+    missing = [max(0, minimum - length) for minimum, length in zip(size or (0, 0), frames.shape[-2:])]
     if not any(missing):
         return frames
     (top, left), (bottom, right) = [m // 2 for m in missing], [m - m // 2 for m in missing]
@@ -102,7 +102,7 @@ def _pad(frames: Tensor, size: Size | None) -> Tensor:
 
 
 def _interpolate(points: Tensor, size: Size, step: float) -> Tensor:
-    """Values (B, 2, rows, columns) at `elastic.control_points` -> at (h, w) pixels, interpolated as `cv2.resize`."""
+    """Values (B, 2, rows, columns) at `elastic.control_points` -> at (h, w) pixels, interpolated as by `cv2.resize`."""
     if step <= 1:
         return points
     edge, (h, w) = elastic.padding(step), size

@@ -2,9 +2,9 @@
 
 1. An epoch of a phase contains every sample once per variant (original, augmented copy 1, augmented copy 2, ...).
 2. Its order is the permutation drawn from (seed, epoch): global, without communication, the same on every machine.
-3. Epochs follow one another without a gap, and a batch may span two of them: every batch is full, every rank has the
+3. Epochs follow one another without a gap, and a batch may span two epochs: every batch is full, every rank has the
    same number of steps, no sample is dropped. The last batch of a phase is filled from its next permutation.
-4. Each rank computes its share of each batch: the union over ranks is the same batch for any number of ranks.
+4. Each rank computes its share of each batch; the union over ranks is the same for any number of ranks.
 """
 
 import functools
@@ -22,12 +22,12 @@ ROUNDS = 8
 
 
 def permute(positions: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
-    """Items, int64, at `positions` (int64, 0 to size - 1) of the permutation drawn from (seed, epoch)."""
+    """Return the items, int64, at `positions` (int64, 0 to size - 1) of the permutation drawn from (seed, epoch)."""
     if size <= MAX_TABLE:
         return _table(seed, epoch, size)[positions]
     keys = np.random.default_rng((seed, epoch)).integers(2**64, size=ROUNDS, dtype=np.uint64)
     items = _mix(positions.astype(np.uint64), keys, size)
-    while (outside := items >= size).any():  # cycle walking; at most three quarters are outside
+    while (outside := items >= size).any():  # cycle walking; at most three quarters of the results are outside
         items[outside] = _mix(items[outside], keys, size)
     return items.astype(np.int64)
 
@@ -89,7 +89,7 @@ class SampleSchedule:
         return self.rank_rows(step, 0, 1)
 
     def rank_rows(self, step: int, rank: int, ranks: int) -> np.ndarray:
-        """Part of `rows(step)` for `rank` of `ranks`; `batch_size` must be a multiple of `ranks`."""
+        """Return the share of `rank` of `ranks` in `rows(step)`; `batch_size` must be a multiple of `ranks`."""
         first_step, first_epoch, phase = self._phase_at(step)
         size, share = phase.copies() * self.samples, self.batch_size // ranks
         position = (step - first_step) * self.batch_size + rank * share + np.arange(share)

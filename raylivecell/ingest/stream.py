@@ -2,7 +2,7 @@
 
 1. Each rank's share of the schedule (ingest/order.py) is divided into numbered blocks of about 64 samples.
 2. A Ray Data task turns a block number into its samples: read, transform, stack. One execution serves the complete run,
-   so that no epoch waits for the previous one (one dataset per epoch has a third of the speed).
+   so that no epoch waits for the previous one (one dataset per epoch is a third as fast).
 3. The rank's process receives the blocks in order and slices its batches from them without a copy.
 
 No torch here: a training process starts its stream before it imports torch, so that both run at the same time.
@@ -29,10 +29,10 @@ from raylivecell.runtime.ray_internals import scheduler_pace
 Batch = dict[str, np.ndarray]
 
 # Maximum samples and bytes of a block. After each task a core waits about 40 ms for the next: two cores process 490
-# complete frames a second in blocks of 61, and 390 in blocks of 32; crops of 256x256 arrive at 990, 1,380 and 1,660 a
-# second in blocks of 64, 128 and 256.
+# complete images per second in blocks of 61, and 390 in blocks of 32; crops of 256x256 arrive at 990, 1,380 and 1,660
+# per second in blocks of 64, 128 and 256.
 BLOCK_SAMPLES, BLOCK_BYTES = 256, 64 * 2**20
-# Minimum number of blocks that fit into a stream's memory: one in use, one prefetched, and those of some tasks.
+# Minimum number of blocks that fit into a stream's memory: one in use, one prefetched, and the rest in tasks.
 STREAM_BLOCKS = 8
 
 
@@ -71,7 +71,7 @@ class Stream(Iterator[Batch]):
         self._fetcher.shutdown(cancel_futures=True)
         self._blocks.close()
         self._batches.close()
-        gc.collect()  # executions are reference cycles that hold blocks: 50 MiB after three trials
+        gc.collect()  # executions are reference cycles that keep blocks alive: 50 MiB after three trials
 
 
 def block_steps(source: Source, batch: int, memory: int | None) -> int:
@@ -81,7 +81,7 @@ def block_steps(source: Source, batch: int, memory: int | None) -> int:
 
 
 def _blocks(source: Source, share: RankShard, memory: int | None) -> Generator[Batch, None, None]:
-    """Blocks of the share in order, read by Ray Data tasks."""
+    """Yield the blocks of the share in order, read by Ray Data tasks."""
     count = -(-(source.schedule.steps - share.start) // share.block_steps)
     if count <= 0:
         return
@@ -89,8 +89,8 @@ def _blocks(source: Source, share: RankShard, memory: int | None) -> Generator[B
         "execution_options": ExecutionOptions(
             preserve_order=True, resource_limits=ExecutionResources(object_store_memory=memory)
         ),
-        "raise_original_map_exception": True,  # else Ray Data's own error hides the name of a bad shard
-        "target_max_block_size": None,  # else large blocks are split, possibly within a batch
+        "raise_original_map_exception": True,  # otherwise Ray Data's own error hides the name of a bad shard
+        "target_max_block_size": None,  # otherwise large blocks are split, possibly within a batch
     }
     with scheduler_pace() as callbacks:
         with data_settings(**settings, custom_execution_callback_classes=callbacks):
@@ -98,5 +98,5 @@ def _blocks(source: Source, share: RankShard, memory: int | None) -> Generator[B
                 SamplesDatasource(source, share, count), override_num_blocks=count, num_cpus=source.task_cpus
             )
         dataset.set_name(f"rank_{share.rank}")  # shown in the dashboard
-        # If we stop early, Ray Data's prefetching thread never ends nor releases its blocks (2.60): no prefetching.
+        # No prefetching: if reading stops early, Ray Data's prefetching thread never ends nor frees its blocks (2.60).
         yield from cast(Any, dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))

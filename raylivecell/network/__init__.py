@@ -4,6 +4,6 @@ unet, monai_networks    the networks
 losses             BCE + Dice, plus the loss of the target kind
 optimizer          Adam and learning-rate schedules
 transfer           arrays -> tensors on the device
-windows            large images in overlapping windows (no torch)
-forward            a network on images of any size
+windows            processing of large images in overlapping windows (no torch)
+forward            inference on images of any size
 """

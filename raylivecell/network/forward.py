@@ -1,6 +1,6 @@
-"""Networks on images of any size: the only place where pixels become logits, and logits probabilities. No Ray.
+"""Networks on images of any size: the only module that turns pixels into logits and logits into probabilities. No Ray.
 
-1. Small images go through the network in one piece, larger ones in overlapping windows that are blended.
+1. Small images are processed in one forward pass, larger ones in overlapping windows that are blended.
 2. Test-time augmentation averages the probabilities of the four flips.
 3. A pixel belongs to a cell if its logit is above 0, that is, its probability above 0.5.
 """
@@ -20,7 +20,7 @@ FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
 
 
 def build(recipe: Recipe, device: torch.device, rule: Intensity | None = None) -> nn.Module:
-    """The network of `recipe` with random weights, on `device`, in its memory format; `rule` as in `build_model`."""
+    """Build the network of `recipe` with random weights, on `device`, in its memory format; `rule` as `build_model`."""
     return to_device(build_model(recipe.model, recipe.outputs, rule), recipe, device)
 
 
@@ -52,7 +52,7 @@ def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> N
 def logits_of_picture(
     network: nn.Module, image: NDArray[np.uint8], padding: NDArray[np.bool_] | None, flips: bool = False
 ) -> Tensor:
-    """`logits` of one frame (C, H, W), minus infinity in its padding, which the network does not see.
+    """`logits` of one image, (C, H, W): minus infinity in its padding, which is hidden from the network.
 
     Args:
         network: in evaluation mode.
@@ -62,10 +62,10 @@ def logits_of_picture(
     """
     if padding is None:
         return logits(network, torch.from_numpy(np.array(image))[None], flips)[0]
-    (rows, columns), picture = grey_levels.without_padding(image, padding)
-    picture_logits = logits(network, torch.from_numpy(picture)[None], flips)[0]
-    frame_logits = picture_logits.new_full((len(picture_logits), *image.shape), -torch.inf)
-    frame_logits[:, rows, columns] = picture_logits
+    (rows, columns), content = grey_levels.without_padding(image, padding)
+    content_logits = logits(network, torch.from_numpy(content)[None], flips)[0]
+    frame_logits = content_logits.new_full((len(content_logits), *image.shape), -torch.inf)
+    frame_logits[:, rows, columns] = content_logits
     frame_logits[:, torch.from_numpy(padding).to(frame_logits.device)] = -torch.inf
     return frame_logits
 
@@ -77,7 +77,7 @@ def maps_of_frame(network: nn.Module, frame: Frame, flips: bool = False) -> NDAr
 
 
 def to_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """`model` on `device`, in the recipe's memory format."""
+    """Move `model` to `device`, in the recipe's memory format."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if recipe.loop.channels_last else model  # type: ignore[call-overload]
 

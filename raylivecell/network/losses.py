@@ -1,9 +1,9 @@
-"""Weighted binary cross-entropy (BCE) plus Dice, each a mean over images, so that splitting a batch changes no sum.
+"""Weighted binary cross-entropy (BCE) plus Dice, each a mean over images, so independent of how a batch is split.
 
 The loss of the other output channels (boundaries or distances) is that of the target kind (targets/).
 
 The BCE weight of a pixel is w = w_class + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) (Ronneberger et al. 2015, eq. 2):
-`prepare` draws the exponential once; w0 is applied here, so it can be searched without preparing the data again.
+`prepare` draws the exponential once; w0 is applied here, so a sweep can search it without preparing the data again.
 """
 
 from typing import NamedTuple

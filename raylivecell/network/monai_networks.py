@@ -1,6 +1,6 @@
 """MONAI's 2-D networks instead of our U-Net: any image size, one input channel, one logit map per output channel.
 
-1. The options of a network are MONAI's arguments; DEFAULTS has values for those without a default in MONAI.
+1. The options of a network are MONAI's arguments; DEFAULTS contains values for those without a default in MONAI.
 2. Most of these networks require sizes divisible by their strides. `Padded` pads an image at its lower and right edge
    by repeating the last row and column, and crops the logits.
 3. The required divisor is found by trial: on the `meta` device a forward pass computes shapes only.
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Options without a default in MONAI: five levels, as in its tutorials."""
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Trial sizes in multiples: the smallest that occurs, and odd ones, which have no factor 2 beyond the multiple's own.
+# Trial sizes in multiples: the smallest that occurs, and odd ones, which add no factor of 2.
 _TRIAL_SIZES = ((2, 2), (3, 5), (7, 3))
 
 
@@ -42,7 +42,7 @@ class Padded(nn.Module):
     Args:
         normalise: `unet.Normalise`, the first layer.
         network: accepts sizes divisible by `multiple`.
-        multiple: of height and width; they are padded to at least twice that: instance normalisation needs pixels.
+        multiple: divisor of height and width, which are padded to at least twice that for instance normalisation.
     """
 
     def __init__(self, normalise: nn.Module, network: nn.Module, multiple: int) -> None:
@@ -78,11 +78,11 @@ def build(name: str, options: Mapping[str, Any], outputs: int, normalise: nn.Mod
     Args:
         name: a `recipe.Network` other than `unet`.
         options: arguments of its class, without RESERVED.
-        outputs: channels of its logits.
+        outputs: number of output channels.
         normalise: `unet.Normalise`, the first layer.
 
     Raises:
-        UserError: an unknown option, or options with which the network does not work.
+        UserError: an unknown option, or options that the network cannot be used with.
     """
     with torch.device("meta"):
         multiple = _multiple(_make(name, options, outputs), name, outputs)

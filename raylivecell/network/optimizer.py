@@ -23,7 +23,7 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Adam for `model`, and its learning-rate schedule over `steps`."""
+    """Build Adam for `model`, and its learning-rate schedule over `steps`."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     biases_and_norms = [p for p in model.parameters() if p.ndim <= 1]
     groups = [

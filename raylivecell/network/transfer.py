@@ -20,8 +20,8 @@ def tensors(batches: Iterator[Mapping[str, np.ndarray]]) -> Iterator[dict[str, T
 class DeviceTransfer:
     """Copies tensors to `device`.
 
-    Copies to a GPU use pinned memory and a stream of their own: they run during the previous step, and this process
-    waits for neither. A copy from pageable memory would wait until the GPU has finished all queued work.
+    Copies to a GPU use pinned memory and a separate stream: they run during the previous step, and this process does
+    not wait for them. A copy from pageable memory would wait until the GPU has finished all queued work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,5 +36,5 @@ class DeviceTransfer:
             copy = tensor.pin_memory().to(self.device, non_blocking=True)
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self.stream)
-        copy.record_stream(computing)  # else a later copy could reuse its memory before the step has read it
+        copy.record_stream(computing)  # otherwise a later copy could reuse its memory before the step has read it
         return copy

@@ -16,7 +16,7 @@ from raylivecell.recipe import ModelConfig, Norm
 class Normalise(nn.Module):
     """Grey levels 0 to 255 -> float32 in about [-4, 4]: asinh((image - background) / scale), so that background is 0.
 
-    First layer of every network, with the background and scale of its training set. With a wrong background,
+    First layer of every network, with the background and scale of its training data. With a wrong background,
     BatchNorm's running statistics lag behind: for a background of 90 and a zero at 128, validation Dice stayed at
     0.497 for 300 steps. The function is linear near the background and logarithmic away from it: the flat rim of a
     spread cell differs from the background by 2 to 5 grey levels, a halo by 100. Mean Dice of a network of 0.5 M
@@ -81,28 +81,28 @@ class UNet(nn.Module):
         x = self.bottleneck(x)
         for upsample, block, skip in zip(self.upsampling, self.expanding, reversed(skips)):
             # In the paper the skip is cropped to the smaller map of unpadded convolutions. Here the upsampled map is
-            # larger by at most a pixel and is cropped to the skip, so that no border of the image is lost.
+            # larger by at most one pixel and is cropped to the skip, so that no border of the image is lost.
             x = _crop(upsample(x), *skip.shape[-2:])
             x = block(torch.cat([skip, x], dim=1))
         return self.head(x)
 
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The upper left (height, width) of x (B, C, H, W)."""
+    """Crop x (B, C, H, W) to its upper left (height, width)."""
     if torch.compiler.is_exporting():
-        # From a slice torch.export concludes that it always removes something, which is wrong for other sizes.
+        # torch.export assumes that a slice always removes something, which is wrong for other sizes.
         return x.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
     return x[..., :height, :width]
 
 
 def build_model(config: ModelConfig, outputs: int = 1, rule: Intensity | None = None) -> nn.Module:
-    """The recipe's network: grey levels 0 to 255 (B, 1, H, W) -> logits (B, outputs, H, W).
+    """Build the recipe's network: grey levels 0 to 255 (B, 1, H, W) -> logits (B, outputs, H, W).
 
     Its weights are drawn from torch's random state.
 
     Args:
         config: the network.
-        outputs: channels of its logits.
+        outputs: number of output channels.
         rule: intensity rule of its training set, for `Normalise`; default: LIVECell's background 128 and scale 5.
 
     Raises:
@@ -118,7 +118,7 @@ def build_model(config: ModelConfig, outputs: int = 1, rule: Intensity | None = 
 
 
 def _build_unet(config: ModelConfig, outputs: int, normalise: Normalise) -> nn.Module:
-    """A U-Net with zero biases, also in the head: it prefers neither foreground nor background."""
+    """Build a U-Net with zero biases, also in the head: it starts without preference for foreground or background."""
     model = UNet(config.features, config.norm, outputs, normalise)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

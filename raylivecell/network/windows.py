@@ -15,9 +15,9 @@ Maps = NDArray[np.float32]
 Network = Callable[[NDArray[np.uint8]], Maps]
 """uint8 (h, w) -> maps float32 (C, h, w)."""
 
-# A 64-channel U-Net needs at most about 1.2 kB a pixel: 2.5 GB at 2 megapixels. LIVECell images have 0.37.
+# A 64-channel U-Net needs at most about 1.2 kB per pixel: 2.5 GB at 2 megapixels. LIVECell images have 0.37.
 WHOLE_PIXELS = 2**21
-"""Images with more pixels go through the network in windows."""
+"""Images with more pixels are processed in windows."""
 WINDOW = 1024
 """Height and width of a window, pixels."""
 OVERLAP = 0.25
@@ -25,12 +25,12 @@ OVERLAP = 0.25
 
 
 def bands(network: Network, image: NDArray[np.uint8], window: int = WINDOW) -> Iterator[tuple[int, Maps]]:
-    """Maps of an image, in bands of finished rows from top to bottom, each row once.
+    """Maps of an image, in bands of finished rows from top to bottom; each row occurs once.
 
     Args:
         network: returns the maps of a window, uint8 (h, w), that may be averaged: logits or probabilities.
         image: uint8 (H, W) of any size; may be a memory map.
-        window: height and width of the windows; the image's own if smaller.
+        window: height and width of the windows; limited to the image's size.
 
     Yields:
         First row of the band, and its maps, float32 (C, h, W), a copy that the caller may change.

@@ -18,7 +18,7 @@ CLIENT_PORT = 10001
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # RFC 9113, 3.4: an empty SETTINGS
 FRAME_HEAD = 9
 SETTINGS = 4
-NOT_RAY = "that port does not belong to Ray"
+NOT_RAY = "another program listens on that port"
 FIX = "give RAY_ADDRESS=HOST:6379 of a running cluster, or unset it to start Ray on this machine"
 
 
@@ -32,7 +32,7 @@ def check(address: str) -> None:
     if address == "auto":
         file = _recorded_address()
         if not file.is_file():
-            return  # Ray looks for its processes on this machine, and fails at once if there are none
+            return  # Ray searches for its processes on this machine, and fails at once if none runs
         address = file.read_text().strip()
         source += f" ({address} in {file})"
     scheme, separator, rest = address.rpartition("://")
@@ -41,7 +41,9 @@ def check(address: str) -> None:
     if separator and scheme != "ray":
         raise UserError(f"{source} is not an address of Ray; {FIX}")
     host, port = _host_and_port(rest if scheme or ":" in rest else "", CLIENT_PORT if scheme else None, source)
-    if problem := _within(TIMEOUT_S, host, port, speaks_grpc=os.environ.get("RAY_USE_TLS", "0") in ("", "0")):
+    if problem := _connection_problem(
+        TIMEOUT_S, host, port, speaks_grpc=os.environ.get("RAY_USE_TLS", "0") in ("", "0")
+    ):
         raise UserError(f"Ray does not answer at {source}: {problem}; {FIX}")
 
 
@@ -49,7 +51,7 @@ def check_listening(url: str) -> None:
     """Check that something accepts connections at `url`, http://HOST:PORT; UserError if nothing does."""
     scheme, _, rest = url.rpartition("://")
     host, port = _host_and_port(rest.partition("/")[0], 443 if scheme == "https" else 80, url)
-    if problem := _within(TIMEOUT_S, host, port, speaks_grpc=False):
+    if problem := _connection_problem(TIMEOUT_S, host, port, speaks_grpc=False):
         raise UserError(f"no job API at {url}: {problem}; give --address http://HOST:8265 of a running cluster")
 
 
@@ -70,19 +72,21 @@ def _host_and_port(text: str, default: int | None, source: str) -> tuple[str, in
     return host.strip("[]"), int(port)
 
 
-def _within(seconds: float, host: str, port: int, speaks_grpc: bool) -> str:
-    """Problem of the server at `host`:`port`; "" if it answers.
+def _connection_problem(seconds: float, host: str, port: int, speaks_grpc: bool) -> str:
+    """Describe the problem of the connection to `host`:`port`; "" if the server answers.
 
     Runs in a thread, because a name lookup has no time limit and would delay signals.
     """
     problems: list[str] = []
-    thread = threading.Thread(target=lambda: problems.append(_problem(seconds, host, port, speaks_grpc)), daemon=True)
+    thread = threading.Thread(
+        target=lambda: problems.append(_handshake_problem(seconds, host, port, speaks_grpc)), daemon=True
+    )
     thread.start()
     thread.join(seconds + 1)
     return problems[0] if problems else f"no answer within {seconds:g} s"
 
 
-def _problem(seconds: float, host: str, port: int, speaks_grpc: bool) -> str:
+def _handshake_problem(seconds: float, host: str, port: int, speaks_grpc: bool) -> str:
     try:
         with socket.create_connection((host, port), seconds) as connection:
             if not speaks_grpc:

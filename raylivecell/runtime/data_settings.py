@@ -10,7 +10,7 @@ from ray.data import DataContext
 from raylivecell.core.process_settings import log_levels
 from raylivecell.runtime import ray_internals
 
-# By default Ray Data waits for 30 minutes without a free CPU before it fails.
+# By default Ray Data fails only after 30 minutes without a free CPU.
 NO_PROGRESS_TIMEOUT_S = 300
 
 
@@ -18,7 +18,8 @@ NO_PROGRESS_TIMEOUT_S = 300
 def data_settings(**values: Any) -> Iterator[None]:
     """Set these fields of DataContext for datasets created inside the block; each dataset keeps its own copy.
 
-    Ray Data's progress bars are off, since ours are shown; it fails after NO_PROGRESS_TIMEOUT_S without progress.
+    Ray Data's progress bars are off, because this project shows its own; it fails after NO_PROGRESS_TIMEOUT_S without
+    progress.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -31,6 +32,6 @@ def data_settings(**values: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet_data() -> Iterator[None]:
-    """Let Ray Data log only warnings and errors inside the block: no execution plans, no note about progress bars."""
+    """Let Ray Data log only warnings and errors inside the block: no execution plans, no notice about progress bars."""
     with log_levels({"ray.data": logging.WARNING, ray_internals.PROGRESS_LOGGER: logging.ERROR}):
         yield

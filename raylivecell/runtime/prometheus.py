@@ -1,7 +1,7 @@
 """Prometheus metrics of runs and sweeps, in addition to Ray's own; Ray exports each as ray_raylivecell_NAME.
 
-They are set at each report, on rank 0 only, so a step costs nothing more. Every value has the tag `run`: the name of
-the folder of the run or sweep, for a trial SWEEP/trials/NUMBER.
+They are set at each report, on rank 0 only, so they cost no time per step. Every value has the tag `run`: the name of
+the folder of the run or sweep; for a trial SWEEP/trials/NUMBER.
 """
 
 import functools
@@ -27,7 +27,7 @@ OF_RUN = {
 
 SWEEP_BEST, SWEEP_TRIALS = "sweep_best", "sweep_trials"
 OF_SWEEP = {
-    SWEEP_BEST: "Best validation score of a sweep's complete trials: mSA for instance recipes, else mean Dice.",
+    SWEEP_BEST: "Best validation score of a sweep's complete trials: mSA for instance recipes, otherwise mean Dice.",
     SWEEP_TRIALS: "Trials of a sweep in each state: waiting, running, complete, pruned, fail.",
 }
 
@@ -40,7 +40,7 @@ def show_run(run: str, row: Mapping[str, Any]) -> None:
 
 
 def show_sweep(run: str, trials: Mapping[str, int], best: float | None) -> None:
-    """Set the gauges of a sweep: number of trials per state, zeros too, and the best score so far, if any."""
+    """Set the gauges of a sweep: number of trials per state, including zeros, and the best score, if any."""
     for state, count in trials.items():
         _gauge(SWEEP_TRIALS).set(count, {RUN: _label(run), STATE: state})
     if best is not None:

@@ -1,6 +1,6 @@
 """Turn errors of Ray, and errors raised in its processes, into a UserError: one line with cause and fix.
 
-An exception raised in a task, an actor or a training worker arrives wrapped, up to four deep (RayTaskError,
+An exception raised in a task, an actor or a training worker arrives wrapped, up to four levels deep (RayTaskError,
 UserCodeException, WorkerGroupError, ControllerError). The chain of causes is searched for an error that the user
 can fix; a bug is raised unchanged.
 """
@@ -59,10 +59,10 @@ def as_user_errors() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> UserError | None:
-    """UserError for `error` or one of its causes; None for a bug."""
+    """Return the UserError for `error` or one of its causes; None for a bug."""
     chain = list(causes(error))
     for cause in chain:
-        # RayTaskError(UserError) is also a UserError, but its text is Ray's traceback; its cause comes later.
+        # RayTaskError(UserError) is also a UserError, but its text is Ray's traceback; its cause is later in the chain.
         if isinstance(cause, UserError) and not isinstance(cause, ray.exceptions.RayError):
             return cause
     for cause in reversed(chain):  # the innermost cause is the most specific
@@ -73,12 +73,12 @@ def explain(error: BaseException) -> UserError | None:
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield `error` and its causes, outermost first, including those in attributes of Ray's errors."""
-    pending, seen = [error], set()
+    pending, visited = [error], set()
     while pending:
         cause = pending.pop(0)
-        if id(cause) in seen:
+        if id(cause) in visited:
             continue
-        seen.add(id(cause))
+        visited.add(id(cause))
         yield cause
         workers = getattr(cause, "worker_failures", None)  # of ray.train.WorkerGroupError: rank -> exception
         candidates = [
@@ -110,7 +110,7 @@ def _line(error: BaseException) -> str:
 
 
 def _line_of_traceback(text: str) -> str:
-    """Cause and fix of an error whose traceback arrived as text, with the first cause first."""
+    """Cause and fix of an error whose traceback arrived as text, in which the original cause is first."""
     matches = list(ERROR_LINE.finditer(text.rpartition(HANDLED)[2]))
     for match in matches:
         if match["name"].endswith(f".{UserError.__name__}"):

@@ -1,6 +1,6 @@
 """All uses of private names of Ray, with the reason, the measured gain and the effect without it.
 
-No other file may use one: not `ray._private`, `ray.*._internal`, `ray._common`, nor an attribute with a leading
+No other file may use `ray._private`, `ray.*._internal`, `ray._common` or an attribute of Ray with a leading
 underscore. Private names may change in any release of Ray. If one is missing, the program works without it, only
 slower, and logs one warning. tests/runtime/test_ray_internals.py has a test for each entry, which fails on such a
 release.
@@ -24,7 +24,7 @@ from typing import Any
 
 LOG = logging.getLogger(__name__)
 
-# Shortest time between two rounds of Ray Data's scheduler, seconds: if blocks are ready to be read; if none is.
+# Minimum time between two rounds of Ray Data's scheduler, seconds: with and without blocks ready to be read.
 ROUND_READY_S, ROUND_WAITING_S = 0.05, 0.02
 
 PROGRESS_LOGGER = "ray.data._internal.progress"
@@ -39,7 +39,9 @@ def _warn_missing(entry: str, consequence: str) -> None:
     """Log once that an entry does not work with this release of Ray."""
     import ray
 
-    LOG.warning("raylivecell.runtime.ray_internals.%s does not fit Ray %s: %s", entry, ray.__version__, consequence)
+    LOG.warning(
+        "raylivecell.runtime.ray_internals.%s does not work with Ray %s: %s", entry, ray.__version__, consequence
+    )
 
 
 def _executor_state() -> Any:
@@ -70,7 +72,7 @@ class SchedulerThrottle:
         try:
             pause = ROUND_READY_S if blocks_ready(executor) else ROUND_WAITING_S
         except (AttributeError, IndexError, TypeError):
-            _warn_missing("scheduler_pace", "rounds have one length; data may come more slowly")
+            _warn_missing("scheduler_pace", "all rounds have one length; data may arrive more slowly")
             pause = ROUND_WAITING_S
         time.sleep(max(0.0, self.last + pause - time.monotonic()))
         self.last = time.monotonic()
@@ -82,14 +84,14 @@ class _Wait:
     NAME = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
 
     def __init__(self) -> None:
-        self.lock, self.open, self.before = threading.Lock(), 0, 0.0
+        self.lock, self.open, self.previous = threading.Lock(), 0, 0.0
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
         state = _executor_state()
         with self.lock:
             if self.open == 0:
-                self.before = getattr(state, self.NAME)
+                self.previous = getattr(state, self.NAME)
                 setattr(state, self.NAME, ROUND_WAITING_S)
             self.open += 1
         try:
@@ -98,7 +100,7 @@ class _Wait:
             with self.lock:
                 self.open -= 1
                 if self.open == 0:
-                    setattr(state, self.NAME, self.before)
+                    setattr(state, self.NAME, self.previous)
 
 
 _wait = _Wait()
@@ -119,7 +121,7 @@ def scheduler_pace() -> Iterator[list[Any]]:
     Reason (Ray 2.60): once all its tasks have ended, the scheduler loops without a pause, with the GIL for 84 % of the
     time; training on two cores ran at half its speed. While tasks run, a round waits for all of them, for up to 0.1 s,
     and a finished task is replaced two rounds later: with tasks of 0.2 s, half of the cores' time was idle. Without it
-    (an empty list): slower, the same batches.
+    (an empty list): slower, with the same batches.
     """
     try:
         throttle, wait = _throttle(), _wait.shortened()

@@ -23,11 +23,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-# Environment of all processes of a Ray started on this machine.
+# Environment of all Ray processes started on this machine.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray would ask the user before it reports usage statistics
     # Number of times that OpenMP threads (torch's) spin before they sleep; by default 300,000, which delays a step if
-    # other processes need the cores. Three trainings at once on two cores: 5 images/s each instead of 1.5; a single
+    # other processes need the cores. Three concurrent trainings on two cores: 5 images/s each instead of 1.5; a single
     # training keeps its speed (15.3).
     "GOMP_SPINCOUNT": "10000",
     # A local Ray has no other machine to be preempted; the watcher process costs 1.5 s of a core at the start of a run.
@@ -44,12 +44,12 @@ _empty_folders: list["tempfile.TemporaryDirectory[str]"] = []
 
 
 def connect(cpus: int | None = None, dashboard: bool = False) -> None:
-    """Join the cluster at RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine; idempotent.
+    """Join the cluster at RAY_ADDRESS (set inside `ray job submit`), or start Ray on this machine; idempotent.
 
     Args:
-        cpus: logical CPUs of a Ray started here; default: those of the machine.
-        dashboard: whether a Ray started here has a dashboard and so the State API. Without it, Ray Tune leaks the
-            workers of stopped trials (ray #54305). It adds 1 s to a command's start.
+        cpus: logical CPUs, if Ray is started here; default: those of the machine.
+        dashboard: whether Ray, if started here, has a dashboard and therefore the State API. Without it, Ray Tune leaks
+            the workers of stopped trials (ray #54305). It adds 1 s to a command's start.
 
     Raises:
         UserError: Ray does not answer at RAY_ADDRESS, or cannot start here.
@@ -68,13 +68,13 @@ def connect(cpus: int | None = None, dashboard: bool = False) -> None:
 def _join(address: str) -> Any:
     cluster_address.check(address)
     fix = f"{cluster_address.FIX}; if the cluster has a token, set it in RAY_AUTH_TOKEN"
-    with _one_line(f"cannot join the cluster at RAY_ADDRESS={address}", fix):
+    with _as_user_error(f"cannot join the cluster at RAY_ADDRESS={address}", fix):
         return ray.init(log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _start(cpus: int | None, dashboard: bool) -> Any:
     fix = "set RAY_TMPDIR to a folder with a short path that you may write to, or RAY_ADDRESS to a running cluster"
-    with _one_line("cannot start Ray on this machine", fix), ExitStack() as stack:
+    with _as_user_error("cannot start Ray on this machine", fix), ExitStack() as stack:
         stack.enter_context(environment(**ENVIRONMENT, **_token_without_home()))
         stack.enter_context(replaced_environment(**_short_temporary_folder()))
         stack.enter_context(_away_from_working_folder())
@@ -92,17 +92,17 @@ def _start(cpus: int | None, dashboard: bool) -> Any:
 
 
 @contextmanager
-def _one_line(problem: str, fix: str) -> Iterator[None]:
+def _as_user_error(problem: str, fix: str) -> Iterator[None]:
     """Raise an error of `ray.init` as a UserError."""
     try:
         yield
-    except Exception as error:  # OSError, RuntimeError, ValueError, ConnectionError, ...: it has no class of its own
+    except Exception as error:  # OSError, RuntimeError, ValueError, ConnectionError, ...: they have no common class
         explanation = explain(error)
         raise UserError(f"{problem}: {explanation or first_line(error)}; {fix}") from error
 
 
 def _short_temporary_folder() -> dict[str, str]:
-    """TMPDIR for Ray's processes, the dashboard's included, if the user's is too long for their sockets."""
+    """TMPDIR for Ray's processes, including the dashboard's, if the user's is too long for their sockets."""
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY_FOLDER:
         return {"TMPDIR": SHORT_TEMPORARY_FOLDER}
     return {}
@@ -129,8 +129,8 @@ def _home_is_writable() -> bool:
 def _away_from_working_folder() -> Iterator[None]:
     """Start Ray's processes inside the block in an empty folder, without the working folder on their import path.
 
-    They import first from the folder in which they start: a downloaded `statistics.py` would be executed. If the
-    working folder contains this package, as in a checkout, they start there.
+    Python imports first from the folder in which a process starts: a downloaded `statistics.py` would be executed. If
+    the working folder contains this package, as in a checkout, they start there.
     """
     here = os.path.realpath(".")
     if here == str(Path(__file__).resolve().parents[2]):
@@ -142,13 +142,13 @@ def _away_from_working_folder() -> Iterator[None]:
     if search_path is not None:
         folders = [os.path.abspath(folder) for folder in search_path.split(os.pathsep) if folder]
         os.environ["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if os.path.realpath(folder) != here)
-    before = os.open(".", os.O_RDONLY)
+    previous = os.open(".", os.O_RDONLY)
     os.chdir(empty.name)
     try:
         yield
     finally:
-        os.fchdir(before)
-        os.close(before)
+        os.fchdir(previous)
+        os.close(previous)
         if search_path is not None:
             os.environ["PYTHONPATH"] = search_path
 
@@ -181,7 +181,7 @@ def ordered_map(
     """Yield `function(item)` in order, computed by Ray tasks of one CPU each.
 
     At most `max_concurrent` results (default: twice the cluster's CPUs) are in flight or in the object store, so that
-    any number of items can be streamed. An exception in a task is raised here as one of its class.
+    any number of items can be streamed. An exception in a task is raised here with the same class.
     """
     task: Any = ray.remote(max_retries=3)(function)
     limit = max_concurrent or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))

@@ -1,4 +1,4 @@
-"""Target kinds: what the network learns of a cell image. A new kind is one module and its name in `registry`.
+"""Target kinds: the kinds of network output. To add a kind, write one module and add its name to `registry`.
 
 registry           names of the kinds -> `Target` objects
 base               the interface of a kind: channels, drawing, loss, height map

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Target(ABC):
-    """What the network predicts, how it is drawn from labels and learned, and how the watershed uses it."""
+    """Output channels of the network, with their drawing from labels, their loss, and the watershed's height map."""
 
     channels: ClassVar[tuple[str, ...]]
     """Names of the network's output channels, "foreground" first; each is 0 to 1 after a sigmoid."""
@@ -23,8 +23,8 @@ class Target(ABC):
         """Draw the channels after the foreground from labels (H, W).
 
         Args:
-            labels: 0 background; not written.
-            out: uint8 (C - 1, H, W), filled with 255 times the values, rounded.
+            labels: 0 for background; not modified.
+            out: uint8 (C - 1, H, W), to fill with 255 times the values, rounded.
         """
 
     @abstractmethod
@@ -33,7 +33,7 @@ class Target(ABC):
 
         Args:
             logits: float (B, C - 1, H, W).
-            maps: float (B, C - 1, H, W), 0 to 1: what `draw` drew.
+            maps: float (B, C - 1, H, W), 0 to 1: the output of `draw` / 255.
             foreground: float (B, 1, H, W), 1 in cells.
         """
 

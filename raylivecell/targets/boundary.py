@@ -32,7 +32,7 @@ class Boundary(Target):
         return F.binary_cross_entropy_with_logits(logits, maps) + dice_loss()(logits, maps)
 
     def height(self, maps: NDArray[np.float32], cell: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Probability of foreground without boundary."""
+        """Probability of foreground and no boundary."""
         return maps[0] * (1 - maps[1])
 
 

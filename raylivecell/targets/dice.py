@@ -12,7 +12,7 @@ def dice_loss() -> "nn.Module":
     """MONAI's Dice loss, as in the paper: logits and targets (B, C, H, W) -> scalar.
 
     1 - 2 sum(p g) / (sum p^2 + sum g^2) for each image and channel, then the mean (V-Net's form, arXiv:1606.04797).
-    Importing MONAI takes 3 to 5 s, so only training does it, not the import of this module.
+    Importing MONAI takes 3 to 5 s, so only training imports it, not this module.
     """
     from monai.losses import DiceLoss
 

@@ -7,10 +7,10 @@ The centre of a cell is its pixel farthest from the outside; the image edge does
 Euclidean between pixel centres, 0 in the background.
 
 The maps are drawn after augmentation, from the warped labels. Rotation and flips would preserve maps drawn earlier,
-elastic deformation would not: a warped map holds lengths in the undeformed cell. With small.yaml's deformation
+elastic deformation would not: a warped map contains lengths of the undeformed cell. With small.yaml's deformation
 (alpha 600, sigma 20), distances to the centre would be wrong by 0.09 on average, and by more than 0.2 in a tenth of the
-cell pixels; distances to the boundary by 0.05. A cell cut by the crop gets the centre of its visible part, like a cell
-cut by the image edge at prediction. Drawing takes 2 ms for a crop of 256 x 256.
+cell pixels; distances to the boundary by 0.05. The centre of a cell cut by the crop is that of its visible part, as
+at prediction for a cell cut by the image edge. Drawing takes 2 ms for a crop of 256 x 256.
 """
 
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ class Distance(Target):
             np.rint(255 * values, out=plane, casting="unsafe")
 
     def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor") -> "Tensor":
-        """Squared error inside cells only: outside of them the distances are not used."""
+        """Squared error inside cells only: distances outside are not used."""
         import torch
 
         cell_pixels = foreground.sum(dim=(2, 3)).clamp(min=1)
@@ -53,7 +53,7 @@ class Distance(Target):
 
 
 def distances(labels: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """`centre_distance` and `boundary_distance` of labels (H, W), each float32 (H, W) in 0 to 1."""
+    """`centre_distance` and `boundary_distance` of labels (H, W), each float32 (H, W), 0 to 1."""
     cell = labels != 0
     depth = _depth(labels)
     count = int(labels.max(initial=0)) + 1
@@ -87,7 +87,7 @@ def _depth(labels: NDArray[np.uint16]) -> NDArray[np.float32]:
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     edge = (cv2.dilate(labels, cross) != labels) | (cv2.erode(labels, cross) != labels)
     edge &= labels != 0
-    if not edge.any():  # one cell fills the frame
+    if not edge.any():  # no cell, or one that fills the image
         return (labels != 0).astype(np.float32)
     distance = cv2.distanceTransform((~edge).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     # OpenCV 5 rounds a square root up or down depending on the array's address: equal depths must be equal to the bit.

@@ -16,7 +16,7 @@ MAX_DEPTH = 32.0
 
 
 class Foreground(Target):
-    """No channel but the foreground; the height is the distance to the background."""
+    """Only the foreground channel; the height is the distance to the background."""
 
     channels = ("foreground",)
     prominence = 0.03
@@ -29,7 +29,7 @@ class Foreground(Target):
         return logits.new_zeros(())
 
     def height(self, maps: NDArray[np.float32], cell: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Distance to the background, up to MAX_DEPTH pixels, as a fraction of it."""
+        """Distance to the background, up to MAX_DEPTH pixels, as a fraction of MAX_DEPTH."""
         depth = cv2.distanceTransform(cell.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         # OpenCV 5 rounds a square root up or down depending on the array's address; squared distances are integers.
         squares = np.rint(np.square(np.minimum(depth, np.float32(MAX_DEPTH))))

@@ -1,4 +1,4 @@
-"""The target kinds by name. The kind NAME is `TARGET` of the module raylivecell.targets.NAME."""
+"""Names of the target kinds. The kind NAME is the object `TARGET` of the module raylivecell.targets.NAME."""
 
 import functools
 import importlib
@@ -14,5 +14,5 @@ NAMES: tuple[Targets, ...] = get_args(Targets)
 
 @functools.cache
 def target(name: Targets) -> "Target":
-    """The kind called `name`. Its module is imported on first use: reading a recipe needs no OpenCV."""
+    """Return the kind `name`. Its module is imported on first use: reading a recipe needs no OpenCV."""
     return importlib.import_module(f"{__package__}.{name}").TARGET

@@ -3,7 +3,7 @@
 The foreground is 0 or 1, the border map 255 times the exponential weight between touching cells (network/losses.py),
 the maps 255 times their values, rounded. A batch of samples is uint8 (B, 2 + C, H, W).
 
-Where maps are drawn after augmentation, a decoded sample is its image and `pack` of its labels and border map.
+If maps are drawn after augmentation, a decoded sample is its image and `pack` of its labels and border map.
 """
 
 import numpy as np
@@ -25,24 +25,24 @@ def count(targets: Targets) -> int:
 
 
 def bytes_per_pixel(labels: bool) -> int:
-    """Size of a decoded sample: of its STORED planes, or with `labels` of its image and `pack`."""
+    """Bytes per pixel of a decoded sample: of its STORED planes, or with `labels` of its image and `pack`."""
     return 1 + np.dtype(np.uint32).itemsize if labels else len(STORED)
 
 
 def pack(labels: NDArray[np.uint16], border: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """Labels and border map as one image, so that one pass warps both: uint32 (H, W)."""
+    """Pack labels and border map into one image, uint32 (H, W), so that one pass warps both."""
     return np.bitwise_or(labels, border.astype(np.uint32) << 16, dtype=np.uint32)
 
 
 def unpack(packed: NDArray[np.uint32]) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-    """Labels and border map of `pack`."""
+    """Return the labels and the border map from the result of `pack`."""
     return packed.astype(np.uint16), (packed >> 16).astype(np.uint8)
 
 
 def draw(
     image: NDArray[np.uint8], packed: NDArray[np.uint32], targets: Targets, out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """Planes of a sample from its image and `pack`, both (H, W), in `out` if given."""
+    """Draw the planes of a sample from its image and `pack`, both (H, W), in `out` if given."""
     if out is None:
         out = np.empty((count(targets), *image.shape), np.uint8)
     labels, border = unpack(packed)

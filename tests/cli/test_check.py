@@ -41,7 +41,7 @@ def test_a_sound_cluster_passes() -> None:
         (
             lambda: check.versions([node(), node("10.0.0.9", versions=(*VERSIONS[:3], ("torch", "2.12.0"))), node()]),
             "fail",
-            "10.0.0.9 has torch 2.12.0, others not",
+            "10.0.0.9 has torch 2.12.0, unlike the other nodes",
         ),
         (lambda: check.clocks([node(), node("10.0.0.9", clock_s=-3)]), "warn", "10.0.0.9 is 3 s off"),
         (lambda: check.clocks([node(), node("10.0.0.9", clock_s=900)]), "fail", "10.0.0.9 is 900 s off"),

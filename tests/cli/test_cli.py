@@ -43,8 +43,8 @@ from raylivecell.core.errors import UserError
         ("synth --out s3://bucket/cells", "writes to a local folder"),
         ("demo --out {tmp}/o --images 2 --recipe demo", "the demo needs 8"),
         ("sweep --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
-        ("synth --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
-        ("demo --out {tmp}/binary", "a file is where a folder is needed: {tmp}/binary"),
+        ("synth --out {tmp}/binary", "not a folder but a file: {tmp}/binary; choose another path"),
+        ("demo --out {tmp}/binary", "not a folder but a file: {tmp}/binary; choose another path"),
     ],
 )
 def test_user_errors_are_one_line_with_exit_code_2(

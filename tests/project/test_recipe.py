@@ -40,8 +40,8 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path, capsys: pytest.Captur
     assert main.main(["recipes", "small"]) == 0
     assert capsys.readouterr().out == SHIPPED["small"].read_text()
     for path in ("small.yaml", "./small", "s3://bucket/small.yaml", str(tmp_path)):
-        assert recipes.find(path) == path, "a path is not the name of a shipped recipe"
-    with pytest.raises(UserError, match=r"no recipe is called 'smal'; did you mean small\? \(.* \./smal\.yaml\)"):
+        assert recipes.find(path) == path, "a path is not a name"
+    with pytest.raises(UserError, match=r"no shipped recipe 'smal'; did you mean small\? \(.* \./smal\.yaml\)"):
         recipes.find("smal")
 
 

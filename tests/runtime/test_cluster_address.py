@@ -47,8 +47,8 @@ def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         (SETTINGS, None),
         (None, "no answer within 0.2 s"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "speaks HTTP"),
-        (b"SSH-2.0-x\r\n", "does not belong to Ray"),
-        (b"", "does not belong to Ray"),
+        (b"SSH-2.0-x\r\n", "another program listens on that port"),
+        (b"", "another program listens on that port"),
     ],
 )
 @pytest.mark.parametrize("scheme", ["", "ray://"])

@@ -139,7 +139,7 @@ def test_without_the_private_names_ray_works_and_a_warning_is_logged_once(
             assert isinstance(trainer, TorchTrainer)
         for _ in range(2):
             ray_internals.SchedulerThrottle().on_execution_step(SimpleNamespace())
-    entries = [message.split(" does not fit")[0] for message in caplog.messages]
+    entries = [message.split(" does not work")[0] for message in caplog.messages]
     assert entries == [
         "raylivecell.runtime.ray_internals.scheduler_pace",
         "raylivecell.runtime.ray_internals.data_parallel_trainer",

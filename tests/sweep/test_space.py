@@ -103,7 +103,10 @@ def test_a_dumped_search_loads_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"space": {"optimizer.learning_rate": {"low": 1, "high": 2}}}, "the fields there are optimizer.lr, "),
+        (
+            {"space": {"optimizer.learning_rate": {"low": 1, "high": 2}}},
+            "the fields of this section are optimizer.lr, ",
+        ),
         ({"space": {"augment.elastic.alpha": {"low": 1, "high": 2}}}, "did you mean augment.elastic.alpha_"),
         ({"space": {"phases.7.steps": {"low": 1, "high": 2}}}, "unknown field phases.7.steps"),
         ({"spaces": {}}, "sweep.spaces; did you mean space?"),
