@@ -232,7 +232,7 @@ def test_a_dataset_without_cells_is_an_error(folder: SourceFolder, tmp_path: Pat
             prepare(folder.write(), str(tmp_path / "none"), config)
     for data in folder.splits.values():
         data["images"] = []
-    with pytest.raises(UserError, match="list no image"):
+    with pytest.raises(UserError, match="list no images"):
         prepare(folder.write(), str(tmp_path / "none"))
 
 
