@@ -25,7 +25,7 @@ REFUSED = {
         "tiff directories in a circle": "circle",
         "tiff of 100,000 directories": "over 10000 images",
         "tiff tag of four billion values": "values",
-        "tiff with 4000 tags": "holds 2 images",
+        "tiff with 4000 tags": "contains 2 images",
         "tiff with a long ome description": "read",
         "tiff with a long imagej description": "read",
         "tiff with a jpeg of 65,500 x 65,500": "JPEG strip or tile of 65500",
