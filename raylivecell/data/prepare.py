@@ -330,5 +330,5 @@ def _remaining(dataset: Mapping[str, Any]) -> Iterator[str]:
         listed = counts["listed"]
         lost = (counts["images"], counts["cells"]) != (listed["images"], listed["cells"])
         if listed["images"] and (lost or split == "test"):
-            images, cells = (f"{counts[key]:,} of {listed[key]:,} listed {key}" for key in ("images", "cells"))
+            images, cells = (f"{counts[key]:,} of {listed[key]:,} {key}" for key in ("images", "cells"))
             yield f"{split}: {images} and {cells} remain"

@@ -28,7 +28,7 @@ def images(*sources: str, ids: str = "", file_names: tuple[str, ...] = ()) -> li
 
 
 def record(name: Any = None, image_id: Any = None, corner: int = 0) -> dict[str, Any]:
-    """A record with a cell of its own place."""
+    """A record with a cell at a distinct place."""
     square = [corner, 0, corner + 9, 0, corner + 9, 9, corner, 9]
     keys = {"file_name": name, "image_id": image_id}
     return {"segmentation": [square], "score": 0.5} | {key: value for key, value in keys.items() if value is not None}
@@ -122,7 +122,7 @@ def test_any_record_is_left_out_or_can_be_scored(segmentation: Any, score: Any, 
         ([GOOD | {"score": float("nan")}], "not a finite number"),
         ([GOOD | {"score": None}], "score None is not a finite number"),
         ([GOOD | {"image_id": 1.5}], "image_id 1.5 is neither"),
-        ([GOOD | {"image_id": 9}] * 3, r"3 records \(record 0 \(9\), .*: of images that the split does not hold"),
+        ([GOOD | {"image_id": 9}] * 3, r"3 records \(record 0 \(9\), .*: of images that the split does not contain"),
         ([GOOD | {"score": 10**400}], "not a finite number"),
         ([GOOD | {"segmentation": WHOLE | {"size": [9, 9]}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
         ([GOOD | {"segmentation": WHOLE | {"counts": "0"}}], r"its RLE does not fill the image \[60, 60\]"),
@@ -198,18 +198,18 @@ def test_an_unclear_record_costs_itself_where_every_image_has_clear_ones() -> No
 
 
 def test_images_of_another_split_with_the_same_name_stay_apart() -> None:
-    """`predict` over the whole folder; the annotation files hold base names."""
+    """`predict` over the entire folder; the annotation files hold base names."""
     split = images("images/test/000.png", file_names=("000.png",))
     records = [record("train/000.png", 1, 3), record("test/000.png", 2, 5)]
     assert places(read(records, split, ("images/train/000.png",))) == [[5]]
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not contain"):
         read(records[:1], split, ("images/train/000.png",))
 
 
 def test_a_base_name_is_enough_where_the_dataset_has_it_once() -> None:
     split = images("images/livecell_test_images/A172_1.tif")
     assert places(read([record("copies/A172_1.png", 9, 5)], split, ("images/B.tif",))) == [[5]]
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not contain"):
         read([record("copies/A172_1.png", 9, 5)], split, ("images/x/A172_1.tif",))
     both = [*split, *images("images/livecell_test_images/B.tif", ids="5")]
     results = read([record("livecell_test_images/B.tif", 8, 3), record("train/A172_1.tif", 9, 5)], both)
