@@ -156,7 +156,7 @@ class JsonText:
         """Error at the current position."""
         position = self.bytes_before + self._byte_length(self.buffer[: self.at])
         return BrokenJsonError(
-            f"{self.name} {problem}, at byte {position}; get the file again (a cut-off download?) or set "
+            f"{self.name} {problem}, at byte {position}; fetch the file again (a truncated download?) or set "
             "--on-defect truncated_json=keep_complete_records",
             position,
         )

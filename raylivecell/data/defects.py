@@ -99,17 +99,17 @@ def apply_rules(
 
     remaining, defects = _check_duplicates(entries, rules)
     checks: list[Callable[[list[Entry]], Checked]] = [
-        lambda left: _check_each(left, "missing_file", rules, _missing),
-        lambda left: _check_each(left, "unreadable_image", rules, lambda e: info(e).error),
-        lambda left: _check_each(left, "colour_image", rules, lambda e: _if(info(e).colour, e.path)),
-        lambda left: _check_each(left, "sixteen_bit_image", rules, lambda e: _if(info(e).deep, e.path)),
-        lambda left: _check_each(left, "wrong_size", rules, lambda e: _size_difference(e, info(e))),
-        lambda left: _check_each(
-            left, "no_annotations", rules, lambda e: _if(not e.cells, f"no cell in {e.annotation}")
+        lambda entries: _check_each(entries, "missing_file", rules, _missing),
+        lambda entries: _check_each(entries, "unreadable_image", rules, lambda e: info(e).error),
+        lambda entries: _check_each(entries, "colour_image", rules, lambda e: _if(info(e).colour, e.path)),
+        lambda entries: _check_each(entries, "sixteen_bit_image", rules, lambda e: _if(info(e).deep, e.path)),
+        lambda entries: _check_each(entries, "wrong_size", rules, lambda e: _size_difference(e, info(e))),
+        lambda entries: _check_each(
+            entries, "no_annotations", rules, lambda e: _if(not e.cells, f"no cell in {e.annotation}")
         ),
-        lambda left: _check_few(left, infos, covered_pixels, rules),
-        lambda left: _check_leaks(left, infos, rules),
-        lambda left: _check_identical(left, infos, rules),
+        lambda entries: _check_few(entries, infos, covered_pixels, rules),
+        lambda entries: _check_leaks(entries, infos, rules),
+        lambda entries: _check_identical(entries, infos, rules),
     ]
     for check in checks:
         remaining, more = check(remaining)

@@ -29,19 +29,19 @@ def examine(uri: str) -> ImageInfo:
     """Return the properties of the image file at `uri`."""
     data = storage.read_bytes(uri)
     try:
-        picture = formats.decode(data)
+        decoded = formats.decode(data)
     except formats.UnreadableImageError as error:
         return ImageInfo(error=str(error), sha256=hashlib.sha256(data).hexdigest())
-    pixels = np.ascontiguousarray(picture.pixels)
+    pixels = np.ascontiguousarray(decoded.pixels)
     measures = grey_levels.measure(pixels, grey_levels.padding_mask(pixels))
     return ImageInfo(
         sha256=hashlib.sha256(data).hexdigest(),
         pixels_sha256=hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest(),
         height=pixels.shape[0],
         width=pixels.shape[1],
-        colour=picture.colour,
+        colour=decoded.colour,
         measures=tuple(measures),
-        deep=picture.deep,
+        deep=decoded.deep,
         visible=visible_pixels(intensity.apply(pixels, intensity.choose([measures]))),
     )
 

@@ -202,9 +202,9 @@ class _Table:
             precision = true_positives / (np.cumsum(weight * counted)[right] + np.spacing(1))
             # The best precision at this recall or a higher one.
             precision = np.maximum.accumulate(precision[::-1])[::-1]
-            places = np.searchsorted(true_positives / truths, RECALLS, side="left")
-            within = places < len(true_positives)
-            row[within] = precision[places[within]]
+            positions = np.searchsorted(true_positives / truths, RECALLS, side="left")
+            within = positions < len(true_positives)
+            row[within] = precision[positions[within]]
         return table
 
     def recall(self, limit: int, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:

@@ -104,23 +104,23 @@ def read(uri: str, images: Sequence[Image], others: Callable[[], Iterable[str]] 
     left_out: dict[str, list[str]] = defaultdict(list)
     records = _records(uri)
     by_reference: dict[Reference, list[int]] = defaultdict(list)
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         try:
             _score(record)
-            by_reference[_reference(record)].append(place)
+            by_reference[_reference(record)].append(index)
         except BadRecord as error:
-            left_out[str(error)].append(f"record {place}")
+            left_out[str(error)].append(f"record {index}")
     joined, dropped = _join(list(by_reference), images, others, uri)
     for reference, reason in dropped.items():
-        left_out[reason] += [f"record {place} ({reference})" for place in by_reference[reference]]
+        left_out[reason] += [f"record {index} ({reference})" for index in by_reference[reference]]
     cells: list[tuple[list[Rle], list[float]]] = [([], []) for _ in images]
-    places = ((place, image) for reference, image in joined.items() for place in by_reference[reference])
-    for place, image in sorted(places):
+    indices = ((index, image) for reference, image in joined.items() for index in by_reference[reference])
+    for index, image in sorted(indices):
         try:
-            cells[image][0].append(_mask(records[place]["segmentation"], images[image].size))
-            cells[image][1].append(_score(records[place]))
+            cells[image][0].append(_mask(records[index]["segmentation"], images[image].size))
+            cells[image][1].append(_score(records[index]))
         except BadRecord as error:
-            left_out[str(error)].append(f"record {place} ({images[image].source})")
+            left_out[str(error)].append(f"record {index} ({images[image].source})")
     if records and not any(masks for masks, _ in cells):
         raise UserError(_refusal(uri, left_out))
     referenced = set(joined.values())

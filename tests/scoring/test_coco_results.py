@@ -185,12 +185,12 @@ def test_a_record_refers_to_an_image_by_path_or_id(name: Any, image_id: Any) -> 
     ],
     ids=["base name", "two ids of one name", "ids of two files", "an id that is a name"],
 )
-def test_what_may_mean_two_images_is_refused(records: list[Any], split: list[Image], message: str) -> None:
+def test_ambiguous_references_are_refused(records: list[Any], split: list[Image], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(records, split)
 
 
-def test_an_unclear_record_costs_itself_where_every_image_has_clear_ones() -> None:
+def test_an_ambiguous_record_is_left_out_if_every_image_has_clear_ones() -> None:
     records = [record("well0/im.png", 1, 3), record("well1/im.png", 2, 5), record("im.png", 3, 9)]
     results = read(records, WELLS)
     assert places(results) == [[3], [5]]
@@ -206,7 +206,7 @@ def test_images_of_another_split_with_the_same_name_stay_apart() -> None:
         read(records[:1], split, ("images/train/000.png",))
 
 
-def test_a_base_name_is_enough_where_the_dataset_has_it_once() -> None:
+def test_a_base_name_is_enough_if_unique_in_the_dataset() -> None:
     split = images("images/livecell_test_images/A172_1.tif")
     assert places(read([record("copies/A172_1.png", 9, 5)], split, ("images/B.tif",))) == [[5]]
     with pytest.raises(UserError, match="does not contain"):
