@@ -56,7 +56,7 @@ def encoded(labels: np.ndarray, targets: Targets) -> tuple[np.ndarray, Network]:
 
 
 def blurred(network: Network) -> Network:
-    """A network that uses neighbouring pixels and has none at the edges of its window."""
+    """A network that uses neighbouring pixels, which are missing at the edges of its window."""
     return lambda image: np.stack([cv2.blur(plane, (3, 3)) for plane in network(image)])
 
 
@@ -95,7 +95,7 @@ def test_maps_of_an_image_that_fits_in_a_window_are_unchanged() -> None:
 @settings(max_examples=30)
 @given(st.tuples(st.integers(3, 200), st.integers(3, 200)))
 def test_window_edges_hardly_count_inside_the_image(shape: tuple[int, int]) -> None:
-    """Each window has an error of 1 in its outermost pixels, where overlapping windows have none."""
+    """Each window has an error of 1 in its outermost pixels, where overlapping windows have no error."""
 
     def network(pixels: np.ndarray) -> np.ndarray:
         error = np.ones((1, *pixels.shape), np.float32)

@@ -1,4 +1,4 @@
-"""Sources for the tests of `prepare`, and readers of what it writes."""
+"""Sources for the tests of `prepare`, and readers of its output."""
 
 import hashlib
 import json

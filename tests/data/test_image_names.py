@@ -1,4 +1,4 @@
-"""Matching names in annotation files with image files: the right file or none, never that of another image."""
+"""Matching names in annotation files with image files: the correct file or none, never the file of another image."""
 
 import unicodedata
 from urllib.parse import quote
@@ -88,7 +88,7 @@ PATH = st.lists(PART, min_size=1, max_size=3).map(lambda parts: "/".join(parts) 
 def test_a_file_matches_its_own_name_and_at_most_one_image(
     files: list[str], others: list[str], data: st.DataObject
 ) -> None:
-    """A complete path matches its file whatever else is listed; no file matches two different names."""
+    """A complete path matches its file, regardless of other names; no file matches two different names."""
     path = data.draw(st.sampled_from(files))
     names = list(dict.fromkeys([path, *others]))
     matched = resolved([*files, "images/keep"], *names)

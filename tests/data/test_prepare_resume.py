@@ -98,7 +98,7 @@ print(last)
 
 
 def test_killed_before_each_write_ends_with_the_same_bytes(folder: SourceFolder, no_ray: None, tmp_path: Path) -> None:
-    """Each run gets one write, rename or deletion further than the previous one, and starts from what that left."""
+    """Each run stops one write, rename or deletion later than the previous one, and starts from its files."""
     for number in range(6):
         folder.image("train", f"BV2_Phase_{number}.png")
     source, out = folder.write(), tmp_path / "out"

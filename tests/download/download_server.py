@@ -88,7 +88,7 @@ class Server(ThreadingHTTPServer):
 
 
 def requested_start(handler: Handler) -> int | None:
-    """The first byte of a Range request whose If-Range matches; None if the complete file is due."""
+    """The first byte of a Range request whose If-Range matches; None if the complete file must be sent."""
     match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
     is_current = handler.headers.get("If-Range", "") == handler.server.headers.get("ETag")
     return int(match[1]) if match and is_current else None
@@ -218,7 +218,7 @@ def server(sleeps: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ser
 
 @pytest.fixture
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of every `time.sleep`, none of which is waited for; four attempts, blocks of 64 KiB."""
+    """The arguments of all calls of `time.sleep`, which do not wait; four attempts, blocks of 64 KiB."""
     seconds: list[float] = []
     monkeypatch.setattr("time.sleep", seconds.append)
     monkeypatch.setattr(fetching, "ATTEMPTS", 4)
@@ -231,7 +231,7 @@ def fetch_train(server: Server, out: Path, **options: Any) -> dict[str, Any]:
 
 
 def assert_complete(server: Server, out: Path) -> None:
-    """The right bytes have the final name and a record; no other file is left."""
+    """The correct bytes have the final name and a record; no other file remains."""
     body = server.files[TRAIN]
     assert (out / TRAIN).read_bytes() == body
     entry = json.loads((out / "download.json").read_bytes())["files"][TRAIN]

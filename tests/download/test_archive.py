@@ -116,7 +116,7 @@ def test_zip_bombs(limit: str, value: int, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_damaged_zips(tmp_path: Path) -> None:
-    """Cut anywhere; one bit flipped in any byte of a member."""
+    """Truncated at any byte; one bit flipped in any byte of a member."""
     path, body = tmp_path / "images.zip", make_zip(IMAGES)
     for end in (*range(0, len(body), 11), len(body) - 1):
         path.write_bytes(body[:end])

@@ -172,7 +172,7 @@ def test_too_little_free_space(server: Server, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_disk_refuses_a_write(server: Server, tmp_path: Path) -> None:
-    """A real limit on file size, in the middle of the second block: what fits is kept and resumed from."""
+    """A real limit on file size, in the middle of the second block: the stored bytes remain and are resumed from."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK + 1000, hard))
     try:

@@ -1,4 +1,4 @@
-"""One file over HTTP from a server that cuts, changes or refuses it: resumed, restarted, or a clear error."""
+"""Transfers from a server that truncates, changes or refuses a file: resumed, restarted, or a clear error."""
 
 import io
 import random

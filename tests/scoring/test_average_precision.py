@@ -36,7 +36,7 @@ def image(rng: np.random.Generator, cells: int, detections: int) -> Image:
 
 
 def reference(images: list[Image]) -> dict[str, float]:
-    """Scores by COCOeval; -1 if there is no such cell."""
+    """Scores by COCOeval; -1 without such cells."""
     truth: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
     results = []
     for number, (prediction, scores, true) in enumerate(images, 1):

@@ -226,7 +226,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "a.b"]), min_size=1, max_size=3).map
 
 @given(st.sets(NAMES.map(lambda name: name + ".png"), min_size=1, max_size=6), st.sampled_from(["", "up/", "/x/y/"]))
 def test_predictions_of_a_folder_find_their_images(sources: set[str], above: str) -> None:
-    """Whatever the names: from the prepared folder, one above it or one in it, each image has its own records."""
+    """Names relative to the prepared folder, its parent or a subfolder: each image has its own records."""
     split = images(*sorted(sources))
     records = [record(above + image.source, 100 + place, place) for place, image in enumerate(split)]
     assert places(read(records, split)) == [[place] for place in range(len(split))]

@@ -1,4 +1,4 @@
-"""Pixel counts add up, ratios are taken last, and MONAI gives the same scores."""
+"""Pixel counts add up, ratios are computed last, and MONAI gives the same scores."""
 
 import numpy as np
 import pytest
