@@ -2,7 +2,7 @@
 
 1. json_stream    streaming JSON reader
    coco           COCO's records: images, polygons, run lengths
-   categories     which categories are cells
+   categories     selection of the categories that are cells
 2. rle            run-length encoding of masks, COCO's formats
 3. drawing        polygons -> label image -> foreground and border map
 """

@@ -1,4 +1,4 @@
-"""Selection of the categories of COCO files that are cells: all by default; the user may exclude debris, scale bars."""
+"""Selection of the COCO categories that are cells: all by default; the user may exclude debris or scale bars."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,16 +11,16 @@ NO_NAME = "(none)"
 """Name for annotations without a category."""
 
 
-def choose(files: Iterable[Annotations], wanted: Sequence[str]) -> list[dict[str, Any]]:
-    """Restrict `files` to annotations of the `wanted` categories, and list all categories for dataset.json.
+def choose(files: Iterable[Annotations], selection: Sequence[str]) -> list[dict[str, Any]]:
+    """Restrict `files` to annotations of the categories in `selection`, and list all categories for dataset.json.
 
     Args:
-        files: contents of annotation files; category ids may differ between them.
-        wanted: names or ids of categories; empty: all.
+        files: contents of annotation files; their category ids may differ.
+        selection: names or ids of categories; empty: all.
 
     Returns:
-        Sorted by name: `name`, `ids`, counts of `images` and `annotations`, whether it is `chosen`, and whether it is
-        `listed` in the section `categories` (true if a file has no such section).
+        One row per category, sorted by name: `name`, `ids`, counts of `images` and `annotations`, `chosen`, and
+        `listed` (whether the section `categories` lists it; true if a file has no such section).
 
     Raises:
         UserError: unknown or ambiguous name.
@@ -31,10 +31,10 @@ def choose(files: Iterable[Annotations], wanted: Sequence[str]) -> list[dict[str
         for annotations in files
     ]
     all_names = {name for names in names_of_files for name in names.values()}
-    chosen = _resolve(names_of_files, wanted) if wanted else all_names
+    chosen = _resolve(names_of_files, selection) if selection else all_names
     rows: dict[str, dict[str, Any]] = {}
     for annotations, names in zip(files, names_of_files):
-        if wanted:
+        if selection:
             annotations.select([category for category, name in names.items() if name in chosen])
         for category, (image_count, annotation_count) in annotations.category_counts().items():
             name = names[category]
@@ -52,10 +52,10 @@ def name_of(annotations: Annotations, category: int | str) -> str:
     return annotations.categories.get(category) or (NO_NAME if category == "" else str(category))
 
 
-def notice(categories: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> str:
+def notice(categories: Sequence[Mapping[str, Any]], selection: Sequence[str]) -> str:
     """Warn about a dataset with several categories if the user chose none; "" otherwise."""
     used = [category for category in categories if category["annotations"]]
-    if wanted or sum(category["name"] != NO_NAME for category in used) < 2:
+    if selection or sum(category["name"] != NO_NAME for category in used) < 2:
         return ""
     notes = ["" if category["listed"] else " of an unlisted category" for category in used]
     counts = ", ".join(f"{item['name']} ({item['annotations']:,}{note})" for item, note in zip(used[:12], notes))
@@ -66,18 +66,18 @@ def notice(categories: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> st
     )
 
 
-def _resolve(names_of_files: Sequence[Mapping[int | str, str]], wanted: Sequence[str]) -> set[str]:
-    """Resolve `wanted` words to category names: by exact name, then id, then name ignoring case."""
+def _resolve(names_of_files: Sequence[Mapping[int | str, str]], selection: Sequence[str]) -> set[str]:
+    """Resolve the words of `selection` to category names: by exact name, then id, then name ignoring case."""
     names = sorted({name for file_names in names_of_files for name in file_names.values()})
     chosen: set[str] = set()
-    for word in wanted:
+    for word in selection:
         by_id = {
             name for file_names in names_of_files for category, name in file_names.items() if str(category) == word
         }
         by_case = {name for name in names if name.casefold() == word.strip().casefold()}
         matches = ({word} & set(names)) or by_id or by_case
         if len(matches) > 1:
-            raise UserError(f"--categories {word} is ambiguous: {' or '.join(sorted(matches))}; give the name")
+            raise UserError(f"--categories {word} is ambiguous: {' or '.join(sorted(matches))}; use the name")
         if not matches:
             close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
             hint = f" (did you mean {close[0]}?)" if close else ""

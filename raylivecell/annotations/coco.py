@@ -1,7 +1,7 @@
 """Annotation files in COCO's format, read in one pass: `annotations` and `images` in any order, as lists or dicts.
 
 1. `json_stream.iter_records` splits the text into records
-2. `read_annotations` keeps image records in memory and spills outlines to a temporary file, 4 bytes a coordinate
+2. `read_annotations` keeps image records in memory and spills outlines to a temporary file, 4 bytes per coordinate
 3. `Annotations.payload` returns the encoded cells of one image, `decode_cells` converts them to arrays
 """
 
@@ -57,16 +57,16 @@ class Annotations:
     bad: list[tuple[str, int | str | None, str]] = field(default_factory=list)
     """(section, id or None, reason) of each unusable record."""
     broken: BrokenJsonError | None = None
-    """The error at which reading stopped; None if the file is complete."""
+    """Error at which reading stopped; None if the file is complete."""
     last_image: int | str | None = None
-    """Image id of the last complete annotation: if `broken`, this image certainly lacks annotations."""
+    """Image id of the last complete annotation; if `broken`, this image lacks annotations."""
     sha256: str = ""
     size: int = 0
     """Bytes of the file."""
 
     def __post_init__(self) -> None:
         self._spill = tempfile.TemporaryFile(prefix="raylivecell-")  # noqa: SIM115  # lives as long as this object
-        # Ids are numbered in order of appearance; each cell has the number of its image and of its category.
+        # Ids are numbered in order of appearance; cells refer to images and categories by these numbers.
         self._image_numbers: dict[int | str, int] = {}
         self._category_numbers: dict[int | str, int] = {}
         self._cell_image, self._cell_category = array.array("l"), array.array("l")
@@ -125,7 +125,7 @@ class Annotations:
         return self.categories.get(list(self._category_numbers)[numbers[np.argmax(counts)]], "")
 
     def _cells_of(self, image_id: int | str) -> NDArray[np.int64]:
-        """Indices of an image's cells, ascending, which is file order."""
+        """Indices of an image's cells, ascending (file order)."""
         if self._by_image is None:
             selected = self._selected_cells()
             images = np.asarray(self._cell_image, np.int64)
@@ -189,8 +189,8 @@ def _add_category(annotations: Annotations, record: dict[str, Any]) -> None:
 
 
 def _parse_id(value: Any, field_name: str) -> int | str:
-    """Normalise an id: 7, 7.0, "7" and "7.0" are equal, since converters mix them."""
-    if type(value) is int:  # nearly all
+    """Normalise an id: 7, 7.0, "7" and "7.0" are the same id, since converters mix them."""
+    if type(value) is int:  # most ids
         return value
     if isinstance(value, str):
         return int(value.removesuffix(".0")) if _INTEGER.fullmatch(value) else value
@@ -289,11 +289,11 @@ def _parse_polygon(part: Any) -> tuple[int, int, int, bytes]:
     except (TypeError, OverflowError) as error:
         numbers = [_parse_number(value) for value in part]
         if None in numbers:
-            raise BadRecordError("a polygon holds a value that is not a number") from error
+            raise BadRecordError("a polygon contains a value that is not a number") from error
     try:
         return _POLYGON, 0, 0, array.array("f", map(float, part)).tobytes()
     except OverflowError as error:
-        raise BadRecordError("a polygon holds a number that is too large") from error
+        raise BadRecordError("a polygon contains a number that is too large") from error
 
 
 def _parse_rle(part: dict[str, Any]) -> tuple[int, int, int, bytes]:
@@ -338,11 +338,11 @@ class CellRecord:
     polygons: list[NDArray[np.float32]]
     """Each (V, 2), x and y in pixels; V may be below 3, and values may be infinite."""
     runs: list[tuple[tuple[int, int], NDArray[np.int64]]]
-    """Each ((height, width), run lengths, column-major, background first); they may not fill the image."""
+    """Each ((height, width), run lengths), column-major, background first; they need not fill the image."""
 
 
 def decode_cells(payload: bytes) -> list[CellRecord]:
-    """Decode the cells in an `Annotations.payload`."""
+    """Decode the result of `Annotations.payload`."""
     cells, at = [], 0
     while at < len(payload):
         id_length, crowd, part_count = _HEADER.unpack_from(payload, at)

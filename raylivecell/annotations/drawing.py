@@ -1,7 +1,7 @@
 """Training targets, drawn once in `prepare`: polygons -> label image -> foreground and border map.
 
-1. each cell is rasterised as by pycocotools, in its bounding box only: 18 us a cell, on the full image 1.3 ms
-2. cells are painted largest first, so that a small cell on a large one keeps its pixels
+1. each cell is rasterised like pycocotools does, but only in its bounding box: 18 us per cell instead of 1.3 ms
+2. cells are painted largest first, so that a small cell on top of a large one keeps its pixels
 3. the border map of the original U-Net is computed from exact distances to the two nearest cells
 """
 
@@ -40,22 +40,22 @@ class TargetsConfig(StrictModel):
     """Settings of the drawn targets."""
 
     border_sigma: float = Field(default=5.0, gt=0)
-    """Width of the border map in pixels: sigma in exp(-(d1 + d2)^2 / (2 sigma^2)). 5 is the original U-Net's."""
+    """Width of the border map in pixels: sigma in exp(-(d1 + d2)^2 / (2 sigma^2)). The original U-Net uses 5."""
 
 
 def draw_labels(cells: Sequence[Cell], shape: tuple[int, int]) -> NDArray[np.uint16]:
-    """Draw the label image of `cells`: uint16 `shape` (H, W), 0 background, k = `cells[k - 1]`.
+    """Draw the label image of `cells`: uint16 `shape` (H, W), 0 is background, k is `cells[k - 1]`.
 
-    Polygons are rasterised as by pycocotools and clipped to the image; the polygons of a cell are united. Where cells
-    overlap, the pixel goes to the smaller one (area inside the image), at equal area to the earlier one. A cell may
-    thus own no pixel, see `hidden_cells`.
+    Polygons are rasterised like pycocotools does and clipped to the image; the polygons of a cell are united. A pixel
+    of overlapping cells belongs to the smallest one (area inside the image), at equal area to the earliest. A cell may
+    thus have no pixel: see `hidden_cells`.
 
     Raises:
         UserError: over 65,535 cells.
         ValueError: a coordinate that is not finite, or a mask of another shape.
     """
     if len(cells) > MAX_CELLS:
-        raise UserError(f"{len(cells)} cells in one image, labels can hold {MAX_CELLS}; cut the image into tiles")
+        raise UserError(f"{len(cells)} cells in one image, more than {MAX_CELLS}; cut the image into tiles")
     patches = [rasterise(cell, shape) for cell in cells]
     areas = np.array([np.count_nonzero(patch.mask) for patch in patches], np.int64)
     labels = np.zeros(shape, np.uint16)
@@ -68,7 +68,7 @@ def draw_labels(cells: Sequence[Cell], shape: tuple[int, int]) -> NDArray[np.uin
 
 
 def hidden_cells(labels: NDArray[np.uint16], count: int) -> list[int]:
-    """Indices (from 0) of the `count` cells that own no pixel of `labels`: outside the image or completely covered."""
+    """Indices (from 0) of the `count` cells without a pixel in `labels`: outside the image or covered."""
     pixel_counts = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     return [int(index) for index in np.flatnonzero(pixel_counts == 0)]
 
@@ -94,7 +94,7 @@ def rasterise(cell: Cell, shape: tuple[int, int]) -> Patch:
         return Patch(0, 0, np.zeros((0, 0), np.uint8))
     # pycocotools' time and memory grow with the length of an edge: clip vertices to one image size outside the image.
     limit = np.array((width, height), np.float64)
-    # LIVECell's hundredths often fall on pycocotools' grid of 1/5 pixel: rounded, float32 draws the same as JSON.
+    # LIVECell's hundredths often fall on pycocotools' grid of 1/5 pixel: rounded float32 draws the same as JSON.
     flat = [np.round(np.clip(p, -limit, 2 * limit) - (left, top), 3).ravel().tolist() for p in polygons]
     encoded = coco_mask.frPyObjects(flat, bottom - top, right - left)
     planes = coco_mask.decode(encoded)  # (h, w, polygons)
@@ -104,9 +104,9 @@ def rasterise(cell: Cell, shape: tuple[int, int]) -> Patch:
 def border_map(labels: np.ndarray, sigma: float) -> NDArray[np.uint8]:
     """Compute the U-Net's border weights without their factor (Ronneberger et al. 2015, equation 2).
 
-    uint8 (H, W), round(255 exp(-(d1 + d2)^2 / (2 sigma^2))), exact to 1/255; 0 everywhere if there are fewer than two
-    cells. `labels`: integers (H, W), 0 background. d1, d2: Euclidean distances in pixels, between pixel centres, to the
-    two nearest cells (0 inside a cell).
+    uint8 (H, W), round(255 exp(-(d1 + d2)^2 / (2 sigma^2))), exact to 1/255; 0 everywhere with fewer than two cells.
+    `labels`: integers (H, W), 0 background. d1, d2: Euclidean distances in pixels, between pixel centres, to the two
+    nearest cells (0 inside a cell).
 
     Beyond R = sigma sqrt(2 ln 510) the value rounds to 0, so each cell's distances are computed in its bounding box
     widened by R only: 350 cells of 520x704 need 20 to 28 ms, distance transforms of the full image 3 s.

@@ -1,11 +1,12 @@
-"""Streaming JSON reader: files near 1 GB, record by record, in 24 MiB of memory.
+"""Streaming JSON reader: reads files of about 1 GB record by record in 24 MiB of memory.
 
 Calls the standard library's C scanner once per record, on a buffer that is refilled as it empties.
 
-Why not ijson (3.6.0, backend yajl2_c; 228 MB of cells, 2 shared cores)? `ijson.items` reads one path, and a COCO file
-has five, in any order, as lists or dicts: two parsers in one pass reach 12 MB/s, all five 5 MB/s, records built from
-`ijson.basic_parse` events 13 MB/s, this reader 34 MB/s. ijson's errors have no byte position, its encoding is UTF-8
-without a byte order mark, and `items` needs memory quadratic in the nesting: 10 kB of "[" 230 MiB, 100 kB over 20 GB.
+It replaces ijson (3.6.0, backend yajl2_c; measured on 228 MB of cells, 2 shared cores). `ijson.items` reads one path,
+and a COCO file has five, in any order, as lists or dicts: two parsers in one pass reach 12 MB/s, all five 5 MB/s,
+records built from `ijson.basic_parse` events 13 MB/s, this reader 34 MB/s. ijson's errors have no byte position, it
+reads only UTF-8 without a byte order mark, and `items` needs memory quadratic in the nesting: 230 MiB for 10 kB of
+"[", over 20 GB for 100 kB.
 """
 
 import codecs
@@ -19,11 +20,11 @@ from raylivecell.core.errors import UserError
 
 CHUNK = 4 * 2**20
 MAX_RECORD = 64 * 2**20
-"""Characters of one record; longer ones are refused."""
+"""Maximum characters of a record; longer ones are refused."""
 
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark is a prefix of it
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark is its prefix
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
@@ -48,7 +49,7 @@ class BrokenJsonError(UserError):
 
 
 class NotCocoError(BrokenJsonError):
-    """JSON in another format than COCO."""
+    """JSON in a format other than COCO."""
 
     def __init__(self, name: str, kind: str) -> None:
         message = f"{name} is not a COCO file but {kind}; export COCO instance segmentation, or choose another file"
@@ -134,20 +135,20 @@ class JsonText:
                 self._refill_after(error)
                 continue
             except (ValueError, RecursionError) as error:
-                raise self.error(f"holds a value that cannot be read ({error})") from error
+                raise self.error(f"contains a value that cannot be read ({error})") from error
             if end == len(self.buffer) and self.refill():
                 continue  # a number may continue in the next chunk
             self.at = end
             return value
 
     def _refill_after(self, error: json.JSONDecodeError) -> None:
-        """Refill the buffer if it ended inside the value, else raise `error` as a BrokenJsonError."""
+        """Refill the buffer if it ended inside the value, otherwise raise `error` as a BrokenJsonError."""
         cut = error.pos > len(self.buffer) - 64 or error.msg.startswith("Unterminated string")
         if not cut:
             self.at = error.pos
             raise self.error(f"is not valid JSON: {error.msg}") from error
         if len(self.buffer) - self.at > MAX_RECORD:
-            raise self.error(f"holds a record of more than {MAX_RECORD} characters") from error
+            raise self.error(f"contains a record of more than {MAX_RECORD} characters") from error
         if not self.refill():
             raise self.error("ends too early") from error
 
@@ -155,7 +156,7 @@ class JsonText:
         """Error at the current position."""
         position = self.bytes_before + self._byte_length(self.buffer[: self.at])
         return BrokenJsonError(
-            f"{self.name} {problem}, at byte {position}; get the file again (a cut-off download?) or set "
+            f"{self.name} {problem}, at byte {position}; fetch the file again (a truncated download?) or set "
             "--on-defect truncated_json=keep_complete_records",
             position,
         )
@@ -220,7 +221,7 @@ def _describe_list(text: JsonText) -> str:
     text.expect("[")
     try:
         record = {} if text.peek() in ("", "]") else text.parse_value()
-    except BrokenJsonError:  # not a COCO file in any case
+    except BrokenJsonError:  # either way not a COCO file
         return ""
     keys = set(record) if isinstance(record, dict) else set()
     if {"image_id", "segmentation"} <= keys:
@@ -241,7 +242,7 @@ _OTHER_FORMATS = (
 
 
 def describe_object(sections: Iterable[str]) -> str:
-    """Describe a JSON object that is not a COCO file by its top-level keys `sections`."""
+    """Describe a JSON object that is not a COCO file, from its top-level keys `sections`."""
     names = list(sections)
     for required, kind in _OTHER_FORMATS:
         if required <= set(names):

@@ -1,8 +1,8 @@
-"""Masks as COCO's run-length encoding (RLE): some 60 bytes a cell, and cells may overlap.
+"""Masks in COCO's run-length encoding (RLE): about 60 bytes per cell; cells may overlap.
 
 1. `encode...`, `compress`         label image, patch, polygons or run lengths -> compressed RLE
 2. `decode`                        compressed RLE -> mask
-3. `run_lengths`, `mask_of_runs`   untrusted RLE -> run lengths -> mask; pycocotools may crash on these or never end
+3. `run_lengths`, `mask_of_runs`   untrusted RLE -> run lengths -> mask; pycocotools may crash or hang on these
 """
 
 from collections.abc import Iterable
@@ -65,15 +65,15 @@ def decode(rle: Rle) -> NDArray[np.uint8]:
 
 
 def run_lengths(text: bytes) -> NDArray[np.int64]:
-    """Decode the run lengths in COCO's compressed RLE text; those of damaged text may be negative.
+    """Decode the run lengths in COCO's compressed RLE text; damaged text may give negative ones.
 
-    Format (cocoapi, maskApi.c, rleToString): 5 bits a character, offset 48, least significant first, bit 6 set if more
-    follow, sign in bit 5 of the last character; from the fourth run on, the difference to the run two before.
+    Format (cocoapi, maskApi.c, rleToString): 5 bits per character, offset 48, least significant first, bit 6 set if
+    more follow, sign in bit 5 of the last character; from run 4 on, the difference from the run two before.
     """
     runs: list[int] = []
     value = shift = 0
     for character in text:
-        if shift > 60:  # no image is so large; without a limit the number and the time per step grow with the text
+        if shift > 60:  # larger than any image; without a limit the number and the time per step grow
             return np.array([-1], np.int64)
         bits = character - 48
         value |= (bits & 31) << shift

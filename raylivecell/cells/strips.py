@@ -1,11 +1,11 @@
 """Cells of an image of any size, in bounded memory. No torch, no Ray.
 
-1. The network's maps come in bands of finished rows (network/windows.py).
+1. The network's maps arrive in bands of finished rows (network/windows.py).
 2. Strips of these rows overlap by a halo and are segmented one after another; each cell is taken from a strip that
    contains it completely.
 
-Besides the labels, memory holds the maps of at most one row of windows and one strip: 0.8 GB with the watershed for an
-image 10,000 pixels wide, whatever its height.
+In addition to the labels, memory contains the maps of at most one row of windows and one strip: 0.8 GB with the
+watershed for an image 10,000 pixels wide, whatever its height.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,21 +34,21 @@ def segment(
 ) -> tuple[Labels, NDArray[np.float64], NDArray[np.bool_]]:
     """Segment an image of any size, with the result of `watershed.segment` on the maps of the complete image.
 
-    A cell of up to 2 `halo` rows is taken from a strip that contains it completely. The parts of a higher cell are
+    A cell of up to 2 `halo` rows is taken from a strip that contains it completely. The parts of a taller cell are
     joined where the strips meet. If a strip cuts a neighbour of a cell, their common border may differ by some pixels
-    from that in the complete image, but only if one of the two is more than `halo` / 2 rows high.
+    from the result on the complete image, but only if one of the two is more than `halo` / 2 rows high.
 
     Args:
-        network: maps of a window as `Target.channels`, 0 to 1.
+        network: returns the maps of a window, channels as in `Target.channels`, 0 to 1.
         image: uint8 (H, W).
         targets: target kind of the network.
-        config: how maps become cells.
+        config: thresholds of the watershed.
         window: as in `bands`.
         halo: rows, 1 or more.
 
     Returns:
         Labels int32 (H, W), 0 background, 1 to N without gaps; scores float64 (N,), the mean foreground probability of
-        each cell; and bool (H, W), where the foreground probability is above its threshold.
+        each cell; and bool (H, W), whether the foreground probability is above its threshold.
     """
     labels, foreground = np.zeros(image.shape, np.int32), np.zeros(image.shape, np.bool_)
     areas, score_sums = np.zeros(1), np.zeros(1)  # by label
@@ -68,14 +68,14 @@ def segment(
         areas = _add(areas, np.bincount(owner))
         score_sums = _add(score_sums, np.bincount(owner, maps[0].ravel()[inside]))
         cut = numbers[np.unique(cells[-1])]
-        del maps, cells, added, inside, owner  # before the next strip needs the memory
+        del maps, cells, added, inside, owner  # free the memory for the next strip
     return labels, score_sums[1:] / areas[1:], foreground
 
 
 def _strips(row_bands: Iterable[tuple[int, Maps]], height: int, halo: int) -> Iterator[tuple[int, int, Maps]]:
-    """(first row, end of its own rows, maps) of each strip; the maps extend `halo` rows beyond its own rows."""
+    """Yield (first row, end of own rows, maps) of each strip; its maps extend `halo` rows beyond its own rows."""
     if halo < 1:
-        raise ValueError(f"halo is {halo}; strips must overlap by a row or more")
+        raise ValueError(f"halo is {halo}; strips must overlap by at least one row")
     strip: Maps | None = None
     for row, band in row_bands:
         bottom = row + band.shape[1]
@@ -88,9 +88,9 @@ def _strips(row_bands: Iterable[tuple[int, Maps]], height: int, halo: int) -> It
 def _owned(cells: Labels, end: int) -> NDArray[np.bool_]:
     """For each label (0 to N), whether the cell belongs to this strip, whose own rows are those before `end`.
 
-    It does if the middle row of its visible part is one of them. The next strip begins a halo before `end`, this one
-    ends a halo after it: a cell that the next strip would cut belongs to this one, and a cell that only this one cuts
-    belongs to the next.
+    It does if the middle row of its visible part is an own row. The next strip starts a halo before `end`, this one
+    ends a halo after it: a cell that the next strip would cut belongs to this strip, and a cell that only this strip
+    cuts belongs to the next.
     """
     rows = [box[0] for box in ndimage.find_objects(cells)]
     return np.array([False, *(row.start + row.stop < 2 * end for row in rows)])
@@ -111,7 +111,7 @@ def _continued(cells: Labels, above: NDArray[np.int32], cut: NDArray[np.int32]) 
     continued = np.zeros(int(cells.max(initial=0)) + 1, np.int32)
     (label, label_above), counts = np.unique(np.stack([cells[0], above]), axis=1, return_counts=True)
     order = np.argsort(counts, kind="stable")
-    continued[label[order]] = label_above[order]  # the most frequent one is written last
+    continued[label[order]] = label_above[order]  # the most frequent label is written last
     continued[~np.isin(continued, cut)] = 0
     continued[0] = 0
     return continued

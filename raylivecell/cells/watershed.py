@@ -1,13 +1,14 @@
 """Network output maps -> instance labels, by a watershed whose seeds are the peaks of a height map.
 
 1. A pixel belongs to a cell if its foreground probability is above a threshold.
-2. The height map is highest in the middle of each cell; the target kind computes it (`Target.height`).
+2. A height map, highest in the middle of each cell, is computed by the target kind (`Target.height`).
 3. A basin is flooded downwards from each peak, inside the foreground.
 4. Neighbouring basins are merged unless the lower of their peaks rises above the saddle between them by `prominence`
    (the h-maxima of Soille, Morphological Image Analysis, 2003, chapter 6; basins merged at their saddles).
 5. Small cells are removed and small holes filled.
 
-The score of an instance is the mean foreground probability of its pixels, 0 to 1: average precision ranks by it.
+The score of an instance is the mean foreground probability of its pixels, 0 to 1, by which average precision
+ranks them.
 """
 
 import cv2
@@ -24,26 +25,26 @@ SQUARE = np.ones((3, 3), np.uint8)
 
 
 class InstanceConfig(StrictModel):
-    """How maps become cells; `evaluate --calibrate` tunes the values on validation images."""
+    """Thresholds of the watershed; `evaluate --calibrate` tunes them on validation images."""
 
     threshold: float = Field(0.5, gt=0, lt=1)
     """A pixel belongs to a cell if its foreground probability is above this."""
     smoothing: float = Field(1.0, ge=0)
     """Sigma of the Gaussian that smooths the height map, pixels."""
     prominence: float = Field(0.1, ge=0, le=1)
-    """A peak of the height map (0 to 1) is a cell of its own if every path to a higher peak descends at least this far
+    """A peak of the height map (0 to 1) is a separate cell if every path to a higher peak descends at least this far
     below it."""
     min_area: int = Field(20, ge=0)
     """Cells of fewer pixels are removed."""
 
 
 def default(targets: Targets) -> InstanceConfig:
-    """Values before calibration."""
+    """Return the thresholds before calibration."""
     return InstanceConfig(prominence=target(targets).prominence)
 
 
 def segment(maps: Maps, targets: Targets, config: InstanceConfig) -> Labels:
-    """Labels int32 (H, W), 0 background, 1 to N without gaps, of maps float32 (C, H, W) as `Target.channels`."""
+    """Segment maps, float32 (C, H, W) as `Target.channels`: int32 (H, W), 0 background, 1 to N without gaps."""
     cell = maps[0] > config.threshold
     if not cell.any():
         return np.zeros(cell.shape, np.int32)
@@ -55,7 +56,7 @@ def segment(maps: Maps, targets: Targets, config: InstanceConfig) -> Labels:
 
 
 def scores(labels: Labels, probability: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean of the foreground probability (H, W) over each instance of `labels` (1 to N), float64 (N,)."""
+    """Mean foreground probability (H, W) of each instance of `labels` (1 to N), float64 (N,)."""
     flat = labels.ravel()
     counts = np.bincount(flat)
     return (np.bincount(flat, probability.ravel()) / np.maximum(counts, 1))[1:]
@@ -63,7 +64,7 @@ def scores(labels: Labels, probability: NDArray[np.float32]) -> NDArray[np.float
 
 def _basins(heights: NDArray[np.float32], cell: NDArray[np.bool_]) -> Labels:
     """Label the basin of each peak."""
-    from skimage.segmentation import watershed  # 0.2 s
+    from skimage.segmentation import watershed  # imported late: 0.2 s
 
     peaks = (cv2.dilate(heights, SQUARE) == heights) & cell
     seeds = cv2.connectedComponents(peaks.view(np.uint8))[1]
@@ -71,7 +72,7 @@ def _basins(heights: NDArray[np.float32], cell: NDArray[np.bool_]) -> Labels:
 
 
 def _merge_basins(basins: Labels, heights: NDArray[np.float32], prominence: float) -> Labels:
-    """Merge basins whose peak is less prominent into the neighbour across the highest saddle."""
+    """Merge each basin with a less prominent peak into its neighbour across the highest saddle."""
     count = int(basins.max()) + 1
     inside = np.flatnonzero(basins)
     peak = np.zeros(count, np.float32)
@@ -97,7 +98,7 @@ def _merge_basins(basins: Labels, heights: NDArray[np.float32], prominence: floa
 
 
 def _saddles(basins: Labels, heights: NDArray[np.float32]) -> tuple[NDArray, NDArray, NDArray]:
-    """Pairs of adjacent basins (4-neighbours), smaller label first, and their saddle heights, highest first."""
+    """Return pairs of adjacent basins (4-neighbours), smaller label first, and their saddle heights, highest first."""
     a_labels, b_labels, levels = [], [], []
     for here, there in (((slice(None), slice(1, None)), (slice(None), slice(-1))), ((slice(1, None),), (slice(-1),))):
         a, b = basins[here], basins[there]

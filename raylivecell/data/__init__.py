@@ -1,10 +1,10 @@
 """`prepare`: annotated images -> Parquet shards and dataset.json.
 
-1. config          settings and the rule for each kind of defect
+1. config          settings, and the rules for each kind of defect
 2. prepare         the command: runs steps 3 to 6 on Ray Data
-3. sources         find and read annotation files; listing (files of a folder) and image_names (match names with files)
-4. defects         find and report defects of images, apply their rules; cell_defects: those of single cells
+3. sources         find and read annotation files; listing: files of a folder; image_names: match names with files
+4. defects         find and report defects of images, apply their rules; cell_defects: defects of single cells
 5. plan            which images go into which shard
 6. draw            images and annotations -> one shard; description: dataset.json
-7. shards          the dataset on disk, written and read
+7. shards          read and write the dataset on disk
 """

@@ -15,14 +15,14 @@ from raylivecell.annotations.rle import Rle, decode, encode_patch, encode_polygo
 from raylivecell.data.config import Rules, rule_of
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
-"""Kind of defect -> (annotation id, detail) of each cell that has it."""
+"""Kind of defect -> (annotation id, detail) of each affected cell."""
 
 MAX_PARTS = 100
-"""Parts of one cell that are compared with each other."""
+"""Maximum parts of one cell that are compared with each other."""
 TOLERANCE = 1.0
-"""Pixels by which an outline may leave the image: LIVECell's touch 704.0 and 520.0, rounding may exceed them."""
+"""Pixels by which an outline may leave the image: LIVECell's reach 704.0 and 520.0, rounding may exceed that."""
 DOUBLED_IOU = 0.8
-"""Intersection over union from which two outlines are one cell drawn twice."""
+"""Minimum intersection over union of two outlines of one cell drawn twice."""
 
 
 class CheckedCells(NamedTuple):
@@ -36,13 +36,13 @@ class CheckedCells(NamedTuple):
 
 
 def covered(records: Sequence[CellRecord]) -> float:
-    """Return the pixels that `records` cover, overlaps counted twice: the sum of their areas."""
+    """Return the number of pixels that `records` cover: the sum of their areas, overlaps counted twice."""
     polygon_area = sum(_area(polygon.astype(np.float64)) for record in records for polygon in record.polygons)
     return polygon_area + float(sum(runs[1::2].clip(0).sum() for record in records for _, runs in record.runs))
 
 
 def _area(polygon: NDArray[np.float64]) -> float:
-    """Return the area of a polygon (V, 2) in square pixels; 0 if it has none or is not finite."""
+    """Return the area of a polygon (V, 2) in square pixels; 0 if it is degenerate or not finite."""
     if len(polygon) < 3 or not np.isfinite(polygon).all():
         return 0.0
     x, y = (polygon - polygon[0]).T
@@ -62,9 +62,9 @@ def check_cells(
     Args:
         records: the image's annotations.
         shape: (H, W) of the image file.
-        scale: factors on x and y of the outlines; not (1, 1) only if the image's size differs from its JSON.
+        scale: factors on x and y of the outlines; (1, 1) unless the image's size differs from the JSON's.
         rules: rule by kind of defect.
-        split: of the image; test keeps doubled contours by default.
+        split: split of the image; test keeps doubled contours by default.
     """
     defects: CellDefects = {}
     cells: list[Cell] = []
@@ -92,11 +92,11 @@ def check_cells(
 def _check_cell(
     record: CellRecord, shape: tuple[int, int], scale: tuple[float, float], rules: Rules
 ) -> tuple[Cell | None, list[tuple[str, str]]]:
-    """Return the drawable part of one record, None if there is none, and its defects as (kind, detail)."""
+    """Return the drawable part of one record, or None, and its defects as (kind, detail)."""
     defects: list[tuple[str, str]] = []
     masks: list[NDArray[np.bool_]] = []
     for size, runs in record.runs:
-        listed_shape = (round(shape[0] / scale[1]), round(shape[1] / scale[0]))  # by the JSON
+        listed_shape = (round(shape[0] / scale[1]), round(shape[1] / scale[0]))  # in the JSON
         mask = mask_of_runs(size, runs) if size == listed_shape else None
         if mask is None:
             return None, [("degenerate_polygon", f"an RLE of {size[1]} x {size[0]} does not fill the image")]
@@ -166,7 +166,7 @@ def _crop_to_patch(mask: NDArray[np.bool_]) -> Patch:
 
 
 def doubled_pairs(cells: Sequence[Cell], shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return (later, earlier) indices of cells drawn twice, each later one once.
+    """Return (later, earlier) indices of cells drawn twice; each later cell occurs once.
 
     Only pairs whose bounding boxes share half of their union are rasterised.
     """

@@ -10,11 +10,11 @@ from raylivecell.annotations.drawing import TargetsConfig
 from raylivecell.core.settings import StrictModel
 
 Rules = Mapping[str, str]
-"""Rule by kind of defect; kinds that are missing have their default rule."""
+"""Rule by kind of defect; missing kinds have their default rule."""
 
 
 class DefectKind(NamedTuple):
-    """A kind of defect and what can be done about it."""
+    """A kind of defect and its rules."""
 
     rules: tuple[str, ...]
     """Allowed rules, the default first; a kind with one rule offers no choice."""
@@ -28,8 +28,8 @@ class DefectKind(NamedTuple):
 DEFECT_KINDS: dict[str, DefectKind] = {
     "truncated_json": DefectKind(
         ("refuse", "keep_complete_records"),
-        "An annotation file that breaks off. keep_complete_records: use all records before the break, except the image "
-        "whose annotations were being listed there.",
+        "A truncated or invalid annotation file. keep_complete_records: use all records before the error, except the "
+        "image whose annotations are cut off.",
     ),
     "bad_record": DefectKind(
         ("drop", "refuse"),
@@ -42,12 +42,12 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
     "ambiguous_file": DefectKind(
         ("drop", "take_first"),
-        "A file name that matches several files, where folders named after splits do not decide. take_first: the one "
-        "in the fewest folders, then by name, which may be the wrong image.",
+        "A file name that matches several files, even with folders named after splits. take_first: use the file in the "
+        "fewest folders, then the first by name, which may be the wrong image.",
     ),
     "missing_file": DefectKind(("drop", "refuse"), "A listed image without a file."),
     "unlisted_file": DefectKind(("left out",), "An image file that no annotation file lists."),
-    "unreadable_image": DefectKind(("drop", "refuse"), "A file that holds no image, or several."),
+    "unreadable_image": DefectKind(("drop", "refuse"), "A file that contains no image, or several."),
     "colour_image": DefectKind(("convert", "drop"), "A colour file. convert: to luma (0.299 R + 0.587 G + 0.114 B)."),
     "sixteen_bit_image": DefectKind(
         ("scale", "drop"),
@@ -59,7 +59,7 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
     "no_annotations": DefectKind(
         ("keep_in_test", "drop", "keep"),
-        "A listed image without annotations; if kept, all of it is background. keep_in_test: drop from train and val, "
+        "A listed image without annotations; if kept, all of it is background. keep_in_test: drop in train and val, "
         "because the published test set includes such images.",
     ),
     "few_annotations": DefectKind(
@@ -69,7 +69,7 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
     "leak": DefectKind(
         ("keep_test_first", "keep"),
-        "The same file or pixels in two splits. keep_test_first: keep the image in test, else in val.",
+        "The same file or pixels in two splits. keep_test_first: keep the image in test, otherwise in val.",
     ),
     "identical_pixels": DefectKind(
         ("keep_in_test", "keep_most_cells", "keep"),
@@ -77,20 +77,20 @@ DEFECT_KINDS: dict[str, DefectKind] = {
         "train and val.",
         in_training="keep_most_cells",
     ),
-    "no_picture": DefectKind(("drop",), "One value in every pixel, saturated, or far too dark for its dataset."),
-    "odd_intensity": DefectKind(("scale to the set",), "Background or spread far from that of the training images."),
+    "no_picture": DefectKind(("drop",), "A constant or saturated image, or one far too dark for its dataset."),
+    "odd_intensity": DefectKind(("scale to the dataset",), "Background or spread far from the training images'."),
     "crowd_region": DefectKind(
         ("auto", "drop", "keep"),
-        "An annotation with iscrowd set: in COCO a region of many objects, in CVAT each cell drawn by brush. keep: as "
-        "one cell. auto: drop, but stop if over 10 % of a file's annotations have it.",
+        "An annotation with iscrowd set: in COCO a region of many objects, in CVAT each cell drawn by brush. keep: use "
+        "it as one cell. auto: drop, but stop if over 10 % of a file's annotations have it.",
     ),
     "degenerate_polygon": DefectKind(
-        ("drop",), "An outline with under 3 corners, no area or a value that is not finite, or an RLE of wrong size."
+        ("drop",), "An outline with under 3 corners, no area or a non-finite value, or an RLE of the wrong size."
     ),
     "out_of_bounds": DefectKind(
         ("clip", "drop"), "An outline that leaves the image by more than a pixel. clip: cut it at the edge."
     ),
-    # COCO unites the parts of a cell, so that a part inside another is not a hole.
+    # COCO unites the parts of a cell: a part inside another is not a hole.
     "inner_outline": DefectKind(("fill",), "A part of a cell inside another part of it."),
     "doubled_contour": DefectKind(
         ("keep_in_test", "keep_first", "keep"),
@@ -98,18 +98,18 @@ DEFECT_KINDS: dict[str, DefectKind] = {
         "the first in train and val.",
         in_training="keep_first",
     ),
-    # In test its outline is still scored where it is inside the image.
+    # In test the part of its outline inside the image is still scored.
     "hidden_cell": DefectKind(
         ("drop",),
-        "A cell without a pixel of its own: outside the image, or entirely under smaller cells.",
+        "A cell without visible pixels: outside the image, or completely under smaller cells.",
         in_test="keep for scoring",
     ),
 }
-"""Every kind, in the order in which defects are reported."""
+"""All kinds, in the order of the report."""
 
 
 def chosen_rule(rules: Rules, kind: str) -> str:
-    """Return the rule for `kind`: the one in `rules`, else the default."""
+    """Return the rule for `kind`: from `rules`, otherwise the default."""
     return rules.get(kind, DEFECT_KINDS[kind].rules[0])
 
 
@@ -137,16 +137,16 @@ def _on_defect_help() -> str:
 
 
 class PrepareConfig(StrictModel):
-    """What to read, how to draw it, and what to do about each kind of defect."""
+    """What to read, how to draw it, and the rule for each kind of defect."""
 
     on_defect: dict[str, str] = Field(default={}, description=_on_defect_help())
     annotations: dict[Literal["train", "val", "test"], str] = Field(default={})
     """Annotation file of each split: a path inside the source or a pattern (`LIVECell_single_cells/*/train.json`).
-    Default: found by name."""
+    Default: detected from file and folder names."""
     images: str | None = None
-    """Folder of the images inside the source. Default: `images` if it exists, else the entire source."""
+    """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source."""
     categories: tuple[str, ...] = ()
-    """Categories (names or ids) whose annotations are cells; others count as background. Default: all."""
+    """Categories (names or ids) whose annotations are cells; all others are background. Default: all are cells."""
     follow_links: bool = False
     """Follow links to files and folders outside the source. Without it, only links into the stores of git-annex, DVC
     and Hugging Face are followed, whose files are named by a checksum."""
@@ -154,16 +154,16 @@ class PrepareConfig(StrictModel):
     """How targets are drawn."""
     intensity_from: str | None = None
     """Dataset, checkpoint, run or .onnx file whose intensity rule to use, for images to score with that network.
-    Default: a rule chosen from the training images."""
+    Default: a rule computed from the training images."""
     shard_images: int = Field(default=64, ge=1)
     """Maximum images per shard; fewer if they are large (134 million pixels per shard)."""
     overwrite: bool = False
-    """Replace a dataset in OUT that was made from another source or with other settings."""
+    """Replace a dataset in OUT that was created from another source or with other settings."""
 
     @field_validator("on_defect")
     @classmethod
     def _check_rules(cls, on_defect: dict[str, str]) -> dict[str, str]:
-        """ValueError for an unknown kind or rule, with the nearest one and the allowed rules."""
+        """ValueError for an unknown kind or rule; it suggests the nearest one and lists the allowed rules."""
         kinds = _choices()
         for name, rule in on_defect.items():
             if name not in kinds:

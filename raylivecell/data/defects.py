@@ -1,12 +1,12 @@
 """Defects of images: find them, apply the rule for each kind (`config.DEFECT_KINDS`), report them.
 
-1. `apply_rules`     checks in this order, each on the images that the earlier ones left: duplicate_entry,
+1. `apply_rules`     checks in this order, each on the images that passed the previous ones: duplicate_entry,
                      missing_file, unreadable_image, colour_image, sixteen_bit_image, wrong_size, no_annotations,
                      few_annotations, leak, identical_pixels
 2. `intensity_rule`  the one intensity rule of the dataset, then `check_intensity`: no_picture, odd_intensity
-3. `print_table`, `summary`  a table on the console, and one line
+3. `print_table`, `summary`  print a table; return a summary in one line
 
-Defects of single cells are in `cell_defects`. Whatever its rule, each defect is counted and named in dataset.json.
+Defects of single cells are in `cell_defects`. All defects are counted and listed in dataset.json, whatever their rules.
 """
 
 import statistics
@@ -27,14 +27,14 @@ from raylivecell.images.intensity import Intensity
 FEW_CELLS, FEW_COVERAGE = 0.2, 0.2
 """Thresholds of few_annotations: fractions of the median count and of the pixels that look like cells."""
 SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2}
-"""Order in which splits keep an image that several list."""
+"""Priority of the splits for an image listed in several."""
 MAX_REASONS, MAX_NAMES = 4, 3
-"""Printed reasons per defect, and names per reason; dataset.json has all."""
+"""Maximum printed reasons per defect, and names per reason; dataset.json has all."""
 
 
 @dataclass(frozen=True)
 class Defect:
-    """One defect. `ids`: image ids for defects of images, annotation ids for those of cells."""
+    """One defect. `ids`: image ids for defects of images, annotation ids for defects of cells."""
 
     defect: str
     rule: str
@@ -53,16 +53,16 @@ class Entry:
     """The annotation file, relative to the source."""
     image: ImageEntry
     path: str | None
-    """The image file, relative to the source; None if there is none."""
+    """The image file, relative to the source; None if missing."""
     cells: int
     cell_type: str
     missing_reason: str = ""
-    """Why there is no file."""
+    """Reason if the file is missing."""
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Content of an image file; `error` is the reason if it holds no usable image."""
+    """Content of an image file; `error` is the reason if it contains no usable image."""
 
     error: str = ""
     sha256: str = ""
@@ -71,7 +71,7 @@ class ImageInfo:
     width: int = 0
     colour: bool = False
     measures: Sequence[Any] = ()
-    """Fields of `grey_levels.Measures`; empty if there is an `error`."""
+    """Fields of `grey_levels.Measures`; empty with an `error`."""
     deep: bool = False
     """Whether the pixels have 16 bits."""
     visible: int = 0
@@ -85,12 +85,12 @@ Checked = tuple[list[Entry], list[Defect]]
 def apply_rules(
     entries: Sequence[Entry], infos: Mapping[str, ImageInfo], covered_pixels: Callable[[Entry], float], rules: Rules
 ) -> Checked:
-    """Return the remaining entries, sorted by (split, file name), and every defect of images.
+    """Return the remaining entries, sorted by (split, file name), and all defects of images.
 
     Args:
-        entries: all, in the order of the annotation files.
-        infos: image information by path, for every file that an entry has.
-        covered_pixels: pixels covered by an entry's outlines; called only for images with few of them.
+        entries: all entries, in the order of the annotation files.
+        infos: image information by path, for the files of all entries.
+        covered_pixels: number of pixels that an entry's outlines cover; called only for images with few outlines.
         rules: rule by kind.
     """
 
@@ -99,17 +99,17 @@ def apply_rules(
 
     remaining, defects = _check_duplicates(entries, rules)
     checks: list[Callable[[list[Entry]], Checked]] = [
-        lambda left: _check_each(left, "missing_file", rules, _missing),
-        lambda left: _check_each(left, "unreadable_image", rules, lambda e: info(e).error),
-        lambda left: _check_each(left, "colour_image", rules, lambda e: _if(info(e).colour, e.path)),
-        lambda left: _check_each(left, "sixteen_bit_image", rules, lambda e: _if(info(e).deep, e.path)),
-        lambda left: _check_each(left, "wrong_size", rules, lambda e: _size_difference(e, info(e))),
-        lambda left: _check_each(
-            left, "no_annotations", rules, lambda e: _if(not e.cells, f"no cell in {e.annotation}")
+        lambda entries: _check_each(entries, "missing_file", rules, _missing),
+        lambda entries: _check_each(entries, "unreadable_image", rules, lambda e: info(e).error),
+        lambda entries: _check_each(entries, "colour_image", rules, lambda e: _if(info(e).colour, e.path)),
+        lambda entries: _check_each(entries, "sixteen_bit_image", rules, lambda e: _if(info(e).deep, e.path)),
+        lambda entries: _check_each(entries, "wrong_size", rules, lambda e: _size_difference(e, info(e))),
+        lambda entries: _check_each(
+            entries, "no_annotations", rules, lambda e: _if(not e.cells, f"no cell in {e.annotation}")
         ),
-        lambda left: _check_few(left, infos, covered_pixels, rules),
-        lambda left: _check_leaks(left, infos, rules),
-        lambda left: _check_identical(left, infos, rules),
+        lambda entries: _check_few(entries, infos, covered_pixels, rules),
+        lambda entries: _check_leaks(entries, infos, rules),
+        lambda entries: _check_identical(entries, infos, rules),
     ]
     for check in checks:
         remaining, more = check(remaining)
@@ -140,7 +140,7 @@ def _groups(entries: Iterable[Entry], key: Callable[[Entry], Any]) -> list[list[
 
 
 def image_defect(entry: Entry, kind: str, rules: Rules, detail: str, ids: list[int | str] | None = None) -> Defect:
-    """Return a defect of the image `entry`; `ids`: by default the image's own."""
+    """Return a defect of the image `entry`; `ids`: by default the id of the image."""
     rule = rule_of(rules, kind, entry.split)
     return Defect(kind, rule, entry.image.file_name, entry.split, [entry.image.id] if ids is None else ids, detail)
 
@@ -171,11 +171,11 @@ def _size_difference(entry: Entry, info: ImageInfo) -> str:
     if size == (info.width, info.height):
         return ""
     swapped = "; width and height swapped?" if size == (info.height, info.width) else ""
-    return f"the file is {info.width} x {info.height}, {entry.annotation} says {size[0]} x {size[1]}{swapped}"
+    return f"the file is {info.width} x {info.height}, {entry.annotation} lists {size[0]} x {size[1]}{swapped}"
 
 
 def listed_size(entry: Entry, info: ImageInfo) -> tuple[int, int]:
-    """Return (width, height) by the annotation file; where it states none, that of the image file."""
+    """Return (width, height) from the annotation file, or from the image file if not listed."""
     return entry.image.width or info.width, entry.image.height or info.height
 
 
@@ -240,7 +240,7 @@ def _measures(entry: Entry, infos: Mapping[str, ImageInfo]) -> Measures:
 
 
 def check_intensity(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], rule: Intensity, rules: Rules) -> Checked:
-    """Drop images without a picture; report them and those with unusual intensities."""
+    """Drop unusable images; report them and images with unusual intensities."""
     remaining, defects = [], []
     for entry in entries:
         fit = intensity.fit(_measures(entry, infos), rule)
@@ -254,7 +254,7 @@ def check_intensity(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], ru
 
 
 def print_table(defects: Sequence[Defect], title: str) -> None:
-    """Print a table of the defects, then their files and reasons; nothing if there are none."""
+    """Print a table of the defects, then their files and reasons; print nothing without defects."""
     rows: dict[tuple[str, str], list[Defect]] = defaultdict(list)
     order = list(DEFECT_KINDS)
     for defect in sorted(defects, key=lambda defect: order.index(defect.defect)):
@@ -273,7 +273,7 @@ def print_table(defects: Sequence[Defect], title: str) -> None:
 
 
 def _reasons(defects: Sequence[Defect]) -> list[str]:
-    """Return lines `a.png, b.png and 7 more: reason` for the first reasons of one kind."""
+    """Return lines `a.png, b.png and 7 more: reason` for the first reasons of one kind of defect."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for defect in defects:
         is_path = " " not in defect.detail and defect.detail.endswith(defect.file_name.rsplit("/", 1)[-1])

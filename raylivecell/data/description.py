@@ -36,7 +36,7 @@ class ImageStatistics:
 
 @dataclass
 class ShardAccount:
-    """Checksum, statistics and defects of one shard, as written after it."""
+    """Checksum, statistics and defects of one shard, written after the shard."""
 
     split: str
     file: str
@@ -53,7 +53,7 @@ class ShardAccount:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ShardAccount":
-        """Return the account that `asdict` made plain."""
+        """Restore an account from the result of `asdict`."""
         images = [ImageStatistics(**image) for image in value["images"]]
         return cls(**{**value, "images": images, "defects": [Defect(**defect) for defect in value["defects"]]})
 
@@ -61,8 +61,8 @@ class ShardAccount:
 def cell_type_of(file_name: str, category: str) -> str:
     """Return the cell type of an image.
 
-    The part before the first underscore for names like LIVECell's (`A172_Phase_...`), else the category of most of its
-    annotations, else `unknown`. A category named `cell` is no cell type.
+    The part before the first underscore for names like LIVECell's (`A172_Phase_...`), otherwise the category of most of
+    its annotations, otherwise `unknown`. A category named `cell` is not a cell type.
     """
     name = file_name.replace("\\", "/").rsplit("/", 1)[-1]
     if match := re.match(r"([^_]+)_Phase_", name):
@@ -87,12 +87,12 @@ def describe(
     defects: Sequence[Defect],
     listed: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
-    """Return the content of dataset.json, in a fixed order and without a time: equal for equal sources.
+    """Return the content of dataset.json, in a fixed order and without time stamps: equal for equal sources.
 
     Args:
-        accounts: of every shard, in order.
+        accounts: one per shard, in order.
         head: name, licence, citation, source, targets, rules, categories, intensity.
-        defects: of images and files; those of cells are in the accounts.
+        defects: defects of images and files; the accounts contain those of cells.
         listed: `images` and `cells` in the annotation files, by split.
     """
     every_defect = [*defects, *(defect for account in accounts for defect in account.defects)]
@@ -128,7 +128,7 @@ def _describe_split(accounts: Sequence[ShardAccount], split: str) -> dict[str, A
 
 
 def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[ShardAccount]) -> dict[str, Any]:
-    """Return the intensity rule with the range of foreground fractions of the training images, unless it has one."""
+    """Add the range of foreground fractions of the training images to an intensity rule, unless it has one."""
     split = _first_split(accounts)
     images = [image for account in accounts if account.split == split for image in account.images]
     fractions = [round(image.foreground / max(1, image.pixels), 4) for image in images]
@@ -137,12 +137,12 @@ def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[ShardAccount]) 
 
 
 def _first_split(accounts: Sequence[ShardAccount]) -> str:
-    """Return train, or the first split that has an image."""
+    """Return train, or the first split with an image."""
     return next((split for split in SPLITS if any(a.rows for a in accounts if a.split == split)), "train")
 
 
 def _grey_levels(accounts: Sequence[ShardAccount]) -> dict[str, Any]:
-    """Return statistics of the grey levels, 0 to 255, of train or the first split that has an image."""
+    """Return statistics of the grey levels, 0 to 255, of train, or of the first split with an image."""
     split = _first_split(accounts)
     histogram = np.zeros(256, np.int64)
     for account in accounts:
@@ -161,7 +161,7 @@ def _grey_levels(accounts: Sequence[ShardAccount]) -> dict[str, Any]:
 
 
 def _percentiles(values: np.ndarray, counts: np.ndarray) -> dict[str, int]:
-    """Return, for each p, the smallest of the ascending `values` that at least p % of the counts do not exceed."""
+    """Return, for each p, the smallest of the ascending `values` at or below which at least p % of the counts are."""
     if not counts.sum():
         return {}
     cumulative = np.cumsum(counts)

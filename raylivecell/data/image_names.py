@@ -1,7 +1,7 @@
-"""Match the image names in annotation files, as exporters write them, with the files of the source.
+"""Match image names in annotation files, as various tools write them, with files of the source.
 
 A name only selects among the files of the source. It is matched exactly, then ignoring case, Unicode form and
-%-encoding, then by its last parts alone, for paths of another machine (`C:\\data\\a.png`, `../../upload/a.png`).
+%-encoding, then by its last path parts only, for paths of another machine (`C:\\data\\a.png`, `../../upload/a.png`).
 """
 
 import posixpath
@@ -18,13 +18,13 @@ from raylivecell.images import formats
 
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 EXACT, FOLDED, LAST_PARTS = range(3)
-"""Confidence of a match, best first: same name; same except for case, Unicode form or %-encoding; same last parts only,
-or a file in a folder of another split."""
+"""Kinds of match, best first: same name; same except for case, Unicode form or %-encoding; only the last parts are the
+same, or the file is in a folder of another split."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """The files that one name may mean; several if it is ambiguous."""
+    """Files that match one name; several if it is ambiguous."""
 
     paths: tuple[str, ...]
     """Relative to the source."""
@@ -32,7 +32,7 @@ class Match:
 
 
 class Claim(NamedTuple):
-    """An image's match with a file."""
+    """Match of one image name with a file."""
 
     strength: int
     split: str
@@ -40,7 +40,7 @@ class Claim(NamedTuple):
 
 
 def find_images(files: Sequence[str], folder: str | None) -> "ImageFolder":
-    """Return the image files among `files`: those under `folder`, by default `images` if it exists, else all."""
+    """Return the image files in `files` under `folder`, by default `images` if it exists, otherwise all."""
     if folder is None:
         folder = "images" if any(path.startswith("images/") and formats.is_image_name(path) for path in files) else ""
     prefix = folder.strip("/") + "/" if folder.strip("/.") else ""
@@ -68,18 +68,18 @@ class ImageFolder:
     by_name: Mapping[str, tuple[str, ...]]
     """Paths by their last part, normalised by `_folded`."""
     splits: frozenset[str]
-    """The splits that folders are named after."""
+    """Splits that have folders named after them."""
     path_set: frozenset[str]
-    """`paths` for look-up: searching 5,000 files of one name in as many folders would take a minute."""
+    """`paths` for look-up: searching 5,000 files of one name in 5,000 folders would take a minute."""
 
     def find(self, file_name: str, split: str, annotation: str) -> Match:
-        """Return the files that `file_name` in the annotation file `annotation` of `split` may mean."""
+        """Return the files that match `file_name` in the annotation file `annotation` of `split`."""
         relative = _relative_name(file_name)
         foreign = not is_safe_name(file_name)
         for base in self._base_folders(annotation):
             if (path := base + relative) in self.path_set:
                 strength = FOLDED if foreign else EXACT
-                # A name with a folder means that folder, whatever split it is named after.
+                # A name with a folder refers to that folder, whatever split the folder is named after.
                 return Match((path,), strength) if "/" in relative else self._of_split([path], split, strength)
         for name in dict.fromkeys((relative, unquote(relative))):
             candidates = self.by_name.get(_folded(posixpath.basename(name)), ())
@@ -93,7 +93,7 @@ class ImageFolder:
     def _nearest(
         self, paths: list[str], name: str, split: str, annotation: str, normalise: Callable[[str], str], strength: int
     ) -> Match:
-        """Choose among files that end in `name`: those directly in a base folder, else below the annotation file's."""
+        """Choose among files that end in `name`: those directly in a base folder, else below the annotation's."""
         folders = self._base_folders(annotation)
         for base in dict.fromkeys(folders):
             if direct := [path for path in paths if normalise(path) == normalise(base) + name]:
@@ -113,7 +113,7 @@ class ImageFolder:
         return Match(tuple(in_split or paths), LAST_PARTS if in_other else strength)
 
     def _by_last_parts(self, name: str, split: str, annotation: str) -> Match:
-        """Match the longest end of `name` that any file has."""
+        """Match the longest trailing part of `name` that any file has."""
         parts = [part for part in unquote(name).split("/") if part not in ("", "..")]
         for first in range(len(parts)):
             end = _folded("/".join(parts[first:]))
@@ -123,13 +123,13 @@ class ImageFolder:
         return Match(())
 
     def with_other_suffix(self, file_name: str) -> str:
-        """Return a file whose name differs from `file_name` only in its suffix; "" if there is none."""
+        """Return a file whose name differs from `file_name` only in its suffix, or ""."""
         stem = posixpath.splitext(posixpath.basename(_relative_name(file_name)))[0]
         names = (_folded(stem + suffix) for suffix in formats.SUFFIXES)
         return next((self.by_name[name][0] for name in names if name in self.by_name), "")
 
     def relative(self, path: str) -> str:
-        """Return `path` relative to the folder of the images: a unique name."""
+        """Return `path` relative to the image folder: a unique name."""
         return path.removeprefix(self.prefix)
 
 
@@ -152,7 +152,7 @@ def _ends_with(path: str, name: str) -> bool:
 
 
 def splits_of_folder(path: str) -> frozenset[str]:
-    """Return the splits that the deepest folder of `path` named after any is named after."""
+    """Return the splits in the name of the deepest folder of `path` that is named after a split."""
     for folder in reversed(posixpath.dirname(path).lower().split("/")):
         if splits := {SPLIT_WORDS[word] for word in re.findall(r"[a-z]+", folder) if word in SPLIT_WORDS}:
             return frozenset(splits)
@@ -167,7 +167,7 @@ def _folded(name: str) -> str:
 def resolve_conflicts(matches: Iterable[tuple[str, str, Match]]) -> list[tuple[str, ...]]:
     """Return the files of each (file name, split, match) that no other name matches better.
 
-    If two names match one file by their last parts alone, neither gets it: `a/x.png` and `b/x.png` are two images.
+    If two names match one file only by their last parts, neither is matched: `a/x.png` and `b/x.png` are two images.
     """
     claims = [(Claim(match.strength, split, _relative_name(name)), match.paths) for name, split, match in matches]
     claims_on: dict[str, list[Claim]] = defaultdict(list)
@@ -184,6 +184,6 @@ def _beats(other: Claim, claim: Claim) -> bool:
     """Whether another image matches a file better."""
     if (other.split, other.name) == (claim.split, claim.name):
         return False
-    if claim.strength == EXACT:  # a.png is the end of a/a.png, which another image of the split has
+    if claim.strength == EXACT:  # a.png also matches a/a.png of another image of the split
         return (other.strength, other.split) == (EXACT, claim.split) and other.name.endswith("/" + claim.name)
     return other.strength < claim.strength or (other.strength == claim.strength and other.name != claim.name)

@@ -1,8 +1,8 @@
-"""List the files of a folder, without hidden ones and without unsafe links.
+"""List the files of a folder, without hidden files and unsafe links.
 
-A link may lead to any file of the machine, and an unpacked archive may contain one. So a link to a file is followed
-only if it stays in the folder or its target is named by the checksum of its content, as in the stores of git-annex, DVC
-and Hugging Face: no private file has such a name. All other links need `follow_links`.
+An unpacked archive may contain links to any file of the machine. A link to a file is followed only if its target is
+inside the folder, or is named by the checksum of its content, as in the stores of git-annex, DVC and Hugging Face:
+private files have no such names. All other links need `follow_links`.
 """
 
 import os
@@ -17,7 +17,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.images import formats
 
 _NO_DATA = {"__MACOSX", "@eaDir"}
-"""Folders of macOS's archives and Synology's thumbnails; their files have the names of the real ones."""
+"""Folders of macOS archives and Synology thumbnails, whose files have the same names as the originals."""
 
 _CONTENT_NAME = re.compile(
     r"/[A-Z0-9_]+(-[a-zA-Z]\d+)*--[0-9a-f]{32,}(\.\w+)*$"  # git-annex: SHA256E-s1234--HASH.tif
@@ -42,18 +42,18 @@ def list_folder(uri: str, follow_links: bool = False) -> Listing:
     """List the folder `uri`; UserError if it does not exist or a link must not be followed."""
     filesystem, root = storage.open_uri(uri)
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-        raise UserError(f"no folder at {uri}; name the folder that holds the images")
+        raise UserError(f"no folder at {uri}; give the folder of the images")
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
             return _list_local(filesystem, root, follow_links)
         infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except OSError as error:
-        raise UserError(f"cannot list {uri}: {error}; check that it may be read") from error
+        raise UserError(f"cannot list {uri}: {error}; check its permissions") from error
     files = {info.path[len(root) :].lstrip("/"): info for info in infos if info.type == pafs.FileType.File}
     # The key of an object may be any text.
     unsafe = [path for path in files if ".." in path.split("/") or "\0" in path]
     if unsafe:
-        raise UserError(f"{uri} holds {unsafe[0]!r}, a name that leads out of it; rename or delete it")
+        raise UserError(f"{uri} contains {unsafe[0]!r}, a path out of the folder; rename or delete it")
     return Listing({path: info for path, info in files.items() if not is_hidden(path)})
 
 
@@ -73,7 +73,7 @@ def _list_local(filesystem: pafs.FileSystem, root: str, follow_links: bool) -> L
 
 
 def _walk(root: str, follow_links: bool, listing: Listing) -> Iterator[str]:
-    """Yield the paths of all files under `root`; each folder once, because links may form a cycle."""
+    """Yield the paths of all files under `root`, listing each folder once, because links may form a cycle."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -84,7 +84,7 @@ def _walk(root: str, follow_links: bool, listing: Listing) -> Iterator[str]:
             real = os.path.realpath(folder)
             if real in visited:
                 folders.clear()
-                listing.left_out[folder[len(root) :].lstrip("/")] = "a link to a folder that is listed already"
+                listing.left_out[folder[len(root) :].lstrip("/")] = "a link to a folder that is already listed"
                 continue
             visited.add(real)
             folders[:] = sorted(name for name in folders if not is_hidden(name))
@@ -96,7 +96,7 @@ def _walk(root: str, follow_links: bool, listing: Listing) -> Iterator[str]:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file or one of its folders is hidden or holds no data: `._train.json`, `.git`, `__MACOSX`."""
+    """Whether a file or one of its folders is hidden or contains no data: `._train.json`, `.git`, `__MACOSX`."""
     return any(part.startswith(".") or part in _NO_DATA for part in path.split("/"))
 
 
@@ -124,7 +124,7 @@ def _follow(link: str, root: str, follow_links: bool, listing: Listing) -> bool:
         return False
     target = os.path.realpath(link)
     if not os.path.exists(target):
-        listing.left_out[link[len(root) :].lstrip("/")] = "a link to a file that is not there: git annex get, dvc pull?"
+        listing.left_out[link[len(root) :].lstrip("/")] = "a link to a missing file: git annex get, dvc pull?"
         return False
     if not os.path.isfile(target):
         raise _link_error(link)
@@ -139,16 +139,16 @@ def _follow(link: str, root: str, follow_links: bool, listing: Listing) -> bool:
 def _link_error(link: str) -> UserError:
     target = os.path.realpath(link)
     if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
-        return UserError(f"{link} is a link to {target}, which is no file; delete it")
-    return UserError(f"{link} is a link to {target}; put a copy there, or set --follow-links if you trust the folder")
+        return UserError(f"{link} is a link to {target}, which is not a file; delete it")
+    return UserError(f"{link} is a link to {target}; replace it by a copy, or, if you trust it, set --follow-links")
 
 
 def show(listing: Listing, folder: str) -> None:
-    """Print one line for the links that were followed, and one for each file that was left out."""
+    """Print one line for the followed links, and one for each file that is left out."""
     lines = [f"left out: {path} ({reason})" for path, reason in listing.left_out.items()]
     lines = lines if len(lines) <= 6 else [*lines[:5], f"and {len(lines) - 5} more are left out"]
     if listing.followed:
         parent = os.path.commonpath([os.path.dirname(target) for target in listing.followed])
-        lines.append(f"{len(listing.followed)} files of {folder} are links to files in {parent}: followed")
+        lines.append(f"followed {len(listing.followed)} links from {folder} to files in {parent}")
     for line in lines:
         console.console.print(line, markup=False, highlight=False, soft_wrap=True)

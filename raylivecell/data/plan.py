@@ -1,6 +1,6 @@
-"""Plan of a dataset before it is drawn: which images go into which shard, and the head of dataset.json.
+"""Plan of a dataset before it is drawn: the images of each shard, and the head of dataset.json.
 
-Everything here is a function of the settings, the annotation files and what the image files hold.
+The plan depends only on the settings, the annotation files and the image files.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from raylivecell.data.sources import Source
 from raylivecell.images.intensity import Intensity
 
 SHARD_PIXELS = 2**27
-"""Maximum pixels per shard: a shard is compressed in memory, at 5 bytes per pixel before, so 670 MB."""
+"""Maximum pixels per shard: a shard is compressed in memory from 5 bytes per pixel, so 670 MB."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that drawing one shard needs."""
+    """Input for drawing one shard."""
 
     plan: ShardPlan
     source: str
@@ -79,12 +79,12 @@ class ShardTask:
 
     @property
     def cells_uri(self) -> str:
-        """Encoded cells of all images, one after the other."""
+        """File with the encoded cells of all images, concatenated."""
         return storage.join(self.work, f"{self._name}.cells")
 
     @property
     def account_uri(self) -> str:
-        """Account of the shard, written after it: its checksum, statistics and defects."""
+        """Account of the shard (checksum, statistics, defects), written after it."""
         return storage.join(self.work, f"{self._name}.json")
 
     @property
@@ -97,14 +97,14 @@ class ShardTask:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ShardTask":
-        """Return the task that `to_row` made, also after a trip through JSON."""
+        """Restore a task from the result of `to_row`, also after a JSON round trip."""
         images = tuple(ImagePlan(**image) for image in row["plan"]["images"])
         plan = ShardPlan(row["plan"]["split"], row["plan"]["file"], images)
         return cls(**{**row, "plan": plan, "intensity": Intensity.model_validate(row["intensity"])})
 
 
 def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
-    """Return the settings that dataset.json records; a dataset with the same ones is not made from something else."""
+    """Return the settings that dataset.json records; a dataset with other settings is not overwritten silently."""
     fields = config.model_dump(include={"annotations", "images", "categories", "shard_images"}, mode="json")
     return {
         "source": {"uri": source, **fields},
@@ -125,7 +125,7 @@ def plan_shards(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], config
 
 def _plan_image(entry: Entry, info: ImageInfo, config: PrepareConfig) -> ImagePlan:
     if entry.cells > MAX_CELLS:
-        raise UserError(f"{entry.image.file_name} has {entry.cells} cells, labels hold {MAX_CELLS}; cut it into tiles")
+        raise UserError(f"{entry.image.file_name} has {entry.cells} cells, more than {MAX_CELLS}; cut it into tiles")
     width, height = listed_size(entry, info)
     scaled = rule_of(config.on_defect, "wrong_size") == "scale"
     return ImagePlan(
@@ -158,7 +158,7 @@ def dataset_head(
 ) -> dict[str, Any]:
     """Return the part of dataset.json that is known before drawing: licence, provenance, settings and fingerprint.
 
-    The fingerprint covers everything that the bytes of the dataset depend on.
+    The bytes of the dataset depend only on what the fingerprint covers.
     """
     files = [
         {

@@ -4,12 +4,12 @@
 2. `_examine`              every listed file: checksum, size, depth, errors (Ray Data, `draw.examine`)
 3. `_check_images`        the rule for each defect of an image; the intensity rule of the dataset
 4. `plan.plan_shards`      images sorted by name, 64 per shard
-5. `_draw`                 shards that are missing or incomplete are drawn (Ray Data, `draw.draw_shard`), each with its
-                           account; encoded cells and accounts are in OUT/.prepare-FINGERPRINT/
-6. dataset.json, the mark of a complete dataset, is written last; then the working folder is deleted
+5. `_draw`                 missing or incomplete shards are drawn (Ray Data, `draw.draw_shard`), each with its account;
+                           encoded cells and accounts are in OUT/.prepare-FINGERPRINT/
+6. dataset.json, which marks a complete dataset, is written last; then the working folder is deleted
 
-Killed at any moment and started again, it ends with the same bytes: every file is a function of the source and the
-settings, is written atomically, and an account is written only after its shard.
+If killed at any moment and started again, it writes the same bytes: every file depends only on the source and the
+settings and is written atomically, and an account is written only after its shard.
 """
 
 import functools
@@ -62,7 +62,7 @@ def prepare(
 
     Args:
         source: a LIVECell-shaped folder, or any folder with COCO JSON and images.
-        out: where to write the dataset. A dataset made from the same source and settings is left unchanged.
+        out: where to write the dataset. A dataset created from the same source and settings is not changed.
         config: settings; default: `PrepareConfig()`.
         strict: if there are defects, list them, raise UserError and leave nothing at `out`.
         read_rule: reads the intensity rule at the URI `config.intensity_from`; default: that of a dataset.
@@ -95,11 +95,11 @@ def _prepare(
     head = plan.dataset_head(settings, source, plans, rule)
     if previous is not None and previous["source"] == head["source"] and _is_complete(out, previous):
         _delete_all_but(out, {shard.file for shard in plans})
-        console.console.print(f"nothing to do: {out} is this dataset already", markup=False, soft_wrap=True)
+        console.console.print(f"nothing to do: {out} already contains this dataset", markup=False, soft_wrap=True)
         return previous
     if previous is not None and previous["source"] != head["source"] and not config.overwrite:
-        raise UserError(f"{out} holds a dataset of another state of {source_uri}; set --overwrite to replace it")
-    if previous is not None and strict:  # some defects show only while drawing, when the old shards are gone
+        raise UserError(f"{source_uri} changed since the dataset at {out} was created; set --overwrite to replace it")
+    if previous is not None and strict:  # some defects are found only while drawing, after the old shards are deleted
         raise UserError(f"--strict may stop half-way and would lose the dataset at {out}; choose another --out")
     work = storage.join(out, f".prepare-{head['source']['fingerprint'][:16]}")
     sigma, rules = config.targets.border_sigma, config.rules()
@@ -121,7 +121,7 @@ def _previous_dataset(out: str, settings: Mapping[str, Any], config: PrepareConf
     same = {"source": source, "targets": previous.get("targets"), "rules": previous.get("rules")} == settings
     if not same and not config.overwrite:
         raise UserError(
-            f"{out} holds a dataset made from {source['uri']} or with other settings; "
+            f"{out} contains a dataset created from {source['uri']} or with other settings; "
             "choose another --out or set --overwrite"
         )
     return previous
@@ -190,7 +190,7 @@ def _print(line: str) -> None:
 
 @contextmanager
 def _listing(defects: Sequence[Defect]) -> Iterator[None]:
-    """Print the table of defects if the block raises UserError."""
+    """Print the table of defects if the `with` block raises UserError."""
     try:
         yield
     except UserError:
@@ -207,11 +207,11 @@ def _check_rules(defects: Sequence[Defect], strict: bool) -> None:
 
 
 def _check_splits(source: Source, images: Mapping[str, int], defects: Sequence[Defect]) -> None:
-    """UserError if a split lists images and none remains."""
+    """UserError if a split lists images but none remains."""
     listed = {split: counts["images"] for split, counts in source.listed_counts().items()}
     if not any(listed.values()):
         files = ", ".join(path for _, path in source.annotations)
-        raise UserError(f"the annotation files of {source.uri} list no image: {files}; export the images' records too")
+        raise UserError(f"the annotation files of {source.uri} list no images: {files}; export the image records too")
     empty = [split for split, count in listed.items() if count and not images[split]]
     if empty:
         all_empty = not any(images.values())
@@ -233,7 +233,7 @@ def _is_complete(out: str, dataset: Mapping[str, Any]) -> bool:
 
 
 def _delete_all_but(out: str, files: set[str], work: str = "") -> None:
-    """Delete what other or killed runs left at `out`, recognised by name, except shards `files` and folder `work`."""
+    """Delete files of other or killed runs at `out`, recognised by name, except shards `files` and folder `work`."""
     for name in storage.list_names(out):
         path = storage.join(out, name)
         partial = name.startswith(".dataset.json.") and storage.is_partial(name)
@@ -260,7 +260,7 @@ def _write(
     every_defect = [Defect(**defect) for defect in dataset["defects"]["found"]]
     with _listing(every_defect):
         _check_result(dataset, source, every_defect, strict)
-    print_table(every_defect, "Defects (all are named in dataset.json)")
+    print_table(every_defect, "Defects (dataset.json lists all)")
     storage.write_json(storage.join(out, "dataset.json"), dataset)
     _delete_all_but(out, files)
     for line in _remaining(dataset):
@@ -275,7 +275,7 @@ def _finished(task: ShardTask) -> ShardAccount | None:
     if not storage.exists(task.account_uri):
         return None
     value = storage.read_json(task.account_uri)
-    with storage.validating(task.account_uri, "delete it, and its shard is drawn again"):
+    with storage.validating(task.account_uri, "delete it to draw its shard again"):
         account = ShardAccount.from_json(value)
         if not account.rows:
             return account
@@ -311,7 +311,7 @@ def _draw_shard(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_result(dataset: Mapping[str, Any], source: Source, defects: Sequence[Defect], strict: bool) -> None:
-    """UserError for defects if `strict`, for splits without images, and for datasets without a cell."""
+    """UserError for defects if `strict`, for splits without images, and for datasets without cells."""
     if strict and defects:
         raise UserError(f"{summary(defects)}; fix them or leave out --strict")
     _check_splits(source, {split: counts["images"] for split, counts in dataset["splits"].items()}, defects)
@@ -321,14 +321,14 @@ def _check_result(dataset: Mapping[str, Any], source: Source, defects: Sequence[
         raise UserError(f"no cell of {place} can be used: {summary(defects)}; see the table above, and fix these")
     for split, count in cells.items():
         if not count:
-            _print(f"warning: {split} holds no cell: its images are all background")
+            _print(f"warning: {split} contains no cells: its images are all background")
 
 
 def _remaining(dataset: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for test, and for each split that lost images or cells."""
+    """Yield a line for test, and for each other split that lost images or cells."""
     for split, counts in dataset["splits"].items():
         listed = counts["listed"]
         lost = (counts["images"], counts["cells"]) != (listed["images"], listed["cells"])
         if listed["images"] and (lost or split == "test"):
             images, cells = (f"{counts[key]:,} of {listed[key]:,} {key}" for key in ("images", "cells"))
-            yield f"{split}: {images} and {cells} that are listed remain"
+            yield f"{split}: {images} and {cells} remain"

@@ -1,8 +1,8 @@
 """The dataset on disk: `URI/{train,val,test}/*.parquet` and `URI/dataset.json`.
 
-One row is one image. Pixel columns are raw bytes compressed by Parquet with zstd: decoding a 520 x 704 PNG takes 3 ms,
-zstd under 1 ms. Every row is its own row group, so that single samples can be read in any order, as the permutation of
-an epoch requires, from any store.
+One row is one image. Pixel columns are raw bytes, compressed by Parquet with zstd: decoding 520 x 704 pixels takes 3 ms
+from PNG, under 1 ms from zstd. Every row is a separate row group, so that single samples can be read in any order, as
+the permutation of an epoch requires, from any store.
 """
 
 import functools
@@ -25,11 +25,11 @@ from raylivecell.images.intensity import Intensity
 SPLITS = ("train", "val", "test")
 FORMAT_VERSION = 4
 MAX_ROWS = 2**20
-"""Rows per shard; `prepare` writes 64."""
+"""Maximum rows per shard; `prepare` writes 64."""
 MAX_ROW_BYTES = 2**31
-"""Decompressed bytes of an image with its targets and outlines; 8192 x 8192 pixels have 0.4e9."""
+"""Maximum decompressed bytes of a row; 8192 x 8192 pixels have 0.4e9."""
 MAX_SIDE = 2**17
-"""Height or width of an image in pixels."""
+"""Maximum height or width of an image in pixels."""
 AGAIN = "run `raylivecell prepare` again"
 
 SCHEMA = pa.schema(
@@ -46,8 +46,8 @@ SCHEMA = pa.schema(
         ("outlines", pa.list_(pa.binary())),  # complete mask of each label, in order: COCO's RLE counts
         ("source", pa.string()),  # provenance: path of the image under --source
         ("sha256", pa.string()),  # of the image file's bytes
-        ("padding", pa.binary()),  # padding of the frame: COCO's RLE counts; empty if none
-        ("annotation", pa.string()),  # provenance: JSON file and image id in it
+        ("padding", pa.binary()),  # padding of the image: COCO's RLE counts; empty without padding
+        ("annotation", pa.string()),  # provenance: JSON file, and image id in that file
     ]
 )
 Sample = dict[str, Any]
@@ -67,9 +67,9 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """Every sample of a split in the fixed order of the dataset: index = sample id. As small as the list of shards.
+    """All samples of a split in the fixed order of the dataset: index = sample id. As small as the list of shards.
 
-    Arrays, because each data task reads them from the object store without a copy; 156,250 strings took 265 ms.
+    Stored as arrays, which each data task reads from the object store without a copy; 156,250 strings took 265 ms.
     """
 
     shards: NDArray[np.bytes_]
@@ -81,7 +81,7 @@ class Rows(Sequence[Row]):
 
     @classmethod
     def of(cls, shards: Iterable[tuple[str, int]], versions: Iterable[str] | None = None) -> "Rows":
-        """Build from the URI and number of samples of each shard, and its version."""
+        """Build from the URI, number of samples and version of each shard."""
         pairs = list(shards)
         uris = np.array([uri.encode() for uri, _ in pairs], np.bytes_)
         encoded_versions = np.array([version.encode() for version in versions or [""] * len(pairs)], np.bytes_)
@@ -110,7 +110,7 @@ def write_shard(uri: str, rows: Iterable[Sample]) -> dict[str, Any]:
     Rows are compressed one at a time. Without rows, no file is written.
 
     Returns:
-        `rows`, `bytes` and `sha256` of what was written.
+        `rows`, `bytes` and `sha256` of the file.
     """
     sink, count = pa.BufferOutputStream(), 0
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
@@ -126,15 +126,15 @@ def write_shard(uri: str, rows: Iterable[Sample]) -> dict[str, Any]:
 
 
 def load_description(data: str) -> dict[str, Any]:
-    """Return dataset.json of the dataset at `data`; UserError if it is missing or has another version."""
+    """Return dataset.json of the dataset at `data`; UserError if it is missing, invalid or of another version."""
     try:
         description = storage.read_json(storage.join(data, "dataset.json"))
     except FileNotFoundError as error:
         raise UserError(
-            f"no dataset at {data}: dataset.json is missing; make one with `raylivecell prepare`"
+            f"no dataset at {data}: dataset.json is missing; create one with `raylivecell prepare`"
         ) from error
     if not isinstance(description, dict):
-        raise UserError(f"{data}/dataset.json is not a description of a dataset; run `raylivecell prepare` again")
+        raise UserError(f"{data}/dataset.json does not describe a dataset; run `raylivecell prepare` again")
     if description.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"dataset at {data} has format {description.get('format_version')}, this version reads {FORMAT_VERSION}; "
@@ -147,7 +147,7 @@ def load_description(data: str) -> dict[str, Any]:
 
 
 def _check_splits(splits: Any) -> None:
-    """ValueError unless all shards are inside the dataset, and numbers of rows and sizes of images are possible."""
+    """ValueError unless all shards are inside the dataset, with valid row counts and image sizes."""
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             if not re.fullmatch(rf"{split}/[\w.-]+\.parquet", shard["file"]):
@@ -173,7 +173,7 @@ def provenance(data: str) -> dict[str, Any]:
 
 
 def image_sizes(data: str, split: str) -> set[tuple[int, int]]:
-    """Return every (height, width) of a split, from dataset.json: no shard is opened."""
+    """Return all (height, width) of a split from dataset.json, without opening a shard."""
     return {(height, width) for height, width in load_description(data)["splits"][split]["sizes"]}
 
 
@@ -187,7 +187,7 @@ def list_rows(data: str, split: str) -> Rows:
 def read_row(row: Row, columns: Sequence[str]) -> Sample:
     """Read `columns` of one sample: pixel columns as read-only arrays (H, W), the others as Python values.
 
-    `padding` is bool (H, W), or None if the frame has none. `height` and `width` are always included.
+    `padding` is bool (H, W), or None without padding. `height` and `width` are always included.
     """
     names = list(dict.fromkeys(["height", "width", *columns]))
     file = _open(row.shard, row.version)
@@ -212,7 +212,7 @@ def _open(shard: str, version: str) -> pq.ParquetFile:
     """Open a shard. Its footer is read once per process and version, because a dataset may be overwritten."""
     filesystem, path = storage.open_uri(shard)
     try:
-        # Adjacent columns in one read: two requests per row instead of five, and a quarter of the time on a disk.
+        # Read adjacent columns together: two requests per row instead of five, and a quarter of the time on a disk.
         file = pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(f"cannot read shard {shard}: {_line(error)}; {AGAIN}") from error
@@ -225,7 +225,7 @@ def _open(shard: str, version: str) -> pq.ParquetFile:
 
 
 def _check_size(group: pq.RowGroupMetaData) -> None:
-    """ValueError for a row that would exhaust memory: zstd expands kB to gigabytes, a dictionary to terabytes."""
+    """ValueError for a row that would exhaust memory: zstd expands kB to gigabytes, a dictionary page to terabytes."""
     if group.total_byte_size > MAX_ROW_BYTES:
         raise ValueError(f"{group.total_byte_size} bytes, more than {MAX_ROW_BYTES}")
     if any(group.column(i).has_dictionary_page for i in range(group.num_columns)):

@@ -35,7 +35,7 @@ from raylivecell.data.shards import SPLITS
 from raylivecell.images.formats import is_image_name
 
 MAX_CROWD_FRACTION = 0.1
-"""Of a file's annotations, above which iscrowd cannot mean a crowd; COCO's train2017 has 1.2 %."""
+"""Fraction of a file's annotations above which iscrowd cannot mean a crowd; COCO's train2017 has 1.2 %."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,18 @@ class Source:
     entries: list[Entry] = field(default_factory=list)
     defects: list[Defect] = field(default_factory=list)
     matched_paths: set[str] = field(default_factory=set)
-    """Image files that a listed name may mean."""
+    """Image files that match a listed name."""
 
     def encoded_cells(self, entry: Entry) -> bytes:
         """Return the encoded cells of `entry`: input of `coco.decode_cells`."""
         return self.annotations[entry.split, entry.annotation].payload(entry.image.id)
 
     def covered_pixels(self, entry: Entry) -> float:
-        """Return the pixels that the outlines of `entry` cover, overlaps counted twice."""
+        """Return the number of pixels that the outlines of `entry` cover, overlaps counted twice."""
         return cell_defects.covered(coco.decode_cells(self.encoded_cells(entry)))
 
     def unlisted_files(self) -> list[Defect]:
-        """Return a defect for each image file that no annotation file may mean."""
+        """Return a defect for each image file that matches no listed name."""
         rule = rule_of({}, "unlisted_file")
         return [
             Defect("unlisted_file", rule, path.rsplit("/", 1)[-1], None, [], path)
@@ -73,7 +73,7 @@ class Source:
         ]
 
     def listed_counts(self) -> dict[str, dict[str, int]]:
-        """Return the images and cells that the annotation files list by split, including unusable records."""
+        """Count the images and cells listed in the annotation files, by split, including unusable records."""
         counts = {split: {"images": 0, "cells": 0} for split in SPLITS}
         for (split, _), file in self.annotations.items():
             bad_sections = [section for section, _, _ in file.bad]
@@ -82,7 +82,7 @@ class Source:
         return counts
 
     def info_and_licences(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return `info`, where the first file has precedence, and `licenses` of the annotation files."""
+        """Return `info` (the first file has precedence) and `licenses` of the annotation files."""
         info: dict[str, Any] = {}
         for file in self.annotations.values():
             info = file.info | info
@@ -123,8 +123,8 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
     Args:
         files: paths of the source.
         chosen: path or pattern such as `LIVECell_single_cells/*/train.json` by split; without it,
-            `livecell_coco_{train,val,test}.json` in any folder, else JSON files named after one split, else those in
-            folders named after one.
+            `livecell_coco_{train,val,test}.json` in any folder, otherwise JSON files named after one split, otherwise
+            JSON files in folders named after one split.
         source: URI, for messages.
 
     Raises:
@@ -144,7 +144,7 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
         paths = official or by_split[split]
         if paths and not _one_per_folder(paths):
             raise UserError(
-                f"{source} holds {len(paths)} annotation files for {split} ({', '.join(paths[:4])}, ...); "
+                f"{source} contains {len(paths)} annotation files for {split} ({', '.join(paths[:4])}, ...); "
                 f"choose with --annotations {split} PATH{_per_image_hint(paths, files)}"
             )
         if paths:
@@ -158,7 +158,7 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
 
 
 def _matching_paths(jsons: Sequence[str], pattern: str, source: str) -> list[str]:
-    """Return the path equal to `pattern`, else the paths that match it; UserError if there is none."""
+    """Return the path equal to `pattern`, otherwise the paths that match it; UserError without a match."""
     relative = pattern.removeprefix(source.rstrip("/") + "/").removeprefix("./")
     paths = [path for path in jsons if path == relative] or [p for p in jsons if fnmatch.fnmatchcase(p, relative)]
     if not paths:
@@ -167,14 +167,14 @@ def _matching_paths(jsons: Sequence[str], pattern: str, source: str) -> list[str
 
 
 def split_of(path: str) -> str | None:
-    """Return the only split in a file's name (`livecell_coco_train.json`, `val.json`), else None."""
+    """Return the only split in a file's name (`livecell_coco_train.json`, `val.json`), otherwise None."""
     words = re.findall(r"[a-z]+", posixpath.basename(path).lower())
     splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else None
 
 
 def split_of_folder(path: str) -> str | None:
-    """Return the only split that a file's folders are named after (Roboflow: `valid/_annotations.coco.json`)."""
+    """Return the only split in the names of a file's folders (Roboflow: `valid/_annotations.coco.json`)."""
     splits = splits_of_folder(path)
     return next(iter(splits)) if len(splits) == 1 else None
 
@@ -211,12 +211,12 @@ class _ProgressStream:
         self.chunks = console.track(chunks, f"reading {name} (4 MiB pieces)", -(-size // CHUNK))
 
     def read(self, size: int) -> bytes:
-        """Return the next chunk, up to 4 MiB whatever the `size`; b"" at the end."""
+        """Return the next chunk, up to 4 MiB for any `size`; b"" at the end."""
         return next(self.chunks, b"")
 
 
 def _check_crowds(file: coco.Annotations, rules: Rules) -> None:
-    """UserError where iscrowd is set too often for the rule `auto`."""
+    """UserError if iscrowd is set too often for the rule `auto`."""
     crowds, cells = file.crowds(), sum(file.counts().values())
     if chosen_rule(rules, "crowd_region") == "auto" and crowds > MAX_CROWD_FRACTION * cells:
         raise UserError(
@@ -227,7 +227,7 @@ def _check_crowds(file: coco.Annotations, rules: Rules) -> None:
 
 
 def _usable_images(source: Source, split: str, file: coco.Annotations, rules: Rules) -> Iterator[coco.ImageEntry]:
-    """Yield the images of one file whose annotations are certainly theirs; record the defects of the others."""
+    """Yield the images of one file with unambiguous, complete annotations; record the defects of the others."""
 
     def report(kind: str, ids: list[int | str], detail: str, name: str = file.name) -> None:
         source.defects.append(Defect(kind, rule_of(rules, kind, split), name, split, ids, detail))
@@ -243,11 +243,11 @@ def _usable_images(source: Source, split: str, file: coco.Annotations, rules: Ru
     for image_id, images in by_id.items():
         names = list(dict.fromkeys(image.file_name for image in images))
         if len(names) > 1:
-            detail = f"images: the id of {len(names)} images ({', '.join(names[:4])}): their cells cannot be separated"
+            detail = f"images: one id for {len(names)} images ({', '.join(names[:4])}): their cells cannot be separated"
             report("bad_record", [image_id], detail, names[0])
             source.matched_paths.update(p for name in names for p in source.folder.find(name, split, file.name).paths)
         elif len(images) > 1:
-            report("bad_record", [image_id], "images: listed more than once, with one id", names[0])
+            report("bad_record", [image_id], "images: listed more than once with the same id", names[0])
     counts = file.counts()
     if orphans := [image_id for image_id in counts if image_id not in by_id and counts[image_id]]:
         cells = sum(counts[image_id] for image_id in orphans)
@@ -258,7 +258,7 @@ def _usable_images(source: Source, split: str, file: coco.Annotations, rules: Ru
 
 
 def _incomplete_image(file: coco.Annotations, rules: Rules) -> list[int | str]:
-    """Return the id of the image whose annotations a truncated file cuts off; raise if the rule is to refuse it."""
+    """Return the id of the image whose annotations are cut off in a truncated file; raise if its rule is `refuse`."""
     if file.broken is None:
         return []
     if rule_of(rules, "truncated_json") == "refuse" or not file.images:
@@ -275,7 +275,7 @@ def _bad_records(file: coco.Annotations) -> dict[str, list[int | str]]:
 
 
 def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -> None:
-    """Add an entry for each image, with the file that its name means."""
+    """Add an entry for each image, with the file that matches its name."""
     matches = [source.folder.find(image.file_name, split, file.name) for split, file, image in images]
     resolved = resolve_conflicts((image.file_name, split, match) for (split, _, image), match in zip(images, matches))
     files_of_name: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -293,13 +293,13 @@ def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -
             if not paths:
                 continue
         if not paths and not is_safe_name(name):
-            reason = "images: a file name that leads out of the image folder, where no file has its last part"
+            reason = "images: a file name that leads out of the image folder, and no file matches its last part"
             rule = rule_of(rules, "bad_record")
             source.defects.append(Defect("bad_record", rule, name, split, [image.id], reason))
             continue
         path = paths[0] if paths else None
         cell_type = cell_type_of(name, file.category(image.id))
-        if path and (not is_safe_name(name) or len(files_of_name[split, name]) > 1):  # results are written by this name
+        if path and (not is_safe_name(name) or len(files_of_name[split, name]) > 1):  # names of result files
             image = replace(image, file_name=source.folder.relative(path))
         reason = "" if path else _missing_reason(source.folder, name, match, unreadable)
         count = cells[split, file.name].get(image.id, 0)
@@ -307,21 +307,21 @@ def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -
 
 
 def _missing_reason(folder: ImageFolder, name: str, match: Match, unreadable: Mapping[str, str]) -> str:
-    """Return why there is no file `name`; `unreadable`: reasons by last part of the path."""
+    """Return why the file `name` is missing; `unreadable`: reasons by last part of the path."""
     last = name.replace("\\", "/").rpartition("/")[2]
     if last in unreadable:
         return unreadable[last]
     if match.paths:
-        return f"no file of this name; {match.paths[0]} is that of another image"
+        return f"no file of this name; {match.paths[0]} belongs to another image"
     similar = folder.with_other_suffix(name)
     return f"no file of this name; {similar} has another suffix" if similar else "no file of this name"
 
 
 def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
-    """List every file under the folder `uri`: size and modification time by path; UserError if there is no folder.
+    """List every file under the folder `uri`: size and modification time by path; UserError without a folder.
 
-    Includes images that cannot be read (links to nothing, names that are not UTF-8): reading them fails, so that each
-    has its line in a result. Prints which files were left out and which links were followed.
+    Includes unreadable images (dangling links, names that are not UTF-8): reading them fails, so that each has a line
+    in a result. Prints the files left out and the links followed.
     """
     listing = list_folder(uri, follow_links)
     show(listing, uri)

@@ -1,6 +1,6 @@
 """Check downloaded JSON and zip files, and unpack LIVECell's images.zip.
 
-Zip files come from a network: paths that leave the folder, links, and more bytes than LIVECell can have are refused.
+Zip files are untrusted: paths that leave the folder, links, and more bytes than LIVECell can have are refused.
 """
 
 import os
@@ -17,9 +17,9 @@ from raylivecell.download.fetch import DamagedFileError, check_free_space
 
 IMAGE_FOLDERS = ("livecell_train_val_images", "livecell_test_images")
 MAX_BYTES = 8 << 30
-"""Of all members, unpacked: LIVECell's images have 1.3 GB."""
+"""Maximum unpacked size of all members: LIVECell's images have 1.3 GB."""
 MAX_MEMBER_BYTES = 64 << 20
-"""Of one member, unpacked in memory: LIVECell's images have 0.4 MB."""
+"""Maximum size of one member, which is unpacked in memory: LIVECell's images have 0.4 MB."""
 MAX_MEMBERS = 100_000
 """LIVECell has 5,239 images."""
 BLOCK = 1 << 22
@@ -28,9 +28,9 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 def check_json(path: Path) -> None:
-    """Raise DamagedFileError unless the file is one JSON object up to its end: a cut leaves a bracket or string open.
+    """Raise DamagedFileError unless the file is one complete JSON object: truncation leaves a bracket or string open.
 
-    Counts brackets outside strings, about 1 s per GB; a parser in Python needs minutes for LIVECell's train JSON.
+    Count brackets outside strings, about 1 s per GB; a parser in Python needs minutes for LIVECell's train JSON.
     """
     depth, in_string, rest, first, last = 0, False, b"", b"", b""
     with open(path, "rb") as stream:
@@ -45,9 +45,9 @@ def check_json(path: Path) -> None:
             in_string ^= len(parts) % 2 == 0
             depth += outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
     if first != b"{":
-        raise DamagedFileError(f"not a JSON object (it begins with {first!r})")
+        raise DamagedFileError(f"not a JSON object (it starts with {first!r})")
     if last != b"}" or depth or in_string:
-        raise DamagedFileError("the JSON is cut short")
+        raise DamagedFileError("the JSON is truncated")
 
 
 def check_zip(path: Path) -> None:
@@ -62,12 +62,12 @@ def check_zip(path: Path) -> None:
 
 
 def image_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """LIVECell's images by path relative to `images/`, other members left out; UserError for a harmful member."""
+    """Return LIVECell's images by path relative to `images/`, without other members; UserError for a harmful member."""
     advice = "delete it and choose another --base-url"
     members = archive.infolist()
     size = sum(member.file_size for member in members)
     if len(members) > MAX_MEMBERS or size > MAX_BYTES:
-        raise UserError(f"{path} holds {len(members)} files of {size / 1e9:.1f} GB, more than LIVECell; {advice}")
+        raise UserError(f"{path} contains {len(members)} files of {size / 1e9:.1f} GB, more than LIVECell; {advice}")
     images: dict[str, zipfile.ZipInfo] = {}
     for member in members:
         if reason := _harm(member):
@@ -78,7 +78,7 @@ def image_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.Zip
             continue
         name = "/".join(parts[starts[0] :])
         if name in images:
-            raise UserError(f"{path}: two members would be images/{name}; {advice}")
+            raise UserError(f"{path}: two members would be unpacked to images/{name}; {advice}")
         images[name] = member
     if not images:
         raise UserError(f"{path} has no {' or '.join(IMAGE_FOLDERS)}: it is not LIVECell's; {advice}")
@@ -86,7 +86,7 @@ def image_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.Zip
 
 
 def _harm(member: zipfile.ZipInfo) -> str | None:
-    """Reason to refuse a member."""
+    """Return the reason to refuse a member, or None."""
     name = member.orig_filename
     if name.startswith(("/", "\\", "~")) or ":" in name or "\\" in name or "\0" in name or ".." in name.split("/"):
         return "leaves the folder"
@@ -100,10 +100,10 @@ def _harm(member: zipfile.ZipInfo) -> str | None:
 def unpack(path: Path, out: Path) -> tuple[int, int]:
     """Unpack the images of a zip into `out/images`, which appears only when complete.
 
-    Images missing or different (by CRC) in an existing folder are written atomically, one by one.
+    In an existing folder, missing or different (by CRC) images are written atomically, one by one.
 
     Returns:
-        Images written, and images that were already there.
+        Number of images written, and number of images already present.
     """
     final, partial = out / "images", out / ".images.partial"
     root = final if final.exists() else partial

@@ -1,9 +1,9 @@
 """Fetch one file over HTTP: resumed, verified, and renamed only when complete.
 
 1. Bytes are appended to `FILE.partial`; `FILE.partial.note` stores the server's ETag and length.
-2. A broken transfer resumes with Range and If-Range (RFC 9110, sections 13.1.5 and 14). If the file changed on the
-   server, or the server cannot resume, it restarts: bytes of two versions are never joined.
-3. `fetch` verifies the length, the MD5 (where the ETag is one), the format, and the size and SHA-256 that the user
+2. An interrupted transfer resumes with Range and If-Range (RFC 9110, sections 13.1.5 and 14). If the file changed on
+   the server, or the server cannot resume, it restarts: bytes of two versions are never mixed.
+3. `fetch` verifies the length, the MD5 (if the ETag is one), the format, and the size and SHA-256 that the user
    expects. The caller then renames the file with `publish`.
 """
 
@@ -34,12 +34,12 @@ from raylivecell.core.settings import StrictModel
 from raylivecell.core.version import __version__
 
 ATTEMPTS = 6
-"""Requests in a row without progress."""
+"""Maximum consecutive requests without progress."""
 TIMEOUT_S = 60.0
-"""Longest silence of a server."""
+"""Maximum time without data from the server."""
 MAX_BACKOFF_S, MAX_RETRY_AFTER_S = 60.0, 300.0
 BLOCK = 1 << 20
-"""Bytes per read: the most that a broken connection can lose, and the unit of the progress display."""
+"""Bytes per read: the maximum loss if the connection breaks, and the unit of the progress display."""
 SPARE_BYTES = 64 << 20
 """Free space to leave on the disk."""
 NETWORK_HINT = (
@@ -49,12 +49,12 @@ NETWORK_HINT = (
 
 
 class DamagedFileError(Exception):
-    """The received bytes are not those of the file: only a transfer from the first byte helps."""
+    """The received bytes are wrong: the file must be fetched again from the first byte."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Size in bytes and SHA-256 (64 lower-case hexadecimal digits) that the user expects of a file."""
+    """Size in bytes and SHA-256 (64 lower-case hexadecimal digits) of a file, as given by the user."""
 
     size: int | None = None
     sha256: str | None = None
@@ -66,16 +66,16 @@ class RemoteFile(StrictModel):
     url: str
     length: int | None
     etag: str | None
-    """As sent, quotes and W/ included."""
+    """As sent, including quotes and W/."""
     md5: str | None
     """The ETag if it is the file's MD5."""
 
     @classmethod
     def from_headers(cls, url: str, headers: Mapping[str, str]) -> "RemoteFile":
-        """Read a response's headers.
+        """Parse the headers of a response.
 
         S3's ETag is the MD5 of an object uploaded in one piece without KMS encryption; multipart ETags end in -N.
-        ETags of other servers may look the same without being a checksum.
+        ETags of other servers may look like an MD5 without being one.
         """
         length, etag = headers.get("Content-Length", ""), headers.get("ETag")
         is_s3 = any(name.lower().startswith("x-amz") for name in headers) or headers.get("Server") == "AmazonS3"
@@ -94,7 +94,7 @@ class _ReportedRetry(Retry):
 
     def sleep(self, response: BaseHTTPResponse | None = None) -> None:
         cause = self.history[-1]
-        console.print(f"{shortened(str(cause.error or f'HTTP {cause.status}'))}; trying again", markup=False)
+        console.print(f"{shortened(str(cause.error or f'HTTP {cause.status}'))}; retrying", markup=False)
         super().sleep(response)
 
     def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
@@ -112,7 +112,7 @@ def fetch(url: str, target: Path, check: Callable[[Path], None], expected: Expec
         The file's record: url, bytes, sha256, etag, etag_is_md5.
 
     Raises:
-        UserError: the file cannot be fetched; bytes to resume from stay in the partial file.
+        UserError: the file cannot be fetched; the partial file remains, to resume from.
     """
     partial = partial_of(target)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -132,33 +132,33 @@ def fetch(url: str, target: Path, check: Callable[[Path], None], expected: Expec
                 note_of(partial).unlink(missing_ok=True)
             if failures >= ATTEMPTS or restarts > 1:
                 raise UserError(f"{url}: {error} ({max(failures, restarts)} times); {NETWORK_HINT}") from error
-            console.print(f"{target.name}: {error}; trying again", markup=False)
+            console.print(f"{target.name}: {error}; retrying", markup=False)
             time.sleep(min(MAX_BACKOFF_S, 2.0 ** (failures - 1)))
 
 
 def partial_of(target: Path) -> Path:
-    """The file that holds the bytes of `target` until it is complete."""
+    """Return the path at which `target` is stored until it is complete."""
     return target.with_name(target.name + ".partial")
 
 
 def note_of(partial: Path) -> Path:
-    """The file that describes `partial`. Not named `.json`: it must not be mistaken for annotations."""
+    """Return the path of the description of `partial`; not `.json`, which could be mistaken for annotations."""
     return partial.with_name(partial.name + ".note")
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the file at `path`, 0 if it does not exist."""
+    """Return the size of the file at `path` in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def publish(target: Path) -> None:
-    """Rename the verified partial file of `target`."""
+    """Rename the verified partial file to `target`."""
     os.replace(partial_of(target), target)
     note_of(partial_of(target)).unlink(missing_ok=True)
 
 
 def sha256_and_md5(path: Path) -> tuple[str, str]:
-    """Both digests of a file, hexadecimal, in one pass."""
+    """Compute both digests of a file, hexadecimal, in one pass."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -168,7 +168,7 @@ def sha256_and_md5(path: Path) -> tuple[str, str]:
 
 
 def adopt(url: str, target: Path) -> bool:
-    """Turn a file of unknown origin into a partial file to verify, if its length is the server's."""
+    """Rename a file without a record to a partial file, to verify it; False if its length is not the server's."""
     with _request(url, {}, "HEAD") as response:
         remote = RemoteFile.from_headers(url, response.headers)
     if remote.length != size_of(target):
@@ -190,7 +190,7 @@ def check_free_space(folder: Path, needed: int, purpose: str) -> None:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[IO[bytes]]:
-    """The partial file opened to append, locked against another download."""
+    """Open the partial file for appending, with a lock against other downloads."""
     with open(partial, "ab", buffering=0) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,8 +203,8 @@ def _locked(partial: Path) -> Iterator[IO[bytes]]:
 
 
 def _request(url: str, headers: Mapping[str, str], method: str = "GET") -> requests.Response:
-    """Send a request, repeated on no answer and on transient statuses. The caller closes the response (2xx or 416)."""
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # _ReportedRetry prints what it would warn of
+    """Send a request; retry without an answer or on transient statuses. The caller closes the response (2xx or 416)."""
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # _ReportedRetry prints the same
     session, transient = requests.Session(), (408, 425, 429, 500, 502, 503, 504)
     retry = _ReportedRetry(
         ATTEMPTS - 1,
@@ -270,7 +270,7 @@ def _transfer(url: str, stream: IO[bytes], partial: Path, expected: Expected) ->
 
 
 def _resumable(url: str, partial: Path) -> RemoteFile | None:
-    """The identity of a partial file that can be resumed (strong ETag, known length), or is complete."""
+    """Return the identity of a partial file that is complete or can be resumed (strong ETag, known length)."""
     try:
         remote = RemoteFile.model_validate_json(note_of(partial).read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -281,7 +281,7 @@ def _resumable(url: str, partial: Path) -> RemoteFile | None:
 
 
 def _range_end(response: requests.Response, previous: RemoteFile, start: int) -> int:
-    """Byte where the body of a response to a range request ends."""
+    """Return the end of the byte range in a response to a range request."""
     text = response.headers.get("Content-Range", "")
     match = re.fullmatch(rf"bytes {start}-([0-9]{{1,18}})/({previous.length}|\*)", text.strip())
     end = int(match[1]) + 1 if match else 0
@@ -293,10 +293,10 @@ def _range_end(response: requests.Response, previous: RemoteFile, start: int) ->
 
 
 def _verify(partial: Path, remote: RemoteFile, check: Callable[[Path], None], expected: Expected) -> dict[str, Any]:
-    """The record of a complete file; DamagedFileError or UserError if it is not the expected one."""
+    """Return the record of a complete file; DamagedFileError or UserError if it is not the expected file."""
     size, (sha256, md5) = size_of(partial), sha256_and_md5(partial)
     if remote.md5 not in (None, md5):
-        raise DamagedFileError(f"MD5 is {md5}, the server's ETag says {remote.md5}")
+        raise DamagedFileError(f"MD5 is {md5}, the server's ETag is {remote.md5}")
     check(partial)
     for flag, value, actual in (("--size", expected.size, size), ("--sha256", expected.sha256, sha256)):
         if value not in (None, actual):

@@ -3,7 +3,7 @@
 1. Each missing or different file is fetched, verified, recorded in `download.json`, then renamed.
 2. `images.zip` is unpacked into `images/`.
 
-Run again, it verifies existing files by their recorded size and SHA-256, and fetches only the others.
+A second run verifies existing files by their recorded size and SHA-256, and fetches only missing or different ones.
 """
 
 import os
@@ -52,14 +52,14 @@ def download(
     """Fetch the groups `files` of LIVECell (1.2 GB of images, unpacked, up to 2.1 GB of annotations) into `out`.
 
     Args:
-        sha256, size: FILE=HEX and FILE=BYTES; FILE is the name or path of one of the files.
+        sha256, size: FILE=HEX and FILE=BYTES; FILE is the name or path of one file.
 
     Returns:
         The content of `out/download.json`: licence, citation and, for every file ever fetched into `out`, url, bytes,
         sha256 and etag.
 
     Raises:
-        UserError: a file cannot be fetched or stored; no partial file then has a final name.
+        UserError: a file cannot be fetched or stored; partial files never have a final name.
     """
     paths = [path for group in dict.fromkeys(files) for path in FILES[group]]
     address = urllib.parse.urlsplit(base_url)
@@ -91,13 +91,13 @@ def _values_by_path(paths: Sequence[str], pairs: Sequence[str], flag: str, patte
         name, _, value = pair.rpartition("=")
         matches = [path for path in paths if path == name or path.endswith("/" + name)]
         if len(matches) != 1 or not re.fullmatch(pattern, value):
-            raise UserError(f"{flag} {pair}: give FILE=VALUE, VALUE {form}, FILE one of {', '.join(paths)}")
+            raise UserError(f"{flag} {pair}: give FILE=VALUE; VALUE is {form}, FILE one of {', '.join(paths)}")
         values[matches[0]] = value
     return values
 
 
 def _read_record(out: Path) -> dict[str, Any]:
-    """`out/download.json`, or an empty record."""
+    """Return `out/download.json`, or an empty record."""
     record = {"format_version": FORMAT_VERSION, "licence": LIVECELL_LICENCE, "citation": LIVECELL_CITATION, "files": {}}
     path = out / RECORD
     if path.exists():
@@ -110,7 +110,7 @@ def _read_record(out: Path) -> dict[str, Any]:
 
 
 def _is_intact(target: Path, entry: Mapping[str, Any] | None, expected: Expected) -> bool:
-    """Whether `target` is as recorded; otherwise rename it. UserError if the user expects another file."""
+    """Whether `target` matches its record; if not, rename it. UserError if the user expects another file."""
     if entry is None or not target.exists():
         return False
     size, sha256 = target.stat().st_size, sha256_and_md5(target)[0]
@@ -119,7 +119,7 @@ def _is_intact(target: Path, entry: Mapping[str, Any] | None, expected: Expected
         return False
     if expected.size not in (None, size) or expected.sha256 not in (None, sha256):
         raise UserError(
-            f"{target} has {size} bytes and SHA-256 {sha256}, as it was fetched; correct --size or --sha256, or delete "
+            f"{target} has {size} bytes and SHA-256 {sha256}, as fetched; correct --size or --sha256, or delete "
             "it to fetch it again"
         )
     _print(f"{target.name}: already there, verified")
@@ -133,15 +133,15 @@ def _set_aside(target: Path, reason: str) -> None:
 
 
 def _fetch_and_record(base_url: str, out: Path, path: str, expected: Expected, record: dict[str, Any]) -> None:
-    """Fetch a file. Recorded before it is renamed: a kill in between costs a verification, not a download."""
+    """Fetch a file. It is recorded before it is renamed: a kill in between costs a verification, not a download."""
     url, target = base_url + path, out / path
     if target.exists() and not adopt(url, target):
-        _set_aside(target, "has no record, and the server's file has another length")
+        _set_aside(target, "has no record, and its length is not the server's")
     check = archive.check_zip if path.endswith(".zip") else archive.check_json
     record["files"][path] = entry = fetch(url, target, check, expected)
     storage.write_json(out / RECORD, record)
     publish(target)
-    checksum = "size, MD5 and content" if entry["etag_is_md5"] else "size and content (the server gives no checksum)"
+    checksum = "size, MD5 and content" if entry["etag_is_md5"] else "size and content (no checksum from the server)"
     _print(f"{target.name}: {entry['bytes']} bytes, {checksum} verified, SHA-256 {entry['sha256']}")
 
 

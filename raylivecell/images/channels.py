@@ -10,7 +10,7 @@ from raylivecell.core.errors import UnsupportedImageError
 
 _HUE_RATIO = 8
 _MIN_COLOURS, _MAX_STEP, _MAX_DIP, _MIN_RISE = 64, 32, 2, 16
-"""Of a colour ramp: number of colours; largest step of a channel, largest fall and least total rise of luma."""
+"""Limits for a colour ramp: number of colours; step of a channel; fall and total rise of luma."""
 
 
 def grey_of_rgb(rgb: NDArray[Any]) -> NDArray[Any]:
@@ -31,8 +31,8 @@ def grey_of_rgb(rgb: NDArray[Any]) -> NDArray[Any]:
 def _one_hue(channels: list[NDArray[Any]]) -> bool:
     """Return whether colour outweighs grey and is in one channel (at least 8 times the next) or in two equal ones.
 
-    The colour of a channel is its sum minus the sum of each pixel's smallest channel: white text and grey count
-    nothing, JPEG artefacts in the empty channels count little.
+    The colour of a channel is its sum minus the sum of each pixel's smallest channel: white text and grey
+    contribute nothing, JPEG artefacts in the empty channels little.
     """
     grey = cv2.sumElems(cv2.min(cv2.min(channels[0], channels[1]), channels[2]))[0]
     colour = [cv2.sumElems(channel)[0] - grey for channel in channels]
@@ -51,14 +51,14 @@ def grey_of_palette(indices: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDA
 
     Args:
         indices: (H, W).
-        table: (N, 3), its colours.
+        table: (N, 3), the palette's RGB colours.
 
     Raises:
         UnsupportedImageError: any other palette; its indices carry no brightness.
     """
     top = int(indices.max(initial=0))
     if top >= len(table):
-        raise UnsupportedImageError(f"palette of {len(table)} colours, but pixels use colour {top}; save it as grey")
+        raise UnsupportedImageError(f"palette of {len(table)} colours, but pixels use index {top}; save it as grey")
     used = table[np.bincount(indices.ravel(), minlength=len(table)) > 0]
     if (used == used[:, :1]).all():
         return np.ascontiguousarray(table[:, 0])[indices]
@@ -68,7 +68,7 @@ def grey_of_palette(indices: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDA
 
 
 def _ramp(table: NDArray[np.uint8]) -> int:
-    """Return 1 for a colour ramp of rising luma, -1 for falling luma, else 0."""
+    """Return 1 for a colour ramp of rising luma, -1 for falling luma, otherwise 0."""
     inner = table[1:-1].astype(np.float64)
     if len(table) < _MIN_COLOURS or np.abs(np.diff(inner, axis=0)).max() > _MAX_STEP:
         return 0

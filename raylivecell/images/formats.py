@@ -3,12 +3,12 @@
 TIFF is decoded by `tiff`; the other formats by Pillow, which reads the size before the pixels and fails on truncated
 files. Rules for all formats:
 
-- Pixels are those of the stored raster. A file with an orientation tag (TIFF, EXIF, XMP) other than 1 is refused: some
-  programs apply it (browsers), others do not (Fiji), so labels drawn on the image may be rotated or not.
-- One file is one image. Several pages, planes, frames or channels are refused with their number; thumbnails, pyramid
+- Pixels are decoded as stored, not rotated. A file with an orientation tag (TIFF, EXIF, XMP) other than 1 is refused:
+  some programs apply it (browsers), others do not (Fiji), so labels drawn in one do not fit in another.
+- One file is one image. Several pages, planes, frames or channels are counted and refused; thumbnails, pyramid
   levels, masks and alpha are ignored.
-- Colour becomes luma; one hue its brightest channel (`channels.grey_of_rgb`); a palette the grey it displays, or its
-  indices if it is a ramp (`channels.grey_of_palette`).
+- Colour is converted to luma, images of one hue to their brightest channel (`channels.grey_of_rgb`), palettes to the
+  displayed grey, or to their indices if they are ramps (`channels.grey_of_palette`).
 """
 
 import io
@@ -29,12 +29,12 @@ from raylivecell.images import file_kinds, jpeg, tiff
 from raylivecell.images.channels import grey_of_palette, grey_of_rgb
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
-"""Suffixes of image files, in any case."""
+"""Suffixes of image files, compared ignoring case."""
 
 MAX_PIXELS = 2**26
 """8192 x 8192. Larger images are refused before decoding: a file of a few kB can declare gigabytes."""
 
-_FORMATS = ("PNG", "JPEG", "BMP")  # Pillow has fifty more; for PostScript it runs Ghostscript
+_FORMATS = ("PNG", "JPEG", "BMP")  # Pillow reads fifty more; for PostScript it runs Ghostscript
 _SUPPORTED = {"TIFF image", "PNG image", "JPEG image", "BMP image"}
 _GREY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "LA", "La", "RGBa", "P", "PA", "CMYK", "YCbCr"}
@@ -45,7 +45,7 @@ class DecodedImage:
     """One decoded image file."""
 
     pixels: np.ndarray
-    """uint8 or uint16 (H, W), of the stored raster, black 0."""
+    """uint8 or uint16 (H, W), as stored, black is 0."""
     colour: bool
     """Whether the file has colour, alpha or a palette."""
 
@@ -56,15 +56,15 @@ class DecodedImage:
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether `name` has an image suffix and is not hidden (copies from macOS contain `._name.tif`)."""
+    """Return whether `name` has an image suffix and is not hidden (macOS adds `._name.tif`)."""
     return name.lower().endswith(SUFFIXES) and not name.rsplit("/", 1)[-1].startswith(".")
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Decode an image file that holds one image.
+    """Decode an image file that contains one image.
 
     Args:
-        data: the file.
+        data: content of the file.
         max_pixels: at most 2^27, since Pillow itself refuses slightly larger images.
 
     Raises:
@@ -95,11 +95,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
 
 
 def _unsupported_format(data: bytes, kind: str | None) -> UnreadableImageError:
-    """Build the error for a file in none of the supported formats."""
+    """Build the error for a file in an unsupported format."""
     if not data.strip(b"\0"):
         return DamagedImageError("the file contains only zero bytes" if data else "the file is empty")
     return UnsupportedImageError(
-        f"{kind or 'not a known image format'}, judged by its content; use TIFF, PNG, JPEG or BMP"
+        f"{kind or 'not a known image format'}, detected by content; use TIFF, PNG, JPEG or BMP"
     )
 
 
@@ -110,7 +110,7 @@ def _decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
         if width * height > max_pixels:
             raise UnsupportedImageError(f"{width} x {height} is more than {max_pixels} pixels; cut it into tiles")
         if (frames := getattr(image, "n_frames", 1)) != 1:
-            raise UnsupportedImageError(f"holds {frames} images; save each as a file of its own")
+            raise UnsupportedImageError(f"contains {frames} images; save each as a separate file")
         if image.mode not in _COLOUR | _GREY:
             raise UnsupportedImageError(f"pixel format {image.mode}; save it as 8 or 16 bit grey")
         deep = any(";16" in str(tile[3]) for tile in image.tile)
@@ -137,7 +137,7 @@ def _to_grey(image: ImageFile.ImageFile, deep: bool, data: bytes) -> NDArray[Any
         return grey_of_palette(np.asarray(image), np.array(table, np.uint8).reshape(-1, 3))
     if not deep:
         return np.asarray(grey_of_rgb(np.asarray(image.convert("RGB"))))
-    # Pillow reduces 16-bit colour to 8 bits. That it decoded the file shows that the file is complete.
+    # Pillow reduces 16-bit colour to 8 bits: OpenCV decodes it, after Pillow has shown that the file is complete.
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
     if bgr is None or bgr.dtype != np.uint16:
         raise UnsupportedImageError("16-bit colour in an unsupported layout; save it as 16 bit grey")

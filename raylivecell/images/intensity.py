@@ -25,9 +25,9 @@ Range = tuple[float, float]
 LIVECELL_SPREAD, LIVECELL_SCALE = 60.0, 5.0
 """Difference of LIVECell's 99th and 1st percentile in grey levels, median over images; the scale that trains best."""
 MIN_LEVELS = 64
-"""A 16-bit dataset keeps the scale of its bit depth if its pixels use this many of 256 levels; else it is stretched."""
+"""A 16-bit dataset keeps the scale of its bit depth if its pixels use this many of 256 levels, or is stretched."""
 MAX_GAIN = 4.0
-"""An image is unusable if it would have to be multiplied or divided by more."""
+"""An image is unusable if it must be multiplied or divided by more."""
 MIN_CONTRAST = 4.0
 """An image that must be multiplied is unusable if its spread is below 1/4 of the training images' minimum."""
 FAR_SPREAD, FAR_FOREGROUND = 2.0, 0.3
@@ -35,7 +35,7 @@ FAR_SPREAD, FAR_FOREGROUND = 2.0, 0.3
 
 
 class Intensity(StrictModel):
-    """Rule of a dataset, and the range of its training images, in stored grey values. Default: LIVECell."""
+    """Rule of a dataset, and the range of its training images, in stored grey levels. Default: LIVECell."""
 
     rule: Literal["linear"] = "linear"
     """`linear`: `low` maps to 0 and `high` to 256, rounded down, clipped to 255."""
@@ -66,13 +66,13 @@ class Intensity(StrictModel):
 
     @property
     def unit(self) -> float:
-        """Stored grey values per level."""
+        """Stored grey levels per level of the 8-bit scale."""
         return (self.high - self.low) / 256
 
     @property
     def background_level(self) -> int:
         """Background on the 8-bit scale: the zero of the network input."""
-        # Rounding down lowers continuous values by half a level, shifted 8-bit values by none: a quarter suits both.
+        # Rounding down lowers continuous values by half a level, shifted 8-bit values not at all: use a quarter.
         rounding = 0.25 if self.depth == 16 else 0.0
         return min(255, max(0, round((self.background - self.low) / self.unit - rounding)))
 
@@ -87,7 +87,7 @@ class Intensity(StrictModel):
 
     @property
     def by_background(self) -> bool:
-        """Whether the background measures the exposure; not if cells are bright on a dark background."""
+        """Whether the background measures the exposure: false for bright cells on a dark background."""
         return self.background >= self.spread / 2
 
     @property
@@ -119,9 +119,9 @@ class Frame(NamedTuple):
     """An image on the network's 8-bit scale."""
 
     levels: NDArray[np.uint8]
-    """(H, W); padding has the level of the background."""
+    """(H, W); padding is filled with the background level."""
     padding: NDArray[np.bool_] | None = None
-    """(H, W), True in padding; None if there is none."""
+    """(H, W), True in padding; None without padding."""
     gain: float = 1.0
     """Factor applied to the stored values before the rule."""
     usable: bool = True
@@ -144,10 +144,10 @@ class Fit(NamedTuple):
 
 
 def conversion(prepared: Intensity, target: Intensity) -> Intensity | None:
-    """Return the rule that converts images prepared by one rule to the scale of another; None if it is the same.
+    """Return the rule that converts images prepared by one rule to the scale of another; None if the rules are equal.
 
     Raises:
-        ValueError: prepared from 16-bit images by another map; the stored values are lost.
+        ValueError: prepared from 16-bit images by another map, so that the stored values are lost.
     """
     if prepared.model_dump(exclude={"foreground"}) == target.model_dump(exclude={"foreground"}):
         return None
@@ -163,7 +163,7 @@ def choose(images: Sequence[Measures]) -> Intensity:
     """Compute the rule of a dataset from the measures of its training images, each with the same weight.
 
     Outliers have no influence: images whose background is over 1.5 times the median, or under 1/1.5 of it, are ignored,
-    then ranges are trimmed (`trimmed_range`). A dataset of both bit depths gets the more frequent one.
+    then ranges are trimmed (`trimmed_range`). For a dataset of both bit depths, the rule has the more frequent one.
     """
     usable = [image for image in images if not image.fault]
     deep = [image for image in usable if image.depth == 16]
@@ -185,7 +185,7 @@ def choose(images: Sequence[Measures]) -> Intensity:
 
 
 def trimmed_range(values: Sequence[float]) -> Range:
-    """Minimum and maximum of `values`; of five or more, without 2.5 % (at least one) at each end."""
+    """Minimum and maximum of `values`; with five or more values, without 2.5 % (at least one) at each end."""
     ordered = sorted(values)
     trim = max(1, len(ordered) // 40) if len(ordered) >= 5 else 0
     return float(ordered[trim]), float(ordered[-1 - trim])
@@ -201,8 +201,9 @@ def _without_outliers(images: list[Measures]) -> list[Measures]:
 def _map_range(images: Sequence[Measures]) -> Range:
     """Return the stored values that map to 0 and 256, for 16-bit images.
 
-    If the pixels use enough levels of their bit depth (a power of two above the 99.9th percentile), that is the scale,
-    and 8-bit data stored as 257 x or shifted are restored exactly. Else half their range is left free at both ends.
+    If the pixels use enough levels of their bit depth (a power of two above the 99.9th percentile), it is
+    the scale, which restores 8-bit data stored as 257 x or shifted exactly. Otherwise the scale extends the used range
+    by half at both ends.
     """
     first, last = trimmed_range([image.low for image in images])[0], trimmed_range([image.high for image in images])[1]
     used = max(last - first, 1.0)
@@ -224,7 +225,7 @@ def fit(image: Measures, rule: Intensity) -> Fit:
 
 
 def _gain(image: Measures, rule: Intensity) -> float:
-    """Return 1 for images within the range, else the factor to the dataset's background, preferably a power of two."""
+    """Return 1 for images in range, otherwise the factor to the dataset's background, if possible a power of two."""
     same_depth = image.depth == rule.depth
     if not rule.by_background:
         # Exposure cannot be distinguished from cells: only another bit depth is corrected, by the spread.
@@ -243,8 +244,8 @@ def _power_of_two(ratio: float) -> float:
 def _inside(image: Measures, gain: float, rule: Intensity) -> bool:
     """Return whether background or median, times `gain`, is in the training range, plus the network's linear range.
 
-    One of them suffices: in a confluent layer the median is the grey level of cells, and the most uniform blocks may be
-    a dark corner. An image that is darker everywhere has both outside.
+    Either suffices: in a confluent layer the median is the grey level of cells, and the most uniform blocks may be a
+    dark corner. An image that is darker everywhere has both outside.
     """
     margin = rule.scale * rule.unit
     pairs = ((image.background, rule.backgrounds), (image.median, rule.medians))
@@ -291,7 +292,7 @@ def foreground_warning(fraction: float, rule: Intensity) -> tuple[str, ...]:
 
 
 def to_uint8(pixels: Grey, rule: Intensity, padding: NDArray[np.bool_] | None = None) -> Frame:
-    """Map a stored image to the network's 8-bit scale; the only function that does.
+    """Map a stored image to the network's 8-bit scale; no other function does.
 
     Args:
         pixels: uint8 or uint16 (H, W), not modified; the result may share its memory.

@@ -1,4 +1,4 @@
-"""JPEG frame headers, and JPEG strips or tiles of TIFF files, whose tables and colour space are in TIFF tags."""
+"""JPEG frame headers, and JPEG strips or tiles of TIFF files, with tables and colour space in TIFF tags."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ class FrameHeader(NamedTuple):
 
 
 def frame_of(data: bytes) -> FrameHeader | None:
-    """Read the frame header of a JPEG stream; None if there is none before the first scan."""
+    """Read the frame header of a JPEG stream; None without one before the first scan."""
     for marker, start, end in _markers(data):
         if marker in _FRAMES and start + 6 <= min(end, len(data)):
             bits, height, width, components = struct.unpack_from(">BHHB", data, start)
@@ -49,10 +49,10 @@ def decode_segment(data: bytes, tables: bytes, shape: tuple[int, int, int], ycbc
     """Decode one JPEG-compressed strip or tile of a TIFF file.
 
     Args:
-        data: its JPEG stream.
+        data: JPEG stream of the segment.
         tables: the JPEGTables tag, or empty.
         shape: rows, columns and samples according to the tags.
-        ycbcr: whether three components are YCbCr, to be converted to RGB; else they are returned unchanged.
+        ycbcr: whether three components are YCbCr, to be converted to RGB; otherwise they are returned unchanged.
     """
     frame = frame_of(data)
     if frame is None:
@@ -69,19 +69,19 @@ def decode_segment(data: bytes, tables: bytes, shape: tuple[int, int, int], ycbc
 
 def _markers(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, start and end of each segment's content, up to and including the first scan header."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
         if marker == 0xFF:  # a fill byte
-            at += 1
+            position += 1
             continue
         if marker in (_SOI, _EOI):
             return
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        yield marker, at + 4, at + 2 + length
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        yield marker, position + 4, position + 2 + length
         if marker == _SOS:
             return
-        at += 2 + max(length, 2)
+        position += 2 + max(length, 2)
 
 
 def _strip_soi_eoi(data: bytes) -> bytes:

@@ -1,8 +1,8 @@
-"""Decoding of TIFF files to grey pixels; pixels are decoded only if the tags are unambiguous.
+"""Decoding of TIFF files to grey pixels; files with ambiguous tags are refused.
 
 1. Find the directory of the one full-size image (`read_directories`, `_find_image`); stacks are refused.
 2. Read the pixel layout from its tags (`_layout`) and refuse unsupported ones before decoding.
-3. Decode the samples (`tiff_segments`), then convert to grey as viewers display it (`_to_grey`).
+3. Decode the samples (`tiff_segments`), then convert to the grey that viewers display (`_to_grey`).
 """
 
 import itertools
@@ -51,8 +51,8 @@ def decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
     and wider integers are accepted if every value fits uint16. Alpha is ignored.
 
     Args:
-        data: the file.
-        max_pixels: includes padding of tiles.
+        data: content of the file.
+        max_pixels: limit, including padding of tiles.
 
     Raises:
         UnreadableImageError: unsupported or damaged.
@@ -81,7 +81,7 @@ def orientation_problem(orientation: int) -> str:
 
 
 def _find_image(directories: Iterable[Directory]) -> Directory:
-    """Return the one directory that is neither a reduced copy nor a mask."""
+    """Return the only directory that is neither a reduced copy nor a mask."""
     image, count = None, 0
     for directory in directories:
         if not _is_auxiliary(directory):
@@ -89,11 +89,11 @@ def _find_image(directories: Iterable[Directory]) -> Directory:
     if image is None:
         raise DamagedImageError("TIFF file without an image, or with reduced copies and masks only")
     if count > 1:
-        raise UnsupportedImageError(f"holds {count} images; save each as a file of its own")
+        raise UnsupportedImageError(f"contains {count} images; save each as a separate file")
     for offset in image.numbers(Tag.SubIFDs)[:_MAX_SUBIFDS]:
         sub, _ = read_directory(image.data, image.order, image.big, offset)
         if not _is_auxiliary(sub) and _area(sub) >= _area(image):
-            raise UnsupportedImageError("holds another image in a sub-directory (SubIFD); save only one")
+            raise UnsupportedImageError("contains another image in a sub-directory (SubIFD); save only one")
     return image
 
 
@@ -134,11 +134,11 @@ def _refuse_channels(directory: Directory, photometric: int, samples: int) -> No
     """Refuse channels other than colour and alpha."""
     channels = _CHANNELS[photometric]
     if samples < channels:
-        raise DamagedImageError(f"{samples} samples a pixel, but its colour space needs {channels}")
+        raise DamagedImageError(f"{samples} samples per pixel, but its colour space needs {channels}")
     if directory.count(LSM) and samples > 1:
-        raise UnsupportedImageError(f"{samples} channels (LSM); save one channel as a file of its own")
+        raise UnsupportedImageError(f"{samples} channels (LSM); save one channel as a separate file")
     if samples > channels + 1 or (channels == 1 and samples == 2 and not _has_alpha(directory)):
-        raise UnsupportedImageError(f"{samples} channels; save one channel as a file of its own")
+        raise UnsupportedImageError(f"{samples} channels; save one channel as a separate file")
     if photometric == CMYK and directory.number(Tag.InkSet, 1) != 1:
         raise UnsupportedImageError("inks other than CMYK; save it as grey or RGB")
 
@@ -156,7 +156,7 @@ def _uniform_value(directory: Directory, code: int, samples: int) -> int:
 
 
 def _refuse_stack(directory: Directory, layout: Layout) -> None:
-    """Refuse planes without a directory of their own, and metadata that counts more planes than directories."""
+    """Refuse several planes in one directory, and metadata that lists more planes than directories."""
     planes, source = max(
         (directory.number(_IMAGE_DEPTH, 1), "ImageDepth"),
         (directory.count(_STK_PLANES), "MetaMorph STK"),
@@ -164,7 +164,7 @@ def _refuse_stack(directory: Directory, layout: Layout) -> None:
         *(_described_planes(text, layout) for text in directory.texts(Tag.ImageDescription, _MAX_TEXT)),
     )
     if planes > 1:
-        raise UnsupportedImageError(f"holds {planes} planes ({source}); save each as a file of its own")
+        raise UnsupportedImageError(f"contains {planes} planes ({source}); save each as a separate file")
 
 
 def _nih_planes(directory: Directory) -> int:
@@ -195,7 +195,7 @@ def _shaped_planes(text: bytes, layout: Layout) -> int:
 
 
 def _ome_planes(text: bytes, samples: int) -> int:
-    """Count planes in all images of OME-XML; 1 if they are in several files, since each file is decoded alone."""
+    """Count the planes of all images in OME-XML; 1 if they are in several files: each file is decoded separately."""
     files = {match[1] for match in _OME_FILES.finditer(text)}
     if len(files) > 1 or None in files:
         return 1
@@ -245,7 +245,7 @@ def _to_uint8_or_uint16(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
 
 
 def _palette(directory: Directory, bits: int) -> NDArray[np.uint8]:
-    """Read the colours (2^bits, 3); a 16-bit map with only 8-bit values is used unscaled, as by libtiff."""
+    """Read the colours (2^bits, 3); a 16-bit colour map with only 8-bit values is used unscaled, like libtiff."""
     values = np.array(directory.numbers(Tag.ColorMap), np.int64)
     if len(values) != 3 * 2**bits:
         raise DamagedImageError(f"palette of {len(values) // 3} colours for {bits}-bit pixels")

@@ -1,7 +1,7 @@
 """Decoding of the samples of one TIFF image from its strips or tiles.
 
 Strips and tiles are decompressed by libtiff (LZW: 2.5 times as fast as imagecodecs) through Pillow: they are wrapped as
-rows of bytes in a minimal TIFF, so that Pillow's interpretation of the pixels is not used.
+rows of bytes in a minimal TIFF, which bypasses Pillow's interpretation of the pixels.
 """
 
 import io
@@ -27,7 +27,7 @@ LSM = 34412
 _FAX = {2: "CCITT RLE", 3: "CCITT group 3", 4: "CCITT group 4"}
 _LIBTIFF = {5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 50000: "Zstandard"}
 _PREDICTED = {5, 8, 32946, 50000, LZMA}
-"""With other compressions libtiff ignores the predictor, tifffile applies it."""
+"""Compressions with a predictor; with others libtiff ignores it and tifffile applies it."""
 _UNSUPPORTED = {
     6: "old-style JPEG",
     9: "JBIG",
@@ -58,7 +58,7 @@ _SUPPORTED = "none, LZW, deflate, PackBits, Zstandard, LZMA, JPEG, CCITT"
 _LZMA_MEMORY = 2**28
 _CHUNK_BYTES = 2**26
 _MAX_SEGMENT_BYTES = 178_956_970
-"""Limit of Pillow; 8192 x 8192 pixels of 16 bits are 134 MB."""
+"""Pillow's limit; 8192 x 8192 pixels of 16 bits are 134 MB."""
 _BIT_REVERSAL = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _READABLE_BITS = {*range(8, 17), 1, 2, 4, 32, 64}
 
@@ -76,7 +76,7 @@ class Layout:
     compression: int
     predictor: int
     planar: bool
-    """Whether each sample has its own strips or tiles."""
+    """Whether each sample is stored in separate strips or tiles."""
     segment_width: int
     segment_rows: int
     tiled: bool
@@ -141,9 +141,9 @@ def _refuse_coding(compression: int, predictor: int, bits: int, samples: int) ->
     if compression == JPEG and bits != 8:
         raise UnsupportedImageError(f"{bits}-bit JPEG compression; save it with another compression")
     if bits not in _READABLE_BITS:
-        raise UnsupportedImageError(f"{bits} bits a sample; save it as 8 or 16 bit")
+        raise UnsupportedImageError(f"{bits} bits per sample; save it as 8 or 16 bit")
     if predictor != 1 and (predictor != 2 or bits not in (8, 16, 32, 64) or compression not in _PREDICTED):
-        raise UnsupportedImageError(f"TIFF predictor {predictor} on {bits}-bit integers; save it without")
+        raise UnsupportedImageError(f"TIFF predictor {predictor} on {bits}-bit integers; save it without a predictor")
 
 
 def read_samples(directory: Directory, layout: Layout, ycbcr: bool) -> NDArray[Any]:
@@ -211,7 +211,7 @@ def _raw_bytes(segment: bytes, size: int, layout: Layout) -> NDArray[np.uint8]:
 
 
 def _libtiff(layout: Layout, segments: Sequence[bytes], rows: int, options: dict[int, int]) -> NDArray[np.uint8]:
-    """Decompress segments to rows of bytes, as the strips of a TIFF whose pixels are bytes (CCITT: bits)."""
+    """Decompress segments to rows of bytes, wrapped as strips of a TIFF whose pixels are bytes (CCITT: bits)."""
     fax = layout.compression in _FAX
     width = layout.segment_width if fax else layout.row_bytes
     tags: dict[int, list[int]] = {
@@ -232,12 +232,12 @@ def _libtiff(layout: Layout, segments: Sequence[bytes], rows: int, options: dict
 
 
 def _libtiff_undoes_predictor(layout: Layout) -> bool:
-    """Return whether libtiff undoes the predictor (8-bit grey): 1 ms faster on a LIVECell image than NumPy."""
+    """Return whether libtiff undoes the predictor (8-bit grey): 1 ms faster per LIVECell image than NumPy."""
     return layout.predictor == 2 and layout.bits == 8 and layout.segment_samples == 1 and layout.compression in _LIBTIFF
 
 
 def _build_tiff(tags: dict[int, list[int]], strips: Sequence[bytes]) -> bytes:
-    """Build a little-endian TIFF with these strips."""
+    """Build a little-endian TIFF from `tags` and `strips`."""
     sizes = [len(strip) for strip in strips]
     entries_end = 8 + 2 + 12 * (len(tags) + 2) + 4
     start = entries_end + (8 * len(strips) if len(strips) > 1 else 0)
@@ -255,7 +255,7 @@ def _build_tiff(tags: dict[int, list[int]], strips: Sequence[bytes]) -> bytes:
 
 
 def _unpack(rows: NDArray[np.uint8], layout: Layout, order: str) -> NDArray[Any]:
-    """Convert rows of bytes to samples (rows, segment width, samples of a segment)."""
+    """Convert rows of bytes to samples (rows, segment width, samples per segment pixel)."""
     shape = (len(rows), layout.segment_width, layout.segment_samples)
     if layout.bits in (8, 16, 32, 64):
         dtype = np.dtype(f"{order}{layout.kind}{layout.bits // 8}")
@@ -283,7 +283,7 @@ def _unpack_bits(rows: NDArray[np.uint8], count: int, bits: int) -> NDArray[Any]
 
 
 def _assemble(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """Arrange vertically stacked segments to (H, W, samples of a segment)."""
+    """Arrange vertically stacked segments to (H, W, samples per segment pixel)."""
     if layout.tiled:
         (down, across), samples = layout.grid, rows.shape[2]
         tiles = rows.reshape(down, across, layout.segment_rows, layout.segment_width, samples).swapaxes(1, 2)

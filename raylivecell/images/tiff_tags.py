@@ -1,7 +1,7 @@
 """Reader for the tags of TIFF and BigTIFF files.
 
-It replaces tifffile, which repairs contradictory tags, so that damage goes unnoticed, and eagerly reads metadata of
-many vendors, without a limit for untrusted files. This reader parses only the requested tags and copies nothing.
+It replaces tifffile, which silently repairs contradictory tags, hiding damage, and eagerly reads metadata of many
+vendors, without a limit for untrusted files. This reader parses only the requested tags and copies nothing.
 """
 
 import struct
@@ -12,18 +12,18 @@ from typing import NamedTuple
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 
 MAX_DIRECTORIES = 10_000
-"""Files with more are refused without counting the rest."""
+"""Limit on the images of a file; the rest are not counted."""
 _MAX_ENTRIES = 4096
-"""More tags than any known writer puts into a directory."""
+"""Limit on the tags of a directory; no known writer reaches it."""
 _MAX_VALUES = 2**22
-"""More values than any tag read here has; as Python integers they need 150 MB."""
+"""Limit on the values of a tag, above any tag read here; as Python integers they need 150 MB."""
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 _TEXT = (1, 2, 7)
 _HEADERS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
 
 
 class Entry(NamedTuple):
-    """Location of the values of one tag."""
+    """Type and location of the values of one tag."""
 
     kind: int
     """TIFF number of the value type."""
@@ -44,7 +44,7 @@ class Directory:
     big: bool
     """Whether the file is a BigTIFF."""
     entries: dict[int, list[Entry]]
-    """By tag number; some writers store several image descriptions."""
+    """By tag number; a list, since some writers store several image descriptions."""
 
     def numbers(self, code: int) -> tuple[int, ...]:
         """Return the values of an integer tag, empty if absent; raise DamagedImageError if it is invalid."""
@@ -57,7 +57,7 @@ class Directory:
             raise DamagedImageError(f"TIFF tag {code} has {count} values")
         size = struct.calcsize(f"={_INTEGERS[kind]}")
         if start + count * size > len(self.data):
-            raise DamagedImageError(f"TIFF tag {code} reaches beyond the end of the file")
+            raise DamagedImageError(f"TIFF tag {code} extends beyond the end of the file")
         return struct.unpack_from(f"{self.order}{count}{_INTEGERS[kind]}", self.data, start)
 
     def number(self, code: int, default: int) -> int:
@@ -78,29 +78,29 @@ def read_directories(data: bytes) -> Iterator[Directory]:
     """Yield the directories of the main chain of a file.
 
     Raises:
-        UnreadableImageError: the chain is broken, circular or longer than MAX_DIRECTORIES.
+        UnreadableImageError: the chain is broken, cyclic or longer than MAX_DIRECTORIES.
     """
     order, big = _HEADERS[data[:4]]
     offset = _unpack(data, f"{order}Q" if big else f"{order}I", 8 if big else 4)
     seen: set[int] = set()
     while offset:
         if offset in seen:
-            raise DamagedImageError("TIFF directories form a circle")
+            raise DamagedImageError("TIFF directories form a cycle")
         if len(seen) == MAX_DIRECTORIES:
-            raise UnsupportedImageError(f"holds over {MAX_DIRECTORIES} images; save each as a file of its own")
+            raise UnsupportedImageError(f"contains over {MAX_DIRECTORIES} images; save each as a separate file")
         seen.add(offset)
         directory, offset = read_directory(data, order, big, offset)
         yield directory
 
 
 def read_directory(data: bytes, order: str, big: bool, offset: int) -> tuple[Directory, int]:
-    """Read the directory at `offset`, and the offset of the next one, 0 after the last."""
+    """Return the directory at `offset`, and the offset of the next one, 0 after the last."""
     count_format, entry_format, inline_size = ("Q", f"{order}HHQQ", 8) if big else ("H", f"{order}HHII", 4)
     count = _unpack(data, order + count_format, offset)
     start, size = offset + struct.calcsize(f"={count_format}"), struct.calcsize(entry_format)
     end = start + count * size
     if count > _MAX_ENTRIES or end > len(data):
-        raise DamagedImageError("TIFF directory reaches beyond the end of the file")
+        raise DamagedImageError("TIFF directory extends beyond the end of the file")
     entries: dict[int, list[Entry]] = {}
     for code, kind, values, value in struct.iter_unpack(entry_format, data[start:end]):
         start += size

@@ -3,7 +3,7 @@
 pixel_scores       Dice and IoU from pixel counts
 instance_scores    mSA, panoptic quality, counts, from two label images
 average_precision  LIVECell's COCO protocol
-coco_results       reads COCO results files of any tool
-bootstrap          percentile intervals, for these and for sweeps
-scores             all scores of an image, and of a set of images with intervals
+coco_results       reader for COCO results files of any tool
+bootstrap          percentile intervals, also for sweeps
+scores             all scores of one image, and of many images with intervals
 """

@@ -1,11 +1,11 @@
-"""LIVECell's COCO protocol: average precision and recall of instances that are ranked by a score and may overlap.
+"""LIVECell's COCO protocol: average precision and recall of instances, ranked by a score, which may overlap.
 
 LIVECell changes three of COCO's rules (pycocotools' COCOeval, the reference of the tests): one category,
-up to 2,000 detections an image, and areas split at 18^2 and 31^2 pixels (Edlund et al. 2021). IoU and area are those of
-masks.
+up to 2,000 detections per image, and areas split at 18^2 and 31^2 pixels (Edlund et al. 2021). IoU and area are those
+of masks.
 
     AP     precision interpolated at 101 recalls, mean over IoU 0.50, 0.55, ..., 0.95
-    AFNR   average false-negative ratio: mean over the same IoU of 1 - recall
+    AFNR   average false-negative ratio: mean over the same IoU thresholds of 1 - recall
 
 COCOeval loops over every pair of cells forty times in Python. Here only pairs with an IoU of at least 0.5 are
 processed, most of them vectorised: an image of 300 cells takes some milliseconds.
@@ -24,8 +24,8 @@ from raylivecell.scoring import bootstrap
 # Computed as in COCOeval, because an IoU or a recall may equal a threshold to the last bit.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MOST = 2000
-"""Number of best detections of an image that count."""
+MAX_DETECTIONS = 2000
+"""Detections per image that count, best first."""
 AREAS = ((0.0, 1e10), (0.0, 324.0), (324.0, 961.0), (961.0, 1e10))
 """All, small, medium, large: smallest and largest area in pixels, inclusive."""
 AVERAGE, FIRST, SECOND = slice(None), 0, 5  # thresholds of AP, AP50, AP75
@@ -41,12 +41,12 @@ CATEGORY = 1
 
 
 class Matches(NamedTuple):
-    """Detections of an image, best first, matched with its true cells."""
+    """Detections of an image, best first, matched with the true cells."""
 
     scores: NDArray[np.float64]
     """(D,)"""
     matched: NDArray[np.bool_]
-    """(4, 10, D): whether the detection has a true cell, by area range and IoU threshold."""
+    """(4, 10, D): whether the detection is matched with a true cell, by area range and IoU threshold."""
     ignored: NDArray[np.bool_]
     """(4, 10, D): whether the detection is ignored, because it is outside the area range."""
     truths: NDArray[np.int64]
@@ -56,10 +56,10 @@ class Matches(NamedTuple):
 def match(prediction: Sequence[Rle], scores: NDArray[np.float64], truth: Sequence[Rle]) -> Matches:
     """Match the detections and true cells of one image as COCOeval does.
 
-    Best first, each detection is matched with the free true cell of the largest IoU that reaches the threshold; cells
-    in the area range go before others.
+    Best first, each detection is matched with the unmatched true cell of the largest IoU that reaches the threshold;
+    cells in the area range have precedence.
     """
-    order = np.argsort(-scores, kind="stable")[:MOST]
+    order = np.argsort(-scores, kind="stable")[:MAX_DETECTIONS]
     detections = [prediction[i] for i in order.tolist()]
     true_area = _areas(truth)
     outside = np.array([(true_area < low) | (true_area > high) for low, high in AREAS])
@@ -75,21 +75,21 @@ def match(prediction: Sequence[Rle], scores: NDArray[np.float64], truth: Sequenc
 
 
 def _areas(rles: Sequence[Rle]) -> NDArray[np.float64]:
-    # One by one: with more than 255 masks in one call, pycocotools 2.0.11 raises OverflowError under numpy 2.
+    # One call per mask: with more than 255 masks in one call, pycocotools 2.0.11 raises OverflowError under numpy 2.
     return np.array([coco_mask.area(rle) for rle in rles], np.float64)
 
 
 def _pair(
     iou: NDArray[np.float64], outside: NDArray[np.bool_], matched: NDArray[np.bool_], ignored: NDArray[np.bool_]
 ) -> None:
-    """Fill `matched` and `ignored` (4, 10, D) from `iou` (D, G) and whether truths are outside the area (4, G)."""
+    """Fill `matched` and `ignored` (4, 10, D) from `iou` (D, G) and whether true cells are outside the area (4, G)."""
     limits = np.minimum(THRESHOLDS, 1 - 1e-10)
     rows, columns = np.nonzero(iou >= limits[0])
     if not len(rows):
         return
     alone = (np.bincount(rows)[rows] == 1) & (np.bincount(columns)[columns] == 1)
     detections, truths = rows[alone], columns[alone]
-    # Pairs of cells without another candidate: vectorised.
+    # Vectorised: pairs of cells without other candidates.
     hit = iou[detections, truths] >= limits[:, None]
     matched[:, :, detections] = hit
     ignored[:, :, detections] = hit & outside[:, truths][:, None]
@@ -110,7 +110,7 @@ def _pair(
 def _by_detection(
     rows: NDArray[np.intp], columns: NDArray[np.intp], iou: NDArray[np.float64]
 ) -> list[tuple[int, list[tuple[int, float]]]]:
-    """(detection, its candidates with IoU in the order of the truth), best detection first."""
+    """Return (detection, its candidates as (true cell, IoU) in order of true cell), best detection first."""
     groups: dict[int, list[tuple[int, float]]] = {}
     for row, column in zip(rows.tolist(), columns.tolist()):
         groups.setdefault(row, []).append((column, float(iou[row, column])))
@@ -120,7 +120,7 @@ def _by_detection(
 def _best(
     candidates: Iterable[tuple[int, float]], limit: float, used: set[int], outside: NDArray[np.bool_]
 ) -> int | None:
-    """Free candidate of the largest IoU, the last of equals; those in the area range first."""
+    """Return the unused candidate of the largest IoU (ties: the last); those in the area range have precedence."""
     best: int | None = None
     for is_outside in (False, True):
         largest = limit
@@ -135,25 +135,25 @@ def _best(
 def average_precision(matches: Sequence[Matches]) -> dict[str, float | None]:
     """`ap`, `ap50`, `ap75`, `aps`, `apm`, `apl`, `ar100`, `ar500`, `ar2000` and `afnr`, 0 to 1.
 
-    AP of small, medium and large cells by the areas of AREAS; AR with the best 100, 500 and 2,000 detections of each
-    image. None if there is no such true cell.
+    `aps`, `apm`, `apl`: small, medium and large cells, by AREAS. `ar100`, `ar500`, `ar2000`: the best 100, 500 and
+    2,000 detections of each image. None without such a true cell.
     """
     table = _Table(matches)
     weights = np.ones(len(matches))
     values: dict[str, float | None] = {}
     for name, area, levels in PRECISIONS:
         values[name] = _mean(table.precision(area, weights, levels))
-    for most in (100, 500, MOST):
-        values[f"ar{most}"] = _mean(table.recall(most, weights))
+    for limit in (100, 500, MAX_DETECTIONS):
+        values[f"ar{limit}"] = _mean(table.recall(limit, weights))
     values["afnr"] = None if values["ar2000"] is None else 1 - values["ar2000"]
     return values
 
 
 def interval(matches: Sequence[Matches], seed: int = 0, resamples: int = 200) -> dict[str, list[float] | None]:
-    """95 % bootstrap intervals over images of `ap`, `ap50`, `ap75` and `afnr`; None without two images or a true cell.
+    """95 % bootstrap intervals over images of `ap`, `ap50`, `ap75` and `afnr`; None for one image or no true cell.
 
-    200 resamples settle a bound to about a fifth of the interval's width; of 1,564 images of 300 cells they take
-    ten seconds.
+    200 resamples determine a bound to about a fifth of the interval's width, in ten seconds for 1,564 images of 300
+    cells.
     """
     names = ("ap", "ap50", "ap75", "afnr")
     if not any(image.truths[0] for image in matches):
@@ -162,7 +162,7 @@ def interval(matches: Sequence[Matches], seed: int = 0, resamples: int = 200) ->
 
     def statistics(indices: NDArray[np.int64]) -> NDArray[np.float64]:
         weights = np.bincount(indices, minlength=len(matches)).astype(np.float64)
-        precision, recall = table.precision(0, weights), _mean(table.recall(MOST, weights))
+        precision, recall = table.precision(0, weights), _mean(table.recall(MAX_DETECTIONS, weights))
         if precision is None or recall is None:  # no true cell in the resampled images
             return np.full(len(names), np.nan)
         return np.array([precision.mean(), precision[FIRST].mean(), precision[SECOND].mean(), 1 - recall])
@@ -177,16 +177,16 @@ def _mean(values: NDArray[np.float64] | None) -> float | None:
 
 
 class _Table:
-    """Detections of many images, best first; the bootstrap weights images."""
+    """Detections of many images, best first; weights per image represent bootstrap resamples."""
 
     def __init__(self, matches: Sequence[Matches]) -> None:
         scores = np.concatenate([match.scores for match in matches])
         order = np.argsort(-scores, kind="stable")
         self.image = np.repeat(np.arange(len(matches)), [len(match.scores) for match in matches])[order]
-        self.place = np.concatenate([np.arange(len(match.scores)) for match in matches])[order]
+        self.detection_rank = np.concatenate([np.arange(len(match.scores)) for match in matches])[order]
         self.counted = ~np.concatenate([match.ignored for match in matches], axis=2)[..., order]
         right = np.concatenate([match.matched for match in matches], axis=2)[..., order] & self.counted
-        self.right = [[np.flatnonzero(level) for level in area] for area in right]
+        self.true_positives = [[np.flatnonzero(level) for level in area] for area in right]
         self.truths = np.stack([match.truths for match in matches])
 
     def precision(self, area: int, weights: NDArray[np.float64], levels: slice = AVERAGE) -> NDArray[np.float64] | None:
@@ -196,28 +196,28 @@ class _Table:
             return None
         weight = weights[self.image]
         table = np.zeros((len(THRESHOLDS[levels]), len(RECALLS)))
-        for row, right, counted in zip(table, self.right[area][levels], self.counted[area, levels]):
-            # Precision is needed only at right detections: the others just count in the denominator.
+        for row, right, counted in zip(table, self.true_positives[area][levels], self.counted[area, levels]):
+            # Precision is needed only at true positives: other detections count only in the denominator.
             true_positives = np.cumsum(weight[right])
             precision = true_positives / (np.cumsum(weight * counted)[right] + np.spacing(1))
             # The best precision at this recall or a higher one.
             precision = np.maximum.accumulate(precision[::-1])[::-1]
-            places = np.searchsorted(true_positives / truths, RECALLS, side="left")
-            within = places < len(true_positives)
-            row[within] = precision[places[within]]
+            positions = np.searchsorted(true_positives / truths, RECALLS, side="left")
+            within = positions < len(true_positives)
+            row[within] = precision[positions[within]]
         return table
 
-    def recall(self, most: int, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
-        """Fraction of all true cells found by the best `most` detections of each image, by threshold, (10,)."""
+    def recall(self, limit: int, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """Fraction of all true cells found by the best `limit` detections of each image, by threshold, (10,)."""
         truths = float(self.truths[:, 0] @ weights)
         if not truths:
             return None
-        counted = np.where(self.place < most, weights[self.image], 0.0)
-        return np.array([counted[right].sum() for right in self.right[0]]) / truths
+        counted = np.where(self.detection_rank < limit, weights[self.image], 0.0)
+        return np.array([counted[right].sum() for right in self.true_positives[0]]) / truths
 
 
 def results(image_id: int | str, rles: Sequence[Rle], scores: NDArray[np.float64]) -> list[dict[str, Any]]:
-    """Records of a COCO results file."""
+    """Return the records of a COCO results file for one image."""
     areas = _areas(rles).astype(int).tolist()
     boxes = coco_mask.toBbox(list(rles)).tolist() if rles else []
     return [

@@ -22,23 +22,23 @@ def interval(
     """Percentile interval of a statistic under resampling with replacement.
 
     Args:
-        statistic: of the samples, such as `numpy.mean`; NaN for a resample on which it is undefined.
+        statistic: function of the samples, such as `numpy.mean`; NaN for a resample on which it is undefined.
         samples: (N,) each, such as one value per image.
-        seed: of the resampling; the same seed gives the same interval.
-        resamples: 2000 settle a 95 % bound to about a tenth of the interval's width.
+        seed: seed of the resampling; the same seed gives the same interval.
+        resamples: 2000 determine a 95 % bound to about a tenth of the interval's width.
         level: fraction of the resampled statistics inside the interval.
         paired: resample all samples by the same indices.
-        vectorized: `statistic` takes samples (..., N) and `axis`; else it takes (N,) and may return several values.
+        vectorized: `statistic` takes samples (..., N) and `axis`; otherwise (N,), and may return several values.
 
     Returns:
-        float64 (..., 2), low and high; None if a sample has fewer than two values, which do not show their spread.
+        float64 (..., 2), low and high; None if a sample has fewer than two values.
     """
-    from scipy import stats  # its import can need 2 s, and training imports this package
+    from scipy import stats  # imported late: up to 2 s, and training imports this package
 
     if min(len(np.atleast_1d(sample)) for sample in samples) < 2:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of NaN, which the quantiles leave out
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # about NaN, which the quantiles ignore
         result = stats.bootstrap(
             samples,
             statistic,

@@ -1,8 +1,7 @@
-"""Read COCO results files of any tool for the images of a split: match each record with its image.
+"""Read COCO results files of any tool and match each record with an image of a split.
 
-A record refers to its image by the path of its file, complete or in part, or by its id in the annotation file.
-An ambiguous reference is an error, never a guess; a record that cannot be used is counted with its reason, and the
-others are read.
+A record refers to its image by its complete or partial path, or by its id in the annotation file. Ambiguous
+references are errors, never guesses; unusable records are counted by reason, all others are read.
 """
 
 import math
@@ -22,11 +21,11 @@ from raylivecell.core.errors import UserError
 
 PathParts = tuple[str, ...]
 Rank = tuple[int, int]
-"""Quality of a match of a name and an image: the kind of match (below) and the number of equal path parts."""
+"""Quality of a match between a name and an image: kind of match (below) and number of equal path parts."""
 SHOWN = 3
-"""Number of records listed per reason."""
-UNKNOWN = "of images that the split does not hold"
-_BY_WHOLE_PATH, _BY_PATH, _BY_STEM, _BY_BASE_NAME = 4, 3, 2, 1
+"""Maximum records listed per reason."""
+UNKNOWN = "of images that the split does not contain"
+_BY_FULL_PATH, _BY_PATH, _BY_STEM, _BY_BASE_NAME = 4, 3, 2, 1
 
 
 class Image(NamedTuple):
@@ -55,16 +54,16 @@ class Results(NamedTuple):
     """Sources of images without a record."""
 
     def lines(self) -> list[str]:
-        """Warnings on which the scores depend."""
+        """Return warnings about unused records and missing images, which affect the scores."""
         lines = [f"left out: {_listed(which)}: {reason}" for reason, which in self.left_out.items()]
         if self.missing:
             more = ", ..." if self.missing[SHOWN:] else ""
             names = ", ".join(self.missing[:SHOWN]) + more
-            lines.append(f"{len(self.missing)} of {len(self.cells)} images have no record, so no cell: {names}")
+            lines.append(f"{len(self.missing)} of {len(self.cells)} images have no record, so no cells: {names}")
         return lines
 
     def summary(self) -> dict[str, Any]:
-        """Counts of the same for metrics.json."""
+        """Return the counts of these for metrics.json."""
         counts = {reason: len(which) for reason, which in self.left_out.items()}
         return {"records": self.records, "left_out": counts, "images_without_records": len(self.missing)}
 
@@ -79,7 +78,7 @@ class Reference(NamedTuple):
         return repr(self.id) if self.name is None else repr(self.name)
 
     def agrees(self, other: "Reference") -> bool:
-        """Whether both may refer to one image: no two different names, numbers or texts as ids."""
+        """Whether both may refer to the same image: names, and ids of the same type, do not differ."""
         return all(type(a) is not type(b) or a == b for a, b in zip(self, other))
 
 
@@ -91,7 +90,7 @@ class BadRecord(ValueError):
 
 
 def read(uri: str, images: Sequence[Image], others: Callable[[], Iterable[str]] = lambda: ()) -> Results:
-    """Masks and scores of each of `images`, from the COCO results file at `uri`.
+    """Read the masks and scores of each of `images` from the COCO results file at `uri`.
 
     Args:
         uri: JSON: a list of {"image_id" or "file_name", "segmentation": polygons or RLE, "score"}. A file name
@@ -100,28 +99,28 @@ def read(uri: str, images: Sequence[Image], others: Callable[[], Iterable[str]] 
         others: returns sources of the dataset's other images, which must not share a base name; called only if needed.
 
     Raises:
-        UserError: no such file; no list of records; no usable record; an ambiguous name.
+        UserError: the file is missing or not a list of records, no record is usable, or a name is ambiguous.
     """
     left_out: dict[str, list[str]] = defaultdict(list)
     records = _records(uri)
     by_reference: dict[Reference, list[int]] = defaultdict(list)
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         try:
             _score(record)
-            by_reference[_reference(record)].append(place)
+            by_reference[_reference(record)].append(index)
         except BadRecord as error:
-            left_out[str(error)].append(f"record {place}")
+            left_out[str(error)].append(f"record {index}")
     joined, dropped = _join(list(by_reference), images, others, uri)
     for reference, reason in dropped.items():
-        left_out[reason] += [f"record {place} ({reference})" for place in by_reference[reference]]
+        left_out[reason] += [f"record {index} ({reference})" for index in by_reference[reference]]
     cells: list[tuple[list[Rle], list[float]]] = [([], []) for _ in images]
-    places = ((place, image) for reference, image in joined.items() for place in by_reference[reference])
-    for place, image in sorted(places):
+    indices = ((index, image) for reference, image in joined.items() for index in by_reference[reference])
+    for index, image in sorted(indices):
         try:
-            cells[image][0].append(_mask(records[place]["segmentation"], images[image].size))
-            cells[image][1].append(_score(records[place]))
+            cells[image][0].append(_mask(records[index]["segmentation"], images[image].size))
+            cells[image][1].append(_score(records[index]))
         except BadRecord as error:
-            left_out[str(error)].append(f"record {place} ({images[image].source})")
+            left_out[str(error)].append(f"record {index} ({images[image].source})")
     if records and not any(masks for masks, _ in cells):
         raise UserError(_refusal(uri, left_out))
     referenced = set(joined.values())
@@ -150,13 +149,13 @@ def _records(uri: str) -> list[Any]:
         raise UserError(f"no results at {uri}; give a COCO results file") from error
     if not isinstance(records, list):
         raise UserError(
-            f"{uri} is not a COCO results file: it holds a {type(records).__name__}, not a list of detections"
+            f"{uri} is not a COCO results file: it contains a {type(records).__name__}, not a list of detections"
         )
     return records
 
 
 def _reference(record: dict[str, Any]) -> Reference:
-    """Reference of a record to its image; BadRecord if it has none."""
+    """Return the reference of a record to its image; BadRecord without one."""
     name, identity = record.get("file_name"), record.get("image_id")
     name, identity = (None if isinstance(key, float) and math.isnan(key) else key for key in (name, identity))
     if isinstance(identity, float) and identity.is_integer():
@@ -164,14 +163,14 @@ def _reference(record: dict[str, Any]) -> Reference:
     if name is not None and not isinstance(name, str):
         raise BadRecord(f"file_name {name!r} is not text")
     if isinstance(identity, bool) or not isinstance(identity, int | str | None):
-        raise BadRecord(f"image_id {identity!r} is neither a whole number nor text")
+        raise BadRecord(f"image_id {identity!r} is neither an integer nor text")
     if not name and identity is None:
         raise BadRecord("lacks image_id and file_name")
     return Reference(name or None, identity)
 
 
 def _score(record: Any) -> float:
-    """Score of a record; BadRecord without a score or a segmentation."""
+    """Return the score of a record; BadRecord without a score or a segmentation."""
     if not isinstance(record, dict) or any(name not in record for name in ("segmentation", "score")):
         raise BadRecord("lacks one of image_id, segmentation, score")
     score = record["score"]
@@ -183,14 +182,14 @@ def _score(record: Any) -> float:
 def _join(
     references: Sequence[Reference], images: Sequence[Image], others: Callable[[], Iterable[str]], uri: str
 ) -> tuple[dict[Reference, int], dict[Reference, str]]:
-    """Image of each reference, and the reason for each reference that is left out.
+    """Return the image of each reference, and the reason for each reference that is left out.
 
     Raises:
-        UserError: an image whose only references are ambiguous.
+        UserError: all references to an image are ambiguous.
     """
     index = _Index(images, others)
     matches = _from_one_folder({reference: index.find(reference) for reference in references}, images)
-    if not any(matches.values()):  # folders outside the dataset: base names alone decide
+    if not any(matches.values()):  # folders outside the dataset: match by base name only
         matches = {reference: index.find_by_base_name(reference) for reference in references}
     claims: dict[int, list[Reference]] = defaultdict(list)
     dropped: dict[Reference, str] = {}
@@ -205,7 +204,7 @@ def _join(
         chosen = _strongest(claimants, {reference: matches[reference][image] for reference in claimants})
         joined |= dict.fromkeys(chosen, image)
         ids = ", ".join(str(item if item.id is None else item.id) for item in claimants[:SHOWN])
-        reason = f"{images[image].source} is named by records of several images (image_id {ids})"
+        reason = f"{images[image].source} matches records of several images (image_id {ids})"
         dropped |= {reference: reason for reference in claimants if reference not in chosen}
     matched = set(joined.values())
     for reference, reason in dropped.items():
@@ -240,7 +239,7 @@ def _from_one_folder(matches: Ranks, images: Sequence[Image]) -> Ranks:
 
 
 def _above(name: PathParts, source: PathParts) -> tuple[int, PathParts]:
-    """Prefix of the longer path before the shorter one, with its length; negative if `name` is longer."""
+    """Return the part of the longer path before the shorter one, and its length, negative if `name` is longer."""
     longer = source if len(source) >= len(name) else name
     return len(source) - len(name), longer[: abs(len(source) - len(name))]
 
@@ -257,7 +256,7 @@ def _ambiguous(images: Sequence[Image]) -> str:
 
 
 def _strongest(references: Sequence[Reference], ranks: dict[Reference, Rank]) -> list[Reference]:
-    """Accepted references to one image: none if the best ones contradict each other."""
+    """Return the accepted references to one image: empty if the best ones contradict each other."""
     best = max(ranks.values())
     top = [reference for reference in references if ranks[reference] == best]
     if not all(a.agrees(b) for a in top for b in top):
@@ -266,7 +265,7 @@ def _strongest(references: Sequence[Reference], ranks: dict[Reference, Rank]) ->
 
 
 class _Index:
-    """Images of a split by id and by the stem of their file."""
+    """Images of a split, by id and by the stem of their file name."""
 
     def __init__(self, images: Sequence[Image], others: Callable[[], Iterable[str]]) -> None:
         self.others, self.counts = others, Counter[str]()
@@ -279,7 +278,7 @@ class _Index:
                 self.by_stem[_stem(path[-1])].add(number)
 
     def find(self, reference: Reference) -> dict[int, Rank]:
-        """Images that a reference may mean, each with its rank."""
+        """Return the images that match a reference, with the rank of each match."""
         if reference.name is not None:
             return self._by_name(reference.name)
         ranks: dict[int, Rank] = dict.fromkeys(self.by_id.get(str(reference.id), []), (_BY_PATH, 0))
@@ -294,18 +293,18 @@ class _Index:
         return {image: rank for image in near if (rank := _rank(path, *self.paths[image])) is not None}
 
     def find_by_base_name(self, reference: Reference) -> dict[int, Rank]:
-        """Images in any folder with the reference's base name, if it is unique in the dataset."""
+        """Return images in any folder with the reference's base name, if it is unique in the dataset."""
         name = reference.id if reference.name is None else reference.name
         near = self._near(_path(name)) if isinstance(name, str) else set()
         alone = [image for image in near if self._count(self.paths[image][0][-1]) == 1]
         return dict.fromkeys(alone, (_BY_BASE_NAME, 0))
 
     def _near(self, path: PathParts) -> set[int]:
-        """Images of the same base name, with any suffix."""
+        """Return images of the same base name, with any suffix."""
         return self.by_stem.get(path[-1], set()) | self.by_stem.get(_stem(path[-1]), set())
 
     def _count(self, base_name: str) -> int:
-        """Number of images in the dataset with this base name, with any suffix."""
+        """Count the images of the dataset with this base name and any suffix."""
         if not self.counts:
             self.counts.update(_stem(source[-1]) for source, _ in self.paths)
             self.counts.update(_stem(_path(source)[-1]) for source in self.others())
@@ -313,12 +312,12 @@ class _Index:
 
 
 def _rank(name: PathParts, source: PathParts, file_name: PathParts) -> Rank | None:
-    """Rank of a path for an image, if one is the end of the other; None for different files.
+    """Return the rank of a match if one path is the end of the other; None for different files.
 
     A path with folders is compared with `source`: `train/1.png` is not the `1.png` of test.json.
     """
     if name == source:
-        return _BY_WHOLE_PATH, len(name)
+        return _BY_FULL_PATH, len(name)
     for kind, cut in ((_BY_PATH, False), (_BY_STEM, True)):
         ends = []
         for path, is_source in ((source, True), (file_name, False)):
@@ -333,7 +332,7 @@ def _rank(name: PathParts, source: PathParts, file_name: PathParts) -> Rank | No
 
 
 def _path(name: str) -> PathParts:
-    """Parts of a path in the notation of any tool."""
+    """Split a path, as written by any tool, into its parts."""
     parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
     return tuple(part for part in parts if part not in ("", ".", "..")) or ("",)
 
@@ -350,12 +349,12 @@ def _mask(segmentation: Any, size: tuple[int, int]) -> Rle:
         stated, counts = list(segmentation["size"]), segmentation["counts"]
         runs = run_lengths(counts.encode("ascii")) if isinstance(counts, str) else np.array(counts)
         if runs.ndim != 1 or runs.dtype.kind not in "iu":
-            raise TypeError("counts are neither text nor a list of whole numbers")
+            raise TypeError("counts are neither text nor a list of integers")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BadRecord("its segmentation is neither polygons (finite, of 3 corners) nor RLE") from error
+        raise BadRecord("its segmentation is neither polygons (finite, at least 3 corners) nor RLE") from error
     if stated != list(size):
         raise BadRecord(f"its mask is {stated}, the image {list(size)} (height, width)")
-    # pycocotools does not check this: its `iou` never ends on an RLE that is too short.
+    # pycocotools does not check this: its `iou` hangs on an RLE that is too short.
     pixels = size[0] * size[1]
     if not ((runs >= 0) & (runs <= pixels)).all() or runs.sum() != pixels:
         raise BadRecord(f"its RLE does not fill the image {stated} (height, width)")
@@ -363,7 +362,7 @@ def _mask(segmentation: Any, size: tuple[int, int]) -> Rle:
 
 
 def _of_polygons(polygons: list[Any], size: tuple[int, int]) -> Rle:
-    """Union of polygons [x, y, x, y, ...], without those of fewer than three corners; ValueError if none is left."""
+    """Encode the union of polygons [x, y, x, y, ...] of three or more corners; ValueError if none remains."""
     corners = [np.array(polygon, np.float64).reshape(-1, 2) for polygon in polygons]
     corners = [polygon for polygon in corners if len(polygon) >= 3]
     if not corners or not all(np.isfinite(polygon).all() for polygon in corners):

@@ -1,13 +1,13 @@
 """Instance scores of one label image against another: mean segmentation accuracy, panoptic quality, counts.
 
-A predicted cell is right at a threshold if its intersection over union with a true cell reaches it; each cell has at
-most one partner. With tp, fp and fn the numbers of right, wrong and missed cells:
+A predicted cell is correct at a threshold if its intersection over union with a true cell reaches it; each cell has at
+most one partner. With tp, fp and fn the numbers of correct, wrong and missed cells:
 
     SA(t)  = tp / (tp + fp + fn)                   (as in PASCAL VOC; Cellpose's "average precision")
     mSA    = mean of SA(t) over t = 0.50, 0.55, ..., 0.95
     PQ     = (sum of the partners' IoU) / (tp + fp / 2 + fn / 2) at 0.5      (Kirillov et al. 2019)
 
-An image without cells in truth and prediction is right: all scores are 1.
+An image without cells in truth and prediction is correct: all scores are 1.
 """
 
 from typing import Any, NamedTuple
@@ -28,17 +28,17 @@ class Overlaps(NamedTuple):
     """Number of predicted cells."""
     true_cells: int
     prediction: NDArray[np.int64]
-    """(K,) row of each pair's predicted cell, 0 to cells - 1."""
+    """(K,) index of each pair's predicted cell, 0 to cells - 1."""
     truth: NDArray[np.int64]
-    """(K,) row of each pair's true cell."""
+    """(K,) index of each pair's true cell."""
     iou: NDArray[np.float64]
-    """(K,) over 0, to 1."""
+    """(K,), above 0, up to 1."""
 
 
 def overlaps(prediction: Labels, truth: Labels) -> Overlaps:
-    """Pairs of overlapping cells of two label images (H, W), 0 background; labels need not be consecutive.
+    """Return the overlapping cells of two label images (H, W), 0 background; labels need not be consecutive.
 
-    One pass over the pixels and a table of the pairs that occur: no matrix even for 460 thousand cells.
+    The table contains only pairs that occur, instead of a matrix: sufficient for 460 thousand cells.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
@@ -56,7 +56,7 @@ def overlaps(prediction: Labels, truth: Labels) -> Overlaps:
 
 
 def true_positives(pairs: Overlaps, threshold: float) -> int:
-    """Size of the largest one-to-one matching of cells with an IoU of at least `threshold`."""
+    """Return the size of the largest one-to-one matching of cells with an IoU of at least `threshold`."""
     near = pairs.iou >= threshold - 1e-12
     if not near.any():
         return 0
@@ -66,7 +66,7 @@ def true_positives(pairs: Overlaps, threshold: float) -> int:
 
 
 def segmentation_accuracy(pairs: Overlaps) -> NDArray[np.float64]:
-    """SA at each of THRESHOLDS, float64 (10,)."""
+    """Return SA at each of THRESHOLDS, float64 (10,)."""
     if pairs.cells + pairs.true_cells == 0:
         return np.ones(len(THRESHOLDS))
     tp = np.array([true_positives(pairs, threshold) for threshold in THRESHOLDS])
@@ -74,7 +74,7 @@ def segmentation_accuracy(pairs: Overlaps) -> NDArray[np.float64]:
 
 
 def panoptic_quality(pairs: Overlaps) -> float:
-    """PQ at IoU over 0.5, where partners are always unique."""
+    """Return PQ at IoU over 0.5, where partners are always unique."""
     if pairs.cells + pairs.true_cells == 0:
         return 1.0
     matched = pairs.iou[pairs.iou > 0.5]
@@ -84,8 +84,8 @@ def panoptic_quality(pairs: Overlaps) -> float:
 def instance_scores(prediction: Labels, truth: Labels) -> dict[str, float]:
     """Scores of one image: `msa`, `sa50`, `sa75`, `pq`, `cells`, `true_cells`, `count_error` and `confluence_error`.
 
-    `count_error` is (predicted - true cells) / true cells (/ 1 without true cells); `confluence_error` is the predicted
-    minus the true fraction of pixels that are cell.
+    `count_error` is (predicted - true cells) / true cells (divided by 1 without true cells); `confluence_error` is the
+    predicted minus the true fraction of pixels in cells.
     """
     pairs = overlaps(prediction, truth)
     accuracy = segmentation_accuracy(pairs)

@@ -1,13 +1,13 @@
-"""Pixel scores: count pixels per image, add the counts, take ratios last.
+"""Pixel scores: count pixels per image, add the counts, compute ratios last.
 
 The counts of an image are four integers, in the order of `COUNTS`: tp, fp, fn, tn. They add up over batches,
-workers and cell types without rounding, so one worker and N give the same score. With P the predicted and T the true
-cell pixels:
+workers and cell types without rounding, so one worker and N workers give the same score. With P the predicted and
+T the true cell pixels:
 
     Dice = 2 |P and T| / (|P| + |T|) = 2 tp / (2 tp + fp + fn)        (Dice 1945; the F1 of pixels)
     IoU  = |P and T| / |P or T|      = tp / (tp + fp + fn)            (Jaccard 1912)
 
-An image without cells in truth and prediction is right: Dice = IoU = 1.
+An image without cells in truth and prediction is correct: Dice = IoU = 1.
 """
 
 from collections.abc import Iterable
@@ -24,18 +24,18 @@ COUNTS = ("tp", "fp", "fn", "tn")
 
 @torch.no_grad()
 def pixel_counts(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Count each image's pixels on the logits' device: a pixel is cell if its logit is over 0 (probability over 0.5).
+    """Count each image's pixels on the logits' device: a pixel is in a cell if its logit is over 0 (p > 0.5).
 
     Args:
         logits: float (B, C, H, W), channel 0 is the foreground.
-        truth: (B, H, W) bool or integer, cell where not 0.
+        truth: (B, H, W) bool or integer, 0 is background.
 
     Returns:
         int64 (B, 4), columns as `COUNTS`.
     """
     if logits.ndim != 4 or logits.shape[0] != truth.shape[0] or logits.shape[2:] != truth.shape[1:]:
         raise ValueError(
-            f"logits {tuple(logits.shape)} and truth {tuple(truth.shape)}: want (B, C, H, W) and (B, H, W)"
+            f"logits {tuple(logits.shape)} and truth {tuple(truth.shape)}: expected (B, C, H, W) and (B, H, W)"
         )
     predicted, cell = logits[:, 0] > 0, truth != 0
     pairs = (predicted & cell, predicted & ~cell, ~predicted & cell, ~predicted & ~cell)
@@ -43,7 +43,7 @@ def pixel_counts(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def mask_counts(prediction: NDArray[Any], truth: NDArray[Any]) -> dict[str, int]:
-    """Counts of one image as Python ints, by name; both (H, W), cell where not 0."""
+    """Return the counts of one image as Python ints, by name; both (H, W), 0 is background."""
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
     predicted, cell = prediction != 0, truth != 0
@@ -52,7 +52,7 @@ def mask_counts(prediction: NDArray[Any], truth: NDArray[Any]) -> dict[str, int]
 
 
 def as_counts(rows: Iterable[dict[str, Any]]) -> NDArray[np.int64]:
-    """Counts of rows with tp, fp, fn and tn, int64 (N, 4)."""
+    """Return the counts of rows with tp, fp, fn and tn: int64 (N, 4)."""
     return np.array([[row[name] for name in COUNTS] for row in rows], np.int64).reshape(-1, len(COUNTS))
 
 

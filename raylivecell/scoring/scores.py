@@ -1,7 +1,7 @@
-"""All scores of an image, by pixels and by cells, and of a set of images, with intervals.
+"""All scores of one image, by pixels and by cells, and of many images, with intervals.
 
-Pixel counts are added over images and divided last (pixel_scores). mSA and similar scores are computed per image and
-averaged (instance_scores). AP and the false-negative ratio follow LIVECell's COCO protocol, over all cells of all
+Pixel counts are summed over images, ratios computed last (pixel_scores). mSA and similar scores are computed per image
+and averaged (instance_scores). AP and the false-negative ratio follow LIVECell's COCO protocol, over all cells of all
 images (average_precision). Each is given for all images, for each cell type, and as the mean over types (`macro`), in
 which a type of few images has the same weight as one of many.
 """
@@ -16,7 +16,7 @@ from raylivecell.annotations.rle import Rle
 from raylivecell.scoring import average_precision, bootstrap, instance_scores, pixel_scores
 from raylivecell.scoring.average_precision import Matches
 
-# Means over images; of the absolute values of ERRORS.
+# Averaged over images; for ERRORS the absolute values.
 MEANS = ("msa", "sa50", "sa75", "pq")
 ERRORS = ("count_error", "confluence_error")
 
@@ -43,7 +43,7 @@ class GroundTruth(NamedTuple):
 
 
 def of_image(prediction: Prediction, truth: GroundTruth) -> tuple[dict[str, Any], Matches]:
-    """Pixel counts, `dice`, `iou`, `instance_scores.instance_scores`; and the matches of `average_precision`."""
+    """Return pixel counts, `dice`, `iou` and `instance_scores` of an image; and its matches for `average_precision`."""
     counts = pixel_scores.mask_counts(prediction.foreground, truth.labels)
     pixels = [counts[name] for name in pixel_scores.COUNTS]
     row = {**counts, "dice": pixel_scores.dice(pixels), "iou": pixel_scores.iou(pixels)}
@@ -59,12 +59,12 @@ def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> 
         `confluence_error`: see `instance_scores`.
 
     Raises:
-        TypeError: not arrays.
-        ValueError: different shapes.
+        TypeError: an argument is not an array.
+        ValueError: the shapes differ.
     """
     if not isinstance(labels, np.ndarray) or not isinstance(truth, np.ndarray):
         wrong = type(truth if isinstance(labels, np.ndarray) else labels).__name__
-        raise TypeError(f"a {wrong} is no label image; give two integer arrays (H, W), predicted and true labels")
+        raise TypeError(f"a {wrong} is not a label image; give two integer arrays (H, W), predicted and true labels")
     counts = pixel_scores.mask_counts(labels, truth)
     pixels = [counts[name] for name in pixel_scores.COUNTS]
     return {
@@ -75,19 +75,19 @@ def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> 
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed: int = 0) -> dict[str, Any]:
-    """Scores of a set of images: in all, `per_cell_type`, and `macro`, the mean over cell types.
+    """Scores of many images: of all, `per_cell_type`, and `macro`, the mean over cell types.
 
     Args:
         rows: from `of_image`, with `file_name` and `cell_type`; any order.
         matches: from `of_image`, in the order of `rows`.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         `images`, `cells`, `true_cells`, `dice`, `iou`, `mean_image_dice`, MEANS, ERRORS, `ap`, `ap50`, `ap75`, `aps`,
-        `apm`, `apl`, `afnr`, `ar100`, `ar500`, `ar2000`, and `intervals`: 95 % by statistic, None for one image.
+        `apm`, `apl`, `afnr`, `ar100`, `ar500`, `ar2000`, and `intervals`: 95 % intervals by name, None for one image.
     """
     if not rows:
-        raise ValueError("no image to summarise")
+        raise ValueError("no images to summarise")
     # Sorted, so that the intervals do not depend on the order in which workers finish.
     order = sorted(range(len(rows)), key=lambda i: str(rows[i]["file_name"]))
     kinds = sorted({str(row["cell_type"]) for row in rows})
@@ -127,7 +127,7 @@ def _interval(values: NDArray[np.float64], seed: int) -> list[float] | None:
 
 
 def _macro(kinds: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Means over the cell types that have a value; None if no type has one."""
+    """Means over the cell types that have a value; None without one."""
     names = [name for name in kinds[0] if name not in ("images", "cells", "true_cells", "intervals")]
     values = {name: [kind[name] for kind in kinds if kind[name] is not None] for name in names}
     return {name: float(np.mean(column)) if column else None for name, column in values.items()}

@@ -1,13 +1,13 @@
 """Positions and masks of synthetic cells: the ground truth from which `optics` renders the image.
 
-1. `place`: centres and sizes; colonies grow by placing a new cell next to an existing one.
-2. `_outlines`: a cell's free shape: an irregular ellipse, plus tapered, bent processes for some cell lines.
-3. `draw_masks`: each pixel goes to the cell whose centre is nearest (in units of its radius), so that crowded cells
-   get the straight borders of a confluent layer; then a few cells grow over their neighbours' edges.
+1. `place`: sample centres and sizes; colonies grow by placing a new cell next to an existing one.
+2. `_outlines`: free shape of a cell: an irregular ellipse, plus tapered, bent processes for some cell lines.
+3. `draw_masks`: each pixel is assigned to the cell whose centre is nearest (in units of its radius), so that crowded
+   cells have the straight borders of a confluent layer; then a few cells grow over their neighbours' edges.
 
-All lengths are pixels, areas square pixels, angles radians. The parameters of a cell line were measured on 14 real
-LIVECell images (cells per frame, median area, foreground fraction, grey profile across the contour) or estimated by
-eye.
+Lengths are in pixels, areas in square pixels, angles in radians. The parameters of a cell line were measured on 14 real
+LIVECell images (cells per image, median area, foreground fraction, grey-level profile across the contour) or estimated
+by eye.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 HEIGHT, WIDTH = 520, 704
 CELLS = (40, 750)
-"""Minimum and maximum cells per frame; the images of livecell-mini have 42 to 768."""
+"""Minimum and maximum cells per image; the images of livecell-mini have 42 to 768."""
 MAX_OVERLAP = 0.02
-"""Maximum fraction of foreground pixels in two cells; LIVECell's is up to 0.03, the rest is for polygon rounding."""
+"""Maximum fraction of foreground pixels in two cells; LIVECell's is up to 0.03; 0.01 is left for polygon rounding."""
 
 Floats = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
@@ -32,7 +32,7 @@ class Kind:
 
     name: str
     cells: tuple[int, int]
-    """Cells per frame; log-uniform."""
+    """Cells per image; log-uniform."""
     radius: float
     """Median radius of a cell's body; log-normal with standard deviation `spread`."""
     spread: float
@@ -41,15 +41,15 @@ class Kind:
     ragged: float
     """Depth of the outline's waves, as a fraction of the radius."""
     processes: tuple[int, int]
-    """Tapered processes per cell (inclusive)."""
+    """Number of tapered processes per cell (inclusive)."""
     reach: tuple[float, float]
     """Length of a process from the centre, in radii."""
     process_width: float
     """Half width of a process at its base, in radii."""
     gather: float
-    """Probability of placing a new cell next to an existing one instead of anywhere."""
+    """Probability of placing a new cell next to an existing one instead of at a random position."""
     tight: float
-    """Minimum distance of two centres divided by the sum of their radii; below 1, neighbours press on each other."""
+    """Minimum distance of two centres divided by the sum of their radii; below 1, neighbours deform each other."""
     rounded: float
     """Fraction of rounded-up cells: smaller, circular, bright, on top of the others."""
     rim: float
@@ -63,7 +63,7 @@ class Kind:
     psf: tuple[float, float]
     """Range of the image blur (sigma)."""
     debris: float
-    """Mean number of specks per frame."""
+    """Mean number of specks per image."""
 
 
 KINDS = (
@@ -100,7 +100,7 @@ class Cell:
 
 @dataclass
 class Mask:
-    """A cell's pixels: `pixels` (h, w) uint8 0/1, its top left corner at (x, y) in the frame."""
+    """Mask of a cell: `pixels` (h, w) uint8 0/1, its top left corner at (x, y) in the image."""
 
     cell: Cell
     x: int
@@ -111,13 +111,13 @@ class Mask:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """The slices of the frame that `pixels` covers."""
+        """Slices (rows, columns) of the image that `pixels` covers."""
         height, width = self.pixels.shape
         return slice(self.y, self.y + height), slice(self.x, self.x + width)
 
 
 def place(kind: Kind, count: int, rng: np.random.Generator) -> list[Cell]:
-    """Sample about `count` cells of `kind`, fewer if they do not fit; centres may be slightly outside the frame."""
+    """Sample about `count` cells of `kind`, fewer if they do not fit; centres may be slightly outside the image."""
     cells: list[Cell] = []
     placed = np.empty((count, 3))
     for _ in range(count * 12):
@@ -153,7 +153,7 @@ def _sample_cell(kind: Kind, placed: Floats, rng: np.random.Generator) -> Cell:
 
 
 def _body(cell: Cell, ragged: float, scale: float, rng: np.random.Generator) -> Floats:
-    """Outline of a body of area about pi (scale radius)^2: a wavy ellipse, or one with five to eight corners."""
+    """Draw the outline of a body of area about pi (scale radius)^2: a wavy ellipse or one with 5 to 8 corners."""
     if cell.rounded or rng.random() < 0.35:
         theta = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         waves = np.arange(2, 8)
@@ -162,7 +162,7 @@ def _body(cell: Cell, ragged: float, scale: float, rng: np.random.Generator) -> 
     else:
         corners = rng.integers(5, 9)
         theta = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners)
-        # 1.15: a hexagon needs that much radius for a circle's area.
+        # A hexagon needs 1.15 times the radius of a circle of equal area.
         radius_factor = 1.15 * np.exp(1.3 * ragged * rng.normal(size=corners))
     reach = cell.radius * scale * np.clip(radius_factor, 0.5, 1.8)
     along, across = reach * np.cos(theta) * cell.aspect**0.5, reach * np.sin(theta) / cell.aspect**0.5
@@ -175,7 +175,7 @@ def _turned(cell: Cell, along: Floats, across: Floats) -> Floats:
 
 
 def _process(cell: Cell, kind: Kind, end: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Outline and centre line of a tapered, bent process; even and odd `end`s start at opposite poles of the body."""
+    """Draw outline and centre line of a tapered, bent process; even and odd `end` are at opposite body poles."""
     t = np.linspace(0, 1, 12)
     length = cell.radius * rng.uniform(*kind.reach) * cell.aspect**0.5
     heading = end * np.pi + rng.normal(0, 0.5 if end < 2 else 1.1) + rng.normal(0, 0.7) * t
@@ -189,10 +189,10 @@ def _process(cell: Cell, kind: Kind, end: int, rng: np.random.Generator) -> tupl
 
 
 def _outlines(cell: Cell, kind: Kind, rng: np.random.Generator) -> tuple[list[Floats], list[Floats]]:
-    """Closed outlines (V, 2) x, y, whose union is the cell's free shape, and the centre lines of its processes."""
+    """Draw closed outlines (V, 2) x, y, whose union is the cell's free shape, and the centre lines of its processes."""
     if cell.rounded:
         return [_body(cell, 0.03, 1.0, rng)], []
-    # Crowded cells are drawn larger, because their neighbours cut them back.
+    # Crowded cells are drawn larger, because neighbours reduce them.
     is_crowded = kind.tight < 0.85
     body = _body(cell, kind.ragged, 1.3 if is_crowded else 1.0, rng)
     ends = rng.integers(kind.processes[0], kind.processes[1] + 1)
@@ -201,7 +201,7 @@ def _outlines(cell: Cell, kind: Kind, rng: np.random.Generator) -> tuple[list[Fl
 
 
 def _rasterise(cell: Cell, kind: Kind, rng: np.random.Generator) -> Mask | None:
-    """Rasterise the free shape inside the frame; None if it is outside."""
+    """Rasterise the free shape inside the image; None if it is outside."""
     outlines, spines = _outlines(cell, kind, rng)
     points = np.concatenate(outlines)
     x0, y0 = np.maximum(np.floor(points.min(0)).astype(int) - 1, 0)
@@ -210,14 +210,14 @@ def _rasterise(cell: Cell, kind: Kind, rng: np.random.Generator) -> Mask | None:
         return None
     pixels = np.zeros((y1 - y0, x1 - x0), np.uint8)
     for outline in outlines:
-        # 4 fractional bits; pixel centres are at +0.5 in frame coordinates.
+        # 4 fractional bits; pixel centres are at +0.5 in image coordinates.
         fixed = np.round((outline - (x0 + 0.5, y0 + 0.5)) * 16).astype(np.int32)
         cv2.fillPoly(pixels, [fixed], 1, shift=4)
     return Mask(cell, int(x0), int(y0), pixels, spines)
 
 
 def distance(mask: Mask) -> NDArray[np.float32]:
-    """Distance of the window's pixels to the cell's centre in units of its elliptic radius, (h, w) float32."""
+    """Distances of the mask's pixels to the cell's centre in units of its elliptic radius, (h, w) float32."""
     cell, (height, width) = mask.cell, mask.pixels.shape
     x = np.arange(mask.x, mask.x + width, dtype=np.float32) + 0.5 - cell.x
     y = (np.arange(mask.y, mask.y + height, dtype=np.float32) + 0.5 - cell.y)[:, None]
@@ -229,12 +229,12 @@ def distance(mask: Mask) -> NDArray[np.float32]:
 
 
 def draw_masks(kind: Kind, cells: list[Cell], rng: np.random.Generator) -> list[Mask]:
-    """Masks of the cells with at least 40 visible px; at most `MAX_OVERLAP` of the foreground is in two cells."""
+    """Draw the masks of cells with at least 40 visible px; at most `MAX_OVERLAP` of the foreground is in two cells."""
     free_masks = [mask for cell in cells if (mask := _rasterise(cell, kind, rng)) is not None]
     lowest_cost = np.full((HEIGHT, WIDTH), np.inf, np.float32)
     owner = np.zeros((HEIGHT, WIDTH), np.int32)
     for number, mask in enumerate(free_masks, 1):
-        # Rounded cells are on top: their distance counts a third.
+        # Rounded cells are on top: their distance is divided by three.
         cost = distance(mask) * (0.33 if mask.cell.rounded else 1.0)
         is_nearest = (mask.pixels > 0) & (cost < lowest_cost[mask.window])
         lowest_cost[mask.window][is_nearest] = cost[is_nearest]
@@ -282,7 +282,7 @@ def _add_overlap(masks: list[Mask], rng: np.random.Generator) -> None:
 
 
 def draw_frame_masks(kind: Kind, rng: np.random.Generator) -> list[Mask]:
-    """Draw the `CELLS[0]` to `CELLS[1]` masks of one frame of `kind`; the result depends on `rng` alone."""
+    """Draw the `CELLS[0]` to `CELLS[1]` masks of one image of `kind`; `rng` determines the result."""
     low, high = kind.cells
     count = int(np.exp(rng.uniform(np.log(low), np.log(high))))
     while True:
@@ -293,10 +293,10 @@ def draw_frame_masks(kind: Kind, rng: np.random.Generator) -> list[Mask]:
 
 
 def polygon(mask: Mask) -> list[float]:
-    """The contour [x0, y0, x1, y1, ...] of a cell, in LIVECell's coordinates: pixel (0, 0) covers 0 to 1.
+    """Return the contour [x0, y0, x1, y1, ...] of a cell, in LIVECell's coordinates: pixel (0, 0) covers 0 to 1.
 
-    Traced at four times the resolution on an interpolated mask, so that it runs between pixel centres; 5 to 140
-    points.
+    It is traced on a mask interpolated to four times the resolution, so that it runs between pixel centres, and has 5
+    to 140 points.
     """
     padded = cv2.copyMakeBorder(mask.pixels * 255, 2, 2, 2, 2, cv2.BORDER_CONSTANT)
     fine = cv2.resize(padded, None, fx=4, fy=4, interpolation=cv2.INTER_LINEAR)

@@ -1,4 +1,4 @@
-"""LIVECell's layout for a synthetic frame: its cell line, split, name, ids, path and JSON entry."""
+"""LIVECell's layout for a synthetic image: its cell line, split, name, ids, path and JSON entry."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +10,20 @@ from raylivecell.core import storage
 from raylivecell.synthetic.cell_shapes import HEIGHT, KINDS, WIDTH, Bytes
 
 SPLITS = ("train", "val", "test")
-# Each cell line gets 11 train, 2 val and 5 test of every 18 frames (61, 11, 28 %; LIVECell: 62, 11, 27). Frames 0, 1
-# and 2 are one of each, and the first n frames deviate from these fractions by at most 1.8 frames for every n.
+# Of every 18 images of a cell line, 11 are train, 2 val and 5 test (61, 11, 28 %; LIVECell: 62, 11, 27). Images 0, 1
+# and 2 are in different splits, and for every n the first n images deviate from these fractions by at most 1.8 images.
 _SPLIT_CYCLE = "rtrrvrtrrtrrtrvrrt"
 _SPLIT_STARTS = (3, 14, 6, 5, 10, 1, 0, 11)
 _LETTER_SPLIT = {"r": "train", "v": "val", "t": "test"}
 _WELLS, _FIELDS, _SITES, _HOURS = 96, 2, 4, 4
-# Images and annotations share one id range, as in LIVECell; the step leaves ids for a frame's cells and, from +1000,
-# those of a copy.
+# Images and annotations share one id range, as in LIVECell; the step reserves ids for an image's cells and, from +1000,
+# for those of a copy.
 _FIRST_ID, _ID_STEP = 90_001, 2003
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame to draw: all that a worker needs, in a few bytes."""
+    """One image to draw: the input of a worker, in a few bytes."""
 
     out: str
     seed: int
@@ -31,7 +31,7 @@ class Frame:
 
     @property
     def kind(self) -> int:
-        """Index in `KINDS`, which are cycled through in an order drawn from the seed."""
+        """Index in `KINDS`, which alternate in an order that depends on the seed."""
         return int(np.random.default_rng((self.seed, 0)).permutation(len(KINDS))[self.index % len(KINDS)])
 
     @property
@@ -42,7 +42,7 @@ class Frame:
 
     @property
     def image_id(self) -> int:
-        """The id in the JSON; the ids that follow are its cells'."""
+        """Id in the JSON; the next ids are those of its cells."""
         return _FIRST_ID + _ID_STEP * self.index
 
     @property
@@ -57,10 +57,10 @@ class Frame:
 
 
 def file_name(seed: int, kind: int, number: int) -> str:
-    """Name of the `number`-th frame of a cell line: wells, fields, hours and sites in an order set by the seed."""
+    """Name of the `number`-th image of a cell line; the seed determines the order of wells, fields, hours and sites."""
     hours = 120 // _HOURS
     count = _WELLS * _FIELDS * hours * _SITES
-    # 9049 is coprime to `count`, so this visits every name once; frames beyond `count` get later days.
+    # 9049 is coprime to `count`, so this visits every name once; images beyond `count` have later days.
     code = (number * 9049 + kind * 2311 + seed % count) % count
     code, site = divmod(code, _SITES)
     code, field = divmod(code, _FIELDS)

@@ -3,11 +3,11 @@
 1. Cells: a bright line along the contour, a dark line inside it, a nucleus with nucleoli; contrast varies along them.
 2. Texture inside cells, strongest around the nucleus: noise and dots (vesicles) with a ring of opposite sign.
 3. Debris: specks, threads, out-of-focus rings.
-4. Optics: blur, then subtraction of the local mean (LIVECell's images are normalised by it, so that thresholding
+4. Optics: blur, then subtraction of the local mean (as LIVECell's images are normalised, so that thresholding
    fails: foreground and background both average 128), uneven gain, stripes, noise.
 
-Grey profiles follow real ones: +15 to +22 grey levels in the first two pixels of a round cell and -13 to -20 in the
-fourth; +3 and -2 for flat cells, which differ from the background by their standard deviation (12 to 14; background 2).
+Grey-level profiles follow real ones: +15 to +22 in the first two pixels of a round cell and -13 to -20 in the fourth;
++3 and -2 for flat cells, which differ from the background by their standard deviation (12 to 14; background 2).
 """
 
 import cv2
@@ -20,7 +20,7 @@ Image = NDArray[np.float32]
 
 
 def _noise(rng: np.random.Generator, sigma: float) -> Image:
-    """Gaussian random field (HEIGHT, WIDTH), zero mean, unit standard deviation, smooth over `sigma` px."""
+    """Sample a Gaussian random field (HEIGHT, WIDTH), zero mean, unit standard deviation, smooth over `sigma` px."""
     # Smooth fields are sampled on a coarse grid: same appearance, a tenth of the time.
     step = max(1, int(sigma / 3))
     coarse = rng.standard_normal((HEIGHT // step + 2, WIDTH // step + 2), dtype=np.float32)
@@ -32,7 +32,7 @@ def _noise(rng: np.random.Generator, sigma: float) -> Image:
 
 
 def _dots(rng: np.random.Generator, density: float, sigma: float) -> Image:
-    """Sparse dots, two thirds dark, each with a ring of opposite sign; unit standard deviation."""
+    """Sample sparse dots, two thirds dark, each with a ring of opposite sign; unit standard deviation."""
     field = np.zeros((HEIGHT, WIDTH), np.float32)
     count = int(density * HEIGHT * WIDTH)
     strength = rng.choice([-1.0, -1.0, 1.0], count) * rng.uniform(0.4, 1.2, count)
@@ -42,7 +42,7 @@ def _dots(rng: np.random.Generator, density: float, sigma: float) -> Image:
 
 
 def _padded(mask: Mask, pad: int) -> Mask:
-    """The mask in a window larger by `pad` px, clipped to the frame."""
+    """Enlarge the window of a mask by `pad` px, clipped to the image."""
     height, width = mask.pixels.shape
     top, left = min(pad, mask.y), min(pad, mask.x)
     bottom, right = min(pad, HEIGHT - mask.y - height), min(pad, WIDTH - mask.x - width)
@@ -51,7 +51,7 @@ def _padded(mask: Mask, pad: int) -> Mask:
 
 
 def _depth(pixels: Bytes) -> Image:
-    """Distance (px) of each pixel inside a cell to its contour; the frame's edge does not count."""
+    """Distance (px) of each pixel inside a cell to its contour, of which the image edge is no part."""
     return np.asarray(cv2.distanceTransform(pixels, cv2.DIST_L2, 3), np.float32)
 
 
@@ -78,7 +78,7 @@ def _lines(mask: Mask, depth: Image, kind: Kind, contrast: float, variation_fiel
         rim, dark = (kind.rim, kind.dark) if is_round_line else (max(2.2 * kind.rim, 32.0), max(2.5 * kind.dark, 28.0))
         variation: Image | float = 1.0
     else:
-        # Flat cells show their rim only in places: its real mean is 3, its standard deviation 12.
+        # The rim of flat cells is only partly visible: its mean in real images is 3, its standard deviation 12.
         rim, dark = kind.rim, kind.dark
         variation = np.clip(0.9 + 0.7 * variation_field[mask.window], 0.15, 2.6)
     bright = np.exp(-(((depth - 1.4) / 0.85) ** 2))
@@ -87,7 +87,7 @@ def _lines(mask: Mask, depth: Image, kind: Kind, contrast: float, variation_fiel
 
 
 def _centre_line(mask: Mask, depth: Image) -> Image:
-    """The dark centre line (0 to 1) of thin processes, where the two bright lines of the contour would merge."""
+    """Draw the dark centre line (0 to 1) of thin processes, where the two bright lines of the contour would merge."""
     layer = np.zeros(mask.pixels.shape, np.float32)
     for spine in mask.spines:
         fixed = np.round((spine - (mask.x + 0.5, mask.y + 0.5)) * 16).astype(np.int32)
@@ -118,7 +118,7 @@ def _draw_cell(
 
 
 def _debris(canvas: Image, kind: Kind, rng: np.random.Generator) -> None:
-    """Add specks (dark with a bright ring), threads and, rarely, out-of-focus rings: none of them a cell."""
+    """Add specks (dark with a bright ring), threads and, rarely, out-of-focus rings; none is a cell."""
     for _ in range(rng.poisson(kind.debris)):
         x, y, size = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), float(np.exp(rng.normal(-0.1, 0.35)))
         _stamp(canvas, x, y, size, -rng.uniform(15, 70))
@@ -151,7 +151,7 @@ def _stamp(canvas: Image, x: float, y: float, size: float, grey: float) -> None:
 
 
 def _stripes(rng: np.random.Generator) -> Image:
-    """Faint interference stripes, as in many real frames: 0 to 1.2 grey levels."""
+    """Draw faint interference stripes, as in many real images: 0 to 1.2 grey levels."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 14)
     x, y = np.arange(WIDTH, dtype=np.float32)[None], np.arange(HEIGHT, dtype=np.float32)[:, None]
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
@@ -159,12 +159,12 @@ def _stripes(rng: np.random.Generator) -> Image:
 
 
 def _sharpened(image: Image, sigma: float, amount: float) -> Image:
-    """Unsharp mask with radius `sigma` px."""
+    """Apply an unsharp mask with radius `sigma` px."""
     return np.asarray(image + amount * (image - cv2.GaussianBlur(image, (0, 0), sigma)), np.float32)
 
 
 def render(kind: Kind, masks: list[Mask], rng: np.random.Generator) -> Bytes:
-    """Render the frame (HEIGHT, WIDTH) uint8; a function of its arguments alone."""
+    """Render the image (HEIGHT, WIDTH) uint8; it depends only on the arguments."""
     canvas, weight = np.zeros((HEIGHT, WIDTH), np.float32), np.zeros((HEIGHT, WIDTH), np.float32)
     variation_field = _noise(rng, 4.0)
     for mask in masks:

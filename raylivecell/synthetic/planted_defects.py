@@ -1,7 +1,7 @@
-"""Plant every defect of real copies of LIVECell in a synthetic dataset, for `prepare` to detect.
+"""Plant all defects known from real copies of LIVECell in a synthetic dataset, for `prepare` to detect.
 
-One frame per defect, in the order of `DEFECTS`; later frames have none. Two valid forms of a record, several polygons
-and run-length encoding, are planted too. OUT/planted.json lists all.
+One image per defect, in the order of `DEFECTS`; later images have none. Two valid forms of records, several polygons
+and run-length encoding, are also planted. OUT/planted.json lists all.
 """
 
 import shutil
@@ -37,14 +37,14 @@ DEFECTS = (
 SHAPES = ("several_polygons", "rle")
 MIN_IMAGES = 24
 FEW = 3
-"""Annotated cells, of hundreds, in a nearly unannotated image (LIVECell issue 21: 1 to 10)."""
+"""Number of annotated cells, of hundreds, in a nearly unannotated image (LIVECell issue 21: 1 to 10)."""
 
 Annotations = list[dict[str, Any]]
 
 
 @dataclass
 class Planted:
-    """A frame with a defect (or a record form): its JSON entries and the changes to its records and its file."""
+    """An image with a defect (or a record form): its JSON entries and the changes to its records and its file."""
 
     name: str
     frame: "Frame"
@@ -52,7 +52,7 @@ class Planted:
     annotation_ids: list[int] = field(default_factory=list)
 
     def apply(self, annotations: Annotations) -> Annotations:
-        """Damage the frame's file, which must exist, and return its damaged records."""
+        """Damage the image file, which must exist, and return its damaged records."""
         if self.name in _FILE_CHANGES:
             _FILE_CHANGES[self.name](Path(self.frame.path))
         for split, entry in self.listings:
@@ -66,7 +66,7 @@ class Planted:
 
 
 def plan(frames: list["Frame"]) -> dict[int, Planted]:
-    """Frames to damage by index: one per entry of `DEFECTS`, then of `SHAPES`."""
+    """Choose the images to damage, by index: one per entry of `DEFECTS`, then of `SHAPES`."""
     return {
         frame.index: Planted(name, frame, _listings(name, frame, len(frames)))
         for name, frame in zip(DEFECTS + SHAPES, frames)
@@ -74,7 +74,7 @@ def plan(frames: list["Frame"]) -> dict[int, Planted]:
 
 
 def report(planted: dict[int, Planted]) -> dict[str, list[dict[str, Any]]]:
-    """Content of OUT/planted.json: `defects` and `shapes`, each with file name, split, image and annotation ids."""
+    """Return OUT/planted.json: `defects` and `shapes`, each with file name, split, image and annotation ids."""
     groups: dict[str, list[dict[str, Any]]] = {"defects": [], "shapes": []}
     for item in planted.values():
         group, key = ("shapes", "shape") if item.name in SHAPES else ("defects", "defect")
@@ -98,7 +98,7 @@ def _path(frame: "Frame", split: str, name: str) -> str:
 
 
 def _listings(name: str, frame: "Frame", images: int) -> list[tuple[str, dict[str, Any]]]:
-    """(split, image entry) pairs that list the frame in the JSON files; the first is its own."""
+    """Return the (split, image entry) pairs of an image in the JSON files; the first is the original."""
     original = frame.split, image_entry(frame.image_id, frame.file_name)
     copy = frame.image_id + 1000
     if name == "unlisted_file":
@@ -109,7 +109,7 @@ def _listings(name: str, frame: "Frame", images: int) -> list[tuple[str, dict[st
     if name == "duplicate_entry":
         return [original, (frame.split, image_entry(copy, frame.file_name))]
     if name == "identical_pixels":
-        # The name of no frame of this dataset.
+        # A name that no other image of this dataset has.
         renamed = file_name(frame.seed, frame.kind, frame.index // len(KINDS) + images)
         return [original, (frame.split, image_entry(copy, renamed))]
     return [original]
@@ -161,13 +161,13 @@ def _keep_few(annotations: Annotations) -> tuple[Annotations, list[int]]:
 
 
 def _duplicate_three(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """Three cells annotated twice, shifted by a third of a pixel, as by two annotators."""
+    """Annotate three cells twice, shifted by a third of a pixel, as by two annotators."""
     copies = [_shifted(annotation, 0.33, -0.33) for annotation in _largest(annotations, 3)]
     return _numbered(annotations, copies)
 
 
 def _shift_outside(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """One cell shifted half over the right edge, one completely outside."""
+    """Shift one cell half over the right edge, one completely outside."""
     first, second = _largest(annotations, 2)
     shifted = {
         first["id"]: _shifted(first, WIDTH - first["bbox"][0] - first["bbox"][2] / 2, 0),
@@ -177,14 +177,14 @@ def _shift_outside(annotations: Annotations) -> tuple[Annotations, list[int]]:
 
 
 def _add_degenerate(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """Two points, three collinear points, and no polygon."""
+    """Add outlines of two points, of three collinear points, and without a polygon."""
     shapes: list[list[list[float]]] = [[[10.0, 10.0, 14.0, 14.0]], [[20.0, 20.0, 24.0, 24.0, 28.0, 28.0]], []]
     added = [{**annotations[0], "segmentation": shape, "area": 0.0, "bbox": [10.0, 10.0, 0.0, 0.0]} for shape in shapes]
     return _numbered(annotations, added)
 
 
 def _merge_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """The two largest cells in one record."""
+    """Merge the two largest cells into one record."""
     first, second = _largest(annotations, 2)
     merged = {**first, "segmentation": first["segmentation"] + second["segmentation"]}
     merged["area"] = first["area"] + second["area"]
@@ -196,7 +196,7 @@ def _merge_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
 
 
 def _encode_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
-    """Two cells run-length encoded: one compressed (a string), one as COCO's plain list of counts."""
+    """Run-length encode two cells: one compressed (a string), one as COCO's uncompressed list of counts."""
     first, second = _largest(annotations, 2)
     compressed = coco_mask.merge(coco_mask.frPyObjects(first["segmentation"], HEIGHT, WIDTH))
     pixels = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(second["segmentation"], HEIGHT, WIDTH)))
@@ -204,10 +204,10 @@ def _encode_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges.tolist(), flat.size]).tolist()
     # Runs start with zeros; an empty run comes first if the first pixel is set.
-    plain = [0, *counts] if flat[0] else counts
+    uncompressed = [0, *counts] if flat[0] else counts
     changed = {
         first["id"]: {"size": [HEIGHT, WIDTH], "counts": compressed["counts"].decode("ascii")},
-        second["id"]: {"size": [HEIGHT, WIDTH], "counts": plain},
+        second["id"]: {"size": [HEIGHT, WIDTH], "counts": uncompressed},
     }
     records = [{**a, "segmentation": changed.get(a["id"], a["segmentation"])} for a in annotations]
     return records, list(changed)

@@ -1,14 +1,14 @@
-"""Synthetic LIVECell: phase-contrast-like frames of eight cell lines, in LIVECell's layout and JSON.
+"""Synthetic LIVECell: phase-contrast-like images of eight cell lines, in LIVECell's layout and JSON.
 
     OUT/images/livecell_train_val_images/*.tif      520 x 704, 8 bit, LZW with predictor
     OUT/images/livecell_test_images/*.tif
     OUT/annotations/LIVECell/livecell_coco_{train,val,test}.json
-    OUT/synthetic.json                              the arguments; `whole` becomes true when the dataset is complete
-    OUT/planted.json                                with defects: what `prepare` must detect
+    OUT/synthetic.json                              the arguments; `complete` becomes true at the end
+    OUT/planted.json                                with --defects: the defects that `prepare` must detect
 
-Frame i is a function of (seed, i) alone: its cell line, split, name, ids, pixels and polygons depend neither on the
-number of frames nor on the process that draws it. Cell lines alternate; the frames of each are distributed 11 : 2 : 5
-over train, val and test.
+Image i depends only on (seed, i): its cell line, split, name, ids, pixels and polygons depend neither on the number of
+images nor on the process that draws it. Cell lines alternate; the images of each are distributed 11 : 2 : 5 over train,
+val and test.
 """
 
 import json
@@ -30,7 +30,7 @@ from raylivecell.synthetic.layout import SPLITS, Frame, encode_tiff, image_entry
 from raylivecell.synthetic.optics import render
 
 DRAWING = 1
-"""Version of the drawing code: increase it when a seed gives other pixels."""
+"""Version of the drawing code: increase it when the pixels for a seed change."""
 INFO = {
     "year": "2026",
     "version": str(DRAWING),
@@ -46,7 +46,7 @@ Mapper = Callable[[Callable[["Frame"], list[dict[str, Any]]], Sequence["Frame"]]
 
 
 def draw_frame(seed: int, index: int) -> tuple[Bytes, list[Mask]]:
-    """Pixels (520, 704) uint8 of frame `index` and the masks of its cells."""
+    """Draw the pixels (520, 704) uint8 of image `index` and the masks of its cells."""
     rng = np.random.default_rng((seed, 1, index))
     kind = KINDS[Frame("", seed, index).kind]
     with opencv_threads(1):
@@ -55,7 +55,7 @@ def draw_frame(seed: int, index: int) -> tuple[Bytes, list[Mask]]:
 
 
 def draw_labels(seed: int, index: int) -> tuple[Bytes, NDArray[np.uint16]]:
-    """Pixels of frame `index` and its label image, uint16 (520, 704); later cells are on top."""
+    """Draw the pixels of image `index` and its label image, uint16 (520, 704); later cells are on top."""
     image, masks = draw_frame(seed, index)
     labels = np.zeros(image.shape, np.uint16)
     for number, mask in enumerate(masks, 1):
@@ -64,7 +64,7 @@ def draw_labels(seed: int, index: int) -> tuple[Bytes, NDArray[np.uint16]]:
 
 
 def write_frame(frame: Frame) -> list[dict[str, Any]]:
-    """Draw one frame, write its TIFF and return its annotations."""
+    """Draw one image, write its TIFF and return its annotations."""
     image, masks = draw_frame(frame.seed, frame.index)
     storage.write_bytes(frame.path, encode_tiff(image))
     return [_annotation(frame.image_id, number, polygon(mask)) for number, mask in enumerate(masks, 1)]
@@ -88,13 +88,13 @@ def _annotation(image_id: int, number: int, points: list[float]) -> dict[str, An
 def write_dataset(
     out: Path | str, images: int, seed: int, defects: bool = False, mapper: Mapper = map
 ) -> dict[str, Any]:
-    """Write `images` synthetic frames to the local folder `out`; the same bytes for the same `seed`.
+    """Write `images` synthetic images to the local folder `out`; the same `seed` gives the same bytes.
 
     Args:
-        out: a folder that is absent, empty, or holds this dataset, complete (then nothing is done) or partial.
-        images: number of frames; frame i is the same in a larger dataset.
+        out: a folder that is absent, empty, or contains this dataset, complete (then nothing is done) or partial.
+        images: number of images; image i is the same in a larger dataset.
         seed: at least 0.
-        defects: also plant every defect that `prepare` must detect; needs 24 frames; listed in OUT/planted.json.
+        defects: also plant all defects that `prepare` must detect; needs 24 images; listed in OUT/planted.json.
         mapper: ordered `map(function, frames)`: the builtin, or `session.ordered_map` to draw on Ray.
 
     Returns:
@@ -103,7 +103,7 @@ def write_dataset(
     if images < 1 or seed < 0:
         raise UserError(f"cannot draw {images} images with seed {seed}: give 1 or more images and a seed of at least 0")
     if defects and images < planted_defects.MIN_IMAGES:
-        raise UserError(f"{images} images cannot hold every defect: give {planted_defects.MIN_IMAGES} or more")
+        raise UserError(f"{images} images are too few for all defects: give {planted_defects.MIN_IMAGES} or more")
     root = storage.absolute(out)
     arguments = {"drawing": DRAWING, "seed": seed, "images": images, "defects": defects}
     summary = _begin(root, arguments)
@@ -114,7 +114,7 @@ def write_dataset(
     splits = _write_annotations(root, frames, planted, mapper(write_frame, frames))
     if defects:
         storage.write_json(storage.join(root, "planted.json"), planted_defects.report(planted))
-    result = {**arguments, "whole": True, "splits": splits}
+    result = {**arguments, "complete": True, "splits": splits}
     storage.write_json(storage.join(root, "synthetic.json"), result)
     return result
 
@@ -125,12 +125,12 @@ def _begin(root: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     if storage.exists(marker):
         existing = storage.read_json(marker)
         if {key: existing.get(key) for key in arguments} != arguments:
-            raise UserError(f"{root} holds another synthetic dataset: choose another --out or delete it")
-        if existing.get("whole"):
+            raise UserError(f"{root} contains another synthetic dataset: choose another --out or delete it")
+        if existing.get("complete"):
             return dict(existing)
     elif storage.list_names(root):
         raise UserError(f"{root} is not empty and not a synthetic dataset: choose another --out")
-    storage.write_json(marker, {**arguments, "whole": False})
+    storage.write_json(marker, {**arguments, "complete": False})
     return None
 
 
@@ -140,7 +140,7 @@ def _write_annotations(
     planted: dict[int, planted_defects.Planted],
     annotations_of_frames: Iterable[list[dict[str, Any]]],
 ) -> dict[str, dict[str, int]]:
-    """Stream the annotations into the three JSON files, which are renamed when all are complete."""
+    """Stream the annotations into the three JSON files, which are renamed after all are complete."""
     listings = [planted[frame.index].listings if frame.index in planted else _listing(frame) for frame in frames]
     splits = {split: {"images": 0, "cells": 0} for split in SPLITS}
     with ExitStack() as stack:
@@ -170,7 +170,7 @@ def _copied(annotations: list[dict[str, Any]], image_id: int) -> Iterator[dict[s
 
 
 class _JsonWriter:
-    """A COCO file, streamed under a temporary name; `commit` renames it, leaving without `commit` deletes it."""
+    """A COCO file, streamed under a temporary name; `commit` renames it; exit without `commit` deletes it."""
 
     def __init__(self, path: str, images: list[dict[str, Any]]):
         self.path, self.partial = Path(path), Path(path).with_name(f".{Path(path).name}.partial")

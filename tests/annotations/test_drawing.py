@@ -54,7 +54,7 @@ def test_square_on_the_pixel_grid_is_exact() -> None:
     np.testing.assert_array_equal(labels, expected)
 
 
-def test_overlap_goes_to_the_smaller_cell_then_to_the_earlier() -> None:
+def test_overlap_belongs_to_the_smaller_cell_then_to_the_earlier() -> None:
     big, small = square(0, 0, 10), square(4, 4, 3)
     for cells, small_id in (([big, small], 2), ([small, big], 1)):
         labels = draw_labels(cells, (16, 16))

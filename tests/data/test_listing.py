@@ -49,7 +49,7 @@ def test_links_to_content_stores_are_followed(
     assert list(listing.left_out) == ["gone.png"]
     show(listing, str(folder))
     lines = capsys.readouterr().err.splitlines()
-    assert "gone.png (a link to a file that is not there" in lines[0]
+    assert "gone.png (a link to a missing file" in lines[0]
     assert len(lines) == 1 + len(listing.followed)
 
 
@@ -68,7 +68,7 @@ def test_other_links_are_followed_only_with_follow_links(folder: Path, tmp_path:
     assert sorted(set(listing.infos) - set(deep)) == ["a.png", "one.png", "train.json"]
     assert len(deep) == 1
     (folder / "zero.png").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="no file; delete it"):
+    with pytest.raises(UserError, match="not a file; delete it"):
         list_folder(str(folder), follow_links=True)
 
 

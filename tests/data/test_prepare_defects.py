@@ -232,7 +232,7 @@ def test_a_dataset_without_cells_is_an_error(folder: SourceFolder, tmp_path: Pat
             prepare(folder.write(), str(tmp_path / "none"), config)
     for data in folder.splits.values():
         data["images"] = []
-    with pytest.raises(UserError, match="list no image"):
+    with pytest.raises(UserError, match="list no images"):
         prepare(folder.write(), str(tmp_path / "none"))
 
 
@@ -280,7 +280,7 @@ def test_truncated_json(folder: SourceFolder, tmp_path: Path) -> None:
     text = path.read_bytes()
     place = text.rindex(b'{"id": 2003')
     path.write_bytes(text[: place + 20])
-    with pytest.raises(UserError, match=f"livecell_coco_train.json ends too early, at byte {place}; get"):
+    with pytest.raises(UserError, match=f"livecell_coco_train.json ends too early, at byte {place}; fetch"):
         prepare(source, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     description = prepare(

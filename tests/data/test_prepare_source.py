@@ -182,7 +182,7 @@ def test_cells_of_images_that_share_an_id_are_dropped(folder: SourceFolder, tmp_
     folder.image("train", "A172_Phase_good.png")
     description = prepare(folder.write(), str(tmp_path / "out"))
     assert list(rows_of(tmp_path / "out", "train")) == ["A172_Phase_good.png"]
-    assert "the id of 2 images" in defects_of(description, "bad_record")[0]["detail"]
+    assert "one id for 2 images" in defects_of(description, "bad_record")[0]["detail"]
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -61,7 +61,7 @@ def test_md5_etag_is_a_checksum(server: Server, tmp_path: Path) -> None:
 
 def test_wrong_md5_twice(server: Server, tmp_path: Path) -> None:
     server.headers = s3_headers(b"other bytes")
-    with pytest.raises(UserError, match=r"MD5 is .* ETag says .* \(2 times\)"):
+    with pytest.raises(UserError, match=r"MD5 is .* ETag is .* \(2 times\)"):
         fetch_train(server, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -99,7 +99,7 @@ def test_expected_size_and_checksum(server: Server, tmp_path: Path) -> None:
         fetch_train(server, tmp_path / "b", sha256=[f"{name}={digest.upper()}"], size=[f"{TRAIN}={len(body)}"])
     assert len(server.requests) == requests, "a mistyped checksum costs no second download"
     assert_complete(server, tmp_path / "b")
-    with pytest.raises(UserError, match="as it was fetched; correct --size or --sha256"):
+    with pytest.raises(UserError, match="as fetched; correct --size or --sha256"):
         fetch_train(server, tmp_path / "b", sha256=[f"{name}={'0' * 64}"])
     assert_complete(server, tmp_path / "b")
 

@@ -133,7 +133,7 @@ def test_random_faults(seed: int, server: Server, tmp_path: Path) -> None:
     [
         (cut(0), r"ended at byte 0 of \d+ \(4 times\)"),
         (wrong_length(+1000), r"\(4 times\)"),
-        (wrong_length(-1000), r"cut short \(2 times\)"),
+        (wrong_length(-1000), r"truncated \(2 times\)"),
         (status(503), "HTTP 503"),
         (status(403), "HTTP 403"),
         (status(204), "answered 204"),

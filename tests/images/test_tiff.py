@@ -164,24 +164,27 @@ UNSUPPORTED = {
     "12-bit JPEG": (raw_tiff(53, 37, {258: 12, 259: 7}, b"x"), "12-bit JPEG"),
     "compression 4711": (raw_tiff(53, 37, {259: 4711}, b"x"), "number 4711"),
     "predictor 3": (raw_tiff(53, 37, {259: 8, 317: 3}, b"x"), "predictor 3"),
-    "24 bits": (raw_tiff(53, 37, {258: 24}, bytes(6000)), "24 bits a sample"),
-    "depth": (raw_tiff(53, 37, {32997: 3}, GRAY.tobytes() * 3), "holds 3 planes (ImageDepth)"),
+    "24 bits": (raw_tiff(53, 37, {258: 24}, bytes(6000)), "24 bits per sample"),
+    "depth": (raw_tiff(53, 37, {32997: 3}, GRAY.tobytes() * 3), "contains 3 planes (ImageDepth)"),
     "LSM": (raw_tiff(53, 37, {34412: 0, 262: 2, 277: 3}, GRAY.tobytes() * 3), "3 channels (LSM)"),
-    "pages": (tiff(np.stack([GRAY] * 4)), "holds 4 images"),
+    "pages": (tiff(np.stack([GRAY] * 4)), "contains 4 images"),
     "ImageJ, one directory": (
         tiff(np.stack([GRAY] * 4), imagej=True, truncate=True, metadata={"axes": "TYX"}),
-        "holds 4 planes (ImageJ stack)",
+        "contains 4 planes (ImageJ stack)",
     ),
     "ImageJ hyperstack": (
         tiff(np.zeros((2, 3, 2, 9, 9), np.uint8), imagej=True, truncate=True, metadata={"axes": "TZCYX"}),
-        "holds 12 planes (ImageJ stack)",
+        "contains 12 planes (ImageJ stack)",
     ),
-    "ImageJ, many directories": (tiff(np.stack([GRAY] * 4), imagej=True, metadata={"axes": "TYX"}), "holds 4 images"),
+    "ImageJ, many directories": (
+        tiff(np.stack([GRAY] * 4), imagej=True, metadata={"axes": "TYX"}),
+        "contains 4 images",
+    ),
     "tifffile, one directory": (
         tiff(np.stack([GRAY] * 4), truncate=True, metadata={"axes": "TYX"}),
-        "holds 4 planes (tifffile stack)",
+        "contains 4 planes (tifffile stack)",
     ),
-    "OME": (tiff(np.stack([GRAY] * 4), ome=True, metadata={"axes": "ZYX"}), "holds 4 images"),
+    "OME": (tiff(np.stack([GRAY] * 4), ome=True, metadata={"axes": "ZYX"}), "contains 4 images"),
     "palette of labels": (
         tiff(GRAY, "palette", colormap=np.random.default_rng(0).integers(0, 2**16, (3, 256), dtype=np.uint16)),
         "palette that is not a ramp",
@@ -269,7 +272,7 @@ def test_ome_metadata_of_one_directory(files: tuple[str, ...], planes: int, refu
     )
     data = tiff(GRAY, description=text + f'SizeY="37" SizeZ="1">{parts}</Pixels></Image></OME>')
     if refused:
-        assert f"holds {planes} planes (OME-TIFF)" in error_message(data)
+        assert f"contains {planes} planes (OME-TIFF)" in error_message(data)
     else:
         np.testing.assert_array_equal(pixels_of(data), GRAY)
 

@@ -122,7 +122,7 @@ def test_any_record_is_skipped_or_can_be_scored(segmentation: Any, score: Any, i
         ([GOOD | {"score": float("nan")}], "not a finite number"),
         ([GOOD | {"score": None}], "score None is not a finite number"),
         ([GOOD | {"image_id": 1.5}], "image_id 1.5 is neither"),
-        ([GOOD | {"image_id": 9}] * 3, r"3 records \(record 0 \(9\), .*: of images that the split does not hold"),
+        ([GOOD | {"image_id": 9}] * 3, r"3 records \(record 0 \(9\), .*: of images that the split does not contain"),
         ([GOOD | {"score": 10**400}], "not a finite number"),
         ([GOOD | {"segmentation": FULL_MASK | {"size": [9, 9]}}], r"its mask is \[9, 9\], the image \[60, 60\]"),
         ([GOOD | {"segmentation": FULL_MASK | {"counts": "0"}}], r"its RLE does not fill the image \[60, 60\]"),
@@ -202,14 +202,14 @@ def test_an_image_of_another_split_with_the_same_name_is_not_matched() -> None:
     split = images("images/test/000.png", file_names=("000.png",))
     records = [record("train/000.png", 1, 3), record("test/000.png", 2, 5)]
     assert left_edges(read(records, split, ("images/train/000.png",))) == [[5]]
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not contain"):
         read(records[:1], split, ("images/train/000.png",))
 
 
 def test_a_unique_base_name_is_enough() -> None:
     split = images("images/livecell_test_images/A172_1.tif")
     assert left_edges(read([record("copies/A172_1.png", 9, 5)], split, ("images/B.tif",))) == [[5]]
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not contain"):
         read([record("copies/A172_1.png", 9, 5)], split, ("images/x/A172_1.tif",))
     both = [*split, *images("images/livecell_test_images/B.tif", ids="5")]
     results = read([record("livecell_test_images/B.tif", 8, 3), record("train/A172_1.tif", 9, 5)], both)

@@ -78,7 +78,7 @@ def test_truth_may_be_labels_and_shapes_are_checked() -> None:
     }
     with pytest.raises(ValueError, match="differ in shape"):
         pixel_scores.mask_counts(np.zeros((2, 2)), np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="want"):
+    with pytest.raises(ValueError, match="expected"):
         pixel_scores.pixel_counts(torch.zeros(1, 1, 3, 3), torch.zeros(1, 3, 4))
 
 

@@ -183,7 +183,7 @@ def test_an_interrupted_dataset_is_completed_and_a_complete_one_kept(tmp_path: P
     writer.write_dataset(uninterrupted, 3, SEED)
     assert tree(out) == tree(uninterrupted)
     summary = writer.write_dataset(out, 3, SEED, mapper=interrupted_map)
-    assert summary["whole"]
+    assert summary["complete"]
 
 
 def test_a_folder_with_other_files_is_never_overwritten(tmp_path: Path) -> None:
