@@ -34,7 +34,7 @@ def start_run(out: Path, data: str, steps: int) -> None:
 def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_path: Path, steps: int) -> None:
     out = tmp_path / "run"
     start_run(out, tiny_dataset, steps)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         folder.check_resumable(str(out), tiny_dataset, resume=False)
     assert folder.reopen(str(out), resume=True) is None, "an interrupted run is resumed without a message"
     for number in (1, 2):

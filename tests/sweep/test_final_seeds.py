@@ -347,7 +347,7 @@ def test_finished_trials_include_failed_ones(tmp_path: Path) -> None:
     ("error", "reason"),
     [
         (loop.NonFiniteLoss(7, [1]), "loss not finite at step 7"),
-        (UserError("checkpoint_000005/training.pt is not a checkpoint's"), "is not a checkpoint's"),
+        (UserError("checkpoint_000005/training.pt is not a valid training state"), "is not a valid training state"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of GPU memory: CUDA out of memory."),
     ],
 )
