@@ -243,7 +243,7 @@ def test_a_network_in_a_file(model_name: str, tmp_path: Path, marker: Path, caps
         message = refused(
             capsys, f"predict --checkpoint {tmp_path}/{model_name} --images {tmp_path} --out {tmp_path}/o"
         )
-        assert ("is no ONNX file" if model_name == "m.onnx" else "no checkpoint at") in message
+        assert ("is not an ONNX file" if model_name == "m.onnx" else "no checkpoint at") in message
     assert not marker.exists()
 
 
