@@ -276,7 +276,7 @@ def test_a_sweep_without_a_good_trial_reports_the_reasons_and_can_be_resumed(
 ) -> None:
     out = tmp_path / "out"
     without_ray([diverged, crashed])
-    line = r"no best\.yaml: none of 2 trials trained to its end \(crashed; loss not finite at step 3\); .*more --trials"
+    line = r"no best\.yaml: none of 2 trials trained to the end \(crashed; loss not finite at step 3\); .*more --trials"
     with pytest.raises(UserError, match=line):
         sweep.sweep(tiny_dataset, str(out), RECIPE, SEARCH, 2)
     assert [row["failed"] for row in csv.DictReader((out / "trials.csv").open())] == [

@@ -36,7 +36,7 @@ def test_each_searched_field_of_compare_off_has_a_section(tmp_path: Path, monkey
     assert "augment.rotation.p: off (0.0) or on" in page
     assert "optimizer.clip_norm: off" not in page, "it is not searched"
     assert page.count("Off and on: trials, mean, 95 % interval</figcaption>") == 2
-    assert page.count("How strong</figcaption>") == 1, "alpha_x and sigma are searched only while deformation is on"
+    assert page.count("Strength</figcaption>") == 1, "alpha_x and sigma are searched only while deformation is on"
     assert "<figcaption>Importance</figcaption>" in page
     assert "trial 1 augment.elastic.p off" in page
     assert "Best, trial 19: &lt;1&gt;.tif" in page
