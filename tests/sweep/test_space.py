@@ -126,7 +126,7 @@ def test_a_dumped_search_loads_equal(tmp_path: Path) -> None:
             },
             "put augment.elastic.p before it",
         ),
-        ({"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {}}}}}, "either above or in"),
+        ({"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {}}}}}, "either `above` or `in`"),
         (
             {"space": {"optimizer.lr": {"low": 1e-4, "high": 1, "when": {"model.norm": {"above": 0}}}}},
             "needs model.norm above a number, but it is 'batch'; use `in`",
