@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on Slurm, in the project's folder, with its .venv, on a disk that all nodes share:
+# Train on Slurm, in the project's folder with its .venv, on a disk shared by all nodes:
 #   sbatch cluster/vm/slurm.sh --recipe paper --data /scratch/shards --out /scratch/runs/first --workers 2
 # Exclusive nodes: `ray stop` at the end would also stop the Ray of another job on the same node.
 #SBATCH --job-name=raylivecell
@@ -25,8 +25,8 @@ ulimit -n "$(ulimit -Hn)"
 
 # This script runs on the first node of the job, which becomes the head.
 address=$(hostname -I | cut -d ' ' -f 1):6379
-# RAY_ADDRESS only for the training, which would start its own Ray without it. A job that Slurm requeues, also after the
-# loss of a node, resumes from the run's last checkpoint.
+# RAY_ADDRESS only for the training, which would otherwise start another Ray. A job that Slurm requeues, also after
+# the loss of a node, resumes from the run's latest checkpoint.
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --num-cpus="$SLURM_CPUS_ON_NODE" --dashboard-host=127.0.0.1 --temp-dir="/tmp/ray-$SLURM_JOB_ID" \
   -- env RAY_ADDRESS="$address" python jobs/train.py --resume auto "$@"

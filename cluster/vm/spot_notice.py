@@ -22,7 +22,7 @@ MARGIN_S = 10
 
 
 def fetch(url: str, method: str, **headers: str) -> str:
-    """Response of the metadata service; it runs on this machine, so 2 s are a sufficient timeout."""
+    """Response of the metadata service, which is local to the machine: a timeout of 2 s is sufficient."""
     request = urllib.request.Request(url, method=method, headers={k.replace("_", "-"): v for k, v in headers.items()})
     with urllib.request.urlopen(request, timeout=2) as response:
         return response.read().decode()
@@ -40,14 +40,14 @@ def stop_time(metadata: str) -> datetime | None:
 
 def drain(seconds: float) -> int:
     """Drain this Ray node, which stops in `seconds`; returns the exit code of `ray drain-node`."""
-    words = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    words += ["--reason-message", "EC2 spot interruption"]
-    words += ["--deadline-remaining-seconds", str(max(1, int(seconds) - MARGIN_S))]
-    return subprocess.run(words, check=False).returncode
+    command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", "EC2 spot interruption"]
+    command += ["--deadline-remaining-seconds", str(max(1, int(seconds) - MARGIN_S))]
+    return subprocess.run(command, check=False).returncode
 
 
 def main(metadata: str = METADATA) -> int:
-    """Poll until there is a notice, then drain; returns the exit code."""
+    """Poll for the notice, then drain; returns the exit code."""
     while (stop := stop_time(metadata)) is None:
         time.sleep(POLL_S)
     print(f"spot interruption at {stop:%H:%M:%S} UTC", flush=True)

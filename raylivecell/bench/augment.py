@@ -1,8 +1,8 @@
 """`bench augment`: milliseconds per image on one core: our kernel, the direct form and MONAI's transforms.
 
 All transform the same uint8 frame and two uint8 target planes, deform and rotate every time, and return uint8. They
-alternate sample by sample, so that a drift of the machine's speed affects all. Measured is the thread's own CPU time:
-other programs on the machine then matter little, and nothing here waits.
+alternate sample by sample, so that a drift of the machine's speed affects all. The measure is the thread's CPU time, on
+which other programs have little influence; nothing here waits.
 """
 
 import math
@@ -32,7 +32,7 @@ def bench(options: Options, size: Size = (520, 704), sigma: float = 10.0, alpha:
         options: `repeats` runs of each variant, in turn, after one warm-up run.
         size: height and width of the frame.
         sigma: smoothness of the elastic field, pixels.
-        alpha: its strength along x and y.
+        alpha: strength of the elastic field along x and y.
 
     Returns:
         `milliseconds`: variant -> summary; `ratio`: "VARIANT / OURS" -> summary of the ratios within a repeat.
@@ -63,7 +63,7 @@ def bench(options: Options, size: Size = (520, 704), sigma: float = 10.0, alpha:
 def augment_direct(
     image: np.ndarray, targets: np.ndarray, rng: np.random.Generator, config: AugmentConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The direct form of `augment`: noise blurred on every pixel, one pass for it and another for the rotation."""
+    """The direct form of `augment`: noise blurred at full resolution, separate passes for deformation and rotation."""
     draws = augment.RandomParameters.draw(rng)
     height, width = image.shape
     if draws.elastic < config.elastic.p:
@@ -111,7 +111,7 @@ def _monai(planes: np.ndarray, sigma: float, alpha: float, degrees: float) -> Ca
     keys, mode = ("image", "targets"), ("bilinear", "nearest")
     deform = Rand2DElasticd(
         keys,
-        spacing=(2 * sigma, 2 * sigma),  # its noise is on a grid; a field of this sigma is correlated over 2 sigma
+        spacing=(2 * sigma, 2 * sigma),  # its noise is on a grid; a field with this sigma is correlated over 2 sigma
         magnitude_range=(0.163 * alpha / sigma,) * 2,
         prob=1,
         mode=mode,

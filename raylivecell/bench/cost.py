@@ -1,7 +1,7 @@
-"""Predicted time of an epoch on a cluster: seconds that each resource is busy, from measured parts.
+"""Predict the time of an epoch on a cluster, as busy seconds of each resource, from measured parts.
 
-The model behind docs/scaling.md. Data tasks, network and GPUs work at the same time, so an epoch takes as long as its
-busiest resource. `bench scale` measures the parts and compares the prediction with runs on 1, 2 and 3 nodes.
+The cost model of docs/scaling.md. Data tasks, network and GPUs work concurrently, so an epoch takes as long as its
+busiest resource. `bench scale` measures the parts and compares predictions with runs on 1, 2 and 3 nodes.
 """
 
 from typing import NamedTuple
@@ -11,19 +11,19 @@ class Parts(NamedTuple):
     """Measured costs of one image."""
 
     read_s: float
-    """Seconds of one core to read it from a shard and decode it."""
+    """Core seconds to read it from a shard and decode it."""
     transform_s: float
-    """Seconds of one core to deform, rotate and crop it."""
+    """Core seconds to deform, rotate and crop it."""
     task_s: float
-    """Seconds that a Ray Data task needs per block beyond its samples, on the core that runs it."""
+    """Core seconds of overhead of a Ray Data task, per block."""
     fetch_s: float
     """Seconds of the training process to fetch it from the object store, in a thread parallel to training."""
     stored_bytes: float
-    """Bytes of its shard that training reads."""
+    """Bytes that training reads from its shard."""
     requests: float
     """Requests to the store: two reads, and with many shards two to open the shard (length, footer)."""
     sample_bytes: float
-    """Bytes of the sample that is trained on."""
+    """Bytes of the transformed sample."""
     block_images: int
     """Images per block."""
 
@@ -33,30 +33,30 @@ class Cluster(NamedTuple):
 
     gpus: int
     gpu_images_per_s: float
-    """Training speed of one GPU with the network in question."""
+    """Training speed of one GPU with the given network."""
     nodes: int
     cores: int
     """Cores for data tasks, all nodes together."""
     network: float
-    """Bytes/s into and out of a node."""
+    """Bandwidth of a node in each direction, bytes/s."""
     store_requests_per_s: float
-    """Requests that the store of the shards answers."""
+    """Maximum request rate of the store of the shards."""
 
 
 def epoch(parts: Parts, cluster: Cluster, images: int, batch: int, parameters: int) -> dict[str, float]:
-    """Seconds that each resource is busy in an epoch of `images` samples, each read from its shard once.
+    """Busy seconds of each resource in an epoch of `images` samples, each read from its shard once.
 
     Args:
         parts: measured costs of one image.
-        cluster: its resources.
-        images: samples of the epoch, augmented copies included.
+        cluster: GPUs, cores, network and store.
+        images: samples per epoch, augmented copies included.
         batch: images per step, over all GPUs.
-        parameters: of the network; gradients are float32, summed in a ring over the nodes.
+        parameters: number of parameters of the network; gradients are float32, summed by ring all-reduce over nodes.
     """
     steps = images / batch
     ring = 2 * (cluster.nodes - 1) / cluster.nodes
     core = parts.read_s + parts.transform_s + parts.task_s / parts.block_images
-    remote = (cluster.nodes - 1) / cluster.nodes  # a block is made on any node and used on one
+    remote = (cluster.nodes - 1) / cluster.nodes  # a block is created on any node and used on one
     return {
         "GPUs": images / (cluster.gpus * cluster.gpu_images_per_s),
         "cores for data": images * core / cluster.cores,
@@ -69,6 +69,6 @@ def epoch(parts: Parts, cluster: Cluster, images: int, batch: int, parameters: i
 
 
 def busiest(seconds: dict[str, float]) -> tuple[str, float]:
-    """Resource that limits the epoch, and its seconds."""
+    """Resource that limits the epoch, and its busy seconds."""
     name = max(seconds, key=seconds.__getitem__)
     return name, seconds[name]

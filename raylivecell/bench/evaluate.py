@@ -1,8 +1,8 @@
 """`bench evaluate`: milliseconds per image of scoring cells, compared with pycocotools' COCOeval.
 
-Frames of 520x704 with 295 cells, the mean of LIVECell's test images, and as many predicted cells, each slightly
-displaced. Ours computes all that `evaluate` reports, intervals included; COCOeval, with LIVECell's parameters, computes
-AP alone. One process.
+Frames of 520x704 with 295 cells, the mean of LIVECell's test images, and the same number of predicted cells, each
+slightly displaced. Ours computes all scores of `evaluate`, intervals included; COCOeval, with LIVECell's parameters,
+computes AP only. One process.
 """
 
 import contextlib
@@ -20,20 +20,21 @@ from raylivecell.scoring import average_precision, scores
 
 SIZE, CELLS = (520, 704), 295
 GRID = (15, 20)
-"""Rows and columns of positions, of which the first CELLS are used."""
+"""Rows and columns of positions; the first CELLS are used."""
 BASELINE_IMAGES = 4
 OURS, BASELINE = "raylivecell, all scores", "pycocotools COCOeval, AP alone"
 
 
 def bench(options: Options) -> Figures:
-    """Milliseconds per image; `seconds_1564_images`: time for LIVECell's test set at that speed.
+    """Milliseconds per image of our scores and of COCOeval.
 
     Args:
         options: `images` to score with ours; each of `repeats` scores BASELINE_IMAGES with both.
 
     Returns:
-        `cells`: number of true cells; `milliseconds`: variant -> summary; `ratio`; `summary_seconds`: of the work that
-        is done once for all images (means, AP, 95 % intervals).
+        `cells`: number of true cells; `milliseconds`: variant -> summary; `ratio`; `summary_seconds`: time of the work
+        done once for all images (means, AP, 95 % intervals); `seconds_1564_images`: predicted for LIVECell's test
+        images.
     """
     pairs = [(_labels(2 * number), _labels(2 * number + 1)) for number in range(BASELINE_IMAGES)]
 
@@ -67,7 +68,7 @@ def bench(options: Options) -> Figures:
 
 
 Pair = tuple[np.ndarray, np.ndarray]
-"""Predicted and true label image."""
+"""Predicted and true labels."""
 
 
 def _labels(seed: int) -> np.ndarray:
@@ -110,7 +111,7 @@ def _cocoeval(pairs: Sequence[Pair]) -> None:
 
 
 def livecell_evaluation(truth: dict[str, Any], results: list[dict[str, Any]]) -> Any:
-    """pycocotools' COCOeval after `accumulate`, configured as in LIVECell's evaluation script.
+    """Run pycocotools' COCOeval up to `accumulate`, configured as in LIVECell's evaluation script.
 
     Args:
         truth: content of a COCO annotation file.

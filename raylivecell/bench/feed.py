@@ -27,10 +27,10 @@ from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.targets.sample_planes import IMAGE, MASKS
 
 BATCH = 8
-# A round is one block per process. Measurement begins and ends between rounds, when no finished batches are queued that
-# would count as made in no time.
+# A round is one block per process. Measurement starts and ends between rounds, when no finished batches are queued:
+# these would take no time.
 WARM_UP_ROUNDS, MEASURED_ROUNDS = 3, 9
-# Epochs of one stream after which memory is measured; bytes of the object store that the stream may use.
+# Epochs of one stream after which memory is measured; object store limit of the stream, bytes.
 EPOCHS, STREAM_MEMORY = (1, 5, 10, 20), 512 * 2**20
 OURS, SAME, DIRECT = "raylivecell", "DataLoader, same kernel", "DataLoader, direct elastic form"
 
@@ -42,8 +42,8 @@ def bench(options: Options) -> Figures:
         options: `images` frames in memory; `repeats` runs of the three, in turn.
 
     Returns:
-        `processes`: that prepare samples; `images_per_s` and `ratio`: name -> summary; `mib_after_epochs`: of the
-        reading process, of the data tasks' processes, of the object store: epochs -> MiB.
+        `processes`: number of processes that prepare samples; `images_per_s` and `ratio`: name -> summary;
+        `mib_after_epochs`: memory of reading process, data tasks and object store: name -> epochs -> MiB.
     """
     session.connect()
     with quiet_data():
@@ -73,15 +73,15 @@ def _measure(options: Options) -> Figures:
 
 
 def memory_after_epochs(source: blocks.Source) -> dict[str, dict[str, float]]:
-    """Memory of one stream after some epochs: holder -> "N epochs" -> MiB."""
+    """Memory after EPOCHS of one stream: processes or store -> "N epochs" -> MiB."""
     phase = PhaseConfig(epochs=max(EPOCHS), originals=False, augmented_copies=1)
-    plan = replace(source.schedule, phases=(phase,))
+    schedule = replace(source.schedule, phases=(phase,))
     memory: dict[str, dict[str, float]] = {"reading process": {}, "data tasks": {}, "object store": {}}
     epochs = 0
-    with closing(stream.Stream(replace(source, schedule=plan), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
+    with closing(stream.Stream(replace(source, schedule=schedule), 0, 0, 1, memory=STREAM_MEMORY)) as batches:
         for step, _ in enumerate(batches):
-            epochs += plan.epoch_ends(step)
-            if plan.epoch_ends(step) and epochs in EPOCHS:
+            epochs += schedule.epoch_ends(step)
+            if schedule.epoch_ends(step) and epochs in EPOCHS:
                 for name, value in zip(memory, _memory()):
                     memory[name][f"{epochs} epochs"] = round(value / 2**20)
     return memory
@@ -96,24 +96,24 @@ def _memory() -> tuple[float, float, float]:
 
 
 def _private_bytes(process: psutil.Process) -> float:
-    """Memory of a process without the object store's shared pages, where the system counts those apart (Linux)."""
+    """Memory of a process, on Linux without the shared pages of the object store."""
     info = process.memory_info()
     return float(info.rss - getattr(info, "shared", 0))
 
 
 def in_rounds(planes: list[np.ndarray], crop: tuple[int, int] | None, processes: int) -> tuple[blocks.Source, int]:
-    """A source of the frames, each deformed and rotated, for all rounds; and the number of warm-up batches."""
+    """Source of all rounds' samples, each frame deformed and rotated, and the number of warm-up batches."""
     samples = frames.samples(planes)
     phase = PhaseConfig(steps=1, originals=False, augmented_copies=1)
-    plan = SampleSchedule(0, len(planes), BATCH, (phase,))
-    source = blocks.Source(samples.train, plan, AugmentConfig(), crop, samples.frame, samples.cached_train)
+    schedule = SampleSchedule(0, len(planes), BATCH, (phase,))
+    source = blocks.Source(samples.train, schedule, AugmentConfig(), crop, samples.frame, samples.cached_train)
     batches = processes * stream.block_steps(source, BATCH, None)
     phase = phase.model_copy(update={"steps": (WARM_UP_ROUNDS + MEASURED_ROUNDS) * batches})
-    return replace(source, schedule=replace(plan, phases=(phase,))), WARM_UP_ROUNDS * batches
+    return replace(source, schedule=replace(schedule, phases=(phase,))), WARM_UP_ROUNDS * batches
 
 
 def images_per_s(batches: Iterator[Any], batch: int, warm_up: int) -> float:
-    """Speed of `batches` after the first `warm_up` of them."""
+    """Images/s of `batches` after the first `warm_up` of them."""
     for _ in range(warm_up):
         next(batches)
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Repeated measurements: taken in turn, summarised, compared by ratios and drawn as a bar chart."""
+"""Repeated measurements of several variants in turn: summaries, ratios and a bar chart."""
 
 import io
 import statistics
@@ -11,21 +11,21 @@ UNITS = {
     "images_per_s": "images/s (longer is better)",
 }
 LOG_SCALE_RATIO = 30
-"""Ratio of the largest to the smallest median from which the chart's axis is logarithmic."""
+"""Above this ratio of the largest to the smallest median the chart's axis is logarithmic."""
 
 Figures = dict[str, Any]
-"""What a benchmark returns: names to numbers, texts, summaries or more of the same."""
+"""Result of a benchmark: name -> number, text, summary, or nested figures."""
 
 
 class Options(NamedTuple):
-    """Options of the command line; a benchmark reads those that it needs."""
+    """Options of the command line; each benchmark reads those that it needs."""
 
     repeats: int = 5
     images: int = 200
 
 
 def measure_in_turn(variants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Values of each variant. Variants alternate, so that a drift of the machine's speed affects all of them."""
+    """Measure each variant `repeats` times, alternating, so that a drift of the machine's speed affects all."""
     values: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, variant in variants.items():
@@ -44,13 +44,13 @@ def summaries(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, floa
 
 
 def ratios(values: Mapping[str, Sequence[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Map "A / B" to the summary of the ratios of values measured in the same turn."""
+    """Map "A / B" to the summary of the ratios between values of the same turn."""
     return {f"{a} / {b}": summary([x / y for x, y in zip(values[a], values[b])]) for a, b in pairs}
 
 
 def chart(title: str, figures: Figures) -> bytes:
-    """Bar chart, PNG, of the first of UNITS in `figures` that holds name -> summary."""
-    from matplotlib.figure import Figure  # 0.3 s that only this needs
+    """Bar chart as PNG of the first of UNITS in `figures` that maps name -> summary."""
+    from matplotlib.figure import Figure  # 0.3 s to import
 
     unit = next(name for name in UNITS if isinstance(figures.get(name), dict))  # `seconds` may be one number
     bars = figures[unit]

@@ -1,4 +1,4 @@
-"""Frames in memory for `bench`, and the baseline that loads them: a torch DataLoader running our own functions."""
+"""Frames in memory for `bench`, and the baseline that loads them: a torch DataLoader running our functions."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def frames(count: int) -> list[np.ndarray]:
 
 
 def samples(planes: Sequence[np.ndarray]) -> Samples:
-    """The frames as a dataset that is cached in the object store, without validation images."""
+    """Samples of the frames, cached in the object store, without validation images."""
     rows = tuple(shards.Row("memory", number) for number in range(len(planes)))
     return Samples(rows, (), SIZE, tuple(ray.put(frame) for frame in planes))
 
@@ -36,8 +36,8 @@ class ScheduledDataset(Dataset):
 
     def __init__(self, planes: Sequence[np.ndarray], source: blocks.Source) -> None:
         self.planes, self.source = planes, source
-        plan = source.schedule
-        self.rows = np.concatenate([plan.rows(step) for step in range(plan.steps)])
+        schedule = source.schedule
+        self.rows = np.concatenate([schedule.rows(step) for step in range(schedule.steps)])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,7 +55,7 @@ class ScheduledDataset(Dataset):
 
 
 def loader(dataset: ScheduledDataset) -> DataLoader:
-    """Batches in the schedule's order, by as many processes as Ray has CPUs."""
+    """DataLoader in the schedule's order, with one process per CPU of Ray."""
     # fork shares the frames with the processes without a copy; no other thread of this process holds a lock then.
     return DataLoader(
         dataset,

@@ -1,8 +1,8 @@
-"""`bench predict`: milliseconds per image of each stage of `predict`, compared with the usual library's.
+"""`bench predict`: milliseconds per image of each stage of `predict`, compared with common libraries.
 
 A synthetic frame of 520x704; maps drawn from its true cells replace a trained network's output, so that later stages
-have realistic work. The network has the size of recipe `small`, with fresh weights, which do not change its speed. One
-process; the network uses all its cores, everything else one; the variants run in turn.
+have realistic work. The network has the size of recipe `small` and random weights, which do not affect its speed. One
+process; the network uses all cores, everything else one; the variants run in turn.
 """
 
 import tempfile
@@ -34,14 +34,14 @@ TABLE = ("area", "centroid", "bbox", "eccentricity", "mean_intensity")
 
 
 def bench(options: Options) -> Figures:
-    """Milliseconds of each stage, ours and the baseline's.
+    """Milliseconds of each of our stages and of its baseline.
 
     Args:
         options: `repeats` runs of each stage, in turn, after one warm-up run.
 
     Returns:
         `cells`; `milliseconds`: stage or baseline -> summary; `ratio`: baseline / ours -> summary; `share`: stage ->
-        its fraction of the sum of our stages.
+        fraction of the total time of our stages.
     """
     cv2.setNumThreads(1)
     image, labels = max((writer.draw_labels(0, index) for index in range(8)), key=lambda frame: frame[1].max())
@@ -77,13 +77,13 @@ def _maps(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _stages(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Callable[[], Any]]:
-    """Stage -> its run in our code."""
+    """Map each stage to a run of our code."""
     network = forward.build(RECIPE, torch.device("cpu")).eval()
     maps, config = _maps(image, labels), instances.default("distance")
     segmented = instances.segment(maps, "distance", config)
     cells = Cells(segmented, instances.scores(segmented, maps[0]), maps[0] > config.threshold)
     table = measure.lines("x", measure.measure(segmented, image), cells.scores)
-    part = results.ImageResult(results.ImageRow("x"), table, [])
+    result = results.ImageResult(results.ImageRow("x"), table, [])
     return {
         "network": lambda: forward.maps(network, image),
         "watershed": lambda: instances.segment(maps, "distance", config),
@@ -93,12 +93,12 @@ def _stages(image: np.ndarray, labels: np.ndarray, folder: str) -> dict[str, Cal
             results.record(cell) for cell in average_precision.results(0, rle.encode(segmented), cells.scores)
         ],
         **{kind: partial(write, image, cells) for kind, (_, write) in image_file.PICTURES.items()},
-        "part": lambda: results.write(folder, "x", part),
+        "part": lambda: results.write(folder, "x", result),
     }
 
 
 def _baselines(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """Map "STAGE: LIBRARY" to the same stage done by a library."""
+    """Map "STAGE: LIBRARY" to a run of the same stage by a library."""
     from pycocotools import mask as coco_mask
     from skimage.feature import peak_local_max
     from skimage.measure import regionprops_table
@@ -112,9 +112,9 @@ def _baselines(image: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], 
         height = cv2.GaussianBlur(target("distance").height(maps, maps[0] > 0.5), (0, 0), 1.0)
         foreground = maps[0] > 0.5
         peaks = peak_local_max(height, labels=foreground.astype(np.int32), min_distance=3)
-        seeds = np.zeros(image.shape, np.int32)
-        seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-        return watershed(-height, seeds, mask=foreground)
+        markers = np.zeros(image.shape, np.int32)
+        markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+        return watershed(-height, markers, mask=foreground)
 
     segmented = flood()
     return {

@@ -1,8 +1,8 @@
-"""`bench prepare`: images/s and peak memory of preparing a synthetic dataset, compared with the usual tools.
+"""`bench prepare`: images/s and peak memory of preparing a synthetic dataset, compared with common tools.
 
-The dataset has LIVECell's format and frame size: 520x704 8-bit LZW TIFF, 325 cells of 60 corners, about 1 kB of JSON
-per cell; 5,239 images make 1.7 million cells and 1.6 GB of JSON. The baseline is what most scripts do: `pycocotools` on
-the complete JSON, and for each cell `annToMask` and a full-frame distance transform for the U-Net's border weights; it
+The dataset has LIVECell's format and frame size: 520x704 8-bit LZW TIFF, 325 cells with 60 corners, about 1 kB of JSON
+per cell; 5,239 images have 1.7 million cells and 1.6 GB of JSON. The baseline works as most scripts do: `pycocotools`
+on the entire JSON, and for each cell `annToMask` and a full-frame distance transform for the U-Net's border weights; it
 draws a few images only.
 """
 
@@ -23,7 +23,7 @@ from raylivecell.bench.figures import Figures, Options, summary
 
 HEIGHT, WIDTH = 520, 704
 PATTERNS = 32
-"""Number of different frames of outlines; images repeat them with different noise, so that no two are the same."""
+"""Number of different cell patterns; images repeat them with different noise, so that no two are equal."""
 ROWS, COLUMNS, CORNERS = 13, 25, 60
 SPLITS = {"train": 0.62, "val": 0.11, "test": 0.27}
 BASELINE_IMAGES = 2
@@ -35,7 +35,7 @@ def bench(options: Options, folder: str | None = None) -> Figures:
     """Write a dataset, prepare it in a separate process, and measure; the dataset is deleted afterwards.
 
     Args:
-        options: number of `images`; 5,239 is LIVECell's own (3.4 GB on disk while it runs).
+        options: number of `images`; LIVECell has 5,239 (3.4 GB on disk during the run).
         folder: parent of the dataset's folder; default: the system's temporary folder.
 
     Returns:
@@ -65,7 +65,7 @@ def bench(options: Options, folder: str | None = None) -> Figures:
 
 
 def write_source(root: Path, images: int) -> int:
-    """Write the dataset; returns its number of cells."""
+    """Write the dataset; returns the number of cells."""
     patterns = [_pattern(np.random.default_rng(seed)) for seed in range(PATTERNS)]
     (root / "images").mkdir(parents=True)
     names = [f"{'AB'[number % 2]}_Phase_{number:05d}.tif" for number in range(images)]
@@ -73,7 +73,7 @@ def write_source(root: Path, images: int) -> int:
         rng = np.random.default_rng((1, number))
         noise = rng.integers(0, 4, (HEIGHT, WIDTH), np.uint8)
         cv2.imwrite(str(root / "images" / name), patterns[number % PATTERNS][0] + noise)
-    starts = np.cumsum([0, *(round(share * images) for share in SPLITS.values())])
+    starts = np.cumsum([0, *(round(fraction * images) for fraction in SPLITS.values())])
     starts[-1] = images
     for split, first, end in zip(SPLITS, starts, starts[1:]):
         _write_json(root / f"livecell_coco_{split}.json", names, range(first, end), patterns)
@@ -95,7 +95,7 @@ def _pattern(rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
 
 
 def _write_json(path: Path, names: list[str], numbers: range, patterns: list[tuple[np.ndarray, list[str]]]) -> None:
-    """Write JSON as LIVECell's: images, then annotations, whose ids share one number space."""
+    """Write JSON in LIVECell's format: images, then annotations, with ids from one sequence."""
     stride = ROWS * COLUMNS + 1
     images = [
         {"id": n * stride, "width": WIDTH, "height": HEIGHT, "file_name": names[n], "original_filename": names[n]}
@@ -194,7 +194,7 @@ print(json.dumps({"load": load, "memory": memory, "draw": time.perf_counter() - 
 
 
 def _baseline(root: Path) -> tuple[Figures, float]:
-    """pycocotools and scipy in one process: the complete smallest annotation file loaded, two images drawn.
+    """Load the smallest annotation file and draw two of its images, with pycocotools and scipy in one process.
 
     Returns:
         Figures of loading, and images/s of drawing.

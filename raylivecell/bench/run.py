@@ -19,12 +19,12 @@ Benchmark = Literal["augment", "feed", "step", "train", "prepare", "predict", "e
 
 
 def bench(benchmark: Benchmark, out: Path, repeats: int, images: int) -> Figures:
-    """Run one benchmark, print its figures, write OUT/bench.json and bench.png; returns what bench.json holds.
+    """Run one benchmark, print its figures, write OUT/bench.json and bench.png; returns the content of bench.json.
 
     Args:
         benchmark: its name.
         out: output folder.
-        repeats: runs of each variant, in turn; the figures are medians.
+        repeats: runs of each variant, in turn; figures are medians.
         images: number of images (`feed`, `train`, `prepare`, `evaluate`, `scale`).
     """
     figures = _measure(benchmark, Options(repeats, images))
@@ -56,7 +56,7 @@ def _table(benchmark: str, figures: Figures) -> Table:
 
 
 def _rows(figures: Figures, prefix: str = "") -> list[tuple[str, str]]:
-    """(name with its path, text) of every figure; a summary is one figure."""
+    """(path and name, text) of every figure; a summary is one figure."""
     rows: list[tuple[str, str]] = []
     for name, figure in figures.items():
         if isinstance(figure, dict) and set(figure) == {"median", "min", "max"}:

@@ -1,10 +1,9 @@
 """`bench scale`: images/s of the stream on 1, 2 and 3 nodes whose CPUs only prepare samples.
 
 A simulation, for machines with fewer cores than nodes: each node is a separate Ray node (raylet, object store,
-processes) with one CPU, and a sample's transformation is a wait of WAIT_S instead of work, so that nodes do not compete
-for cores. The order, tasks, scheduling, objects and their transfer between nodes and into batches are real: what could
-keep throughput from growing. The parts of `cost.py` are measured too, and its prediction for these clusters is shown
-next to the runs.
+processes) with one CPU, and a sample's transformation is a wait of WAIT_S, so that nodes do not compete for cores. All
+that could limit scaling is real: sample order, tasks, scheduling, objects, and their transfer between nodes and into
+batches. The parts of `cost.py` are measured too, and its predictions for these clusters are shown next to the runs.
 """
 
 import logging
@@ -33,11 +32,11 @@ from raylivecell.synthetic import writer
 from raylivecell.targets import sample_planes
 
 NODES = (1, 2, 3)
-# Seconds per sample on a core: `bench feed` needs 6 ms for a full frame where loop and system share the cores.
+# Seconds per sample on a core: `bench feed` needs 6 ms for a full frame on cores shared with loop and system.
 WAIT_S = 0.010
 CROP = (333, 434)
 BLOCK = stream.BLOCK_BYTES // (3 * CROP[0] * CROP[1]) // BATCH * BATCH
-# Requests to a store per sample of many shards: two for its columns; its shard's length and footer.
+# Requests to a store per sample, for many shards: two for its columns, two for its shard's length and footer.
 REQUESTS = 4
 STORE = 512 * 2**20
 PART_IMAGES, PART_REPEATS = 8, 5
@@ -53,11 +52,11 @@ def bench(options: Options) -> Figures:
 
     Returns:
         `images_per_s`: nodes -> summary; `predicted_images_per_s`: nodes -> prediction of cost.py; `share_of_linear`:
-        nodes -> summary of the ratio to one node in the same turn, divided by the number of nodes; `parts`: of this
-        machine; `seconds_of_ten_million_images`: the table of docs/scaling.md.
+        nodes -> summary of the ratio to one node in the same turn, divided by the number of nodes; `parts`:
+        `cost.Parts` of this machine; `seconds_of_ten_million_images`: the table of docs/scaling.md.
 
     Raises:
-        UserError: Ray is already running in this process, or RAY_ADDRESS names a cluster.
+        UserError: Ray is already running in this process, or RAY_ADDRESS is set.
     """
     if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         raise UserError("bench scale starts its own cluster; unset RAY_ADDRESS")
@@ -87,7 +86,7 @@ def bench(options: Options) -> Figures:
 
 @contextmanager
 def _cluster(nodes: int, wait_s: float) -> Iterator[None]:
-    """A head without CPUs, where the samples are consumed, and `nodes` nodes of one CPU."""
+    """Start a head without CPUs, where the samples are consumed, and `nodes` nodes with one CPU."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
     try:
         for _ in range(nodes):
@@ -103,7 +102,7 @@ def _cluster(nodes: int, wait_s: float) -> Iterator[None]:
 
 
 def _wait_instead(wait_s: float) -> Callable[[], None]:
-    """Hook for each of Ray's processes that replaces the transformation by a wait and a crop."""
+    """Hook for Ray's processes that replaces the transformation by a wait and a crop."""
 
     def hook() -> None:
         def transform(sample: np.ndarray, key: Any, source: blocks.Source, out: np.ndarray) -> np.ndarray:
@@ -117,7 +116,7 @@ def _wait_instead(wait_s: float) -> Callable[[], None]:
 
 
 def _feed(images: int, length: int) -> tuple[float, float]:
-    """Images/s, and seconds of this process's CPU time per image, in rounds of `length` blocks."""
+    """Images/s, and CPU seconds of this process per image, in rounds of `length` blocks."""
     source, warm_up = in_rounds(frames.frames(images), CROP, length)
     with closing(stream.Stream(source, 0, 0, 1)) as batches:
         begin = time.process_time()
@@ -126,7 +125,7 @@ def _feed(images: int, length: int) -> tuple[float, float]:
 
 
 def _predicted(parts: cost.Parts, nodes: int) -> float:
-    """Images/s of nodes of one core whose transformation is a wait and whose samples are not read from shards."""
+    """Predicted images/s of one-core nodes that wait instead of transforming and read no shards."""
     simulated = parts._replace(read_s=0.0, transform_s=WAIT_S)
     cluster = cost.Cluster(
         gpus=1, gpu_images_per_s=np.inf, nodes=nodes, cores=nodes, network=np.inf, store_requests_per_s=np.inf
@@ -135,16 +134,16 @@ def _predicted(parts: cost.Parts, nodes: int) -> float:
 
 
 def _ten_million(parts: cost.Parts, gpus: int, nodes: int) -> dict[str, float]:
-    """Seconds of each resource in an epoch of ten million images, 16 per GPU and step.
+    """Busy seconds of each resource in an epoch of ten million images, 16 per GPU and step.
 
-    The paper's network (31 million parameters); S3's request rate under one prefix.
+    Assumes the paper's network (31 million parameters) and S3's request rate under one prefix.
     """
     cluster = cost.Cluster(gpus, 400, nodes, cores=96 * nodes, network=25e9, store_requests_per_s=5500)
     return cost.epoch(parts, cluster, images=10**7, batch=16 * gpus, parameters=31 * 10**6)
 
 
 def _parts(task_s: float, fetch_s: float) -> cost.Parts:
-    """Measure on one core of this machine, on synthetic frames in a shard on its disk."""
+    """Measure the parts on one core of this machine, with synthetic frames in a shard on its disk."""
     with tempfile.TemporaryDirectory(prefix="raylivecell-bench-") as folder:
         shard = f"{folder}/part-00000.parquet"
         shards.write_shard(shard, (_row(index) for index in range(PART_IMAGES)))

@@ -1,6 +1,6 @@
 """`bench startup`: seconds from a command to its first optimiser step, by part, compared with a plain PyTorch script.
 
-Each is a separate process, as a user starts it, on a synthetic dataset. They run in turn.
+Each runs in a separate process, as started by a user, on a synthetic dataset. They run in turn.
 """
 
 import re
@@ -46,10 +46,10 @@ optimizer.step()
 
 
 def bench(options: Options) -> Figures:
-    """Seconds to the first step and its parts; of `--help` and of importing the command line.
+    """Seconds to the first step and its parts, of `--help`, and of importing the command line.
 
     Args:
-        options: `repeats` starts of each, in turn.
+        options: `repeats` runs of each, in turn.
 
     Returns:
         `seconds`: variant -> summary; `parts`: part of our start -> summary; `ratio`: ours / the script's.
@@ -94,7 +94,7 @@ def _run(words: list[str]) -> tuple[float, str]:
 
 
 def _train(root: Path, number: int) -> tuple[float, dict[str, float]]:
-    """Seconds from the start of the process to its first step, and their parts in order (those of 0.05 s and more)."""
+    """Seconds from the start of the process to its first step, and its parts of at least 0.05 s in order."""
     _, output = _run_command(
         "train",
         "--data",
@@ -116,6 +116,6 @@ def _script(source: Path) -> float:
 
 
 def _import() -> float:
-    """Seconds of the imports of `raylivecell` before it parses the command, without the interpreter's own start."""
+    """Seconds of the imports of `raylivecell` before it parses the command, without the interpreter's start."""
     interpreter = _run([sys.executable, "-c", "pass"])[0]
     return _run([sys.executable, "-c", "import raylivecell.cli.main"])[0] - interpreter

@@ -1,7 +1,7 @@
-"""`bench step`: training steps by setting, compared with MONAI's BasicUNet and the device's matrix product.
+"""`bench step`: training speed by setting, compared with MONAI's BasicUNet and the device's matrix product.
 
-On a GPU the paper's network in bfloat16, with the memory per batch size, up to the largest that fits; on CPUs a small
-one in float32. One batch is repeated: no loader, no Ray. The variants run in turn.
+On a GPU the paper's network in bfloat16, with the memory by batch size up to the largest that fits; on CPUs a small
+network in float32. One batch is repeated: no loader, no Ray. The variants run in turn.
 """
 
 import gc
@@ -43,10 +43,10 @@ def bench(options: Options) -> Figures:
         options: `repeats` runs of each variant, in turn.
 
     Returns:
-        `device`, `parameters`, `batch`, `crop`; `gflop_per_image`: of the convolutions, forward and backward;
-        `peak_tflops`: precision -> of a matrix product; `images_per_s`: variant -> summary; `share_of_peak`: of that
-        product in the variant's precision; `ratio`; `loss_difference`: the largest relative difference between
-        bfloat16's and float32's losses in LOSS_STEPS steps; on a GPU `memory_mib`: variant -> peak allocation, and
+        `device`, `parameters`, `batch`, `crop`; `gflop_per_image`: convolutions, forward and backward; `peak_tflops`:
+        precision -> speed of a matrix product; `images_per_s`: variant -> summary; `share_of_peak`: variant -> fraction
+        of that speed in its precision; `ratio`; `loss_difference`: the largest relative difference between bfloat16's
+        and float32's losses in LOSS_STEPS steps; on a GPU `memory_mib`: variant -> peak allocation, and
         `largest_batch`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,9 +54,9 @@ def bench(options: Options) -> Figures:
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     peaks = {precision: peak_flops(device, precision) for precision in precisions}
     base = recipe(device)
-    usual: Precision = "bfloat16" if device.type == "cuda" else "float32"
+    default: Precision = "bfloat16" if device.type == "cuda" else "float32"
     batches = list(_fitting_batch_sizes(base, device)) if device.type == "cuda" else list(CPU_BATCHES)
-    variants = {**_setting_variants(base, device, usual), **_batch_variants(base, device, usual, batches)}
+    variants = {**_setting_variants(base, device, default), **_batch_variants(base, device, default, batches)}
     memory: dict[str, float] = {}
 
     def measure(name: str) -> float:
@@ -89,7 +89,7 @@ Variant = tuple[Precision, Callable[[], float]]
 
 
 def recipe(device: torch.device) -> Recipe:
-    """Recipe of the runs: the paper's network on a GPU, one of 0.49 M parameters on CPUs."""
+    """Recipe of the runs: the paper's network on a GPU, one with 0.49 M parameters on CPUs."""
     gpu = device.type == "cuda"
     return Recipe(
         batch_size=16 if gpu else 4,
@@ -101,9 +101,9 @@ def recipe(device: torch.device) -> Recipe:
     )
 
 
-def _setting_variants(base: Recipe, device: torch.device, usual: Precision) -> dict[str, Variant]:
-    """The same batch with our settings, and with the baselines."""
-    other: Precision = "float32" if usual == "bfloat16" else "bfloat16"
+def _setting_variants(base: Recipe, device: torch.device, default: Precision) -> dict[str, Variant]:
+    """Variants on one batch: our loop with different settings, and the baselines."""
+    other: Precision = "float32" if default == "bfloat16" else "bfloat16"
     planes = random_planes(base.batch_size)
     repeated = itertools.repeat(planes)
 
@@ -114,28 +114,28 @@ def _setting_variants(base: Recipe, device: torch.device, usual: Precision) -> d
         return plain_loop_speed(network.to(device), repeated, base, device, INTERVAL_STEPS)
 
     variants: dict[str, Variant] = {
-        OURS: (usual, ours),
-        f"{OURS}, channels first": (usual, partial(ours, channels_last=False)),
-        f"{OURS}, compiled": (usual, partial(ours, compile=True)),
+        OURS: (default, ours),
+        f"{OURS}, channels first": (default, partial(ours, channels_last=False)),
+        f"{OURS}, compiled": (default, partial(ours, compile=True)),
         f"{OURS}, {other}": (other, partial(ours, precision=other)),
-        PLAIN: (usual, lambda: plain(build_model(base.model))),
-        MONAI: (usual, lambda: plain(basic_unet(base))),
+        PLAIN: (default, lambda: plain(build_model(base.model))),
+        MONAI: (default, lambda: plain(basic_unet(base))),
     }
     if device.type == "cpu":
-        variants[f"{OURS}, one thread"] = (usual, lambda: _on_one_thread(ours))
+        variants[f"{OURS}, one thread"] = (default, lambda: _on_one_thread(ours))
         variants[f"{OURS}, {other}, compiled"] = (other, partial(ours, precision=other, compile=True))
     return variants
 
 
-def _batch_variants(base: Recipe, device: torch.device, usual: Precision, sizes: list[int]) -> dict[str, Variant]:
+def _batch_variants(base: Recipe, device: torch.device, default: Precision, sizes: list[int]) -> dict[str, Variant]:
     def run(size: int) -> float:
         return loop_speed(base.model_copy(update={"batch_size": size}), random_planes(size), device)
 
-    return {f"{OURS}, batch {size}": (usual, partial(run, size)) for size in sizes}
+    return {f"{OURS}, batch {size}": (default, partial(run, size)) for size in sizes}
 
 
 def _fitting_batch_sizes(base: Recipe, device: torch.device) -> Iterator[int]:
-    """Powers of two, as long as a GPU's memory holds steps of that batch size."""
+    """Powers of two, up to the largest batch that fits into a GPU's memory."""
     for size in (2**power for power in itertools.count()):
         try:
             loop_speed(base.model_copy(update={"batch_size": size}), random_planes(size), device)
@@ -182,25 +182,25 @@ def loop_speed(base: Recipe, planes: Tensor, device: torch.device, **settings: A
 def run_loop(recipe: Recipe, batches: Iterator[dict[str, Tensor]], device: torch.device) -> list[dict[str, Any]]:
     """Run our loop in this process; returns its history."""
     torch.manual_seed(0)
-    plan = SampleSchedule(recipe.seed, recipe.batch_size, recipe.batch_size, recipe.phases)
-    training = loop.start(forward.build(recipe, device), recipe.optimizer, plan.steps)
+    schedule = SampleSchedule(recipe.seed, recipe.batch_size, recipe.batch_size, recipe.phases)
+    training = loop.start(forward.build(recipe, device), recipe.optimizer, schedule.steps)
     if recipe.loop.compile:
         training.model.compile()
     for _ in loop.run(
-        training, training.model, batches, plan, recipe.loop, recipe.loss, recipe.targets, lambda network: {}
+        training, training.model, batches, schedule, recipe.loop, recipe.loss, recipe.targets, lambda network: {}
     ):
         pass
     return training.state.history
 
 
 def history_speed(rows: list[dict[str, Any]], batch: int) -> float:
-    """Images/s of a history after its first row, which is warm-up."""
+    """Images/s over a history without its first row, which is warm-up."""
     steps = rows[-1]["step"] - rows[0]["step"]
     return steps * batch / sum(row["seconds"] for row in rows[1:])
 
 
 def basic_unet(recipe: Recipe) -> nn.Module:
-    """MONAI's BasicUNet with the same channels at each level."""
+    """MONAI's BasicUNet with the same numbers of channels as the recipe's network."""
     features = recipe.model.features
     options = {"features": [*features, 2 * features[-1], features[0]]}
     return build_model(ModelConfig(name="BasicUNet", options=options))
@@ -209,7 +209,7 @@ def basic_unet(recipe: Recipe) -> nn.Module:
 def plain_loop_speed(
     network: nn.Module, batches: Iterable[Tensor], recipe: Recipe, device: torch.device, steps: int
 ) -> float:
-    """Images/s of a hand-written loop: `steps` steps of warm-up and (INTERVALS - 1) times as many measured ones."""
+    """Images/s of a hand-written loop: `steps` warm-up steps, then (INTERVALS - 1) * `steps` measured steps."""
     torch.manual_seed(0)
     optimizer, scheduler = build_optimizer(network, recipe.optimizer, INTERVALS * steps)
     network.train()
@@ -235,7 +235,7 @@ def _now(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:
-    """Multiplications and additions per second of a product of two large square matrices: the best of PRODUCTS."""
+    """FLOP/s of a product of two large square matrices: the best of PRODUCTS."""
     side = SIDES[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, precision)) for _ in range(2))
     a @ b
@@ -248,7 +248,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 
 
 def flop_per_image(recipe: Recipe, device: torch.device) -> float:
-    """Multiplications and additions of the network's convolutions for an image of CROP, forward and backward."""
+    """FLOP of the network's convolutions for an image of size CROP, forward and backward."""
     network = build_model(recipe.model).to(device)
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, *CROP, device=device)).sum().backward()

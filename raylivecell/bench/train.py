@@ -1,6 +1,6 @@
 """`bench train`: images/s of loader, training step and both, compared with a plain PyTorch loop and a DataLoader.
 
-All train the same network on the same decoded frames from memory, with the same transformations, loss, optimiser and
+All train the same network on the same decoded frames in memory, with the same transformations, loss, optimiser and
 batches, on this machine's CPUs or its first GPU. They run in turn, so that a drift of the machine's speed affects all.
 """
 
@@ -37,9 +37,9 @@ from raylivecell.training.job import TrainJob
 
 # Steps per measured interval of a complete run; the first interval is warm-up.
 RUN_INTERVAL_STEPS = 20
-# Batches of the loader alone: 24 blocks of 64, after 6 for which the object store allocates new pages.
+# Batches of the loader alone: 24 blocks of 64; for the first 6 the object store allocates new pages.
 LOADER_WARM_UP, LOADER_BATCHES = 384, 1536
-# Ray Train's own actors, which share the machine with a run.
+# Ray Train's actors, which share the machine with a run.
 RAY_TRAIN_ACTORS = (
     "TrainController",
     "TrainStateActor",
@@ -58,7 +58,7 @@ def bench(options: Options) -> Figures:
 
     Returns:
         `images_per_s`: variant -> summary; `ratio`: "A / B" -> summary; `data_wait_fraction`; `ray_train_cpu_share`:
-        fraction of all cores used by Ray Train's own processes; `device`, `parameters`, `batch`, `crop`.
+        fraction of all cores used by Ray Train's processes; `device`, `parameters`, `batch`, `crop`.
     """
     session.connect()
     setup = _Setup(options.images)
@@ -84,7 +84,7 @@ def bench(options: Options) -> Figures:
 
 
 class _Setup:
-    """Frames, recipe, and one batch for steps alone; shared by all variants."""
+    """Frames and recipe shared by all variants, and one batch for the steps alone."""
 
     def __init__(self, images: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +102,7 @@ class _Setup:
         self.ray_train_shares: list[float] = []
 
     def variants(self) -> dict[str, Callable[[], float]]:
-        """Name -> run that returns images/s."""
+        """Map each variant's name to a run that returns images/s."""
         batch, source = self.recipe.batch_size, self._source(LOADER_WARM_UP + LOADER_BATCHES)
         repeated = itertools.repeat(self.planes)
         gpu_augment = self.recipe.augment.model_copy(update={"device": "cuda"})
@@ -124,9 +124,9 @@ class _Setup:
 
     def _source(self, steps: int) -> blocks.Source:
         phases = (PhaseConfig(steps=steps, originals=False, augmented_copies=1),)
-        plan = SampleSchedule(0, len(self.frames), self.recipe.batch_size, phases)
+        schedule = SampleSchedule(0, len(self.frames), self.recipe.batch_size, phases)
         samples = self.samples
-        return blocks.Source(samples.train, plan, self.recipe.augment, CROP, samples.frame, samples.cached_train)
+        return blocks.Source(samples.train, schedule, self.recipe.augment, CROP, samples.frame, samples.cached_train)
 
     def _stream(self, source: blocks.Source) -> ingest.Stream:
         return ingest.Stream(source, 0, 0, 1, self.job.stream_memory)
@@ -135,7 +135,7 @@ class _Setup:
         return frames.loader(frames.ScheduledDataset(self.frames, source))
 
     def _run(self, recipe: Recipe) -> float:
-        """Images/s of a run as `raylivecell train` does it, reports included."""
+        """Images/s of a complete run with Ray Train, as by `raylivecell train`, reports included."""
         with tempfile.TemporaryDirectory() as folder:
             job = TrainJob(recipe, f"{folder}/run", self.samples, self.job.stream_memory)
             gpus = float(self.device.type == "cuda")
@@ -158,7 +158,7 @@ class _Setup:
 
 
 class _CpuTimeLog(UserCallback):
-    """Logs after each report the CPU time of Ray Train's own processes.
+    """Logs the CPU time of Ray Train's processes after each report.
 
     These are its controller, which is this process or an actor, and its helper actors.
     """

@@ -1,9 +1,9 @@
-"""A trained network on images: `predict`, `evaluate`, `export`, and `raylivecell.load`.
+"""Inference with a trained network: `predict`, `evaluate`, `export`, and `raylivecell.load`.
 
-segmenter          a network on one image, in this process
-image_file         one image file -> its cells, pictures and table rows
-actors             a function with a costly start on many items, on Ray Data
-predict, results   a folder of images -> cells; result files and the tables merged from them
-evaluate, calibrate    scores of a split, and watershed thresholds tuned on validation images
-export, onnx_model a checkpoint as ONNX or .pt2, and reading ONNX files
+segmenter          segment one image in this process
+image_file         segment one image file: cells, output images and table rows
+actors             batch inference on Ray Data with a pool of actors
+predict, results   segment a folder of images; result files, and the tables merged from them
+evaluate, calibrate    scores of a split; watershed thresholds tuned on validation images
+export, onnx_model write a checkpoint as ONNX or .pt2; read ONNX files
 """

@@ -1,6 +1,6 @@
-"""Apply a function with a costly start (a network to load) to many items: Ray Data with a pool of actors.
+"""Batch inference on Ray Data: a pool of actors, each with the network loaded once, maps items to rows.
 
-Every item is returned exactly once, or the run fails.
+Every item has exactly one row, or the run fails.
 """
 
 import os
@@ -21,9 +21,9 @@ from raylivecell.runtime.ray_errors import as_user_errors
 from raylivecell.training import preflight
 
 Row = dict[str, Any]
-# Items in a block: enough to hide Ray Data's 10 ms a task, few enough to spread small sets and show progress.
+# Items per block: enough to hide Ray Data's 10 ms per task, few enough to spread small inputs and show progress.
 BLOCK = 8
-# Consecutive pools that may lose an actor before any result.
+# The run fails after this number of consecutive pools that lost an actor before any result.
 MAX_FAILURES = 3
 
 Pool = tuple[int, float, int]
@@ -34,14 +34,14 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
     """Compute a row for each of `items`, in their order.
 
     Args:
-        actor: a class; an instance maps {"item": array} to columns, "item" among them.
-        arguments: of the class's constructor.
+        actor: a class whose instances map {"item": array} to columns, including "item".
+        arguments: arguments of its constructor.
         items: distinct ints or strings.
         what: title of the progress display.
-        use_gpus: one per actor, if the cluster has any.
+        use_gpus: one GPU per actor, if the cluster has any.
 
     Raises:
-        RuntimeError: a result is lost or duplicated.
+        RuntimeError: a result is missing or duplicated.
         UserError: as raised in an actor.
     """
     resources = placement.actor_pool(len(items), BLOCK, session.machines(), use_gpus)
@@ -50,12 +50,12 @@ def run(actor: type, arguments: dict[str, Any], items: Sequence[Any], what: str,
         rows = list(track(_every_row(actor, arguments, items, resources), what, len(items)))
     rows.sort(key=lambda row: position[row["item"]])
     if [row["item"] for row in rows] != list(items):
-        raise RuntimeError(f"{what}: {len(rows)} results for {len(items)} images: some are lost or duplicated")
+        raise RuntimeError(f"{what}: {len(rows)} results for {len(items)} images: some are missing or duplicated")
     return rows
 
 
 def _every_row(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> Iterator[Row]:
-    """Rows in order of completion; if an actor dies, a new pool computes the items without a row."""
+    """Rows in order of completion; if an actor dies, a new pool computes the remaining items."""
     remaining, failures = dict.fromkeys(items), 0
     while remaining:
         try:
@@ -86,7 +86,7 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
             fn_constructor_kwargs=arguments,
             num_cpus=cpus,
             num_gpus=gpus,
-            # Ray's restart needs the constructor's arguments, which may be lost by then (ray #53727, #57733: an error
+            # Ray's restart needs the constructor's arguments, which may no longer exist (ray #53727, #57733: an error
             # line in each run); `_every_row` starts a new pool instead.
             ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
         )
@@ -94,10 +94,10 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
 
 
 def use_threads(with_torch: bool = True) -> None:
-    """Set an actor's threads: for torch its CPUs plus one, for the CPU kept free; one for OpenCV.
+    """Set an actor's threads: torch's to its CPUs plus the one that is kept free, OpenCV's to one.
 
     Raises:
-        UserError: Ray assigns a GPU that torch does not see: the actor would silently run on CPUs.
+        UserError: Ray assigns a GPU that torch does not see; the actor would silently run on CPUs.
     """
     cv2.setNumThreads(1)
     if with_torch:

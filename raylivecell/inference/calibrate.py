@@ -1,7 +1,7 @@
 """Tune the watershed thresholds on validation images.
 
-Coordinate search on a grid: each threshold in turn is set to the value with the highest mean mSA, in rounds until none
-changes. This evaluates some 50 points; the full grid has 6,000.
+Coordinate search on a grid: each threshold in turn is set to the value with the highest mean mSA, until a round changes
+none (at most 3 rounds). This evaluates about 50 points; the full grid has 2,520.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ GRID: dict[str, tuple[float, ...]] = {
 ROUNDS = 3
 
 Case = tuple[Maps, instance_scores.Labels]
-"""Maps float32 (C, H, W) of an image, and its ground-truth labels (H, W)."""
+"""Predicted maps of an image, float32 (C, H, W), and its ground-truth labels (H, W)."""
 
 
 def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, float]:
-    """The best thresholds on `cases`, and their mean mSA, which is at least that of the defaults."""
+    """The best thresholds for `cases`, and their mean mSA, which is at least that of the defaults."""
     best = watershed.default(targets)
     score = mean_msa(cases, targets, best)
     candidates = [(turn, name, value) for turn in range(ROUNDS) for name, values in GRID.items() for value in values]
@@ -44,6 +44,6 @@ def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, 
 
 
 def mean_msa(cases: Sequence[Case], targets: Targets, config: InstanceConfig) -> float:
-    """Mean over images of the mSA of the cells that the watershed with `config` makes from their maps."""
+    """Mean mSA over images, of the cells segmented by the watershed with `config`."""
     pairs = (instance_scores.overlaps(watershed.segment(maps, targets, config), truth) for maps, truth in cases)
     return float(np.mean([instance_scores.segmentation_accuracy(overlaps).mean() for overlaps in pairs]))

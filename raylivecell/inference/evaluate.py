@@ -1,10 +1,10 @@
 """Score the pixels and cells of a split's uncropped images, by Ray Data batch inference.
 
 1. With `calibrated`, the watershed thresholds are first tuned on validation images and saved in the checkpoint.
-2. A pool of actors, each with the network loaded once, scores block after block of the split's images.
-3. The driver checks that each image came back exactly once, adds up, and writes metrics.json and report.html.
+2. A pool of actors, each with the network loaded once, scores the split's images in blocks.
+3. The driver checks that each image has exactly one result, summarises, and writes metrics.json and report.html.
 
-Instead of a network, a COCO results file can be scored: cells of any other tool, by the same rules.
+Instead of a network, a COCO results file of any tool can be scored by the same rules.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from raylivecell.scoring import coco_results, scores
 from raylivecell.scoring.scores import GroundTruth, Prediction
 
 CALIBRATION_IMAGES = 32
-"""At most; spread evenly over the validation images. Their maps are held in memory: 4.4 MB each."""
+"""Maximum, spread evenly over the validation images. Their maps are kept in memory: 4.4 MB each."""
 SAMPLE = ("file_name", "cell_type", "image", "padding", "labels", "outlines", "source")
 PIXELS = ("image", "padding")
 
@@ -53,16 +53,16 @@ def evaluate(
     """Score a checkpoint on a split's uncropped images; writes metrics.json, report.html and recipe.yaml into `out`.
 
     Args:
-        checkpoint_uri: a checkpoint's folder, or a run's (then its best).
+        checkpoint_uri: folder of a checkpoint, or of a run, for its best.
         data: URI of a prepared dataset.
         split: train, val or test.
         out: URI of a folder.
         tta: average the maps of the four flips.
-        seed: of the bootstrap intervals.
+        seed: seed of the bootstrap intervals.
         calibrated: first tune the thresholds on the validation images and save them in the checkpoint.
 
     Returns:
-        The content of metrics.json: `scores.summarise`'s fields, model and data, and `per_image` rows.
+        The content of metrics.json: the fields of `scores.summarise`, model and data, and `per_image` rows.
 
     Raises:
         UserError: no checkpoint, no dataset, or no image in the split.
@@ -72,7 +72,8 @@ def evaluate(
     rule = _conversion(data, folder)
     recipe = recipes.load(storage.join(folder, progress.RECIPE))
     _check_no_run(out)
-    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())  # fails early if not writable
+    # Written first: fails early if `out` is not writable.
+    storage.write_bytes(storage.join(out, "recipe.yaml"), recipes.dump(recipe).encode())
     if calibrated:
         _calibrate(folder, data, tta, rule)
     session.connect()
@@ -97,15 +98,15 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
     """Score a COCO results file of any tool as `evaluate` scores a checkpoint.
 
     Args:
-        predictions_uri: JSON: a list of {"image_id" or "file_name", "segmentation", "score"}; `coco_results.read` says
-            how records identify images. An image without a record has no cells.
+        predictions_uri: JSON: a list of {"image_id" or "file_name", "segmentation", "score"}, in which records identify
+            images as `coco_results.read` describes. An image without a record has no cells.
         data: URI of a prepared dataset.
         split: train, val or test.
         out: URI of a folder.
-        seed: of the bootstrap intervals.
+        seed: seed of the bootstrap intervals.
 
     Raises:
-        UserError: no such file; no usable record; a name that may mean several images.
+        UserError: no such file; no usable record; an ambiguous image name.
     """
     data, predictions_uri = storage.absolute(data), storage.absolute(predictions_uri)
     rows = _list_rows(data, split)
@@ -133,19 +134,19 @@ def _list_rows(data: str, split: str) -> shards.Rows:
 
 
 def _conversion(data: str, folder: str) -> Intensity | None:
-    """The rule that converts the dataset's images to the checkpoint's scale, None if equal; UserError if impossible."""
+    """Rule that converts the dataset's images to the checkpoint's scale, None if equal; UserError if impossible."""
     try:
         return intensity.conversion(shards.intensity(data), checkpoint.load_intensity(folder))
     except ValueError as error:
         raise UserError(
             f"dataset at {data} does not fit the checkpoint {folder}: {error}; "
-            f"prepare it for this network: `raylivecell prepare --intensity-from {folder}`"
+            f"prepare it for this network with `raylivecell prepare --intensity-from {folder}`"
         ) from error
 
 
 def _check_no_run(out: str) -> None:
     if "metrics.jsonl" in storage.list_names(out):
-        raise UserError(f"{out} holds a run, whose report this would replace; choose another --out")
+        raise UserError(f"{out} contains a run, whose report would be overwritten; choose another --out")
 
 
 def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> None:
@@ -174,7 +175,7 @@ def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> Non
 
 
 class _NetworkScorer:
-    """Actor with a network: scores the samples with the given numbers, one row each."""
+    """Actor with a network: scores samples by their index, one row each."""
 
     def __init__(self, folder: str, rows: tuple[shards.Row, ...], tta: bool, rule: Intensity | None) -> None:
         actors.use_threads()
@@ -202,10 +203,10 @@ def _predict(model: segmenter.Segmenter, frame: Frame) -> tuple[Prediction, list
 
 
 def _image(row: shards.Row) -> coco_results.Image:
-    """The names by which a results file may identify the image of a row."""
+    """Path, file name and image id by which a results file may identify the image of a row."""
     sample = shards.read_row(row, ["source", "file_name", "annotation"])
-    identity = sample["annotation"].rpartition("#")[2]
-    return coco_results.Image(sample["source"], sample["file_name"], identity, (sample["height"], sample["width"]))
+    image_id = sample["annotation"].rpartition("#")[2]
+    return coco_results.Image(sample["source"], sample["file_name"], image_id, (sample["height"], sample["width"]))
 
 
 def _sources_of_other_splits(split: str, data: str) -> Iterator[str]:
@@ -217,7 +218,7 @@ def _sources_of_other_splits(split: str, data: str) -> Iterator[str]:
 
 
 class _FileScorer:
-    """Actor with the cells of a COCO results file: scores the samples with the given numbers, one row each."""
+    """Actor with the cells of a COCO results file: scores samples by their index, one row each."""
 
     def __init__(self, rows: tuple[shards.Row, ...], predictions: tuple[tuple[Sequence[Any], np.ndarray], ...]) -> None:
         self.rows, self.predictions = rows, predictions
@@ -231,7 +232,7 @@ class _FileScorer:
 
 
 def painted(rles: Sequence[Rle], confidences: np.ndarray, size: tuple[int, int]) -> Prediction:
-    """Draw cells that may overlap as disjoint labels: the cell with the higher score keeps a shared pixel."""
+    """Draw cells that may overlap as disjoint labels: a shared pixel belongs to the cell with the higher score."""
     labels = np.zeros(size, np.int32)
     for index in np.argsort(confidences, kind="stable").tolist():
         labels[decode(rles[index]) != 0] = index + 1
@@ -258,7 +259,7 @@ def _write_results(
 ) -> dict[str, Any]:
     """Write report.html, overlays/ and metrics.json, print the table; returns the content of metrics.json.
 
-    `scored` has a row for each of `rows`; `predict` gives the prediction for the image of a row by its number.
+    `scored` has one row for each of `rows`; `predict` maps the index of a row to the prediction for its image.
     """
     matches = [row["matches"] for row in scored]
     per_image = [{name: value for name, value in row.items() if name != "matches"} for row in scored]
@@ -281,7 +282,7 @@ def _write_results(
 
 
 def score_table(result: Mapping[str, Any]) -> Table:
-    """Scores by cell type and over all images, with their 95 % intervals, in 80 columns."""
+    """Table of scores by cell type and over all images, with 95 % intervals, in 80 columns."""
     table = Table(
         title=f"{result['images']} images of {result['split']}, with 95 % intervals", box=SIMPLE_HEAD, padding=(0, 1)
     )

@@ -1,12 +1,12 @@
-"""A checkpoint as one file for other programs: ONNX, or torch.export's .pt2.
+"""Export a checkpoint as one file for other programs: ONNX, or torch.export's .pt2.
 
 The graph maps grey levels to probability maps, normalisation and sigmoid included:
 
-    image   float32 (B, 1, H, W), grey levels 0 to 255, any B, H and W; .pt2: H and W over 2 to the number of levels
+    image   float32 (B, 1, H, W), grey levels 0 to 255, any B, H and W; .pt2: H and W above 2 ** number of levels
     maps    float32 (B, C, H, W), 0 to 1, channels as `Target.channels`
 
-The file also holds metadata, as text: `ABOUT`. Before it is saved, the exported model is loaded and compared with the
-network.
+The file also contains metadata as text (`ABOUT`). Before it is saved, the exported model is loaded and compared with
+the network.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ Maps = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class _MapNetwork(nn.Module):
-    """The network with a sigmoid: grey levels to maps."""
+    """The network followed by a sigmoid: grey levels to maps."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class _MapNetwork(nn.Module):
 
 
 def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
-    """Write the network of a checkpoint, or of a run (its best), to the file `out` (.onnx or .pt2).
+    """Write the network of a checkpoint, or of a run's best checkpoint, to the file `out` (.onnx or .pt2).
 
     Returns:
-        `file`, `bytes`, and `difference`: the largest between the file's maps and the network's, at two image sizes.
+        `file`, `bytes`, and `difference`: the largest between the file's and the network's maps, at two image sizes.
 
     Raises:
         UserError: no checkpoint; another suffix; maps that differ by 1e-4 or more (then nothing is written).
@@ -85,10 +85,10 @@ def export(checkpoint_uri: str, out: str) -> dict[str, Any]:
         data = write(model, _about(folder, recipe))
         difference = _difference(model, read(data))
     if not difference < TOLERANCE:
-        raise UserError(f"{out} would differ from the network by {difference:.2g} (probability); nothing is written")
+        raise UserError(f"{out} would differ from the network by {difference:.2g} (probability); no file written")
     storage.write_bytes(storage.absolute(out), data)
     size = f"{len(data) / 2**20:.1f} MiB"
-    line = f"written: {out}, {size}; differs from the network by {difference:.1e} at most"
+    line = f"written: {out}, {size}; differs from the network by at most {difference:.1e}"
     console.print(line, soft_wrap=True, markup=False)
     return {"file": str(out), "bytes": len(data), "difference": difference}
 
@@ -122,10 +122,10 @@ def _write_onnx(model: nn.Module, about: dict[str, str]) -> bytes:
     try:
         import onnx
         import onnxruntime  # noqa: F401  # `_read_onnx` needs it: fail before the export
-        import onnxscript  # noqa: F401  # torch.onnx needs it; its own message has many lines
+        import onnxscript  # noqa: F401  # torch.onnx needs it, and reports its absence in many lines
     except ImportError as error:
-        needs = "onnx, onnxscript and onnxruntime"
-        raise UserError(f"writing ONNX needs {needs}: pip install 'raylivecell[export]'") from error
+        packages = "onnx, onnxscript and onnxruntime"
+        raise UserError(f"writing ONNX needs {packages}: pip install 'raylivecell[export]'") from error
     buffer = io.BytesIO()
     names = {"input_names": [onnx_model.INPUT], "output_names": [onnx_model.OUTPUT]}
     torch.onnx.export(model, _example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]

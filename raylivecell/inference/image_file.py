@@ -1,4 +1,4 @@
-"""Segment one image file for `predict`, without Ray: its pictures, and its rows of the tables."""
+"""Segment one image file for `predict`, without Ray: output images, and rows of the tables."""
 
 import io
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class PredictJob:
 
 
 def load(job: PredictJob, device: str | None = None) -> Segmenter:
-    """The job's network, with its threshold."""
+    """Load the job's network, with the job's threshold."""
     network = segmenter.load(job.model, job.tta, device)
     if job.threshold is not None:
         network.config = network.config.model_copy(update={"threshold": job.threshold})
@@ -52,13 +52,13 @@ def load(job: PredictJob, device: str | None = None) -> Segmenter:
 
 
 def segment_file(job: PredictJob, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
-    """Segment an image and write its pictures.
+    """Segment an image file and write its output images.
 
     Args:
         job: the settings.
         network: from `load`.
         file: path of the image in `job.root`.
-        name: path of its outputs without suffix.
+        name: path of its output images without suffix.
         version: `results.version` of the image.
     """
     try:
@@ -90,7 +90,7 @@ def segment_file(job: PredictJob, network: Segmenter, file: str, name: str, vers
     if "cells" in job.write:
         table = measure.lines(file, measure.measure(cells.labels, image), cells.scores)
     if "coco" in job.write:
-        # `evaluate --predictions` identifies the image by its path: its number in the annotation file is another.
+        # `evaluate --predictions` identifies the image by its path: its id in an annotation file is a different one.
         detections = average_precision.results(0, rle.encode(cells.labels), cells.scores)
         records = [results.record({**detection, "file_name": file}) for detection in detections]
     return ImageResult(row, table, records)
@@ -101,9 +101,9 @@ def _one_line(error: Exception) -> str:
 
 
 def label_tiff(labels: NDArray[np.int32]) -> bytes:
-    """Encode labels (H, W) as a TIFF: grayscale, deflated, uint16 with ImageJ's metadata.
+    """Encode labels (H, W) as a TIFF: grayscale, deflate compression, uint16 with ImageJ's metadata.
 
-    Above 65,535 cells uint32 without that metadata: ImageJ has no such type and would read the numbers as floats.
+    Above 65,535 cells uint32 without that metadata: ImageJ has no such type and would read the labels as floats.
     """
     deep = labels.max(initial=0) > np.iinfo(np.uint16).max
     buffer = io.BytesIO()
@@ -119,4 +119,4 @@ PICTURES: dict[str, tuple[str, Callable[[NDArray[np.uint8], Cells], bytes]]] = {
     "masks": (".png", lambda _, cells: overlay.png(cells.foreground.astype(np.uint8) * 255)),
     "overlays": (".png", lambda image, cells: overlay.png(overlay.outlined(image, cells.labels))),
 }
-"""Outputs with one file per image, in a folder of their name: suffix, and encoder of an image (H, W) and its cells."""
+"""Outputs with one file per image, in the folder of that name: suffix, and encoder of an image (H, W) and its cells."""

@@ -1,4 +1,4 @@
-"""A network in an ONNX file, run by onnxruntime on the CPU: no torch."""
+"""Run a network from an ONNX file with onnxruntime on the CPU, without torch."""
 
 import os
 from typing import Any
@@ -14,11 +14,11 @@ from raylivecell.targets.registry import NAMES, Targets
 
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"
-"""Key of the version in the file's metadata; `export.ABOUT` lists the others."""
+"""Metadata key of raylivecell's version; `export.ABOUT` lists all keys."""
 
 
 class OnnxModel:
-    """A network in an ONNX file, from `load`."""
+    """A network loaded from an ONNX file by `load`."""
 
     def __init__(self, session: Any, about: dict[str, str]) -> None:
         self.session, self.about = session, about
@@ -36,7 +36,7 @@ class OnnxModel:
 
 
 def load(uri: str) -> OnnxModel:
-    """The network in the file at `uri`; UserError if `raylivecell export` did not write it."""
+    """Load the network in the file at `uri`; UserError if `raylivecell export` did not write it."""
     data = _read(uri)
     try:
         import onnxruntime
@@ -44,17 +44,17 @@ def load(uri: str) -> OnnxModel:
         raise UserError("ONNX files need onnxruntime: pip install 'raylivecell[export]'") from error
     try:
         options = onnxruntime.SessionOptions()
-        # Ray sets this variable to the CPUs of the process; 0: all of the machine.
+        # Ray sets this variable to the number of the process's CPUs; 0: all CPUs of the machine.
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own errors have no common public base
-        raise UserError(f"{uri} is no ONNX file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{uri} is not an ONNX file: {str(error).splitlines()[0]}") from error
     about = session.get_modelmeta().custom_metadata_map
     if MARK not in about:
-        raise UserError(f"{uri} was not written by `raylivecell export`: export a checkpoint to get one")
+        raise UserError(f"{uri} was not written by `raylivecell export`; export a checkpoint with it")
     with storage.validating(uri, "export the checkpoint again"):
         if about["targets"] not in NAMES:
-            raise UserError(f"{uri} is of raylivecell {about[MARK]}, with targets {about['targets']}: update this one")
+            raise UserError(f"{uri} needs raylivecell {about[MARK]} for targets {about['targets']}; update raylivecell")
         if [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())] != [INPUT, OUTPUT]:
             raise ValueError(f"its input and output are not {INPUT} and {OUTPUT}")
         return OnnxModel(session, about)

@@ -1,12 +1,12 @@
-"""Segment a folder or an S3 prefix of images, of any size, by Ray Data batch inference.
+"""Segment a folder or an S3 prefix of images of any size, by Ray Data batch inference.
 
-1. The files are listed; those that an earlier run into the same folder has segmented are skipped.
-2. A pool of actors, each with the network loaded once, segments block after block: on GPUs if there are any, else on
-   the cluster's CPUs. An actor writes an image's pictures, then its result file.
-3. The driver merges the result files into the tables: it holds one image's cells at a time.
+1. The files are listed; those that an earlier run with the same output folder has segmented are skipped.
+2. A pool of actors, each with the network loaded once, segments the images in blocks, on the cluster's GPUs if it has
+   any, else on its CPUs. An actor writes an image's output images, then its result file.
+3. The driver merges the result files into the tables, with the cells of one image in memory at a time.
 
-The tables depend only on the model, the settings and the images: not on how often the run was killed, nor on the order
-in which images were segmented. Pictures are never deleted: those of images that no longer exist remain.
+The tables depend only on the model, the settings and the images, not on kills or the order in which images were
+segmented. Output images are never deleted: those of images that no longer exist remain.
 """
 
 import hashlib
@@ -49,37 +49,37 @@ def predict(
 
     Written into `out`, where NAME is an image's path without its suffix (`output_names`):
 
-        labels/NAME.tif     each cell's number, 0 background (`image_file.label_tiff`)
-        masks/NAME.png      255 where the foreground's probability is over the threshold, else 0
-        overlays/NAME.png   the image with each cell's outline
+        labels/NAME.tif     label image: 1 to N for cells, 0 for background (`image_file.label_tiff`)
+        masks/NAME.png      255 where the foreground probability is above the threshold, else 0
+        overlays/NAME.png   the image with outlines of the cells
         cells.csv           one row per cell (`measure.Measurements`)
         coco.json           the cells as COCO results; image_id as in images.csv
-        images.csv          one row per image: cells, confluence (share of its own pixels, without padding, in cells,
-                            0 to 1), what is unusual about it (`warning`), or its error
+        images.csv          one row per image: cells, confluence (fraction of its pixels, without padding, in cells,
+                            0 to 1), warnings about unusual properties (`warning`), or its error
         predict.json, recipe.yaml    the settings; the recipe of the network
 
-    Stored pixel values are converted to the network's 8-bit scale by the intensity rule of its training set
+    Stored pixel values are converted to the network's 8-bit scale by the intensity rule of its training dataset
     (`intensity`). An image whose background is outside the range of the training images is scaled first (`gain` in
     images.csv) and has a warning; a black, constant or saturated one has 0 cells and a warning. Colour images are
-    reduced to luma. An image that cannot be read is listed in images.csv and does not stop the run. An image counts as
-    done while its size and modification time are unchanged; the tables hold only images that exist.
+    reduced to luma. An unreadable image is listed in images.csv and does not stop the run. An image is skipped while
+    its size and modification time are unchanged; the tables list only images that exist.
 
     Args:
-        model_uri: a checkpoint's folder, a run's (then its best), or an .onnx file, which needs no torch.
+        model_uri: folder of a checkpoint, of a run (for its best), or an .onnx file, which needs no torch.
         images_uri: a folder, searched recursively, or one image file: TIFF, PNG, JPEG or BMP.
-        out: URI of a folder, in which pictures have the same relative paths as the images in theirs.
+        out: URI of a folder, in which output images have the same relative paths as the input images.
         write: outputs to write in addition to images.csv.
         tta: average over the image and its three flips.
-        threshold: a pixel is foreground if its probability is over it; default: the model's.
-        overwrite: delete what an earlier run wrote into `out`.
-        follow_links: follow links that lead out of the folder to any file.
+        threshold: lower limit of the probability of foreground pixels; default: the model's.
+        overwrite: delete the results of an earlier run in `out`.
+        follow_links: also follow links to files outside the folder.
 
     Returns:
         {"images", "segmented", "cells", "confluence" (mean over images), "failed": [{"file", "error"}], "seconds",
         "out"}.
 
     Raises:
-        UserError: no model; no image, or none that can be read; `out` holds results of other settings.
+        UserError: no model; no readable image; `out` contains results of other settings.
     """
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: give a probability between 0 and 1, such as 0.5")
@@ -101,7 +101,7 @@ def predict(
         "intensity": network.intensity.model_dump(mode="json"),
         "raylivecell": __version__,
     }
-    _initialise(out, settings, overwrite)  # before the work: fails early if `out` cannot be written
+    _initialise(out, settings, overwrite)  # fails early if `out` is not writable
     if not storage.exists(storage.join(out, RECIPE)):
         storage.write_bytes(storage.join(out, RECIPE), network.recipe.encode())
     _segment(job, files)
@@ -109,7 +109,7 @@ def predict(
 
 
 def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, dict[str, pafs.FileInfo]]:
-    """The folder of the images, and the images by relative path, sorted; without files in `out`, which are results."""
+    """The folder of the images, and the images by relative path, sorted; without files in `out`, which are outputs."""
     filesystem, path = storage.open_uri(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.File:
@@ -128,13 +128,13 @@ def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
 
 
 def _initialise(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """Write the settings into `out`; UserError if it holds results of other settings. Models compare by checksum."""
+    """Write the settings into `out`; UserError if it contains results of others. Models are compared by checksum."""
     uri = storage.join(out, SETTINGS)
     written = (results.IMAGES, results.FOLDER, *PICTURES, results.CELLS, results.COCO, RECIPE)
     if not storage.exists(uri):
-        foreign = sorted(set(written) & set(storage.list_names(out)))
-        if foreign:
-            raise UserError(f"{out} holds {', '.join(foreign)}, and no {SETTINGS} of `predict`; choose another --out")
+        existing = sorted(set(written) & set(storage.list_names(out)))
+        if existing:
+            raise UserError(f"{out} contains {', '.join(existing)} but no `predict` {SETTINGS}; choose another --out")
     elif overwrite:
         for name in (*written, SETTINGS):  # images.csv, which marks the run as complete, first; the settings last
             storage.delete(storage.join(out, name))
@@ -143,21 +143,21 @@ def _initialise(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
             old, new = ({**values, "model": values["model"]["sha256"]} for values in (storage.read_json(uri), settings))
         if changed := [name for name in new if old.get(name) != new[name]]:
             raise UserError(
-                f"{out} holds results of other settings ({', '.join(changed)}); choose another --out, or --overwrite "
-                "them"
+                f"{out} contains results of other settings ({', '.join(changed)}); choose another --out, or "
+                "--overwrite them"
             )
         return
     storage.write_json(uri, settings)
 
 
 def _segment(job: PredictJob, files: Mapping[str, pafs.FileInfo]) -> None:
-    """Segment the files without a result, and write the tables."""
+    """Segment the files that have no result, and write the tables."""
     names = dict(zip(files, output_names(list(files))))
     versions = {file: results.version(file, names[file], info.size, info.mtime_ns) for file, info in files.items()}
     if not results.is_complete(job.out, versions):
         pending = results.pending(job.out, versions)
         if len(pending) < len(files):
-            console.print(f"{len(files) - len(pending)} of {len(files)} images are segmented already", markup=False)
+            console.print(f"{len(files) - len(pending)} of {len(files)} images were segmented before", markup=False)
         if pending:
             session.connect()
             arguments = {
@@ -171,11 +171,10 @@ def _segment(job: PredictJob, files: Mapping[str, pafs.FileInfo]) -> None:
 
 
 def output_names(files: Sequence[str]) -> list[str]:
-    """The path of each file's outputs: its own path without the suffix.
+    """Output path of each file: its path without the suffix, or with it for all files if any outputs would collide.
 
-    All files keep their suffix if two would share a name (a.tif and a.png, or A.tif and a.tif on a disk that ignores
-    case or Unicode normalisation), or if one would have the name of another's folder (a.png and a.tif/b.png), so that
-    the names of one run follow one rule.
+    Outputs collide if two have the same name (a.tif and a.png, or A.tif and a.tif on a disk that ignores case or
+    Unicode normalisation), or if one has the name of another's folder (a.png and a.tif/b.png).
     """
     short = [posixpath.splitext(file)[0] for file in files]
     normalised = [unicodedata.normalize("NFC", name).casefold() for name in short]
@@ -188,7 +187,7 @@ def output_names(files: Sequence[str]) -> list[str]:
 
 
 class _Predictor:
-    """Actor with a network: segments the images at the given paths and writes their results."""
+    """Actor with a network: segments images by their paths and writes the results."""
 
     def __init__(self, job: PredictJob, names: Mapping[str, str], versions: Mapping[str, str]) -> None:
         actors.use_threads(job.with_torch)
@@ -203,7 +202,7 @@ class _Predictor:
 
 
 def _summary(out: str, images_uri: str) -> dict[str, Any]:
-    """Totals of images.csv, also printed; UserError if no image could be read."""
+    """Compute and print totals of images.csv; UserError if no image could be read."""
     confluences, failed, cells = [], [], 0
     warnings: dict[str, list[str]] = {}
     for row in results.rows(out):

@@ -1,12 +1,12 @@
-"""Results of `predict`: a file for each image, and the tables merged from them in bounded memory.
+"""Results of `predict`: one file per image, and the tables merged from them in bounded memory.
 
-    .parts/KEY.json    an image's row, cells and COCO records, written after its pictures
+    .parts/KEY.json    an image's row, cells and COCO records, written after its output images
     .parts/before/     tables of an earlier complete run, whose images are not segmented again
     images.csv         one row per image, written last: its presence means that all tables are complete
     cells.csv          one row per cell
     coco.json          a list of COCO results, one line per cell
 
-A run killed at any moment can be resumed: `pending` lists the images left, `merge` writes the same tables.
+A run killed at any time can be resumed: `pending` lists the remaining images, `merge` writes the same tables.
 """
 
 import csv
@@ -26,15 +26,15 @@ from raylivecell.core import storage
 FOLDER, PREVIOUS = ".parts", ".parts/before"
 IMAGES, CELLS, COCO = "images.csv", "cells.csv", "coco.json"
 FORMAT = 2
-"""Format version of result files; results and tables of another version are not used."""
+"""Format version of result files; results and tables of other versions are ignored."""
 READ_AHEAD = 16
-"""Result files read concurrently: each request to an object store takes some 20 ms."""
+"""Result files read concurrently: each request to an object store takes about 20 ms."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class ImageRow(NamedTuple):
-    """A row of images.csv; None: an empty field. Of an image that cannot be read `file`, `error`, maybe `version`."""
+    """A row of images.csv; None: empty. Of an unreadable image: `file`, `image_id`, `error`, maybe `version`."""
 
     file: str
     image_id: int | None = None
@@ -50,7 +50,7 @@ class ImageRow(NamedTuple):
     warning: str | None = None
     error: str | None = None
     version: str | None = None
-    """Identifies the version of the file that was segmented, as `version`."""
+    """`version` of the segmented file."""
 
 
 REQUIRED = ("file", "image_id", "cells", "confluence", "error", "version")
@@ -64,11 +64,11 @@ class ImageResult(NamedTuple):
     """The rows of one image in the tables."""
 
     row: ImageRow
-    """Its image_id is set by `merge`."""
+    """`merge` sets its image_id."""
     cells: str = ""
     """Lines of cells.csv."""
     records: Sequence[str] = ()
-    """COCO results as JSON, each without its image_id and its opening brace."""
+    """COCO results as JSON, each without image_id and opening brace."""
 
 
 def version(file: str, name: str, size: int, changed: Any) -> str:
@@ -77,13 +77,13 @@ def version(file: str, name: str, size: int, changed: Any) -> str:
 
 
 def is_complete(out: str, versions: Mapping[str, str]) -> bool:
-    """Whether the tables in `out` hold exactly these images, file -> version."""
+    """Whether the tables in `out` list exactly the images of `versions`, file -> version."""
     uri = storage.join(out, IMAGES)
     return storage.exists(uri) and {row.file: row.version for row in _read_rows(uri)} == dict(versions)
 
 
 def pending(out: str, versions: Mapping[str, str]) -> list[str]:
-    """Files of `versions` that have no result yet; archives an earlier run's tables in `out`."""
+    """Archive an earlier run's tables in `out`, and list the files of `versions` that have no result yet."""
     _archive_previous(out)
     finished: set[str | None] = {*_finished_versions(out)}
     previous = storage.join(out, PREVIOUS, IMAGES)
@@ -95,8 +95,8 @@ def pending(out: str, versions: Mapping[str, str]) -> list[str]:
 def _archive_previous(out: str) -> None:
     """Move the tables of a complete run to `PREVIOUS`; if killed between two moves, the next call resumes.
 
-    images.csv, which marks the tables as complete, is moved first: without it, every table in `out` is archived or
-    about to be rewritten.
+    images.csv, which marks the tables as complete, is moved first: without it, the other tables in `out` are still to
+    be archived or rewritten.
     """
     previous = storage.join(out, PREVIOUS)
     if storage.exists(storage.join(out, IMAGES)):
@@ -122,18 +122,18 @@ def write(out: str, version: str, result: ImageResult) -> None:
 
 
 def record(result: Mapping[str, Any]) -> str:
-    """A COCO result as `ImageResult.records` holds it."""
+    """Encode a COCO result for `ImageResult.records`."""
     return json.dumps({name: value for name, value in result.items() if name != "image_id"})[1:]
 
 
 def merge(out: str, versions: Mapping[str, str], tables: Collection[str]) -> None:
-    """Write images.csv, and of `cells` and `coco` those in `tables`, in the order of `versions`: by file name."""
+    """Write images.csv, and cells.csv and coco.json if in `tables`, in the order of `versions`: by file name."""
     with ExitStack() as stack:
 
         def open_table(name: str) -> IO[bytes]:
             return stack.enter_context(storage.writing(storage.join(out, name)))
 
-        images = open_table(IMAGES)  # opened first, closed last: complete after the others
+        images = open_table(IMAGES)  # opened first, so closed last: complete after the other tables
         cells = open_table(CELLS) if "cells" in tables else None
         coco = open_table(COCO) if "coco" in tables else None
         images.write(_csv([ImageRow._fields]).encode())
@@ -153,7 +153,7 @@ def merge(out: str, versions: Mapping[str, str], tables: Collection[str]) -> Non
 
 
 def _read_results(out: str, versions: Mapping[str, str]) -> Iterator[ImageResult]:
-    """The result of each image, in order: from its own file, else from the previous run's tables."""
+    """The result of each image, in order: from its result file, else from the previous run's tables."""
     finished = _finished_versions(out)
     previous = _previous_results(storage.join(out, PREVIOUS))
 
@@ -161,21 +161,21 @@ def _read_results(out: str, versions: Mapping[str, str]) -> Iterator[ImageResult
         if versions[file] not in finished:
             return None
         uri = storage.join(out, FOLDER, f"{versions[file]}.json")
-        with storage.validating(uri, "delete it, and its image is segmented again"):
+        with storage.validating(uri, "delete it, to segment its image again"):
             row, cells, records = storage.read_json(uri)
             if row["file"] != file or not all(isinstance(text, str) for text in (cells, *records)):
                 raise ValueError(f"not the result of {file}")
             return ImageResult(ImageRow(**row), cells, records)
 
-    for file, own in zip(versions, _read_ahead(read, versions)):
-        result = own or next((result for result in previous if result.row.file == file), None)
+    for file, new in zip(versions, _read_ahead(read, versions)):
+        result = new or next((result for result in previous if result.row.file == file), None)
         if result is None:
-            raise RuntimeError(f"the result of {file} is lost; start again with --overwrite")
+            raise RuntimeError(f"the result of {file} is missing; start again with --overwrite")
         yield result
 
 
 def _read_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function` of each item, in order, `READ_AHEAD` of them running in threads."""
+    """Map `function` over items in order, with `READ_AHEAD` threads."""
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         futures: deque[Future[Result]] = deque()
         for item in items:
@@ -187,7 +187,7 @@ def _read_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> It
 
 
 def _previous_results(folder: str) -> Iterator[ImageResult]:
-    """Results in the tables of `folder`, in their order; nothing if there are no tables."""
+    """Results in the tables of `folder`, in order; none without tables."""
     if not storage.exists(storage.join(folder, IMAGES)):
         return
     cells = _GroupReader(csv.reader(_body_lines(folder, CELLS)), lambda cell: cell[0])
@@ -198,7 +198,7 @@ def _previous_results(folder: str) -> Iterator[ImageResult]:
 
 
 class _GroupReader(Generic[Item]):
-    """Reads runs of consecutive items with the same key, requested in the order of the keys."""
+    """Reads groups of consecutive items with equal keys; must be called in the order of the keys."""
 
     def __init__(self, items: Iterable[Item], key: Callable[[Item], str]) -> None:
         self.groups = groupby(items, key)
@@ -213,7 +213,7 @@ class _GroupReader(Generic[Item]):
 
 
 def _body_lines(folder: str, name: str) -> Iterator[str]:
-    """The lines of a table after its first; nothing if there is no such table."""
+    """The lines of a table after its first; none without such a table."""
     uri = storage.join(folder, name)
     if storage.exists(uri):
         lines = iter(_open_text(uri))
@@ -222,7 +222,7 @@ def _body_lines(folder: str, name: str) -> Iterator[str]:
 
 
 def rows(out: str) -> Iterator[ImageRow]:
-    """images.csv, row by row."""
+    """Iterate over the rows of images.csv."""
     return _read_rows(storage.join(out, IMAGES))
 
 

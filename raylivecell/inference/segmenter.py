@@ -1,4 +1,4 @@
-"""A trained network on images in this process, without a cluster: for notebooks, and for the actors of `predict`.
+"""Segment images with a trained network in this process, without a cluster: in notebooks, and in `predict`'s actors.
 
     model = raylivecell.load("runs/cells")
     cells = model.segment("well_A1.tif")  # or its pixels as stored, uint8 or uint16 (H, W)
@@ -36,9 +36,9 @@ class Cells(NamedTuple):
     scores: NDArray[np.float64]
     """(N,), 0 to 1: each cell's mean foreground probability."""
     foreground: NDArray[np.bool_]
-    """(H, W): where the foreground probability is over `InstanceConfig.threshold`; never in padding."""
+    """(H, W): where the foreground probability is above `InstanceConfig.threshold`; never in padding."""
     warnings: tuple[str, ...] = ()
-    """Unusual properties of the image for this network: a kind, a colon, and the figures."""
+    """Properties of the image that are unusual for this network, as "KIND: FIGURES"."""
 
 
 class Segmenter:
@@ -56,15 +56,16 @@ class Segmenter:
         self.intensity = rule or LIVECELL
 
     def segment(self, image: Grey | str | Path) -> Cells:
-        """The cells of a grey image of any size.
+        """Segment a grey image of any size.
 
         Args:
             image: pixels as stored in the file, uint8 or uint16 (H, W), or the path or URI of an image file. The
-                network's intensity rule converts them to its scale: do not scale them first.
+                network's intensity rule converts them to its scale: do not rescale them.
 
         Raises:
-            TypeError, ValueError: anything else.
-            UserError: a file that is not an image.
+            TypeError: neither an array nor a path.
+            ValueError: an array of another type or shape.
+            UserError: no such file, or not an image.
         """
         return self.segment_frame(self.frame(image))
 
@@ -79,9 +80,9 @@ class Segmenter:
         return intensity.to_uint8(image.astype(image.dtype.newbyteorder("="), copy=False), self.intensity)
 
     def segment_frame(self, frame: Frame) -> Cells:
-        """The cells of an image on the network's scale; none in padding, and none if the frame is not usable.
+        """Segment an image on the network's scale; no cells in padding, or in an unusable frame.
 
-        Up to `windows.WHOLE_PIXELS` in one pass; larger images in overlapping windows, in bounded memory.
+        Images of up to `windows.WHOLE_PIXELS` in one pass; larger ones in overlapping windows, in bounded memory.
         """
         if not frame.usable:
             labels = np.zeros(frame.levels.shape, np.int32)
@@ -90,8 +91,8 @@ class Segmenter:
             cells = self._cells(frame.levels)
         else:
             cells = self._cells_without_padding(frame.levels, frame.padding)
-        share = float(cells.foreground.sum()) / frame.own_pixels
-        return cells._replace(warnings=(*frame.warnings, *intensity.foreground_warning(share, self.intensity)))
+        fraction = float(cells.foreground.sum()) / frame.own_pixels
+        return cells._replace(warnings=(*frame.warnings, *intensity.foreground_warning(fraction, self.intensity)))
 
     def _cells(self, image: NDArray[np.uint8]) -> Cells:
         if image.size > windows.WHOLE_PIXELS:
@@ -99,11 +100,11 @@ class Segmenter:
         return self._cells_of_maps(self.network(image))
 
     def _cells_without_padding(self, image: NDArray[np.uint8], padding: NDArray[np.bool_]) -> Cells:
-        """The cells of an image whose padding is hidden from the network, as in `forward.logits_of_picture`."""
-        window, picture = grey_levels.without_padding(image, padding)
-        if picture.size > windows.WHOLE_PIXELS:
-            return _mask_padding(_embed(self._cells(picture), window, image.shape), padding, self.config.min_area)
-        window_maps = self.network(picture)
+        """Segment an image whose padding is hidden from the network, as in `forward.logits_of_picture`."""
+        window, content = grey_levels.without_padding(image, padding)
+        if content.size > windows.WHOLE_PIXELS:
+            return _mask_padding(_embed(self._cells(content), window, image.shape), padding, self.config.min_area)
+        window_maps = self.network(content)
         maps = np.zeros((len(window_maps), *image.shape), np.float32)
         maps[(slice(None), *window)] = window_maps
         maps[:, padding] = 0
@@ -121,20 +122,20 @@ def _embed(cells: Cells, window: tuple[slice, slice], shape: tuple[int, ...]) ->
     return Cells(labels, cells.scores, foreground)
 
 
-def _mask_padding(cells: Cells, padding: NDArray[np.bool_], smallest: int) -> Cells:
-    """Remove pixels in padding, and cells with fewer than `smallest` pixels left."""
+def _mask_padding(cells: Cells, padding: NDArray[np.bool_], min_area: int) -> Cells:
+    """Remove pixels in padding, and cells with fewer than `min_area` remaining pixels."""
     labels = np.where(padding, 0, cells.labels)
-    keep = np.bincount(labels.ravel(), minlength=len(cells.scores) + 1) >= max(1, smallest)
+    keep = np.bincount(labels.ravel(), minlength=len(cells.scores) + 1) >= max(1, min_area)
     keep[0] = False
-    numbers = np.where(keep, np.cumsum(keep), 0).astype(np.int32)
-    return Cells(numbers[labels], cells.scores[keep[1:]], cells.foreground & ~padding)
+    new_labels = np.where(keep, np.cumsum(keep), 0).astype(np.int32)
+    return Cells(new_labels[labels], cells.scores[keep[1:]], cells.foreground & ~padding)
 
 
 def _read(uri: str) -> Grey:
     try:
         return formats.decode(storage.read_bytes(storage.absolute(uri))).pixels
     except FileNotFoundError as error:
-        raise UserError(f"no image file at {uri}; give its path, or its pixels") from error
+        raise UserError(f"no image file at {uri}; give the path of one, or an array") from error
     except formats.UnreadableImageError as error:
         raise UserError(f"{uri}: {error}") from error
 
@@ -148,14 +149,14 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
         device: torch's device; default: cuda if available. ONNX runs on the CPU.
 
     Raises:
-        UserError: no network there, or not one of raylivecell.
+        UserError: no network there, or not one written by raylivecell.
     """
     if str(uri).endswith(ONNX):
         from raylivecell.inference.onnx_model import load as load_onnx
 
-        file = load_onnx(str(uri))
-        network = _flipped(file.maps) if flips else file.maps
-        return Segmenter(network, file.targets, InstanceConfig(**file.thresholds), file.recipe_text, file.intensity)
+        onnx = load_onnx(str(uri))
+        network = _flipped(onnx.maps) if flips else onnx.maps
+        return Segmenter(network, onnx.targets, InstanceConfig(**onnx.thresholds), onnx.recipe_text, onnx.intensity)
     import torch
 
     from raylivecell import recipe
@@ -175,7 +176,7 @@ def load(uri: str, flips: bool = False, device: str | None = None) -> Segmenter:
 
 
 def intensity_rule(uri: str) -> Intensity:
-    """The intensity rule of the dataset, checkpoint, run or ONNX file at `uri`; UserError if there is none."""
+    """Load the intensity rule of the dataset, checkpoint, run or ONNX file at `uri`; UserError for anything else."""
     uri = storage.absolute(uri).rstrip("/")
     if uri.endswith(ONNX):
         from raylivecell.inference.onnx_model import load as load_onnx
@@ -192,6 +193,8 @@ def intensity_rule(uri: str) -> Intensity:
 
 
 def _flipped(network: Callable[[NDArray[np.uint8]], Maps]) -> Callable[[NDArray[np.uint8]], Maps]:
+    """Wrap `network` to average its maps over the image and its three flips."""
+
     def mean(image: NDArray[np.uint8]) -> Maps:
         maps = [network(np.ascontiguousarray(image[::y, ::x]))[:, ::y, ::x] for y in (1, -1) for x in (1, -1)]
         return np.mean(maps, axis=0, dtype=np.float32)

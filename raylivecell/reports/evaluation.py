@@ -1,7 +1,7 @@
 """report.html of an evaluation: scores by cell type, and each type's best, median and worst image.
 
-A picture shows an image three times: with outlines of the true cells, with outlines of the predicted cells, and with
-the errors in colour. A cell is right if its IoU with a true cell is at least 0.5, the threshold of SA50 and AP50.
+Each figure has three panels: outlines of the true cells, outlines of the predicted cells, and the errors in colour.
+A predicted cell is correct if its IoU with a true cell is at least 0.5, the threshold of SA50 and AP50.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,12 +33,12 @@ COLUMNS = (
     ("confluence_error", "confluence error"),
 )
 MIN_IOU = 0.5
-"""IoU from which a cell is right."""
+"""Lowest IoU of a correct cell."""
 JPEG_QUALITY = 88
 
 
 def chosen(per_image: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Item and title of each picture: the best, median and worst image of each cell type by mSA."""
+    """Map item -> title of the images to show: best, median and worst of each cell type by mSA."""
     titles: dict[int, str] = {}
     for kind in sorted({row["cell_type"] for row in per_image}):
         rows = sorted((row for row in per_image if row["cell_type"] == kind), key=lambda row: row["msa"])
@@ -56,7 +56,7 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Map
         out: URI of a folder.
         result: content of metrics.json.
         rows: rows of the split, in the order of items.
-        predictions: of the images in `chosen`, by item.
+        predictions: item -> prediction, for the images in `chosen`.
     """
     pictures = []
     for item, title in chosen(result["per_image"]).items():
@@ -78,7 +78,7 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Map
 
 
 def _origin(result: Result) -> str:
-    """What was scored, with which settings, and when, in one line."""
+    """Describe in one line the scored model or file, the settings, the version and the date."""
     scored = result.get("checkpoint") or result["predictions"]
     settings = [f"{name} {value}" for name, value in result.get("thresholds", {}).items()]
     settings += ["averaged over flips"] if result.get("tta") else []
@@ -93,17 +93,17 @@ def panels(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[An
 
 
 def errors(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:
-    """The image with right cells' edges, wrong and missed cells in colour, RGB uint8 (H, W, 3)."""
-    right, hit = _matched(prediction, truth)
+    """The image with edges of correct cells, and with wrong and missed cells in colour, RGB uint8 (H, W, 3)."""
+    correct, detected = _matched(prediction, truth)
     canvas = np.repeat(image[..., None], 3, axis=2)
-    tint(canvas, (truth != 0) & ~hit, MISSED)
-    tint(canvas, (prediction != 0) & ~right, FALSE)
-    canvas[edges(np.where(right, prediction, 0))] = FOUND
+    tint(canvas, (truth != 0) & ~detected, MISSED)
+    tint(canvas, (prediction != 0) & ~correct, FALSE)
+    canvas[edges(np.where(correct, prediction, 0))] = FOUND
     return canvas
 
 
 def _matched(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Masks of the predicted cells that are right, and of the true cells that are found."""
+    """Masks of the correct predicted cells and of the detected true cells."""
     pairs = instance_scores.overlaps(prediction, truth)
     matched = pairs.iou >= MIN_IOU
     predicted, true = (np.unique(labels[labels != 0]) for labels in (prediction, truth))
@@ -119,7 +119,7 @@ def jpeg(image: NDArray[np.uint8]) -> bytes:
 
 
 def _stem(title: str) -> str:
-    """File stem of a picture from its title, such as `A172-best`."""
+    """File stem of an image from its title, such as `A172-best`."""
     kind, _, rest = title.partition(", ")
     return f"{kind}-{rest.split(':', 1)[0]}".replace("/", "_")
 
@@ -137,8 +137,8 @@ def _table(result: Result) -> page.Table:
 
 def _with_interval(values: Result, name: str) -> str:
     interval = values["intervals"].get(name)
-    spread = f" ({_value(interval[0])} to {_value(interval[1])})" if interval else ""
-    return _value(values[name]) + spread
+    limits = f" ({_value(interval[0])} to {_value(interval[1])})" if interval else ""
+    return _value(values[name]) + limits
 
 
 def _value(value: float | None) -> str:

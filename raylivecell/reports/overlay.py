@@ -1,6 +1,6 @@
-"""Draw masks and cells on images: outlines of cells, or the agreement of a prediction with the truth in colours.
+"""Draw masks and cells on images: outlines of cells, or a prediction's agreement with the ground truth in colour.
 
-The colours are near Okabe and Ito's (2008) and differ in lightness, too: distinguishable with every common form of
+The colours are close to Okabe and Ito's (2008) and also differ in lightness: distinguishable with every common form of
 colour blindness, and on LIVECell's mid-gray background.
 """
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 Rgb = tuple[int, int, int]
 FOUND: Rgb = (40, 222, 165)
-"""Bluish green: edge of the pixels that are cell in truth and prediction."""
+"""Bluish green: edge of the true positive pixels."""
 FALSE: Rgb = (230, 85, 0)
-"""Vermilion: predicted, but not cell."""
+"""Vermilion: false positive."""
 MISSED: Rgb = (0, 90, 230)
-"""Blue: cell, but not predicted."""
+"""Blue: false negative."""
 LEGEND = (("found (edge)", FOUND), ("predicted, not cell", FALSE), ("cell, not predicted", MISSED))
 OUTLINES: tuple[Rgb, ...] = (
     (240, 228, 66),
@@ -26,15 +26,15 @@ OUTLINES: tuple[Rgb, ...] = (
     (255, 140, 215),
     (255, 255, 255),
 )
-"""Yellow, sky blue, orange, green, pink, white: cells' outlines; neighbours differ. Most cells are yellow or blue."""
+"""Outline colours: yellow, sky blue, orange, green, pink, white. Most cells are yellow or blue; neighbours differ."""
 NEAR = 2
-"""Cells are neighbours if at most this number of pixels is between them."""
-BAND = 1024  # rows processed at once: a complete mosaic would need 12 bytes per pixel
+"""Largest distance of neighbouring cells: pixels between them."""
+BAND = 1024  # rows processed at once: an entire mosaic would need 12 bytes per pixel
 TINT = 0.55  # weight of the colour in a tinted pixel: the image stays visible
 
 
 def overlay(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:
-    """Draw the agreement of two masks on an image (`LEGEND`), RGB uint8 (H, W, 3).
+    """Draw the agreement of two masks on an image, in the colours of `LEGEND`; RGB uint8 (H, W, 3).
 
     Args:
         image: uint8 (H, W).
@@ -64,12 +64,12 @@ def outlined(image: NDArray[np.uint8], labels: NDArray[Any]) -> NDArray[np.uint8
 
 
 def edges(labels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Pixels of cells with a 4-neighbour of another label, bool (H, W); the image's border does not count."""
+    """Pixels of cells with a 4-neighbour of another label, bool (H, W); the image's border is not an edge."""
     edge = np.zeros(labels.shape, np.bool_)
-    for here, there in (np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1]):
-        differ = labels[here] != labels[there]
-        edge[here] |= differ
-        edge[there] |= differ
+    for current, previous in (np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1]):
+        differ = labels[current] != labels[previous]
+        edge[current] |= differ
+        edge[previous] |= differ
     return edge & (labels != 0)
 
 
@@ -87,16 +87,16 @@ def png(image: NDArray[np.uint8]) -> bytes:
 
 
 def _colours(labels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Colour of each label as index into `OUTLINES`: the first that no neighbour with a lower label has.
+    """Greedy colouring: index into `OUTLINES` by label, the first unused by neighbours with a lower label.
 
-    If neighbours have all six, label modulo six: in a plane, more than six cells seldom meet.
+    If these use all six, label modulo six: more than six cells seldom meet.
     """
-    neighbours: list[list[int]] = [[] for _ in range(int(labels.max()) + 1)]
+    lower_neighbours: list[list[int]] = [[] for _ in range(int(labels.max()) + 1)]
     for low, high in _neighbours(labels).tolist():
-        neighbours[high].append(low)
-    colours = np.zeros(len(neighbours), np.uint8)
-    for label, others in enumerate(neighbours):
-        used = {int(colours[other]) for other in others}
+        lower_neighbours[high].append(low)
+    colours = np.zeros(len(lower_neighbours), np.uint8)
+    for label, neighbours in enumerate(lower_neighbours):
+        used = {int(colours[neighbour]) for neighbour in neighbours}
         free = (colour for colour in range(len(OUTLINES)) if colour not in used)
         colours[label] = next(free, label % len(OUTLINES))
     return colours
@@ -104,13 +104,13 @@ def _colours(labels: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _neighbours(labels: NDArray[Any]) -> NDArray[np.int64]:
     """Pairs of labels with `NEAR` pixels or fewer between them, the lower first, (N, 2)."""
-    reach = np.ones((NEAR + 2, NEAR + 2), np.uint8)
+    kernel = np.ones((NEAR + 2, NEAR + 2), np.uint8)
     codes = []
     for top in range(0, len(labels), BAND):
         plane = labels[top : top + BAND + NEAR + 1].astype(np.float32)
-        highest = cv2.dilate(plane, reach)
+        highest = cv2.dilate(plane, kernel)
         plane[plane == 0] = np.inf
-        lowest = cv2.erode(plane, reach)
+        lowest = cv2.erode(plane, kernel)
         mixed = lowest < highest
         codes.append(np.unique(lowest[mixed].astype(np.int64) << 32 | highest[mixed].astype(np.int64)))
     pairs = np.unique(np.concatenate(codes))

@@ -1,6 +1,6 @@
 """Render the HTML reports from templates/*.html.j2, and the tables and figures that all reports share.
 
-Each page is one file that loads nothing and runs no script. Jinja2 escapes every value.
+Each page is one file without scripts or external resources. Jinja2 escapes every value.
 """
 
 import base64
@@ -39,14 +39,14 @@ class Image(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cells of a table as text."""
+    """A table of text cells."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 def render(template: str, title: str, subtitle: str, **values: Any) -> bytes:
-    """Fill in templates/TEMPLATE.html.j2; UTF-8."""
+    """Render templates/TEMPLATE.html.j2 as UTF-8."""
     page = ENVIRONMENT.get_template(f"{template}.html.j2")
     return page.render(title=title, subtitle=subtitle, version=__version__, **values).encode()
 
@@ -81,20 +81,20 @@ def number(value: Any) -> str:
 
 
 def number_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Table:
-    """Table of `columns`, one line per row; a value that a row lacks stays empty."""
+    """Table of `columns`, one line per row; missing values are empty."""
     return Table(columns, [[number(row.get(name)) for name in columns] for row in rows])
 
 
 def duration(seconds: float) -> str:
     """Format hours and minutes, or minutes and seconds below one hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"
 
 
 def svg(figure: Figure) -> bytes:
     """Draw a figure as SVG; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    # Without a date and with fixed element ids, the same run gives the same bytes.
+    # No date, and fixed element ids.
     with matplotlib.rc_context({"svg.hashsalt": "raylivecell"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return buffer.getvalue()

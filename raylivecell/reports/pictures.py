@@ -1,4 +1,4 @@
-"""Pictures of samples: the image next to its segmentation, coloured by agreement with the ground truth, as PNG."""
+"""Samples as PNG: the image next to its segmentation, coloured by agreement with the ground truth."""
 
 import io
 from typing import Any
@@ -17,14 +17,14 @@ from raylivecell.scoring import pixel_scores
 
 
 def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
-    """Title and PNG of up to `count` evenly spaced images of a split: image next to ground truth and prediction."""
+    """Title and PNG (`panel`) of up to `count` evenly spaced images of a split."""
     rows = shards.list_rows(data, split)
     indices = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
     return [picture(network, rows[i], flips) for i in indices]
 
 
 def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
-    """Title (file, Dice, IoU) and PNG of one sample: the image next to ground truth and prediction."""
+    """Title (file, Dice, IoU) and PNG (`panel`) of one sample."""
     sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
     prediction = forward.logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
     counts = pixel_scores.as_counts([pixel_scores.mask_counts(prediction, sample["foreground"])])
@@ -33,20 +33,20 @@ def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[s
 
 
 def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], title: str = "") -> bytes:
-    """Draw the image next to its segmentation, with title and legend; PNG at the image's own scale.
+    """Draw the image next to its segmentation, with title and legend; PNG at the image's scale.
 
     Args:
         image: uint8 (H, W).
         truth: (H, W), cell where not 0.
         prediction: (H, W), cell where not 0.
-        title: one line; empty if the page shows the title itself.
+        title: one line; empty if the page shows it.
     """
     height, width = image.shape
-    across = max(width, 320)  # a narrower picture has no space for title and legend
+    panel_width = max(width, 320)  # space for title and legend
     gap, head, foot = 10, 34 if title else 0, 34
-    total_w, total_h = 2 * across + gap, head + height + foot
+    total_w, total_h = 2 * panel_width + gap, head + height + foot
     figure = Figure(figsize=(total_w / 100, total_h / 100), dpi=100)
-    for left, pixels in ((0, np.dstack([image] * 3)), (across + gap, overlay(image, truth, prediction))):
+    for left, pixels in ((0, np.dstack([image] * 3)), (panel_width + gap, overlay(image, truth, prediction))):
         axes = figure.add_axes((left / total_w, foot / total_h, width / total_w, height / total_h))
         axes.imshow(pixels, interpolation="nearest", aspect="auto")
         axes.axis("off")

@@ -1,4 +1,4 @@
-"""report.html of a training run: scores, curves, pictures, recipe, dataset and licence."""
+"""report.html of a training run: scores, curves, segmentations, recipe, dataset and licence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ),
     ("Learning rate", "", (("lr", "learning rate", "#0072B2"),)),
     ("Speed", "images/s", (("images_per_s", "images/s", "#0072B2"),)),
-    ("Time spent waiting for data", "share", (("data_wait_fraction", "waiting", "#D55E00"),)),
+    ("Time spent waiting for data", "fraction", (("data_wait_fraction", "waiting", "#D55E00"),)),
 )
 
 
@@ -51,7 +51,7 @@ def write_run_report(
         out_uri: the run's folder.
         recipe_yaml: the recipe as text.
         history: rows of the training loop, one per report, oldest first; `val_*` may be absent.
-        overlays: pictures with their titles.
+        overlays: titles and PNGs of segmentations.
         dataset: the dataset's `dataset.json`, or None.
     """
     columns = list(dict.fromkeys(name for row in history for name in row))
@@ -101,9 +101,9 @@ def headline(history: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def curves(history: Sequence[Row]) -> list[tuple[str, bytes]]:
-    """Title and SVG of each figure of `CURVES` for which the history has values.
+    """Title and SVG of each figure of `CURVES` with values in the history.
 
-    The x axis is the epoch if each report ends one, else the step.
+    The x axis is the epoch if every report has a different one, otherwise the step.
     """
     epochs = [row["epoch"] for row in history]
     axis = "epoch" if len(set(epochs)) == len(epochs) else "step"
@@ -118,7 +118,7 @@ def curves(history: Sequence[Row]) -> list[tuple[str, bytes]]:
 def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
     """Plot a line for each column, through the reports that have it."""
     figure, axes = page.axes_of()
-    marker = "o" if len(history) <= 30 else ""  # single points must show; hundreds would hide the line
+    marker = "o" if len(history) <= 30 else ""  # single points must be visible; hundreds would hide the line
     for column, name, colour in lines:
         points = [(row[axis], row[column]) for row in history if column in row]
         axes.plot(*zip(*points), color=colour, label=name, marker=marker, markersize=3, linewidth=1.6)

@@ -71,7 +71,7 @@ def save(
 
 
 def _tensor_names(model: nn.Module) -> list[str]:
-    """One name for each tensor in the network's state_dict: MONAI's DynUNet has two names for some modules."""
+    """One state_dict name per tensor: MONAI's DynUNet registers some modules under two names."""
     state_dict = model.state_dict()
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # without duplicates
     return [name for name in names if name in state_dict]  # without non-persistent buffers
@@ -90,11 +90,11 @@ def load_training(folder: str) -> tuple[dict[str, Any], Progress]:
     try:
         with zipfile.ZipFile(data) as members:  # torch.load also reads older formats and unpacks zip bombs
             if any(member.file_size > member.compress_size for member in members.infolist()):
-                raise UserError(f"{folder}/{TRAINING} is compressed, which no checkpoint is; resume from another one")
+                raise UserError(f"{folder}/{TRAINING} is compressed; checkpoints never are: resume from another one")
         data.seek(0)
         training = torch.load(data, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{folder}/{TRAINING} is not a checkpoint's; resume from another one") from error
+        raise UserError(f"{folder}/{TRAINING} is not a valid training state; resume from another one") from error
     return training, load_state(folder)
 
 
@@ -108,11 +108,11 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
             model = build_model(recipe.model, recipe.outputs, rule)
         if weights.keys() != set(names := _tensor_names(model)):
             mismatched = sorted(weights.keys() ^ set(names))
-            raise KeyError(f"{len(mismatched)} tensors are missing or not the network's: {', '.join(mismatched[:3])}")
+            raise KeyError(f"{len(mismatched)} tensors are missing or unexpected: {', '.join(mismatched[:3])}")
         model.load_state_dict(weights, assign=True, strict=False)  # the file lacks second names of shared tensors
     except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"{folder}/{MODEL} does not hold this recipe's weights: {str(error).splitlines()[0]}"
+            f"{folder}/{MODEL} does not contain this recipe's weights: {str(error).splitlines()[0]}"
         ) from error
     return model.float().eval(), recipe
 
@@ -140,13 +140,13 @@ def load_instances(folder: str, targets: Targets) -> InstanceConfig:
 
 
 def load_intensity(folder: str) -> Intensity:
-    """The `rule` passed to `save`; UserError if the folder holds none."""
+    """The `rule` passed to `save`; UserError if the folder has no intensity.json."""
     uri = storage.join(folder, INTENSITY)
     try:
         values = storage.read_json(uri)
     except FileNotFoundError as error:
         raise UserError(
-            f"checkpoint {folder} has no {INTENSITY}: an older raylivecell wrote it; prepare the data and train again"
+            f"checkpoint {folder} has no {INTENSITY}: written by an older raylivecell; prepare the data and train again"
         ) from error
     with storage.validating(uri, "use another checkpoint"):
         return Intensity.model_validate(values)

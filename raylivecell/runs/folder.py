@@ -1,9 +1,9 @@
-"""The folder of a run or a sweep: started with one recipe on one dataset, and resumed only with the same.
+"""The folder of a run or a sweep: started with one recipe on one dataset, and resumed only with these.
 
 recipe.yaml   the recipe; its presence marks the folder as in use
 data.json     `shards.provenance` of the dataset
 failed.json   why the run ended early, if the user must change something before resuming or restarting it
-failed-1/ ... files of failed runs, moved there when another was started in the folder
+failed-1/ ... files of failed runs, moved there when a new run started in the folder
 """
 
 import itertools
@@ -23,53 +23,53 @@ WRITTEN = (RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tens
 
 
 def holds_run(out: str) -> bool:
-    """Whether `out` holds a run."""
+    """Whether the folder `out` contains a run."""
     return RECIPE in storage.list_names(out)
 
 
 def check_resumable(out: str, data: str, resume: bool) -> bool:
-    """Whether to resume a run in `out` on the dataset at `data`; a failed run only if `resume`.
+    """Whether to resume the run in `out`; False for a new run, and for a failed one without `resume`.
 
     Raises:
-        UserError: `out` holds a run and not `resume`; `resume` and no run; the run was started on other data.
+        UserError: `out` contains a run, without `resume`; no run to resume; a run on a dataset other than `data`.
     """
     in_use = holds_run(out)
     if in_use and not resume and failure(out) is not None:
         return False
     if resume and not in_use:
-        raise UserError(f"nothing to resume at {out}; leave out --resume always to start a run there")
+        raise UserError(f"no run to resume at {out}; omit --resume always to start one there")
     if in_use and not resume:
-        raise UserError(f"{out} holds a run already; choose another --out, or continue it with --resume always")
+        raise UserError(f"{out} already contains a run; choose another --out, or resume it with --resume always")
     if in_use:
         _check_snapshot(storage.join(out, SNAPSHOT))
         old, new = storage.read_json(storage.join(out, DATA)), shards.provenance(data)
         with storage.validating(storage.join(out, DATA), "choose another --out"):
             same, uri = old["sha256"] == new["sha256"], old["uri"]
         if not same:
-            raise UserError(f"{out} was started on the dataset at {uri}, and {data} is another; resume it on the first")
+            raise UserError(f"{out} was started on another dataset, {uri}, not {data}; resume it on the first")
     return in_use
 
 
 def _check_snapshot(uri: str) -> None:
-    """Check that Ray's list names checkpoints in the run folder only: Ray reads and deletes the folders it names.
+    """Check that Ray's list refers to checkpoints in the run folder only: Ray reads and deletes the listed folders.
 
-    Ray writes the list in place: a kill may truncate it. It is then deleted, and workers resume from the last complete
-    checkpoint in the folder.
+    Ray writes the list in place, so a kill may truncate it. A truncated list is deleted, and workers resume from the
+    latest complete checkpoint in the folder.
     """
     try:
         stack: list[Any] = [storage.read_json(uri)] if storage.exists(uri) else []
     except UserError:
-        if storage.read_bytes(uri)[:1] not in (b"", b"{"):  # not a truncated list of Ray's
+        if storage.read_bytes(uri)[:1] not in (b"", b"{"):  # not Ray's list, truncated
             raise
         storage.delete(uri)
-        console.print(f"{uri} was truncated by a kill; resuming from the last complete checkpoint", soft_wrap=True)
+        console.print(f"{uri} was truncated by a kill; resuming from the latest complete checkpoint", soft_wrap=True)
         return
     while stack:
         value = stack.pop()
         if isinstance(value, dict):
             name = value.get("checkpoint_dir_name")
             if name is not None and not re.fullmatch(r"checkpoint_[\w.-]+", str(name)):
-                raise UserError(f"{uri} names a checkpoint {str(name)[:80]!r}, outside the run; choose another --out")
+                raise UserError(f"{uri} lists a checkpoint outside the run, {str(name)[:80]!r}; choose another --out")
             value = list(value.values())
         stack += value if isinstance(value, list) else []
 
@@ -115,7 +115,7 @@ def failure(out: str) -> Failure | None:
 
 
 def reopen(out: str, resume: bool) -> str | None:
-    """Prepare the folder of a failed run to be resumed, or clear it for a new run; returns a line about it, if failed.
+    """Prepare the folder of a failed run for resuming or for a new run; returns a message, None if no run failed.
 
     Without `resume` the files of the failed run are moved to `failed-1/` in the folder, or the next free number.
     """
@@ -128,7 +128,7 @@ def reopen(out: str, resume: bool) -> str | None:
         return f"the run at {out} failed ({failed.reason}); resuming it {after}"
     names = storage.list_names(out)
     number = next(number for number in itertools.count(1) if f"failed-{number}" not in names)
-    # The markers of a folder in use and of a failed run last: a kill in between leaves no old files in a free folder.
+    # recipe.yaml and failed.json last: if killed in between, the folder is still marked as in use by a failed run.
     written = [name for name in names if name in WRITTEN or name.startswith("checkpoint_")]
     for name in sorted(written, key=lambda name: (name == FAILED, name == RECIPE)):
         _move(storage.join(out, name), storage.join(out, f"failed-{number}", name))

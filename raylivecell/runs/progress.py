@@ -16,12 +16,12 @@ class Progress:
     """Steps done and the history of metrics."""
 
     step: int = 0
-    """Optimiser steps done; times the batch size: the position in the run's sample order."""
+    """Optimiser steps done; step * batch size is the position in the run's sample order."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row of metrics for each report, oldest first."""
 
     def score(self) -> float:
-        """`validation_score` of this step's report, which ranks checkpoints; -1 between two reports."""
+        """`validation_score` of the report at this step; -1 between two reports."""
         return validation_score(self.history[-1]) if self.reported() else -1.0
 
     def reported(self) -> bool:
@@ -35,7 +35,7 @@ def validation_score(row: dict[str, Any]) -> float:
 
 
 def load_state(folder: str) -> Progress:
-    """The state saved with the checkpoint in `folder` (a URI); UserError if its file is missing or invalid."""
+    """Progress saved with the checkpoint in `folder` (a URI); UserError if its file is missing or invalid."""
     uri = storage.join(folder, STATE)
     try:
         values = storage.read_json(uri)
@@ -50,7 +50,7 @@ def load_state(folder: str) -> Progress:
 
 
 def name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps; names sort like steps only below 1,000,000."""
+    """Folder name of the checkpoint after `step` steps; names sort in the order of steps only below 1,000,000."""
     return f"{FOLDER}{step:06d}"
 
 

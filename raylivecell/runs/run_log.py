@@ -11,9 +11,9 @@ from raylivecell.core import storage
 
 
 class RunLog:
-    """Log of the run in the folder `out` (a URI) from `step` on.
+    """Log of the run in the folder `out` (a URI), starting at `step`.
 
-    Each write replaces the complete files: object stores cannot append.
+    Each write replaces entire files, because object stores cannot append.
     """
 
     def __init__(self, out: str, step: int) -> None:
@@ -22,7 +22,7 @@ class RunLog:
         self.writer = SummaryWriter(self.folder.name, purge_step=step or None)
 
     def write(self, history: list[dict[str, Any]]) -> None:
-        """Write the complete history to metrics.jsonl and its last row to TensorBoard."""
+        """Write the entire history to metrics.jsonl and its last row to TensorBoard."""
         lines = "".join(json.dumps(row) + "\n" for row in history)
         storage.write_bytes(storage.join(self.out, "metrics.jsonl"), lines.encode())
         for name, value in history[-1].items():

@@ -11,7 +11,7 @@ from raylivecell.core.console import console
 
 
 class TrialTable:
-    """Table of running trials; prints a line when a trial ends, and without a terminal a report each minute."""
+    """Table of running trials; prints a line when a trial ends and, without a terminal, at most one report a minute."""
 
     SHOWN = 12
     PLAIN_EVERY_S = 60.0
@@ -32,7 +32,7 @@ class TrialTable:
             self.live.stop()
 
     def start(self, name: str, values: dict[str, Any]) -> None:
-        """Add a trial that starts, or that resumes after a crash."""
+        """Add a trial that starts, or resumes after a crash."""
         self.running[name] = {"values": describe_values(values), "score": None, "progress": 0.0}
         self._refresh()
 
@@ -75,7 +75,7 @@ class TrialTable:
 
 
 def describe_values(values: dict[str, Any]) -> str:
-    """Searched fields and their values in one line, by the last parts of their paths."""
+    """Format searched fields and their values in one line, with the last part of each path."""
     return " ".join(
         f"{path.rpartition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{path.rpartition('.')[2]}={value}"
         for path, value in values.items()

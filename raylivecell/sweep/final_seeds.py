@@ -1,9 +1,9 @@
 """Train the starting and the best recipe again with fresh seeds: the score that selected a trial is biased upwards.
 
-The candidates are the starting recipe, the best trial's, and for each field of `compare_off` the best trial's with it
-off (or, if it is off there, on as in the best trial that has it on). Each run has a folder as a trial has, with the
-run's recipe.yaml: final/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to
-their end.
+The candidates are the starting recipe, the best trial's, and for each field of `compare_off` the best trial's with the
+field off (or, if it is off there, on as in the best trial that has it on). Each run has a folder like a trial's, with
+its recipe.yaml: final/CANDIDATE-seed1, ... Candidates are compared over the seeds with which all of them trained to the
+end.
 """
 
 import json
@@ -30,13 +30,13 @@ from raylivecell.sweep.trial import SweepContext
 
 FOLDER = "final"
 Scores = dict[str, dict[int, float]]
-"""Best validation score of each run that trained to its end, by candidate and seed (1, 2, ...)."""
+"""Best validation score of each run that trained to the end: candidate -> seed (1, 2, ...) -> score."""
 
 
 def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: FrozenTrial) -> dict[str, space.Values]:
-    """Recipes to train again, as field values, by candidate name.
+    """Map each candidate's name to the field values of its recipe, without duplicates.
 
-    A recipe that is listed already is left out: the best trial may be the starting recipe.
+    The best trial may be the starting recipe.
     """
     name, chosen = f"trial-{best.number}", values(best, recipe, config)
     listed: dict[str, space.Values] = {"start": {}, name: chosen}
@@ -64,7 +64,7 @@ def candidates(recipe: Recipe, config: SweepConfig, study: optuna.Study, best: F
 
 
 def _best_with(path: str, off: Any, recipe: Recipe, config: SweepConfig, study: optuna.Study) -> FrozenTrial | None:
-    """The best finished trial by the first objective, the earliest of equals, in which the field `path` is on."""
+    """The best complete trial by the first objective with the field `path` on; of equal ones the earliest."""
     sign = 1 if OBJECTIVES[config.objectives[0]].mode == "max" else -1
     trials = [
         trial
@@ -77,7 +77,7 @@ def _best_with(path: str, off: Any, recipe: Recipe, config: SweepConfig, study: 
 def run(
     shared: SweepContext, chosen: Mapping[str, space.Values], seeds: int, resources: tuner.TrialResources, retries: int
 ) -> None:
-    """Train each candidate to its end with each of `seeds` fresh seeds, unless that run has finished before."""
+    """Train each candidate to the end with each of `seeds` fresh seeds, except for runs that have finished before."""
     jobs: list[dict[str, Any]] = [
         {"folder": f"{FOLDER}/{name}-seed{seed}", "values": {**fields, "seed": shared.recipe.seed + seed}}
         for seed in range(1, seeds + 1)
@@ -97,15 +97,15 @@ def run(
 
 
 def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scores:
-    """Scores of the candidates `names` under `out`, over the seeds that all of them finished.
+    """Scores of the candidates `names` in the sweep's folder `out`, over the seeds with which all of them finished.
 
     Args:
         out: the sweep's folder.
         names: candidates.
-        samples: number of training images, which with the recipe gives a run's steps.
+        samples: number of training images, which determines a run's steps.
 
     Returns:
-        Without candidates that finished with no seed. {} if a candidate was never started, or no common seed is left.
+        Scores without candidates that never finished; {} if a candidate was never started, or without a common seed.
     """
     started = {name: _seeds(out, name) for name in names}
     if not all(started.values()):
@@ -121,19 +121,19 @@ def scores(out: str, names: Mapping[str, Any] | list[str], samples: int) -> Scor
 
 
 def _score(folder: str, samples: int) -> float | None:
-    """Best validation score of a run; None unless it trained to its end."""
+    """Best validation score of a run; None unless it trained to the end."""
     if not {"metrics.jsonl", run_folder.RECIPE} <= set(storage.list_names(folder)):
         return None
     recipe = recipes.load(storage.join(folder, run_folder.RECIPE))
-    where = storage.join(folder, "metrics.jsonl")
-    with storage.validating(where, "delete that run's folder to train it again"):
-        history = [json.loads(line) for line in storage.read_bytes(where).splitlines()]
+    uri = storage.join(folder, "metrics.jsonl")
+    with storage.validating(uri, "delete that run's folder to train it again"):
+        history = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
         steps = SampleSchedule(recipe.seed, samples, recipe.batch_size, recipe.phases).steps
         return max(validation_score(row) for row in history) if history and history[-1]["step"] >= steps else None
 
 
 def winner(out: str, final_scores: Scores, unit: str) -> tuple[str, str]:
-    """Folder of the best run of the candidate with the highest mean, and the reason in words.
+    """Folder of the best run of the candidate with the highest mean, and the reason as text.
 
     Args:
         out: the sweep's folder.
@@ -154,6 +154,6 @@ def folder_of(out: str, name: str, seed: int) -> str:
 
 
 def _seeds(out: str, name: str) -> list[int]:
-    """Seeds with which training of a candidate has started."""
+    """Seeds with which a candidate's training has started."""
     heads = [folder.rpartition("-seed") for folder in storage.list_names(storage.join(out, FOLDER))]
     return sorted(int(seed) for head, _, seed in heads if head == name and seed.isdecimal())

@@ -1,6 +1,6 @@
 """report.html of a sweep: scores, importance of the fields, off against on, segmentations of best and worst trial.
 
-The report is made from the study and the trials' folders alone, so that it can be made again at any time.
+It needs only the study and the trials' folders, so it can be written again at any time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from raylivecell.sweep.space import OBJECTIVES, SweepConfig
 from raylivecell.sweep.statistics import Group
 from raylivecell.sweep.study import finished, folder_of, values
 
-MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to its end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
+MARKS = {TrialState.COMPLETE: ("o", BLUE, "trained to the end"), TrialState.PRUNED: ("v", GRAY, "stopped early")}
 PICTURES = 2
 
 
@@ -40,12 +40,12 @@ def write(
 
     Args:
         out: the sweep's folder.
-        data: the dataset, for pictures.
+        data: the dataset, for segmentations.
         recipe: the starting recipe.
         config: the search.
         study: its trials.
         best: the best trial.
-        final_scores: validation scores of the runs with fresh seeds, by candidate.
+        final_scores: candidate -> validation scores of its runs with fresh seeds.
     """
     rows = statistics.trial_rows(study, recipe, config)
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
@@ -72,19 +72,19 @@ def write(
 def headline(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list[tuple[str, str]]:
     """Summary figures of the sweep: label and value."""
     unit = OBJECTIVES[config.objectives[0]].unit
-    first = next((statistics.score(trial) for trial in finished(study) if trial.number == 0), None)
+    start_score = next((statistics.score(trial) for trial in finished(study) if trial.number == 0), None)
     states = [trial.state for trial in finished(study)]
-    wall, share = statistics.time_spent(study)
+    wall, training_fraction = statistics.time_spent(study)
     tiles = [(f"best {unit}, trial {best.number}", page.number(best.values[0]))]
-    if first is not None:
-        tiles.append((f"{unit} of the start, trial 0", page.number(first)))
+    if start_score is not None:
+        tiles.append((f"{unit} of the start, trial 0", page.number(start_score)))
     return [
         *tiles,
-        ("trials trained to their end", str(states.count(TrialState.COMPLETE))),
+        ("trials trained to the end", str(states.count(TrialState.COMPLETE))),
         ("stopped early", str(states.count(TrialState.PRUNED))),
         ("failed", str(states.count(TrialState.FAIL))),
         ("time of all trials", page.duration(wall)),
-        ("spent on training", f"{share:.0%}"),
+        ("spent on training", f"{training_fraction:.0%}"),
     ]
 
 
@@ -93,12 +93,12 @@ def _embedded(figures: Sequence[tuple[str, bytes]]) -> list[page.Image]:
 
 
 def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
-    """Score over trial number, and the best so far."""
+    """Plot the score over the trial number, and the running best."""
     figure, axes = page.axes_of(6.4, 3.0)
     _points(axes, [(trial.number, trial) for trial in finished(study)])
-    pick = max if OBJECTIVES[config.objectives[0]].mode == "max" else min
-    ends = [(trial.number, trial.values[0]) for trial in statistics.complete(study)]
-    steps = [(number, pick(value for at, value in ends if at <= number)) for number, _ in ends]
+    best = max if OBJECTIVES[config.objectives[0]].mode == "max" else min
+    scores = [(trial.number, trial.values[0]) for trial in statistics.complete(study)]
+    steps = [(number, best(score for earlier, score in scores if earlier <= number)) for number, _ in scores]
     axes.step(*zip(*steps), where="post", color=GREEN, linewidth=1.6, label="best so far")
     failed = [trial.number for trial in finished(study) if statistics.score(trial) is None]
     low = axes.get_ylim()[0]
@@ -110,12 +110,12 @@ def _history(study: optuna.Study, config: SweepConfig) -> tuple[str, bytes]:
 
 
 def _points(axes: Axes, trials: Sequence[tuple[Any, FrozenTrial]]) -> None:
-    """Plot a mark for each trial that has a score."""
+    """Plot a marker for each trial that has a score."""
     for state, (marker, colour, label) in MARKS.items():
-        places = [(x, statistics.score(trial)) for x, trial in trials if trial.state is state]
-        places = [(x, score) for x, score in places if score is not None]
-        if places:
-            axes.plot(*zip(*places), marker, color=colour, markersize=5, alpha=0.8, label=label)
+        points = [(x, statistics.score(trial)) for x, trial in trials if trial.state is state]
+        points = [(x, score) for x, score in points if score is not None]
+        if points:
+            axes.plot(*zip(*points), marker, color=colour, markersize=5, alpha=0.8, label=label)
 
 
 def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
@@ -123,8 +123,8 @@ def _front(study: optuna.Study, config: SweepConfig) -> list[tuple[str, bytes]]:
     if len(config.objectives) < 2:
         return []
     figure, axes = page.axes_of(6.4, 3.0)
-    ends = [trial.values[:2] for trial in statistics.complete(study)]
-    axes.plot([b for _, b in ends], [a for a, _ in ends], "o", color=GRAY, markersize=5, label="trials")
+    pairs = [trial.values[:2] for trial in statistics.complete(study)]
+    axes.plot([b for _, b in pairs], [a for a, _ in pairs], "o", color=GRAY, markersize=5, label="trials")
     front = sorted(trial.values[1::-1] for trial in study.best_trials)
     axes.plot(*zip(*front), "o-", color=BLUE, markersize=5, label="Pareto front")
     for trial in study.best_trials:
@@ -141,7 +141,7 @@ def _ordered(final_scores: Mapping[str, list[float]]) -> list[tuple[str, list[fl
 
 
 def _final_seeds_table(final_scores: Mapping[str, list[float]]) -> page.Table:
-    """Each candidate's scores with fresh seeds: mean, standard deviation, difference to the start by seed."""
+    """Each candidate's scores with fresh seeds: mean, standard deviation, difference from the start by seed."""
     start = final_scores.get("start", [])
     rows = []
     for name, scores in _ordered(final_scores):
@@ -166,7 +166,7 @@ def _final_seeds_figure(final_scores: Mapping[str, list[float]]) -> tuple[str, b
 
 
 class Comparison(NamedTuple):
-    """A section of the report: trials with a field at its off value against those with it on."""
+    """A section of the report: trials with a field off compared with those with it on."""
 
     field: str
     off: Any
@@ -175,9 +175,9 @@ class Comparison(NamedTuple):
 
 
 def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
-    """Compare off with on for each field of `compare_off`, at the step that every trial reached."""
+    """Compare off with on for each field of `compare_off`, at the last step that every trial reached."""
     sections = []
-    at, scores = statistics.early_scores(study)
+    percent, scores = statistics.early_scores(study)
     for path, off in config.compare_off.items():
         groups = statistics.off_on_groups(study, path, off)
         if not groups:
@@ -186,14 +186,14 @@ def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
         effect = "better" if low > 0 else "worse" if high < 0 else "neither clearly better nor clearly worse"
         verdict = (
             f"On is {effect}: {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), over {len(groups[0].scores)} "
-            f"trials without and {len(groups[1].scores)} with, after {at:.0f} % of the training, which every trial "
-            "reached. The other fields also differ between trials."
+            f"trials without and {len(groups[1].scores)} with, after {percent:.0f} % of the training, which every "
+            "trial reached. The other fields also differ between trials."
         )
         figures = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
         strength = space.strength_fields(config, path)[:2]
         trials = [t for t in finished(study) if t.number in scores and t.params.keys() >= set(strength)]
         if len(strength) == 2 and len(trials) > 2 and all(config.space[name].choices is None for name in strength):
-            figures.append(("How strong", page.svg(_strength(trials, scores, strength, config))))
+            figures.append(("Strength", page.svg(_strength(trials, scores, strength, config))))
         sections.append(Comparison(path, off, verdict, _embedded(figures)))
     return sections
 
@@ -214,11 +214,11 @@ def _groups(groups: Sequence[Group]) -> Figure:
 def _strength(
     trials: Sequence[FrozenTrial], scores: Mapping[int, float], fields: Sequence[str], config: SweepConfig
 ) -> Figure:
-    """Scores as colours over the two fields that are searched only while a field is on."""
+    """Plot scores as colours over the two fields that are searched only while a field is on."""
     figure, axes = page.axes_of()
     x, y = ([trial.params[name] for trial in trials] for name in fields)
-    marks = axes.scatter(x, y, c=[scores[trial.number] for trial in trials], cmap="viridis", s=36)
-    figure.colorbar(marks, ax=axes, label="validation Dice")
+    points = axes.scatter(x, y, c=[scores[trial.number] for trial in trials], cmap="viridis", s=36)
+    figure.colorbar(points, ax=axes, label="validation Dice")
     axes.set(xlabel=fields[0], ylabel=fields[1])
     for name, axis, set_scale in zip(fields, (axes.xaxis, axes.yaxis), (axes.set_xscale, axes.set_yscale)):
         if config.space[name].log:
@@ -228,7 +228,7 @@ def _strength(
 
 
 def _importances(study: optuna.Study) -> list[tuple[str, bytes]]:
-    """Bar chart of each parameter's importance, with interval and chance level; [] for too few trials."""
+    """Bar chart of each parameter's importance, with interval and chance level; [] if there are too few trials."""
     importances = statistics.importances(study)
     if not importances:
         return []
@@ -253,16 +253,16 @@ def _slices(study: optuna.Study, config: SweepConfig, best: FrozenTrial) -> list
     figures = []
     for name in names:
         figure, axes = page.axes_of()
-        having = [trial for trial in finished(study) if name in trial.params]
-        categorical = isinstance(having[0].distributions[name], optuna.distributions.CategoricalDistribution)
-        _points(axes, [(str(t.params[name]) if categorical else t.params[name], t) for t in having])
+        trials = [trial for trial in finished(study) if name in trial.params]
+        categorical = isinstance(trials[0].distributions[name], optuna.distributions.CategoricalDistribution)
+        _points(axes, [(str(t.params[name]) if categorical else t.params[name], t) for t in trials])
         for trial, colour in ((study.trials[0], RED), (best, PINK)):
-            value = statistics.score(trial)
-            if name in trial.params and value is not None:
-                at = str(trial.params[name]) if categorical else trial.params[name]
+            score = statistics.score(trial)
+            if name in trial.params and score is not None:
+                value = str(trial.params[name]) if categorical else trial.params[name]
                 ring: dict[str, Any] = {"markersize": 11, "fillstyle": "none", "color": colour, "markeredgewidth": 1.8}
-                axes.plot([at], [value], "o", **ring)
-        if getattr(having[0].distributions[name], "log", False):
+                axes.plot([value], [score], "o", **ring)
+        if getattr(trials[0].distributions[name], "log", False):
             axes.set_xscale("log")
             page.log_axis(axes.xaxis)
         axes.set_ylabel(OBJECTIVES[config.objectives[0]].unit)

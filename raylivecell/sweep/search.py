@@ -1,7 +1,7 @@
-"""Ray Tune's search algorithm for a sweep: each Ray trial is a trial of the Optuna study (ask, then report back).
+"""Ray Tune's search algorithm for a sweep: each Ray trial is a trial of the Optuna study (ask, then report results).
 
-Unlike Ray's OptunaSearch, it resumes a trial that a killed driver left running, with its number and parameters, and
-reports a stopped trial as pruned and a failed one as failed.
+Unlike Ray's OptunaSearch, it resumes trials that a killed driver left running, with their numbers and parameters, and
+reports stopped trials as pruned and failed ones as failed.
 """
 
 import time
@@ -17,7 +17,7 @@ from raylivecell.sweep import space
 from raylivecell.sweep.space import OBJECTIVES, SweepConfig
 from raylivecell.sweep.study import end_of, folder_of
 
-# Fields of a trial's last result that the study stores as the trial's attributes.
+# Columns of a trial's last result that the study stores as user attributes.
 ATTRIBUTES = ("steps", "step", "training_seconds", "failed")
 
 
@@ -25,10 +25,10 @@ class Search(Searcher):
     """Suggests the study's trials and reports their results to it. A trial's config: {"job": {"folder", "values"}}.
 
     Args:
-        study: where trials are created and reported.
+        study: the study in which trials are created and reported.
         recipe: the starting recipe.
-        config: the space to search, and the objectives.
-        left_running: trials of a killed driver; they are suggested first.
+        config: search space and objectives.
+        left_running: trials of a killed driver, suggested first.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Search(Searcher):
         self.ended: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune would write a pickle, with the storage's password in it, that nothing reads."""
+        """Empty: Tune would write an unused pickle that contains the storage's password."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
@@ -53,10 +53,10 @@ class Search(Searcher):
             pass
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is the state."""
+        """Do nothing: the study is the state."""
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The config of the next trial: one left running, if any, or a new one."""
+        """Config of the next trial: one that was left running, if any, else a new one."""
         self.started[trial_id] = time.monotonic()
         trial = self.left_running.pop(0) if self.left_running else self.study.ask()
         self.trials[trial_id] = trial
@@ -64,10 +64,10 @@ class Search(Searcher):
         return {"job": {"folder": folder_of(trial.number), "values": values}}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Report the score so far under its step, once; with several objectives Optuna takes final values only."""
+        """Report the score at its step, once; with several objectives Optuna accepts final values only."""
         if len(self.columns) > 1 or "failed" in result:
             return
-        if trial_id not in self.reported:  # by the trial itself, before a kill
+        if trial_id not in self.reported:  # may have been reported before a kill
             number = self.trials[trial_id].number
             frozen = next(trial for trial in self.study.get_trials(deepcopy=False) if trial.number == number)
             self.reported[trial_id] = set(frozen.intermediate_values)

@@ -9,12 +9,12 @@
     shares:
       - {fields: [loss.background_weight, loss.cell_weight], min: 0.1}
 
-1. `suggest` gets the values of all fields from a trial (Optuna's, or an object with its suggest_* methods): first the
-   shares, then the fields in their order. A condition (`when`) is evaluated on the trial's own values.
+1. `suggest` draws the values of all fields from a trial (Optuna's, or an object with its suggest_* methods): first the
+   shares, then the fields in order. A condition (`when`) is evaluated on the trial's values.
 2. `start_parameters` returns the trial parameters of the starting recipe, which is the first trial.
 3. `apply` writes values into a recipe.
 
-sweep/space_check.py checks that a space fits the recipe.
+sweep/space_check.py checks a space against the recipe.
 """
 
 import json
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 Values = dict[str, Any]
-"""Value of each searched field, by its path."""
+"""Values of searched fields, by path."""
 
 
 class Condition(StrictModel):
@@ -51,7 +51,7 @@ class Condition(StrictModel):
     @model_validator(mode="after")
     def _above_or_in(self) -> "Condition":
         if (self.above is None) == (self.in_ is None):
-            raise ValueError("give a condition either above or in")
+            raise ValueError("give a condition either `above` or `in`")
         return self
 
     def holds(self, value: Any) -> bool:
@@ -72,7 +72,7 @@ class Dimension(StrictModel):
     """Only low, low + step, low + 2 step, ..."""
     choices: tuple[Any, ...] | None = Field(None, min_length=2)
     tied_to: tuple[str, ...] = ()
-    """Fields that get the same value."""
+    """Fields that are set to the same value."""
     when: dict[str, Condition] = Field(default_factory=dict)
     """Conditions under which the field is searched; otherwise it keeps the starting recipe's value."""
 
@@ -84,7 +84,7 @@ class Dimension(StrictModel):
         if ranged and not float(self.low or 0) < float(self.high or 0):
             raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
         if self.log and (self.choices is not None or self.step is not None or float(self.low or 0) <= 0):
-            raise ValueError("log needs a range from above 0, without step")
+            raise ValueError("log needs a range above 0, without step")
         return self
 
 
@@ -99,7 +99,7 @@ class Shares(StrictModel):
 
 
 class Objective(NamedTuple):
-    """Objective of a search."""
+    """An objective of a search: the column of a trial's result, and whether to maximise it."""
 
     column: str
     mode: Literal["max", "min"]
@@ -114,7 +114,7 @@ OBJECTIVES = {
 SCORES = {name: "Dice" if name == "foreground" else "mSA" for name in NAMES}
 """Validation score by the recipe's targets."""
 DIGITS = 12
-"""Decimals of a share: 0.5 is returned as 0.5, not as 0.4999999999999999."""
+"""Decimals of a share: 0.5, not 0.4999999999999999."""
 ELASTIC = "augment.elastic.p"
 _DEFORMED = {ELASTIC: Condition(above=0)}
 DEFAULT_SPACE = {
@@ -135,9 +135,9 @@ class SearchConfig(StrictModel):
     """Settings of the search."""
 
     objectives: tuple[Literal["dice", "msa", "ms_per_image"], ...] = Field(("dice",), min_length=1)
-    """Objectives: validation Dice (msa for instance recipes), milliseconds per image; with both, the Pareto front."""
+    """Validation Dice (msa for instance recipes), milliseconds per image, or both for the Pareto front."""
     sampler: Literal["tpe", "gp", "qmc", "random"] = "tpe"
-    """Optuna's: tree-structured Parzen estimator, Gaussian process, quasi-random, random."""
+    """Optuna's sampler: tree-structured Parzen estimator, Gaussian process, quasi-random, random."""
     seed: int = Field(0, ge=0)
     """Seed of the sampler."""
     early_stopping: bool = True
@@ -147,13 +147,13 @@ class SearchConfig(StrictModel):
     reduction: float = Field(3.0, gt=1)
     """At each rung the best 1/reduction of the trials continue; the next rung is at `reduction` times the steps."""
     workers_per_trial: int = Field(1, ge=1)
-    """Training processes of a trial: one runs inside the trial, several under Ray Train."""
+    """Training processes per trial: one runs inside the trial, several under Ray Train."""
     gpus_per_worker: float = Field(1.0, gt=0, le=1)
     """Fraction of a GPU for each worker, if the cluster has GPUs."""
 
     @property
     def stops_early(self) -> bool:
-        """Whether ASHA is on: it ranks by the validation score, which must be the only objective."""
+        """Whether ASHA is used: it ranks by the validation score, which must be the only objective."""
         return self.early_stopping and [OBJECTIVES[name].column for name in self.objectives] == ["score"]
 
 
@@ -165,8 +165,8 @@ class SweepConfig(SearchConfig):
     shares: tuple[Shares, ...] = DEFAULT_SHARES
     """Fields that share a fixed sum."""
     compare_off: Values = DEFAULT_COMPARE_OFF
-    """Fields with the value that switches each off. If such a field is searched, the report compares the trials with it
-    off and on, and `--final-seeds` trains the best recipe with it switched, too."""
+    """Fields and the values that switch them off. If such a field is searched, the report compares trials with it off
+    and on, and `--final-seeds` also trains the best recipe with it switched."""
 
 
 def load(uri: str) -> tuple[Recipe, SweepConfig]:
@@ -185,7 +185,7 @@ def searched_fields(config: SweepConfig) -> Iterator[str]:
 
 
 def suggest(trial: "BaseTrial", recipe: Recipe, config: SweepConfig) -> Values:
-    """Value of each searched field, by path, without fields whose conditions do not hold."""
+    """Values of the searched fields by path, without fields whose conditions are not met."""
     values: Values = {}
     tree = recipe.model_dump(mode="json")
     for shares in config.shares:
@@ -203,7 +203,7 @@ def start_parameters(recipe: Recipe, config: SweepConfig) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json")
     for shares in config.shares:
         parameters |= _start_parameters_of_shares(shares, recipe)
-        # A share computed from its parameter may differ in its last bit; conditions must see the values of `suggest`.
+        # A share computed from its parameter may differ in the last bit; conditions must see the values of `suggest`.
         _write(tree, _break_stick(shares, recipe, [parameters[_share_name(path)] for path in shares.fields[:-1]]))
     for path, dimension in config.space.items():
         if _holds(dimension, tree):
@@ -213,47 +213,47 @@ def start_parameters(recipe: Recipe, config: SweepConfig) -> dict[str, Any]:
 
 
 def apply(recipe: Recipe, values: Values, source: str = "trial") -> Recipe:
-    """Copy of `recipe` with `values`; UserError that starts with `source` if it is not valid."""
+    """Copy of `recipe` with `values`; UserError that starts with `source` if they are invalid."""
     tree = recipe.model_dump(mode="json")
     _write(tree, values)
     return recipes.parse(tree, source)
 
 
 def get(recipe: Recipe, path: str) -> Any:
-    """Value at a path such as `optimizer.lr`, `optimizer.betas.1` or `phases.0.steps`; UserError if there is none."""
+    """Value at a path such as `optimizer.lr`, `optimizer.betas.1` or `phases.0.steps`; UserError for other paths."""
     return _read(recipe.model_dump(mode="json"), path)
 
 
 def _read(tree: dict[str, Any], path: str) -> Any:
-    place: Any = tree
+    node: Any = tree
     for part in path.split("."):
         try:
-            place = place[_key(place, part)]
+            node = node[_key(node, part)]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"sweep: unknown field {path}{settings.nearest(path, Recipe)}") from error
-    return place
+    return node
 
 
 def _write(tree: dict[str, Any], values: Values) -> Values:
     """Write `values` into a dumped recipe and return them."""
     for path, value in values.items():
         parent, _, last = path.rpartition(".")
-        place = _read(tree, parent) if parent else tree
+        node = _read(tree, parent) if parent else tree
         _read(tree, path)
-        place[_key(place, last)] = value
+        node[_key(node, last)] = value
     return values
 
 
-def _key(place: Any, part: str) -> Any:
-    return int(part) if isinstance(place, list) else part
+def _key(node: Any, part: str) -> Any:
+    return int(part) if isinstance(node, list) else part
 
 
 def _holds(dimension: Dimension, tree: dict[str, Any]) -> bool:
-    """Whether the conditions of a field hold in a dumped recipe; a missing field meets none."""
+    """Whether a dumped recipe meets all conditions of a field; a missing field meets no condition."""
     for path, condition in dimension.when.items():
         try:
             value = _read(tree, path)
-        except UserError:  # an element of a list that is shorter in this trial
+        except UserError:  # an element of a list that is too short in this trial
             return False
         if not condition.holds(value):
             return False
@@ -266,7 +266,7 @@ def is_number(value: Any) -> bool:
 
 
 def _label(value: Any) -> Any:
-    """A choice as Optuna stores it: lists and mappings as their text."""
+    """A choice as Optuna stores it: lists and mappings as JSON."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
@@ -276,7 +276,7 @@ def is_equal(a: Any, b: Any) -> bool:
 
 
 def tied_fields(config: SweepConfig, path: str) -> tuple[str, ...]:
-    """A field and those that get its value."""
+    """A field and those tied to it."""
     return (path, *(config.space[path].tied_to if path in config.space else ()))
 
 
@@ -288,9 +288,9 @@ def strength_fields(config: SweepConfig, path: str) -> list[str]:
 
 
 def is_whole_range(dimension: Dimension, start_value: Any) -> bool:
-    """Whether a field is searched over integers: its value, the range's ends and the step are integers."""
-    ends = (dimension.low, dimension.high, dimension.step or 1)
-    return isinstance(start_value, int) and is_number(start_value) and all(float(end or 0).is_integer() for end in ends)
+    """Whether a field is searched over integers: its value, low, high and step are integers."""
+    bounds = (dimension.low, dimension.high, dimension.step or 1)
+    return isinstance(start_value, int) and is_number(start_value) and all(float(n or 0).is_integer() for n in bounds)
 
 
 def _suggest(trial: "BaseTrial", path: str, dimension: Dimension, start_value: Any) -> Any:
@@ -315,17 +315,17 @@ def _start_parameter(recipe: Recipe, path: str, dimension: Dimension) -> Any:
     if not is_number(value):
         raise UserError(f"sweep.space: {path} is {value!r} in the recipe, not a number; give it choices")
     if isinstance(value, int) and not is_whole_range(dimension, value):
-        raise UserError(f"sweep.space: {path} takes whole numbers; give it a whole low, high and step")
+        raise UserError(f"sweep.space: {path} is an integer; give it integers for low, high and step")
     if not low <= value <= high:
         raise UserError(f"sweep.space: the recipe starts with {path} {value:g}, outside {low:g} to {high:g}; widen it")
     steps = (value - low) / dimension.step if dimension.step else 0.0
     if not math.isclose(steps, round(steps), abs_tol=1e-6):
-        raise UserError(f"sweep.space: the recipe starts with {path} {value:g}, between two steps of {dimension.step}")
+        raise UserError(f"sweep.space: the recipe starts with {path} {value:g}, not {low:g} + n * {dimension.step:g}")
     return value
 
 
 def _is_same(recipe: Recipe, path: str, choice: Any) -> bool:
-    """Whether a choice equals the recipe's value once parsed: 64 is 64.0, [8, 16] is (8, 16)."""
+    """Whether a choice equals the recipe's value after parsing: 64 is 64.0, [8, 16] is (8, 16)."""
     try:
         return apply(recipe, {path: choice}) == recipe
     except UserError:
@@ -342,7 +342,7 @@ def _check_same(recipe: Recipe, path: str, dimension: Dimension) -> None:
 
 
 def parts_of(shares: Shares, recipe: Recipe) -> tuple[list[float], float]:
-    """Starting recipe's values of the fields, and what remains to distribute above `min` each."""
+    """Starting recipe's values of the fields, and the sum to distribute after each field's `min`."""
     parts = [get(recipe, path) for path in shares.fields]
     for path, part in zip(shares.fields, parts):
         if not isinstance(part, float):
@@ -364,31 +364,31 @@ def _suggest_shares(trial: "BaseTrial", shares: Shares, recipe: Recipe) -> Value
 
 
 def _break_stick(shares: Shares, recipe: Recipe, cuts: Sequence[float]) -> Values:
-    """Break a stick: of n remaining parts, the next is 1 - (1 - u)^(1 / (n - 1)) of the rest, u from `cuts`.
+    """Break a stick: of n remaining parts, the next is 1 - (1 - u)^(1 / (n - 1)) of the remainder, u from `cuts`.
 
     With u uniform the shares are uniform over the simplex (Devroye 1986, V.4: spacings of uniforms).
     """
-    left = free = parts_of(shares, recipe)[1]
+    remainder = free = parts_of(shares, recipe)[1]
     values: Values = {}
-    for place, (path, u) in enumerate(zip(shares.fields, cuts)):
-        part = left * (1 - (1 - u) ** (1 / (len(shares.fields) - 1 - place)))
+    for index, (path, u) in enumerate(zip(shares.fields, cuts)):
+        part = remainder * (1 - (1 - u) ** (1 / (len(shares.fields) - 1 - index)))
         values[path] = round(shares.min + part, DIGITS)
-        left -= part
-    values[shares.fields[-1]] = round(shares.min + max(0.0, min(left, free)), DIGITS)
+        remainder -= part
+    values[shares.fields[-1]] = round(shares.min + max(0.0, min(remainder, free)), DIGITS)
     return values
 
 
 def _start_parameters_of_shares(shares: Shares, recipe: Recipe) -> dict[str, float]:
-    parts, left = parts_of(shares, recipe)
-    total = left + shares.min * len(parts)
+    parts, remainder = parts_of(shares, recipe)
+    total = remainder + shares.min * len(parts)
     if not math.isclose(sum(parts), total, rel_tol=1e-6) or min(parts) < shares.min:
-        given = ", ".join(f"{path} {part:g}" for path, part in zip(shares.fields, parts))
-        raise UserError(f"sweep.shares: the recipe starts with {given}, not shares of {total:g} over {shares.min:g}")
+        listed = ", ".join(f"{path} {part:g}" for path, part in zip(shares.fields, parts))
+        raise UserError(f"sweep.shares: the recipe starts with {listed}, not shares of {total:g} over {shares.min:g}")
     parameters = {}
-    for place, (path, part) in enumerate(zip(shares.fields[:-1], parts)):
-        share = min(1.0, (part - shares.min) / left) if left > 0 else 0.0
-        parameters[_share_name(path)] = 1 - (1 - share) ** (len(parts) - 1 - place)
-        left -= part - shares.min
+    for index, (path, part) in enumerate(zip(shares.fields[:-1], parts)):
+        share = min(1.0, (part - shares.min) / remainder) if remainder > 0 else 0.0
+        parameters[_share_name(path)] = 1 - (1 - share) ** (len(parts) - 1 - index)
+        remainder -= part - shares.min
     return parameters
 
 

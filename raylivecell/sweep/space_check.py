@@ -15,14 +15,14 @@ def check(recipe: Recipe, config: SweepConfig) -> None:
     """Check a search against its starting recipe.
 
     Raises:
-        UserError: an unknown field, one searched twice, a condition on a field that is searched later, an objective
+        UserError: an unknown field, a field searched twice, a condition on a field that is searched later, an objective
             that the recipe's targets do not have, a starting value outside its range, a range or an off value that no
             recipe accepts.
     """
     _check_fields(recipe, config)
-    for place, (path, dimension) in enumerate(config.space.items()):
+    for index, (path, dimension) in enumerate(config.space.items()):
         for other, condition in dimension.when.items():
-            _check_condition(recipe, config, place, path, other, condition)
+            _check_condition(recipe, config, index, path, other, condition)
     _check_objectives(recipe, config)
     space.start_parameters(recipe, config)
     for _ in variants(recipe, config):
@@ -35,29 +35,29 @@ def check(recipe: Recipe, config: SweepConfig) -> None:
 
 def _check_fields(recipe: Recipe, config: SweepConfig) -> None:
     """Raise UserError for a field that does not exist, is searched twice, or is part of another searched field."""
-    seen: list[str] = []
+    paths: list[str] = []
     for path in space.searched_fields(config):
         space.get(recipe, path)
-        if path in seen:
+        if path in paths:
             raise UserError(f"sweep: {path} is searched twice; list it once")
-        for other in seen:
+        for other in paths:
             if _overlap(path, other):
                 raise UserError(
-                    f"sweep: {max(path, other, key=len)} is a part of {min(path, other, key=len)}; search one"
+                    f"sweep: {max(path, other, key=len)} is a part of {min(path, other, key=len)}; search one of them"
                 )
-        seen.append(path)
-    if "targets" in seen:
-        raise UserError("sweep.space: targets decides the objective; run one sweep for each of its values")
+        paths.append(path)
+    if "targets" in paths:
+        raise UserError("sweep.space: targets determines the objective; run one sweep for each of its values")
 
 
 def _check_condition(
-    recipe: Recipe, config: SweepConfig, place: int, path: str, other: str, condition: Condition
+    recipe: Recipe, config: SweepConfig, index: int, path: str, other: str, condition: Condition
 ) -> None:
-    """Raise UserError if the condition of the field `path`, number `place`, cannot be evaluated when it is needed."""
+    """Raise UserError if a condition on `other` cannot be evaluated for the field `path`, at `index` in the space."""
     value = space.get(recipe, other)
     if condition.above is not None and value is not None and not space.is_number(value):
-        raise UserError(f"sweep.space: {path} needs {other} above a number, and it is {value!r}; use in")
-    for later, dimension in list(config.space.items())[place:]:
+        raise UserError(f"sweep.space: {path} needs {other} above a number, but it is {value!r}; use `in`")
+    for later, dimension in list(config.space.items())[index:]:
         if any(_overlap(field, other) for field in (later, *dimension.tied_to)):
             hint = "a field cannot depend on itself" if later == path else f"put {later} before it"
             raise UserError(f"sweep.space: {path} depends on {other}; {hint}")
@@ -70,14 +70,14 @@ def _check_objectives(recipe: Recipe, config: SweepConfig) -> None:
     score = space.SCORES[recipe.targets].lower()
     other = "msa" if score == "dice" else "dice"
     if other in config.objectives:
-        raise UserError(f"sweep.objectives: a recipe of targets {recipe.targets} has the score {score}, not {other}")
+        raise UserError(f"sweep.objectives: a recipe with targets {recipe.targets} has the score {score}, not {other}")
 
 
 def variants(recipe: Recipe, config: SweepConfig) -> Iterator[tuple[str, Recipe]]:
     """Recipes with one searched field changed: to each of its choices, or to either end of its range.
 
-    A check that fails for one of these would fail for trials. A value that does not fit the rest of the recipe is left
-    out, because it may fit in other trials.
+    A check that fails for one of these would fail for trials. A value that only contradicts other fields of the recipe
+    is skipped, because it may fit in other trials.
 
     Yields:
         The field's path, and the changed recipe.
@@ -95,7 +95,7 @@ def variants(recipe: Recipe, config: SweepConfig) -> Iterator[tuple[str, Recipe]
 
 
 def _extremes(path: str, dimension: Dimension, start_value: Any) -> list[Any]:
-    """The choices of a field, or the ends of its range; every value of the batch size, as workers must divide it."""
+    """The choices of a field, or the ends of its range; for the batch size, which workers must divide, every value."""
     if dimension.choices is not None:
         return list(dimension.choices)
     low, high = float(dimension.low or 0), float(dimension.high or 0)
@@ -118,8 +118,8 @@ def _check_min(recipe: Recipe, shares: Shares) -> None:
 
 
 def _is_refused(error: UserError, paths: Collection[str]) -> bool:
-    """Whether a field never accepts the value, whatever the rest of the recipe is: no `value_error`, which validators
-    that compare fields may raise."""
+    """Whether the value is invalid for its field in any recipe: not a `value_error`, which validators that compare
+    fields may raise."""
     if not isinstance(error.__cause__, ValidationError):
         return False
     first = error.__cause__.errors()[0]

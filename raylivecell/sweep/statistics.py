@@ -1,7 +1,7 @@
-"""Statistics of a study: the table of trials, the importance of each field, a field's off value against its others.
+"""Statistics of a study: table of trials, importance of each field, trials with a field off against those with it on.
 
-Trials that ASHA stopped cannot be compared with those that trained to their end. `early_scores` compares all of them by
-their scores at the last step that every trial reached.
+Final scores of trials that ASHA stopped are not comparable with those of complete trials. `early_scores` returns the
+scores at the last step that every trial reached.
 """
 
 import csv
@@ -22,7 +22,7 @@ from raylivecell.sweep.study import finished, values
 
 RESAMPLES = 50
 TREES = 32
-# With fewer scores, importances are noise.
+# Importances from fewer scores are noise.
 LEAST_TRIALS = 8
 
 
@@ -35,7 +35,7 @@ class Importance(NamedTuple):
     high: float
     """90 % bootstrap interval over trials."""
     chance: float
-    """Importance that is exceeded in one of twenty studies with shuffled scores."""
+    """Importance that is exceeded in 5 % of studies with shuffled scores."""
     trials: int
 
 
@@ -50,7 +50,7 @@ class Group(NamedTuple):
 
 
 def complete(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that trained to their end."""
+    """Trials that trained to the end."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
@@ -90,17 +90,17 @@ def trials_csv(study: optuna.Study, recipe: Recipe, config: SweepConfig) -> str:
 
 
 def early_scores(study: optuna.Study) -> tuple[float, dict[int, float]]:
-    """Percent of the training that every trial reached, and the scores there by trial number, without failed ones."""
+    """Percentage of the training that every trial reached, and scores there by trial number, without failed trials."""
     histories = {
         trial.number: {100 * step / trial.user_attrs["steps"]: y for step, y in trial.intermediate_values.items()}
         for trial in finished(study)
         if trial.state is not TrialState.FAIL and trial.intermediate_values
     }
-    if not histories:  # with several objectives Optuna has final values only
+    if not histories:  # with several objectives the study has final values only
         return 100.0, {trial.number: trial.values[0] for trial in complete(study)}
     common = min(max(history) for history in histories.values())
     return common, {
-        number: history[max(at for at in history if at <= common + 1e-9)]
+        number: history[max(percent for percent in history if percent <= common + 1e-9)]
         for number, history in histories.items()
         if min(history) <= common
     }
@@ -115,19 +115,19 @@ def importances(study: optuna.Study, seed: int = 0) -> list[Importance]:
     scores = early_scores(study)[1]
     trials = [trial for trial in finished(study) if trial.number in scores]
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    always = [name for name in names if all(name in trial.params for trial in trials)]
-    having = [trial for trial in trials if len(trial.params) == len(names)]
-    importances_ = _importances(always, trials, scores, seed)
-    if len(always) < len(names):
-        conditional = _importances(names, having, scores, seed)
-        importances_ += [importance for importance in conditional if importance.name not in always]
+    unconditional = [name for name in names if all(name in trial.params for trial in trials)]
+    importances_ = _importances(unconditional, trials, scores, seed)
+    if len(unconditional) < len(names):
+        with_all = [trial for trial in trials if len(trial.params) == len(names)]
+        conditional = _importances(names, with_all, scores, seed)
+        importances_ += [importance for importance in conditional if importance.name not in unconditional]
     return sorted(importances_, key=lambda importance: -importance.value)
 
 
 def _importances(
     names: Sequence[str], trials: Sequence[FrozenTrial], scores: dict[int, float], seed: int
 ) -> list[Importance]:
-    """Importances of the parameters `names` over `trials`, all of which have them."""
+    """Importances of the parameters `names` over `trials`, each of which has all of them."""
     if len(trials) < LEAST_TRIALS:
         return []
     labels = np.array([scores[trial.number] for trial in trials])
@@ -150,7 +150,7 @@ def _importances(
 
 
 def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Importance of each parameter; 0 for one that never changed."""
+    """Importance of each parameter; 0 for constant ones."""
     varied = [name for name in names if len({str(trial.params[name]) for trial in trials}) > 1]
     if not varied or np.ptp(scores) == 0:
         return np.zeros(len(names))
@@ -164,7 +164,7 @@ def _fanova(names: Sequence[str], trials: Sequence[FrozenTrial], scores: NDArray
 
 
 def off_on_groups(study: optuna.Study, path: str, off: Any, seed: int = 0) -> list[Group]:
-    """Early scores of the trials with the field `path` off and on; [] unless there are two of each."""
+    """Early scores of the trials with the field `path` off and on; [] for fewer than two of each."""
     scores = early_scores(study)[1]
     sides: dict[str, list[float]] = {"off": [], "on": []}
     for trial in finished(study):
@@ -176,7 +176,7 @@ def off_on_groups(study: optuna.Study, path: str, off: Any, seed: int = 0) -> li
 
 
 def group(name: str, scores: Sequence[float], seed: int = 0) -> Group:
-    """Summarize the scores of two trials or more: mean and its interval."""
+    """Summarise the scores of at least two trials: mean and its interval."""
     bounds = bootstrap.interval(np.mean, scores, seed=seed)
     assert bounds is not None
     return Group(name, list(scores), float(np.mean(scores)), *bounds.tolist())

@@ -1,7 +1,7 @@
 """The Optuna study of a sweep: create or resume it, and read its trials as values of recipe fields.
 
-The study is the only record of finished trials (Ray's own state is a pickle, and lags behind): a kill at any point
-neither loses nor repeats a trial.
+The study is the only record of finished trials (Ray's state is a pickle, and lags behind): a kill at any time neither
+loses nor repeats a trial.
 """
 
 import logging
@@ -30,8 +30,8 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 class StudyFile:
     """Location of the study: `url`, else study.db in the sweep's folder.
 
-    SQLite needs a local disk: in an object store, study.db is a copy that `publish` updates. What the copy lacks
-    after a kill is still in the trials' folders.
+    SQLite needs a local disk: in an object store, study.db is a copy that `publish` updates. Results that the copy
+    lacks after a kill are still in the trials' folders.
     """
 
     def __init__(self, out: str, url: str | None) -> None:
@@ -53,15 +53,15 @@ class StudyFile:
 
 
 def _sqlite(path: str) -> str:
-    """URL of a database file of any name."""
+    """URL of a SQLite file, with any characters in its name."""
     return sqlalchemy.URL.create("sqlite", database=path).render_as_string()
 
 
 def _create_tables(path: Path) -> None:
     """Create the database file, if it does not exist, atomically with its tables.
 
-    Each process that opens a file without tables creates them: a dashboard opened in the second in which a sweep begins
-    would end one of the two with "table ... already exists".
+    Each process that opens a file without tables creates them: if a sweep and a dashboard did so at the same time, one
+    would fail with "table ... already exists".
     """
     if path.exists():
         return
@@ -75,17 +75,17 @@ def _create_tables(path: Path) -> None:
 
 
 def _quiet() -> AbstractContextManager[None]:
-    """Silence Optuna's log line for each new study."""
+    """Suppress Optuna's log line for each new study."""
     return log_levels({"optuna": logging.WARNING})
 
 
 def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume: bool) -> optuna.Study:
     """Open the study `name` in the Optuna storage at `url`; UserError if the storage cannot be opened or is in use."""
     modes = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-    directions = [modes[OBJECTIVES[name].mode] for name in config.objectives]
+    directions = [modes[OBJECTIVES[objective].mode] for objective in config.objectives]
     if url.startswith("redis"):
         raise UserError(
-            "Optuna stores pickles in Redis, which execute code when they are read; give --storage a database's URL"
+            "Optuna stores pickles in Redis, which execute code when read; give --storage the URL of a database"
         )
     try:
         with _quiet():
@@ -99,7 +99,7 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
     started = [trial for trial in trials if trial.state is not TrialState.WAITING]
     if started and not resume:
         raise UserError(
-            f"the storage holds a study {name} already; continue it with --resume always, or choose another --out"
+            f"the storage already contains a study {name}; resume it with --resume always, or choose another --out"
         )
     if not trials:
         study.enqueue_trial(space.start_parameters(recipe, config))
@@ -108,7 +108,7 @@ def open_study(url: str, name: str, recipe: Recipe, config: SweepConfig, resume:
 
 
 def sampler(config: SweepConfig, trials: int) -> optuna.samplers.BaseSampler:
-    """Sampler after `trials` trials, seeded by them: a resumed sweep must not repeat its random numbers."""
+    """Sampler seeded with the number of existing `trials`: a resumed sweep must not repeat its random numbers."""
     seed = config.seed + trials
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -116,7 +116,7 @@ def sampler(config: SweepConfig, trials: int) -> optuna.samplers.BaseSampler:
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, group=True, multivariate=True)
         if config.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed)
-        if config.sampler == "qmc":  # the study continues its sequence if the seed stays
+        if config.sampler == "qmc":  # continues its sequence if the seed is the same
             return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
     return optuna.samplers.RandomSampler(seed=seed)
 
@@ -126,11 +126,10 @@ def left_running(study: optuna.Study, url: str) -> list[optuna.trial.Trial]:
     running = [trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
     if not running:
         return []
-    storage = optuna.storages.get_storage(url)
-    key = storage.get_study_id_from_name(study.study_name)
-    return [
-        optuna.trial.Trial(study, storage.get_trial_id_from_study_id_trial_number(key, number)) for number in running
-    ]
+    database = optuna.storages.get_storage(url)
+    study_id = database.get_study_id_from_name(study.study_name)
+    ids = [database.get_trial_id_from_study_id_trial_number(study_id, number) for number in running]
+    return [optuna.trial.Trial(study, trial_id) for trial_id in ids]
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -139,17 +138,17 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def values(trial: FrozenTrial, recipe: Recipe, config: SweepConfig) -> space.Values:
-    """The trial's values of recipe fields."""
+    """Values of the searched recipe fields in a trial."""
     return space.suggest(FixedTrial(trial.params), recipe, config)
 
 
 def end_of(result: dict[str, Any] | None) -> TrialState:
-    """Final state of a trial by its last result; None means that it crashed."""
+    """Final state of a trial with this last result; None means that it crashed."""
     if not result or "step" not in result or "failed" in result:
         return TrialState.FAIL
     return TrialState.COMPLETE if result["step"] >= result["steps"] else TrialState.PRUNED
 
 
 def folder_of(number: int) -> str:
-    """Folder of a trial, relative to the sweep's."""
+    """Folder of a trial, relative to the sweep's folder."""
     return f"trials/{number:04d}"

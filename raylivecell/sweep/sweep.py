@@ -4,9 +4,9 @@
    among trials.
 2. Tune runs the trials (sweep/trial.py) that the study suggests; ASHA stops weak ones.
 3. `--final-seeds` trains the starting and the best recipe again with fresh seeds (sweep/final_seeds.py).
-4. best.yaml, its checkpoint, trials.csv and report.html are written from the study and the runs' folders alone.
+4. best.yaml, its checkpoint, trials.csv and report.html are written, from the study and the runs' folders only.
 
-A sweep ends with the best.yaml of a finished run, or with an error that gives the reason.
+A sweep ends with the best.yaml of a finished run, or with an error that states the reason.
 """
 
 from collections import Counter
@@ -56,16 +56,16 @@ def sweep(
         out: URI of the sweep's folder: study.db, trials/, best.yaml, checkpoint_best/, trials.csv, report.html.
         recipe: the first trial.
         config: search space and search settings.
-        trials: total number, including those before a `resume`.
+        trials: total number of trials, including those before a `resume`.
         resume: continue the sweep in `out`.
         study_url: Optuna storage to use instead of OUT/study.db.
-        max_concurrent: trials at once; default: as many as the cluster has resources for.
-        retries: restarts of a trial from its last checkpoint after a crash.
+        max_concurrent: maximum number of concurrent trials; default: limited by the cluster's resources.
+        retries: restarts of a trial from its latest checkpoint after a crash.
         seeds: number of fresh seeds for training the candidates again (sweep/final_seeds.py).
-        mlflow: tracking URI; trials are logged to MLflow too.
+        mlflow: tracking URI, to also log trials to MLflow.
 
     Raises:
-        UserError: no such dataset, a space that does not fit the recipe, `out` in use, too few CPUs, no finished trial.
+        UserError: no such dataset, a space that does not fit the recipe, `out` in use, too few CPUs, no complete trial.
     """
     data, out = storage.absolute(data), storage.absolute(out)
     if trials < 1:
@@ -104,7 +104,7 @@ def _trial_resources(recipe: Recipe, config: SweepConfig, max_concurrent: int | 
 
 
 def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
-    """Raise UserError for what would fail in every trial, or in every trial with one of the searched values."""
+    """Raise UserError if all trials, or all trials with one of the searched values, would fail."""
     space_check.check(recipe, config)
     _check_variants(recipe, config, lambda variant: _check_batch(variant, config))
     shape = recipe.crop, recipe.augment.device
@@ -115,12 +115,12 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
     _check_networks(recipe, config)
     rows = len(shards.list_rows(data, "train"))
     if not shards.list_rows(data, "val"):
-        raise UserError(f"dataset at {data} has no validation images, on which trials are compared; prepare some")
+        raise UserError(f"dataset at {data} has no validation images to compare trials on; prepare some")
     steps = SampleSchedule(recipe.seed, rows, recipe.batch_size, recipe.phases).steps
     every = recipe.loop.report_steps
     if config.stops_early and every is not None and every >= steps:
         raise UserError(
-            f"trials cannot be stopped early: {steps} steps with a report every {every}; lower loop.report_steps, "
+            f"trials of {steps} steps with a report every {every} cannot be stopped early; lower loop.report_steps, "
             "or use --sweep.no-early-stopping"
         )
 
@@ -130,7 +130,7 @@ def _check_networks(recipe: Recipe, config: SweepConfig) -> None:
     preflight.network(recipe)
     searched = list(space.searched_fields(config))
     if "model.name" in searched and any(path.startswith("model.options") for path in searched):
-        return  # each trial combines a network with options of its own
+        return  # each trial combines a network with other options
     _check_variants(
         recipe, config, lambda variant: None if variant.model == recipe.model else preflight.network(variant)
     )
@@ -151,23 +151,24 @@ def _check_variants(recipe: Recipe, config: SweepConfig, check: Callable[[Recipe
 
 
 def _check_unused(out: str, data: str, recipe: Recipe, config: SweepConfig, resume: bool) -> None:
-    """Raise UserError unless `out` is new, or holds a sweep of the same recipe and search that is to be resumed."""
+    """Raise UserError unless `out` is new, or contains a sweep with the same recipe and search to resume."""
     if run_folder.failure(out) is not None:
-        raise UserError(f"{out} holds a training run that failed; choose another --out, or delete it")
+        raise UserError(f"{out} contains a failed training run; choose another --out, or delete it")
     if not run_folder.check_resumable(out, data, resume):
         return
     if space.load(storage.join(out, run_folder.RECIPE)) != (recipe, config):
-        raise UserError(f"the sweep at {out} has another recipe or search; resume it with its own {out}/recipe.yaml")
+        raise UserError(f"the sweep at {out} has another recipe or search; resume it with {out}/recipe.yaml")
 
 
 def _summary_line(config: SweepConfig, resources: tune.TrialResources, remaining: int, trials: int) -> str:
     """Describe the sweep in one line."""
     done = f" ({trials - remaining} done before)" if remaining < trials else ""
-    on = f"{resources.gpus:g} GPU and {resources.cpus:g} CPU" if resources.gpus else f"{resources.cpus:g} CPU"
+    hardware = f"{resources.gpus:g} GPU and {resources.cpus:g} CPU" if resources.gpus else f"{resources.cpus:g} CPU"
     workers = f", {config.workers_per_trial} workers each" if config.workers_per_trial > 1 else ""
-    early = "ASHA stops weak trials" if config.stops_early else "every trial trains to its end"
+    early = "ASHA stops weak trials" if config.stops_early else "every trial trains to the end"
     return (
-        f"{trials} trials{done}, {resources.max_concurrent} at once{workers}, {on} a worker; {config.sampler}; {early}"
+        f"{trials} trials{done}, {resources.max_concurrent} at once{workers}, {hardware} per worker; {config.sampler}; "
+        f"{early}"
     )
 
 
@@ -219,7 +220,7 @@ def _search(
 
 
 def _tidy(out: str, study: optuna.Study) -> None:
-    """Delete all but the best checkpoint of each trial, also those that a process wrote after its trial had ended."""
+    """Delete all but the best checkpoint of each trial, including those that a process wrote after its trial ended."""
     for trial in finished(study):
         progress.delete_all_but_best(storage.join(out, folder_of(trial.number)))
 
@@ -230,12 +231,12 @@ def _best_so_far(study: optuna.Study, config: SweepConfig) -> float | None:
 
 
 def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
-    """The trial with the best first objective; with several objectives, among those on the Pareto front."""
+    """The trial with the best first objective; with several objectives, of those on the Pareto front."""
     if not statistics.complete(study):
         reasons = {str(trial.user_attrs.get("failed", "stopped early")) for trial in finished(study)}
         raise UserError(
-            f"no best.yaml: none of {len(finished(study))} trials trained to its end ({'; '.join(sorted(reasons))}); "
-            "fix that and sweep with another --out, or continue with --resume always and more --trials"
+            f"no best.yaml: none of {len(finished(study))} trials trained to the end ({'; '.join(sorted(reasons))}); "
+            "fix that and use another --out, or continue with --resume always and more --trials"
         )
     front = study.best_trials
     sign = 1 if space.OBJECTIVES[config.objectives[0]].mode == "max" else -1
@@ -243,20 +244,20 @@ def _best(study: optuna.Study, config: SweepConfig) -> optuna.trial.FrozenTrial:
 
 
 def _warn_about_unfinished(names: Iterable[str], final_scores: final_seeds.Scores, seeds: int) -> None:
-    """Print one line on the candidates that did not finish with all of the requested `seeds`."""
-    short = [name for name in names if len(final_scores.get(name, {})) < seeds]
-    if short and final_scores:
+    """Print one line about candidates that did not finish with all of the requested `seeds`."""
+    incomplete = [name for name in names if len(final_scores.get(name, {})) < seeds]
+    if incomplete and final_scores:
         used = len(next(iter(final_scores.values())))
-        left_out = [name for name in names if name not in final_scores]
-        dropped = f"; never finished: {', '.join(left_out)}" if left_out else ""
+        unfinished = [name for name in names if name not in final_scores]
+        suffix = f"; never finished: {', '.join(unfinished)}" if unfinished else ""
         console.print(
-            f"runs with fresh seeds failed: compared over {used} of {seeds} seeds{dropped}",
+            f"runs with fresh seeds failed: compared over {used} of {seeds} seeds{suffix}",
             soft_wrap=True,
             markup=False,
         )
-    elif short:
+    elif incomplete:
         console.print(
-            "runs with fresh seeds failed: no seed with which all candidates finished; best.yaml is that of the best "
+            "runs with fresh seeds failed: candidates have no finished seed in common; best.yaml is that of the best "
             "trial, whose score is not confirmed",
             soft_wrap=True,
             markup=False,
@@ -276,7 +277,7 @@ def _finish(
     out, recipe, best = shared.out, shared.recipe, _best(study, config)
     names = final_seeds.candidates(recipe, config, study, best)
     if seeds:
-        _write_best(out, config, study, best, {})  # remains if the runs with fresh seeds are interrupted
+        _write_best(out, config, study, best, {})  # kept if the runs with fresh seeds are interrupted
         final_seeds.run(shared, names, seeds, resources, retries)
     final_scores = final_seeds.scores(out, names, len(shared.samples.train))
     _warn_about_unfinished(names, final_scores, seeds)
@@ -290,7 +291,7 @@ def _finish(
 def _write_best(
     out: str, config: SweepConfig, study: optuna.Study, best: optuna.trial.FrozenTrial, final_scores: final_seeds.Scores
 ) -> str:
-    """Write best.yaml and its checkpoint, of the runs with fresh seeds if any finished; return why it is the best."""
+    """Write best.yaml and its checkpoint, from the runs with fresh seeds if any finished; returns the reason."""
     objectives = [space.OBJECTIVES[name] for name in config.objectives]
     listed = ", ".join(f"{objective.unit} {value:.4g}" for objective, value in zip(objectives, best.values))
     folder, reason = storage.join(out, folder_of(best.number)), f"trial {best.number} of {len(study.trials)}; {listed}"

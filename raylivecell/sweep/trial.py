@@ -1,10 +1,10 @@
-"""A trial of a sweep in Ray's processes: train a recipe to its end, or until the scheduler stops it.
+"""A trial of a sweep in Ray's processes: train a recipe to the end, or until the scheduler stops it.
 
 `OneWorker` runs the loop inside the trial, and its process runs one trial after another, which saves the imports (4 s)
 and the start of Ray Train (10 s). `several_workers` runs Ray Train inside the trial.
 
-A trial's folder is that of a run: checkpoint_*/ (best and last; at the end the best only), metrics.jsonl, tensorboard/.
-After any interruption the trial resumes there from its last checkpoint.
+A trial's folder is a run's: checkpoint_*/ (best and latest; at the end the best only), metrics.jsonl, tensorboard/.
+After any interruption the trial resumes there from its latest checkpoint.
 """
 
 import json
@@ -32,7 +32,7 @@ from raylivecell.training.job import TrainJob
 from raylivecell.training.worker import RankContext, report_row, reports, save
 
 Result = dict[str, Any]
-# Forward passes of an image: first unmeasured ones, then measured ones.
+# Forward passes of an image for timing: unmeasured, then measured.
 WARM_UP, MEASURED = 2, 7
 
 
@@ -53,10 +53,10 @@ class SweepContext:
     gpus: float
     """Per worker."""
     timed: bool
-    """Whether milliseconds per image are measured at the end."""
+    """Whether to measure milliseconds per image at the end of a trial."""
 
     def job(self, config: dict[str, Any]) -> TrainJob:
-        """Training job for a trial's config; UserError if its values give no recipe that can be trained."""
+        """Training job for a trial's config; UserError if its values are not a trainable recipe."""
         job = config["job"]
         recipe = space.apply(self.recipe, job["values"])
         preflight.batch_divides(recipe.batch_size, self.workers, "--sweep.workers-per-trial")
@@ -68,12 +68,12 @@ class OneWorker(tune.Trainable):
     """A trial of one worker: each step trains until the next report."""
 
     def setup(self, config: dict[str, Any], shared: SweepContext) -> None:  # type: ignore[override]  # by with_parameters
-        """Begin the first trial; Ray passes `shared` to the process's first trial only."""
+        """Start the process's first trial, the only one to which Ray passes `shared`."""
         self.shared = shared
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in this process."""
+        """Start another trial in this process."""
         self.cleanup()
         self._begin(new_config)
         return True
@@ -91,7 +91,7 @@ class OneWorker(tune.Trainable):
             self.failed = _failed(str(error))
 
     def step(self) -> Result:
-        """Train until the next report; an error that a retry would repeat ends the trial as failed, with the reason."""
+        """Train until the next report; an error that a retry would repeat ends the trial as failed, with a reason."""
         if self.failed or self.reports is None:
             return self.failed or {}
         try:
@@ -109,7 +109,7 @@ class OneWorker(tune.Trainable):
         return row
 
     def _result(self, training: loop.TrainState | None) -> Result:
-        """Result of the last report; without `training`, the trial had ended before it was resumed."""
+        """Result of the last report; `training` is None if the trial had ended before it was resumed."""
         state = training.state if training else progress.load_state(self.last or "")
         row = report_row(state, self.job.schedule())
         row["done"] = row["step"] >= row["steps"]
@@ -150,7 +150,7 @@ def several_workers(config: dict[str, Any], shared: SweepContext) -> None:
     if failed:
         tune.report(_failed(f"loss not finite at step {failed['step']}"))
         return
-    # The metrics file has the complete history, also of a run that had ended before it was resumed.
+    # metrics.jsonl has the entire history, also of a run that had ended before it was resumed.
     lines = storage.read_bytes(storage.join(job.out, "metrics.jsonl")).splitlines()
     state = progress.Progress(len(lines), [json.loads(line) for line in lines])
     row = report_row(state, job.schedule())
@@ -160,7 +160,7 @@ def several_workers(config: dict[str, Any], shared: SweepContext) -> None:
 
 
 def ms_per_image(network: nn.Module, samples: Samples) -> float:
-    """Median milliseconds per validation image, one at a time, on the network's device."""
+    """Median milliseconds per forward pass of a single validation image, on the network's device."""
     network.eval()
     device = next(network.parameters()).device
     image = torch.from_numpy(samples.val_sample(0).image.copy())[None].to(device)

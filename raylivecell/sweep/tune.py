@@ -1,4 +1,4 @@
-"""Run trials with Ray Tune: resources of a trial, the ASHA scheduler, progress in the terminal."""
+"""Run trials with Ray Tune: resources per trial, the ASHA scheduler, progress in the terminal."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from raylivecell.sweep.space import SearchConfig
 from raylivecell.sweep.study import end_of
 from raylivecell.sweep.trial import OneWorker, SweepContext, several_workers
 
-# Fraction of the CPUs for training: a CPU that augments feeds about four that train (520x704: 3 ms an image).
+# Fraction of the CPUs for training: one CPU that augments feeds about four that train (520x704: 3 ms per image).
 TRAIN_SHARE = 0.8
 
 
@@ -33,15 +33,15 @@ class TrialResources:
 
     max_concurrent: int
     cpus: float
-    """Of each worker."""
+    """Per worker."""
     gpus: float
-    """Of each worker."""
+    """Per worker."""
     threads: int
     """torch threads in each worker."""
 
 
 def capacity(config: SearchConfig, machines: Sequence[Machine], max_concurrent: int | None = None) -> TrialResources:
-    """Resources of the trials that run at once: as many as there are GPUs for, else CPUs, with some left for Ray Data.
+    """Divide the cluster among as many concurrent trials as its GPUs, else its CPUs allow; some CPUs are for Ray Data.
 
     Raises:
         UserError: too few resources for one trial, or for `max_concurrent`.
@@ -50,7 +50,7 @@ def capacity(config: SearchConfig, machines: Sequence[Machine], max_concurrent: 
     cpus, gpus = sum(machine.cpus for machine in machines), sum(machine.gpus for machine in machines)
     if gpus and workers > 1 and gpus_each < 1:
         raise UserError(
-            f"--sweep.gpus-per-worker {gpus_each:g} with {workers} workers a trial: they cannot share a GPU (NCCL); "
+            f"--sweep.gpus-per-worker {gpus_each:g}: the {workers} workers of a trial cannot share a GPU (NCCL); "
             "use --sweep.gpus-per-worker 1 or --sweep.workers-per-trial 1"
         )
     gpu_trials = placement.gpu_slots(machines, gpus_each) // workers
@@ -69,24 +69,24 @@ def capacity(config: SearchConfig, machines: Sequence[Machine], max_concurrent: 
         raise UserError(
             f"--max-concurrent {concurrent} would leave no CPU for Ray Data on {cpus:g} CPUs; use {possible}"
         )
-    share = placement.worker_cpus(concurrent * workers, machines, gpus_each)
+    cpus_each = placement.worker_cpus(concurrent * workers, machines, gpus_each)
     threads = max(1, int(cpus) // (concurrent * workers))
-    return TrialResources(concurrent, share, gpus_each if gpu_trials else 0.0, threads)
+    return TrialResources(concurrent, cpus_each, gpus_each if gpu_trials else 0.0, threads)
 
 
 def run(
     shared: SweepContext, resources: TrialResources, retries: int, callbacks: list[tune.Callback], **options: Any
 ) -> None:
-    """Run all trials; the outcome of each is in its folder and in the study."""
-    # Tune would log every trial's traceback here; the reason is in the study, the traceback in Ray's own logs.
+    """Run all trials; their results are in their folders and in the study."""
+    # Tune would log every trial's traceback here; the reason is in the study, the traceback in Ray's logs.
     settings = environment(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         RAY_AIR_NEW_OUTPUT="0",  # the new one prints tables at verbose=0 too
-        TUNE_DISABLE_STRICT_METRIC_CHECKING="1",  # milliseconds per image come with the last row
+        TUNE_DISABLE_STRICT_METRIC_CHECKING="1",  # only the last row has ms_per_image
     )
     alone = shared.workers == 1
     trainable: Any = tune.with_parameters(OneWorker if alone else several_workers, shared=shared)
-    # A trial of several workers only waits for them: Ray Train reserves theirs.
+    # A trial of several workers only waits for them: Ray Train reserves their resources.
     per_trial = {"cpu": shared.cpus, "gpu": shared.gpus} if alone else {"cpu": 0.01}
     config = options.pop("param_space", None)
     tuner = tune.Tuner(
@@ -102,7 +102,7 @@ def run(
         run_config=tune.RunConfig(
             **folder.ray_storage(storage.join(shared.out, "tune")),
             failure_config=tune.FailureConfig(max_failures=retries),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials write their checkpoints
             callbacks=callbacks,
             verbose=0,
         ),
@@ -120,7 +120,7 @@ def scheduler(study: optuna.Study, config: SearchConfig) -> TrialScheduler:
         metric="score",
         mode="max",
         max_t=100,
-        grace_period=100 * config.grace,  # type: ignore[arg-type]  # any number will do
+        grace_period=100 * config.grace,  # type: ignore[arg-type]  # may be any number
         reduction_factor=config.reduction,
     )
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
@@ -133,7 +133,7 @@ def scheduler(study: optuna.Study, config: SearchConfig) -> TrialScheduler:
 
 
 def mlflow_callbacks(uri: str | None, name: str) -> list[tune.Callback]:
-    """Callback that logs each trial to the MLflow server at `uri`, in the experiment `name`; [] without a `uri`."""
+    """Callback that logs each trial to the MLflow server at `uri`, in the experiment `name`; [] without `uri`."""
     if uri is None:
         return []
     try:
@@ -152,7 +152,7 @@ class TrialProgress(tune.Callback):
         self.board, self.out, self.on_change = board, out, on_change
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks, and nothing reads the pickle."""
+        """Empty: Tune pickles its callbacks, and nothing reads the pickle."""
         return {}
 
     def _name(self, trial: Any) -> str:

@@ -63,7 +63,7 @@ def describe(row: dict[str, Any], steps: int) -> str:
 
 
 def describe_start(phases: Sequence[tuple[str, float]]) -> str:
-    """Format the time to the first optimiser step and its phases, (name, seconds) in order, as one line."""
+    """Format the time to the first optimiser step and its phases, (name, seconds), as one line."""
     total = sum(seconds for _, seconds in phases)
     shown = [f"{name} {seconds:.1f}" for name, seconds in phases if seconds >= 0.05]
     return f"first step after {total:.1f} s: {', '.join(shown)}"

@@ -1,11 +1,11 @@
-"""The torch process group of training processes without GPUs, over gloo.
+"""The gloo process group of training processes without GPUs.
 
-Gloo resolves the machine's host name. If /etc/hosts maps that to 127.0.0.1 (as Debian's installer does), processes on
-two machines connect to their own loopback: "Gloo connectFullMesh failed, Connection refused". Ray knows the address at
-which other nodes reach this one.
+By default gloo resolves the machine's host name. If /etc/hosts maps it to 127.0.0.1 (as Debian's installer does),
+processes on two machines connect to their own loopback: "Gloo connectFullMesh failed, Connection refused". Gloo is
+therefore set to the interface of the address at which Ray's other nodes reach this one.
 
 Workers form the group themselves: Ray Train's TorchConfig would import torch in its controller before any worker starts
-(1.7 s of each start).
+(1.7 s per start).
 """
 
 import os
@@ -18,14 +18,14 @@ import ray.train.collective
 import ray.util
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
-# Time limit of each operation of the group.
+# Time limit of each collective operation.
 TIMEOUT_S = 600
 
 
 def join_process_group() -> None:
     """Join torch's process group at rank 0's address; does nothing for a single process.
 
-    The process stays a member until it ends: leaving the group would wait for ranks that have died.
+    Processes never leave it explicitly: that would wait for ranks that have died.
     """
     context = ray.train.get_context()
     if context.get_world_size() == 1:
@@ -60,7 +60,7 @@ def interface(address: str) -> str | None:
 
 
 def rendezvous_url() -> str:
-    """URL for the group's rendezvous: this node's address, as Ray knows it, and a free port."""
+    """URL for the group's rendezvous: this node's address in Ray, and a free port."""
     address = ray.util.get_node_ip_address()
     ipv6 = ":" in address
     with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET) as probe:

@@ -1,4 +1,4 @@
-"""The job that each training worker receives. Apart from worker.py, so that a driver need not import torch."""
+"""The job that each training worker receives. Separate from worker.py, so that the driver need not import torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from raylivecell.ingest.stream import Stream
 from raylivecell.recipe import Recipe
 
 SCORE_COLUMN = "rank"
-"""Column of a worker's report by which Ray Train keeps the best checkpoint: its validation score."""
+"""Column of the validation score in a worker's report, by which Ray Train selects the best checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +24,30 @@ class TrainJob:
     out: str
     samples: Samples = field(repr=False)  # Ray's dashboard keeps the job's repr
     stream_memory: int
-    """Bytes of the object store for the streams of all workers together."""
+    """Bytes of the object store for the streams of all workers."""
     threads: int | None = None
     """torch's threads in each worker; None: the machine's cores divided among its workers."""
     mailbox: ActorHandle | None = None
-    """A `messages.Mailbox` for rank 0's progress."""
+    """`messages.Mailbox` for rank 0's progress."""
     poll_preemption: bool = False
     """Whether workers poll for nodes that are about to be removed."""
     startup: tuple[tuple[str, float], ...] = ()
-    """Start-up phases of the driver and when each ended, seconds since 1970."""
+    """Start-up phases of the driver: name and end time, seconds since 1970."""
     resumed: bool = False
-    """Whether the run in `out` is continued."""
+    """Whether the run in `out` is resumed."""
     sweep: str | None = None
-    """Folder of the sweep that the run is a trial of."""
+    """Folder of the sweep to which the run belongs as a trial."""
 
     def name(self) -> str:
-        """The name of the run's folder; for a trial, its path from the sweep's folder on."""
+        """The name of the run's folder; for a trial SWEEP/PATH, its path within the sweep's folder."""
         return addresses.relative(self.out, addresses.parent(self.sweep or self.out)) or addresses.name(self.out)
 
     def schedule(self) -> SampleSchedule:
-        """The sample order of the run."""
+        """The run's sample order."""
         return SampleSchedule(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
 
     def stream(self, step: int, rank: int = 0, ranks: int = 1) -> Stream:
-        """The batches of `rank` from `step` on; its tasks start immediately."""
+        """Stream of the batches of `rank`, starting at `step`; its Ray Data tasks start immediately."""
         samples, recipe = self.samples, self.recipe
         source = Source(
             samples.train,
@@ -63,6 +63,6 @@ class TrainJob:
         return Stream(source, step, rank, ranks, self.stream_memory // ranks)
 
     def send_progress(self, message: dict[str, Any]) -> None:
-        """Send a message to the driver without waiting for it."""
+        """Send a message to the driver without waiting for its delivery."""
         if self.mailbox is not None:
             self.mailbox.send.remote(message)

@@ -1,7 +1,8 @@
 """The training loop, without Ray, cluster or command line.
 
-1. Get a batch; the wait counts as time lost to data.
-2. Forward on the device (the network normalises), loss, backward, clip, optimiser step, schedule, average.
+1. Get a batch; the wait counts towards `data_wait_fraction`.
+2. Forward on the device (the network normalises), loss, backward, gradient clipping, optimiser step, learning-rate
+   schedule, weight average.
 3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, yield to the caller.
 """
 
@@ -24,14 +25,14 @@ from raylivecell.runs.progress import Progress
 from raylivecell.targets.registry import Targets
 from raylivecell.targets.sample_planes import IMAGE
 
-# Reading a loss waits for the GPU: losses on GPUs are checked for NaN and infinity only once in this many steps.
+# Steps between checks for a non-finite loss on a GPU: reading a loss waits for the GPU.
 GPU_CHECK_STEPS = 20
-# Names of the parts of `segmentation_loss` in the history.
+# Columns of the history for the parts of `segmentation_loss`.
 LOSSES = ("loss", "bce", "dice_loss", "aux_loss")
 
 
 class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite at `step`, in the batch of the samples `samples`."""
+    """The loss is NaN or infinite at `step`, whose batch has the samples `samples`."""
 
     def __init__(self, step: int, samples: list[int]) -> None:
         super().__init__(f"loss is not finite at step {step}, samples {samples}")
@@ -40,7 +41,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass
 class TrainState:
-    """All that training changes: network, averaged network, optimiser, learning-rate schedule and progress."""
+    """Mutable state of training: network, averaged network, optimiser, learning-rate schedule and progress."""
 
     model: nn.Module
     average: AveragedModel | None
@@ -54,7 +55,7 @@ class TrainState:
         return self.average.module if self.average is not None else self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but `state`, as tensors and primitives."""
+        """All fields except `state`, and the RNG state, as tensors and primitives."""
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -64,7 +65,7 @@ class TrainState:
         }
 
     def load(self, values: dict[str, Any], state: Progress) -> None:
-        """Restore a `state_dict`."""
+        """Restore a `state_dict` and the progress saved with it."""
         self.model.load_state_dict(values["model"])
         if self.average is not None:
             self.average.load_state_dict(values["average"])
@@ -75,7 +76,7 @@ class TrainState:
 
 
 def start(model: nn.Module, config: OptimizerConfig, steps: int) -> TrainState:
-    """State to train `model` from its present weights over `steps`."""
+    """Initial state for training `model` from its current weights for `steps`."""
     optimizer, scheduler = build_optimizer(model, config, steps)
     average = None
     if config.ema_decay:
@@ -98,24 +99,24 @@ def run(
 ) -> Iterator[TrainState]:
     """Train from `training.state.step` to `schedule.steps`; yields `training` after each new row of its history.
 
-    It is also yielded between reports, without a new row, when `checkpoint_requested` returns True.
+    Also yields `training` between reports, without a new row, when `checkpoint_requested` returns True.
 
     Args:
         training: changed in place.
         forward: the network to call: `training.model`, or a wrapper of it (DDP, compiled).
-        batches: {"planes": uint8 (b, 2 + C, H, W) as in targets/sample_planes.py; anything else} from the present step
-            on, this rank's share of each.
+        batches: this rank's share of each batch, starting at the current step: {"planes": uint8 (b, 2 + C, H, W) as in
+            targets/sample_planes.py}; other keys are ignored.
         schedule: the sample order that `batches` follows.
         config: report interval, precision and memory format.
         loss_config: the loss and its weights.
         targets: the target kind of `batches`.
-        validate: network -> metrics named `val_*`, equal on every rank.
+        validate: network -> metrics `val_*`, equal on every rank.
         on_step: called after each step with steps done and images/s (of all ranks) since the last report.
         sum_over_ranks: returns the sum of a tensor over all ranks.
-        checkpoint_requested: called with steps done; the same result on every rank.
+        checkpoint_requested: called with steps done; must return the same on every rank.
 
     Raises:
-        NonFiniteLoss: on every rank at the same step, naming the global batch's samples.
+        NonFiniteLoss: on every rank at the same step, with the samples of the global batch.
     """
     device = next(training.model.parameters()).device
     send = DeviceTransfer(device)
@@ -176,7 +177,7 @@ def _precision(precision: str, device: torch.device) -> contextlib.AbstractConte
 
 
 class _StepStats:
-    """Sums since the last report, kept on the device; detects non-finite losses at the same step on all ranks."""
+    """Sums since the last report, on the device; detects non-finite losses at the same step on all ranks."""
 
     def __init__(
         self, schedule: SampleSchedule, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
@@ -196,7 +197,7 @@ class _StepStats:
             self.check(step)
 
     def check(self, step: int) -> None:
-        """Raise NonFiniteLoss on every rank if any rank's loss was not finite at a step not yet checked."""
+        """Raise NonFiniteLoss on every rank if any rank's loss was not finite at an unchecked step."""
         if not self.unchecked:
             return
         non_finite = self.sum_over_ranks((~torch.isfinite(torch.stack(self.unchecked))).float()).nonzero()
@@ -210,7 +211,7 @@ class _StepStats:
         return steps * self.schedule.batch_size / (time.perf_counter() - self.started_at)
 
     def row(self, step: int, lr: float) -> dict[str, Any]:
-        """Row of the history: means of the sums over steps and ranks."""
+        """Row of the history: losses are means over steps and ranks."""
         self.check(step)
         assert self.first_step is not None
         seconds = time.perf_counter() - self.started_at

@@ -28,10 +28,9 @@ class Mailbox:
 def open_mailbox() -> ActorHandle:
     """Start a Mailbox actor that reserves no CPU and ends with the driver.
 
-    It runs on the driver's node: elsewhere it would be lost with a node that is drained or fails while the run
-    continues.
+    It runs on the driver's node, so that draining or losing another node does not end it.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote: Any = ray.remote  # its annotations do not name this strategy
+    remote: Any = ray.remote  # its annotations lack this strategy
     handle: ActorHandle = remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     return handle

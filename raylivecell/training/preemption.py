@@ -6,7 +6,7 @@ import ray.train
 import ray.train.collective
 from ray.train import PreemptionInfo
 
-# Seconds between two polls for preemption notices: a node has 30 or more. Steps over which the interval is timed.
+# Seconds between polls for preemption notices (a node has at least 30), and steps over which a step is timed.
 POLL_S, TIMED_STEPS = 2.0, 5
 
 
@@ -14,8 +14,8 @@ class PreemptionCheckpoint:
     """Requests a checkpoint at each preemption notice.
 
     A notice is a change of the announced nodes or of their deadline: losing a second node must not cost the steps since
-    the first was announced. Every rank requests at the same steps, as Ray Train requires; a poll takes some
-    milliseconds, so polls are POLL_S apart.
+    the first notice. Every rank requests at the same steps, as Ray Train requires. A poll takes some milliseconds, so
+    polls are POLL_S apart.
     """
 
     def __init__(self, start: int) -> None:
@@ -24,7 +24,7 @@ class PreemptionCheckpoint:
         self.last_notice: PreemptionInfo | None = None
 
     def __call__(self, step: int) -> bool:
-        """Whether to save a checkpoint now, after `step` steps; the same on every rank."""
+        """Whether to save a checkpoint after `step` steps; the same on every rank."""
         done = step - self.start
         if self.interval is None:
             if done < TIMED_STEPS:

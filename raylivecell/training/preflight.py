@@ -1,4 +1,4 @@
-"""Checks before a run starts, of what would otherwise fail or hang later."""
+"""Checks before a run starts for conditions that would make it fail or hang later."""
 
 import math
 import os
@@ -12,20 +12,20 @@ from raylivecell.data import shards
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import placement, session
 
-# Time limit for a task on the cluster that looks for a compiler or a GPU, start of its process included.
+# Time limit for a task on the cluster that checks for a compiler or a GPU, process start included.
 PROBE_S = 60.0
 
 
 def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 1.0) -> float:
-    """CPUs to reserve for each worker such that Ray Data keeps some (runtime/placement.py): else the run would hang.
+    """CPUs to reserve for each worker. Some stay free for Ray Data, without which the run would hang.
 
     Args:
         workers: number of workers in one run, or in all concurrent trials.
-        flag: the command-line flag that sets it.
+        flag: the command-line option for `workers`.
         gpus_per_worker: GPUs of each worker, on a cluster with GPUs.
 
     Raises:
-        UserError: they leave no CPU for Ray Data.
+        UserError: the workers leave no CPU for Ray Data.
     """
     machines = session.machines()
     cpus = placement.worker_cpus(workers, machines, gpus_per_worker)
@@ -37,7 +37,7 @@ def worker_cpus(workers: int, flag: str = "--workers", gpus_per_worker: float = 
 
 
 def worker_gpus(workers: int | tuple[int, int]) -> float:
-    """GPUs per worker: 1 on a cluster with GPUs, else 0; UserError if it has fewer GPUs than the minimum of workers."""
+    """GPUs per worker: 1 on a cluster with GPUs, else 0; UserError for fewer GPUs than the minimum of workers."""
     minimum = workers if isinstance(workers, int) else workers[0]
     gpus = placement.gpu_slots(session.machines())
     if 0 < gpus < minimum:
@@ -47,7 +47,7 @@ def worker_gpus(workers: int | tuple[int, int]) -> float:
 
 
 def demo_workers(batch_size: int, at_most: int = 2) -> int:
-    """Workers for a small run on any cluster: as many as fit and divide the batch equally."""
+    """Workers for a small run on any cluster: the most that fit and divide the batch equally."""
     machines = session.machines()
     most = min(at_most, placement.gpu_slots(machines) or at_most, placement.most_workers(machines))
     return next((count for count in range(most, 1, -1) if batch_size % count == 0), 1)
@@ -59,27 +59,27 @@ def state_api() -> None:
 
     try:
         list_nodes(limit=1, timeout=20)
-    except Exception as error:  # Ray's own errors, the network's, or two clusters on one machine
+    except Exception as error:  # errors of Ray or the network, or two clusters on one machine
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"Ray's State API gives no answer ({reason}): trials of several workers that are stopped early would keep "
+            f"Ray's State API does not respond ({reason}): trials of several workers that are stopped early would keep "
             "their CPUs; start Ray with its dashboard and set RAY_ADDRESS, or use --sweep.no-early-stopping"
         ) from error
 
 
 def batch_divides(batch_size: int, workers: int | tuple[int, int], flag: str = "--workers") -> None:
-    """Check that the workers can divide each batch equally; `flag` sets their number on the command line."""
+    """Check that the workers divide each batch equally; `flag` is the command-line option for `workers`."""
     counts = [workers] if isinstance(workers, int) else range(workers[0], workers[1] + 1)
     indivisible = [count for count in counts if batch_size % count]
     if indivisible:
         raise UserError(
-            f"a batch of {batch_size} cannot be shared equally by {indivisible[0]} workers; "
+            f"a batch of {batch_size} cannot be divided equally among {indivisible[0]} workers; "
             f"set batch_size to a multiple of {math.lcm(*counts)}, or change {flag}"
         )
 
 
 def samples_fit(data: str, recipe: Recipe) -> None:
-    """Check that there are training images, and that images of several sizes need not share a batch."""
+    """Check that the dataset has training images, and that the recipe allows their sizes in one batch."""
     if not shards.list_rows(data, "train"):
         raise UserError(f"dataset at {data} has no training images; its train split is empty")
     sizes = len(shards.image_sizes(data, "train"))
@@ -87,14 +87,14 @@ def samples_fit(data: str, recipe: Recipe) -> None:
         raise UserError(f"images of {sizes} sizes in {data}/train cannot share a batch; set the recipe's crop")
     if sizes > 1 and recipe.augment.device == "cuda":
         raise UserError(
-            f"images of {sizes} sizes in {data}/train cannot be sent to a GPU uncropped; set augment.device: cpu"
+            f"images of {sizes} sizes in {data}/train cannot be augmented on a GPU; set augment.device: cpu"
         )
 
 
 def network(recipe: Recipe) -> str | None:
-    """Describe a MONAI network in a line, None for our U-Net; UserError if it rejects the recipe's options.
+    """Describe a MONAI network in one line, None for our U-Net; UserError if it rejects the recipe's options.
 
-    Runs in the driver, before anything is written. MONAI and torch take 5 s to import; our U-Net needs neither here.
+    Runs in the driver, before anything is written. Importing MONAI and torch takes 5 s; our U-Net needs neither here.
     """
     if recipe.model.name == "unet":
         return None
@@ -107,10 +107,10 @@ def hardware(recipe: Recipe) -> None:
     """Check that the cluster has the GPU or the compiler that the recipe needs."""
     if not placement.gpu_slots(session.machines()):
         if recipe.augment.device == "cuda":
-            raise UserError("augment.device is cuda, and this cluster has no GPU; set augment.device: cpu")
+            raise UserError("augment.device is cuda, but this cluster has no GPU; set augment.device: cpu")
         if recipe.model.norm == "sync_batch":
             raise UserError(
-                "model.norm is sync_batch, which torch computes on GPUs only, and this cluster has none; set "
+                "model.norm is sync_batch, which torch supports on GPUs only, but this cluster has none; set "
                 "model.norm: group, whose result does not depend on the number of workers, or batch"
             )
     if recipe.loop.compile:
@@ -123,7 +123,7 @@ def _check_compiler() -> None:
     task = ray.remote(num_cpus=0, num_gpus=0.01 if gpu else 0)(find_compiler)
     try:
         compiler = ray.get(task.remote(gpu), timeout=PROBE_S)
-    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run will wait for them too
+    except ray.exceptions.GetTimeoutError:  # the GPUs are busy: the run will wait for them too
         return
     if not compiler:
         names = "gcc" if gpu else "g++"
@@ -131,7 +131,7 @@ def _check_compiler() -> None:
 
 
 def find_compiler(gpu: bool) -> str | None:
-    """The compiler on this machine that torch.compile would use: Triton's C compiler for GPUs, else torch's for C++."""
+    """The compiler on this machine for torch.compile, if any: Triton's C compiler for GPUs, else torch's for C++."""
     if gpu:
         names = [os.environ.get("CC", ""), "clang", "gcc", "cc"]
     else:
@@ -140,17 +140,17 @@ def find_compiler(gpu: bool) -> str | None:
 
 
 def gpus_work() -> None:
-    """Check on one machine that torch sees the GPU that Ray assigns; `check` does this on all machines.
+    """Check on one machine that torch sees the GPU that Ray assigns; the command `check` does so on all machines.
 
-    The usual cause is CPU-only torch on a machine with an NVIDIA driver; workers would fail at their first kernel,
-    after the samples were decoded.
+    It does not if torch is built for CPUs only, on a machine with an NVIDIA driver; workers would fail at their first
+    kernel, after the samples were decoded.
     """
     if not placement.gpu_slots(session.machines()):
         return
     task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(_blind_address)
     try:
         address = ray.get(task.remote(), timeout=PROBE_S)
-    except ray.exceptions.GetTimeoutError:  # the GPUs are in use: the run will wait for them too
+    except ray.exceptions.GetTimeoutError:  # the GPUs are busy: the run will wait for them too
         return
     if address:
         raise UserError(blind_gpu(address))
@@ -166,6 +166,6 @@ def _blind_address() -> str | None:
 def blind_gpu(address: str) -> str:
     """Error message for a machine whose GPU torch does not see, with the fix."""
     return (
-        f"Ray has a GPU on {address}, and torch sees none; install torch for CUDA there and look at the driver, or set "
-        "CUDA_VISIBLE_DEVICES= (a cluster: start Ray with --num-gpus=0) to use CPUs"
+        f"Ray has a GPU on {address}, but torch sees none; install torch for CUDA there and check the driver, or set "
+        "CUDA_VISIBLE_DEVICES= (on a cluster: start Ray with --num-gpus=0) to use CPUs"
     )

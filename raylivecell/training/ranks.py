@@ -1,4 +1,4 @@
-"""The ranks of a run: training processes that share each batch, and what they exchange."""
+"""Ranks, the training processes that share each batch, and their collective operations."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RankContext:
-    """A training process among the `ranks` that share each batch."""
+    """One of the `ranks` training processes that share each batch."""
 
     rank: int
     ranks: int
@@ -28,7 +28,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def broadcast_buffers(network: nn.Module) -> None:
     """Copy rank 0's buffers to every rank, so that all validate the network that rank 0 saves.
 
-    Each rank's BatchNorm statistics come from its own images.
+    BatchNorm statistics differ by rank: each computes them from its own images.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         for buffer in network.buffers():

@@ -1,4 +1,4 @@
-"""Ray Train for a run: workers and their resources, the run folder, retries. Imports no torch."""
+"""Run a training job with Ray Train: workers and their resources, run folder, retries. Imports no torch."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from raylivecell.runtime import ray_internals, session
 from raylivecell.runtime.ray_errors import as_user_errors
 from raylivecell.training.job import SCORE_COLUMN, TrainJob
 
-# Seconds between the controller's polls of its workers; with Ray's default, 2 s, a two-worker run takes 8 s longer.
+# Seconds between the controller's polls of its workers; with Ray's default of 2 s, a two-worker run takes 8 s longer.
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
 
@@ -29,7 +29,7 @@ def trainer(
     callbacks: Sequence[UserCallback] = (),
 ) -> Any:
     """Ray Train's trainer for `job` in its run folder, with `cpus` and `gpus` for each of `workers`."""
-    backend = BackendConfig()  # without GPUs the workers form their group themselves: training/gloo.py
+    backend = BackendConfig()  # without GPUs the workers form their process group themselves: training/gloo.py
     if gpus:
         from ray.train.torch import TorchConfig
 
@@ -57,7 +57,7 @@ def trainer(
 def _run_worker(config: dict[str, TrainJob]) -> Any:
     """The training function: start the worker's stream, then import torch and train.
 
-    The stream needs no torch: its tasks' processes start while this one imports it (5 s with MONAI).
+    The stream needs no torch: its data tasks start while this process imports torch (5 s with MONAI).
     """
     job, context = config["job"], ray.train.get_context()
     last = ray.train.get_checkpoint()
@@ -73,7 +73,7 @@ def _run_worker(config: dict[str, TrainJob]) -> Any:
 
 
 def fit(trainer: Any) -> dict[str, Any] | None:
-    """Run `trainer` to its end; returns rank 0's result. A worker's error that the user can fix becomes a UserError."""
+    """Run `trainer` to the end and return rank 0's result; worker errors that the user can fix become UserErrors."""
     with as_user_errors(), environment(**_ray_train_settings()):
         return cast(Any, _without_signal_handler(trainer.fit)).return_value
 
@@ -92,8 +92,8 @@ def _ray_train_settings() -> dict[str, str]:
 def _without_signal_handler(function: Callable[[], Any]) -> Any:
     """Call `function` in a thread, where Ray Train cannot replace the process's Ctrl-C handler.
 
-    Ray Train's handler exits the process with code 0 or 1 and stays installed after the run. With this one Ctrl-C
-    raises KeyboardInterrupt here; the run ends with the driver.
+    Ray Train's handler exits the process with code 0 or 1 and stays installed after the run. Without it, Ctrl-C raises
+    KeyboardInterrupt here, and the run ends with the driver.
     """
     if threading.current_thread() is not threading.main_thread():
         return function()

@@ -1,8 +1,8 @@
-"""A training run from its driver: checks, Ray, decoded samples, Ray Train around the loop, the report.
+"""The driver of a training run: checks, Ray, decoded samples, Ray Train around the loop, the report.
 
-1. The driver checks what would fail or hang, caches decoded samples in the object store if they fit, and starts Ray
-   Train (training/ray_train.py), whose run folder is --out.
-2. Each worker (training/worker.py) streams its batches, loads the last checkpoint and runs the loop.
+1. The driver runs the preflight checks, caches decoded samples in the object store if they fit, and starts Ray Train
+   (training/ray_train.py), whose run folder is --out.
+2. Each worker (training/worker.py) streams its batches, loads the latest checkpoint and runs the loop.
 3. The driver displays progress and at the end writes report.html.
 
 Ray Data, Ray Train and plotting libraries are imported where they are used: while Ray starts, or at the end.
@@ -45,12 +45,12 @@ def train(
         out: URI of the run's folder: checkpoint_*/, metrics.jsonl, tensorboard/, recipe.yaml, report.html.
         recipe: what to train.
         workers: training processes, or (min, max) for a run that grows and shrinks with the cluster.
-        resume: continue the run in `out` from its last checkpoint, instead of refusing a folder in use.
-        retries: how often the run restarts from its last checkpoint after a worker died.
-        began: when the command began, seconds since 1970, for the reported time to the first step; default: now.
+        resume: continue the run in `out` from its latest checkpoint; otherwise `out` must not contain a run.
+        retries: maximum number of restarts from the latest checkpoint after a worker died.
+        began: start of the command, seconds since 1970, for the reported time to the first step; default: now.
 
     Raises:
-        UserError: no such data; `out` in use, or nothing there to resume; too few CPUs; a loss not finite.
+        UserError: no such data; `out` in use, or no run to resume there; too few CPUs; a non-finite loss.
     """
     startup = [("", began or time.time()), ("imports", time.time())]
     data, out = storage.absolute(data), storage.absolute(out)
@@ -97,34 +97,32 @@ def train(
         batch = [shards.read_row(samples.train[index], ["file_name"]) for index in failed["samples"]]
         names = ", ".join(sorted({sample["file_name"] for sample in batch}))
         reason = f"the loss became NaN or infinite at step {failed['step']}, in the batch of {names}"
-        hint = "; lower optimizer.lr or set optimizer.clip_norm, and look at those images"
+        hint = "; lower optimizer.lr or set optimizer.clip_norm, and check those images"
         raise _record_failure(out, reason, hint)
     return _write_report(data, out, recipe)
 
 
 def _check_run_folder(out: str, data: str, recipe: Recipe, resume: bool) -> None:
-    """Check that `out` is unused, or holds a run to resume with the same recipe: Ray resumes any run it finds there."""
+    """Check that `out` is unused, or has a run to resume with the same recipe: Ray would resume any run there."""
     if not folder.check_resumable(out, data, resume):
         return
     old = recipes.load(storage.join(out, folder.RECIPE))
     changed = ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(recipe, name))
     if changed:
         restart = ", or start again without --resume always" if folder.failure(out) else ""
-        raise UserError(
-            f"the run at {out} has another recipe ({changed}); resume it with its own {out}/recipe.yaml{restart}"
-        )
+        raise UserError(f"the run at {out} has another recipe ({changed}); resume it with {out}/recipe.yaml{restart}")
 
 
 def _record_failure(out: str, reason: str, hint: str = "") -> UserError:
-    """Record in `out` that the run failed, which frees the folder; returns the error, with how to continue."""
+    """Record in `out` that the run failed, so that a new run may use the folder; returns the error for the user."""
     try:
         last = progress.latest(out)
         saved = progress.load_state(last).step if last else 0
         folder.mark_failed(out, folder.Failure(reason, saved))
-    except (OSError, UserError):  # perhaps of the same disk or network: the user must still see the reason
+    except (OSError, UserError):  # perhaps the same disk or network fails: the user must still see the reason
         return UserError(f"{reason}{hint}")
     resumed = f", and --resume always continues after step {saved}" if saved else ""
-    return UserError(f"{reason}{hint}; the same command then starts again and keeps the files of this run{resumed}")
+    return UserError(f"{reason}{hint}; the same command then starts a new run and keeps the files of this one{resumed}")
 
 
 def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:

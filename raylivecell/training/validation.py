@@ -1,4 +1,4 @@
-"""Validation scores of an epoch: each rank scores its share of the validation images, sums go over all ranks."""
+"""Validation scores: each rank scores its share of the validation images; counts are summed over ranks."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class Validation:
         return scores if self.targets == "foreground" else scores | {"val_msa": msa / images}
 
     def _image_row(self, network: nn.Module, index: int) -> list[float]:
-        """Of one image: its four pixel counts, Dice, mSA (0 for targets: foreground), 1."""
+        """Row for one image: four pixel counts, Dice, mSA (0 for targets: foreground), 1 (to count images)."""
         sample = self.samples.val_sample(index)
         logits = logits_of_picture(network, sample.image, sample.padding)
         foreground = torch.from_numpy(sample.truth != 0).to(self.device)

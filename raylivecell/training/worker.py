@@ -1,6 +1,6 @@
 """A training process: its stream, its network, the loop, and a checkpoint at each report.
 
-Every rank runs every step and every report, so that no collective waits for a missing rank.
+Every rank runs every step and every report, so that no collective operation waits for a missing rank.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ MESSAGE_INTERVAL_S = 1.0
 
 
 def run_worker(job: TrainJob, resume_from: str | None, stream: Stream) -> dict[str, Any] | None:
-    """Train as one of Ray Train's workers; {"step", "samples"} if the loss was not finite, else None.
+    """Train as one of Ray Train's workers; returns {"step", "samples"} of a non-finite loss, else None.
 
     Args:
-        job: what to train.
-        resume_from: URI of the checkpoint to resume from; None: from the start.
-        stream: this worker's batches from that checkpoint on.
+        job: recipe, samples and settings.
+        resume_from: URI of the checkpoint to resume from; None: start a new run.
+        stream: this worker's batches, starting at that checkpoint's step.
     """
     ray_context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if not torch.distributed.is_initialized():  # Ray Train forms the group for GPUs only, over NCCL
         gloo.join_process_group()
-    # The cores this process may use, not the machine's: a container may be bound to some of them.
+    # Cores available to this process: a container may be restricted to some of the machine's.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = job.threads or max(1, cores // ray_context.get_local_world_size())
     context = RankContext(ray_context.get_world_rank(), ray_context.get_world_size(), device, threads)
@@ -82,18 +82,18 @@ def reports(
     Closing the iterator also ends the stream of batches.
 
     Args:
-        job: what to train.
+        job: recipe, samples and settings.
         context: this worker's rank.
-        resume_from: URI of the checkpoint to resume from; None: from the start.
-        stream: this worker's batches from that checkpoint on, closed at the end; default: started here.
+        resume_from: URI of the checkpoint to resume from; None: start a new run.
+        stream: this worker's batches, starting at that checkpoint's step; closed at the end. Default: opened here.
 
     Raises:
         loop.NonFiniteLoss: as `loop.run`.
     """
     started_at = time.time()
-    # A GPU's process needs one thread, for its launches.
+    # With a GPU one thread is enough, to launch kernels.
     torch.set_num_threads(1 if context.device.type == "cuda" else context.threads)
-    torch.backends.cudnn.benchmark = True  # all crops have one size: let cuDNN choose its fastest algorithm for it
+    torch.backends.cudnn.benchmark = True  # all crops have one size: let cuDNN choose the fastest algorithm for it
     values, state = checkpoint.load_training(resume_from) if resume_from else (None, progress.Progress())
     recipe, schedule, intensity = job.recipe, job.schedule(), job.samples.intensity
     stream = stream or job.stream(state.step, context.rank, context.ranks)
@@ -125,7 +125,7 @@ def reports(
 
 
 def wrap(model: nn.Module, recipe: Recipe, ranks: int, device: torch.device) -> nn.Module:
-    """The network as the loop calls it: distributed over ranks, compiled, or unchanged."""
+    """Wrap the network for the loop: distributed over ranks, compiled, both, or unchanged."""
     forward: nn.Module = model
     if ranks > 1:
         forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -135,7 +135,7 @@ def wrap(model: nn.Module, recipe: Recipe, ranks: int, device: torch.device) -> 
 
 
 def _progress_sender(job: TrainJob, startup: Sequence[tuple[str, float]]) -> Callable[[int, float], None]:
-    """Callback that sends the step to the driver, and once the durations of the phases before the first step's end."""
+    """Callback that sends the step to the driver, and once the durations of the start-up phases."""
     sent_at = [0.0]
 
     def on_step(step: int, images_per_s: float) -> None:
@@ -150,9 +150,8 @@ def _progress_sender(job: TrainJob, startup: Sequence[tuple[str, float]]) -> Cal
 
 
 def report_row(state: progress.Progress, schedule: SampleSchedule) -> dict[str, Any]:
-    """The last row of the history with totals of the run so far.
-
-    Added: `score` (the best), `steps` (planned), `progress` (percent), `training_seconds` (with validation).
+    """The last row of the history with figures of the run: `score` (best), `steps` (planned), `progress` (percent),
+    `training_seconds` (with validation), and SCORE_COLUMN.
     """
     row = state.history[-1]
     seconds = sum(entry["seconds"] + entry["validation_seconds"] for entry in state.history)

@@ -194,6 +194,6 @@ def test_a_real_job(
     assert "step 2/2" in output
     assert "ray job submit --address" in output
     assert main.main([*own, *words]) == 2
-    assert f"{out} holds a run already" in capfd.readouterr().out
+    assert f"{out} already contains a run" in capfd.readouterr().out
     with pytest.raises(UserError, match="the cluster refused the job same"):
         submit.submit(submit.connect(address), request(name="same"), Path("none"))

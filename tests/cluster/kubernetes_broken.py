@@ -268,7 +268,7 @@ PROJECT_ERRORS: list[Breakage] = [
     (code.commands, "train", {"spec/entrypoint": f"{TRAIN} --worker 2"}, "--worker"),
     (code.commands, "train", {"spec/entrypoint": f"{TRAIN} --workers two"}, "--workers two"),
     (code.commands, "train", {"spec/entrypoint": TRAIN.replace("--data s3://b/d", "")}, "--data"),
-    (code.commands, "train", {"spec/entrypoint": f"{TRAIN} --workers 1:3"}, "cannot be shared equally"),
+    (code.commands, "train", {"spec/entrypoint": f"{TRAIN} --workers 1:3"}, "cannot be divided equally"),
     (code.commands, "train", {"spec/entrypoint": f"{TRAIN} --workers 1"}, "1 workers on 2 GPUs"),
     (code.commands, "train", {"spec/entrypoint": TRAIN.replace("--resume auto", "")}, "--resume auto is"),
     (

@@ -56,7 +56,7 @@ def test_train_evaluate_and_predict(tiny_dataset: str, ray_cluster: None, s3: S3
     s3.upload(tiny_dataset, "data")
     s3.upload(str(images), "images")
     done = run_job(JOB, images / "recipe.yaml", s3)
-    assert "holds a run already" in done.stderr
+    assert "already contains a run" in done.stderr
     runs = s3.names("runs/one/")
     for name in ("recipe.yaml", "metrics.jsonl", "report.html", "model.safetensors", "training.pt"):
         assert any(key.endswith("/" + name) for key in runs), (name, runs)

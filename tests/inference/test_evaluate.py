@@ -161,5 +161,5 @@ def test_user_errors_are_reported_before_anything_is_written(saved: str, data: s
     assert not Path(out).exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="holds a run, whose report this would replace"):
+    with pytest.raises(UserError, match="contains a run, whose report would be overwritten"):
         evaluate.evaluate(saved, data, "test", str(tmp_path / "run"))

@@ -128,7 +128,7 @@ def test_user_errors_are_reported(exported: tuple[str, str], tmp_path: Path) -> 
     with pytest.raises(UserError, match="no model at"):
         onnx_model.load(str(tmp_path / "none.onnx"))
     (tmp_path / "text.onnx").write_text("not a network")
-    with pytest.raises(UserError, match="is no ONNX file"):
+    with pytest.raises(UserError, match="is not an ONNX file"):
         onnx_model.load(str(tmp_path / "text.onnx"))
 
 
@@ -172,7 +172,7 @@ def test_onnx_files_of_other_programs_or_versions_are_rejected(exported: tuple[s
     about = {"raylivecell": "9", "targets": "flows", "instances": "{}", "recipe": ""}
     onnx.helper.set_model_props(model, about)
     onnx.save(model, str(tmp_path / "later.onnx"))
-    with pytest.raises(UserError, match="is of raylivecell 9, with targets flows"):
+    with pytest.raises(UserError, match="needs raylivecell 9 for targets flows"):
         onnx_model.load(str(tmp_path / "later.onnx"))
     with pytest.raises(UserError, match="not written by `raylivecell export`"):
         onnx_model.load(str(tmp_path / "other.onnx"))

@@ -102,7 +102,7 @@ def test_user_errors_are_reported_before_anything_is_written(saved: str, tmp_pat
     assert not Path(out).exists()
     (tmp_path / "out" / "labels").mkdir(parents=True)
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds labels, and no predict"):
+        with pytest.raises(UserError, match="contains labels but no `predict` predict"):
             predict.predict(saved, images, out, overwrite=overwrite)
     assert [path.name for path in Path(out).rglob("*")] == ["labels"]
 

@@ -166,7 +166,7 @@ def test_report_without_validation_dataset_or_rows(tmp_path: Path) -> None:
     page = write_report(tmp_path, plain, None)
     assert "Dice, validation" not in page.text
     assert len(page.sources) == 5
-    assert "Nothing was reported" in write_report(tmp_path, []).text
+    assert "No reports." in write_report(tmp_path, []).text
 
 
 def test_curves_of_a_run_are_reproducible() -> None:

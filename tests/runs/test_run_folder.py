@@ -34,12 +34,12 @@ def start_run(out: Path, data: str, steps: int) -> None:
 def test_a_failed_run_can_be_started_again_or_resumed(tiny_dataset: str, tmp_path: Path, steps: int) -> None:
     out = tmp_path / "run"
     start_run(out, tiny_dataset, steps)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         folder.check_resumable(str(out), tiny_dataset, resume=False)
     assert folder.reopen(str(out), resume=True) is None, "an interrupted run is resumed without a message"
     for number in (1, 2):
         error = train._record_failure(str(out), "loss not finite at step 41", "; lower optimizer.lr")
-        assert "; lower optimizer.lr; the same command then starts again" in str(error)
+        assert "; lower optimizer.lr; the same command then starts a new run" in str(error)
         assert ("--resume always continues after step 40" in str(error)) == bool(steps)
         assert folder.failure(str(out)) == Failure("loss not finite at step 41", steps)
         assert check.run_name(str(out)).level == "warn"

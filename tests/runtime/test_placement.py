@@ -221,7 +221,7 @@ def test_the_demo_checks_before_it_draws_or_deletes(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(preflight, "gpus_work", blind)
     file.write_text("batch_size: 4\n")
-    with pytest.raises(UserError, match=r"Ray has a GPU on 10\.0\.0\.1, and torch sees none; install"):
+    with pytest.raises(UserError, match=r"Ray has a GPU on 10\.0\.0\.1, but torch sees none; install"):
         demo.demo(out, str(file))
     machines[0] = Machine(4)
     file.write_text("model: {norm: sync_batch}\n")

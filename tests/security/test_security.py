@@ -247,7 +247,7 @@ def test_a_malicious_exported_network_is_refused(
         message = refused(
             capsys, f"predict --checkpoint {tmp_path}/{model_name} --images {tmp_path} --out {tmp_path}/o"
         )
-        assert ("is no ONNX file" if model_name == "m.onnx" else "no checkpoint at") in message
+        assert ("is not an ONNX file" if model_name == "m.onnx" else "no checkpoint at") in message
     assert not marker.exists()
 
 

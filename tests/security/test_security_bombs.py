@@ -72,9 +72,9 @@ REFUSED = {
         "a packed gigabyte": "is compressed",
         "a deep state": "is not JSON",
         "a long step": "is not JSON",
-        "a network of terabytes": "does not hold this recipe's weights",
-        "a wide tensor": "does not hold",
-        "a long header": "does not hold",
+        "a network of terabytes": "does not contain this recipe's weights",
+        "a wide tensor": "does not contain",
+        "a long header": "does not contain",
     },
     "unguarded": {"tiff with a tile of a gigabyte": "MemoryError"},
 }

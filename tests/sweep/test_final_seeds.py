@@ -294,7 +294,7 @@ def test_a_sweep_without_a_finished_trial_reports_the_reasons_and_can_be_resumed
 ) -> None:
     out = tmp_path / "out"
     without_ray([diverged, crashed])
-    line = r"no best\.yaml: none of 2 trials trained to its end \(crashed; loss not finite at step 3\); .*more --trials"
+    line = r"no best\.yaml: none of 2 trials trained to the end \(crashed; loss not finite at step 3\); .*more --trials"
     with pytest.raises(UserError, match=line):
         sweep.sweep(tiny_dataset, str(out), RECIPE, SEARCH, 2)
     assert [row["failed"] for row in csv.DictReader((out / "trials.csv").open())] == [
@@ -365,7 +365,7 @@ def test_finished_trials_include_failed_ones(tmp_path: Path) -> None:
     ("error", "reason"),
     [
         (loop.NonFiniteLoss(7, [1]), "loss not finite at step 7"),
-        (UserError("checkpoint_000005/training.pt is not a checkpoint's"), "is not a checkpoint's"),
+        (UserError("checkpoint_000005/training.pt is not a valid training state"), "is not a valid training state"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of GPU memory: CUDA out of memory."),
     ],
 )

@@ -142,7 +142,7 @@ def test_the_report_is_self_contained_in_a_browser(swept: Path, browser: Any) ->
     address = (swept / "report.html").as_uri()
     browser.get(address)
     heads = [head.text for head in browser.find_elements("css selector", "h2")]
-    assert {"The search", "Confirmed with fresh seeds", "Each field", "The best recipe"} <= set(heads)
+    assert {"The search", "Training with fresh seeds", "Each field", "The best recipe"} <= set(heads)
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [
@@ -187,12 +187,12 @@ def _fetch(url: str, server: subprocess.Popen) -> bytes:
 def test_a_sweep_in_use_is_an_error_and_a_resumed_one_adds_trials(
     swept: Path, tiny_dataset: str, quick: None, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         sweep.sweep(tiny_dataset, str(swept), RECIPE, CONFIG, trials=10)
     other = RECIPE.model_copy(update={"seed": 5})
     with pytest.raises(UserError, match="another recipe or search"):
         sweep.sweep(tiny_dataset, str(swept), other, CONFIG, trials=12, resume=True)
-    with pytest.raises(UserError, match="nothing to resume"):
+    with pytest.raises(UserError, match="no run to resume"):
         sweep.sweep(tiny_dataset, str(swept) + "-none", RECIPE, CONFIG, trials=2, resume=True)
     tune_files = [path for path in (swept / "tune").rglob("*") if path.is_file()]
     assert {"tuner", "searcher-state"} <= {path.stem.partition("-2")[0] for path in tune_files}
@@ -313,7 +313,7 @@ def test_stopping_workers_needs_the_state_api(
 
     monkeypatch.setattr("ray.util.state.list_nodes", silent)
     config = CONFIG.model_copy(update={"workers_per_trial": 2})
-    with pytest.raises(UserError, match=r"State API gives no answer \(no dashboard\)"):
+    with pytest.raises(UserError, match=r"State API does not respond \(no dashboard\)"):
         sweep.sweep(tiny_dataset, str(tmp_path / "out"), RECIPE, config, trials=3)
     assert not (tmp_path / "out").exists()
 

@@ -145,7 +145,7 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_
     driver.wait()
     # A kill while Ray writes its snapshot can truncate it (observed once).
     (run / folder.SNAPSHOT).write_text((run / folder.SNAPSHOT).read_text()[:20])
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         train(tiny_dataset, str(run), RECIPE)
     with pytest.raises(UserError, match=r"another recipe \(batch_size\)"):
         train(tiny_dataset, str(run), RECIPE.model_copy(update={"batch_size": 2}), resume=True)
@@ -186,9 +186,9 @@ def test_a_shard_truncated_during_training_is_named(
     ("arguments", "message"),
     [
         ({"data": "nowhere"}, "no dataset at"),
-        ({"workers": 3}, "a batch of 4 cannot be shared equally by 3 workers"),
+        ({"workers": 3}, "a batch of 4 cannot be divided equally among 3 workers"),
         ({"workers": 8, "recipe": RECIPE.model_copy(update={"batch_size": 8})}, "would leave no CPU for Ray Data"),
-        ({"resume": True}, "nothing to resume"),
+        ({"resume": True}, "no run to resume"),
     ],
 )
 def test_user_errors_are_reported_before_anything_is_written(
