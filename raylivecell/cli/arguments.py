@@ -20,8 +20,8 @@ FLAGS = ConstructorRegistry()
 
 @FLAGS.primitive_rule
 def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-    """`dict[str, Any]` (`model.options`) as one JSON argument; None for any other type."""
-    if get_origin(info.type) is not dict or get_args(info.type) != (str, Any):
+    """A mapping from text to JSON values (`model.options`) as one JSON argument; None for any other type."""
+    if get_origin(info.type) is not dict or get_args(info.type)[0] is not str or get_args(info.type)[1] is str:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -90,13 +90,13 @@ def predict(
 
     Args:
         checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file (runs without torch).
-        images: a folder (with subfolders) or a file; TIFF or PNG, 8 or 16 bits, as stored.
+        images: a folder (with subfolders), a file or a URI; TIFF, PNG, JPEG or BMP as stored, 8 or 16 bits.
         out: folder to write.
         write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell).
         tta: test-time augmentation: average the predictions of the four flips.
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
-        follow_links: follow links to any file outside the folder, not only to the stores of git-annex and DVC.
+        follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
     """
     from raylivecell.inference import predict as prediction
 

@@ -1,8 +1,9 @@
 """Settings from YAML files: strict pydantic models, and errors that name the field and the nearest valid name."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -71,7 +72,7 @@ def validate(model: type[Model], values: Any, source: str, part: str = "") -> Mo
         place = ".".join(str(key) for key in first["loc"])
         path = ".".join(key for key in (part, place) if key) or "recipe"
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: unknown field {path}{nearest(place, model)}") from error
+            raise UserError(f"{source}: unknown field {path}{_hint(model, first['loc'])}") from error
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source}: {path}: {message} (got {first['input']!r})"[:500]) from error
 
@@ -86,6 +87,18 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             paths.append(prefix + name)
     return paths
+
+
+def _hint(model: type[BaseModel], location: Sequence[str | int]) -> str:
+    """`nearest` for an unknown field at `location`; if that is in a list of models (`phases.0`), its fields."""
+    indices = [number for number, key in enumerate(location) if isinstance(key, int)]
+    if not indices:
+        return nearest(".".join(str(key) for key in location), model)
+    for key in location[: indices[-1]]:
+        if isinstance(key, str):
+            annotation = model.model_fields[key].annotation
+            model = next((item for item in get_args(annotation) if isinstance(item, type)), annotation)  # type: ignore[assignment]
+    return nearest(".".join(str(key) for key in location[indices[-1] + 1 :]), model)
 
 
 def nearest(path: str, model: type[BaseModel]) -> str:

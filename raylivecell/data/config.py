@@ -129,10 +129,13 @@ def _choices() -> dict[str, DefectKind]:
 
 
 def _on_defect_help() -> str:
-    lines = ["Rule for a kind of defect, KIND=RULE; repeatable. All defects are listed in dataset.json. Kinds:"]
+    lines = [
+        "Rule for a kind of defect, KIND=RULE; repeatable. All defects are listed in dataset.json, also those of "
+        "kinds without a choice, such as unlisted_file. Kinds:"
+    ]
     for name, kind in _choices().items():
         default, *others = kind.rules
-        lines += ["", f"{name}={default} (default) | {' | '.join(others)}", kind.description]
+        lines += ["", f"{name}={default} (default), {', '.join(others)}: {kind.description}"]
     return "\n".join(lines)
 
 
@@ -169,8 +172,10 @@ class PrepareConfig(StrictModel):
             if name not in kinds:
                 nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown kind {name!r}; did you mean {nearest}={'|'.join(kinds[nearest].rules)}?")
+            allowed = ", ".join(kinds[name].rules)
+            if not rule:
+                raise ValueError(f"{name} needs a rule: {name}=RULE, one of {allowed}")
             if rule not in kinds[name].rules:
-                allowed = ", ".join(kinds[name].rules)
                 nearest = difflib.get_close_matches(rule, kinds[name].rules, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown rule {name}={rule}; did you mean {nearest}? Rules: {allowed}")
         return on_defect

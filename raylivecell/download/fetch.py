@@ -28,7 +28,7 @@ from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry
 
 from raylivecell.core import storage
-from raylivecell.core.console import console, track
+from raylivecell.core.console import ProgressBar, console
 from raylivecell.core.errors import UserError, shortened
 from raylivecell.core.settings import StrictModel
 from raylivecell.core.version import __version__
@@ -38,7 +38,7 @@ ATTEMPTS = 6
 TIMEOUT_S = 60.0
 """Maximum time without data from the server."""
 MAX_BACKOFF_S, MAX_RETRY_AFTER_S = 60.0, 300.0
-BLOCK = 1 << 20
+BLOCK = 1 << 16
 """Bytes per read: the maximum loss if the connection breaks, and the unit of the progress display."""
 SPARE_BYTES = 64 << 20
 """Free space to leave on the disk."""
@@ -202,10 +202,20 @@ def _locked(partial: Path) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
 
 
+def _session(url: str) -> requests.Session:
+    """Create a session with the environment's proxies and certificates, but without the passwords of ~/.netrc."""
+    session = requests.Session()
+    session.trust_env = False
+    proxies = requests.utils.get_environ_proxies(url)
+    session.proxies = {scheme: proxies[scheme] for scheme in ("http", "https") if scheme in proxies}
+    session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+    return session
+
+
 def _request(url: str, headers: Mapping[str, str], method: str = "GET") -> requests.Response:
     """Send a request; retry without an answer or on transient statuses. The caller closes the response (2xx or 416)."""
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # _ReportedRetry prints the same
-    session, transient = requests.Session(), (408, 425, 429, 500, 502, 503, 504)
+    session, transient = _session(url), (408, 425, 429, 500, 502, 503, 504)
     retry = _ReportedRetry(
         ATTEMPTS - 1,
         other=0,
@@ -215,7 +225,7 @@ def _request(url: str, headers: Mapping[str, str], method: str = "GET") -> reque
         raise_on_status=False,
     )
     session.adapters.clear()  # no redirect from https to http, nor to ftp
-    for scheme in ("https://", "http://")[: 2 if url.startswith("http:") else 1]:
+    for scheme in ("https://", "http://")[: 2 if url.lower().startswith("http:") else 1]:
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     headers = {"User-Agent": f"raylivecell/{__version__}", "Accept-Encoding": "identity", **headers}
     try:
@@ -255,15 +265,16 @@ def _transfer(url: str, stream: IO[bytes], partial: Path, expected: Expected) ->
             raise UserError(f"{url} is {remote.length} bytes long, not {expected.size}; correct --size or --base-url")
         check_free_space(partial.parent, (remote.length or received) - received, url)
         response.raw.enforce_content_length = False  # a short body keeps its last block, and is reported below
-        blocks = iter(lambda: response.raw.read(BLOCK, decode_content=False), b"")
-        missing = -(-((end or 0) - received) // BLOCK)
-        for block in track(blocks, f"{partial.stem} (MiB)", max(missing, 0)):
-            if end is not None and received + len(block) > end:
-                raise DamagedFileError(f"the server sent more than the {end} bytes that it announced")
-            rest = memoryview(block)
-            while rest:  # an unbuffered file may write a part
-                rest = rest[stream.write(rest) :]
-            received += len(block)
+        with ProgressBar(partial.stem, end, " bytes") as bar:
+            # A block is lost when the connection is reset within it: small ones, so that each attempt gets further.
+            while block := response.raw.read(BLOCK, decode_content=False):
+                if end is not None and received + len(block) > end:
+                    raise DamagedFileError(f"the server sent more than the {end} bytes that it announced")
+                rest = memoryview(block)
+                while rest:  # an unbuffered file may write a part
+                    rest = rest[stream.write(rest) :]
+                received += len(block)
+                bar.update(received)
     if remote.length is not None and received < remote.length:
         raise ProtocolError(f"the connection ended at byte {received} of {remote.length}")
     return remote

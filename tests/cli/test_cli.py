@@ -33,8 +33,12 @@ from raylivecell.core.errors import UserError
         ("train --data D --out {tmp}/o --recipe {tmp}/binary", "is not a recipe file"),
         ("train --data {tmp}/nowhere --out {tmp}/o", "no dataset at {tmp}/nowhere"),
         ("train --data {tmp}/cut --out {tmp}/o", "dataset.json is not JSON"),
-        ("train --data {tmp}/list --out {tmp}/o", "is not a description of a dataset"),
+        ("train --data {tmp}/list --out {tmp}/o", "does not describe a dataset"),
         ("train --data {tmp}/nowhere --out {tmp}/o --batch-size 0", "--batch-size: Input should be greater"),
+        (
+            'train --data {tmp}/nowhere --out {tmp}/o --model.name UNet --model.options {{"strides":[2]}}',
+            "no dataset at",
+        ),
         ("train --data {tmp}/nowhere --out {tmp}/o --crop 8 8", "at least 16 x 16 pixels"),
         ("train --data {tmp}/nowhere --out {tmp}/o --workers two", "--workers two: give a number"),
         ("train --data {tmp}/nowhere --out {tmp}/o --workers 1:4 --batch-size 4", "a multiple of 12"),

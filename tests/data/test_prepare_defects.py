@@ -313,7 +313,7 @@ def test_planted_defects_of_synthetic_data(tmp_path: Path) -> None:
     [
         ({"missing_fil": "drop"}, r"unknown kind 'missing_fil'; did you mean missing_file=drop\|refuse\?"),
         ({"leak": "keeep"}, r"unknown rule leak=keeep; did you mean keep\? Rules: keep_test_first, keep"),
-        ({"leak": ""}, r"unknown rule leak=; .*Rules: keep_test_first, keep"),
+        ({"leak": ""}, "leak needs a rule: leak=RULE, one of keep_test_first, keep"),
         ({"hidden_cell": "drop"}, "unknown kind 'hidden_cell'"),
     ],
 )

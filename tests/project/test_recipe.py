@@ -52,6 +52,11 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path, capsys: pytest.Captur
         ("optimizer: {lrr: 1}", "did you mean optimizer.lr?"),
         ("optimiser: {lr: 1}", "did you mean optimizer?"),
         ("lr: 1", "did you mean optimizer.lr?"),
+        (
+            "phases: [{steps: 1, plain: true}]",
+            "phases.0.plain; the fields are epochs, steps, originals, augmented_copies",
+        ),
+        ("phases: [{stepps: 1}]", "phases.0.stepps; did you mean steps?"),
         ("batch_size: many", "batch_size: Input should be a valid integer"),
         ("optimizer: {lr: -1}", "optimizer.lr: Input should be greater than 0"),
         ("model: {features: [4, 8, 16]}\ncrop: [4, 400]", "3 levels need at least 8 x 8"),
