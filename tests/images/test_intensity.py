@@ -301,7 +301,7 @@ def test_datasets_with_another_mapping_are_refused(save_network: Any, tmp_path: 
     folder = save_network("other", offset)
     assert segmenter.intensity_rule(folder) == offset
     (Path(folder) / checkpoint.INTENSITY).unlink()
-    with pytest.raises(segmenter.UserError, match="older raylivecell wrote it"):
+    with pytest.raises(segmenter.UserError, match="written by an older raylivecell"):
         segmenter.load(folder)
 
 

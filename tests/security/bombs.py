@@ -108,7 +108,7 @@ def tiffs() -> Iterator[tuple[str, str]]:
     def with_next_directory(offset: int, appended: bytes = b"") -> bytes:
         return good[:end] + struct.pack("<I", offset) + good[end + 4 :] + appended
 
-    yield "tiff directories in a circle", message_of(formats.decode, with_next_directory(8))
+    yield "tiff directories in a cycle", message_of(formats.decode, with_next_directory(8))
     chain = (struct.pack("<HI", 0, len(good) + 6 * (i + 1)) for i in range(100_000))
     yield "tiff of 100,000 directories", message_of(formats.decode, with_next_directory(len(good), b"".join(chain)))
     overlapping = b"".join(struct.pack("<HHII", 65000 + i % 9, 3, 1, 0) for i in range(4000))

@@ -22,7 +22,7 @@ REFUSED = {
         "tiff with a tile of a gigabyte": "more than",
         "bmp of 100,000 x 100,000": "more than",
         "postscript": "PostScript file",
-        "tiff directories in a circle": "circle",
+        "tiff directories in a cycle": "cycle",
         "tiff of 100,000 directories": "over 10000 images",
         "tiff tag of four billion values": "values",
         "tiff with 4000 tags": "contains 2 images",
@@ -114,7 +114,7 @@ def test_names_inside_the_folder_are_safe(name: str) -> None:
 LINKS = {
     "to a file elsewhere": ("x.png", "../elsewhere/secret.png"),
     "to a folder elsewhere": ("more", "../elsewhere"),
-    "in a circle": ("again", "."),
+    "in a cycle": ("again", "."),
     "to a device": ("x.png", "/dev/zero"),
     "to a device, as JSON": ("train.json", "/dev/zero"),
 }

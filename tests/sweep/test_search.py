@@ -172,7 +172,7 @@ def test_a_study_file_never_appears_without_its_tables(tmp_path: Path, killed_be
 def test_a_study_in_use_or_out_of_reach_is_an_error(tmp_path: Path) -> None:
     open_study(tmp_path)
     make_search(tmp_path).suggest("a")  # killed before its first trial, a sweep may simply be started again
-    with pytest.raises(UserError, match="continue it with --resume always"):
+    with pytest.raises(UserError, match="resume it with --resume always"):
         open_study(tmp_path)
     with pytest.raises(UserError, match=r"cannot open Optuna's storage: .*--storage"):
         study.open_study("sqlite:////nowhere/at/all/study.db", "one", Recipe(), CONFIG, False)
