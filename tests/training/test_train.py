@@ -149,7 +149,7 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_
         train(tiny_dataset, str(run), RECIPE)
     with pytest.raises(UserError, match=r"another recipe \(batch_size\)"):
         train(tiny_dataset, str(run), RECIPE.model_copy(update={"batch_size": 2}), resume=True)
-    with pytest.raises(UserError, match=f"started on the dataset at {tiny_dataset}"):
+    with pytest.raises(UserError, match=f"started on another dataset, {tiny_dataset}"):
         train(write_tiny_dataset(tmp_path / "other", 11), str(run), RECIPE, resume=True)
     train(tiny_dataset, str(run), RECIPE, resume=True)
     assert len(history(run)) == 20
