@@ -266,3 +266,18 @@ def write_partial(out: Path, content: bytes, note: bytes | None) -> None:
     partial.write_bytes(content)
     if note is not None:
         fetching.note_of(partial).write_bytes(note)
+
+
+def test_proxies_are_used_and_passwords_of_netrc_are_not(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    fetch_train(server, tmp_path / "direct")
+    assert all("Authorization" not in headers for _, _, headers in server.requests)
+    assert_complete(server, tmp_path / "direct")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="no answer"):
+        fetch_train(server, tmp_path / "proxy")
