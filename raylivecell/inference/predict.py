@@ -85,27 +85,30 @@ def predict(
         raise UserError(f"--threshold {threshold}: give a probability between 0 and 1, such as 0.5")
     began = time.monotonic()
     out, images_uri, model = storage.absolute(out), storage.absolute(images_uri), storage.absolute(model_uri)
-    weights = model
     if not model.endswith(segmenter.ONNX):
         model = progress.find(model)
-        weights = storage.join(model, progress.MODEL)
     root, files = _list_images(images_uri, out, follow_links)
     job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold)
     network = image_file.load(job, "cpu")
-    settings = {
-        "model": {"uri": model, "sha256": hashlib.sha256(storage.read_bytes(weights)).hexdigest()},
-        "images": images_uri,
-        "write": list(job.write),
-        "thresholds": network.config.model_dump(),
-        "tta": tta,
-        "intensity": network.intensity.model_dump(mode="json"),
-        "raylivecell": __version__,
-    }
-    _initialise(out, settings, overwrite)  # fails early if `out` is not writable
+    _initialise(out, _settings(job, network, images_uri), overwrite)  # fails early if `out` is not writable
     if not storage.exists(storage.join(out, RECIPE)):
         storage.write_bytes(storage.join(out, RECIPE), network.recipe.encode())
     _segment(job, files)
     return {**_summary(out, images_uri), "seconds": time.monotonic() - began, "out": out}
+
+
+def _settings(job: PredictJob, network: segmenter.Segmenter, images_uri: str) -> dict[str, Any]:
+    """The content of predict.json: everything that the results depend on, apart from the images themselves."""
+    weights = storage.join(job.model, progress.MODEL) if job.with_torch else job.model
+    return {
+        "model": {"uri": job.model, "sha256": hashlib.sha256(storage.read_bytes(weights)).hexdigest()},
+        "images": images_uri,
+        "write": list(job.write),
+        "thresholds": network.config.model_dump(),
+        "tta": job.tta,
+        "intensity": network.intensity.model_dump(mode="json"),
+        "raylivecell": __version__,
+    }
 
 
 def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, dict[str, pafs.FileInfo]]:

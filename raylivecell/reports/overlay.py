@@ -1,7 +1,7 @@
 """Draw masks and cells on images: outlines of cells, or a prediction's agreement with the ground truth in colour.
 
 The colours are close to Okabe and Ito's (2008) and also differ in lightness: distinguishable with every common form of
-colour blindness, and on LIVECell's mid-gray background.
+colour blindness, and on LIVECell's mid-grey background.
 """
 
 from typing import Any
@@ -79,7 +79,7 @@ def tint(canvas: NDArray[np.uint8], where: NDArray[np.bool_], colour: Rgb) -> No
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
-    """PNG of a gray (H, W) or RGB (H, W, 3) image."""
+    """PNG of a grey (H, W) or RGB (H, W, 3) image."""
     encoded, data = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])
     if not encoded:
         raise ValueError(f"no PNG of an image of shape {image.shape}")

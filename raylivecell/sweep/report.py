@@ -19,7 +19,7 @@ from raylivecell.reports import page, pictures
 from raylivecell.reports.page import BLACK, BLUE, GRAY, GREEN, PINK, RED
 from raylivecell.runs import checkpoint
 from raylivecell.sweep import space, statistics
-from raylivecell.sweep.space import OBJECTIVES, SweepConfig
+from raylivecell.sweep.space import OBJECTIVES, SCORES, SweepConfig
 from raylivecell.sweep.statistics import Group
 from raylivecell.sweep.study import finished, folder_of, values
 
@@ -47,6 +47,7 @@ def write(
         best: the best trial.
         final_scores: candidate -> validation scores of its runs with fresh seeds.
     """
+    score = SCORES[recipe.targets]
     rows = statistics.trial_rows(study, recipe, config)
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "failed"))
     columns += ["failed"] if any(row["failed"] for row in rows) else []
@@ -56,9 +57,9 @@ def write(
         "Search for a better recipe with Ray Tune and Optuna",
         headline=headline(study, config, best),
         search=_embedded([_history(study, config), *_front(study, config)]),
-        final_seeds=_final_seeds_table(final_scores) if final_scores else None,
-        final_seed_figures=_embedded([_final_seeds_figure(final_scores)]) if final_scores else [],
-        comparisons=_comparisons(study, config),
+        final_seeds=_final_seeds_table(final_scores, score) if final_scores else None,
+        final_seed_figures=_embedded([_final_seeds_figure(final_scores, score)]) if final_scores else [],
+        comparisons=_comparisons(study, config, score),
         importance=_embedded(_importances(study)),
         least_trials=statistics.LEAST_TRIALS,
         fields=_embedded(_slices(study, config, best)),
@@ -140,7 +141,7 @@ def _ordered(final_scores: Mapping[str, list[float]]) -> list[tuple[str, list[fl
     return sorted(final_scores.items(), key=lambda entry: entry[0] != "start")
 
 
-def _final_seeds_table(final_scores: Mapping[str, list[float]]) -> page.Table:
+def _final_seeds_table(final_scores: Mapping[str, list[float]], score: str) -> page.Table:
     """Each candidate's scores with fresh seeds: mean, standard deviation, difference from the start by seed."""
     start = final_scores.get("start", [])
     rows = []
@@ -150,17 +151,17 @@ def _final_seeds_table(final_scores: Mapping[str, list[float]]) -> page.Table:
         gain = f"{gains.mean():+.4f} ({gains.min():+.4f} to {gains.max():+.4f})" if len(gains) else ""
         by_seed = ", ".join(f"{score:.4f}" for score in scores)
         rows.append([name.replace("-", " "), f"{np.mean(scores):.4f}", deviation, gain, by_seed])
-    head = ["candidate", "mean Dice", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
+    head = ["candidate", f"mean {score}", "standard deviation", "gain over the start, by seed (least to most)", "seeds"]
     return page.Table(head, rows)
 
 
-def _final_seeds_figure(final_scores: Mapping[str, list[float]]) -> tuple[str, bytes]:
+def _final_seeds_figure(final_scores: Mapping[str, list[float]], score: str) -> tuple[str, bytes]:
     figure, axes = page.axes_of(6.4, 0.8 + 0.45 * len(final_scores))
     for place, (_, scores) in enumerate(_ordered(final_scores)):
         axes.plot(scores, [place] * len(scores), "o", color=BLUE, alpha=0.7)
         axes.plot(np.mean(scores), place, "|", color=BLACK, markersize=18, markeredgewidth=2)
     names = [name.replace("-", " ") for name, _ in _ordered(final_scores)]
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="validation Dice")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=f"validation {score}")
     axes.invert_yaxis()
     return "Each run, and the mean", page.svg(figure)
 
@@ -174,7 +175,7 @@ class Comparison(NamedTuple):
     figures: list[page.Image]
 
 
-def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
+def _comparisons(study: optuna.Study, config: SweepConfig, score: str) -> list[Comparison]:
     """Compare off with on for each field of `compare_off`, at the last step that every trial reached."""
     sections = []
     percent, scores = statistics.early_scores(study)
@@ -189,16 +190,16 @@ def _comparisons(study: optuna.Study, config: SweepConfig) -> list[Comparison]:
             f"trials without and {len(groups[1].scores)} with, after {percent:.0f} % of the training, which every "
             "trial reached. The other fields also differ between trials."
         )
-        figures = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups)))]
+        figures = [("Off and on: trials, mean, 95 % interval", page.svg(_groups(groups, score)))]
         strength = space.strength_fields(config, path)[:2]
         trials = [t for t in finished(study) if t.number in scores and t.params.keys() >= set(strength)]
         if len(strength) == 2 and len(trials) > 2 and all(config.space[name].choices is None for name in strength):
-            figures.append(("Strength", page.svg(_strength(trials, scores, strength, config))))
+            figures.append(("Strength", page.svg(_strength(trials, scores, strength, config, score))))
         sections.append(Comparison(path, off, verdict, _embedded(figures)))
     return sections
 
 
-def _groups(groups: Sequence[Group]) -> Figure:
+def _groups(groups: Sequence[Group], score: str) -> Figure:
     figure, axes = page.axes_of()
     rng = np.random.default_rng(0)
     for place, group in enumerate(groups):
@@ -206,19 +207,19 @@ def _groups(groups: Sequence[Group]) -> Figure:
         axes.plot(jitter, group.scores, "o", color=BLUE, alpha=0.5, markersize=5)
         error = [[group.mean - group.low], [group.high - group.mean]]
         axes.errorbar(place + 0.25, group.mean, error, fmt="s", color=BLACK, capsize=4)
-    axes.set(xticks=range(len(groups)), xticklabels=[group.name for group in groups], ylabel="validation Dice")
+    axes.set(xticks=range(len(groups)), xticklabels=[group.name for group in groups], ylabel=f"validation {score}")
     axes.set_xlim(-0.4, len(groups) - 0.3)
     return figure
 
 
 def _strength(
-    trials: Sequence[FrozenTrial], scores: Mapping[int, float], fields: Sequence[str], config: SweepConfig
+    trials: Sequence[FrozenTrial], scores: Mapping[int, float], fields: Sequence[str], config: SweepConfig, score: str
 ) -> Figure:
     """Plot scores as colours over the two fields that are searched only while a field is on."""
     figure, axes = page.axes_of()
     x, y = ([trial.params[name] for trial in trials] for name in fields)
     points = axes.scatter(x, y, c=[scores[trial.number] for trial in trials], cmap="viridis", s=36)
-    figure.colorbar(points, ax=axes, label="validation Dice")
+    figure.colorbar(points, ax=axes, label=f"validation {score}")
     axes.set(xlabel=fields[0], ylabel=fields[1])
     for name, axis, set_scale in zip(fields, (axes.xaxis, axes.yaxis), (axes.set_xscale, axes.set_yscale)):
         if config.space[name].log:

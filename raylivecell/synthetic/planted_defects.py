@@ -12,8 +12,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from raylivecell.annotations import rle
 from raylivecell.synthetic.cell_shapes import HEIGHT, KINDS, WIDTH
 from raylivecell.synthetic.layout import Frame, encode_tiff, file_name, image_entry, image_path
 
@@ -198,16 +198,15 @@ def _merge_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
 def _encode_two(annotations: Annotations) -> tuple[Annotations, list[int]]:
     """Run-length encode two cells: one compressed (a string), one as COCO's uncompressed list of counts."""
     first, second = _largest(annotations, 2)
-    compressed = coco_mask.merge(coco_mask.frPyObjects(first["segmentation"], HEIGHT, WIDTH))
-    pixels = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(second["segmentation"], HEIGHT, WIDTH)))
-    flat = pixels.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff([0, *edges.tolist(), flat.size]).tolist()
-    # Runs start with zeros; an empty run comes first if the first pixel is set.
-    uncompressed = [0, *counts] if flat[0] else counts
+    compressed, other = (
+        rle.encode_polygons([np.reshape(polygon, (-1, 2)) for polygon in cell["segmentation"]], (HEIGHT, WIDTH))[
+            "counts"
+        ]
+        for cell in (first, second)
+    )
     changed = {
-        first["id"]: {"size": [HEIGHT, WIDTH], "counts": compressed["counts"].decode("ascii")},
-        second["id"]: {"size": [HEIGHT, WIDTH], "counts": uncompressed},
+        first["id"]: {"size": [HEIGHT, WIDTH], "counts": compressed.decode("ascii")},
+        second["id"]: {"size": [HEIGHT, WIDTH], "counts": rle.run_lengths(other).tolist()},
     }
     records = [{**a, "segmentation": changed.get(a["id"], a["segmentation"])} for a in annotations]
     return records, list(changed)

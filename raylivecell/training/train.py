@@ -10,6 +10,7 @@ Ray Data, Ray Train and plotting libraries are imported where they are used: whi
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -94,11 +95,7 @@ def train(
         except UserError as error:
             raise _record_failure(out, str(error)) from error
     if failed:
-        batch = [shards.read_row(samples.train[index], ["file_name"]) for index in failed["samples"]]
-        names = ", ".join(sorted({sample["file_name"] for sample in batch}))
-        reason = f"the loss became NaN or infinite at step {failed['step']}, in the batch of {names}"
-        hint = "; lower optimizer.lr or set optimizer.clip_norm, and check those images"
-        raise _record_failure(out, reason, hint)
+        raise _record_non_finite_loss(out, failed["step"], [samples.train[index] for index in failed["samples"]])
     return _write_report(data, out, recipe)
 
 
@@ -123,6 +120,13 @@ def _record_failure(out: str, reason: str, hint: str = "") -> UserError:
         return UserError(f"{reason}{hint}")
     resumed = f", and --resume always continues after step {saved}" if saved else ""
     return UserError(f"{reason}{hint}; the same command then starts a new run and keeps the files of this one{resumed}")
+
+
+def _record_non_finite_loss(out: str, step: int, rows: Sequence[shards.Row]) -> UserError:
+    """Record that the loss was NaN or infinite for the batch of the samples in `rows`."""
+    names = ", ".join(sorted({shards.read_row(row, ["file_name"])["file_name"] for row in rows}))
+    hint = "; lower optimizer.lr or set optimizer.clip_norm, and check those images"
+    return _record_failure(out, f"the loss became NaN or infinite at step {step}, in the batch of {names}", hint)
 
 
 def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:

@@ -10,13 +10,16 @@ from raylivecell.sweep import report, space
 from raylivecell.sweep.space import SweepConfig
 
 ROTATION = "augment.rotation.p"
+RECIPE = Recipe()
 
 
-def write_report(folder: Path, trials: int, config: SweepConfig, monkeypatch: pytest.MonkeyPatch) -> str:
+def write_report(
+    folder: Path, trials: int, config: SweepConfig, monkeypatch: pytest.MonkeyPatch, recipe: Recipe = RECIPE
+) -> str:
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
     for number in range(trials):
         trial = study.ask()
-        space.suggest(trial, Recipe(), config)
+        space.suggest(trial, recipe, config)
         trial.set_user_attr("steps", 10)
         trial.report(0.5 + number / 100, 10)
         study.tell(trial, 0.5 + number / 100)
@@ -24,7 +27,7 @@ def write_report(folder: Path, trials: int, config: SweepConfig, monkeypatch: py
     monkeypatch.setattr(report.checkpoint, "load_model", lambda _: (None, None))
     monkeypatch.setattr(report.pictures, "overlays", lambda *_: [("<1>.tif", b"png")])
     final_scores = {"start": [0.5, 0.6], "trial-1-augment.elastic.p-off": [0.7, 0.7]}
-    report.write(str(folder), "data", Recipe(), config, study, study.best_trial, final_scores)
+    report.write(str(folder), "data", recipe, config, study, study.best_trial, final_scores)
     return (folder / "report.html").read_text()
 
 
@@ -48,3 +51,11 @@ def test_few_trials_give_neither_importance_nor_comparison(tmp_path: Path, monke
     )
     assert ": off (" not in page
     assert f"Fewer than {report.statistics.LEAST_TRIALS} comparable trials" in page
+
+
+@pytest.mark.parametrize(("recipe", "score"), [(RECIPE, "Dice"), (Recipe(targets="distance"), "mSA")])
+def test_labels_are_the_score_of_the_recipes_targets(
+    recipe: Recipe, score: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = write_report(tmp_path, 2, SweepConfig(), monkeypatch, recipe)
+    assert f"<th>mean {score}</th>" in page.replace(' class="left"', "")
