@@ -1,6 +1,7 @@
 """The network, its loss and its optimizer. torch, but no Ray.
 
 unet, monai_networks    the networks
+tracing            whether a network is being exported
 losses             BCE + Dice, plus the loss of the target kind
 optimizer          Adam and learning-rate schedules
 transfer           arrays -> tensors on the device

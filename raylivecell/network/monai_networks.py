@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raylivecell.core.errors import UserError
+from raylivecell.network.tracing import exporting
 
 RESERVED = ("spatial_dims", "in_channels", "out_channels")
 """Arguments set by the task, not by the recipe."""
@@ -60,14 +61,14 @@ def _pad(x: Tensor, axis: int, multiple: int) -> Tensor:
     """Repeat the last row (or column) of `x` up to the next multiple, at least 2 * multiple."""
     size = x.shape[axis]
     padded_size = torch.sym_max((size + multiple - 1) // multiple, 2) * multiple
-    if not torch.compiler.is_exporting() and padded_size == size:
+    if not exporting() and padded_size == size:
         return x
     # Indexing instead of F.pad: torch.export then accepts a length that depends on the image size.
     return x.index_select(axis, torch.arange(padded_size, device=x.device).clamp(max=size - 1))
 
 
 def _crop(x: Tensor, axis: int, size: int) -> Tensor:
-    if torch.compiler.is_exporting():  # torch.export would specialise a slice to whether it removes anything
+    if exporting():  # torch.export would specialise a slice to whether it removes anything
         return x.index_select(axis, torch.arange(size, device=x.device))
     return x.narrow(axis, 0, size)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raylivecell.images.intensity import LIVECELL, Intensity
+from raylivecell.network.tracing import exporting
 from raylivecell.recipe import ModelConfig, Norm
 
 
@@ -89,9 +90,10 @@ class UNet(nn.Module):
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
     """Crop x (B, C, H, W) to its upper left (height, width)."""
-    if torch.compiler.is_exporting():
+    if exporting():
         # torch.export assumes that a slice always removes something, which is wrong for other sizes.
-        return x.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
+        rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+        return x.index_select(2, rows).index_select(3, columns)
     return x[..., :height, :width]
 
 

@@ -66,6 +66,17 @@ def test_bfloat16_training_loss_equals_float32_within_one_percent(gpu: torch.dev
     assert bench_step.loss_difference(bench_step.recipe(gpu), gpu) < 1e-2
 
 
+def test_a_compiled_network_equals_itself_uncompiled(gpu: torch.device) -> None:
+    # 70 and 102 are halved to odd sizes, so that the upsampled maps are cropped.
+    torch.manual_seed(0)
+    network = forward.build(RECIPE, gpu).eval()
+    image = torch.rand(2, 1, 70, 102, device=gpu) * 255
+    with torch.no_grad():
+        expected = network(image)
+        network.compile()
+        torch.testing.assert_close(network(image), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_gpu_augmentation_equals_cpu_augmentation(gpu: torch.device) -> None:
     planes = bench_step.random_planes(5).numpy()
     schedule = SampleSchedule(3, 5, 5, (PhaseConfig(epochs=1, augmented_copies=1),))
