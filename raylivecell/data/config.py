@@ -36,6 +36,27 @@ DEFECT_KINDS: dict[str, DefectKind] = {
         "A record with missing or ill-typed fields, or a file name that leads out of the image folder.",
     ),
     "orphan_annotation": DefectKind(("drop",), "An annotation whose image is not listed."),
+    "unpaired_file": DefectKind(
+        ("drop", "refuse"),
+        "An image without an annotation file of its name, or the opposite, in formats with files per image.",
+    ),
+    "unreadable_annotation": DefectKind(
+        ("drop", "refuse"),
+        "An annotation file that cannot be used, with its image: damaged, in colour, several pages, a pickle, labels "
+        "that are negative or not integers.",
+    ),
+    "float_labels": DefectKind(("convert", "drop"), "A label image of floats that are all integers."),
+    "binary_mask": DefectKind(
+        ("refuse", "components", "one_cell", "drop"),
+        "A label image whose values are not cells: one value in several pieces, or values with on average 5 pieces or "
+        "more. components: each piece, connected by sides or corners, is a cell; cells that touch become one. "
+        "one_cell: each value is a cell.",
+    ),
+    "label_in_pieces": DefectKind(
+        ("keep", "largest", "split"),
+        "A label in several pieces. keep: they are one cell; largest: only the largest piece is the cell; split: each "
+        "piece is a cell.",
+    ),
     "duplicate_entry": DefectKind(
         ("keep_most_cells", "keep_first"),
         "An image file listed twice in a split under different ids: which entry to keep.",
@@ -55,7 +76,8 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
     "wrong_size": DefectKind(
         ("drop", "keep", "scale"),
-        "A file whose size differs from the JSON. keep: use the outlines as they are; scale: scale them to the file.",
+        "A file whose size differs from the JSON or the label image. keep: use the outlines as they are; scale: scale "
+        "outlines or label image (nearest neighbour) to the file.",
     ),
     "no_annotations": DefectKind(
         ("keep_in_test", "drop", "keep"),
@@ -143,11 +165,20 @@ class PrepareConfig(StrictModel):
     """What to read, how to draw it, and the rule for each kind of defect."""
 
     on_defect: dict[str, str] = Field(default={}, description=_on_defect_help())
+    format: Literal["auto", "coco", "labels", "rois", "geojson"] = "auto"
+    """Format of the annotations. coco: JSON files for many images; labels: label images (TIFF, PNG, NPY) in `masks`
+    next to `images`, or NAME_masks.png next to NAME.tif, or one mask per cell (ID/images/ID.png, ID/masks/*.png); rois:
+    ImageJ ROIs (rois/NAME.zip or NAME.zip); geojson: QuPath's NAME.geojson. auto: COCO JSON if there is some, otherwise
+    the only other format."""
+    cell_type: str | None = None
+    """Cell type of all images. Default: the part of the name before `_Phase_`, otherwise the category of most
+    annotations."""
     annotations: dict[Literal["train", "val", "test"], str] = Field(default={})
     """Annotation file of each split: a path inside the source or a pattern (`LIVECell_single_cells/*/train.json`).
     Default: detected from file and folder names."""
     images: str | None = None
-    """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source."""
+    """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source; in formats
+    with files per image, all folders that are not named after annotations."""
     categories: tuple[str, ...] = ()
     """Categories (names or ids) whose annotations are cells; all others are background. Default: all are cells."""
     follow_links: bool = False

@@ -30,7 +30,9 @@ from raylivecell.data.image_names import (
     resolve_conflicts,
     splits_of_folder,
 )
-from raylivecell.data.listing import list_folder, show
+from raylivecell.data.listing import Listing, list_folder, show
+from raylivecell.data.paired_source import PairedSource, read_pairs
+from raylivecell.data.pairing import find_format
 from raylivecell.data.shards import SPLITS
 from raylivecell.images.formats import is_image_name
 
@@ -88,6 +90,18 @@ class Source:
             info = file.info | info
         return info, [licence for file in self.annotations.values() for licence in file.licences]
 
+    def files(self) -> list[dict[str, Any]]:
+        """Return the provenance for dataset.json: one row per annotation file."""
+        return [
+            {"split": split, "file": path, "sha256": file.sha256, "bytes": file.size}
+            | {"images": len(file.images), "cells": sum(file.counts().values())}
+            for (split, path), file in self.annotations.items()
+        ]
+
+    def empty_files(self) -> list[str]:
+        """Return the annotation files that list no image."""
+        return [path for (_, path), file in self.annotations.items() if not file.images]
+
 
 class ListedImage(NamedTuple):
     """An image record, with the split and the annotation file that list it."""
@@ -97,10 +111,21 @@ class ListedImage(NamedTuple):
     image: coco.ImageEntry
 
 
-def read_source(uri: str, config: PrepareConfig) -> Source:
-    """Read the annotation files of the source at `uri` and match their images with files."""
+def read_source(uri: str, config: PrepareConfig) -> Source | PairedSource:
+    """Find the format of the source at `uri`; read COCO files, or pair images with files, by name."""
     listing = list_folder(uri, config.follow_links)
     show(listing, uri)
+    paths = sorted(listing.infos)
+    jsons = [path for path in paths if path.lower().endswith(".json")]
+    has_coco = bool(config.annotations) or any(split_of(path) or split_of_folder(path) for path in jsons)
+    annotation_format = find_format(paths, config.format, has_coco, config.images, uri)
+    if annotation_format != "coco":
+        return read_pairs(uri, paths, config, annotation_format)
+    return _read_coco(uri, listing, config)
+
+
+def _read_coco(uri: str, listing: Listing, config: PrepareConfig) -> Source:
+    """Read the COCO files of the source at `uri` and match their images with files."""
     paths = sorted(listing.infos)
     annotation_paths = find_annotations(paths, {str(split): path for split, path in config.annotations.items()}, uri)
     folder = find_images(paths, config.images)
@@ -113,7 +138,7 @@ def read_source(uri: str, config: PrepareConfig) -> Source:
     for (split, _), file in annotations.items():
         _check_crowds(file, config.on_defect)
         images += (ListedImage(split, file, image) for image in _usable_images(source, split, file, config.on_defect))
-    _match_images(source, images, config.on_defect)
+    _match_images(source, images, config)
     return source
 
 
@@ -274,8 +299,9 @@ def _bad_records(file: coco.Annotations) -> dict[str, list[int | str]]:
     return reasons
 
 
-def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -> None:
+def _match_images(source: Source, images: Sequence[ListedImage], config: PrepareConfig) -> None:
     """Add an entry for each image, with the file that matches its name."""
+    rules = config.on_defect
     matches = [source.folder.find(image.file_name, split, file.name) for split, file, image in images]
     resolved = resolve_conflicts((image.file_name, split, match) for (split, _, image), match in zip(images, matches))
     files_of_name: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -298,7 +324,7 @@ def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -
             source.defects.append(Defect("bad_record", rule, name, split, [image.id], reason))
             continue
         path = paths[0] if paths else None
-        cell_type = cell_type_of(name, file.category(image.id))
+        cell_type = config.cell_type or cell_type_of(name, file.category(image.id))
         if path and (not is_safe_name(name) or len(files_of_name[split, name]) > 1):  # names of result files
             image = replace(image, file_name=source.folder.relative(path))
         reason = "" if path else _missing_reason(source.folder, name, match, unreadable)
