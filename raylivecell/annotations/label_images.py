@@ -136,6 +136,7 @@ def to_integers(values: NDArray[Any]) -> NDArray[np.integer[Any]]:
         AnnotationError: a value that is negative, not finite or not an integer.
     """
     if values.dtype.kind == "f":
+        values = values.astype(np.float64)  # 2**53 is no float16
         uneven = ~np.isfinite(values) | (values != np.rint(values)) | (np.abs(values) >= 2**53)
         if uneven.any():
             example = float(values[uneven][0])

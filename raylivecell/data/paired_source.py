@@ -191,7 +191,13 @@ class PairedSource:
 
 
 def read_pairs(uri: str, paths: Sequence[str], config: PrepareConfig, annotation_format: str) -> PairedSource:
-    """Pair the images and annotation files in `paths` of the source at `uri`; UserError without a pair."""
+    """Pair the images and annotation files in `paths` of the source at `uri`; UserError without a pair.
+
+    All images are in train unless they are in folders named after splits.
+    """
+    if config.categories or config.annotations:
+        setting = "categories" if config.categories else "annotations"
+        raise UserError(f"--{setting} is for COCO files: leave it out with --format {annotation_format}")
     pairing = find_pairs(paths, annotation_format, config.images)
     rules = config.on_defect
     defects = [

@@ -188,7 +188,9 @@ def _cell_masks(key: Key, by_folder: dict[str, list[str]]) -> list[str]:
 
 
 def find_format(paths: Sequence[str], requested: str, has_coco: bool, image_folder: str | None, uri: str) -> Format:
-    """Return the format of a source.
+    """Return the format of a source: the only one with a pair of image and annotation file, otherwise `coco`.
+
+    Without any pair and JSON file, it is the format of most annotation files: their names are wrong.
 
     Args:
         paths: files of the source.
@@ -210,6 +212,9 @@ def find_format(paths: Sequence[str], requested: str, has_coco: bool, image_fold
     if len(present) > 1:
         names = " and ".join(f"{name} ({counts[name]} images)" for name in present)
         raise UserError(f"{uri} has annotations as {names}; choose with --format {' or --format '.join(present)}")
+    if not present and not any(path.lower().endswith(".json") for path in paths):
+        present = sorted(FILE_SUFFIXES, key=lambda name: -len(pairings[name].annotations))[:1]
+        present = present if pairings[present[0]].annotations else []
     return present[0] if present else "coco"  # type: ignore[return-value]  # a key of FILE_SUFFIXES
 
 

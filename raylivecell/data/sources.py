@@ -178,6 +178,7 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
         hint = f"found {', '.join(jsons[:4])}; " if jsons else ""
         raise UserError(
             f"no annotation JSON named after train, val or test in {source}; {hint}choose with --annotations train PATH"
+            f"{_per_image_hint(jsons, files)}"
         )
     return annotation_paths
 
