@@ -17,7 +17,7 @@ from raylivecell.annotations import categories, coco
 from raylivecell.annotations.json_stream import CHUNK
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import cell_defects
+from raylivecell.data import cell_defects, splitting
 from raylivecell.data.config import PrepareConfig, Rules, chosen_rule, rule_of
 from raylivecell.data.defects import Defect, Entry
 from raylivecell.data.description import cell_type_of
@@ -32,6 +32,7 @@ from raylivecell.data.image_names import (
 )
 from raylivecell.data.listing import list_folder, show
 from raylivecell.data.shards import SPLITS
+from raylivecell.data.splitting import UNSPLIT
 from raylivecell.images.formats import is_image_name
 
 MAX_CROWD_FRACTION = 0.1
@@ -45,7 +46,7 @@ class Source:
     uri: str
     folder: ImageFolder
     annotations: dict[tuple[str, str], coco.Annotations]
-    """Annotation files by (split, path)."""
+    """Annotation files by (split, path); split `all` for files that `config.split` distributes."""
     unreadable_files: dict[str, str]
     """Reason by path."""
     categories: list[dict[str, Any]]
@@ -54,10 +55,13 @@ class Source:
     defects: list[Defect] = field(default_factory=list)
     matched_paths: set[str] = field(default_factory=set)
     """Image files that match a listed name."""
+    assignment: splitting.Assignment | None = None
+    """Split and group of each image, if `config.split` is set."""
 
     def encoded_cells(self, entry: Entry) -> bytes:
         """Return the encoded cells of `entry`: input of `coco.decode_cells`."""
-        return self.annotations[entry.split, entry.annotation].payload(entry.image.id)
+        split = entry.split if self.assignment is None else UNSPLIT
+        return self.annotations[split, entry.annotation].payload(entry.image.id)
 
     def covered_pixels(self, entry: Entry) -> float:
         """Return the number of pixels that the outlines of `entry` cover, overlaps counted twice."""
@@ -73,12 +77,21 @@ class Source:
         ]
 
     def listed_counts(self) -> dict[str, dict[str, int]]:
-        """Count the images and cells listed in the annotation files, by split, including unusable records."""
-        counts = {split: {"images": 0, "cells": 0} for split in SPLITS}
+        """Count the images and cells listed in the annotation files, by split, including unusable records.
+
+        Unusable records of files without a split count as train.
+        """
+        counts = {split: {"images": 0, "cells": 0} for split in (*SPLITS, UNSPLIT)}
         for (split, _), file in self.annotations.items():
             bad_sections = [section for section, _, _ in file.bad]
             counts[split]["images"] += len(file.images) + bad_sections.count("images")
             counts[split]["cells"] += sum(file.counts().values()) + bad_sections.count("annotations")
+        unsplit = counts.pop(UNSPLIT)
+        for entry in self.entries if self.assignment else ():
+            counts[entry.split]["images"] += 1
+            counts[entry.split]["cells"] += entry.cells
+        for kind, count in unsplit.items() if self.assignment else ():
+            counts["train"][kind] += count - sum(counts[split][kind] for split in SPLITS)
         return counts
 
     def info_and_licences(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -102,7 +115,8 @@ def read_source(uri: str, config: PrepareConfig) -> Source:
     listing = list_folder(uri, config.follow_links)
     show(listing, uri)
     paths = sorted(listing.infos)
-    annotation_paths = find_annotations(paths, {str(split): path for split, path in config.annotations.items()}, uri)
+    chosen_files = {str(split): path for split, path in config.annotations.items()}
+    annotation_paths = find_annotations(paths, chosen_files, uri, unsplit=config.split is not None)
     folder = find_images(paths, config.images)
     annotations = {
         (split, path): _read_annotations(uri, path) for split, members in annotation_paths.items() for path in members
@@ -114,11 +128,17 @@ def read_source(uri: str, config: PrepareConfig) -> Source:
         _check_crowds(file, config.on_defect)
         images += (ListedImage(split, file, image) for image in _usable_images(source, split, file, config.on_defect))
     _match_images(source, images, config.on_defect)
-    return source
+    if config.split is None:
+        return source
+    entries, assignment = splitting.with_splits(source.entries, config, folder.relative)
+    defects = [replace(defect, split=None) for defect in source.defects]
+    return replace(source, entries=entries, defects=defects, assignment=assignment)
 
 
-def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: str) -> dict[str, list[str]]:
-    """Find the annotation files by split, in the order train, val, test.
+def find_annotations(
+    files: Sequence[str], chosen: Mapping[str, str], source: str, unsplit: bool = False
+) -> dict[str, list[str]]:
+    """Find the annotation files by split, in the order train, val, test; those without a split as `all`.
 
     Args:
         files: paths of the source.
@@ -126,15 +146,19 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
             `livecell_coco_{train,val,test}.json` in any folder, otherwise JSON files named after one split, otherwise
             JSON files in folders named after one split.
         source: URI, for messages.
+        unsplit: whether to find the files of a source without splits.
 
     Raises:
-        UserError: no file or several candidates for a split.
+        UserError: no file or several candidates for a split; files with splits if `unsplit`.
     """
     jsons = [path for path in files if path.lower().endswith(".json")]
     if chosen:
-        return {split: _matching_paths(jsons, chosen[split], source) for split in SPLITS if split in chosen}
+        names = (*SPLITS, UNSPLIT)
+        return {split: _matching_paths(jsons, chosen[split], source) for split in names if split in chosen}
     by_split: dict[str, list[str]] = defaultdict(list)
     any_named = any(split_of(path) for path in jsons)
+    if unsplit:
+        return {UNSPLIT: _unsplit_paths(jsons, files, source)}
     for path in jsons:
         if split := split_of(path) if any_named else split_of_folder(path):
             by_split[split].append(path)
@@ -150,11 +174,29 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
         if paths:
             annotation_paths[split] = paths
     if not annotation_paths:
-        hint = f"found {', '.join(jsons[:4])}; " if jsons else ""
+        hint = f"found {', '.join(jsons[:4])}; divide its images with --split 0.8 0.1 0.1, or " if jsons else ""
         raise UserError(
             f"no annotation JSON named after train, val or test in {source}; {hint}choose with --annotations train PATH"
         )
     return annotation_paths
+
+
+def _unsplit_paths(jsons: Sequence[str], files: Sequence[str], source: str) -> list[str]:
+    """Return the annotation files of a source without splits: one, or files of one name in sibling folders."""
+    if split_files := [path for path in jsons if split_of(path) or split_of_folder(path)]:
+        raise UserError(
+            f"{source} has splits ({', '.join(split_files[:4])}): leave out --split, or choose the file of all images "
+            "with --annotations all PATH"
+        )
+    paths = [path for path in jsons if posixpath.basename(path).startswith("instances_")] or list(jsons)
+    if not paths:
+        raise UserError(f"no annotation JSON in {source}; export the annotations as COCO JSON into it")
+    if not _one_per_folder(paths):
+        raise UserError(
+            f"{source} contains {len(paths)} JSON files ({', '.join(paths[:4])}{', ...' * (len(paths) > 4)}); "
+            f"choose with --annotations all PATH{_per_image_hint(paths, files)}"
+        )
+    return paths
 
 
 def _matching_paths(jsons: Sequence[str], pattern: str, source: str) -> list[str]:
