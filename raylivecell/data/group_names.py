@@ -7,6 +7,8 @@ name is ambiguous, the larger group is chosen: it keeps related images in one sp
 import re
 from typing import NamedTuple
 
+from raylivecell.data.image_names import splits_of_folder
+
 _START, _END = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
 _SEPARATORS = "_-. ,()[]"
 
@@ -53,6 +55,7 @@ def parse(name: str) -> GroupName:
     - `A172_Phase_A7_1_01d08h00m_2.tif`: group `A172_Phase_A7`, the well; site, time and crop do not count.
     - `plate1/B03_s2_w1.tif`: group `plate1/B03`.
     - `Pos1_t003.tif`: group `Pos1`; `01/t000.tif`: group `01`.
+    - Folders named after a split do not count: `train/A7_1.tif` and `test/A7_2.tif` are in group `A7`.
     - `set18.tif`, `img_003.png`, `001.png`: groups `set`, `img` and `*`: consecutive numbers are frames of one series.
 
     Args:
@@ -60,6 +63,7 @@ def parse(name: str) -> GroupName:
     """
     path, _, plane = name.partition("#")
     *folders, file_name = path.split("/")
+    folders = [folder for folder in folders if not splits_of_folder(f"{folder}/")]
     stem = re.sub(r"\.ome$", "", re.sub(r"\.[A-Za-z]\w{0,4}$", "", file_name), flags=re.IGNORECASE)
     stem = IMAGEJ_CHANNEL.sub("", ROBOFLOW.sub("", stem))
     well = _well(stem)

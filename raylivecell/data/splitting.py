@@ -240,7 +240,8 @@ def _show(assignment: Assignment) -> None:
         console.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     for split in SPLITS:
         if groups := assignment.images_by_group(split):
-            line = f"{split}: {groups.total()} images in {len(groups)} groups: {_first(sorted(groups))}"
+            count = f"{len(groups)} group{'s' * (len(groups) > 1)}"
+            line = f"{split}: {groups.total()} images in {count}: {_first(sorted(groups))}"
             console.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
