@@ -154,3 +154,15 @@ def show(listing: Listing, folder: str) -> None:
         lines.append(f"followed {len(listing.followed)} links from {folder} to files in {parent}")
     for line in lines:
         console.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
+    """List every file under the folder `uri`: size and modification time by path; UserError without a folder.
+
+    Includes unreadable images (dangling links, names that are not UTF-8): reading them fails, so that each has a line
+    in a result. Prints the files left out and the links followed.
+    """
+    listing = list_folder(uri, follow_links)
+    show(listing, uri)
+    unreadable = (path for path in listing.left_out if formats.is_image_name(path))
+    return {path: pafs.FileInfo(path, pafs.FileType.File, size=0, mtime_ns=0) for path in unreadable} | listing.infos

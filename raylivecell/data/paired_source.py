@@ -15,9 +15,9 @@ from raylivecell.annotations import image_files
 from raylivecell.annotations.coco import CellRecord, ImageEntry
 from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.annotations.errors import AnnotationError
-from raylivecell.core import storage
+from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import cell_defects
+from raylivecell.data import cell_defects, splitting
 from raylivecell.data.config import PrepareConfig, rule_of
 from raylivecell.data.defects import Defect, Entry, ImageInfo
 from raylivecell.data.description import cell_type_of
@@ -71,6 +71,8 @@ class PairedSource:
     """All images with annotation files, also if these cannot be used."""
     unsplit: frozenset[str] = frozenset()
     """File names of the images that are not in a folder named after a split."""
+    assignment: splitting.Assignment | None = None
+    """Split and group of these images, if `config.split` is set."""
 
     def encoded_cells(self, entry: Entry) -> bytes:
         """Return b"": the cells are read from the annotation files when the image is drawn."""
@@ -151,10 +153,10 @@ class PairedSource:
             UserError: no annotation file can be used; label images of another size with the rule `keep`.
         """
         self.infos = dict(infos)
-        self.listed = [self._completed(entry) for entry in self.entries]
         reasons = [f"{self.pairs[name].annotations[0]}: {info.error}" for name, info in infos.items() if info.error]
         if reasons and len(reasons) == len(infos):
             raise UserError(f"no annotation file of {self.uri} can be used: {reasons[0]}")
+        self.listed = self._with_splits([self._completed(entry) for entry in self.entries])
         self.entries = []
         for entry in self.listed:
             info = infos.get(entry.image.file_name, AnnotationInfo())
@@ -172,6 +174,27 @@ class PairedSource:
             return entry
         height, width = info.shape or (None, None)
         return replace(entry, cells=info.cells, image=replace(entry.image, height=height, width=width))
+
+    def _with_splits(self, entries: list[Entry]) -> list[Entry]:
+        """Assign the images outside folders named after splits by `config.split`; without it they are in train."""
+        unsplit = [entry for entry in entries if entry.image.file_name in self.unsplit]
+        if self.config.split is None:
+            if unsplit:
+                console.console.print(
+                    f"{len(unsplit)} images are in no folder named after a split: they are in train; divide them with "
+                    "--split 0.8 0.1 0.1",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            return entries
+        if not unsplit:
+            raise UserError(f"{self.uri} has folders named after splits: leave out --split")
+        assigned, self.assignment = splitting.with_splits(
+            unsplit, self.config, lambda path: short_name(path, self.config.images)
+        )
+        by_name = {entry.image.file_name: entry for entry in assigned}
+        return [by_name.get(entry.image.file_name, entry) for entry in entries]
 
     def _defects(self, entry: Entry, info: AnnotationInfo) -> Iterator[Defect]:
         """Yield the defects of the annotation files of one image."""

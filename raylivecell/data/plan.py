@@ -13,7 +13,7 @@ from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.data import description, shards
+from raylivecell.data import description, shards, splitting
 from raylivecell.data.config import PrepareConfig, rule_of
 from raylivecell.data.defects import Entry, ImageInfo, listed_size
 from raylivecell.data.paired_source import PairedSource
@@ -21,6 +21,10 @@ from raylivecell.data.pairing import Pair
 from raylivecell.data.sources import Source
 from raylivecell.images.intensity import Intensity
 
+RECORDED = {
+    *("format", "annotations", "split", "group_by", "images", "categories", "cell_type", "shard_images"),
+}
+"""Settings in `source` of dataset.json."""
 SHARD_PIXELS = 2**27
 """Maximum pixels per shard: a shard is compressed in memory from 5 bytes per pixel, so 670 MB."""
 
@@ -117,9 +121,7 @@ class ShardTask:
 
 def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that dataset.json records; a dataset with other settings is not overwritten silently."""
-    fields = config.model_dump(
-        include={"format", "annotations", "images", "categories", "cell_type", "shard_images"}, mode="json"
-    )
+    fields = config.model_dump(include=RECORDED, mode="json")
     return {
         "source": {"uri": source, **fields},
         "targets": config.targets.model_dump(),
@@ -184,7 +186,9 @@ def dataset_head(
     rule = intensity.model_dump(mode="json")
     version = [__version__, shards.FORMAT_VERSION, str(shards.SCHEMA)]
     text = json.dumps([version, settings, files, rule, [asdict(plan) for plan in plans]], sort_keys=True)
-    provenance = {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
+    provenance: dict[str, Any] = {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
+    if source.assignment is not None:
+        provenance["groups"] = splitting.describe(source.assignment)
     return {
         **description.legal(*source.info_and_licences()),
         **settings,

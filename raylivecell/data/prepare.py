@@ -28,7 +28,7 @@ import ray.data
 from raylivecell.annotations import categories
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import description, draw, plan, shards
+from raylivecell.data import description, draw, plan, shards, splitting
 from raylivecell.data.config import PrepareConfig
 from raylivecell.data.defects import (
     Defect,
@@ -79,6 +79,7 @@ def prepare(
 def _prepare(
     source_uri: str, out: str, config: PrepareConfig, strict: bool, read_rule: Callable[[str], Intensity]
 ) -> dict[str, Any]:
+    splitting.check_settings(config)
     settings = plan.requested_settings(source_uri, config)
     previous = _previous_dataset(out, settings, config)
     source = read_source(source_uri, config)

@@ -82,11 +82,11 @@ def test_label_images_of_every_type_are_exact(tmp_path: Path) -> None:
         row = rows[name.replace("images/", "")]
         assert_same_cells(row, labels)
         assert (row["source"], row["cell_type"]) == (name, "A172")
-    found = {
+    names_by_kind = {
         kind: [defect["file_name"] for defect in defects_of(description, kind)]
         for kind in ("unpaired_file", "float_labels", "no_annotations")
     }
-    assert found == {
+    assert names_by_kind == {
         "unpaired_file": ["test/images/without.tif", "test/masks/other.tif"],
         "float_labels": ["test/A172_Phase_test_1.tif"],
         "no_annotations": ["test/A172_Phase_test_2.tif"],
@@ -235,3 +235,25 @@ def test_real_label_images(ray_cluster: None, tmp_path: Path) -> None:
         assert_same_cells(row, np.asarray(Image.open(source / "masks" / name.replace(".tif", ".png"))))
     assert set(description["defects"]["counts"]) == {"sixteen_bit_image", "label_in_pieces"}
     assert set(description["cell_types"]) == {"3T3"}
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_split_by_group_leaves_folders_of_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    names = [f"A172_Phase_{well}_1_00d0{hour}h00m_1" for well in ("A1", "A2", "B1", "B2") for hour in (0, 4)]
+    write_images(source, *(f"images/{name}.tif" for name in names), "test/images/own.tif")
+    for path in source.rglob("*.tif"):
+        mask = path.parent.parent / "masks" / f"{path.stem}.png"
+        write(mask, np.where(CELLS == 70_000, 1, CELLS).astype(np.uint8))
+    all_in_train = prepare(str(source), str(tmp_path / "plain"))
+    assert [images for images, _ in counts(all_in_train).values()] == [8, 0, 1]
+    assert "8 images are in no folder named after a split: they are in train" in capsys.readouterr().err
+    description = prepare(str(source), str(tmp_path / "out"), PrepareConfig(split=(0.5, 0.25, 0.25)))
+    assert [images for images, _ in counts(description).values()] == [4, 2, 3]
+    assert "test/own.tif" in rows_of(tmp_path / "out", "test")
+    assert description["source"]["groups"] == {"train": 2, "val": 1, "test": 1}
+    wells = {split: {name.split("_")[2] for name in rows_of(tmp_path / "out", split)} for split in shards.SPLITS}
+    assert not (wells["train"] & wells["val"] or wells["train"] & wells["test"] or wells["val"] & wells["test"])
+    shutil.rmtree(source / "images")
+    with pytest.raises(UserError, match="leave out --split"):
+        prepare(str(source), str(tmp_path / "none"), PrepareConfig(split=(0.5, 0.25, 0.25)))
