@@ -5,4 +5,8 @@
    categories     selection of the categories that are cells
 2. rle            run-length encoding of masks, COCO's formats
 3. drawing        polygons -> label image -> foreground and border map
+4. pixel_outlines labels <-> outlines on pixel corners, exact
+   imagej_rois    RoiSet.zip and .roi of ImageJ
+   geojson        GeoJSON of QuPath
+   errors         damaged and unsupported annotation files
 """
