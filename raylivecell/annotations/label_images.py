@@ -23,7 +23,7 @@ from scipy import ndimage
 from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.annotations.errors import AnnotationError
-from raylivecell.annotations.rle import patch_runs
+from raylivecell.annotations.rle import runs_of_patch
 from raylivecell.core.errors import UnreadableImageError
 from raylivecell.images import file_kinds, tiff
 from raylivecell.images.formats import MAX_PIXELS
@@ -226,7 +226,7 @@ def _cells(region: _Region, shape: tuple[int, int], rule: str) -> Iterator[CellR
 
 
 def _record(cell_id: int | str, mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> CellRecord:
-    return CellRecord(cell_id, False, [], [(shape, patch_runs(mask, top, left, shape))])
+    return CellRecord(cell_id, False, [], [(shape, runs_of_patch(mask, top, left, shape))])
 
 
 def cells_of_mask(mask: NDArray[np.integer[Any]], cell_id: str, label_in_pieces: str) -> tuple[list[CellRecord], bool]:
