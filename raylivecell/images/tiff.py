@@ -20,6 +20,7 @@ from PIL.ExifTags import Base as Tag
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.images.channels import grey_of_palette, grey_of_rgb
+from raylivecell.images.pixel_types import to_unsigned
 from raylivecell.images.tiff_segments import JPEG, LSM, Layout, read_samples
 from raylivecell.images.tiff_tags import Directory, read_directories, read_directory
 
@@ -35,8 +36,8 @@ _OTHER_PHOTOMETRICS = {
     32845: "LogLuv colour",
     34892: "camera raw (LinearRaw)",
 }
-_SAMPLE_FORMATS = {1: "u", 2: "i", 4: "u"}
-_OTHER_FORMATS = {3: "floating-point", 5: "complex integer", 6: "complex"}
+_SAMPLE_FORMATS = {1: "u", 2: "i", 3: "f", 4: "u"}
+_OTHER_FORMATS = {5: "complex integer", 6: "complex"}
 _STK_PLANES, _NIH_HEADER, _IMAGE_DEPTH = 33629, 43314, 32997  # tags without a name in Pillow
 _MAX_SUBIFDS, _MAX_TEXT = 64, 2**22
 _OME_PIXELS = re.compile(rb"<(?:\w{1,20}:)?Pixels\s([^<>]{0,4000})>")
@@ -47,8 +48,8 @@ _OME_FILES = re.compile(rb"\bFileName\s?=\s?[\"']([^\"'<>]{1,1000})[\"']|<(?:\w{
 def decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
     """Decode a TIFF file to uint8 or uint16 (H, W), and return whether it has colour, alpha or a palette.
 
-    MINISWHITE is inverted over its bit depth. 1, 2 and 4 bits are scaled to 0..255; 9 to 15 bits are unchanged; signed
-    and wider integers are accepted if every value fits uint16. Alpha is ignored.
+    MINISWHITE is inverted over its bit depth. 1, 2 and 4 bits are scaled to 0..255; 9 to 15 bits are unchanged; signed,
+    wider and floating-point numbers are converted by `pixel_types.to_unsigned`. Alpha is ignored.
 
     Args:
         data: content of the file.
@@ -125,7 +126,7 @@ def _layout(directory: Directory) -> tuple[int, Layout]:
     layout = Layout.of(directory, samples, bits, _SAMPLE_FORMATS[sample_format])
     if photometric == YCBCR and layout.compression != JPEG:
         raise UnsupportedImageError("YCbCr colour without JPEG compression; save it as grey or RGB")
-    if photometric in (PALETTE, CMYK) and bits > 8:
+    if photometric in (PALETTE, CMYK) and (bits > 8 or layout.kind != "u"):
         raise UnsupportedImageError(f"{bits}-bit palette or CMYK colour; save it as grey or RGB")
     return photometric, layout
 
@@ -233,15 +234,10 @@ def _invert(pixels: NDArray[Any], layout: Layout) -> NDArray[Any]:
 
 
 def _to_uint8_or_uint16(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Convert integers to uint8 or uint16; refuse values that do not fit."""
+    """Scale 1, 2 and 4 bits to uint8; convert other types by `to_unsigned`."""
     if bits < 8:
         return cv2.LUT(pixels, (np.arange(256) * 255 // (2**bits - 1)).astype(np.uint8)).reshape(pixels.shape)
-    if pixels.dtype in (np.uint8, np.uint16):
-        return pixels
-    low, high = int(pixels.min()), int(pixels.max())
-    if low < 0 or high > 65535:
-        raise UnsupportedImageError(f"values from {low} to {high} do not fit 16 bits; save it as 8 or 16 bit")
-    return pixels.astype(np.uint8 if bits == 8 else np.uint16)
+    return to_unsigned(pixels)
 
 
 def _palette(directory: Directory, bits: int) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.images import formats, grey_levels, intensity
+from raylivecell.images import formats, grey_levels, intensity, pixel_types
 from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
 from raylivecell.network import windows
 from raylivecell.recipe import Targets
@@ -59,8 +59,9 @@ class Segmenter:
         """Segment a grey image of any size.
 
         Args:
-            image: pixels as stored in the file, uint8 or uint16 (H, W), or the path or URI of an image file. The
-                network's intensity rule converts them to its scale: do not rescale them.
+            image: pixels as stored in the file (H, W), or the path or URI of an image file. The network's intensity
+                rule converts them to its scale: do not rescale them. uint8, uint16, or a type that
+                `pixel_types.to_unsigned` converts, such as float32 from 0 to 1.
 
         Raises:
             TypeError: neither an array nor a path.
@@ -75,9 +76,9 @@ class Segmenter:
             image = _read(str(image))
         if not isinstance(image, np.ndarray):
             raise TypeError(f"image is {type(image).__name__}; give an array, uint8 or uint16 (H, W)")
-        if image.ndim != 2 or image.dtype.kind != "u" or image.dtype.itemsize > 2 or not image.size:
+        if image.ndim != 2 or not image.size:
             raise ValueError(f"image is {image.dtype} {image.shape}; give a grey image, uint8 or uint16 (H, W)")
-        return intensity.to_uint8(image.astype(image.dtype.newbyteorder("="), copy=False), self.intensity)
+        return intensity.to_uint8(pixel_types.to_unsigned(image), self.intensity)
 
     def segment_frame(self, frame: Frame) -> Cells:
         """Segment an image on the network's scale; no cells in padding, or in an unusable frame.

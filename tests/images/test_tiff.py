@@ -145,8 +145,8 @@ def test_other_integer_types_if_every_value_fits(dtype: type) -> None:
 
 
 UNSUPPORTED = {
-    "float16": (tiff(GRAY.astype(np.float16)), "16-bit floating-point"),
-    "float32": (tiff(GRAY.astype(np.float32)), "32-bit floating-point"),
+    "float24": (raw_tiff(53, 37, {258: 24, 339: 3}, bytes(6000)), "24 bits per sample"),
+    "inverted floats": (tiff(GRAY.astype(np.float32), "miniswhite"), "MINISWHITE"),
     "complex": (tiff(GRAY.astype(np.complex64)), "complex"),
     "two channels": (tiff(np.dstack([GRAY, GRAY]), extrasamples=["unspecified"]), "2 channels; save one channel"),
     "five channels": (tiff(np.stack([GRAY] * 5), planarconfig="separate"), "5 channels; save one channel"),
@@ -157,8 +157,10 @@ UNSUPPORTED = {
     "CIELab": (tiff(np.dstack([GRAY] * 3), "cielab"), "CIELab"),
     "YCbCr": (raw_tiff(53, 37, {262: 6, 277: 3}, bytes(6000)), "YCbCr colour without JPEG"),
     "camera raw": (raw_tiff(53, 37, {262: 32803}, GRAY.tobytes()), "raw mosaic"),
-    "JPEG 2000": (raw_tiff(53, 37, {259: 34712}, b"x"), "TIFF compression JPEG 2000"),
-    "WebP": (raw_tiff(53, 37, {259: 50001}, b"x"), "TIFF compression WebP"),
+    "JPEG 2000 of YCbCr": (raw_tiff(53, 37, {259: 33003}, b"x"), "TIFF compression JPEG 2000 of YCbCr"),
+    "12-bit JPEG 2000": (raw_tiff(53, 37, {258: 12, 259: 34712}, b"x"), "12-bit JPEG 2000"),
+    "16-bit WebP": (raw_tiff(53, 37, {258: 16, 259: 50001}, b"x"), "16-bit JPEG or WebP"),
+    "LERC": (raw_tiff(53, 37, {259: 34887}, b"x"), "TIFF compression LERC"),
     "JPEG XL": (raw_tiff(53, 37, {259: 50002}, b"x"), "TIFF compression JPEG XL"),
     "old JPEG": (raw_tiff(53, 37, {259: 6}, b"x"), "old-style JPEG"),
     "12-bit JPEG": (raw_tiff(53, 37, {258: 12, 259: 7}, b"x"), "12-bit JPEG"),
