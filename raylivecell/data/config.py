@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from raylivecell.annotations.drawing import TargetsConfig
 from raylivecell.core.settings import StrictModel
+from raylivecell.images.planes import Choice
 
 Rules = Mapping[str, str]
 """Rule by kind of defect; missing kinds have their default rule."""
@@ -148,6 +149,11 @@ class PrepareConfig(StrictModel):
     Default: detected from file and folder names."""
     images: str | None = None
     """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source."""
+    plane: str | None = None
+    """Plane of the files that contain several (time, depth, pages): its number from 0 (3), or indices of axes (z2,
+    t3_z2). Without it, such a file is an unreadable_image, since annotations belong to one plane."""
+    channel: int | None = Field(default=None, ge=0)
+    """Channel of the files that contain several, from 0."""
     categories: tuple[str, ...] = ()
     """Categories (names or ids) whose annotations are cells; all others are background. Default: all are cells."""
     follow_links: bool = False
@@ -179,6 +185,11 @@ class PrepareConfig(StrictModel):
                 nearest = difflib.get_close_matches(rule, kinds[name].rules, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown rule {name}={rule}; did you mean {nearest}? Rules: {allowed}")
         return on_defect
+
+    @property
+    def choice(self) -> Choice:
+        """Planes and channel to read."""
+        return Choice(self.plane, self.channel)
 
     def rules(self) -> dict[str, str]:
         """Return the rule for every kind that offers a choice."""

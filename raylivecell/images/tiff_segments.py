@@ -156,13 +156,15 @@ def _refuse_type(compression: int, predictor: int, bits: int, kind: str) -> None
         raise UnsupportedImageError(f"TIFF predictor {predictor} on {bits}-bit {numbers}; save it without a predictor")
 
 
-def read_samples(directory: Directory, layout: Layout, ycbcr: bool) -> NDArray[Any]:
+def read_samples(directory: Directory, layout: Layout, ycbcr: bool, plane: int = 0) -> NDArray[Any]:
     """Decode the samples (H, W, S) in native byte order; below 8 bits as uint8, 9 to 15 bits as uint16.
+
+    `plane` is the number of the plane, in a directory whose tags locate the first of several.
 
     Raises:
         UnreadableImageError: a segment is missing, outside the file or too short.
     """
-    all_segments = list(_segments(directory, layout))
+    all_segments = list(_segments(directory, layout, plane))
     plane_length = len(all_segments) // (layout.samples if layout.planar else 1)
     planes = []
     for first in range(0, len(all_segments), plane_length):
@@ -175,7 +177,7 @@ def read_samples(directory: Directory, layout: Layout, ycbcr: bool) -> NDArray[A
     return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
 
 
-def _segments(directory: Directory, layout: Layout) -> Iterator[bytes]:
+def _segments(directory: Directory, layout: Layout, plane: int) -> Iterator[bytes]:
     """Yield the stored bytes of each strip or tile, in tag order."""
     location = (Tag.TileOffsets, Tag.TileByteCounts) if layout.tiled else (Tag.StripOffsets, Tag.StripByteCounts)
     offsets, sizes = (directory.numbers(tag) for tag in location)
@@ -185,11 +187,22 @@ def _segments(directory: Directory, layout: Layout) -> Iterator[bytes]:
         sizes = tuple(layout.rows(i % (down * across), 1) * layout.row_bytes for i in range(min(count, len(offsets))))
     if len(offsets) != count or len(sizes) != count:
         raise DamagedImageError(f"{len(offsets)} strips or tiles with {len(sizes)} sizes, expected {count}")
+    if plane:
+        offsets = _offsets_of_plane(layout, offsets, sizes, plane)
     for i, (offset, size) in enumerate(zip(offsets, sizes)):
         if size < 1 or offset < 8 or offset + size > len(directory.data):
             raise DamagedImageError(f"strip or tile {i + 1} of {count} is outside the file, which is truncated")
         segment = directory.data[offset : offset + size]
         yield segment.translate(_BIT_REVERSAL) if layout.reversed_bits else segment
+
+
+def _offsets_of_plane(layout: Layout, offsets: Sequence[int], sizes: Sequence[int], plane: int) -> tuple[int, ...]:
+    """Return the locations of the strips of a plane stored after the first; UnsupportedImageError if it is unknown."""
+    consecutive = all(offset + size == following for offset, size, following in zip(offsets, sizes, offsets[1:]))
+    plane_bytes = layout.height * layout.row_bytes * (layout.samples if layout.planar else 1)
+    if layout.compression != NONE or layout.tiled or not consecutive or sum(sizes) != plane_bytes:
+        raise UnsupportedImageError("several planes in one directory, compressed or in parts; save it as a plain stack")
+    return tuple(offset + plane * plane_bytes for offset in offsets)
 
 
 def _decompress(directory: Directory, layout: Layout, segments: Sequence[bytes]) -> NDArray[np.uint8]:
