@@ -85,6 +85,8 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    name_pattern: str | None = None,
+    frame_hours: float | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
@@ -97,10 +99,16 @@ def predict(
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
+        name_pattern: for growth curves: a regular expression, searched in each path without suffix, with the named
+            groups `well` and a time: `hours`, or `d`, `h`, `m`, or `year`, `month`, `day`, `h`, `m`, or `frame`; and,
+            optionally, `site`, `crop`, `condition`, `plate`. Default: names of LIVECell and Incucyte.
+        frame_hours: hours between frames, for names with the group `frame` and for time stacks.
     """
     from raylivecell.inference import predict as prediction
 
-    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links)
+    prediction.predict(
+        checkpoint, images, out, write, tta, threshold, overwrite, follow_links, name_pattern, frame_hours
+    )
 
 
 def export(checkpoint: str, out: str) -> None:

@@ -226,6 +226,16 @@ def rows(out: str) -> Iterator[ImageRow]:
     return _read_rows(storage.join(out, IMAGES))
 
 
+def rows_with_areas(out: str) -> Iterator[tuple[ImageRow, list[float]]]:
+    """Iterate over images.csv, with the areas (pixels) in cells.csv of each image's cells; none without cells.csv."""
+    column = measure.COLUMNS.index("area_px")
+    cells = _GroupReader(csv.reader(_body_lines(out, CELLS)), lambda cell: cell[0])
+    for row in rows(out):
+        with storage.validating(storage.join(out, CELLS), "start again with --overwrite"):
+            areas = [float(cell[column]) for cell in cells.read(row.file)]
+        yield row, areas
+
+
 def _read_rows(uri: str) -> Iterator[ImageRow]:
     with storage.validating(uri, "start again with --overwrite"):
         for fields in csv.DictReader(_open_text(uri)):
