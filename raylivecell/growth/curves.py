@@ -111,7 +111,7 @@ class Collector:
                 origin = origins.get(plate, 0.0) if images[0][0].dated else 0.0
                 rounded[round(hours - origin, 4)] += images
             wells.append(_well_curve(shown, condition, well, dict(sorted(rounded.items()))))
-        wells.sort(key=lambda curve: (sort_key(curve.plate), sort_key(curve.condition), sort_key(curve.well)))
+        wells.sort(key=lambda curve: [(sort_key(name), name) for name in (curve.plate, curve.condition, curve.well)])
         return Curves(wells, replicates(wells))
 
     def _origins(self) -> dict[str, float]:

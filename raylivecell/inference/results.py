@@ -228,11 +228,13 @@ def rows(out: str) -> Iterator[ImageRow]:
 
 def rows_with_areas(out: str) -> Iterator[tuple[ImageRow, list[float]]]:
     """Iterate over images.csv, with the areas (pixels) in cells.csv of each image's cells; none without cells.csv."""
-    column = measure.COLUMNS.index("area_px")
-    cells = _GroupReader(csv.reader(_body_lines(out, CELLS)), lambda cell: cell[0])
+    column, uri = measure.COLUMNS.index("area_px"), storage.join(out, CELLS)
+    cells = _GroupReader(csv.reader(_body_lines(out, CELLS)), lambda cell: cell[0]) if storage.exists(uri) else None
     for row in rows(out):
-        with storage.validating(storage.join(out, CELLS), "start again with --overwrite"):
-            areas = [float(cell[column]) for cell in cells.read(row.file)]
+        with storage.validating(uri, "start again with --overwrite"):
+            areas = [float(cell[column]) for cell in cells.read(row.file)] if cells else []
+            if cells and len(areas) != (row.cells or 0):
+                raise ValueError(f"{len(areas)} cells of {row.file}, {row.cells or 0} in {IMAGES}")
         yield row, areas
 
 

@@ -92,6 +92,8 @@ def value_axis(curves: Iterable[Curve], measure: str) -> Axis:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = (1, 2, 5) if high / low < 100 else (1,)
     ticks = tuple(s * 10.0**d for d in decades for s in every if low <= s * 10.0**d <= high)
+    if len(ticks) < 2:
+        ticks = _multiples(low, high, _nice((high - low) / 3))
     return Axis(low, high, True, ticks)
 
 

@@ -193,12 +193,13 @@ def _grid(wells: Sequence[Curve], measure: str, x: Axis, y: Axis) -> Grid:
     layout = plate_format([curve.well for curve in wells])
     columns = layout[1] if layout else min(len(wells), 12)
     box = _panel_box(columns)
-    panels = {curve.well: _panel(curve, measure, x, y, box) for curve in wells}
+    each = [_panel(curve, measure, x, y, box) for curve in wells]
     if layout is None:  # in the order of their names, which the panels then show
-        each = [panel._replace(text=" ".join(filter(None, (name, panel.text)))) for name, panel in panels.items()]
+        each = [panel._replace(text=f"{curve.well} {panel.text}".strip()) for curve, panel in zip(wells, each)]
         rows = [PlateRow("", each[start : start + columns]) for start in range(0, len(each), columns)]
         heads = [""] * columns
     else:
+        panels = {curve.well: panel for curve, panel in zip(wells, each)}
         letters = [_row_name(row) for row in range(layout[0])]
         heads = [str(column + 1) for column in range(columns)]
         rows = [PlateRow(row, [panels.get(row + column, Panel(None)) for column in heads]) for row in letters]
@@ -209,9 +210,9 @@ def _grid(wells: Sequence[Curve], measure: str, x: Axis, y: Axis) -> Grid:
 
 
 def _panel_box(columns: int) -> Box:
-    width, height = (
-        (150, 96) if columns <= 6 else (110, 76) if columns <= 8 else (82, 60) if columns <= 12 else (40, 32)
-    )
+    """A plate with up to 24 columns is as wide as the page."""
+    sizes = ((6, 150, 96), (8, 110, 76), (12, 80, 60))
+    width, height = next(((width, height) for most, width, height in sizes if columns <= most), (40, 32))
     return Box(width, height, 1, 1, width - 1, height - 1)
 
 
