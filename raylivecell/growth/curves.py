@@ -18,6 +18,8 @@ MEASURES = ("cells", "confluence", "area")
 FITTED = ("cells", "confluence")
 MAX_MISSING = 0.1
 """Largest fraction of missing images, or of images with warnings, of a trusted fit."""
+MAX_AREA_RATIO = 3
+"""Largest ratio of the median cell areas of a well in a trusted fit of the count: cells spread, but less than that."""
 
 
 class ImageCount(NamedTuple):
@@ -142,9 +144,10 @@ def _well_curve(
     usable = [point for point in points if point.cells and point.confluence]
     hours = [point.hours for point in usable]
     confluence = [point.confluence.mean for point in usable if point.confluence]
-    reasons = _image_reasons(times)
+    reasons = {"confluence": _image_reasons(times)}
+    reasons["cells"] = reasons["confluence"] + _area_reasons(usable)
     fits = {
-        name: fit.fit_curve(hours, [getattr(point, name).mean for point in usable], confluence, reasons)
+        name: fit.fit_curve(hours, [getattr(point, name).mean for point in usable], confluence, reasons[name])
         for name in FITTED
     }
     return Curve(plate, condition, well, (well,), points, fits)
@@ -188,6 +191,15 @@ def _image_reasons(times: Mapping[float, Sequence[tuple[Position, ImageCount]]])
     if len({image.size for image in read}) > 1:
         reasons.append("the images have different sizes")
     return reasons
+
+
+def _area_reasons(points: Sequence[Point]) -> list[str]:
+    """A reason not to trust the fit of the count if debris is counted as cells, or cells are joined or split."""
+    areas = [point.area.mean for point in points if point.area is not None]
+    if not areas or max(areas) <= MAX_AREA_RATIO * min(areas):
+        return []
+    sizes = f"{min(areas):.3g} and {max(areas):.3g} pixels"
+    return [f"the median cell area varies between {sizes}: the segmentation may be wrong"]
 
 
 def _views(images: Sequence[tuple[Position, ImageCount]]) -> set[tuple[str | int, str]]:

@@ -51,7 +51,9 @@ _DEFAULT_OF_PLANES = _POSITION + "$"
 _PHASE = re.compile(r"_?Phase$", re.IGNORECASE)
 _VESSEL = re.compile(r"VID\d+")
 _WELL = re.compile(r"([A-Za-z]{1,2})0*(\d{1,2})")
-_PLANE_TIME = re.compile(r"(?:^|[^a-z])t=?(\d+)", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?P<file>.+)#(?P<plane>[a-z]\d{1,6}(?:_[a-z]\d{1,6})*)", re.DOTALL)
+"""A plane of a file: FILE#t03_s1 has the time index 3 and the position 1. An image file has no such name."""
+_AXIS = re.compile(r"([a-z])(\d+)")
 _NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,9})?", re.ASCII)
 
 
@@ -97,17 +99,17 @@ class NamePattern:
 
     def parse(self, file: str) -> Position | None:
         """Parse the relative path of an image, maybe with `#PLANE`; None if it does not match or has no valid time."""
-        path, _, plane = file.partition("#")
-        stem = posixpath.splitext(path)[0]
-        stem = stem.removesuffix(".ome")
+        address = _ADDRESS.fullmatch(file)
+        path, plane = (address["file"], address["plane"]) if address else (file, "")
+        stem = posixpath.splitext(path)[0].removesuffix(".ome")
         for expression in self._expressions:
             if match := expression.search(stem):
-                return self._position(match, stem, plane)
+                return self._position(match, stem, dict(_AXIS.findall(plane)))
         return None
 
-    def _position(self, match: re.Match[str], stem: str, plane: str) -> Position | None:
+    def _position(self, match: re.Match[str], stem: str, axes: Mapping[str, str]) -> Position | None:
         groups = {name: value for name, value in match.groupdict().items() if value is not None}
-        hours = self._hours(groups, plane)
+        hours = self._hours(groups, axes.get("t"))
         if hours is None or not groups.get("well"):
             return None
         # The folder in front of the match: the match itself may contain the folder of a well.
@@ -118,21 +120,22 @@ class NamePattern:
                 plate, condition = posixpath.join(plate, condition), ""
         plate = groups.get("plate", plate)
         site, dated = groups.get("site"), "year" in groups
+        if "s" in axes:  # the positions of a stack are different sites
+            site = f"{site or ''}s{axes['s']}"
         return Position(plate, condition, normalised_well(groups["well"]), site, groups.get("crop", ""), hours, dated)
 
-    def _hours(self, groups: Mapping[str, str], plane: str) -> float | None:
-        """Time of an image in hours; None without a valid time."""
+    def _hours(self, groups: Mapping[str, str], plane_time: str | None) -> float | None:
+        """Time in hours of an image whose plane, if any, has the time index `plane_time`; None without a valid time."""
         parts = {name: _number(groups[name]) for name in ("hours", "frame", *CLOCK, *DATE) if name in groups}
         if any(value is None for value in parts.values()):
             return None
         values = {name: value for name, value in parts.items() if value is not None}
         hours = sum(values.get(name, 0.0) * factor for name, factor in CLOCK_HOURS.items())
         hours += values.get("hours", 0.0) + values.get("frame", 0.0) * (self.frame_hours or 0.0)
-        plane_time = _PLANE_TIME.search(plane)
         if plane_time is not None:  # without --frame-hours the planes of a stack would all have one time
             if self.frame_hours is None:
                 return None
-            hours += float(plane_time[1]) * self.frame_hours
+            hours += float(plane_time) * self.frame_hours
         elif not values:
             return None
         if "year" in values:

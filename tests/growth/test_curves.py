@@ -93,6 +93,14 @@ def test_images_that_make_a_fit_doubtful() -> None:
     assert curves_of(failed).wells[0].fits["cells"].reasons == ("2 of 12 images are missing or could not be read",)
     warned = full | {file: full[file]._replace(has_warning=True) for file in list(full)[4:6]}
     assert "2 of 12 images have a warning" in curves_of(warned).wells[0].fits["cells"].reasons[0]
+    smaller = {
+        file: image._replace(area=100.0 + 250 * (number > 5)) for number, (file, image) in enumerate(full.items())
+    }
+    fits = curves_of(smaller).wells[0].fits
+    assert fits["cells"].reasons == (
+        "the median cell area varies between 100 and 350 pixels: the segmentation may be wrong",
+    )
+    assert fits["confluence"].reasons == ()
     resized = full | {file: full[file]._replace(size=(9, 9)) for file in list(full)[4:5]}
     assert curves_of(resized).wells[0].fits["cells"].reasons == ("the images have different sizes",)
 

@@ -46,9 +46,9 @@ def test_intervals_of_replicates_contain_the_true_rate() -> None:
     rng = np.random.default_rng(0)
     hours = np.linspace(0, 72, 10)
     groups = [
-        fit.combine([fit_curve(hours, births(rng, hours), np.full(10, 0.3)) for _ in range(4)]) for _ in range(200)
+        fit.combine([fit_curve(hours, births(rng, hours), np.full(10, 0.3)) for _ in range(4)]) for _ in range(100)
     ]
-    assert 0.9 <= np.mean([group.rate_low <= RATE <= group.rate_high for group in groups]) <= 0.99
+    assert 0.9 <= np.mean([group.rate_low <= RATE <= group.rate_high for group in groups]) <= 0.99  # N = 100
     two = fit.combine([fit_curve(hours, births(rng, hours), np.zeros(10)) for _ in range(2)])
     assert two.rate == pytest.approx(RATE, rel=0.2)
     assert two.rate_low is None

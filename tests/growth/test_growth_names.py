@@ -98,8 +98,10 @@ def test_planes_of_time_stacks() -> None:
     assert NamePattern(None, 2).parse("p/A172_Phase_A7_1.tif#t3").hours == 6
     assert NamePattern(None, 2).parse("p/A172_Phase_A7_1_01d00h00m.tif#t3").hours == 30
     assert NamePattern(None).parse("p/A172_Phase_A7_1_01d00h00m.tif#t3") is None  # all planes would have one time
-    assert NamePattern(r"(?P<well>\w+)$", 2).parse("left.tif#z1t2").hours == 4
+    assert NamePattern(r"(?P<well>\w+)$", 2).parse("left.tif#t2_z1").hours == 4
     assert NamePattern(r"(?P<well>\w+)$", 2).parse("left.tif") is None
+    assert NamePattern(None, 2).parse("A_A7_1.ome.tif#s1_t03_z0")[:6] == ("", "A", "A7", "1s1", "", 6.0)
+    assert NamePattern().parse("#1/a#_A7_1_00d04h00m.tif").plate == "#1"
 
 
 @pytest.mark.parametrize(
