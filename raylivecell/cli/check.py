@@ -28,6 +28,7 @@ from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.network import forward as network_forward
 from raylivecell.recipe import PhaseConfig, Recipe
 from raylivecell.runs import folder
+from raylivecell.runs.start_from import open_parent
 from raylivecell.runtime import placement, session
 from raylivecell.targets import sample_planes
 from raylivecell.training import loop, preflight
@@ -58,6 +59,7 @@ class CheckRequest(NamedTuple):
     out: str | None
     recipe: Recipe
     workers: int | tuple[int, int]
+    start_from: str | None = None
 
     @property
     def min_workers(self) -> int:
@@ -92,6 +94,11 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
         yield dataset(request.data, description)
     if request.out:
         yield run_name(request.out)
+    if request.start_from:
+        parent_finding = parent(request.start_from, recipe)
+        yield parent_finding
+        if parent_finding.level == "fail":  # its recipe is untrusted: build no network from it
+            return
     try:
         session.connect(dashboard=True)
     except UserError as error:
@@ -163,6 +170,17 @@ def run_name(out: str) -> Finding:
     if folder.holds_run(out):
         return Finding("fail", "run name", f"{out} contains a run", "choose another --out, or --resume always")
     return Finding("pass", "run name", f"{out} is free")
+
+
+def parent(start_from: str, recipe: Recipe) -> Finding:
+    """Check that weights of the checkpoint or run `start_from` fit the recipe's network."""
+    try:
+        description, *warnings = open_parent(start_from, recipe).lines
+    except (UserError, OSError) as error:
+        return Finding("fail", "start from", _line(error))
+    if warnings:
+        return Finding("warn", "start from", warnings[0].removeprefix("warning: "))
+    return Finding("pass", "start from", description.removeprefix("started from "))
 
 
 def cluster(nodes: Sequence[Node]) -> Finding:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from raylivecell.cli.arguments import Resume, call, recipe_file, resumes, workers_in
+from raylivecell.cli.arguments import Resume, base_recipe, call, recipe_file, resumes, workers_in
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -19,8 +19,7 @@ def train(arguments: Sequence[str]) -> None:
     from raylivecell import recipe as recipes
     from raylivecell.training.train import train as run
 
-    file = recipe_file(arguments)
-    base = recipes.load(file) if file else recipes.Recipe()
+    base = base_recipe(arguments)
 
     def command(
         data: str,
@@ -30,6 +29,7 @@ def train(arguments: Sequence[str]) -> None:
         workers: str = "1",
         resume: Resume = "never",
         retries: int = 3,
+        start_from: str | None = None,
     ) -> None:
         """Train a recipe on a prepared dataset with Ray Train.
 
@@ -42,6 +42,9 @@ def train(arguments: Sequence[str]) -> None:
             resume: `always` continues the run in --out from its last checkpoint; `auto` does so if there is one and
                 otherwise starts a run, for jobs that the cluster may restart; `never` refuses a folder in use.
             retries: restarts from the last checkpoint after a worker has died.
+            start_from: fine-tune: start with the weights of this run (its best checkpoint) or checkpoint folder, where
+                their shapes fit. The default recipe is then `finetune`, with the parent's network and targets. A
+                resumed run does not read it again.
         """
         run(
             data,
@@ -51,6 +54,7 @@ def train(arguments: Sequence[str]) -> None:
             resumes(resume, out),
             retries,
             began=psutil.Process().create_time(),
+            start_from=start_from,
         )
 
     call(command, "train", arguments)
@@ -123,8 +127,7 @@ def check(arguments: Sequence[str]) -> int:
     from raylivecell.cli import check as checks
     from raylivecell.core import storage
 
-    file = recipe_file(arguments)
-    base = recipes.load(file) if file else recipes.Recipe()
+    base = base_recipe(arguments)
 
     def command(
         data: str,
@@ -132,6 +135,7 @@ def check(arguments: Sequence[str]) -> int:
         recipe: str | None = None,
         out: str | None = None,
         workers: str = "1",
+        start_from: str | None = None,
     ) -> int:
         """Find what would fail or hang before a run starts; print numbered findings, exit with 1 at any `fail`.
 
@@ -141,9 +145,9 @@ def check(arguments: Sequence[str]) -> int:
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
             out: URI of the folder of the run to check.
             workers: training processes, N or MIN:MAX (elastic).
+            start_from: the run or checkpoint folder of `train --start-from`.
         """
-        return checks.check(
-            checks.CheckRequest(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers))
-        )
+        data, out = storage.absolute(data), out and storage.absolute(out)
+        return checks.check(checks.CheckRequest(data, out, fields, workers_in(workers), start_from))
 
     return call(command, "check", arguments)

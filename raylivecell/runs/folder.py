@@ -2,6 +2,7 @@
 
 recipe.yaml   the recipe; its presence marks the folder as in use
 data.json     `shards.provenance` of the dataset
+parent/       weights of the network from which the training started, if any (runs/parents.py)
 failed.json   why the run ended early, if the user must change something before resuming or restarting it
 failed-1/ ... files of failed runs, moved there when a new run started in the folder
 """
@@ -14,11 +15,12 @@ from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
+from raylivecell.runs import parents
 
 RECIPE, DATA, FAILED = "recipe.yaml", "data.json", "failed.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the run's checkpoints."""
-WRITTEN = (RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tensorboard")
+WRITTEN = (RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tensorboard", parents.FOLDER)
 """Files of a run, besides its checkpoints."""
 
 

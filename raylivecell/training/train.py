@@ -11,7 +11,7 @@ Ray Data, Ray Train and plotting libraries are imported where they are used: whi
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -21,10 +21,13 @@ from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.recipe import Recipe
-from raylivecell.runs import folder, progress
+from raylivecell.runs import folder, parents, progress
 from raylivecell.runtime import session
 from raylivecell.training import messages, preflight
 from raylivecell.training.display import ProgressDisplay
+
+if TYPE_CHECKING:
+    from raylivecell.runs.start_from import Opened
 
 # Validation images shown in the report.
 OVERLAYS = 6
@@ -38,6 +41,7 @@ def train(
     resume: bool = False,
     retries: int = 3,
     began: float | None = None,
+    start_from: str | None = None,
 ) -> dict[str, Any]:
     """Train `recipe` on the dataset at `data`; returns the last row of metrics.
 
@@ -48,10 +52,13 @@ def train(
         workers: training processes, or (min, max) for a run that grows and shrinks with the cluster.
         resume: continue the run in `out` from its latest checkpoint; otherwise `out` must not contain a run.
         retries: maximum number of restarts from the latest checkpoint after a worker died.
+        start_from: checkpoint or run whose weights a new run starts with, where their shapes fit; a resumed run must
+            have started from it, and does not read it again.
         began: start of the command, seconds since 1970, for the reported time to the first step; default: now.
 
     Raises:
-        UserError: no such data; `out` in use, or no run to resume there; too few CPUs; a non-finite loss.
+        UserError: no such data; `out` in use, or no run to resume there; too few CPUs; a non-finite loss;
+            a parent that does not fit.
     """
     startup = [("", began or time.time()), ("imports", time.time())]
     data, out = storage.absolute(data), storage.absolute(out)
@@ -59,7 +66,8 @@ def train(
     preflight.samples_fit(data, recipe)
     if line := preflight.network(recipe):
         console.print(line, markup=False, soft_wrap=True)
-    _check_run_folder(out, data, recipe, resume)
+    resumed = _check_run_folder(out, data, recipe, resume)
+    parent = _open_parent(out, start_from, recipe, resumed)
     startup.append(("dataset", time.time()))
     session.connect()
     startup.append(("Ray", time.time()))
@@ -71,6 +79,8 @@ def train(
     preflight.gpus_work()
     if line := folder.reopen(out, resume):
         console.print(line, soft_wrap=True, markup=False)
+    if not resumed:
+        parents.store(out, parent.weights if parent else b"", parent.chain if parent else ())
     folder.initialise(out, data, recipes.dump(recipe))
     stream_memory = stream_budget_bytes()
     samples = open_samples(data, recipe.targets != "foreground")
@@ -88,6 +98,7 @@ def train(
         poll_preemption=not session.started_here(),
         startup=tuple(startup),
         resumed=resume,
+        parents=parents.of_run(out),
     )
     with ProgressDisplay(job.schedule().steps, lambda: ray.get(mailbox.read.remote())):
         try:
@@ -99,15 +110,37 @@ def train(
     return _write_report(data, out, recipe)
 
 
-def _check_run_folder(out: str, data: str, recipe: Recipe, resume: bool) -> None:
-    """Check that `out` is unused, or has a run to resume with the same recipe: Ray would resume any run there."""
+def _check_run_folder(out: str, data: str, recipe: Recipe, resume: bool) -> bool:
+    """Check that `out` is unused, or has a run to resume with the same recipe: Ray would resume any run there.
+
+    Returns whether it has one.
+    """
     if not folder.check_resumable(out, data, resume):
-        return
+        return False
     old = recipes.load(storage.join(out, folder.RECIPE))
     changed = ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(recipe, name))
     if changed:
         restart = ", or start again without --resume always" if folder.failure(out) else ""
         raise UserError(f"the run at {out} has another recipe ({changed}); resume it with {out}/recipe.yaml{restart}")
+    return True
+
+
+def _open_parent(out: str, start_from: str | None, recipe: Recipe, resumed: bool) -> "Opened | None":
+    """Read the network from which a new run starts, and print its origin; check that a resumed run started from it."""
+    if resumed:
+        chain = parents.of_run(out)
+        parents.check_same(out, chain, start_from)
+        if chain:
+            console.print(f"the run {parents.describe(chain[0])}", markup=False, soft_wrap=True)
+        return None
+    if start_from is None:
+        return None
+    from raylivecell.runs.start_from import open_parent  # torch
+
+    opened = open_parent(start_from, recipe)
+    for line in opened.lines:
+        console.print(line, markup=False, soft_wrap=True)
+    return opened
 
 
 def _record_failure(out: str, reason: str, hint: str = "") -> UserError:
@@ -137,6 +170,8 @@ def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
     network, _ = checkpoint.load_model(out)
     panels = pictures.overlays(network, data, "val", OVERLAYS)
-    training.write_run_report(out, recipes.dump(recipe), history, panels, shards.load_description(data))
+    training.write_run_report(
+        out, recipes.dump(recipe), history, panels, shards.load_description(data), parents.of_run(out)
+    )
     console.print(f"written: {out}/report.html, checkpoint_*/, metrics.jsonl, tensorboard/", markup=False)
     return history[-1]
