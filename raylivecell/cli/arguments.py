@@ -68,6 +68,17 @@ def _rules(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, str]] 
 
 def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
     """Return `arguments` with all values of `flag` after a single one at the end: the parser uses only the last."""
+    values, remaining = _separate(flag, arguments)
+    return [*remaining, flag, *values] if len(remaining) < len(arguments) else remaining
+
+
+def values_of(flag: str, arguments: Sequence[str]) -> list[str]:
+    """All values of a flag that may be repeated or have several values."""
+    return _separate(flag, arguments)[0]
+
+
+def _separate(flag: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of `flag`, and all other arguments."""
     values: list[str] = []
     remaining: list[str] = []
     in_flag = False
@@ -81,7 +92,7 @@ def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
         else:
             in_flag = False
             remaining.append(word)
-    return [*remaining, flag, *values] if len(remaining) < len(arguments) else remaining
+    return values, remaining
 
 
 def call(

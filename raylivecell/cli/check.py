@@ -22,7 +22,8 @@ from raylivecell.cli import probe
 from raylivecell.cli.probe import Node
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import shards
+from raylivecell.data import combined, shards
+from raylivecell.data.combined import Data
 from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.network import forward as network_forward
@@ -55,7 +56,7 @@ class Finding(NamedTuple):
 class CheckRequest(NamedTuple):
     """The run to check."""
 
-    data: str
+    data: Data
     out: str | None
     recipe: Recipe
     workers: int | tuple[int, int]
@@ -88,10 +89,11 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
     recipe = request.recipe
     description = None
     with _errors_as_findings("dataset") as errors:
-        description = shards.load_description(request.data)
+        description = combined.description(request.data)
     yield from errors
     if description:
-        yield dataset(request.data, description)
+        for uri in combined.uris(request.data):
+            yield dataset(uri, shards.load_description(uri))
     if request.out:
         yield run_name(request.out)
     if request.start_from:
@@ -286,7 +288,7 @@ def trial_batch(request: CheckRequest) -> Finding:
     """Check that a worker of the cluster can train one step on its largest possible share of a batch."""
     gpu = min(1, placement.gpu_slots(session.machines()))
     share = max(1, request.recipe.batch_size // request.min_workers)
-    crop = request.recipe.crop or max(shards.image_sizes(request.data, "train"), default=(64, 64))
+    crop = request.recipe.crop or max(combined.image_sizes(request.data, "train"), default=(64, 64))
     hint = "lower batch_size or crop, or use more --workers"
     if request.recipe.loop.compile:
         hint += ", or set loop.compile: false"

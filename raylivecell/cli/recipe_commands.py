@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from raylivecell.cli.arguments import Resume, base_recipe, call, recipe_file, resumes, workers_in
+from raylivecell.cli.arguments import Resume, base_recipe, call, join_repeated, recipe_file, resumes, workers_in
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def train(arguments: Sequence[str]) -> None:
     base = base_recipe(arguments)
 
     def command(
-        data: str,
+        data: tuple[str, ...],
         out: str,
         fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
         recipe: str | None = None,
@@ -30,11 +30,13 @@ def train(arguments: Sequence[str]) -> None:
         resume: Resume = "never",
         retries: int = 3,
         start_from: str | None = None,
+        data_weights: tuple[float, ...] = (),
     ) -> None:
         """Train a recipe on a prepared dataset with Ray Train.
 
         Args:
-            data: URI of a prepared dataset.
+            data: URI of a prepared dataset. Several (--data A --data B) are trained on together, with the intensity
+                rule of the first.
             out: URI of the run's folder: checkpoints, metrics.jsonl, tensorboard/, report.html.
             fields: the recipe's fields; a flag overrides the recipe file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
@@ -45,6 +47,8 @@ def train(arguments: Sequence[str]) -> None:
             start_from: fine-tune: start with the weights of this run (its best checkpoint) or checkpoint folder, where
                 their shapes fit. The default recipe is then `finetune`, with the parent's network and targets. A
                 resumed run does not read it again.
+            data_weights: one weight for each --data, in this order: its share of the samples of an epoch. Default:
+                every image of all sets once.
         """
         run(
             data,
@@ -55,9 +59,10 @@ def train(arguments: Sequence[str]) -> None:
             retries,
             began=psutil.Process().create_time(),
             start_from=start_from,
+            data_weights=data_weights,
         )
 
-    call(command, "train", arguments)
+    call(command, "train", join_repeated("--data", arguments))
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -126,28 +131,31 @@ def check(arguments: Sequence[str]) -> int:
     from raylivecell import recipe as recipes
     from raylivecell.cli import check as checks
     from raylivecell.core import storage
+    from raylivecell.data import combined
 
     base = base_recipe(arguments)
 
     def command(
-        data: str,
+        data: tuple[str, ...],
         fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
         recipe: str | None = None,
         out: str | None = None,
         workers: str = "1",
         start_from: str | None = None,
+        data_weights: tuple[float, ...] = (),
     ) -> int:
         """Find what would fail or hang before a run starts; print numbered findings, exit with 1 at any `fail`.
 
         Args:
-            data: URI of a prepared dataset.
+            data: URI of a prepared dataset, or several: --data A --data B.
             fields: the recipe's fields; a flag overrides the recipe file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
             out: URI of the folder of the run to check.
             workers: training processes, N or MIN:MAX (elastic).
             start_from: the run or checkpoint folder of `train --start-from`.
+            data_weights: those of `train`.
         """
-        data, out = storage.absolute(data), out and storage.absolute(out)
-        return checks.check(checks.CheckRequest(data, out, fields, workers_in(workers), start_from))
+        datasets, out = combined.of(data, data_weights), out and storage.absolute(out)
+        return checks.check(checks.CheckRequest(datasets, out, fields, workers_in(workers), start_from))
 
-    return call(command, "check", arguments)
+    return call(command, "check", join_repeated("--data", arguments))

@@ -57,7 +57,7 @@ def save(
         training: `loop.TrainState.state_dict`.
         state: steps done and history.
         recipe: the run's recipe.
-        data: `shards.provenance` of the dataset.
+        data: `combined.provenance` of the data.
         rule: `shards.intensity` of the dataset; default: LIVECell's.
     """
     state_dict = model.state_dict()
@@ -172,7 +172,7 @@ def own_data(folder: str) -> dict[str, str]:
     except FileNotFoundError:
         values = {}
     with storage.validating(storage.join(folder, DATA), "use another checkpoint"):
-        stated = {name: str(value) for name, value in values.items()}
+        stated = {name: str(value) for name, value in values.items() if not isinstance(value, list)}
     return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | stated
 
 

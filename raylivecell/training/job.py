@@ -47,7 +47,8 @@ class TrainJob:
 
     def schedule(self) -> SampleSchedule:
         """The run's sample order."""
-        return SampleSchedule(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
+        recipe, samples = self.recipe, self.samples
+        return SampleSchedule(recipe.seed, len(samples.train), recipe.batch_size, recipe.phases, samples.datasets)
 
     def stream(self, step: int, rank: int = 0, ranks: int = 1) -> Stream:
         """Stream of the batches of `rank`, starting at `step`; its Ray Data tasks start immediately."""

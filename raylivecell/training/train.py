@@ -19,7 +19,8 @@ from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
-from raylivecell.data import shards
+from raylivecell.data import combined, shards
+from raylivecell.data.combined import Data
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder, parents, progress
 from raylivecell.runtime import session
@@ -34,7 +35,7 @@ OVERLAYS = 6
 
 
 def train(
-    data: str,
+    data: str | Sequence[str],
     out: str,
     recipe: Recipe,
     workers: int | tuple[int, int] = 1,
@@ -42,11 +43,12 @@ def train(
     retries: int = 3,
     began: float | None = None,
     start_from: str | None = None,
+    data_weights: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Train `recipe` on the dataset at `data`; returns the last row of metrics.
 
     Args:
-        data: URI of a prepared dataset.
+        data: URI of a prepared dataset, or of several, whose images are converted to the intensities of the first.
         out: URI of the run's folder: checkpoint_*/, metrics.jsonl, tensorboard/, recipe.yaml, report.html.
         recipe: what to train.
         workers: training processes, or (min, max) for a run that grows and shrinks with the cluster.
@@ -54,6 +56,7 @@ def train(
         retries: maximum number of restarts from the latest checkpoint after a worker died.
         start_from: checkpoint or run whose weights a new run starts with, where their shapes fit; a resumed run must
             have started from it, and does not read it again.
+        data_weights: for several datasets, the share of each in the samples of an epoch; default: every sample once.
         began: start of the command, seconds since 1970, for the reported time to the first step; default: now.
 
     Raises:
@@ -61,12 +64,12 @@ def train(
             a parent that does not fit.
     """
     startup = [("", began or time.time()), ("imports", time.time())]
-    data, out = storage.absolute(data), storage.absolute(out)
+    datasets, out = combined.of(data, data_weights), storage.absolute(out)
     preflight.batch_divides(recipe.batch_size, workers)
-    preflight.samples_fit(data, recipe)
+    preflight.samples_fit(datasets, recipe)
     if line := preflight.network(recipe):
         console.print(line, markup=False, soft_wrap=True)
-    resumed = _check_run_folder(out, data, recipe, resume)
+    resumed = _check_run_folder(out, datasets, recipe, resume)
     parent = _open_parent(out, start_from, recipe, resumed)
     startup.append(("dataset", time.time()))
     session.connect()
@@ -81,9 +84,9 @@ def train(
         console.print(line, soft_wrap=True, markup=False)
     if not resumed:
         parents.store(out, parent.weights if parent else b"", parent.chain if parent else ())
-    folder.initialise(out, data, recipes.dump(recipe))
+    folder.initialise(out, datasets, recipes.dump(recipe))
     stream_memory = stream_budget_bytes()
-    samples = open_samples(data, recipe.targets != "foreground")
+    samples = open_samples(datasets, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
     from raylivecell.training import ray_train  # Ray Train, 0.6 s, while tasks decode the samples
     from raylivecell.training.job import TrainJob
@@ -107,10 +110,10 @@ def train(
             raise _record_failure(out, str(error)) from error
     if failed:
         raise _record_non_finite_loss(out, failed["step"], [samples.train[index] for index in failed["samples"]])
-    return _write_report(data, out, recipe)
+    return _write_report(datasets, out, recipe)
 
 
-def _check_run_folder(out: str, data: str, recipe: Recipe, resume: bool) -> bool:
+def _check_run_folder(out: str, data: Data, recipe: Recipe, resume: bool) -> bool:
     """Check that `out` is unused, or has a run to resume with the same recipe: Ray would resume any run there.
 
     Returns whether it has one.
@@ -162,7 +165,7 @@ def _record_non_finite_loss(out: str, step: int, rows: Sequence[shards.Row]) -> 
     return _record_failure(out, f"the loss became NaN or infinite at step {step}, in the batch of {names}", hint)
 
 
-def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
+def _write_report(data: Data, out: str, recipe: Recipe) -> dict[str, Any]:
     """Write report.html from the run's files; returns the last row of metrics."""
     from raylivecell.reports import pictures, training  # torch and matplotlib
     from raylivecell.runs import checkpoint
@@ -171,7 +174,7 @@ def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     network, _ = checkpoint.load_model(out)
     panels = pictures.overlays(network, data, "val", OVERLAYS)
     training.write_run_report(
-        out, recipes.dump(recipe), history, panels, shards.load_description(data), parents.of_run(out)
+        out, recipes.dump(recipe), history, panels, combined.description(data), parents.of_run(out)
     )
     console.print(f"written: {out}/report.html, checkpoint_*/, metrics.jsonl, tensorboard/", markup=False)
     return history[-1]
