@@ -61,10 +61,17 @@ def fit(weights: Mapping[str, Tensor], model: nn.Module) -> Fit:
     return Fit(tensors, tuple(new_layers), loaded / max(total, 1), convolutions)
 
 
-def load(model: nn.Module, folder: str) -> None:
-    """Load the weights in `folder` (RUN/parent) that fit into `model`, in place."""
-    fitting = fit(safetensors.torch.load(storage.read_bytes(storage.join(folder, progress.MODEL))), model)
-    model.load_state_dict(fitting.tensors, strict=False)
+def load(model: nn.Module, run: str) -> None:
+    """Load the weights that the run in the folder `run` starts from (`parents.store`) into `model`, where they fit.
+
+    Raises:
+        UserError: they are missing, or not those of the recorded parent.
+    """
+    folder = storage.join(run, parents.FOLDER)
+    content = checkpoint.read_file(folder, progress.MODEL)
+    if hashlib.sha256(content).hexdigest() != parents.of_run(run)[0].sha256:
+        raise UserError(f"{folder}/{progress.MODEL} is not the file that the run started from; start a new run")
+    model.load_state_dict(fit(safetensors.torch.load(content), model).tensors, strict=False)
 
 
 class Opened(NamedTuple):

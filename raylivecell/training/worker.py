@@ -19,7 +19,6 @@ from ray.train import Checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylivecell.core import storage
 from raylivecell.ingest import gpu_augment
 from raylivecell.ingest.order import SampleSchedule
 from raylivecell.ingest.stream import Stream
@@ -107,7 +106,7 @@ def reports(
         torch.manual_seed(recipe.seed)
         model = build(recipe, context.device, intensity)
         if job.parents and values is None:
-            start_from.load(model, storage.join(job.out, parents.FOLDER))
+            start_from.load(model, job.out)
         training = loop.start(model, recipe.optimizer, schedule.steps)
         if values is not None:
             training.load(values, state)

@@ -53,10 +53,16 @@ def test_equal_networks_are_loaded_completely(tmp_path: Path, norm: Norm) -> Non
     assert (fitting.fraction, fitting.new_layers) == (1.0, ())
     image = 255 * torch.rand(1, 1, 32, 32)
     assert torch.equal(child.eval()(image), parent.eval()(image)), "running statistics are loaded too"
+    # As a worker does, from the copy in the run's folder.
     torch.manual_seed(3)
-    loaded = build_model(recipe.model, recipe.outputs)
-    start_from.load(loaded, str(tmp_path))
+    loaded, run = build_model(recipe.model, recipe.outputs), tmp_path / "run"
+    opened = start_from.open_parent(str(tmp_path), recipe)
+    parents.store(str(run), opened.weights, opened.chain)
+    start_from.load(loaded, str(run))
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), parent.state_dict().values()))
+    (run / "parent" / "model.safetensors").write_bytes(opened.weights[:-1])
+    with pytest.raises(UserError, match="is not the file that the run started from"):
+        start_from.load(loaded, str(run))
 
 
 @pytest.mark.parametrize("old", NAMES)
@@ -136,8 +142,9 @@ def test_the_chain_records_every_parent_and_its_licence(tmp_path: Path) -> None:
 def test_the_intensity_normalisation_is_that_of_the_new_data(tmp_path: Path) -> None:
     save(tmp_path, recipe_of())
     rule = Intensity(depth=16, low=0, high=65536, background=32000, spread=20000)
-    child = build_model(recipe_of().model, 1, rule)
-    start_from.load(child, str(tmp_path))
+    child, opened = build_model(recipe_of().model, 1, rule), start_from.open_parent(str(tmp_path), recipe_of())
+    parents.store(str(tmp_path / "run"), opened.weights, opened.chain)
+    start_from.load(child, str(tmp_path / "run"))
     assert (child.normalise.background, child.normalise.scale) == (rule.background_level, rule.scale)
     assert rule.background_level != LIVECELL.background_level
 
