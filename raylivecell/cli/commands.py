@@ -85,6 +85,8 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    plane: str | None = None,
+    channel: int | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
@@ -97,10 +99,14 @@ def predict(
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
+        plane: plane of files with several: its number from 0 (3), or indices of axes (z2, t3_z2); default: all planes.
+        channel: channel of files with several, from 0.
     """
+    from raylivecell.images.planes import Choice
     from raylivecell.inference import predict as prediction
 
-    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links)
+    choice = Choice(plane, channel)
+    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links, choice)
 
 
 def export(checkpoint: str, out: str) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from raylivecell.annotations.drawing import TargetsConfig
 from raylivecell.core.settings import StrictModel
+from raylivecell.images.planes import Choice
 
 FRAMES = "frames"
 """Value of `group_by` that cuts series into ranges of frames."""
@@ -194,6 +195,11 @@ class PrepareConfig(StrictModel):
     images: str | None = None
     """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source; in formats
     with files per image, all folders that are not named after annotations."""
+    plane: str | None = None
+    """Plane of the files that contain several (time, depth, pages): its number from 0 (3), or indices of axes (z2,
+    t3_z2). Without it, such a file is an unreadable_image, since annotations belong to one plane."""
+    channel: int | None = Field(default=None, ge=0)
+    """Channel of the files that contain several, from 0."""
     categories: tuple[str, ...] = ()
     """Categories (names or ids) whose annotations are cells; all others are background. Default: all are cells."""
     follow_links: bool = False
@@ -238,6 +244,11 @@ class PrepareConfig(StrictModel):
         if not split[0]:
             raise ValueError(f"{text}: the fraction of train must be above 0")
         return split
+
+    @property
+    def choice(self) -> Choice:
+        """Planes and channel to read."""
+        return Choice(self.plane, self.channel)
 
     def rules(self) -> dict[str, str]:
         """Return the rule for every kind that offers a choice."""

@@ -26,8 +26,9 @@ from raylivecell.core.console import console, show_warnings
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
 from raylivecell.data import listing
-from raylivecell.images import formats
-from raylivecell.inference import actors, image_file, results, segmenter
+from raylivecell.images import formats, planes
+from raylivecell.images.planes import EVERYTHING, Choice
+from raylivecell.inference import actors, image_file, results, segmenter, stacks
 from raylivecell.inference.image_file import OUTPUTS, PICTURES, Output, PredictJob
 from raylivecell.runs import progress
 from raylivecell.runtime import session
@@ -44,10 +45,12 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    choice: Choice = EVERYTHING,
 ) -> dict[str, Any]:
     """Segment images of any size; if killed and called again, it resumes and writes the same files.
 
-    Written into `out`, where NAME is an image's path without its suffix (`output_names`):
+    Each plane of a file with several (time, depth, pages) is an image, FILE#PLANE in the tables (`images.planes`).
+    Written into `out`, where NAME is an image's path without its suffix, plus `_PLANE` (`output_names`):
 
         labels/NAME.tif     label image: 1 to N for cells, 0 for background (`image_file.label_tiff`)
         masks/NAME.png      255 where the foreground probability is above the threshold, else 0
@@ -73,6 +76,7 @@ def predict(
         threshold: lower limit of the probability of foreground pixels; default: the model's.
         overwrite: delete the results of an earlier run in `out`.
         follow_links: also follow links to files outside the folder.
+        choice: planes and channel of files with several; default: all planes.
 
     Returns:
         {"images", "segmented", "cells", "confluence" (mean over images), "failed": [{"file", "error"}], "seconds",
@@ -88,7 +92,8 @@ def predict(
     if not model.endswith(segmenter.ONNX):
         model = progress.find(model)
     root, files = _list_images(images_uri, out, follow_links)
-    job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold)
+    files = stacks.expand(root, files, choice)
+    job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold, choice)
     network = image_file.load(job, "cpu")
     _initialise(out, _settings(job, network, images_uri), overwrite)  # fails early if `out` is not writable
     if not storage.exists(storage.join(out, RECIPE)):
@@ -106,6 +111,7 @@ def _settings(job: PredictJob, network: segmenter.Segmenter, images_uri: str) ->
         "write": list(job.write),
         "thresholds": network.config.model_dump(),
         "tta": job.tta,
+        **job.choice._asdict(),
         "intensity": network.intensity.model_dump(mode="json"),
         "raylivecell": __version__,
     }
@@ -174,19 +180,22 @@ def _segment(job: PredictJob, files: Mapping[str, pafs.FileInfo]) -> None:
 
 
 def output_names(files: Sequence[str]) -> list[str]:
-    """Output path of each file: its path without the suffix, or with it for all files if any outputs would collide.
+    """Output path of each image: its path without the suffix, or with it for all if any outputs would collide.
+
+    The name of a plane is appended: `well_A1_t03` for `well_A1.tif#t03`.
 
     Outputs collide if two have the same name (a.tif and a.png, or A.tif and a.tif on a disk that ignores case or
     Unicode normalisation), or if one has the name of another's folder (a.png and a.tif/b.png).
     """
-    short = [posixpath.splitext(file)[0] for file in files]
+    split_names = [planes.split_address(file) for file in files]
+    short = [f"{posixpath.splitext(file)[0]}{f'_{plane}' if plane else ''}" for file, plane in split_names]
     normalised = [unicodedata.normalize("NFC", name).casefold() for name in short]
     folders = {folder for name in normalised for folder in accumulate(name.split("/")[:-1], posixpath.join)}
     suffixes = {suffix for suffix, _ in PICTURES.values()}
     ambiguous = len(set(normalised)) < len(normalised) or any(
         name + suffix in folders for name in normalised for suffix in suffixes
     )
-    return list(files) if ambiguous else short
+    return [f"{file}_{plane}" if plane else file for file, plane in split_names] if ambiguous else short
 
 
 class _Predictor:
