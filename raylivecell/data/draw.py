@@ -18,6 +18,7 @@ from raylivecell.data.cell_defects import check_cells
 from raylivecell.data.config import Rules, rule_of
 from raylivecell.data.defects import Defect, ImageInfo
 from raylivecell.data.description import ImageStatistics, ShardAccount
+from raylivecell.data.paired_source import read_cells
 from raylivecell.data.plan import ImagePlan, ShardTask
 from raylivecell.images import formats, grey_levels, intensity
 
@@ -74,9 +75,14 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
     histogram = np.zeros(256, np.int64)
     start = 0
     for image, length in zip(task.plan.images, task.cell_bytes, strict=True):
-        records = decode_cells(encoded_cells[start : start + length])
+        pixels = _read_pixels(task.source, image)
+        if image.pair is None:
+            records = decode_cells(encoded_cells[start : start + length])
+        else:
+            shape = (pixels.shape[0], pixels.shape[1])
+            records = read_cells(task.source, image.pair, image.annotation_sha256, shape, task.rules)
         start += length
-        frame = intensity.to_uint8(_read_pixels(task.source, image), task.intensity)
+        frame = intensity.to_uint8(pixels, task.intensity)
         row = draw_sample(frame.levels, image, records, task.rules, task.border_sigma, account.defects)
         if row is None:
             continue

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import cv2
@@ -36,6 +36,7 @@ _OTHER_PHOTOMETRICS = {
     34892: "camera raw (LinearRaw)",
 }
 _SAMPLE_FORMATS = {1: "u", 2: "i", 4: "u"}
+_LABEL_FORMATS = {**_SAMPLE_FORMATS, 3: "f"}
 _OTHER_FORMATS = {3: "floating-point", 5: "complex integer", 6: "complex"}
 _STK_PLANES, _NIH_HEADER, _IMAGE_DEPTH = 33629, 43314, 32997  # tags without a name in Pillow
 _MAX_SUBIFDS, _MAX_TEXT = 64, 2**22
@@ -68,6 +69,32 @@ def decode(data: bytes, max_pixels: int) -> tuple[NDArray[Any], bool]:
     _refuse_stack(directory, layout)
     samples = read_samples(directory, layout, ycbcr=photometric == YCBCR)
     return _to_grey(directory, photometric, layout, samples)
+
+
+def decode_labels(data: bytes, max_pixels: int) -> NDArray[Any]:
+    """Decode the values of a label image as stored: integers or floats of 1 to 64 bits (H, W); palettes: the indices.
+
+    Args:
+        data: content of the file.
+        max_pixels: limit, including padding of tiles.
+
+    Raises:
+        UnreadableImageError: unsupported or damaged; colour, several planes, or inverted values (MINISWHITE).
+    """
+    directory = _find_image(read_directories(data))
+    if reason := orientation_problem(directory.number(Tag.Orientation, 1)):
+        raise UnsupportedImageError(reason)
+    photometric, layout = _layout(directory, _LABEL_FORMATS)
+    if max(layout.width * layout.height, layout.padded_pixels) > max_pixels:
+        raise UnsupportedImageError(f"{layout.width} x {layout.height} is more than {max_pixels} pixels with padding")
+    _refuse_stack(directory, layout)
+    if photometric == MINISWHITE:
+        raise UnsupportedImageError("inverted values (MINISWHITE): programs disagree which are 0; save it as grey")
+    if _CHANNELS[photometric] > 1 or layout.samples > 1:
+        raise UnsupportedImageError(f"{layout.samples} channels, a label image has one; save the labels as grey")
+    if layout.compression == JPEG:
+        raise UnsupportedImageError("JPEG compression, which changes labels; save them without loss")
+    return read_samples(directory, layout, ycbcr=False)[..., 0]
 
 
 def orientation_problem(orientation: int) -> str:
@@ -106,7 +133,7 @@ def _is_auxiliary(directory: Directory) -> bool:
     return bool(directory.number(Tag.NewSubfileType, 0) & 0b101) or directory.number(Tag.SubfileType, 0) == 2
 
 
-def _layout(directory: Directory) -> tuple[int, Layout]:
+def _layout(directory: Directory, formats: Mapping[int, str] = _SAMPLE_FORMATS) -> tuple[int, Layout]:
     """Read the photometric interpretation and the layout of the samples; refuse unsupported ones."""
     photometric, samples = directory.number(Tag.PhotometricInterpretation, -1), directory.number(Tag.SamplesPerPixel, 1)
     if photometric == -1:
@@ -119,10 +146,10 @@ def _layout(directory: Directory) -> tuple[int, Layout]:
         _uniform_value(directory, Tag.BitsPerSample, samples),
         _uniform_value(directory, Tag.SampleFormat, samples),
     )
-    if sample_format not in _SAMPLE_FORMATS:
+    if sample_format not in formats:
         name = _OTHER_FORMATS.get(sample_format, f"sample format {sample_format}")
         raise UnsupportedImageError(f"{bits}-bit {name} pixels; save it as 8 or 16 bit")
-    layout = Layout.of(directory, samples, bits, _SAMPLE_FORMATS[sample_format])
+    layout = Layout.of(directory, samples, bits, formats[sample_format])
     if photometric == YCBCR and layout.compression != JPEG:
         raise UnsupportedImageError("YCbCr colour without JPEG compression; save it as grey or RGB")
     if photometric in (PALETTE, CMYK) and bits > 8:

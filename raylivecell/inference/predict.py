@@ -25,7 +25,7 @@ from raylivecell.core import addresses, storage
 from raylivecell.core.console import console, show_warnings
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.data import sources
+from raylivecell.data import listing
 from raylivecell.images import formats
 from raylivecell.inference import actors, image_file, results, segmenter
 from raylivecell.inference.image_file import OUTPUTS, PICTURES, Output, PredictJob
@@ -122,7 +122,7 @@ def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
         raise UserError(f"--out {out} is the folder of the images; choose another --out")
     files = {
         file: info
-        for file, info in sorted(sources.list_infos(uri, follow_links).items())
+        for file, info in sorted(listing.list_infos(uri, follow_links).items())
         if formats.is_image_name(file) and (results_folder is None or not file.startswith(results_folder + "/"))
     }
     if not files:
