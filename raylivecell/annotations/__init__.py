@@ -8,4 +8,7 @@
    errors         damaged or unsupported annotation files
 3. rle            run-length encoding of masks, COCO's formats
 4. drawing        polygons -> label image -> foreground and border map
+5. pixel_outlines labels <-> outlines on pixel corners, exact
+   imagej_rois    RoiSet.zip and .roi of ImageJ
+   geojson        GeoJSON of QuPath
 """

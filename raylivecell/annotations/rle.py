@@ -1,6 +1,7 @@
 """Masks in COCO's run-length encoding (RLE): about 60 bytes per cell; cells may overlap.
 
 1. `encode...`, `compress`         label image, patch, polygons or run lengths -> compressed RLE
+   `label_runs`, `patch_runs`      label image or patch -> run lengths
 2. `decode`                        compressed RLE -> mask
 3. `run_lengths`, `mask_of_runs`   untrusted RLE -> run lengths -> mask; pycocotools may crash or hang on these
    `window_of_runs`                the same, only the columns that contain the mask
@@ -19,8 +20,13 @@ Rle = dict[str, Any]
 
 def encode(labels: NDArray[np.integer[Any]]) -> list[Rle]:
     """Encode the mask of each label of an image (H, W), 0 background, in ascending order; labels may have gaps."""
+    return [compress(runs, labels.shape) for runs in label_runs(labels).values()]
+
+
+def label_runs(labels: NDArray[np.integer[Any]]) -> dict[int, NDArray[np.int64]]:
+    """Return label -> run lengths of its mask, in ascending order; like `encode`, but not compressed."""
     if not labels.any():
-        return []
+        return {}
     flat = labels.T.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     ends, run_labels = np.append(starts[1:], flat.size), flat[starts]
@@ -28,7 +34,7 @@ def encode(labels: NDArray[np.integer[Any]]) -> list[Rle]:
     foreground = foreground[np.argsort(run_labels[foreground], kind="stable")]
     run_labels = run_labels[foreground]
     cells = np.split(foreground, np.flatnonzero(run_labels[1:] != run_labels[:-1]) + 1)
-    return [_compress_intervals(starts[cell], ends[cell], labels.shape) for cell in cells]
+    return {int(flat[starts[cell[0]]]): _runs_of_intervals(starts[cell], ends[cell], labels.shape) for cell in cells}
 
 
 def encode_patch(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> Rle:
@@ -127,12 +133,8 @@ def mask_of_runs(size: tuple[int, int], runs: NDArray[np.int64]) -> NDArray[np.b
     return np.repeat(values, runs).reshape(width, height).T
 
 
-def _compress_intervals(starts: NDArray[np.int64], ends: NDArray[np.int64], shape: tuple[int, ...]) -> Rle:
-    """Compress a mask of pixels [start, end), counted column-major, of the image `shape` (H, W)."""
-    return compress(_runs_of_intervals(starts, ends, shape), shape)
-
-
 def _runs_of_intervals(starts: NDArray[np.int64], ends: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Run lengths of a mask of pixels [start, end), counted column-major, of the image `shape` (H, W)."""
     edges = np.empty(2 * len(starts) + 2, np.int64)
     edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, ends, shape[0] * shape[1]
     runs = np.diff(edges)
