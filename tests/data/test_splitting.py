@@ -231,8 +231,9 @@ def test_images_without_annotations_and_unusable_records(folder: SourceFolder, t
     assert listed == {"train": 31 - 4, "val": 2, "test": 2}
     assert {defect["rule"] for defect in defects_of(description, "no_annotations")} == {"drop"}
     assert {defect["split"] for defect in defects_of(description, "bad_record")} == {None}
-    with_empty = config.model_copy(update={"on_defect": {"no_annotations": "keep"}})
-    description = prepare(source, str(tmp_path / "with_empty"), with_empty)
+    description = prepare(
+        str(source), str(tmp_path / "kept"), config.model_copy(update={"on_defect": {"no_annotations": "keep"}})
+    )
     assert sum(images for images, _ in counts(description).values()) == 27
 
 
