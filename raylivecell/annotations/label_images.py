@@ -25,7 +25,7 @@ from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.annotations.errors import AnnotationError
 from raylivecell.annotations.rle import patch_runs
-from raylivecell.core.errors import UnreadableImageError
+from raylivecell.core.errors import UnreadableImageError, shortened
 from raylivecell.images import file_kinds, tiff
 from raylivecell.images.formats import MAX_PIXELS
 
@@ -86,7 +86,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
         *(OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError),
         *(struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, RecursionError, Image.DecompressionBombError),
     ) as error:
-        raise AnnotationError(f"damaged: incomplete or corrupt {kind} ({error}); save it again") from error
+        raise AnnotationError(
+            f"damaged: incomplete or corrupt {kind} ({shortened(str(error))}); save it again"
+        ) from error
 
 
 def _decode_npy(data: bytes, max_pixels: int) -> NDArray[Any]:
