@@ -13,6 +13,7 @@ from conftest import SHARED
 from PIL import Image
 from prepare_source import HEIGHT, WIDTH, Json, counts, defects_of, files_of, masks_of, pixels, rows_of
 
+from raylivecell.annotations import geojson, imagej_rois
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.config import PrepareConfig
@@ -293,3 +294,26 @@ def test_exports_of_cvat_and_roboflow(tmp_path: Path) -> None:
         text = coco([f"{split}_png.rf.0a1b.jpg"], [[4, 4, 12, 4, 12, 14, 4, 14]])
         (roboflow / split / "_annotations.coco.json").write_text(text)
     assert counts(prepare(str(roboflow), str(tmp_path / "rf"))) == dict.fromkeys(shards.SPLITS, (1, 1))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_outlines_per_image(tmp_path: Path) -> None:
+    """ROIs and GeoJSON written from labels give the same labels."""
+    labels = np.where(CELLS == 70_000, 1, CELLS).astype(np.int32)
+    source = tmp_path / "source"
+    write_images(source, "images/a.tif", "images/b.tif", "images/c.tif")
+    (source / "rois").mkdir()
+    (source / "rois" / "a_RoiSet.zip").write_bytes(imagej_rois.write(labels))
+    (source / "rois" / "b.zip").write_bytes(b"PK\x03\x04 and noise")
+    (source / "annotations").mkdir()
+    (source / "annotations" / "c.tif.geojson").write_bytes(geojson.write(labels, np.ones(5)))
+    with pytest.raises(UserError, match=r"rois \(2 images\) and geojson \(1 images\)"):
+        prepare(str(source), str(tmp_path / "out"))
+    description = prepare(str(source), str(tmp_path / "rois"), PrepareConfig(format="rois"))
+    (row,) = rows_of(tmp_path / "rois", "train").values()
+    assert_same_cells(row, labels)
+    assert [defect["file_name"] for defect in defects_of(description, "unreadable_annotation")] == ["b.tif"]
+    prepare(str(source), str(tmp_path / "geojson"), PrepareConfig(format="geojson"))
+    (row,) = rows_of(tmp_path / "geojson", "train").values()
+    assert_same_cells(row, labels)
+    assert (row["annotation"], row["file_name"]) == ("annotations/c.tif.geojson#c.tif", "c.tif")
