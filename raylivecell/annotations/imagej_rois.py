@@ -23,7 +23,7 @@ from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import MAX_CELLS, Patch
 from raylivecell.annotations.errors import AnnotationError
 from raylivecell.annotations.pixel_outlines import Budget, CellOutline, fill, trace
-from raylivecell.annotations.rle import runs_of_labels
+from raylivecell.annotations.rle import label_runs
 from raylivecell.core.errors import UserError, shortened
 
 MAX_BYTES = 2**28
@@ -91,7 +91,7 @@ def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
         raise AnnotationError(
             f"the ROIs belong to {len(slices - {(0, 0, 0)})} slices of a stack; save one file of ROIs per image"
         )
-    runs = runs_of_labels(owners)
+    runs = label_runs(owners)
     records = []
     for number, (roi_id, visible) in enumerate(zip(ids, has_pixels), 1):
         cell_runs = [(shape, runs[number])] if number in runs else []

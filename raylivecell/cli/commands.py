@@ -237,7 +237,7 @@ def prepare(arguments: Sequence[str]) -> None:
         fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
         strict: bool = False,
     ) -> None:
-        """Read LIVECell, or any dataset with COCO annotations; write OUT/SPLIT/*.parquet and OUT/dataset.json.
+        """Read images and annotations, LIVECell or your own; write OUT/SPLIT/*.parquet and OUT/dataset.json.
 
         Args:
             source: folder or URI with images and annotation files.
