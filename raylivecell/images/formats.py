@@ -30,8 +30,9 @@ from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile as ImageFileOfPillow
 
 from raylivecell.core.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
-from raylivecell.images import file_kinds, jpeg, microscopes, planes, tiff
+from raylivecell.images import file_kinds, jpeg, planes, tiff
 from raylivecell.images.channels import grey_of_palette, grey_of_rgb
+from raylivecell.images.microscopes import files as microscopes
 from raylivecell.images.planes import EVERYTHING, Choice, Position
 from raylivecell.images.ranges import Data
 

@@ -1,4 +1,7 @@
-"""Builders of small CZI and LIF files, by the published layouts; the tests compare them with czifile and liffile."""
+"""Builders of small CZI, LIF and ND2 files; the tests compare them with what czifile, liffile and nd2 read.
+
+CZI by Zeiss's published layout; LIF and ND2 by the layouts that liffile and nd2 describe.
+"""
 
 import struct
 from collections.abc import Mapping
@@ -74,3 +77,54 @@ def lif(images: Mapping[str, tuple[str, np.ndarray]], head: str = "") -> bytes:
     )
     text = xml.encode("utf-16-le")
     return struct.pack("<IIBI", 0x70, 5 + len(text), 0x2A, len(xml)) + text + blocks
+
+
+def _clx(name: str, value: object) -> bytes:
+    """Encode a value as ND2 metadata: int, float, or a dict."""
+    head = (name + "\0").encode("utf-16-le")
+    if isinstance(value, dict):
+        items = b"".join(_clx(key, member) for key, member in value.items())
+        length = 2 + len(head) + 12 + len(items)
+        return (
+            struct.pack("<BB", 11, len(name) + 1)
+            + head
+            + struct.pack("<IQ", len(value), length)
+            + items
+            + bytes(8 * len(value))
+        )
+    number = isinstance(value, int)
+    return struct.pack("<BB", 3 if number else 6, len(name) + 1) + head + struct.pack("<I" if number else "<d", value)
+
+
+def nd2(
+    frames: list[bytes], attributes: Mapping[str, int], loops: Mapping[str, int], extra: Mapping[bytes, bytes]
+) -> bytes:
+    """Build an ND2 3.0 of frames (pixels, perhaps compressed), attributes, and loops: count by P, T, Z, outer first."""
+    experiment: dict[str, object] = {}
+    for axis, count in reversed(loops.items()):
+        parameters: dict[str, object] = {"uiCount": count}
+        if axis == "T":
+            parameters |= dict.fromkeys(("dStart", "dPeriod", "dDuration", "dMinPeriodDiff", "dMaxPeriodDiff"), 0.0)
+            parameters["dAvgPeriodDiff"] = 0.0
+        elif axis == "Z":
+            parameters |= {"dZLow": 0.0, "dZHigh": 1.0, "dZStep": 1.0, "iType": 0, "bAbsolute": 0, "dZHome": 0.0}
+        else:
+            parameters |= {"bIsSettingZ": 0, "Points": {f"i{n:010}": {"dPosX": 0.0} for n in range(count)}}
+        inner = {"ppNextLevelEx": {"i0000000000": experiment}} if experiment else {}
+        experiment = {"eType": {"T": 1, "P": 2, "Z": 4}[axis], "uLoopPars": parameters, **inner}
+    planes = {"sPicturePlanes": {"uiCount": attributes["uiComp"]}}
+    chunks = {
+        b"ImageAttributesLV!": _clx("SLxImageAttributes", dict(attributes)),
+        b"ImageMetadataSeqLV|0!": _clx("SLxPictureMetadata", planes),
+        **({b"ImageMetadataLV!": _clx("SLxExperiment", experiment)} if loops else {}),
+        **{b"ImageDataSeq|%d!" % number: bytes(8) + frame for number, frame in enumerate(frames)},
+        **extra,
+    }
+    data = struct.pack("<IIQ32s64s", 0x0ABECEDA, 32, 64, b"ND2 FILE SIGNATURE CHUNK NAME01!", b"Ver3.0")
+    table = b""
+    for name, content in chunks.items():
+        table += name + struct.pack("<QQ", len(data), len(content))
+        data += struct.pack("<IIQ", 0x0ABECEDA, 4072, len(content)) + name.ljust(4072, b"\0") + content
+    end = b"ND2 CHUNK MAP SIGNATURE 0000001!" + struct.pack("<Q", len(data))
+    name = b"ND2 FILEMAP SIGNATURE NAME 0001!"
+    return data + struct.pack("<IIQ", 0x0ABECEDA, len(name), len(table) + len(end)) + name + table + end

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
-from raylivecell.images.microscopes import FilePlane, Stream, read_utf16_xml, unpack
+from raylivecell.images.microscopes.files import FilePlane, Stream, read_utf16_xml, unpack
 from raylivecell.images.planes import Position
 from raylivecell.images.ranges import Data
 

@@ -66,10 +66,6 @@ class Stream(io.RawIOBase):
         self.position = position
         return position
 
-    def tell(self) -> int:
-        """Return the position."""
-        return self.position
-
     def readinto(self, buffer: Any) -> int:
         """Read at most the size of `buffer`."""
         view = memoryview(buffer).cast("B")
@@ -90,7 +86,7 @@ def read_planes(kind: str, data: Data) -> list[FilePlane]:
         UnreadableImageError: the library is missing; damaged; or contents that are not read.
     """
     try:
-        module = import_module(f"raylivecell.images.{KINDS[kind]}")
+        module = import_module(f"raylivecell.images.microscopes.{KINDS[kind]}")
     except ModuleNotFoundError as error:
         raise UnsupportedImageError(f"{kind}, which needs {error.name}: {EXTRA}, or export OME-TIFF") from error
     with translating_errors(kind):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
-from raylivecell.images.microscopes import EXTRA, FilePlane, Stream
+from raylivecell.images.microscopes.files import EXTRA, FilePlane, Stream
 from raylivecell.images.planes import Position
 from raylivecell.images.ranges import Data
 
