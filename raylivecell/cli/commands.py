@@ -107,7 +107,16 @@ def predict(
     from raylivecell.inference import predict as prediction
 
     prediction.predict(
-        checkpoint, images, out, write, tta, threshold, overwrite, follow_links, name_pattern, frame_hours
+        checkpoint,
+        images,
+        out,
+        write,
+        tta,
+        threshold,
+        overwrite,
+        follow_links,
+        name_pattern=name_pattern,
+        frame_hours=frame_hours,
     )
 
 
