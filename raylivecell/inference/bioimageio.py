@@ -1,4 +1,4 @@
-"""Export a checkpoint as a bioimage.io model package: one .zip for the BioImage Model Zoo and the programs that read it.
+"""Export a checkpoint as a bioimage.io model package: one .zip for the BioImage Model Zoo and programs that read it.
 
     rdf.yaml            description by version 0.5 of the model specification, see `model_card`
     weights.onnx        float32 (B, 1, H, W), grey values as stored -> maps float32 (B, C, H, W), 0 to 1
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.images import grey_levels, intensity
 from raylivecell.images.grey_levels import Grey
 from raylivecell.images.intensity import Intensity
-from raylivecell.inference import export, model_card
+from raylivecell.inference import export, model_card, onnx_model
 from raylivecell.network import forward
 from raylivecell.reports import overlay
 from raylivecell.runs import checkpoint, progress
@@ -45,6 +46,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 class _StoredImageNetwork(nn.Module):
     """Intensity rule, network and sigmoid: stored grey values to maps."""
+
+    table: Tensor
 
     def __init__(self, network: nn.Module, rule: Intensity) -> None:
         super().__init__()
@@ -96,7 +99,8 @@ def package(checkpoint_uri: str, authors: tuple[str, ...] = (), scores: str | No
         )
     card = model_card.describe(uri, folder, authors, scores)
     with export.quiet():
-        weights = export.onnx_file(_StoredImageNetwork(network, rule).eval(), {"raylivecell_package": json.dumps(card.facts())})
+        metadata = {onnx_model.PACKAGED: json.dumps(card.facts())}
+        weights = export.onnx_file(_StoredImageNetwork(network, rule).eval(), metadata)
         run = export.onnx_maps(weights)
         difference = _difference(network, rule, run, min_side(recipe))
     files = _files(network, recipe, rule, card, weights)
@@ -189,13 +193,15 @@ def _validate(data: bytes, urls: tuple[str, ...]) -> None:
     """
     from bioimageio import spec
 
-    known: dict[str, Any] = dict.fromkeys(urls)
+    hashes: dict[str, Any] = dict.fromkeys(urls)
     context = spec.ValidationContext(perform_io_checks=True, log_warnings=False, progressbar=False, disable_cache=True)
     with zipfile.ZipFile(io.BytesIO(data)) as archive, context:
-        description = spec.load_description(archive, perform_io_checks=True, known_files=known)
+        description = spec.load_description(archive, perform_io_checks=True, known_files=hashes)
         if isinstance(description, spec.InvalidDescr):
-            reason = " ".join(description.get_reason().split())
-            raise UserError(f"bioimageio.spec {spec.__version__} refuses the package: {reason}; no file written")
+            reason = " ".join(str(description.get_reason()).split())[:300].strip(": ")
+            versions = f"bioimageio.spec {spec.__version__} with pydantic {pydantic.VERSION}"
+            hint = "pip install --upgrade bioimageio.spec pydantic"
+            raise UserError(f"{versions} refuses the package: {reason}; no file written; try {hint}")
 
 
 def _dtype(rule: Intensity) -> Any:

@@ -65,9 +65,7 @@ class _MapNetwork(nn.Module):
         return torch.sigmoid(self.network(image))
 
 
-def export(
-    checkpoint_uri: str, out: str, authors: Sequence[str] = (), scores: str | None = None
-) -> dict[str, Any]:
+def export(checkpoint_uri: str, out: str, authors: Sequence[str] = (), scores: str | None = None) -> dict[str, Any]:
     """Write the network of a checkpoint, or of a run's best checkpoint, to the file `out` (.onnx, .pt2 or .zip).
 
     Args:

@@ -157,7 +157,9 @@ class Card(NamedTuple):
     def _description(self) -> str:
         channels = ", ".join(name.replace("_", " ") for name in self.channels)
         source = f"{self.recipe.model.name} trained by raylivecell {__version__} on {self.data['name']}"
-        return f"Segments cells in grey images. Output: maps ({channels}) for a watershed, see {README}. {source}."[:500]
+        return f"Segments cells in grey images. Output: maps ({channels}) for a watershed, see {README}. {source}."[
+            :500
+        ]
 
     def _tags(self) -> list[str]:
         network = "unet" if "unet" in self.recipe.model.name.lower() else self.recipe.model.name.lower()
@@ -284,7 +286,7 @@ def spdx(licence: str) -> str | None:
     text = re.sub(r"https?://(www\.)?creativecommons\.org/(licenses|publicdomain)/", "cc ", text.lower())
     text = text.replace("zero", "0").replace("creative commons", "cc").replace("attribution", "by")
     text = text.replace("noncommercial", "nc").replace("sharealike", "sa").replace("noderivatives", "nd")
-    text = re.sub(r"\b(international|universal|licen[cs]e|public domain dedication|legalcode|deed\S*)\b", " ", text)
+    text = re.sub(r"\b(international|universal|licen[cs]e|public domain dedication)\b|(legalcode|deed)\S*", " ", text)
     words = re.sub(r"[^a-z0-9.]+", " ", text).split()
     words = ["cc", "0", *words[1:]] if words[:1] == ["cc0"] else words
     words = [*words, "1.0"] if words == ["cc", "0"] else words
