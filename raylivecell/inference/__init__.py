@@ -6,5 +6,5 @@ actors             batch inference on Ray Data with a pool of actors
 predict, results   segment a folder of images; result files, and the tables merged from them
 evaluate, calibrate    scores of a split; watershed thresholds tuned on validation images
 export, onnx_model write a checkpoint as ONNX or .pt2; read ONNX files
-bioimageio, model_card    write a checkpoint as a bioimage.io package; its rdf.yaml and README.md
+bioimageio, model_card, torchscript   write a bioimage.io package; its rdf.yaml and README.md, its TorchScript weights
 """

@@ -2,12 +2,13 @@
 
     rdf.yaml            description by version 0.5 of the model specification, see `model_card`
     weights.onnx        float32 (B, 1, H, W), grey values as stored -> maps float32 (B, C, H, W), 0 to 1
+    weights.pt          the same as TorchScript, for the U-Net only: MONAI's networks cannot be traced for every size
     README.md           what the network needs, and how to get cells from its maps
     test_input.npy, test_output.npy, sample_input.tif, cover.png
 
 Unlike in an exported .onnx, the intensity rule is part of the graph, because other programs cannot read the rule. The
 test image is synthetic: images of the training data may have a licence that forbids copies. The package has no time
-stamps: equal checkpoints give equal bytes. Nothing is sent or fetched.
+stamps: two runs of the command give equal bytes. Nothing is sent or fetched.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.images import grey_levels, intensity
 from raylivecell.images.grey_levels import Grey
 from raylivecell.images.intensity import Intensity
-from raylivecell.inference import export, model_card, onnx_model
+from raylivecell.inference import export, model_card, onnx_model, torchscript
 from raylivecell.network import forward
 from raylivecell.reports import overlay
 from raylivecell.runs import checkpoint, progress
@@ -41,7 +42,6 @@ MIN_SIDE = 32
 TEST_SIDE = 256
 TEST_FRAME = (0, 3)
 """Seed and index of the synthetic test image: round cells, most of which do not touch."""
-EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class _StoredImageNetwork(nn.Module):
@@ -98,13 +98,15 @@ def package(checkpoint_uri: str, authors: tuple[str, ...] = (), scores: str | No
             "`raylivecell predict` runs with the rule, or prepare with a linear rule and train again"
         )
     card = model_card.describe(uri, folder, authors, scores)
+    model = _StoredImageNetwork(network, rule).eval()
     with export.quiet():
-        metadata = {onnx_model.PACKAGED: json.dumps(card.facts())}
-        weights = export.onnx_file(_StoredImageNetwork(network, rule).eval(), metadata)
-        run = export.onnx_maps(weights)
-        difference = _difference(network, rule, run, min_side(recipe))
-    files = _files(network, recipe, rule, card, weights)
-    data = _zip(files)
+        weights = {model_card.ONNX: export.onnx_file(model, {onnx_model.PACKAGED: json.dumps(card.facts())})}
+        runs = [export.onnx_maps(weights[model_card.ONNX])]
+        if recipe.model.name == "unet":
+            weights[model_card.TORCHSCRIPT] = torchscript.write(model, *export.example())
+            runs.append(torchscript.maps(weights[model_card.TORCHSCRIPT]))
+        difference = float(np.max([_difference(network, rule, run, min_side(recipe)) for run in runs]))
+    data = _zip(_files(network, recipe, rule, card, weights))
     _validate(data, card.urls)
     return Package(data, difference, card.notes)
 
@@ -133,14 +135,14 @@ def _difference(network: nn.Module, rule: Intensity, run: export.Maps, side: int
 
 
 def _files(
-    network: nn.Module, recipe: recipes.Recipe, rule: Intensity, card: model_card.Card, weights: bytes
+    network: nn.Module, recipe: recipes.Recipe, rule: Intensity, card: model_card.Card, weights: dict[str, bytes]
 ) -> dict[str, bytes]:
     import onnx
 
     pixels = _test_image(rule, max(TEST_SIDE, min_side(recipe)))
     output = maps(network, pixels, rule)
     files = {
-        model_card.WEIGHTS: weights,
+        **weights,
         model_card.TEST_INPUT: _npy(pixels[None, None].astype(np.float32)),
         model_card.TEST_OUTPUT: _npy(output[None]),
         model_card.SAMPLE: layout.encode_tiff(pixels),
@@ -148,8 +150,10 @@ def _files(
         model_card.README: card.readme().encode(),
     }
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    opset = next(entry.version for entry in onnx.load_from_string(weights).opset_import if entry.domain == "")
-    return {model_card.RDF: card.rdf(hashes, opset, min_side(recipe)), **files}
+    opset = next(
+        entry.version for entry in onnx.load_from_string(weights[model_card.ONNX]).opset_import if entry.domain == ""
+    )
+    return {model_card.RDF: card.rdf(hashes, opset, torch.__version__.partition("+")[0], min_side(recipe)), **files}
 
 
 def _test_image(rule: Intensity, side: int) -> Grey:
@@ -180,7 +184,7 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            member = zipfile.ZipInfo(name, EPOCH)
+            member = zipfile.ZipInfo(name, torchscript.EPOCH)
             member.compress_type, member.create_system, member.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
             archive.writestr(member, content)
     return buffer.getvalue()

@@ -137,7 +137,8 @@ def _shapes() -> dict[str, dict[int, Any]]:
     return {"image": {0: dynamic, 2: dynamic, 3: dynamic}}
 
 
-def _example() -> tuple[Tensor]:
+def example() -> tuple[Tensor]:
+    """Images of an odd size, so that no exporter takes a special case for the rule."""
     return (torch.full((2, 1, 61, 75), 128.0),)
 
 
@@ -160,7 +161,7 @@ def onnx_file(model: nn.Module, about: dict[str, str]) -> bytes:
         raise UserError(f"writing ONNX needs {packages}: pip install 'raylivecell[export]'") from error
     buffer = io.BytesIO()
     names = {"input_names": [onnx_model.INPUT], "output_names": [onnx_model.OUTPUT]}
-    torch.onnx.export(model, _example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]
+    torch.onnx.export(model, example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]
     exported = onnx.load_from_string(buffer.getvalue())
     # torch records where in this machine's files each operator comes from.
     for entry in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
@@ -180,7 +181,7 @@ def onnx_maps(data: bytes) -> Maps:
 
 def _write_pt2(model: nn.Module, about: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
-    program = torch.export.export(model, _example(), dynamic_shapes=_shapes())
+    program = torch.export.export(model, example(), dynamic_shapes=_shapes())
     torch.export.save(program, buffer, extra_files={FILE: json.dumps(about)})
     return buffer.getvalue()
 

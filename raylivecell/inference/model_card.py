@@ -24,7 +24,8 @@ from raylivecell.runs import checkpoint, progress
 from raylivecell.targets.registry import target
 
 FORMAT = "0.5.4"
-RDF, README, WEIGHTS, COVER, SAMPLE = "rdf.yaml", "README.md", "weights.onnx", "cover.png", "sample_input.tif"
+RDF, README, COVER, SAMPLE = "rdf.yaml", "README.md", "cover.png", "sample_input.tif"
+ONNX, TORCHSCRIPT = "weights.onnx", "weights.pt"
 TEST_INPUT, TEST_OUTPUT = "test_input.npy", "test_output.npy"
 NOT_STATED = "not stated"
 METRICS = "metrics.json"
@@ -92,12 +93,13 @@ class Card(NamedTuple):
             notes.append(f"{licence}: add `license:` to {RDF} before you publish")
         return tuple(notes)
 
-    def rdf(self, hashes: Mapping[str, str], opset: int, min_side: int) -> bytes:
+    def rdf(self, hashes: Mapping[str, str], opset: int, pytorch: str, min_side: int) -> bytes:
         """Return rdf.yaml.
 
         Args:
             hashes: SHA-256 of the package's other files by name.
             opset: version of ONNX's operators.
+            pytorch: version of PyTorch.
             min_side: smallest height and width of an image.
         """
         values: dict[str, Any] = {
@@ -113,14 +115,7 @@ class Card(NamedTuple):
             "tags": self._tags(),
             "inputs": [self._input(hashes, min_side)],
             "outputs": [self._output(hashes)],
-            "weights": {
-                "onnx": {
-                    "source": WEIGHTS,
-                    "sha256": hashes[WEIGHTS],
-                    "opset_version": opset,
-                    "comment": "Intensity rule, normalisation and sigmoid are part of the graph.",
-                }
-            },
+            "weights": self._weights(hashes, opset, pytorch),
             "training_data": self._training_data(),
             "config": {"bioimageio": {"nickname": f"raylivecell-{self.fingerprint[:8]}"}, "raylivecell": self.facts()},
         }
@@ -151,7 +146,7 @@ class Card(NamedTuple):
             window=windows.WINDOW,
             names=SCORES,
             version=__version__,
-            weights=WEIGHTS,
+            weights=ONNX,
         )
 
     def _description(self) -> str:
@@ -192,6 +187,14 @@ class Card(NamedTuple):
             "data": {"type": "float32", "range": [0, 1]},
             "test_tensor": {"source": TEST_OUTPUT, "sha256": hashes[TEST_OUTPUT]},
         }
+
+    def _weights(self, hashes: Mapping[str, str], opset: int, pytorch: str) -> dict[str, Any]:
+        comment = "Intensity rule, normalisation and sigmoid are part of the graph."
+        onnx = {"source": ONNX, "sha256": hashes[ONNX], "opset_version": opset, "comment": comment}
+        if TORCHSCRIPT not in hashes:
+            return {"onnx": onnx}
+        script = {"source": TORCHSCRIPT, "sha256": hashes[TORCHSCRIPT], "pytorch_version": pytorch, "comment": comment}
+        return {"onnx": onnx, "torchscript": {**script, "parent": "onnx"}}
 
     def _training_data(self) -> dict[str, Any]:
         return {

@@ -26,7 +26,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import LIVECELL, Intensity
-from raylivecell.inference import bioimageio, evaluate, export, model_card, onnx_model, segmenter
+from raylivecell.inference import bioimageio, evaluate, export, model_card, onnx_model, segmenter, torchscript
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint
@@ -102,13 +102,15 @@ def test_bioimageio_core_reproduces_the_maps_of_raylivecell(packaged: tuple[str,
     assert summary.status == "passed", summary.format()
     model = core.load_model_description(str(file), perform_io_checks=False)
     mine = segmenter.load(run, device="cpu")
+    pipelines = [core.create_prediction_pipeline(model, weight_format=name) for name in ("onnx", "torchscript")]
     for size in ((256, 256), (97, 140), (32, 33)):
         image = stored_image(rule, size)
         frame = mine.frame(image)
         assert (frame.gain, frame.padding) == (1.0, None)
-        sample = core.predict(model=model, inputs={"image": image[None, None]})
-        output = sample.members["maps"].data.transpose("batch", "channel", "y", "x").values[0]
-        np.testing.assert_allclose(output, mine.network(frame.levels), atol=1e-4)
+        for pipeline in pipelines:
+            sample = core.predict(model=pipeline, inputs={"image": image[None, None]})
+            output = sample.members["maps"].data.transpose("batch", "channel", "y", "x").values[0]
+            np.testing.assert_allclose(output, mine.network(frame.levels), atol=1e-4)
 
 
 class _ShownLevels(torch.nn.Module):
@@ -138,7 +140,7 @@ def test_the_package_describes_the_network_and_nothing_of_this_machine(
     run, file, rule = packaged
     with zipfile.ZipFile(file) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-        assert {member.date_time for member in archive.infolist()} == {bioimageio.EPOCH}
+        assert {member.date_time for member in archive.infolist()} == {torchscript.EPOCH}
     rdf = yaml.safe_load(files["rdf.yaml"])
     assert [author["name"] for author in rdf["authors"]] == ["Ada L.", "Grace H."]
     assert rdf["license"] == "CC-BY-NC-4.0"
@@ -161,14 +163,15 @@ def test_the_package_describes_the_network_and_nothing_of_this_machine(
     (tmp_path / "test_input.npy").write_bytes(files["test_input.npy"])
     np.testing.assert_array_equal(np.load(tmp_path / "test_input.npy")[0, 0], sample)
     assert segmenter.load(run).frame(sample).gain == 1.0, "the test image is outside the training range"
-    for name in ("rdf.yaml", "README.md", "weights.onnx"):
+    for name in ("rdf.yaml", "README.md", "weights.onnx", "weights.pt"):
         for private in (b"/secret", str(tmp_path.parent).encode(), b"site-packages", str(Path.home()).encode() + b"/"):
             assert private not in files[name], name
     host = platform.node()
     assert len(host) < 6 or not any(host.encode() in files[name] for name in ("rdf.yaml", "README.md", "weights.onnx"))
     if rule == LIVECELL:
         again = bioimageio.package(run, ("Ada L.", "Grace H."))
-        assert again.data == file.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(again.data)) as archive:
+            assert {name for name in files if archive.read(name) != files[name]} == {"weights.pt", "rdf.yaml"}
         assert again.notes == ()
     description = spec.load_model_description(str(file), perform_io_checks=False)
     assert description.training_data.name == "LIVECell dataset"
@@ -317,6 +320,28 @@ def test_user_errors_are_reported_and_nothing_is_written(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"pip install 'raylivecell\[export\]'"):
         export.export(run, file)
     assert not Path(file).exists()
+
+
+@pytest.mark.slow
+def test_a_package_of_a_monai_network_has_onnx_weights_only(tmp_path: Path) -> None:
+    model = {"name": "SegResNet", "options": {"blocks_down": [1, 1], "blocks_up": [1]}}
+    package = bioimageio.package(save(tmp_path / "run", model=model))
+    assert package.difference < export.TOLERANCE
+    with zipfile.ZipFile(io.BytesIO(package.data)) as archive:
+        assert "weights.pt" not in archive.namelist()
+        assert list(yaml.safe_load(archive.read("rdf.yaml"))["weights"]) == ["onnx"]
+
+
+def test_the_tensors_in_a_torchscript_file_are_aligned(packaged: tuple[str, Path, Intensity]) -> None:
+    with zipfile.ZipFile(packaged[1]) as archive:
+        data = archive.read("weights.pt")
+    with zipfile.ZipFile(io.BytesIO(data)) as script:
+        for member in script.infolist():
+            name_length, extra_length = (
+                int.from_bytes(data[member.header_offset + i :][:2], "little") for i in (26, 28)
+            )
+            assert (member.header_offset + 30 + name_length + extra_length) % torchscript.ALIGNMENT == 0
+            assert member.compress_type == zipfile.ZIP_STORED
 
 
 def test_the_network_of_a_package_is_not_run_with_the_rule_applied_twice(
