@@ -5,5 +5,6 @@ image_file         segment one image file: cells, output images and table rows
 actors             batch inference on Ray Data with a pool of actors
 predict, results   segment a folder of images; result files, and the tables merged from them
 evaluate, calibrate    scores of a split; watershed thresholds tuned on validation images
+label_files        label images of other tools, to be scored by evaluate
 export, onnx_model write a checkpoint as ONNX or .pt2; read ONNX files
 """
