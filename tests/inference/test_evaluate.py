@@ -190,7 +190,7 @@ def test_label_images_and_a_coco_file_of_the_same_cells_have_equal_scores(
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     names = of_records.keys() - {"predictions", "per_image"}
     assert {name: result[name] for name in names} == json.loads(json.dumps({n: of_records[n] for n in names}))
-    assert 0.5 < result["msa"] < 1
+    assert 0.3 < result["msa"] < 1
     assert result["labels"]["files"] == 10
     assert len(result["labels"]["sha256"]) == 64
     assert str(folder) in (tmp_path / "out" / "report.html").read_text()
