@@ -87,6 +87,8 @@ def predict(
     follow_links: bool = False,
     plane: str | None = None,
     channel: int | None = None,
+    name_pattern: str | None = None,
+    frame_hours: float | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
@@ -101,12 +103,27 @@ def predict(
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
         plane: plane of files with several: its number from 0 (3), or indices of axes (z2, t3_z2); default: all planes.
         channel: channel of files with several, from 0.
+        name_pattern: for growth curves: a regular expression, searched in each path without suffix, with the named
+            groups `well` and a time: `hours`, or `d`, `h`, `m`, or `year`, `month`, `day`, `h`, `m`, or `frame`; and,
+            optionally, `site`, `crop`, `condition`, `plate`. Default: names of LIVECell and Incucyte.
+        frame_hours: hours between frames, for names with the group `frame` and for time stacks.
     """
     from raylivecell.images.planes import Choice
     from raylivecell.inference import predict as prediction
 
-    choice = Choice(plane, channel)
-    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links, choice)
+    prediction.predict(
+        checkpoint,
+        images,
+        out,
+        write,
+        tta,
+        threshold,
+        overwrite,
+        follow_links,
+        choice=Choice(plane, channel),
+        name_pattern=name_pattern,
+        frame_hours=frame_hours,
+    )
 
 
 def export(checkpoint: str, out: str) -> None:

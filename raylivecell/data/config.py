@@ -4,10 +4,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylivecell.annotations.drawing import TargetsConfig
 from raylivecell.core.settings import StrictModel
+from raylivecell.images.intensity import Kind
 from raylivecell.images.planes import Choice
 
 Rules = Mapping[str, str]
@@ -207,9 +208,13 @@ class PrepareConfig(StrictModel):
     and Hugging Face are followed, whose files are named by a checksum."""
     targets: TargetsConfig = TargetsConfig()
     """How targets are drawn."""
+    intensity: Kind | None = None
+    """How grey levels are brought to 8 bits. robust (default): one map for all images, computed from the training
+    images; as_is: 8 bits as stored, 16 bits by their bit depth; percentile: each image by its own background and
+    percentiles, for images of several microscopes."""
     intensity_from: str | None = None
     """Dataset, checkpoint, run or .onnx file whose intensity rule to use, for images to score with that network.
-    Default: a rule computed from the training images."""
+    Default: the rule of --intensity."""
     shard_images: int = Field(default=64, ge=1)
     """Maximum images per shard; fewer if they are large (134 million pixels per shard)."""
     overwrite: bool = False
@@ -249,6 +254,12 @@ class PrepareConfig(StrictModel):
     def choice(self) -> Choice:
         """Planes and channel to read."""
         return Choice(self.plane, self.channel)
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "PrepareConfig":
+        if self.intensity and self.intensity_from:
+            raise ValueError("--intensity-from gives the rule; leave out --intensity")
+        return self
 
     def rules(self) -> dict[str, str]:
         """Return the rule for every kind that offers a choice."""

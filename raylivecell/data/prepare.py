@@ -123,7 +123,9 @@ def _previous_dataset(out: str, settings: Mapping[str, Any], config: PrepareConf
     previous: dict[str, Any] = storage.read_json(storage.join(out, "dataset.json"))
     with storage.validating(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
         source = {key: previous.get("source", {}).get(key) for key in settings["source"]}
+        rule = Intensity.model_validate(previous["intensity"])
     same = {"source": source, "targets": previous.get("targets"), "rules": previous.get("rules")} == settings
+    same = same and (config.intensity_from is not None or rule.rule == (config.intensity or "robust"))
     if not same and not config.overwrite:
         raise UserError(
             f"{out} contains a dataset created from {source['uri']} or with other settings; "
@@ -196,7 +198,7 @@ def _check_images(
     if config.intensity_from:
         intensity = read_rule(config.intensity_from)
     else:
-        intensity = intensity_rule(entries, infos)
+        intensity = intensity_rule(entries, infos, config.intensity or "robust")
     entries, intensity_defects = check_intensity(entries, infos, intensity, rules)
     defects = [*source.defects, *image_defects, *intensity_defects, *source.unlisted_files()]
     return entries, defects, intensity

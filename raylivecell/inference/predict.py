@@ -26,9 +26,10 @@ from raylivecell.core.console import console, show_warnings
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
 from raylivecell.data import listing
+from raylivecell.growth.names import NamePattern
 from raylivecell.images import formats, planes
 from raylivecell.images.planes import EVERYTHING, Choice
-from raylivecell.inference import actors, image_file, results, segmenter, stacks
+from raylivecell.inference import actors, growth, image_file, results, segmenter, stacks
 from raylivecell.inference.image_file import OUTPUTS, PICTURES, Output, PredictJob
 from raylivecell.runs import progress
 from raylivecell.runtime import session
@@ -46,6 +47,8 @@ def predict(
     overwrite: bool = False,
     follow_links: bool = False,
     choice: Choice = EVERYTHING,
+    name_pattern: str | None = None,
+    frame_hours: float | None = None,
 ) -> dict[str, Any]:
     """Segment images of any size; if killed and called again, it resumes and writes the same files.
 
@@ -59,6 +62,7 @@ def predict(
         coco.json           the cells as COCO results; image_id as in images.csv
         images.csv          one row per image: cells, confluence (fraction of its pixels, without padding, in cells,
                             0 to 1), warnings about unusual properties (`warning`), or its error
+        growth.csv, growth_fits.csv, growth.html    if names contain well and time: growth curves (`growth`)
         predict.json, recipe.yaml    the settings; the recipe of the network
 
     Stored pixel values are converted to the network's 8-bit scale by the intensity rule of its training dataset
@@ -77,29 +81,37 @@ def predict(
         overwrite: delete the results of an earlier run in `out`.
         follow_links: also follow links to files outside the folder.
         choice: planes and channel of files with several; default: all planes.
+        name_pattern: regular expression for wells and times in names (`growth.names`); default: those of LIVECell and
+            Incucyte.
+        frame_hours: hours between frames, if names have frame numbers or files are time stacks.
 
     Returns:
         {"images", "segmented", "cells", "confluence" (mean over images), "failed": [{"file", "error"}], "seconds",
         "out"}.
 
     Raises:
-        UserError: no model; no readable image; `out` contains results of other settings.
+        UserError: no model; no readable image; `out` contains results of other settings; a name pattern without well or
+            time.
     """
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: give a probability between 0 and 1, such as 0.5")
     began = time.monotonic()
+    names = NamePattern(name_pattern, frame_hours)
     out, images_uri, model = storage.absolute(out), storage.absolute(images_uri), storage.absolute(model_uri)
     if not model.endswith(segmenter.ONNX):
         model = progress.find(model)
     root, files = _list_images(images_uri, out, follow_links)
     files = stacks.expand(root, files, choice)
+    growth.check_names(names, list(files))
     job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold, choice)
     network = image_file.load(job, "cpu")
     _initialise(out, _settings(job, network, images_uri), overwrite)  # fails early if `out` is not writable
     if not storage.exists(storage.join(out, RECIPE)):
         storage.write_bytes(storage.join(out, RECIPE), network.recipe.encode())
     _segment(job, files)
-    return {**_summary(out, images_uri), "seconds": time.monotonic() - began, "out": out}
+    summary = _summary(out, images_uri)
+    growth.write(out, names)
+    return {**summary, "seconds": time.monotonic() - began, "out": out}
 
 
 def _settings(job: PredictJob, network: segmenter.Segmenter, images_uri: str) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
 def _initialise(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Write the settings into `out`; UserError if it contains results of others. Models are compared by checksum."""
     uri = storage.join(out, SETTINGS)
-    written = (results.IMAGES, results.FOLDER, *PICTURES, results.CELLS, results.COCO, RECIPE)
+    written = (results.IMAGES, results.FOLDER, *PICTURES, results.CELLS, results.COCO, RECIPE, *growth.FILES)
     if not storage.exists(uri):
         existing = sorted(set(written) & set(storage.list_names(out)))
         if existing:
@@ -164,6 +176,7 @@ def _segment(job: PredictJob, files: Mapping[str, pafs.FileInfo]) -> None:
     names = dict(zip(files, output_names(list(files))))
     versions = {file: results.version(file, names[file], info.size, info.mtime_ns) for file, info in files.items()}
     if not results.is_complete(job.out, versions):
+        growth.delete(job.out)  # of an earlier run: a killed run must not leave curves that lack its images
         pending = results.pending(job.out, versions)
         if len(pending) < len(files):
             console.print(f"{len(files) - len(pending)} of {len(files)} images were segmented before", markup=False)
