@@ -94,6 +94,10 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    plane: str | None = None,
+    channel: int | None = None,
+    name_pattern: str | None = None,
+    frame_hours: float | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
@@ -107,10 +111,29 @@ def predict(
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
+        plane: plane of files with several: its number from 0 (3), or indices of axes (z2, t3_z2); default: all planes.
+        channel: channel of files with several, from 0.
+        name_pattern: for growth curves: a regular expression, searched in each path without suffix, with the named
+            groups `well` and a time: `hours`, or `d`, `h`, `m`, or `year`, `month`, `day`, `h`, `m`, or `frame`; and,
+            optionally, `site`, `crop`, `condition`, `plate`. Default: names of LIVECell and Incucyte.
+        frame_hours: hours between frames, for names with the group `frame` and for time stacks.
     """
+    from raylivecell.images.planes import Choice
     from raylivecell.inference import predict as prediction
 
-    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links)
+    prediction.predict(
+        checkpoint,
+        images,
+        out,
+        write,
+        tta,
+        threshold,
+        overwrite,
+        follow_links,
+        choice=Choice(plane, channel),
+        name_pattern=name_pattern,
+        frame_hours=frame_hours,
+    )
 
 
 def export(checkpoint: str, out: str) -> None:
@@ -224,7 +247,7 @@ def prepare(arguments: Sequence[str]) -> None:
         fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
         strict: bool = False,
     ) -> None:
-        """Read LIVECell, or any dataset with COCO annotations; write OUT/SPLIT/*.parquet and OUT/dataset.json.
+        """Read images and annotations, LIVECell or your own; write OUT/SPLIT/*.parquet and OUT/dataset.json.
 
         Args:
             source: folder or URI with images and annotation files.

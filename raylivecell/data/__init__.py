@@ -8,5 +8,5 @@
 4. defects         find and report defects of images, apply their rules; cell_defects: defects of single cells
 5. plan            which images go into which shard
 6. draw            images and annotations -> one shard; description: dataset.json
-7. shards          read and write the dataset on disk
+7. shards          read and write the dataset on disk; combined: several datasets as one
 """

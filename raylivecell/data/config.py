@@ -4,16 +4,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylivecell.annotations.drawing import TargetsConfig
 from raylivecell.core.settings import StrictModel
+from raylivecell.images.intensity import Kind
+from raylivecell.images.planes import Choice
 
-FRAMES = "frames"
-"""Value of `group_by` that cuts series into ranges of frames."""
-
-SPLIT_TOLERANCE = 0.011
-"""Maximum difference of the sum of the fractions from 1: 0.33 0.33 0.33 is accepted."""
 Rules = Mapping[str, str]
 """Rule by kind of defect; missing kinds have their default rule."""
 
@@ -133,6 +130,11 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
 }
 """All kinds, in the order of the report."""
+FRAMES = "frames"
+"""Value of `group_by` that cuts series into ranges of frames."""
+
+SPLIT_TOLERANCE = 0.011
+"""Maximum difference of the sum of the fractions from 1: 0.33 0.33 0.33 is accepted."""
 
 
 def chosen_rule(rules: Rules, kind: str) -> str:
@@ -194,6 +196,11 @@ class PrepareConfig(StrictModel):
     images: str | None = None
     """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source; in formats
     with files per image, all folders that are not named after annotations."""
+    plane: str | None = None
+    """Plane of the files that contain several (time, depth, pages): its number from 0 (3), or indices of axes (z2,
+    t3_z2). Without it, such a file is an unreadable_image, since annotations belong to one plane."""
+    channel: int | None = Field(default=None, ge=0)
+    """Channel of the files that contain several, from 0."""
     categories: tuple[str, ...] = ()
     """Categories (names or ids) whose annotations are cells; all others are background. Default: all are cells."""
     follow_links: bool = False
@@ -201,13 +208,30 @@ class PrepareConfig(StrictModel):
     and Hugging Face are followed, whose files are named by a checksum."""
     targets: TargetsConfig = TargetsConfig()
     """How targets are drawn."""
+    intensity: Kind | None = None
+    """How grey levels are brought to 8 bits. robust (default): one map for all images, computed from the training
+    images; as_is: 8 bits as stored, 16 bits by their bit depth; percentile: each image by its own background and
+    percentiles, for images of several microscopes."""
     intensity_from: str | None = None
     """Dataset, checkpoint, run or .onnx file whose intensity rule to use, for images to score with that network.
-    Default: a rule computed from the training images."""
+    Default: the rule of --intensity."""
     shard_images: int = Field(default=64, ge=1)
     """Maximum images per shard; fewer if they are large (134 million pixels per shard)."""
     overwrite: bool = False
     """Replace a dataset in OUT that was created from another source or with other settings."""
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        """ValueError unless the fractions are at least 0, have a sum of 1 within rounding, and train has some."""
+        if split is None:
+            return None
+        text = " ".join(f"{fraction:g}" for fraction in split)
+        if not all(0 <= fraction <= 1 for fraction in split) or abs(sum(split) - 1) > SPLIT_TOLERANCE:
+            raise ValueError(f"{text}: give the fractions of train, val and test, with a sum of 1, such as 0.8 0.1 0.1")
+        if not split[0]:
+            raise ValueError(f"{text}: the fraction of train must be above 0")
+        return split
 
     @field_validator("on_defect")
     @classmethod
@@ -226,18 +250,16 @@ class PrepareConfig(StrictModel):
                 raise ValueError(f"unknown rule {name}={rule}; did you mean {nearest}? Rules: {allowed}")
         return on_defect
 
-    @field_validator("split")
-    @classmethod
-    def _check_split(cls, split: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
-        """ValueError unless the fractions are at least 0, have a sum of 1 within rounding, and train has some."""
-        if split is None:
-            return None
-        text = " ".join(f"{fraction:g}" for fraction in split)
-        if not all(0 <= fraction <= 1 for fraction in split) or abs(sum(split) - 1) > SPLIT_TOLERANCE:
-            raise ValueError(f"{text}: give the fractions of train, val and test, with a sum of 1, such as 0.8 0.1 0.1")
-        if not split[0]:
-            raise ValueError(f"{text}: the fraction of train must be above 0")
-        return split
+    @property
+    def choice(self) -> Choice:
+        """Planes and channel to read."""
+        return Choice(self.plane, self.channel)
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "PrepareConfig":
+        if self.intensity and self.intensity_from:
+            raise ValueError("--intensity-from gives the rule; leave out --intensity")
+        return self
 
     def rules(self) -> dict[str, str]:
         """Return the rule for every kind that offers a choice."""

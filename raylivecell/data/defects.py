@@ -230,10 +230,10 @@ def _check_identical(entries: list[Entry], infos: Mapping[str, ImageInfo], rules
     return _without(entries, dropped_entries), defects
 
 
-def intensity_rule(entries: Sequence[Entry], infos: Mapping[str, ImageInfo]) -> Intensity:
+def intensity_rule(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], kind: intensity.Kind) -> Intensity:
     """Choose the intensity rule from the training images; from all images if there are none."""
     train = [entry for entry in entries if entry.split == "train"]
-    return intensity.choose([_measures(entry, infos) for entry in train or entries])
+    return intensity.choose([_measures(entry, infos) for entry in train or entries], kind)
 
 
 def _measures(entry: Entry, infos: Mapping[str, ImageInfo]) -> Measures:

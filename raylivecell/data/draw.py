@@ -21,16 +21,17 @@ from raylivecell.data.description import ImageStatistics, ShardAccount
 from raylivecell.data.paired_source import read_cells
 from raylivecell.data.plan import ImagePlan, ShardTask
 from raylivecell.images import formats, grey_levels, intensity
+from raylivecell.images.planes import EVERYTHING, Choice
 
 VISIBLE_STD = 4.0
 """Local standard deviation, in grey levels, above which a pixel looks like a cell."""
 
 
-def examine(uri: str) -> ImageInfo:
-    """Return the properties of the image file at `uri`."""
+def examine(uri: str, choice: Choice = EVERYTHING) -> ImageInfo:
+    """Return the properties of the image file at `uri`, or of the chosen plane of a file with several."""
     data = storage.read_bytes(uri)
     try:
-        decoded = formats.decode(data)
+        decoded = formats.decode(data, choice=choice)
     except formats.UnreadableImageError as error:
         return ImageInfo(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(decoded.pixels)
@@ -75,7 +76,7 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
     histogram = np.zeros(256, np.int64)
     start = 0
     for image, length in zip(task.plan.images, task.cell_bytes, strict=True):
-        pixels = _read_pixels(task.source, image)
+        pixels = _read_pixels(task.source, image, task.choice)
         if image.pair is None:
             records = decode_cells(encoded_cells[start : start + length])
         else:
@@ -101,13 +102,13 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
     account.histogram = histogram.tolist()
 
 
-def _read_pixels(source: str, image: ImagePlan) -> np.ndarray:
+def _read_pixels(source: str, image: ImagePlan, choice: Choice) -> np.ndarray:
     """Return stored pixels, uint8 or uint16 (H, W); UserError if the file changed since it was examined."""
     uri = storage.join(source, image.path)
     data = storage.read_bytes(uri)
     if hashlib.sha256(data).hexdigest() != image.sha256:
         raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
-    return formats.decode(data).pixels
+    return formats.decode(data, choice=choice).pixels
 
 
 def draw_sample(

@@ -20,6 +20,7 @@ from raylivecell.data.paired_source import PairedSource
 from raylivecell.data.pairing import Pair
 from raylivecell.data.sources import Source
 from raylivecell.images.intensity import Intensity
+from raylivecell.images.planes import EVERYTHING, Choice
 
 RECORDED = {
     *("format", "annotations", "split", "group_by", "images", "categories", "cell_type", "shard_images"),
@@ -87,6 +88,8 @@ class ShardTask:
     """Rule by kind of defect."""
     cell_bytes: tuple[int, ...] = ()
     """Length of each image's encoded cells in `cells_uri`."""
+    choice: Choice = EVERYTHING
+    """Plane and channel of image files with several."""
 
     @property
     def shard_uri(self) -> str:
@@ -116,14 +119,23 @@ class ShardTask:
         """Restore a task from the result of `to_row`, also after a JSON round trip."""
         images = tuple(ImagePlan.from_row(image) for image in row["plan"]["images"])
         plan = ShardPlan(row["plan"]["split"], row["plan"]["file"], images)
-        return cls(**{**row, "plan": plan, "intensity": Intensity.model_validate(row["intensity"])})
+        return cls(
+            **{
+                **row,
+                "plan": plan,
+                "intensity": Intensity.model_validate(row["intensity"]),
+                "choice": Choice(*row["choice"]),
+            }
+        )
 
 
 def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that dataset.json records; a dataset with other settings is not overwritten silently."""
     fields = config.model_dump(include=RECORDED, mode="json")
+    # Only if chosen: the settings of earlier datasets lack them.
+    chosen = {name: value for name, value in config.choice._asdict().items() if value is not None}
     return {
-        "source": {"uri": source, **fields},
+        "source": {"uri": source, **fields, **chosen},
         "targets": config.targets.model_dump(),
         "rules": config.rules(),
     }

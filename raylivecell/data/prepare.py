@@ -45,6 +45,7 @@ from raylivecell.data.paired_source import PairedSource, examine, to_info
 from raylivecell.data.plan import ShardTask
 from raylivecell.data.sources import Source, read_source
 from raylivecell.images.intensity import Intensity
+from raylivecell.images.planes import Choice
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import data_settings, quiet_data
 from raylivecell.runtime.ray_errors import as_user_errors, explain
@@ -84,7 +85,7 @@ def _prepare(
     previous = _previous_dataset(out, settings, config)
     source = read_source(source_uri, config)
     session.connect()
-    infos = _examine(source)
+    infos = _examine(source, config.choice)
     if isinstance(source, PairedSource):
         _examine_annotations(source, infos)
     entries, defects, rule = _check_images(source, infos, config, read_rule)
@@ -107,7 +108,7 @@ def _prepare(
         raise UserError(f"--strict may stop half-way and would lose the dataset at {out}; choose another --out")
     work = storage.join(out, f".prepare-{head['source']['fingerprint'][:16]}")
     sigma, rules = config.targets.border_sigma, config.rules()
-    tasks = [ShardTask(shard, source_uri, out, work, rule, sigma, rules) for shard in plans]
+    tasks = [ShardTask(shard, source_uri, out, work, rule, sigma, rules, choice=config.choice) for shard in plans]
     try:
         return _write(source, tasks, head, defects, strict)
     except UserError:
@@ -122,7 +123,9 @@ def _previous_dataset(out: str, settings: Mapping[str, Any], config: PrepareConf
     previous: dict[str, Any] = storage.read_json(storage.join(out, "dataset.json"))
     with storage.validating(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
         source = {key: previous.get("source", {}).get(key) for key in settings["source"]}
+        rule = Intensity.model_validate(previous["intensity"])
     same = {"source": source, "targets": previous.get("targets"), "rules": previous.get("rules")} == settings
+    same = same and (config.intensity_from is not None or rule.rule == (config.intensity or "robust"))
     if not same and not config.overwrite:
         raise UserError(
             f"{out} contains a dataset created from {source['uri']} or with other settings; "
@@ -131,11 +134,11 @@ def _previous_dataset(out: str, settings: Mapping[str, Any], config: PrepareConf
     return previous
 
 
-def _examine(source: Source | PairedSource) -> dict[str, ImageInfo]:
+def _examine(source: Source | PairedSource, choice: Choice) -> dict[str, ImageInfo]:
     """Return the content of every listed image file, by path."""
     paths = sorted({entry.path for entry in source.entries if entry.path})
     rows = [
-        {"source": source.uri, "paths": paths[first : first + IMAGES_PER_TASK]}
+        {"source": source.uri, "paths": paths[first : first + IMAGES_PER_TASK], "choice": choice}
         for first in range(0, len(paths), IMAGES_PER_TASK)
     ]
     results = (item for result in _on_ray(_examine_images, rows) for item in result["infos"].items())
@@ -179,7 +182,8 @@ def _run_task(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) 
 
 
 def _examine_images(row: dict[str, Any]) -> dict[str, Any]:
-    return {"infos": {path: asdict(draw.examine(storage.join(row["source"], path))) for path in row["paths"]}}
+    choice = Choice(*row["choice"])
+    return {"infos": {path: asdict(draw.examine(storage.join(row["source"], path), choice)) for path in row["paths"]}}
 
 
 def _check_images(
@@ -194,7 +198,7 @@ def _check_images(
     if config.intensity_from:
         intensity = read_rule(config.intensity_from)
     else:
-        intensity = intensity_rule(entries, infos)
+        intensity = intensity_rule(entries, infos, config.intensity or "robust")
     entries, intensity_defects = check_intensity(entries, infos, intensity, rules)
     defects = [*source.defects, *image_defects, *intensity_defects, *source.unlisted_files()]
     return entries, defects, intensity

@@ -2,6 +2,7 @@
 
 segmenter          segment one image in this process
 image_file         segment one image file: cells, output images and table rows
+stacks             list the planes of files with several, and read one
 actors             batch inference on Ray Data with a pool of actors
 predict, results   segment a folder of images; result files, and the tables merged from them
 evaluate, calibrate    scores of a split; watershed thresholds tuned on validation images

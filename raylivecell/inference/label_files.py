@@ -22,11 +22,10 @@ from raylivecell.core.errors import UserError
 from raylivecell.data.image_names import folded
 from raylivecell.data.listing import list_infos
 from raylivecell.data.pairing import NAME_SUFFIXES
+from raylivecell.images import planes
 from raylivecell.scoring.coco_results import Image
 
 _FILE_SUFFIX = re.compile(r"(\.ome)?\.(tiff?|png|jpe?g|bmp|npy)$")
-_PLANE = re.compile(r"(\.ome)?\.(tiff?|czi|nd2|lif)#([^/#]+)$")
-"""Address of a plane of a stack, for which `predict` writes NAME_PLANE."""
 SHOWN = 3
 """Maximum names listed in a message."""
 
@@ -95,7 +94,8 @@ def _name(path: str) -> str:
 def _match(image: Image, *paths_by_name: Mapping[str, list[str]]) -> list[str]:
     """Return the files that match an image equally well, from the first mapping that contains its name."""
     for source in dict.fromkeys((image.source, image.file_name)):
-        name = _name(_PLANE.sub(r"_\3", folded(source)))
+        file, plane = planes.split_address(source)
+        name = f"{_name(file)}_{folded(plane)}" if plane else _name(file)  # as `predict` names the labels of a plane
         paths = next((by_name[name] for by_name in paths_by_name if name in by_name), [])
         ranks = [_equal_folders(path, source) for path in paths]
         if paths:
