@@ -126,16 +126,19 @@ def predict(
     )
 
 
-def export(checkpoint: str, out: str) -> None:
+def export(checkpoint: str, out: str, author: tuple[str, ...] = (), scores: str | None = None) -> None:
     """Export a network to one file for other programs; the file is loaded again and its output compared.
 
     Args:
         checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
-        out: FILE.onnx, which `predict --checkpoint` can run, or FILE.pt2 for torch.export.
+        out: FILE.onnx, which `predict --checkpoint` can run; FILE.pt2 for torch.export; or FILE.zip, a bioimage.io
+            package.
+        author: bioimage.io package: names of its authors.
+        scores: bioimage.io package: folder written by `evaluate`; default: one in the run's folder, if any.
     """
     from raylivecell.inference import export as exporter
 
-    exporter.export(checkpoint, out)
+    exporter.export(checkpoint, out, author, scores)
 
 
 def download(arguments: Sequence[str]) -> None:

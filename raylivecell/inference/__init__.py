@@ -8,4 +8,5 @@ predict, results   segment a folder of images; result files, and the tables merg
 growth             growth curves of the wells in those tables
 evaluate, calibrate    scores of a split; watershed thresholds tuned on validation images
 export, onnx_model write a checkpoint as ONNX or .pt2; read ONNX files
+bioimageio, model_card, torchscript   write a bioimage.io package; its rdf.yaml and README.md, its TorchScript weights
 """
