@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy import ndimage
 
 from raylivecell.annotations.coco import CellRecord
@@ -131,6 +131,8 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[Any]:
                 "or export COCO"
             )
         image.load()
+        if reason := tiff.orientation_problem(int(image.getexif().get(ExifTags.Base.Orientation, 1))):
+            raise AnnotationError(reason)
         return np.asarray(image)  # grey of 2 and 4 bits is scaled: different labels remain different
 
 
