@@ -4,11 +4,11 @@
    coco           COCO's records: images, polygons, run lengths
    categories     selection of the categories that are cells
 2. label_images   label images: TIFF, PNG, NPY
-   image_files    annotation files of one image in any format
-   errors         damaged or unsupported annotation files
-3. rle            run-length encoding of masks, COCO's formats
-4. drawing        polygons -> label image -> foreground and border map
-5. pixel_outlines labels <-> outlines on pixel corners, exact
    imagej_rois    RoiSet.zip and .roi of ImageJ
    geojson        GeoJSON of QuPath
+   image_files    annotation files of one image in any of these formats
+   errors         damaged or unsupported annotation files
+3. rle            run-length encoding of masks, COCO's formats
+   pixel_outlines labels <-> outlines on pixel corners, exact
+4. drawing        polygons -> label image -> foreground and border map
 """

@@ -43,7 +43,7 @@ def encode_patch(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int,
 
 
 def patch_runs(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Return the run lengths of a mask of 0 and 1 (h, w), placed at (top, left) in the image `shape` (H, W)."""
+    """Return the run lengths that `encode_patch` compresses: column-major, background first, the complete image."""
     height, width = mask.shape
     columns = np.zeros((width, height + 2), np.int8)  # a 0 before and after each column
     columns[:, 1:-1] = mask.T
