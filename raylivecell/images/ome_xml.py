@@ -12,7 +12,6 @@ from xml.parsers import expat
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.images.planes import Position
 
-
 _MAX_ELEMENTS = 500_000
 """Limit on the elements: 150 MB in memory. A plane has about three."""
 
