@@ -92,10 +92,10 @@ def package(checkpoint_uri: str, authors: tuple[str, ...] = (), scores: str | No
     folder = progress.find(uri)
     network, recipe = checkpoint.load_model(folder)
     rule = checkpoint.load_intensity(folder)
-    if rule.rule != "linear":
+    if rule.rule == "percentile":
         raise UserError(
-            f"intensity rule {rule.rule} depends on the image and cannot be part of the graph: export to .onnx, which "
-            "`raylivecell predict` runs with the rule, or prepare with a linear rule and train again"
+            "intensity rule percentile depends on each image's statistics and cannot be part of the graph: export to "
+            ".onnx, which `raylivecell predict` runs with the rule, or train on data prepared with --intensity robust"
         )
     card = model_card.describe(uri, folder, authors, scores)
     model = _StoredImageNetwork(network, rule).eval()
