@@ -19,7 +19,7 @@ from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.annotations.errors import AnnotationError
 from raylivecell.annotations.pixel_outlines import Budget, Polygon, doubled_area, fill, trace
-from raylivecell.annotations.rle import runs_of_patch
+from raylivecell.annotations.rle import patch_runs
 from raylivecell.core.errors import shortened
 
 MAX_BYTES = 2**27
@@ -138,7 +138,7 @@ def _record(cell_id: str, kind: str, geometry: dict[str, Any], shape: tuple[int,
     top, left, mask = fill(polygons, shape, budget)
     if not mask.any():
         return CellRecord(f"{cell_id} (no pixel in the image)", False, [], [])
-    return CellRecord(cell_id, False, [], [(shape, runs_of_patch(mask, top, left, shape))])
+    return CellRecord(cell_id, False, [], [(shape, patch_runs(mask, top, left, shape))])
 
 
 def _polygons(geometry: Any) -> list[list[NDArray[np.float64]]]:

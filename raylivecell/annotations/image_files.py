@@ -1,15 +1,27 @@
 """Annotation files of one image: label images, masks of single cells, ImageJ ROIs, GeoJSON."""
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raylivecell.annotations import label_images
 from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.errors import AnnotationError
 
-OUTLINE_READERS = {".zip": "imagej_rois", ".roi": "imagej_rois", ".geojson": "geojson"}
-"""Module of `raylivecell.annotations` by suffix; its `read(data, (H, W))` returns the cells. Imported when needed."""
+
+def _read_rois(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+    from raylivecell.annotations import imagej_rois
+
+    return imagej_rois.read(data, shape)
+
+
+def _read_geojson(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+    from raylivecell.annotations import geojson
+
+    return geojson.read(data, shape)
+
+
+OUTLINE_READERS = {".zip": _read_rois, ".roi": _read_rois, ".geojson": _read_geojson}
+"""Readers of outlines by suffix: (content, (H, W) of the image) -> cells. Their modules are imported when needed."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +54,7 @@ def read(
     ((name, data),) = files
     suffix = name[name.rindex(".") :].lower()
     if suffix in OUTLINE_READERS:
-        reader: Callable[[bytes, tuple[int, int]], list[CellRecord]] = importlib.import_module(
-            f"raylivecell.annotations.{OUTLINE_READERS[suffix]}"
-        ).read
-        return ImageAnnotation(reader(data, shape), None)
+        return ImageAnnotation(OUTLINE_READERS[suffix](data, shape), None)
     values = label_images.decode(data)
     labels = label_images.to_integers(values)
     cells, defects = label_images.cells_of_labels(labels, rules["binary_mask"], rules["label_in_pieces"])

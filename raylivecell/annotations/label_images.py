@@ -9,6 +9,7 @@
 import io
 import lzma
 import struct
+import tokenize
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ from scipy import ndimage
 from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.annotations.errors import AnnotationError
-from raylivecell.annotations.rle import runs_of_patch
-from raylivecell.core.errors import UnreadableImageError
+from raylivecell.annotations.rle import patch_runs
+from raylivecell.core.errors import UnreadableImageError, shortened
 from raylivecell.images import file_kinds, tiff
 from raylivecell.images.formats import MAX_PIXELS
 
@@ -33,7 +34,7 @@ PIECES_OF_A_CLASS = 5
 """Mean number of pieces per label from which the values are taken for classes, such as cell and border, not cells."""
 _MAX_BOXES, _MAX_BOX_PIXELS = 100, 2**28
 """Maximum total area of the labels' bounding boxes, in images and in pixels: noise would take hours."""
-_MAX_HEADER = 10_000
+_MAX_HEADER = 1000
 _GREY_MODES = {"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 
 
@@ -83,9 +84,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
     # Decoders raise any of these on damaged files.
     except (
         *(OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError),
-        *(struct.error, zlib.error, lzma.LZMAError, Image.DecompressionBombError),
+        *(struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, RecursionError, Image.DecompressionBombError),
     ) as error:
-        raise AnnotationError(f"damaged: incomplete or corrupt {kind} ({error}); save it again") from error
+        raise AnnotationError(
+            f"damaged: incomplete or corrupt {kind} ({shortened(str(error))}); save it again"
+        ) from error
 
 
 def _decode_npy(data: bytes, max_pixels: int) -> NDArray[Any]:
@@ -226,7 +229,7 @@ def _cells(region: _Region, shape: tuple[int, int], rule: str) -> Iterator[CellR
 
 
 def _record(cell_id: int | str, mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> CellRecord:
-    return CellRecord(cell_id, False, [], [(shape, runs_of_patch(mask, top, left, shape))])
+    return CellRecord(cell_id, False, [], [(shape, patch_runs(mask, top, left, shape))])
 
 
 def cells_of_mask(mask: NDArray[np.integer[Any]], cell_id: str, label_in_pieces: str) -> tuple[list[CellRecord], bool]:

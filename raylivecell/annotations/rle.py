@@ -1,7 +1,7 @@
 """Masks in COCO's run-length encoding (RLE): about 60 bytes per cell; cells may overlap.
 
 1. `encode...`, `compress`         label image, patch, polygons or run lengths -> compressed RLE
-   `runs_of_labels`, `runs_of_patch`   label image or patch -> run lengths
+   `label_runs`, `patch_runs`      label image or patch -> run lengths
 2. `decode`                        compressed RLE -> mask
 3. `run_lengths`, `mask_of_runs`   untrusted RLE -> run lengths -> mask; pycocotools may crash or hang on these
    `window_of_runs`                the same, only the columns that contain the mask
@@ -20,10 +20,10 @@ Rle = dict[str, Any]
 
 def encode(labels: NDArray[np.integer[Any]]) -> list[Rle]:
     """Encode the mask of each label of an image (H, W), 0 background, in ascending order; labels may have gaps."""
-    return [compress(runs, labels.shape) for runs in runs_of_labels(labels).values()]
+    return [compress(runs, labels.shape) for runs in label_runs(labels).values()]
 
 
-def runs_of_labels(labels: NDArray[np.integer[Any]]) -> dict[int, NDArray[np.int64]]:
+def label_runs(labels: NDArray[np.integer[Any]]) -> dict[int, NDArray[np.int64]]:
     """Return label -> run lengths of its mask, in ascending order; like `encode`, but not compressed."""
     if not labels.any():
         return {}
@@ -39,10 +39,10 @@ def runs_of_labels(labels: NDArray[np.integer[Any]]) -> dict[int, NDArray[np.int
 
 def encode_patch(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> Rle:
     """Encode a mask of 0 and 1 (h, w), placed at (top, left), as a mask of the image `shape` (H, W)."""
-    return compress(runs_of_patch(mask, top, left, shape), shape)
+    return compress(patch_runs(mask, top, left, shape), shape)
 
 
-def runs_of_patch(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> NDArray[np.int64]:
+def patch_runs(mask: NDArray[np.uint8], top: int, left: int, shape: tuple[int, int]) -> NDArray[np.int64]:
     """Return the run lengths that `encode_patch` compresses: column-major, background first, the complete image."""
     height, width = mask.shape
     columns = np.zeros((width, height + 2), np.int8)  # a 0 before and after each column

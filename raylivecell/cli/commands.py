@@ -43,6 +43,7 @@ def evaluate(
     out: str,
     checkpoint: str | None = None,
     predictions: str | None = None,
+    labels: str | None = None,
     split: Literal["train", "val", "test"] = "test",
     tta: bool = False,
     calibrate: bool = False,
@@ -54,18 +55,26 @@ def evaluate(
         out: folder for metrics.json, report.html and overlays.
         checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
         predictions: a COCO results file (JSON) to score instead of a checkpoint.
+        labels: a folder of label images to score instead of a checkpoint: TIFF, PNG or NPY, named like the images, also
+            with a suffix such as _cp_masks, _masks or _labels.
         split: images to score.
         tta: test-time augmentation: average the predictions of the four flips.
         calibrate: first tune the thresholds of the watershed on validation images, and store them in the checkpoint.
     """
     from raylivecell.inference import evaluate as evaluation
 
-    if predictions is not None:
+    if predictions is not None or labels is not None:
+        flag = "--labels" if predictions is None else "--predictions"
+        if predictions is not None and labels is not None:
+            raise UserError("--predictions and --labels are two results to score: give one of them")
         if checkpoint is not None or tta or calibrate:
-            raise UserError("--predictions needs no network: leave out --checkpoint, --tta and --calibrate")
+            raise UserError(f"{flag} needs no network: leave out --checkpoint, --tta and --calibrate")
+    if predictions is not None:
         evaluation.compare(predictions, data, split, out)
+    elif labels is not None:
+        evaluation.compare_labels(labels, data, split, out)
     elif checkpoint is None:
-        raise UserError("nothing to score: give --checkpoint, or --predictions with a COCO results file")
+        raise UserError("nothing to score: give --checkpoint, --predictions with a COCO results file, or --labels")
     else:
         evaluation.evaluate(checkpoint, data, split, out, tta=tta, calibrated=calibrate)
 
@@ -74,7 +83,7 @@ def predict(
     checkpoint: str,
     images: str,
     out: str,
-    write: tuple[Literal["labels", "masks", "overlays", "coco", "cells"], ...] = (
+    write: tuple[Literal["labels", "masks", "overlays", "coco", "cells", "rois", "geojson"], ...] = (
         "labels",
         "masks",
         "overlays",
@@ -96,7 +105,8 @@ def predict(
         checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file (runs without torch).
         images: a folder (with subfolders), a file or a URI; TIFF, PNG, JPEG or BMP as stored, 8 or 16 bits.
         out: folder to write.
-        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell).
+        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell), rois/
+            (ImageJ's RoiSet.zip), geojson/ (QuPath).
         tta: test-time augmentation: average the predictions of the four flips.
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
@@ -240,7 +250,7 @@ def prepare(arguments: Sequence[str]) -> None:
         fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
         strict: bool = False,
     ) -> None:
-        """Read LIVECell, or any dataset with COCO annotations; write OUT/SPLIT/*.parquet and OUT/dataset.json.
+        """Read images and annotations, LIVECell or your own; write OUT/SPLIT/*.parquet and OUT/dataset.json.
 
         Args:
             source: folder or URI with images and annotation files.

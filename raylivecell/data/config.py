@@ -11,11 +11,6 @@ from raylivecell.core.settings import StrictModel
 from raylivecell.images.intensity import Kind
 from raylivecell.images.planes import Choice
 
-FRAMES = "frames"
-"""Value of `group_by` that cuts series into ranges of frames."""
-
-SPLIT_TOLERANCE = 0.011
-"""Maximum difference of the sum of the fractions from 1: 0.33 0.33 0.33 is accepted."""
 Rules = Mapping[str, str]
 """Rule by kind of defect; missing kinds have their default rule."""
 
@@ -75,7 +70,10 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
     "missing_file": DefectKind(("drop", "refuse"), "A listed image without a file."),
     "unlisted_file": DefectKind(("left out",), "An image file that no annotation file lists."),
-    "unreadable_image": DefectKind(("drop", "refuse"), "A file that contains no image, or several."),
+    "unreadable_image": DefectKind(
+        ("drop", "refuse"),
+        "A file that contains no image, or several planes or channels without --plane or --channel.",
+    ),
     "colour_image": DefectKind(("convert", "drop"), "A colour file. convert: to luma (0.299 R + 0.587 G + 0.114 B)."),
     "sixteen_bit_image": DefectKind(
         ("scale", "drop"),
@@ -135,6 +133,11 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
 }
 """All kinds, in the order of the report."""
+FRAMES = "frames"
+"""Value of `group_by` that cuts series into ranges of frames."""
+
+SPLIT_TOLERANCE = 0.011
+"""Maximum difference of the sum of the fractions from 1: 0.33 0.33 0.33 is accepted."""
 
 
 def chosen_rule(rules: Rules, kind: str) -> str:
@@ -220,6 +223,19 @@ class PrepareConfig(StrictModel):
     overwrite: bool = False
     """Replace a dataset in OUT that was created from another source or with other settings."""
 
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        """ValueError unless the fractions are at least 0, have a sum of 1 within rounding, and train has some."""
+        if split is None:
+            return None
+        text = " ".join(f"{fraction:g}" for fraction in split)
+        if not all(0 <= fraction <= 1 for fraction in split) or abs(sum(split) - 1) > SPLIT_TOLERANCE:
+            raise ValueError(f"{text}: give the fractions of train, val and test, with a sum of 1, such as 0.8 0.1 0.1")
+        if not split[0]:
+            raise ValueError(f"{text}: the fraction of train must be above 0")
+        return split
+
     @field_validator("on_defect")
     @classmethod
     def _check_rules(cls, on_defect: dict[str, str]) -> dict[str, str]:
@@ -236,19 +252,6 @@ class PrepareConfig(StrictModel):
                 nearest = difflib.get_close_matches(rule, kinds[name].rules, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown rule {name}={rule}; did you mean {nearest}? Rules: {allowed}")
         return on_defect
-
-    @field_validator("split")
-    @classmethod
-    def _check_split(cls, split: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
-        """ValueError unless the fractions are at least 0, have a sum of 1 within rounding, and train has some."""
-        if split is None:
-            return None
-        text = " ".join(f"{fraction:g}" for fraction in split)
-        if not all(0 <= fraction <= 1 for fraction in split) or abs(sum(split) - 1) > SPLIT_TOLERANCE:
-            raise ValueError(f"{text}: give the fractions of train, val and test, with a sum of 1, such as 0.8 0.1 0.1")
-        if not split[0]:
-            raise ValueError(f"{text}: the fraction of train must be above 0")
-        return split
 
     @property
     def choice(self) -> Choice:

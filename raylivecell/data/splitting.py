@@ -240,8 +240,9 @@ def _show(assignment: Assignment) -> None:
         console.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     for split in SPLITS:
         if groups := assignment.images_by_group(split):
-            count = f"{len(groups)} group{'s' * (len(groups) > 1)}"
-            line = f"{split}: {groups.total()} images in {count}: {_first(sorted(groups))}"
+            images, count = groups.total(), len(groups)
+            text = f"{images} image{'s' * (images > 1)} in {count} group{'s' * (count > 1)}"
+            line = f"{split}: {text}: {_first(sorted(groups))}"
             console.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -144,8 +144,10 @@ def _well_curve(
     usable = [point for point in points if point.cells and point.confluence]
     hours = [point.hours for point in usable]
     confluence = [point.confluence.mean for point in usable if point.confluence]
-    reasons = {"confluence": _image_reasons(times)}
-    reasons["cells"] = reasons["confluence"] + _area_reasons(usable)
+    end = fit.window(confluence)
+    fitted = {time: images for time, images in times.items() if end == len(hours) or time < hours[end]}
+    reasons = {"confluence": _image_reasons(fitted)}
+    reasons["cells"] = reasons["confluence"] + _area_reasons(usable[:end])
     fits = {
         name: fit.fit_curve(hours, [getattr(point, name).mean for point in usable], confluence, reasons[name])
         for name in FITTED
@@ -178,10 +180,10 @@ def _value(values: Sequence[float]) -> Value | None:
 
 
 def _image_reasons(times: Mapping[float, Sequence[tuple[Position, ImageCount]]]) -> list[str]:
-    """Reasons, from the images of a well, not to trust its fit."""
+    """Reasons, from the images in the window of a fit, not to trust it."""
     images = [image for members in times.values() for _, image in members]
     read = [image for image in images if image.cells is not None]
-    expected = len(set().union(*(_views(members) for members in times.values()))) * len(times)
+    expected = len(set[object]().union(*(_views(members) for members in times.values()))) * len(times)
     present = sum(len(_views([pair for pair in members if pair[1].cells is not None])) for members in times.values())
     reasons = []
     if present < (1 - MAX_MISSING) * expected:

@@ -5,14 +5,14 @@ ln y is fitted by a straight line, because the noise of counts is multiplicative
 
 The interval. The deviations from the line are not independent: the same cells are seen in the next image, and a
 division that happened early shifts all later counts. Least squares with independent errors ignores that: of intervals
-for a simulated birth process with 37 images, 52 % contained the true rate instead of 95 %. Therefore the covariance of
+for a simulated birth process with 37 images, 50 % contained the true rate instead of 95 %. Therefore the covariance of
 ln y has two parts, noise of single images and a random walk:
 
     Cov = s^2 (I + L K),    K_ij = min(t_i, t_j),    t from 0 to 1 over the window
 
 For each ratio L in `RATIOS` the slope has a t distribution (generalised least squares with flat priors on the
-coefficients and on ln s). They are averaged with their weights, prior times marginal likelihood of L, as is usual in
-Bayesian model averaging; the interval is the central 95 % of the average.
+coefficients and on ln s). They are averaged, weighted by the marginal likelihood of L, as is usual in Bayesian model
+averaging; the interval is the central 95 % of the average.
 """
 
 import functools
@@ -32,8 +32,8 @@ MAX_CURVATURE = 0.5
 """Largest change of the rate within the window, relative to its mean, if the change is significant."""
 LEVEL = 0.95
 RATIOS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-PRIOR = (0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
-"""Prior weight of each ratio: 0 for fields with many cells, 2 for 150 cells that are counted with an error of 5 %."""
+"""0 for fields with many cells, 2 for 150 cells that are counted with an error of 5 %. Prior weights are equal: in
+simulated birth processes of 150 cells, 93 to 98 % of the intervals of 5 to 37 images contain the true rate."""
 MAX_POINTS = 200
 """Longer curves are averaged in groups of consecutive times: the fit takes a time proportional to the cube."""
 NO_NOISE = 1e-6
@@ -91,16 +91,16 @@ def fit_curve(hours: ArrayLike, values: ArrayLike, confluence: ArrayLike, reason
         reasons: further reasons not to trust the fit, about the images.
     """
     t, y, area = (np.asarray(array, np.float64) for array in (hours, values, confluence))
-    window = _window(area)
+    fitted = window(area)
     marks = []
     if len(t) and (area > MAX_CONFLUENCE).sum() * 2 > len(t):
         marks.append(f"confluence above {MAX_CONFLUENCE:g} at most times")
-    if (y[:window] <= 0).any():
+    if (y[:fitted] <= 0).any():
         marks.append("no cells at some times")
-    used = y[:window] > 0
-    t, y = t[:window][used], y[:window][used]
+    used = y[:fitted] > 0
+    t, y = t[:fitted][used], y[:fitted][used]
     if len(t) < MIN_TIMES:
-        marks.insert(0, _too_few(len(t), window < len(area)))
+        marks.insert(0, _too_few(len(t), fitted < len(area)))
     if len(t) < 3:
         start, end = (float(t[0]), float(t[-1])) if len(t) else (None, None)
         return Fit(len(t), start, end, reasons=(*marks, *reasons))
@@ -108,10 +108,10 @@ def fit_curve(hours: ArrayLike, values: ArrayLike, confluence: ArrayLike, reason
     return result._replace(reasons=(*marks, *_marks(result, t, np.log(y)), *reasons))
 
 
-def _window(confluence: Floats) -> int:
-    """Number of points in front of the first above `MAX_CONFLUENCE`."""
-    above = np.flatnonzero(confluence > MAX_CONFLUENCE)
-    return int(above[0]) if len(above) else len(confluence)
+def window(confluence: ArrayLike) -> int:
+    """Number of points in front of the first above `MAX_CONFLUENCE`: those that are fitted."""
+    above = np.flatnonzero(np.asarray(confluence, np.float64) > MAX_CONFLUENCE)
+    return int(above[0]) if len(above) else np.size(confluence)
 
 
 def _too_few(times: int, confluent: bool) -> str:
@@ -168,7 +168,7 @@ def _walk(times: tuple[float, ...]) -> tuple[Floats, Floats]:
 
 def _coefficient(t: Floats, y: Floats, degree: int) -> tuple[float, float, float]:
     """Highest coefficient of a polynomial in t (0 to 1): its mean and the limits of its 95 % interval."""
-    from scipy import optimize, stats  # imported late: up to 2 s
+    from scipy import optimize, special  # imported late: 0.3 s
 
     eigenvalues, vectors = _walk(tuple(t.tolist()))
     design, response = vectors.T @ np.vander(t, degree + 1, increasing=True), vectors.T @ y
@@ -185,16 +185,16 @@ def _coefficient(t: Floats, y: Floats, degree: int) -> tuple[float, float, float
         determinants = np.log(weight).sum() - np.linalg.slogdet(information)[1]
         evidence.append((determinants - freedom * math.log(squares)) / 2)
     mean, error = np.array(means), np.array(errors)
-    posterior = np.array(PRIOR) * np.exp(np.array(evidence) - max(evidence))
+    posterior = np.exp(np.array(evidence) - max(evidence))
     posterior /= posterior.sum()
     tail = (1 - LEVEL) / 2
-    reach = 1.01 * stats.t.ppf(1 - tail, freedom) * error
+    reach = 1.01 * special.stdtrit(freedom, 1 - tail) * error
     bracket = float((mean - reach).min()), float((mean + reach).max())
 
     def quantile(probability: float) -> float:
         return float(
             optimize.brentq(
-                lambda value: posterior @ stats.t.cdf((value - mean) / error, freedom) - probability, *bracket
+                lambda value: posterior @ special.stdtr(freedom, (value - mean) / error) - probability, *bracket
             )
         )
 
@@ -206,7 +206,7 @@ def combine(fits: Sequence[Fit]) -> Fit:
 
     The wells are independent of each other, so the interval is valid whatever the errors within a well are.
     """
-    from scipy import stats  # imported late: up to 2 s
+    from scipy import special  # imported late: 0.3 s
 
     fitted = [fit for fit in fits if fit.rate is not None]
     rates = np.array([fit.rate for fit in fitted], np.float64)
@@ -231,7 +231,7 @@ def combine(fits: Sequence[Fit]) -> Fit:
     ]
     result = result._replace(rate=rate, start_value=math.exp(sum(starts) / len(starts)))
     if len(rates) > 2:
-        reach = float(stats.t.ppf((1 + LEVEL) / 2, len(rates) - 1) * rates.std(ddof=1) / math.sqrt(len(rates)))
+        reach = float(special.stdtrit(len(rates) - 1, (1 + LEVEL) / 2) * rates.std(ddof=1) / math.sqrt(len(rates)))
         result = result._replace(rate_low=rate - reach, rate_high=rate + reach)
         if rate + reach < 0:
             reasons.append("the values decrease")

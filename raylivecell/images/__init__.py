@@ -5,6 +5,7 @@
    pixel_types    floating-point, signed and wide numbers -> uint8 or uint16
    channels       colour and palette images -> one grey channel
    tiff, tiff_tags, tiff_segments, tiff_codecs, tiff_stacks, ome_xml, jpeg, file_kinds    details of the formats
+   microscopes    package: CZI, LIF and ND2 through optional libraries
    ranges         files whose parts are read when needed
 2. grey_levels    statistics of one image: background, spread, padding
 3. intensity      the rule that maps stored values to 0..255

@@ -1,11 +1,11 @@
 """Decoding of image files to grey pixels: TIFF, PNG, JPEG or BMP; 8 or 16 bit; ambiguous files are refused.
 
-TIFF is decoded by `tiff`; the other formats by Pillow, which reads the size before the pixels and fails on truncated
-files. Rules for all formats:
+TIFF is decoded by `tiff`, CZI, LIF and ND2 by `microscopes`; the other formats by Pillow, which reads the size before
+the pixels and fails on truncated files. Rules for all formats:
 
 - Pixels are decoded as stored, not rotated. A file with an orientation tag (TIFF, EXIF, XMP) other than 1 is refused:
   some programs apply it (browsers), others do not (Fiji), so labels drawn in one do not fit in another.
-- One plane is one image. `open_image` lists the planes of a TIFF file; `decode` needs the choice of one if there are
+- One plane is one image. `ImageFile` lists the planes of a file; `decode` needs the choice of one if there are
   several. Several frames of other formats are counted and refused; thumbnails, pyramid levels, masks and alpha are
   ignored.
 - Colour is converted to luma, images of one hue to their brightest channel (`channels.grey_of_rgb`), palettes to the
@@ -32,13 +32,14 @@ from PIL.ImageFile import ImageFile as ImageFileOfPillow
 from raylivecell.core.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
 from raylivecell.images import file_kinds, jpeg, planes, tiff
 from raylivecell.images.channels import grey_of_palette, grey_of_rgb
+from raylivecell.images.microscopes import files as microscopes
 from raylivecell.images.planes import EVERYTHING, Choice, Position
 from raylivecell.images.ranges import Data
 
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", *microscopes.SUFFIXES)
 """Suffixes of image files, compared ignoring case."""
 
-STACK_SUFFIXES = (".tif", ".tiff")
+STACK_SUFFIXES = (".tif", ".tiff", *microscopes.SUFFIXES)
 """Suffixes of files that may contain several planes."""
 
 MAX_PIXELS = 2**26
@@ -47,7 +48,7 @@ MAX_PIXELS = 2**26
 HEAD = 512
 """Bytes that identify a format."""
 _FORMATS = ("PNG", "JPEG", "BMP")  # Pillow reads fifty more; for PostScript it runs Ghostscript
-_SUPPORTED = {"TIFF image", "PNG image", "JPEG image", "BMP image"}
+_SUPPORTED = {"TIFF image", "PNG image", "JPEG image", "BMP image", *microscopes.KINDS}
 _GREY = {"L", "1", "I;16", "I;16L", "I;16B", "I;16N"}
 _THREE_CHANNELS = {"RGB", "RGBA", "RGBX", "RGBa", "YCbCr"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "LA", "La", "RGBa", "P", "PA", "CMYK", "YCbCr"}
@@ -89,7 +90,9 @@ class ImageFile:
             raise _unsupported_format(data, self.kind)
         with self._translating_errors(0):
             self.tiff = tiff.read_planes(data) if self.kind == "TIFF image" else []
-        self.positions: list[Position] = [plane.position for plane in self.tiff] or [{}]
+            self.others = microscopes.read_planes(self.kind, data) if self.kind in microscopes.KINDS else []
+        positions = [*(plane.position for plane in self.tiff), *(plane.position for plane in self.others)]
+        self.positions: list[Position] = positions or [{}]
         self.names = planes.names(self.positions)
         """Name of each plane (`planes`); "" for the only one."""
 
@@ -107,6 +110,8 @@ class ImageFile:
         with self._translating_errors(max_pixels):
             if self.tiff:
                 pixels, colour = tiff.decode(self.tiff[numbers[0]], max_pixels, channel)
+            elif self.others:
+                pixels, colour = microscopes.decode(self.kind or "", self.others[numbers[0]], max_pixels, channel)
             else:
                 pixels, colour = _decode(self.data[:], max_pixels, channel)
             return DecodedImage(np.ascontiguousarray(pixels), colour)

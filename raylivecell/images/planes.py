@@ -73,7 +73,9 @@ def _select_plane(positions: Sequence[Position], plane: str | None) -> Sequence[
         chosen = [int(plane)] if int(plane) < len(positions) else []
     elif _NAME.fullmatch(plane):
         wanted = {part[0]: int(part[1:]) for part in plane.split("_")}
-        chosen = [i for i, p in enumerate(positions) if all(p.get(axis) == wanted[axis] for axis in wanted)]
+        # A series without an axis has the index 0 in names: s1_t0.
+        default = dict.fromkeys(_varying(positions), 0)
+        chosen = [i for i, p in enumerate(positions) if wanted.items() <= {**default, **p}.items()]
     else:
         raise UnsupportedImageError(f"no plane {plane!r}; give its number from 0, or axes such as t3, z2 or t3_z2")
     if not chosen:

@@ -19,7 +19,7 @@ from raylivecell.images.channels import grey_of_palette, grey_of_rgb
 from raylivecell.images.pixel_types import to_unsigned
 from raylivecell.images.planes import no_channel
 from raylivecell.images.ranges import Data
-from raylivecell.images.tiff_segments import JPEG, LSM, Layout, read_samples
+from raylivecell.images.tiff_segments import JPEG, JPEG_2000, LSM, WEBP, Layout, read_samples
 from raylivecell.images.tiff_stacks import Plane, planes
 from raylivecell.images.tiff_tags import Directory, read_directories, read_directory
 
@@ -75,7 +75,7 @@ def decode(plane: Plane, max_pixels: int, channel: int | None = None) -> tuple[N
     return _to_grey(directory, photometric, layout, samples, channel)
 
 
-def decode_labels(data: bytes, max_pixels: int) -> NDArray[Any]:
+def decode_labels(data: Data, max_pixels: int) -> NDArray[Any]:
     """Decode the values of a label image as stored: integers or floats of 1 to 64 bits (H, W); palettes: the indices.
 
     Args:
@@ -85,10 +85,10 @@ def decode_labels(data: bytes, max_pixels: int) -> NDArray[Any]:
     Raises:
         UnreadableImageError: unsupported or damaged; colour, several planes, or inverted values (MINISWHITE).
     """
-    all_planes = read_planes(data)
-    if len(all_planes) > 1:
-        raise UnsupportedImageError(f"contains {len(all_planes)} planes; save each as a separate file")
-    directory = all_planes[0].directory
+    stack = read_planes(data)
+    if len(stack) != 1:
+        raise UnsupportedImageError(f"contains {len(stack)} planes, a label image has one; save each as a file")
+    directory = stack[0].directory
     if reason := orientation_problem(directory.number(Tag.Orientation, 1)):
         raise UnsupportedImageError(reason)
     photometric, layout = _layout(directory, None)
@@ -98,9 +98,9 @@ def decode_labels(data: bytes, max_pixels: int) -> NDArray[Any]:
         raise UnsupportedImageError("inverted values (MINISWHITE): programs disagree which are 0; save it as grey")
     if _CHANNELS[photometric] > 1 or layout.samples > 1:
         raise UnsupportedImageError(f"{layout.samples} channels, a label image has one; save the labels as grey")
-    if layout.compression == JPEG:
-        raise UnsupportedImageError("JPEG compression, which changes labels; save them without loss")
-    return read_samples(directory, layout, False, all_planes[0].number)[..., 0]
+    if layout.compression in {JPEG, *WEBP, *JPEG_2000}:
+        raise UnsupportedImageError("JPEG or WebP compression, which changes labels; save them without loss")
+    return read_samples(directory, layout, False, stack[0].number)[..., 0]
 
 
 def orientation_problem(orientation: int) -> str:

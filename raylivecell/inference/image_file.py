@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell.annotations import rle
+from raylivecell.annotations import geojson, imagej_rois, rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
 from raylivecell.core.errors import MachineError
@@ -21,8 +21,9 @@ from raylivecell.inference.segmenter import Cells, Segmenter
 from raylivecell.reports import overlay
 from raylivecell.scoring import average_precision
 
-Output = Literal["labels", "masks", "overlays", "coco", "cells"]
+Output = Literal["labels", "masks", "overlays", "coco", "cells", "rois", "geojson"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
+DEFAULT_OUTPUTS = OUTPUTS[:5]
 MAX_PIXELS = 2**27
 """11,585 x 11,585."""
 
@@ -122,5 +123,7 @@ PICTURES: dict[str, tuple[str, Callable[[NDArray[np.uint8], Cells], bytes]]] = {
     "labels": (".tif", lambda _, cells: label_tiff(cells.labels)),
     "masks": (".png", lambda _, cells: overlay.png(cells.foreground.astype(np.uint8) * 255)),
     "overlays": (".png", lambda image, cells: overlay.png(overlay.outlined(image, cells.labels))),
+    "rois": (".zip", lambda _, cells: imagej_rois.write(cells.labels)),
+    "geojson": (".geojson", lambda _, cells: geojson.write(cells.labels, cells.scores)),
 }
 """Outputs with one file per image, in the folder of that name: suffix, and encoder of an image (H, W) and its cells."""

@@ -30,7 +30,7 @@ from raylivecell.growth.names import NamePattern
 from raylivecell.images import formats, planes
 from raylivecell.images.planes import EVERYTHING, Choice
 from raylivecell.inference import actors, growth, image_file, results, segmenter, stacks
-from raylivecell.inference.image_file import OUTPUTS, PICTURES, Output, PredictJob
+from raylivecell.inference.image_file import DEFAULT_OUTPUTS, OUTPUTS, PICTURES, Output, PredictJob
 from raylivecell.runs import progress
 from raylivecell.runtime import session
 
@@ -41,7 +41,7 @@ def predict(
     model_uri: str,
     images_uri: str,
     out: str,
-    write: Collection[Output] = OUTPUTS,
+    write: Collection[Output] = DEFAULT_OUTPUTS,
     tta: bool = False,
     threshold: float | None = None,
     overwrite: bool = False,
@@ -58,6 +58,8 @@ def predict(
         labels/NAME.tif     label image: 1 to N for cells, 0 for background (`image_file.label_tiff`)
         masks/NAME.png      255 where the foreground probability is above the threshold, else 0
         overlays/NAME.png   the image with outlines of the cells
+        rois/NAME.zip       outlines for ImageJ's ROI Manager (`imagej_rois.write`); not by default
+        geojson/NAME.geojson    outlines and scores for QuPath (`geojson.write`); not by default
         cells.csv           one row per cell (`measure.Measurements`)
         coco.json           the cells as COCO results; image_id as in images.csv
         images.csv          one row per image: cells, confluence (fraction of its pixels, without padding, in cells,

@@ -47,6 +47,8 @@ class ImageRow(NamedTuple):
     labels: str | None = None
     masks: str | None = None
     overlays: str | None = None
+    rois: str | None = None
+    geojson: str | None = None
     warning: str | None = None
     error: str | None = None
     version: str | None = None

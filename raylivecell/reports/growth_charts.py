@@ -12,6 +12,8 @@ from raylivecell.growth.fit import Fit
 
 LABELS = {"cells": "cells per image", "confluence": "confluence, %", "area": "median cell area, pixels"}
 SCALE = {"cells": 1.0, "confluence": 100.0, "area": 1.0}
+DOT_PX = 4
+"""Smallest distance of dots in small charts."""
 FIT_STEPS = 24
 """Segments of a fitted curve."""
 
@@ -63,7 +65,7 @@ class Chart(NamedTuple):
     """Thin lines: replicate wells."""
     points: Sequence[Mark]
     dots: str
-    """The points as one path, for round line caps: small charts have no titles of points."""
+    """The points as one path, for round line caps: small charts have no titles of points. "" if they would touch."""
     fit: str
     trusted: bool
 
@@ -135,7 +137,7 @@ def chart(curve: Curve, measure: str, x: Axis, y: Axis, box: Box, wells: Sequenc
         _path([(mark.x, mark.y) for mark in points]),
         [chart(well, measure, x, y, box).line for well in wells],
         points,
-        "".join(f"M{mark.x:g} {mark.y:g}h0" for mark in points),
+        "".join(f"M{mark.x:g} {mark.y:g}h0" for mark in points) if len(points) * DOT_PX < box.width else "",
         _fit_path(fit, at) if fit else "",
         fit is not None and not fit.reasons,
     )

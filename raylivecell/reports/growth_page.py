@@ -205,6 +205,7 @@ def _grid(wells: Sequence[Curve], measure: str, x: Axis, y: Axis) -> Grid:
         rows = [PlateRow(row, [panels.get(row + column, Panel(None)) for column in heads]) for row in letters]
     example = growth_charts.chart(wells[0], measure, x, y, box)
     x_ticks = [example.x_ticks[0], example.x_ticks[-1]] if len(example.x_ticks) > 1 else example.x_ticks
+    x_ticks = x_ticks[-1:] if box.width < 60 else x_ticks
     used = [any(row.panels[column].chart for row in rows if column < len(row.panels)) for column in range(columns)]
     return Grid(TITLES[measure], box, [*zip(heads, used)], rows, x_ticks, _spaced(example.y_ticks))
 
@@ -212,7 +213,7 @@ def _grid(wells: Sequence[Curve], measure: str, x: Axis, y: Axis) -> Grid:
 def _panel_box(columns: int) -> Box:
     """A plate with up to 24 columns is as wide as the page."""
     sizes = ((6, 150, 96), (8, 110, 76), (12, 80, 60))
-    width, height = next(((width, height) for most, width, height in sizes if columns <= most), (40, 32))
+    width, height = next(((width, height) for most, width, height in sizes if columns <= most), (38, 32))
     return Box(width, height, 1, 1, width - 1, height - 1)
 
 
@@ -232,7 +233,7 @@ def _panel(curve: Curve, measure: str, x: Axis, y: Axis, box: Box) -> Panel:
     text = ""
     if fit is not None:
         lines += [f"doubling time {doubling_text(fit)}", *(f"! {reason}" for reason in fit.reasons)]
-        text = doubling_text(fit, interval=False) if box.width > 40 else ""
+        text = doubling_text(fit, interval=False) if box.width > 38 else ""
         text = f"! {text}".strip() if fit.reasons else text
     last = next((mark.title for mark in reversed(chart.points)), "")
     return Panel(chart, "\n".join([*lines, *filter(None, [last])]), text)
@@ -243,19 +244,8 @@ def _row_name(row: int) -> str:
 
 
 def _fit_head(with_plate: bool) -> list[str]:
-    plate = ["plate"] if with_plate else []
-    return [
-        *plate,
-        "condition",
-        "wells",
-        "fit of",
-        "doubling time, h",
-        "95 % interval",
-        "growth per day",
-        "R2",
-        "times",
-        "window, h",
-    ]
+    numbers = ["doubling time, h (interval)", "growth per day", "R2", "times", "window, h"]
+    return [*(["plate"] if with_plate else []), "condition", "wells", "fit of", *numbers]
 
 
 def _fit_rows(curve: Curve, with_plate: bool) -> list[FitRow]:

@@ -18,7 +18,7 @@ from skimage.measure import points_in_poly
 
 from raylivecell.annotations import imagej_rois, pixel_outlines
 from raylivecell.annotations.errors import AnnotationError
-from raylivecell.annotations.rle import mask_of_runs, runs_of_labels
+from raylivecell.annotations.rle import label_runs, mask_of_runs
 
 # Few values in a small image: parts, holes, diagonal contacts, single pixels and cells at borders are all frequent.
 LABELS = numpy_st.arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 3))
@@ -236,7 +236,7 @@ def test_real_annotations_agree_with_their_label_images():
         assert len(best) == truth.max() == len(records)
         agreement += best.values()
         written = imagej_rois.read(imagej_rois.write(truth), truth.shape)
-        runs = runs_of_labels(truth)
+        runs = label_runs(truth)
         assert [int(record.id) for record in written] == list(runs)
         assert all(np.array_equal(record.runs[0][1], runs[int(record.id)]) for record in written)
     assert len(agreement) == 645

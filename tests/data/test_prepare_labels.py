@@ -13,6 +13,7 @@ from conftest import SHARED
 from PIL import Image
 from prepare_source import HEIGHT, WIDTH, Json, counts, defects_of, files_of, masks_of, pixels, rows_of
 
+from raylivecell.annotations import geojson, imagej_rois
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.config import PrepareConfig
@@ -252,8 +253,67 @@ def test_split_by_group_leaves_folders_of_splits(tmp_path: Path, capsys: pytest.
     assert [images for images, _ in counts(description).values()] == [4, 2, 3]
     assert "test/own.tif" in rows_of(tmp_path / "out", "test")
     assert description["source"]["groups"] == {"train": 2, "val": 1, "test": 1}
-    wells = {split: {name.split("_")[2] for name in rows_of(tmp_path / "out", split)} for split in shards.SPLITS}
-    assert sum(map(len, wells.values())) == len(set().union(*wells.values())), "a well is in two splits"
+    wells = {
+        name.split("_")[2]: split
+        for split in shards.SPLITS
+        for name in rows_of(tmp_path / "out", split)
+        if name != "test/own.tif"
+    }
+    for split in shards.SPLITS:  # both frames of a well
+        in_wells = sum(well_split == split for well_split in wells.values())
+        assert counts(description)[split][0] == 2 * in_wells + (split == "test")
     shutil.rmtree(source / "images")
     with pytest.raises(UserError, match="leave out --split"):
         prepare(str(source), str(tmp_path / "none"), PrepareConfig(split=(0.5, 0.25, 0.25)))
+
+
+def coco(names: list[str], segmentation: Any, **more: Any) -> str:
+    """Return COCO JSON with one cell per image."""
+    images = [{"id": n, "file_name": name, "width": WIDTH, "height": HEIGHT} for n, name in enumerate(names)]
+    cell = {"category_id": 1, "segmentation": segmentation, **more}
+    annotations = [{"id": n, "image_id": n, **cell} for n in range(len(names))]
+    return json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]})
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_exports_of_cvat_and_roboflow(tmp_path: Path) -> None:
+    """CVAT's "COCO 1.0" has no splits and sets iscrowd for the brush; Roboflow's "COCO Segmentation" has folders."""
+    cvat, names = tmp_path / "cvat", [f"frame_{number:06}.PNG" for number in range(4)]
+    write_images(cvat / "images" / "default", *names)
+    (cvat / "annotations").mkdir()
+    brush = {"size": [HEIGHT, WIDTH], "counts": [5, 4, HEIGHT * WIDTH - 9]}
+    (cvat / "annotations" / "instances_default.json").write_text(coco(names, brush, iscrowd=1))
+    config = PrepareConfig(split=(0.5, 0.25, 0.25), group_by=".*", on_defect={"crowd_region": "keep"})
+    with pytest.raises(UserError, match="divide its images with --split"):
+        prepare(str(cvat), str(tmp_path / "out"))
+    description = prepare(str(cvat), str(tmp_path / "out"), config)
+    assert counts(description) == {"train": (2, 2), "val": (1, 1), "test": (1, 1)}
+    roboflow = tmp_path / "roboflow"
+    for seed, split in enumerate(("train", "valid", "test")):
+        write(roboflow / split / f"{split}_png.rf.0a1b.jpg", pixels(seed))
+        text = coco([f"{split}_png.rf.0a1b.jpg"], [[4, 4, 12, 4, 12, 14, 4, 14]])
+        (roboflow / split / "_annotations.coco.json").write_text(text)
+    assert counts(prepare(str(roboflow), str(tmp_path / "rf"))) == dict.fromkeys(shards.SPLITS, (1, 1))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_outlines_per_image(tmp_path: Path) -> None:
+    """ROIs and GeoJSON written from labels give the same labels."""
+    labels = np.where(CELLS == 70_000, 1, CELLS).astype(np.int32)
+    source = tmp_path / "source"
+    write_images(source, "images/a.tif", "images/b.tif", "images/c.tif")
+    (source / "rois").mkdir()
+    (source / "rois" / "a_RoiSet.zip").write_bytes(imagej_rois.write(labels))
+    (source / "rois" / "b.zip").write_bytes(b"PK\x03\x04 and noise")
+    (source / "annotations").mkdir()
+    (source / "annotations" / "c.tif.geojson").write_bytes(geojson.write(labels, np.ones(5)))
+    with pytest.raises(UserError, match=r"rois \(2 images\) and geojson \(1 images\)"):
+        prepare(str(source), str(tmp_path / "out"))
+    description = prepare(str(source), str(tmp_path / "rois"), PrepareConfig(format="rois"))
+    (row,) = rows_of(tmp_path / "rois", "train").values()
+    assert_same_cells(row, labels)
+    assert [defect["file_name"] for defect in defects_of(description, "unreadable_annotation")] == ["b.tif"]
+    prepare(str(source), str(tmp_path / "geojson"), PrepareConfig(format="geojson"))
+    (row,) = rows_of(tmp_path / "geojson", "train").values()
+    assert_same_cells(row, labels)
+    assert (row["annotation"], row["file_name"]) == ("annotations/c.tif.geojson#c.tif", "c.tif")

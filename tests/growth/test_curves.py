@@ -101,6 +101,8 @@ def test_images_that_make_a_fit_doubtful() -> None:
         "the median cell area varies between 100 and 350 pixels: the segmentation may be wrong",
     )
     assert fits["confluence"].reasons == ()
+    late = {**smaller, **{file: image._replace(confluence=0.9) for file, image in smaller.items() if image.area == 350}}
+    assert not any("area" in reason for reason in curves_of(late).wells[0].fits["cells"].reasons)  # after the window
     resized = full | {file: full[file]._replace(size=(9, 9)) for file in list(full)[4:5]}
     assert curves_of(resized).wells[0].fits["cells"].reasons == ("the images have different sizes",)
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pyarrow import fs as pafs
 from pycocotools import mask as coco_mask
 
+from raylivecell.annotations import geojson, imagej_rois, rle
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.cli import main
 from raylivecell.core.errors import UserError
@@ -280,6 +281,32 @@ def test_other_settings_are_rejected_and_new_images_are_added(one_process: None,
     assert now["cells.csv"][0].endswith(first["cells.csv"][0].partition(b"\n")[2])
     predict.predict(saved, str(images), str(out), write=("masks",), overwrite=True)
     assert {name.split("/")[0] for name in contents(out)} == {"masks", *TABLES} - {"coco.json", "cells.csv"}
+
+
+def test_outlines_for_imagej_and_qupath_are_exactly_the_cells(one_process: None, saved: str, tmp_path: Path) -> None:
+    write_frames(tmp_path / "images", range(2))
+    cv2.imwrite(str(tmp_path / "images" / "black.png"), np.zeros((40, 50), np.uint8))
+    out = tmp_path / "out"
+    predict.predict(saved, str(tmp_path / "images"), str(out), write=("labels", "cells", "rois", "geojson"))
+    rows, cells = read_csv(out / "images.csv"), read_csv(out / "cells.csv")
+    assert {row["rois"] for row in rows} == {f"rois/{name}.zip" for name in ("black", "frame-00", "frame-01")}
+    for row in rows:
+        labels = tifffile.imread(out / row["labels"])
+        image_cells = [cell for cell in cells if cell["file"] == row["file"]]
+        for reader, kind in ((imagej_rois, "rois"), (geojson, "geojson")):
+            again = np.zeros_like(labels)
+            for record in reader.read((out / row[kind]).read_bytes(), labels.shape):
+                again[rle.mask_of_runs(*record.runs[0])] = int(record.id)
+            np.testing.assert_array_equal(again, labels)
+        features = json.loads((out / row["geojson"]).read_text())["features"]
+        measured = [feature["properties"]["measurements"] for feature in features]
+        assert [str(values["Area px^2"]) for values in measured] == [cell["area_px"] for cell in image_cells]
+        assert [values["Score"] for values in measured] == [float(cell["score"]) for cell in image_cells]
+    assert len(cells) > 5
+    before = contents(out)
+    options: dict[str, Any] = {"write": ("labels", "cells", "rois", "geojson"), "overwrite": True}
+    predict.predict(saved, str(tmp_path / "images"), str(out), **options)
+    assert contents(out) == before
 
 
 COMMAND = "import sys; from raylivecell.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
