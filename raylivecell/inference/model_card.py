@@ -20,7 +20,8 @@ from raylivecell.core.version import __version__
 from raylivecell.images.intensity import Intensity
 from raylivecell.network import windows
 from raylivecell.reports import page
-from raylivecell.runs import checkpoint, progress
+from raylivecell.runs import checkpoint, parents, progress
+from raylivecell.runs.parents import DataRecord, Parent
 from raylivecell.targets.registry import target
 
 FORMAT = "0.5.4"
@@ -54,8 +55,10 @@ class Card(NamedTuple):
     recipe: recipes.Recipe
     rule: Intensity
     thresholds: InstanceConfig
-    data: Mapping[str, str]
-    """`checkpoint.load_data`."""
+    data: DataRecord
+    """Its training data."""
+    parents: tuple[Parent, ...]
+    """Networks from which its training started."""
     fingerprint: str
     """SHA-256 of the checkpoint's weights."""
     authors: tuple[str, ...]
@@ -70,14 +73,26 @@ class Card(NamedTuple):
         return target(self.recipe.targets).channels
 
     @property
+    def datasets(self) -> tuple[DataRecord, ...]:
+        """The training data, and that of its parents, without repetition."""
+        return tuple(dict.fromkeys((self.data, *(parent.data for parent in self.parents))))
+
+    @property
     def licence(self) -> str | None:
-        """SPDX identifier of the licence of the training data, which the weights follow; None if not recognised."""
-        return spdx(self.data["licence"])
+        """SPDX identifier of the licence of all training data, which the weights follow.
+
+        None if a licence is not recognised, or if they differ: which one applies is then for the author to decide.
+        """
+        licences = {spdx(data.licence) for data in self.datasets}
+        return licences.pop() if len(licences) == 1 else None
 
     @property
     def cite(self) -> list[dict[str, str]]:
-        """Works to cite: that of the training data if it has a DOI or a link, and the U-Net."""
-        return [*citation(self.data["citation"]), *([UNET] if "unet" in self.recipe.model.name.lower() else [])]
+        """Works to cite: those of the training data that have a DOI or a link, and the U-Net."""
+        entries = [entry for data in self.datasets for entry in citation(data.citation)]
+        if "unet" in self.recipe.model.name.lower():
+            entries.append(UNET)
+        return list({entry.get("doi", entry.get("url")): entry for entry in entries}.values())
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -89,8 +104,11 @@ class Card(NamedTuple):
         """What a publication needs and the checkpoint does not state, each with the fix."""
         notes = [] if self.authors else ["author not stated: give --author NAME"]
         if self.licence is None:
-            licence = f"licence of the training data, {self.data['licence']!r}, has no SPDX identifier"
-            notes.append(f"{licence}: add `license:` to {RDF} before you publish")
+            stated = "; ".join(f"{data.name}: {data.licence}" for data in self.datasets)
+            notes.append(
+                f"no single SPDX licence follows from the training data ({stated}): add `license:` to {RDF} before you "
+                "publish"
+            )
         return tuple(notes)
 
     def rdf(self, hashes: Mapping[str, str], opset: int, pytorch: str, min_side: int) -> bytes:
@@ -105,7 +123,7 @@ class Card(NamedTuple):
         values: dict[str, Any] = {
             "format_version": FORMAT,
             "type": "model",
-            "name": _plain_name(f"Cells in {self.data['name']} ({self.recipe.model.name}, {self.recipe.targets})"),
+            "name": _plain_name(f"Cells in {self.data.name} ({self.recipe.model.name}, {self.recipe.targets})"),
             "description": self._description(),
             "authors": [{"name": name} for name in self.authors or (NOT_STATED,)],
             **({"license": self.licence} if self.licence else {}),
@@ -130,7 +148,10 @@ class Card(NamedTuple):
             "channels": list(self.channels),
             "thresholds": self.thresholds.model_dump(),
             "intensity": self.rule.model_dump(mode="json"),
-            "data": {name: self.data[name] for name in ("name", "licence", "citation", "sha256")},
+            "data": self.data.model_dump(),
+            "parents": [
+                parent.model_dump(mode="json", include={"sha256", "step", "targets", "data"}) for parent in self.parents
+            ],
             "scores": {"validation": dict(self.validation), "evaluate": self.test and dict(self.test)},
             "recipe": self.recipe.model_dump(mode="json"),
         }
@@ -151,7 +172,7 @@ class Card(NamedTuple):
 
     def _description(self) -> str:
         channels = ", ".join(name.replace("_", " ") for name in self.channels)
-        source = f"{self.recipe.model.name} trained by raylivecell {__version__} on {self.data['name']}"
+        source = f"{self.recipe.model.name} trained by raylivecell {__version__} on {self.data.name}"
         return f"Segments cells in grey images. Output: maps ({channels}) for a watershed, see {README}. {source}."[
             :500
         ]
@@ -160,7 +181,7 @@ class Card(NamedTuple):
         network = "unet" if "unet" in self.recipe.model.name.lower() else self.recipe.model.name.lower()
         task = ["semantic-segmentation"] if len(self.channels) == 1 else ["instance-segmentation"]
         modality = ["transmission-light-microscopy", "phase-contrast"]
-        tags = modality if self.data["name"].startswith(PHASE_CONTRAST) else []
+        tags = modality if self.data.name.startswith(PHASE_CONTRAST) else []
         return ["2d", "cells", *task, *tags, network, "pytorch", "onnx", "raylivecell"]
 
     def _input(self, hashes: Mapping[str, str], min_side: int) -> dict[str, Any]:
@@ -197,14 +218,15 @@ class Card(NamedTuple):
         return {"onnx": onnx, "torchscript": {**script, "parent": "onnx"}}
 
     def _training_data(self) -> dict[str, Any]:
+        texts = [f"{data.name}, licence: {data.licence}. {data.citation}" for data in self.datasets]
         return {
             "type": "dataset",
             "format_version": "0.3.0",
-            "name": _plain_name(f"{self.data['name']} dataset"),
-            "description": f"{self.data['name']}, licence: {self.data['licence']}. {self.data['citation']}"[:1000],
+            "name": _plain_name(f"{self.data.name} dataset"),
+            "description": " The training started from a network trained on ".join(texts)[:1000],
             **({"license": self.licence} if self.licence else {}),
-            "cite": citation(self.data["citation"]),
-            "config": {"raylivecell": {"sha256": self.data["sha256"]}},
+            "cite": [entry for entry in self.cite if entry is not UNET],
+            "config": {"raylivecell": {"sha256": self.data.sha256}},
         }
 
 
@@ -229,7 +251,8 @@ def describe(uri: str, folder: str, authors: tuple[str, ...], scores: str | None
         recipe,
         checkpoint.load_intensity(folder),
         checkpoint.load_instances(folder, recipe.targets),
-        checkpoint.load_data(folder),
+        DataRecord.of(checkpoint.own_data(folder)),
+        parents.read(folder),
         hashlib.sha256(storage.read_bytes(storage.join(folder, progress.MODEL))).hexdigest(),
         authors,
         {name: value for name, value in row.items() if name == "step" or name.startswith("val_")},
@@ -302,9 +325,10 @@ def spdx(licence: str) -> str | None:
 
 
 def citation(text: str) -> list[dict[str, str]]:
-    """Entry of `cite` with the DOI or else the link in `text`; empty without either: the specification needs one."""
-    if doi := re.search(r"\b10\.\d{4,9}/[^\s\"<>]+", text):
-        return [{"text": text, "doi": doi[0].rstrip(".,;)")}]
+    """Entries of `cite` with the DOIs or else the link in `text`; empty without either: the specification needs one."""
+    dois = re.findall(r"\b10\.\d{4,9}/[^\s\"<>]+", text)
+    if dois:
+        return [{"text": text, "doi": doi.rstrip(".,;)")} for doi in dict.fromkeys(dois)]
     for url in re.findall(r"https?://[^\s\"<>]+", text):
         try:
             return [{"text": text, "url": str(pydantic.HttpUrl(url.rstrip(".,;)")))}]

@@ -29,7 +29,7 @@ from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.inference import bioimageio, evaluate, export, model_card, onnx_model, segmenter, torchscript
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
-from raylivecell.runs import checkpoint
+from raylivecell.runs import checkpoint, parents
 from raylivecell.runs.progress import Progress
 from raylivecell.synthetic import writer
 from raylivecell.targets.registry import NAMES, target
@@ -296,12 +296,32 @@ def test_a_dataset_without_licence_doi_or_plain_name(tmp_path: Path, capsys: pyt
     export.export(run, str(tmp_path / "model.zip"))
     printed = "".join(capsys.readouterr())
     assert "author not stated: give --author NAME" in printed
-    assert "'ask me', has no SPDX identifier" in printed
+    assert "(my/cells: \u00e9: ask me): add `license:`" in printed
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         rdf = yaml.safe_load(archive.read("rdf.yaml"))
     assert rdf["authors"] == [{"name": "not stated"}]
     assert "license" not in rdf
     assert rdf["cite"][0]["url"] == "https://example.org/cells"
+
+
+def test_a_fine_tuned_network_states_the_data_of_its_parents(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", data={"name": "mine", "licence": "CC BY 4.0", "citation": "me", "sha256": "c" * 64})
+    folder = f"{run}/checkpoint_1"
+    data = parents.DataRecord.of(DATA)
+    places = {"start_from": "/secret/run", "checkpoint": "/secret/run/checkpoint_2"}
+    parent = parents.Parent(**places, sha256="d" * 64, step=9, targets="distance", data=data, loaded=1.0)
+    parents.write(folder, [parent])
+    card = model_card.describe(run, folder, (), None)
+    assert card.licence is None
+    assert "(mine: CC BY 4.0; LIVECell: CC BY-NC 4.0)" in card.notes[1]
+    assert [entry["doi"] for entry in card.cite] == ["10.1038/s41592-021-01249-6", "10.1007/978-3-319-24574-4_28"]
+    assert card.facts()["parents"][0]["data"]["name"] == "LIVECell"
+    texts = card.readme() + json.dumps(card.facts())
+    assert "CC BY-NC 4.0" in card.readme()
+    assert "/secret" not in texts
+    checkpoint.save_instances(folder, InstanceConfig(), {})
+    storage.write_json(f"{folder}/{checkpoint.DATA}", DATA)
+    assert model_card.describe(run, folder, (), None).licence == "CC-BY-NC-4.0"
 
 
 def test_user_errors_are_reported_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +333,12 @@ def test_user_errors_are_reported_and_nothing_is_written(tmp_path: Path, monkeyp
         export.export(run, str(tmp_path / "model.onnx"), ["A"])
     with pytest.raises(UserError, match="no checkpoint"):
         export.export(str(tmp_path / "data"), file)
+    with pytest.raises(UserError, match="percentile depends on each image"):
+        export.export(save(tmp_path / "percentile", Intensity(rule="percentile", spread=80)), file)
+    storage.write_json(f"{run}/checkpoint_1/{bioimageio.SCALE}", {"pixel_scale": 0.5})
+    with pytest.raises(UserError, match=r"images resized by 0\.5"):
+        export.export(run, file)
+    storage.write_json(f"{run}/checkpoint_1/{bioimageio.SCALE}", {"pixel_scale": 1.0, "diameter": 17.5})
     monkeypatch.setattr(model_card, "FORMAT", "0.5.4.x")
     with pytest.raises(UserError, match=r"bioimageio\.spec .* refuses the package: .*pip install"):
         export.export(run, file)
