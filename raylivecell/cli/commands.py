@@ -43,6 +43,7 @@ def evaluate(
     out: str,
     checkpoint: str | None = None,
     predictions: str | None = None,
+    labels: str | None = None,
     split: Literal["train", "val", "test"] = "test",
     tta: bool = False,
     calibrate: bool = False,
@@ -54,18 +55,26 @@ def evaluate(
         out: folder for metrics.json, report.html and overlays.
         checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
         predictions: a COCO results file (JSON) to score instead of a checkpoint.
+        labels: a folder of label images to score instead of a checkpoint: TIFF, PNG or NPY, named like the images, also
+            with a suffix such as _cp_masks, _masks or _labels.
         split: images to score.
         tta: test-time augmentation: average the predictions of the four flips.
         calibrate: first tune the thresholds of the watershed on validation images, and store them in the checkpoint.
     """
     from raylivecell.inference import evaluate as evaluation
 
-    if predictions is not None:
+    if predictions is not None or labels is not None:
+        flag = "--labels" if predictions is None else "--predictions"
+        if predictions is not None and labels is not None:
+            raise UserError("--predictions and --labels are two results to score: give one of them")
         if checkpoint is not None or tta or calibrate:
-            raise UserError("--predictions needs no network: leave out --checkpoint, --tta and --calibrate")
+            raise UserError(f"{flag} needs no network: leave out --checkpoint, --tta and --calibrate")
+    if predictions is not None:
         evaluation.compare(predictions, data, split, out)
+    elif labels is not None:
+        evaluation.compare_labels(labels, data, split, out)
     elif checkpoint is None:
-        raise UserError("nothing to score: give --checkpoint, or --predictions with a COCO results file")
+        raise UserError("nothing to score: give --checkpoint, --predictions with a COCO results file, or --labels")
     else:
         evaluation.evaluate(checkpoint, data, split, out, tta=tta, calibrated=calibrate)
 
@@ -74,7 +83,7 @@ def predict(
     checkpoint: str,
     images: str,
     out: str,
-    write: tuple[Literal["labels", "masks", "overlays", "coco", "cells"], ...] = (
+    write: tuple[Literal["labels", "masks", "overlays", "coco", "cells", "rois", "geojson"], ...] = (
         "labels",
         "masks",
         "overlays",
@@ -85,6 +94,10 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    plane: str | None = None,
+    channel: int | None = None,
+    name_pattern: str | None = None,
+    frame_hours: float | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
@@ -92,27 +105,50 @@ def predict(
         checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file (runs without torch).
         images: a folder (with subfolders), a file or a URI; TIFF, PNG, JPEG or BMP as stored, 8 or 16 bits.
         out: folder to write.
-        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell).
+        write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell), rois/
+            (ImageJ's RoiSet.zip), geojson/ (QuPath).
         tta: test-time augmentation: average the predictions of the four flips.
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
+        plane: plane of files with several: its number from 0 (3), or indices of axes (z2, t3_z2); default: all planes.
+        channel: channel of files with several, from 0.
+        name_pattern: for growth curves: a regular expression, searched in each path without suffix, with the named
+            groups `well` and a time: `hours`, or `d`, `h`, `m`, or `year`, `month`, `day`, `h`, `m`, or `frame`; and,
+            optionally, `site`, `crop`, `condition`, `plate`. Default: names of LIVECell and Incucyte.
+        frame_hours: hours between frames, for names with the group `frame` and for time stacks.
     """
+    from raylivecell.images.planes import Choice
     from raylivecell.inference import predict as prediction
 
-    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links)
+    prediction.predict(
+        checkpoint,
+        images,
+        out,
+        write,
+        tta,
+        threshold,
+        overwrite,
+        follow_links,
+        choice=Choice(plane, channel),
+        name_pattern=name_pattern,
+        frame_hours=frame_hours,
+    )
 
 
-def export(checkpoint: str, out: str) -> None:
+def export(checkpoint: str, out: str, author: tuple[str, ...] = (), scores: str | None = None) -> None:
     """Export a network to one file for other programs; the file is loaded again and its output compared.
 
     Args:
         checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
-        out: FILE.onnx, which `predict --checkpoint` can run, or FILE.pt2 for torch.export.
+        out: FILE.onnx, which `predict --checkpoint` can run; FILE.pt2 for torch.export; or FILE.zip, a bioimage.io
+            package.
+        author: bioimage.io package: names of its authors.
+        scores: bioimage.io package: folder written by `evaluate`; default: one in the run's folder, if any.
     """
     from raylivecell.inference import export as exporter
 
-    exporter.export(checkpoint, out)
+    exporter.export(checkpoint, out, author, scores)
 
 
 def download(arguments: Sequence[str]) -> None:
@@ -214,7 +250,7 @@ def prepare(arguments: Sequence[str]) -> None:
         fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
         strict: bool = False,
     ) -> None:
-        """Read LIVECell, or any dataset with COCO annotations; write OUT/SPLIT/*.parquet and OUT/dataset.json.
+        """Read images and annotations, LIVECell or your own; write OUT/SPLIT/*.parquet and OUT/dataset.json.
 
         Args:
             source: folder or URI with images and annotation files.

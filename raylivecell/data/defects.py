@@ -171,7 +171,8 @@ def _size_difference(entry: Entry, info: ImageInfo) -> str:
     if size == (info.width, info.height):
         return ""
     swapped = "; width and height swapped?" if size == (info.height, info.width) else ""
-    return f"the file is {info.width} x {info.height}, {entry.annotation} lists {size[0]} x {size[1]}{swapped}"
+    verb = "lists" if entry.annotation.lower().endswith(".json") else "has"
+    return f"the file is {info.width} x {info.height}, {entry.annotation} {verb} {size[0]} x {size[1]}{swapped}"
 
 
 def listed_size(entry: Entry, info: ImageInfo) -> tuple[int, int]:
@@ -229,10 +230,10 @@ def _check_identical(entries: list[Entry], infos: Mapping[str, ImageInfo], rules
     return _without(entries, dropped_entries), defects
 
 
-def intensity_rule(entries: Sequence[Entry], infos: Mapping[str, ImageInfo]) -> Intensity:
+def intensity_rule(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], kind: intensity.Kind) -> Intensity:
     """Choose the intensity rule from the training images; from all images if there are none."""
     train = [entry for entry in entries if entry.split == "train"]
-    return intensity.choose([_measures(entry, infos) for entry in train or entries])
+    return intensity.choose([_measures(entry, infos) for entry in train or entries], kind)
 
 
 def _measures(entry: Entry, infos: Mapping[str, ImageInfo]) -> Measures:

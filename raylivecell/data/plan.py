@@ -13,12 +13,19 @@ from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.data import description, shards
+from raylivecell.data import description, shards, splitting
 from raylivecell.data.config import PrepareConfig, rule_of
 from raylivecell.data.defects import Entry, ImageInfo, listed_size
+from raylivecell.data.paired_source import PairedSource
+from raylivecell.data.pairing import Pair
 from raylivecell.data.sources import Source
 from raylivecell.images.intensity import Intensity
+from raylivecell.images.planes import EVERYTHING, Choice
 
+RECORDED = {
+    *("format", "annotations", "split", "group_by", "images", "categories", "cell_type", "shard_images"),
+}
+"""Settings in `source` of dataset.json."""
 SHARD_PIXELS = 2**27
 """Maximum pixels per shard: a shard is compressed in memory from 5 bytes per pixel, so 670 MB."""
 
@@ -41,6 +48,16 @@ class ImagePlan:
     scale: tuple[float, float]
     """Factors on x and y of the outlines."""
     pixels: int
+    pair: Pair | None = None
+    """Annotation files of the image, in formats with files per image."""
+    annotation_sha256: str = ""
+    """Of these files when they were examined."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "ImagePlan":
+        """Restore a plan from the result of `asdict`, also after a JSON round trip."""
+        pair = row["pair"] and Pair(row["pair"]["image"], tuple(row["pair"]["annotations"]), row["pair"]["cell_masks"])
+        return cls(**{**row, "pair": pair})
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,8 @@ class ShardTask:
     """Rule by kind of defect."""
     cell_bytes: tuple[int, ...] = ()
     """Length of each image's encoded cells in `cells_uri`."""
+    choice: Choice = EVERYTHING
+    """Plane and channel of image files with several."""
 
     @property
     def shard_uri(self) -> str:
@@ -98,36 +117,49 @@ class ShardTask:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ShardTask":
         """Restore a task from the result of `to_row`, also after a JSON round trip."""
-        images = tuple(ImagePlan(**image) for image in row["plan"]["images"])
+        images = tuple(ImagePlan.from_row(image) for image in row["plan"]["images"])
         plan = ShardPlan(row["plan"]["split"], row["plan"]["file"], images)
-        return cls(**{**row, "plan": plan, "intensity": Intensity.model_validate(row["intensity"])})
+        return cls(
+            **{
+                **row,
+                "plan": plan,
+                "intensity": Intensity.model_validate(row["intensity"]),
+                "choice": Choice(*row["choice"]),
+            }
+        )
 
 
 def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that dataset.json records; a dataset with other settings is not overwritten silently."""
-    fields = config.model_dump(include={"annotations", "images", "categories", "shard_images"}, mode="json")
+    fields = config.model_dump(include=RECORDED, mode="json")
+    # Only if chosen: the settings of earlier datasets lack them.
+    chosen = {name: value for name, value in config.choice._asdict().items() if value is not None}
     return {
-        "source": {"uri": source, **fields},
+        "source": {"uri": source, **fields, **chosen},
         "targets": config.targets.model_dump(),
         "rules": config.rules(),
     }
 
 
-def plan_shards(entries: Sequence[Entry], infos: Mapping[str, ImageInfo], config: PrepareConfig) -> list[ShardPlan]:
+def plan_shards(
+    source: Source | PairedSource, entries: Sequence[Entry], infos: Mapping[str, ImageInfo], config: PrepareConfig
+) -> list[ShardPlan]:
     """Distribute the images over shards, in the order of the dataset."""
     plans = []
     for split in shards.SPLITS:
-        images = [_plan_image(entry, infos[entry.path or ""], config) for entry in entries if entry.split == split]
+        images = [_plan_image(source, e, infos[e.path or ""], config) for e in entries if e.split == split]
         for number, group in enumerate(_groups(images, config.shard_images)):
             plans.append(ShardPlan(split, f"{split}/part-{number:05d}.parquet", tuple(group)))
     return plans
 
 
-def _plan_image(entry: Entry, info: ImageInfo, config: PrepareConfig) -> ImagePlan:
+def _plan_image(source: Source | PairedSource, entry: Entry, info: ImageInfo, config: PrepareConfig) -> ImagePlan:
     if entry.cells > MAX_CELLS:
         raise UserError(f"{entry.image.file_name} has {entry.cells} cells, more than {MAX_CELLS}; cut it into tiles")
     width, height = listed_size(entry, info)
     scaled = rule_of(config.on_defect, "wrong_size") == "scale"
+    pair = source.pairs[entry.image.file_name] if isinstance(source, PairedSource) else None
+    sha256 = source.infos[entry.image.file_name].sha256 if isinstance(source, PairedSource) else ""
     return ImagePlan(
         file_name=entry.image.file_name,
         path=entry.path or "",
@@ -138,6 +170,8 @@ def _plan_image(entry: Entry, info: ImageInfo, config: PrepareConfig) -> ImagePl
         sha256=info.sha256,
         scale=(info.width / width, info.height / height) if scaled else (1.0, 1.0),
         pixels=info.width * info.height,
+        pair=pair,
+        annotation_sha256=sha256,
     )
 
 
@@ -154,27 +188,19 @@ def _groups(images: Sequence[ImagePlan], max_images: int) -> Iterator[list[Image
 
 
 def dataset_head(
-    settings: Mapping[str, Any], source: Source, plans: Sequence[ShardPlan], intensity: Intensity
+    settings: Mapping[str, Any], source: Source | PairedSource, plans: Sequence[ShardPlan], intensity: Intensity
 ) -> dict[str, Any]:
     """Return the part of dataset.json that is known before drawing: licence, provenance, settings and fingerprint.
 
     The bytes of the dataset depend only on what the fingerprint covers.
     """
-    files = [
-        {
-            "split": split,
-            "file": path,
-            "sha256": file.sha256,
-            "bytes": file.size,
-            "images": len(file.images),
-            "cells": sum(file.counts().values()),
-        }
-        for (split, path), file in source.annotations.items()
-    ]
+    files = source.files()
     rule = intensity.model_dump(mode="json")
     version = [__version__, shards.FORMAT_VERSION, str(shards.SCHEMA)]
     text = json.dumps([version, settings, files, rule, [asdict(plan) for plan in plans]], sort_keys=True)
-    provenance = {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
+    provenance: dict[str, Any] = {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
+    if source.assignment is not None:
+        provenance["groups"] = splitting.describe(source.assignment)
     return {
         **description.legal(*source.info_and_licences()),
         **settings,

@@ -43,6 +43,8 @@ class Measures(NamedTuple):
     """Fraction of the image that is padding."""
     fault: str = ""
     """Why the image is unusable; empty if it is usable."""
+    contrast: float = 0.0
+    """Difference between the 99.8th and 1st percentile."""
 
 
 def measure(pixels: Grey, padding: NDArray[np.bool_] | None = None) -> Measures:
@@ -58,9 +60,9 @@ def measure(pixels: Grey, padding: NDArray[np.bool_] | None = None) -> Measures:
         saturated = 100 * histogram[-1] / histogram.sum()
         return Measures(depth, padding=padding_fraction, fault=f"{saturated:.0f} % of the pixels are saturated")
     histogram[-1] = 0
-    low, first, median, last, high = _quantiles(histogram, (0.001, 0.01, 0.5, 0.99, 0.999))
+    low, first, median, last, bright, high = _quantiles(histogram, (0.001, 0.01, 0.5, 0.99, 0.998, 0.999))
     background = _background(pixels, padding, median)
-    return Measures(depth, background, median, low, high, last - first, padding_fraction)
+    return Measures(depth, background, median, low, high, last - first, padding_fraction, contrast=bright - first)
 
 
 def _quantiles(histogram: NDArray[np.float64], probabilities: tuple[float, ...]) -> list[float]:

@@ -4,7 +4,8 @@
 2. A pool of actors, each with the network loaded once, scores the split's images in blocks.
 3. The driver checks that each image has exactly one result, summarises, and writes metrics.json and report.html.
 
-Instead of a network, a COCO results file of any tool can be scored by the same rules.
+Instead of a network, a COCO results file (`compare`) or label images (`compare_labels`) of any tool can be scored by
+the same rules.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from raylivecell.core.version import __version__
 from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import Frame, Intensity
-from raylivecell.inference import actors, calibrate, segmenter
+from raylivecell.inference import actors, calibrate, label_files, segmenter
 from raylivecell.network import forward
 from raylivecell.reports import evaluation
 from raylivecell.runs import checkpoint, progress
@@ -122,6 +123,40 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
 
     def predict(item: int) -> Prediction:
         return painted(*results.cells[item], images[item].size)
+
+    return _write_results(out, data, split, seed, rows, scored, about, predict)
+
+
+def compare_labels(labels_uri: str, data: str, split: str, out: str, seed: int = 0) -> dict[str, Any]:
+    """Score label images of any tool as `evaluate` scores a checkpoint.
+
+    Label images have no scores: each cell counts with score 1, so AP, which ranks cells, is not comparable with that of
+    a network.
+
+    Args:
+        labels_uri: folder with a TIFF, PNG or NPY file of integers for each image, named as `label_files.find` says.
+        data: URI of a prepared dataset.
+        split: train, val or test.
+        out: URI of a folder.
+        seed: seed of the bootstrap intervals.
+
+    Raises:
+        UserError: a label image is missing, damaged, ambiguous or of another size than its image.
+    """
+    data, labels_uri = storage.absolute(data), storage.absolute(labels_uri)
+    rows = _list_rows(data, split)
+    _check_no_run(out)
+    images = [_image(row) for row in rows]
+    uris = [storage.join(labels_uri, path) for path in label_files.find(labels_uri, images)]
+    session.connect()
+    arguments = {"rows": tuple(rows), "uris": tuple(uris)}
+    scored = actors.run(_LabelScorer, arguments, list(range(len(rows))), "evaluate")
+    show_warnings({row["file_name"]: row["warnings"] for row in scored}, f"{out}/metrics.json")
+    checksum = hashlib.sha256("".join(row.pop("sha256") for row in scored).encode()).hexdigest()
+    about = {"labels": {"uri": labels_uri, "sha256": checksum, "files": len(uris)}}
+
+    def predict(item: int) -> Prediction:
+        return _labelled(label_files.read(uris[item], images[item].size).labels)
 
     return _write_results(out, data, split, seed, rows, scored, about, predict)
 
@@ -229,6 +264,28 @@ class _FileScorer:
     def _score(self, item: int) -> actors.Row:
         sample = shards.read_row(self.rows[item], SAMPLE)
         return _score_row(item, sample, painted(*self.predictions[item], sample["labels"].shape))
+
+
+class _LabelScorer:
+    """Actor for label images: scores samples by their index, one row each."""
+
+    def __init__(self, rows: tuple[shards.Row, ...], uris: tuple[str, ...]) -> None:
+        self.rows, self.uris = rows, uris
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        return actors.columns([self._score(int(item)) for item in batch["item"]])
+
+    def _score(self, item: int) -> actors.Row:
+        sample = shards.read_row(self.rows[item], SAMPLE)
+        file = label_files.read(self.uris[item], sample["labels"].shape)
+        row = _score_row(item, sample, _labelled(file.labels))
+        return {**row, "sha256": file.sha256, "warnings": list(file.warnings)}
+
+
+def _labelled(labels: np.ndarray) -> Prediction:
+    """The cells of a label image (H, W) of 0 to N, each with score 1."""
+    rles = encode(labels)
+    return Prediction(labels != 0, labels, rles, np.ones(len(rles)))
 
 
 def painted(rles: Sequence[Rle], confidences: np.ndarray, size: tuple[int, int]) -> Prediction:

@@ -9,18 +9,21 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from raylivecell.annotations import rle
+from raylivecell.annotations import geojson, imagej_rois, rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
+from raylivecell.core.errors import MachineError
 from raylivecell.images import formats
-from raylivecell.inference import results, segmenter
+from raylivecell.images.planes import EVERYTHING, Choice
+from raylivecell.inference import results, segmenter, stacks
 from raylivecell.inference.results import ImageResult, ImageRow
 from raylivecell.inference.segmenter import Cells, Segmenter
 from raylivecell.reports import overlay
 from raylivecell.scoring import average_precision
 
-Output = Literal["labels", "masks", "overlays", "coco", "cells"]
+Output = Literal["labels", "masks", "overlays", "coco", "cells", "rois", "geojson"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
+DEFAULT_OUTPUTS = OUTPUTS[:5]
 MAX_PIXELS = 2**27
 """11,585 x 11,585."""
 
@@ -36,6 +39,8 @@ class PredictJob:
     write: tuple[Output, ...]
     tta: bool
     threshold: float | None
+    choice: Choice = EVERYTHING
+    """Planes and channel of files with several."""
 
     @property
     def with_torch(self) -> bool:
@@ -52,22 +57,22 @@ def load(job: PredictJob, device: str | None = None) -> Segmenter:
 
 
 def segment_file(job: PredictJob, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
-    """Segment an image file and write its output images.
+    """Segment an image file, or a plane of one, and write its output images.
 
     Args:
         job: the settings.
         network: from `load`.
-        file: path of the image in `job.root`.
+        file: path of the image in `job.root`, or address of a plane (`planes.address`).
         name: path of its output images without suffix.
         version: `results.version` of the image.
     """
     try:
-        pixels = formats.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
+        pixels = stacks.read(job.root, file, job.choice, MAX_PIXELS).pixels
     except formats.UnreadableImageError as error:
         return ImageResult(ImageRow(file, error=_one_line(error), version=version))
     except FileNotFoundError:
         return ImageResult(ImageRow(file, error="no such file: deleted, a broken link, or a name that is not UTF-8"))
-    except OSError as error:  # without a version: the next run tries to read it again
+    except (OSError, MachineError) as error:  # without a version: the next run tries to read it again
         return ImageResult(ImageRow(file, error=_one_line(error)))
     frame = network.frame(pixels)
     image, cells = frame.levels, network.segment_frame(frame)
@@ -118,5 +123,7 @@ PICTURES: dict[str, tuple[str, Callable[[NDArray[np.uint8], Cells], bytes]]] = {
     "labels": (".tif", lambda _, cells: label_tiff(cells.labels)),
     "masks": (".png", lambda _, cells: overlay.png(cells.foreground.astype(np.uint8) * 255)),
     "overlays": (".png", lambda image, cells: overlay.png(overlay.outlined(image, cells.labels))),
+    "rois": (".zip", lambda _, cells: imagej_rois.write(cells.labels)),
+    "geojson": (".geojson", lambda _, cells: geojson.write(cells.labels, cells.scores)),
 }
 """Outputs with one file per image, in the folder of that name: suffix, and encoder of an image (H, W) and its cells."""

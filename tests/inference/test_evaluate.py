@@ -7,11 +7,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from pycocotools import mask as coco_mask
 
 from raylivecell.annotations import rle
 from raylivecell.cells.watershed import InstanceConfig
+from raylivecell.cli import commands
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -163,3 +165,51 @@ def test_user_errors_are_reported_before_anything_is_written(saved: str, data: s
     (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="contains a run, whose report would be overwritten"):
         evaluate.evaluate(saved, data, "test", str(tmp_path / "run"))
+
+
+def test_label_images_and_a_coco_file_of_the_same_cells_have_equal_scores(
+    one_process: None, data: str, tmp_path: Path
+) -> None:
+    folder, records = tmp_path / "labels", []
+    (folder / "deep").mkdir(parents=True)
+    for index in range(SPLITS["test"]):
+        labels = np.roll(sample(index)["labels"], 1, axis=0).astype(np.int32) * 3  # labels with gaps, not quite right
+        stem = Path(sample(index)["file_name"]).stem
+        if index % 3 == 0:
+            tifffile.imwrite(folder / f"{stem}.tif", labels.astype(np.uint16))
+        elif index % 3 == 1:
+            cv2.imwrite(str(folder / f"{stem.lower()}_cp_masks.png"), labels)
+            cv2.imwrite(str(folder / f"{stem}.png"), sample(index)["image"])  # Cellpose writes masks next to images
+        else:
+            np.save(folder / "deep" / f"{stem}_labels.npy", labels.astype(float))
+        records += average_precision.results(1000 + index, rle.encode(labels), np.ones(len(np.unique(labels)) - 1))
+    file = tmp_path / "cells.json"
+    file.write_text(json.dumps(records))
+    of_records = evaluate.compare(str(file), data, "test", str(tmp_path / "compared"))
+    commands.evaluate(data, str(tmp_path / "out"), labels=str(folder))
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    names = of_records.keys() - {"predictions", "per_image"}
+    assert {name: result[name] for name in names} == json.loads(json.dumps({n: of_records[n] for n in names}))
+    assert 0.3 < result["msa"] < 1
+    assert result["labels"]["files"] == 10
+    assert len(result["labels"]["sha256"]) == 64
+    assert str(folder) in (tmp_path / "out" / "report.html").read_text()
+
+    def reason(**options: Any) -> str:
+        with pytest.raises(UserError) as error:
+            commands.evaluate(data, str(tmp_path / "out2"), **({"labels": str(folder)} | options))
+        assert not (tmp_path / "out2").exists()
+        return str(error.value)
+
+    assert "give one of them" in reason(predictions=str(file))
+    assert "--labels needs no network" in reason(checkpoint="run")
+    (folder / "A172_0.tif").rename(folder / "other.tif")
+    assert "1 of 10 images have no label image" in reason()
+    np.save(folder / "A172_0_masks.npy", np.zeros((5, 6), int))
+    assert "is 6 x 5, its image 64 x 48" in reason()
+    np.save(folder / "A172_0_masks.npy", np.full(sample(0)["labels"].shape, 0.5))
+    assert "not integers" in reason()
+    np.save(folder / "A172_0_seg.npy", np.array([{}]), allow_pickle=True)
+    assert "several label images of s" in reason()
+    (folder / "A172_0_masks.npy").unlink()
+    assert "pickled Python object" in reason()
