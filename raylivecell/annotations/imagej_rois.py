@@ -120,7 +120,7 @@ def _contents(data: bytes) -> Iterator[tuple[str, bytes]]:
             for entry in entries:
                 # zipfile returns at most `file_size` bytes, so that the sum above is the limit.
                 yield _name(entry.filename), archive.read(entry)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, *_DAMAGED) as error:
         raise AnnotationError(
             f"neither a RoiSet.zip nor a .roi file: {shortened(str(error))}; save it again in ImageJ"
         ) from error
