@@ -85,6 +85,7 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    diameter: float | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
@@ -97,10 +98,12 @@ def predict(
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
+        diameter: typical diameter of the cells in these images, in their pixels, if it differs from that of the
+            training images; results are in the pixels of the images.
     """
     from raylivecell.inference import predict as prediction
 
-    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links)
+    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links, diameter)
 
 
 def export(checkpoint: str, out: str) -> None:
@@ -222,7 +225,7 @@ def prepare(arguments: Sequence[str]) -> None:
             fields: settings of the source, and the rule for each kind of defect.
             strict: if there are defects, list them and stop.
         """
-        run(source, out, fields, strict, segmenter.intensity_rule)
+        run(source, out, fields, strict, segmenter.intensity_rule, segmenter.scale_of)
 
     call(command, "prepare", join_repeated("--on-defect", arguments), PREPARE_FLAGS)
 

@@ -5,4 +5,5 @@
    tiff, tiff_tags, tiff_segments, jpeg, file_kinds    details of the formats
 2. grey_levels    statistics of one image: background, spread, padding
 3. intensity      the rule that maps stored values to 0..255
+4. scale          the factor to the network's pixel size, and back
 """

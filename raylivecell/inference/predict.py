@@ -27,6 +27,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
 from raylivecell.data import sources
 from raylivecell.images import formats
+from raylivecell.images.scale import CELL_SIZE_WARNING
 from raylivecell.inference import actors, image_file, results, segmenter
 from raylivecell.inference.image_file import OUTPUTS, PICTURES, Output, PredictJob
 from raylivecell.runs import progress
@@ -44,6 +45,7 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    diameter: float | None = None,
 ) -> dict[str, Any]:
     """Segment images of any size; if killed and called again, it resumes and writes the same files.
 
@@ -64,6 +66,9 @@ def predict(
     reduced to luma. An unreadable image is listed in images.csv and does not stop the run. An image is skipped while
     its size and modification time are unchanged; the tables list only images that exist.
 
+    The image is scaled like the training images (`Scale.pixel_scale`), or by `diameter`; all outputs are in the pixels
+    of the image file. An image whose cells have a median diameter far from that of the training cells has a warning.
+
     Args:
         model_uri: folder of a checkpoint, of a run (for its best), or an .onnx file, which needs no torch.
         images_uri: a folder, searched recursively, or one image file: TIFF, PNG, JPEG or BMP.
@@ -73,6 +78,8 @@ def predict(
         threshold: lower limit of the probability of foreground pixels; default: the model's.
         overwrite: delete the results of an earlier run in `out`.
         follow_links: also follow links to files outside the folder.
+        diameter: typical diameter of the cells in these images, in their pixels: each image is scaled so that they are
+            as large as the training cells.
 
     Returns:
         {"images", "segmented", "cells", "confluence" (mean over images), "failed": [{"file", "error"}], "seconds",
@@ -88,8 +95,9 @@ def predict(
     if not model.endswith(segmenter.ONNX):
         model = progress.find(model)
     root, files = _list_images(images_uri, out, follow_links)
-    job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold)
+    job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold, diameter)
     network = image_file.load(job, "cpu")
+    network.factor(diameter)  # a UserError before anything is written
     _initialise(out, _settings(job, network, images_uri), overwrite)  # fails early if `out` is not writable
     if not storage.exists(storage.join(out, RECIPE)):
         storage.write_bytes(storage.join(out, RECIPE), network.recipe.encode())
@@ -107,6 +115,7 @@ def _settings(job: PredictJob, network: segmenter.Segmenter, images_uri: str) ->
         "thresholds": network.config.model_dump(),
         "tta": job.tta,
         "intensity": network.intensity.model_dump(mode="json"),
+        "pixel_scale": network.factor(job.diameter),
         "raylivecell": __version__,
     }
 
@@ -221,6 +230,13 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
     if not segmented:
         raise UserError(f"none of the {images} images at {images_uri} can be read: {failed[0]['error']}; see {table}")
     show_warnings(warnings, table)
+    if far := sum(any(text.startswith(CELL_SIZE_WARNING) for text in texts) for texts in warnings.values()):
+        console.print(
+            f"cells of another size than the training cells: {far} of {segmented} images; measure the typical diameter "
+            "of their cells in pixels and start again with --diameter PX",
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(f"{segmented} of {images} images segmented, {cells:,} cells: {table}", soft_wrap=True, markup=False)
     confluence = float(np.mean(confluences))
     return {"images": images, "segmented": segmented, "cells": cells, "confluence": confluence, "failed": failed}

@@ -9,6 +9,7 @@ import ray
 
 from raylivecell.data import shards
 from raylivecell.images.intensity import LIVECELL, Intensity
+from raylivecell.images.scale import UNSCALED, Scale
 from raylivecell.ingest.blocks import (
     CachedSamples,
     Reader,
@@ -49,6 +50,8 @@ class Samples:
     """`Source.task_cpus`."""
     intensity: Intensity = LIVECELL
     """Intensity rule of the dataset: the mapping from stored pixels to grey levels."""
+    scale: Scale = UNSCALED
+    """Pixel size and cell size of the dataset."""
 
     def val_sample(self, index: int) -> ValidationSample:
         """Return a validation sample."""
@@ -77,6 +80,7 @@ def open_samples(data: str, cells: bool = False) -> Samples:
         shards.provenance(data),
         session.task_cpus(),
         shards.intensity(data),
+        shards.scale(data),
     )
 
 

@@ -167,5 +167,5 @@ def report_row(state: progress.Progress, schedule: SampleSchedule) -> dict[str, 
 
 def save(folder: str, training: loop.TrainState, job: TrainJob) -> None:
     """Write a checkpoint of the job's training into `folder`."""
-    data, rule = job.samples.provenance, job.samples.intensity
-    checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule)
+    data, rule, scale = job.samples.provenance, job.samples.intensity, job.samples.scale
+    checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule, scale)
