@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from raylivecell.core.console import track
+
 UNITS = {
     "milliseconds": "milliseconds (shorter is better)",
     "seconds": "seconds (shorter is better)",
@@ -27,9 +29,9 @@ class Options(NamedTuple):
 def measure_in_turn(variants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Measure each variant `repeats` times, alternating, so that a drift of the machine's speed affects all."""
     values: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, variant in variants.items():
-            values[name].append(variant())
+    turns = [name for _ in range(repeats) for name in variants]
+    for name in track(turns, "measuring", len(turns)):
+        values[name].append(variants[name]())
     return values
 
 

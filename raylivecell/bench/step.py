@@ -29,6 +29,8 @@ CROP = (256, 256)
 # Steps per measured interval, and intervals per run; the first is warm-up.
 INTERVAL_STEPS, INTERVALS = 4, 3
 CPU_BATCHES = (1, 2, 8)
+MAX_GPU_BATCH = 64
+"""Doubling further until 140 GB are full took over 100 s on an H200."""
 # Side of the square matrices whose product measures the device's peak, and number of products.
 SIDES, PRODUCTS = {"cuda": 8192, "cpu": 2048}, 10
 LOSS_STEPS = 20
@@ -135,8 +137,8 @@ def _batch_variants(base: Recipe, device: torch.device, default: Precision, size
 
 
 def _fitting_batch_sizes(base: Recipe, device: torch.device) -> Iterator[int]:
-    """Powers of two, up to the largest batch that fits into a GPU's memory."""
-    for size in (2**power for power in itertools.count()):
+    """Powers of two, up to the largest batch that fits into a GPU's memory, at most MAX_GPU_BATCH."""
+    for size in itertools.takewhile(lambda size: size <= MAX_GPU_BATCH, (2**power for power in itertools.count())):
         try:
             loop_speed(base.model_copy(update={"batch_size": size}), random_planes(size), device)
         except torch.OutOfMemoryError:

@@ -3,13 +3,19 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from raylivecell.core.docstrings import unwrapped
 from raylivecell.core.errors import UserError
+
+if TYPE_CHECKING:
+    from raylivecell.recipe import Recipe
+
+FINETUNE = "finetune"
+"""The shipped recipe for --start-from."""
 
 Resume = Literal["never", "auto", "always"]
 """Whether to resume the run in --out; `auto`: if there is one."""
@@ -62,6 +68,17 @@ def _rules(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, str]] 
 
 def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
     """Return `arguments` with all values of `flag` after a single one at the end: the parser uses only the last."""
+    values, remaining = _separate(flag, arguments)
+    return [*remaining, flag, *values] if len(remaining) < len(arguments) else remaining
+
+
+def values_of(flag: str, arguments: Sequence[str]) -> list[str]:
+    """All values of a flag that may be repeated or have several values."""
+    return _separate(flag, arguments)[0]
+
+
+def _separate(flag: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of `flag`, and all other arguments."""
     values: list[str] = []
     remaining: list[str] = []
     in_flag = False
@@ -75,7 +92,7 @@ def join_repeated(flag: str, arguments: Sequence[str]) -> list[str]:
         else:
             in_flag = False
             remaining.append(word)
-    return [*remaining, flag, *values] if len(remaining) < len(arguments) else remaining
+    return values, remaining
 
 
 def call(
@@ -89,17 +106,48 @@ def call(
 def recipe_file(arguments: Sequence[str]) -> str | None:
     """Path or URI of the recipe file: --recipe, otherwise the recipe of the run that --resume continues."""
     recipe, out = value_of("--recipe", arguments), value_of("--out", arguments)
-    resume = value_of("--resume", arguments)
     if recipe is not None:
         from raylivecell import recipe as recipes
 
         return recipes.find(recipe)
-    if out is None or resume not in ("auto", "always"):
+    if out is None or not _resumed(arguments, out):
         return None
     from raylivecell.core import storage
     from raylivecell.runs import folder
 
-    return storage.join(out, folder.RECIPE) if folder.holds_run(out) else None
+    return storage.join(out, folder.RECIPE)
+
+
+def base_recipe(arguments: Sequence[str]) -> "Recipe":
+    """The recipe whose values are the defaults of the flags of `train` and `check`.
+
+    With --start-from, the network and the targets are the parent's unless the recipe file states them, and the default
+    recipe is `finetune`. A resumed run has them in its own recipe: its parent may no longer exist.
+    """
+    from raylivecell import recipe as recipes
+    from raylivecell.core import settings, storage
+    from raylivecell.runs import parents, progress
+
+    file, parent, out = recipe_file(arguments), value_of("--start-from", arguments), value_of("--out", arguments)
+    run = out if out is not None and _resumed(arguments, out) else None
+    if run is not None and parents.of_run(run):
+        inherited = recipes.load(storage.join(run, progress.RECIPE))
+    elif parent is not None:
+        inherited = recipes.load(storage.join(progress.find(storage.absolute(parent)), progress.RECIPE))
+    elif value_of("--recipe", arguments) == FINETUNE:
+        raise UserError(f"recipe {FINETUNE} has no network: give --start-from CHECKPOINT, or use another recipe")
+    else:
+        return recipes.load(file) if file else recipes.Recipe()
+    file = file or recipes.find(FINETUNE)
+    values = inherited.model_dump(mode="json", include={"model", "targets"}) | settings.read(file)
+    values.pop(recipes.SWEEP, None)
+    return recipes.parse(values, file)
+
+
+def _resumed(arguments: Sequence[str], out: str) -> bool:
+    from raylivecell.runs import folder
+
+    return value_of("--resume", arguments) in ("auto", "always") and folder.holds_run(out)
 
 
 def resumes(mode: Resume, out: str) -> bool:
@@ -111,7 +159,7 @@ def resumes(mode: Resume, out: str) -> bool:
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """Value of `--flag VALUE` or `--flag=VALUE`, if given; UserError if it is given twice or without a value."""
-    positions = [index for index, text in enumerate(arguments) if text.split("=", 1)[0] == flag]
+    positions = [index for index, text in enumerate(arguments) if text.split("=", 1)[0].replace("_", "-") == flag]
     if not positions:
         return None
     if len(positions) > 1:

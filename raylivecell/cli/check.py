@@ -22,12 +22,14 @@ from raylivecell.cli import probe
 from raylivecell.cli.probe import Node
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import shards
+from raylivecell.data import combined, shards
+from raylivecell.data.combined import Data
 from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.network import forward as network_forward
 from raylivecell.recipe import PhaseConfig, Recipe
 from raylivecell.runs import folder
+from raylivecell.runs.start_from import open_parent
 from raylivecell.runtime import placement, session
 from raylivecell.targets import sample_planes
 from raylivecell.training import loop, preflight
@@ -54,10 +56,11 @@ class Finding(NamedTuple):
 class CheckRequest(NamedTuple):
     """The run to check."""
 
-    data: str
+    data: Data
     out: str | None
     recipe: Recipe
     workers: int | tuple[int, int]
+    start_from: str | None = None
 
     @property
     def min_workers(self) -> int:
@@ -86,12 +89,18 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
     recipe = request.recipe
     description = None
     with _errors_as_findings("dataset") as errors:
-        description = shards.load_description(request.data)
+        description = combined.description(request.data)
     yield from errors
     if description:
-        yield dataset(request.data, description)
+        for uri in combined.uris(request.data):
+            yield dataset(uri, shards.load_description(uri))
     if request.out:
         yield run_name(request.out)
+    if request.start_from:
+        parent_finding = parent(request.start_from, recipe)
+        yield parent_finding
+        if parent_finding.level == "fail":  # its recipe is untrusted: build no network from it
+            return
     try:
         session.connect(dashboard=True)
     except UserError as error:
@@ -163,6 +172,17 @@ def run_name(out: str) -> Finding:
     if folder.holds_run(out):
         return Finding("fail", "run name", f"{out} contains a run", "choose another --out, or --resume always")
     return Finding("pass", "run name", f"{out} is free")
+
+
+def parent(start_from: str, recipe: Recipe) -> Finding:
+    """Check that weights of the checkpoint or run `start_from` fit the recipe's network."""
+    try:
+        description, *warnings = open_parent(start_from, recipe).lines
+    except (UserError, OSError) as error:
+        return Finding("fail", "start from", _line(error))
+    if warnings:
+        return Finding("warn", "start from", warnings[0].removeprefix("warning: "))
+    return Finding("pass", "start from", description.removeprefix("started from "))
 
 
 def cluster(nodes: Sequence[Node]) -> Finding:
@@ -268,7 +288,7 @@ def trial_batch(request: CheckRequest) -> Finding:
     """Check that a worker of the cluster can train one step on its largest possible share of a batch."""
     gpu = min(1, placement.gpu_slots(session.machines()))
     share = max(1, request.recipe.batch_size // request.min_workers)
-    crop = request.recipe.crop or max(shards.image_sizes(request.data, "train"), default=(64, 64))
+    crop = request.recipe.crop or max(combined.image_sizes(request.data, "train"), default=(64, 64))
     hint = "lower batch_size or crop, or use more --workers"
     if request.recipe.loop.compile:
         hint += ", or set loop.compile: false"

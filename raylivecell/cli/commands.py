@@ -85,6 +85,10 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    plane: str | None = None,
+    channel: int | None = None,
+    name_pattern: str | None = None,
+    frame_hours: float | None = None,
     diameter: float | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
@@ -98,24 +102,47 @@ def predict(
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.
+        plane: plane of files with several: its number from 0 (3), or indices of axes (z2, t3_z2); default: all planes.
+        channel: channel of files with several, from 0.
+        name_pattern: for growth curves: a regular expression, searched in each path without suffix, with the named
+            groups `well` and a time: `hours`, or `d`, `h`, `m`, or `year`, `month`, `day`, `h`, `m`, or `frame`; and,
+            optionally, `site`, `crop`, `condition`, `plate`. Default: names of LIVECell and Incucyte.
+        frame_hours: hours between frames, for names with the group `frame` and for time stacks.
         diameter: typical diameter of the cells in these images, in their pixels, if it differs from that of the
             training images; results are in the pixels of the images.
     """
+    from raylivecell.images.planes import Choice
     from raylivecell.inference import predict as prediction
 
-    prediction.predict(checkpoint, images, out, write, tta, threshold, overwrite, follow_links, diameter)
+    prediction.predict(
+        checkpoint,
+        images,
+        out,
+        write,
+        tta,
+        threshold,
+        overwrite,
+        follow_links,
+        choice=Choice(plane, channel),
+        name_pattern=name_pattern,
+        frame_hours=frame_hours,
+        diameter=diameter,
+    )
 
 
-def export(checkpoint: str, out: str) -> None:
+def export(checkpoint: str, out: str, author: tuple[str, ...] = (), scores: str | None = None) -> None:
     """Export a network to one file for other programs; the file is loaded again and its output compared.
 
     Args:
         checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
-        out: FILE.onnx, which `predict --checkpoint` can run, or FILE.pt2 for torch.export.
+        out: FILE.onnx, which `predict --checkpoint` can run; FILE.pt2 for torch.export; or FILE.zip, a bioimage.io
+            package.
+        author: bioimage.io package: names of its authors.
+        scores: bioimage.io package: folder written by `evaluate`; default: one in the run's folder, if any.
     """
     from raylivecell.inference import export as exporter
 
-    exporter.export(checkpoint, out)
+    exporter.export(checkpoint, out, author, scores)
 
 
 def download(arguments: Sequence[str]) -> None:
@@ -217,7 +244,7 @@ def prepare(arguments: Sequence[str]) -> None:
         fields: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig(),  # noqa: B008
         strict: bool = False,
     ) -> None:
-        """Read LIVECell, or any dataset with COCO annotations; write OUT/SPLIT/*.parquet and OUT/dataset.json.
+        """Read images and annotations, LIVECell or your own; write OUT/SPLIT/*.parquet and OUT/dataset.json.
 
         Args:
             source: folder or URI with images and annotation files.

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from raylivecell.cli.arguments import Resume, call, recipe_file, resumes, workers_in
+from raylivecell.cli.arguments import Resume, base_recipe, call, join_repeated, recipe_file, resumes, workers_in
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -19,22 +19,24 @@ def train(arguments: Sequence[str]) -> None:
     from raylivecell import recipe as recipes
     from raylivecell.training.train import train as run
 
-    file = recipe_file(arguments)
-    base = recipes.load(file) if file else recipes.Recipe()
+    base = base_recipe(arguments)
 
     def command(
-        data: str,
+        data: tuple[str, ...],
         out: str,
         fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
         recipe: str | None = None,
         workers: str = "1",
         resume: Resume = "never",
         retries: int = 3,
+        start_from: str | None = None,
+        data_weights: tuple[float, ...] = (),
     ) -> None:
         """Train a recipe on a prepared dataset with Ray Train.
 
         Args:
-            data: URI of a prepared dataset.
+            data: URI of a prepared dataset. Several (--data A --data B) are trained on together, with the intensity
+                rule of the first.
             out: URI of the run's folder: checkpoints, metrics.jsonl, tensorboard/, report.html.
             fields: the recipe's fields; a flag overrides the recipe file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
@@ -42,6 +44,11 @@ def train(arguments: Sequence[str]) -> None:
             resume: `always` continues the run in --out from its last checkpoint; `auto` does so if there is one and
                 otherwise starts a run, for jobs that the cluster may restart; `never` refuses a folder in use.
             retries: restarts from the last checkpoint after a worker has died.
+            start_from: fine-tune: start with the weights of this run (its best checkpoint) or checkpoint folder, where
+                their shapes fit. The default recipe is then `finetune`, with the parent's network and targets. A
+                resumed run does not read it again.
+            data_weights: one weight for each --data, in this order: its share of the samples of an epoch. Default:
+                every image of all sets once.
         """
         run(
             data,
@@ -51,9 +58,11 @@ def train(arguments: Sequence[str]) -> None:
             resumes(resume, out),
             retries,
             began=psutil.Process().create_time(),
+            start_from=start_from,
+            data_weights=data_weights,
         )
 
-    call(command, "train", arguments)
+    call(command, "train", join_repeated("--data", arguments))
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -122,28 +131,31 @@ def check(arguments: Sequence[str]) -> int:
     from raylivecell import recipe as recipes
     from raylivecell.cli import check as checks
     from raylivecell.core import storage
+    from raylivecell.data import combined
 
-    file = recipe_file(arguments)
-    base = recipes.load(file) if file else recipes.Recipe()
+    base = base_recipe(arguments)
 
     def command(
-        data: str,
+        data: tuple[str, ...],
         fields: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = base,
         recipe: str | None = None,
         out: str | None = None,
         workers: str = "1",
+        start_from: str | None = None,
+        data_weights: tuple[float, ...] = (),
     ) -> int:
         """Find what would fail or hang before a run starts; print numbered findings, exit with 1 at any `fail`.
 
         Args:
-            data: URI of a prepared dataset.
+            data: URI of a prepared dataset, or several: --data A --data B.
             fields: the recipe's fields; a flag overrides the recipe file.
             recipe: name of a shipped recipe (`raylivecell recipes`), or a YAML file.
             out: URI of the folder of the run to check.
             workers: training processes, N or MIN:MAX (elastic).
+            start_from: the run or checkpoint folder of `train --start-from`.
+            data_weights: those of `train`.
         """
-        return checks.check(
-            checks.CheckRequest(storage.absolute(data), out and storage.absolute(out), fields, workers_in(workers))
-        )
+        datasets, out = combined.of(data, data_weights), out and storage.absolute(out)
+        return checks.check(checks.CheckRequest(datasets, out, fields, workers_in(workers), start_from))
 
-    return call(command, "check", arguments)
+    return call(command, "check", join_repeated("--data", arguments))

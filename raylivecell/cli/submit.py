@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from raylivecell import recipe
 from raylivecell.cli import upload
-from raylivecell.cli.arguments import value_of
+from raylivecell.cli.arguments import value_of, values_of
 from raylivecell.core import addresses
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
@@ -38,7 +38,7 @@ JOB_ENV = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "PYTHONUNBUFFERED": "1"}
 """Environment variables of a job: to list its runs at `/api/train/v2/runs/v1`, and to print lines without buffering."""
 
 # A job runs in a copy of the uploaded folder, which is deleted afterwards: these flags need shared paths.
-SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions")
+SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions", "--start-from")
 # Seconds between attempts to reconnect to a log or to submit to a head that is not ready; maximum attempts to submit.
 RECONNECT_S, TRIES = 2.0, 15
 # Attempts to reach a cluster that does not answer while following a job; a head restarts within minutes.
@@ -69,7 +69,9 @@ class Request(NamedTuple):
     def metadata(self) -> dict[str, str]:
         """Metadata shown by the dashboard."""
         return {"stage": self.stage} | {
-            flag.strip("-"): value for flag in ("--data", "--out") if (value := value_of(flag, self.arguments))
+            flag.strip("-"): value
+            for flag in ("--data", "--out")
+            if (value := ", ".join(values_of(flag, self.arguments)))
         }
 
     def command(self, address: str, folder: Path) -> str:
@@ -102,12 +104,12 @@ def request(
 
 def _check_paths(arguments: Sequence[str], folder: Path) -> None:
     for flag in SHARED_FLAGS:
-        value = value_of(flag, arguments)
-        if value and "://" not in value and not value.startswith("/"):
-            raise UserError(
-                f"{flag} {value} is on this machine, not on the cluster; give s3://..., gs://... or an absolute path "
-                "on a disk that all its nodes share"
-            )
+        for value in values_of(flag, arguments):
+            if "://" not in value and not value.startswith("/"):
+                raise UserError(
+                    f"{flag} {value} is on this machine, not on the cluster; give s3://..., gs://... or an absolute "
+                    "path on a disk that all its nodes share"
+                )
     name = value_of("--recipe", arguments)
     if not name or "://" in (file := recipe.find(name)) or file.startswith("/"):
         return

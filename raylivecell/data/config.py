@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from raylivecell.annotations.drawing import TargetsConfig
 from raylivecell.core.settings import StrictModel
 from raylivecell.images.intensity import Kind
+from raylivecell.images.planes import Choice
 from raylivecell.images.scale import MAX_SCALE, MIN_SCALE
 
 Rules = Mapping[str, str]
@@ -38,6 +39,27 @@ DEFECT_KINDS: dict[str, DefectKind] = {
         "A record with missing or ill-typed fields, or a file name that leads out of the image folder.",
     ),
     "orphan_annotation": DefectKind(("drop",), "An annotation whose image is not listed."),
+    "unpaired_file": DefectKind(
+        ("drop", "refuse"),
+        "An image without an annotation file of its name, or the opposite, in formats with files per image.",
+    ),
+    "unreadable_annotation": DefectKind(
+        ("drop", "refuse"),
+        "An annotation file that cannot be used, with its image: damaged, in colour, several pages, a pickle, labels "
+        "that are negative or not integers.",
+    ),
+    "float_labels": DefectKind(("convert", "drop"), "A label image of floats that are all integers."),
+    "binary_mask": DefectKind(
+        ("refuse", "components", "one_cell", "drop"),
+        "A label image whose values are not cells: one value in several pieces, or values with on average 5 pieces or "
+        "more. components: each piece, connected by sides or corners, is a cell; cells that touch become one. "
+        "one_cell: each value is a cell.",
+    ),
+    "label_in_pieces": DefectKind(
+        ("keep", "largest", "split"),
+        "A label in several pieces. keep: they are one cell; largest: only the largest piece is the cell; split: each "
+        "piece is a cell.",
+    ),
     "duplicate_entry": DefectKind(
         ("keep_most_cells", "keep_first"),
         "An image file listed twice in a split under different ids: which entry to keep.",
@@ -49,7 +71,9 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
     "missing_file": DefectKind(("drop", "refuse"), "A listed image without a file."),
     "unlisted_file": DefectKind(("left out",), "An image file that no annotation file lists."),
-    "unreadable_image": DefectKind(("drop", "refuse"), "A file that contains no image, or several."),
+    "unreadable_image": DefectKind(
+        ("drop", "refuse"), "A file that contains no image, or several planes or channels without --plane or --channel."
+    ),
     "colour_image": DefectKind(("convert", "drop"), "A colour file. convert: to luma (0.299 R + 0.587 G + 0.114 B)."),
     "sixteen_bit_image": DefectKind(
         ("scale", "drop"),
@@ -57,7 +81,8 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
     "wrong_size": DefectKind(
         ("drop", "keep", "scale"),
-        "A file whose size differs from the JSON. keep: use the outlines as they are; scale: scale them to the file.",
+        "A file whose size differs from the JSON or the label image. keep: use the outlines as they are; scale: scale "
+        "outlines or label image (nearest neighbour) to the file.",
     ),
     "no_annotations": DefectKind(
         ("keep_in_test", "drop", "keep"),
@@ -108,6 +133,11 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     ),
 }
 """All kinds, in the order of the report."""
+FRAMES = "frames"
+"""Value of `group_by` that cuts series into ranges of frames."""
+
+SPLIT_TOLERANCE = 0.011
+"""Maximum difference of the sum of the fractions from 1: 0.33 0.33 0.33 is accepted."""
 
 
 def chosen_rule(rules: Rules, kind: str) -> str:
@@ -145,11 +175,35 @@ class PrepareConfig(StrictModel):
     """What to read, how to draw it, and the rule for each kind of defect."""
 
     on_defect: dict[str, str] = Field(default={}, description=_on_defect_help())
-    annotations: dict[Literal["train", "val", "test"], str] = Field(default={})
-    """Annotation file of each split: a path inside the source or a pattern (`LIVECell_single_cells/*/train.json`).
-    Default: detected from file and folder names."""
+    format: Literal["auto", "coco", "labels", "rois", "geojson"] = "auto"
+    """Format of the annotations. coco: JSON files for many images; labels: label images (TIFF, PNG, NPY) in `masks`
+    next to `images`, or NAME_masks.png next to NAME.tif, or one mask per cell (ID/images/ID.png, ID/masks/*.png); rois:
+    ImageJ ROIs (rois/NAME.zip or NAME.zip); geojson: QuPath's NAME.geojson. auto: COCO JSON if there is some, otherwise
+    the only other format."""
+    cell_type: str | None = None
+    """Cell type of all images. Default: the part of the name before `_Phase_`, otherwise the category of most
+    annotations."""
+    annotations: dict[Literal["train", "val", "test", "all"], str] = Field(default={})
+    """Annotation file of each split: a path inside the source or a pattern (`LIVECell_single_cells/*/train.json`);
+    with --split, the file of all images: `all PATH`. Default: detected from file and folder names."""
+    split: tuple[float, float, float] | None = None
+    """Fractions of the images for train, val and test, such as 0.8 0.1 0.1, for a source without splits. Groups of
+    images (--group-by) are never divided. Images without annotations are dropped, unless the rule is
+    no_annotations=keep."""
+    group_by: str | None = None
+    """Regular expression that finds the group of an image in its path inside the image folder: its captures, otherwise
+    the entire match. Default: the path without site, time and frame number, so that `A172_Phase_A7_1_01d08h00m_2.tif`
+    is in group `A172_Phase_A7` (the well), and `set18.tif` in group `set`. `frames`: cut each such series into ranges
+    of frames, for sources with few series; neighbouring frames are similar, so scores are too high. `.*`: each image is
+    a group of its own."""
     images: str | None = None
-    """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source."""
+    """Folder of the images inside the source. Default: `images` if it exists, otherwise the entire source; in formats
+    with files per image, all folders that are not named after annotations."""
+    plane: str | None = None
+    """Plane of the files that contain several (time, depth, pages): its number from 0 (3), or indices of axes (z2,
+    t3_z2). Without it, such a file is an unreadable_image, since annotations belong to one plane."""
+    channel: int | None = Field(default=None, ge=0)
+    """Channel of the files that contain several, from 0."""
     categories: tuple[str, ...] = ()
     """Categories (names or ids) whose annotations are cells; all others are background. Default: all are cells."""
     follow_links: bool = False
@@ -175,6 +229,19 @@ class PrepareConfig(StrictModel):
     overwrite: bool = False
     """Replace a dataset in OUT that was created from another source or with other settings."""
 
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        """ValueError unless the fractions are at least 0, have a sum of 1 within rounding, and train has some."""
+        if split is None:
+            return None
+        text = " ".join(f"{fraction:g}" for fraction in split)
+        if not all(0 <= fraction <= 1 for fraction in split) or abs(sum(split) - 1) > SPLIT_TOLERANCE:
+            raise ValueError(f"{text}: give the fractions of train, val and test, with a sum of 1, such as 0.8 0.1 0.1")
+        if not split[0]:
+            raise ValueError(f"{text}: the fraction of train must be above 0")
+        return split
+
     @field_validator("on_defect")
     @classmethod
     def _check_rules(cls, on_defect: dict[str, str]) -> dict[str, str]:
@@ -191,6 +258,11 @@ class PrepareConfig(StrictModel):
                 nearest = difflib.get_close_matches(rule, kinds[name].rules, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown rule {name}={rule}; did you mean {nearest}? Rules: {allowed}")
         return on_defect
+
+    @property
+    def choice(self) -> Choice:
+        """Planes and channel to read."""
+        return Choice(self.plane, self.channel)
 
     @model_validator(mode="after")
     def _check_sources(self) -> "PrepareConfig":

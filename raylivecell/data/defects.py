@@ -171,7 +171,8 @@ def _size_difference(entry: Entry, info: ImageInfo) -> str:
     if size == (info.width, info.height):
         return ""
     swapped = "; width and height swapped?" if size == (info.height, info.width) else ""
-    return f"the file is {info.width} x {info.height}, {entry.annotation} lists {size[0]} x {size[1]}{swapped}"
+    verb = "lists" if entry.annotation.lower().endswith(".json") else "has"
+    return f"the file is {info.width} x {info.height}, {entry.annotation} {verb} {size[0]} x {size[1]}{swapped}"
 
 
 def listed_size(entry: Entry, info: ImageInfo) -> tuple[int, int]:

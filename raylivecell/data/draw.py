@@ -18,18 +18,20 @@ from raylivecell.data.cell_defects import check_cells
 from raylivecell.data.config import Rules, rule_of
 from raylivecell.data.defects import Defect, ImageInfo
 from raylivecell.data.description import ImageStatistics, ShardAccount
+from raylivecell.data.paired_source import read_cells
 from raylivecell.data.plan import ImagePlan, ShardTask
 from raylivecell.images import formats, grey_levels, intensity, scale
+from raylivecell.images.planes import EVERYTHING, Choice
 
 VISIBLE_STD = 4.0
 """Local standard deviation, in grey levels, above which a pixel looks like a cell."""
 
 
-def examine(uri: str) -> ImageInfo:
-    """Return the properties of the image file at `uri`."""
+def examine(uri: str, choice: Choice = EVERYTHING) -> ImageInfo:
+    """Return the properties of the image file at `uri`, or of the chosen plane of a file with several."""
     data = storage.read_bytes(uri)
     try:
-        decoded = formats.decode(data)
+        decoded = formats.decode(data, choice=choice)
     except formats.UnreadableImageError as error:
         return ImageInfo(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(decoded.pixels)
@@ -75,9 +77,14 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
     histogram = np.zeros(256, np.int64)
     start = 0
     for image, length in zip(task.plan.images, task.cell_bytes, strict=True):
-        records = decode_cells(encoded_cells[start : start + length])
+        pixels = _read_pixels(task.source, image, task.choice)
+        if image.pair is None:
+            records = decode_cells(encoded_cells[start : start + length])
+        else:
+            shape = (pixels.shape[0], pixels.shape[1])
+            records = read_cells(task.source, image.pair, image.annotation_sha256, shape, task.rules)
         start += length
-        stored = intensity.to_uint8(_read_pixels(task.source, image), task.intensity)
+        stored = intensity.to_uint8(pixels, task.intensity)
         frame = scale.resize_frame(stored, image.pixel_scale)
         row = draw_sample(frame.levels, image, records, task.rules, task.border_sigma, account.defects)
         if row is None:
@@ -105,13 +112,13 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
     account.histogram = histogram.tolist()
 
 
-def _read_pixels(source: str, image: ImagePlan) -> np.ndarray:
+def _read_pixels(source: str, image: ImagePlan, choice: Choice) -> np.ndarray:
     """Return stored pixels, uint8 or uint16 (H, W); UserError if the file changed since it was examined."""
     uri = storage.join(source, image.path)
     data = storage.read_bytes(uri)
     if hashlib.sha256(data).hexdigest() != image.sha256:
         raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
-    return formats.decode(data).pixels
+    return formats.decode(data, choice=choice).pixels
 
 
 def draw_sample(

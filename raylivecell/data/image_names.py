@@ -51,7 +51,7 @@ def find_images(files: Sequence[str], folder: str | None) -> "ImageFolder":
         )
     by_name: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        by_name[_folded(posixpath.basename(path))].append(path)
+        by_name[folded(posixpath.basename(path))].append(path)
     splits = frozenset().union(*map(splits_of_folder, {posixpath.dirname(path) + "/" for path in paths}))
     paths_by_name = {name: tuple(members) for name, members in by_name.items()}
     return ImageFolder(paths, prefix, paths_by_name, splits, frozenset(paths))
@@ -66,7 +66,7 @@ class ImageFolder:
     prefix: str
     """Folder of the images, with a trailing slash; "" for the source itself."""
     by_name: Mapping[str, tuple[str, ...]]
-    """Paths by their last part, normalised by `_folded`."""
+    """Paths by their last part, normalised by `folded`."""
     splits: frozenset[str]
     """Splits that have folders named after them."""
     path_set: frozenset[str]
@@ -82,8 +82,8 @@ class ImageFolder:
                 # A name with a folder refers to that folder, whatever split the folder is named after.
                 return Match((path,), strength) if "/" in relative else self._of_split([path], split, strength)
         for name in dict.fromkeys((relative, unquote(relative))):
-            candidates = self.by_name.get(_folded(posixpath.basename(name)), ())
-            for strength, normalise in ((EXACT, str), (FOLDED, _folded)):
+            candidates = self.by_name.get(folded(posixpath.basename(name)), ())
+            for strength, normalise in ((EXACT, str), (FOLDED, folded)):
                 paths = [path for path in candidates if _ends_with(normalise(path), normalise(name))]
                 if paths:
                     strength = strength if name == relative and not foreign else FOLDED
@@ -116,16 +116,16 @@ class ImageFolder:
         """Match the longest trailing part of `name` that any file has."""
         parts = [part for part in unquote(name).split("/") if part not in ("", "..")]
         for first in range(len(parts)):
-            end = _folded("/".join(parts[first:]))
-            paths = [path for path in self.by_name.get(_folded(parts[-1]), ()) if _ends_with(_folded(path), end)]
+            end = folded("/".join(parts[first:]))
+            paths = [path for path in self.by_name.get(folded(parts[-1]), ()) if _ends_with(folded(path), end)]
             if paths:
-                return self._nearest(paths, end, split, annotation, _folded, LAST_PARTS)
+                return self._nearest(paths, end, split, annotation, folded, LAST_PARTS)
         return Match(())
 
     def with_other_suffix(self, file_name: str) -> str:
         """Return a file whose name differs from `file_name` only in its suffix, or ""."""
         stem = posixpath.splitext(posixpath.basename(_relative_name(file_name)))[0]
-        names = (_folded(stem + suffix) for suffix in formats.SUFFIXES)
+        names = (folded(stem + suffix) for suffix in formats.SUFFIXES)
         return next((self.by_name[name][0] for name in names if name in self.by_name), "")
 
     def relative(self, path: str) -> str:
@@ -159,7 +159,7 @@ def splits_of_folder(path: str) -> frozenset[str]:
     return frozenset()
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """Normalise case and Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 

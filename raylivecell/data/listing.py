@@ -19,6 +19,8 @@ from raylivecell.images import formats
 _NO_DATA = {"__MACOSX", "@eaDir"}
 """Folders of macOS archives and Synology thumbnails, whose files have the same names as the originals."""
 
+ANNOTATION_SUFFIXES = (".json", ".npy", ".zip", ".roi", ".geojson")
+"""Suffixes of annotation files that are no images."""
 _CONTENT_NAME = re.compile(
     r"/[A-Z0-9_]+(-[a-zA-Z]\d+)*--[0-9a-f]{32,}(\.\w+)*$"  # git-annex: SHA256E-s1234--HASH.tif
     r"|/[0-9a-f]{2}/[0-9a-f]{30}$"  # DVC: files/md5/HA/SH
@@ -33,7 +35,7 @@ class Listing:
     infos: dict[str, pafs.FileInfo] = field(default_factory=dict)
     """By path relative to the folder, with forward slashes."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Reason by path for image and JSON files that cannot be read: dangling links, names that are not UTF-8."""
+    """Reason by path for image and annotation files that cannot be read: dangling links, names that are not UTF-8."""
     followed: list[str] = field(default_factory=list)
     """Targets of links that lead out of the folder."""
 
@@ -114,8 +116,8 @@ def _printable(path: str) -> str:
 
 
 def _is_relevant(path: str) -> bool:
-    """Whether the name is that of an image or a JSON file."""
-    return formats.is_image_name(path) or path.lower().endswith(".json")
+    """Whether the name is that of an image or an annotation file."""
+    return formats.is_image_name(path) or path.lower().endswith(ANNOTATION_SUFFIXES)
 
 
 def _follow(link: str, root: str, follow_links: bool, listing: Listing) -> bool:
@@ -152,3 +154,15 @@ def show(listing: Listing, folder: str) -> None:
         lines.append(f"followed {len(listing.followed)} links from {folder} to files in {parent}")
     for line in lines:
         console.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
+    """List every file under the folder `uri`: size and modification time by path; UserError without a folder.
+
+    Includes unreadable images (dangling links, names that are not UTF-8): reading them fails, so that each has a line
+    in a result. Prints the files left out and the links followed.
+    """
+    listing = list_folder(uri, follow_links)
+    show(listing, uri)
+    unreadable = (path for path in listing.left_out if formats.is_image_name(path))
+    return {path: pafs.FileInfo(path, pafs.FileType.File, size=0, mtime_ns=0) for path in unreadable} | listing.infos

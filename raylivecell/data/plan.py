@@ -16,13 +16,20 @@ from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.data import cell_defects, description, shards
+from raylivecell.data import cell_defects, description, shards, splitting
 from raylivecell.data.config import PrepareConfig, rule_of
 from raylivecell.data.defects import Entry, ImageInfo, listed_size
+from raylivecell.data.paired_source import PairedSource, read_cells
+from raylivecell.data.pairing import Pair
 from raylivecell.data.sources import Source
 from raylivecell.images.intensity import Intensity
+from raylivecell.images.planes import EVERYTHING, Choice
 from raylivecell.images.scale import MAX_SCALE, MIN_SCALE, Scale, diameter_of, scaled_shape
 
+RECORDED = {
+    *("format", "annotations", "split", "group_by", "images", "categories", "cell_type", "shard_images"),
+}
+"""Settings in `source` of dataset.json."""
 SHARD_PIXELS = 2**27
 """Maximum pixels per shard: a shard is compressed in memory from 5 bytes per pixel, so 670 MB."""
 
@@ -46,8 +53,18 @@ class ImagePlan:
     """Factors on x and y of the outlines, to the pixels of the prepared image."""
     pixels: int
     """Of the prepared image."""
+    pair: Pair | None = None
+    """Annotation files of the image, in formats with files per image."""
+    annotation_sha256: str = ""
+    """Of these files when they were examined."""
     pixel_scale: float = 1.0
     """Factor from the image file to the prepared image."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "ImagePlan":
+        """Restore a plan from the result of `asdict`, also after a JSON round trip."""
+        pair = row["pair"] and Pair(row["pair"]["image"], tuple(row["pair"]["annotations"]), row["pair"]["cell_masks"])
+        return cls(**{**row, "pair": pair})
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,8 @@ class ShardTask:
     """Rule by kind of defect."""
     cell_bytes: tuple[int, ...] = ()
     """Length of each image's encoded cells in `cells_uri`."""
+    choice: Choice = EVERYTHING
+    """Plane and channel of image files with several."""
 
     @property
     def shard_uri(self) -> str:
@@ -105,35 +124,50 @@ class ShardTask:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ShardTask":
         """Restore a task from the result of `to_row`, also after a JSON round trip."""
-        images = tuple(ImagePlan(**image) for image in row["plan"]["images"])
+        images = tuple(ImagePlan.from_row(image) for image in row["plan"]["images"])
         plan = ShardPlan(row["plan"]["split"], row["plan"]["file"], images)
-        return cls(**{**row, "plan": plan, "intensity": Intensity.model_validate(row["intensity"])})
+        return cls(
+            **{
+                **row,
+                "plan": plan,
+                "intensity": Intensity.model_validate(row["intensity"]),
+                "choice": Choice(*row["choice"]),
+            }
+        )
 
 
 def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that dataset.json records; a dataset with other settings is not overwritten silently."""
-    fields = config.model_dump(include={"annotations", "images", "categories", "shard_images"}, mode="json")
+    fields = config.model_dump(include=RECORDED, mode="json")
+    # Only if chosen: the settings of earlier datasets lack them.
+    chosen = {name: value for name, value in config.choice._asdict().items() if value is not None}
     return {
-        "source": {"uri": source, **fields},
+        "source": {"uri": source, **fields, **chosen},
         "targets": config.targets.model_dump(),
         "rules": config.rules(),
     }
 
 
 def plan_shards(
-    entries: Sequence[Entry], infos: Mapping[str, ImageInfo], config: PrepareConfig, pixel_scale: float = 1.0
+    source: Source | PairedSource,
+    entries: Sequence[Entry],
+    infos: Mapping[str, ImageInfo],
+    config: PrepareConfig,
+    pixel_scale: float = 1.0,
 ) -> list[ShardPlan]:
     """Distribute the images, scaled by `pixel_scale`, over shards, in the order of the dataset."""
     plans = []
     for split in shards.SPLITS:
         own = [entry for entry in entries if entry.split == split]
-        images = [_plan_image(entry, infos[entry.path or ""], config, pixel_scale) for entry in own]
+        images = [_plan_image(source, entry, infos[entry.path or ""], config, pixel_scale) for entry in own]
         for number, group in enumerate(_groups(images, config.shard_images)):
             plans.append(ShardPlan(split, f"{split}/part-{number:05d}.parquet", tuple(group)))
     return plans
 
 
-def _plan_image(entry: Entry, info: ImageInfo, config: PrepareConfig, pixel_scale: float) -> ImagePlan:
+def _plan_image(
+    source: Source | PairedSource, entry: Entry, info: ImageInfo, config: PrepareConfig, pixel_scale: float
+) -> ImagePlan:
     if entry.cells > MAX_CELLS:
         raise UserError(f"{entry.image.file_name} has {entry.cells} cells, more than {MAX_CELLS}; cut it into tiles")
     height, width = scaled_shape((info.height, info.width), pixel_scale)
@@ -143,6 +177,8 @@ def _plan_image(entry: Entry, info: ImageInfo, config: PrepareConfig, pixel_scal
             f"cut it into tiles, or give a smaller --pixel-scale than {pixel_scale:.3g}"
         )
     to_file = outline_scale(entry, info, config)
+    pair = source.pairs[entry.image.file_name] if isinstance(source, PairedSource) else None
+    sha256 = source.infos[entry.image.file_name].sha256 if isinstance(source, PairedSource) else ""
     return ImagePlan(
         file_name=entry.image.file_name,
         path=entry.path or "",
@@ -153,6 +189,8 @@ def _plan_image(entry: Entry, info: ImageInfo, config: PrepareConfig, pixel_scal
         sha256=info.sha256,
         scale=(to_file[0] * (width / info.width), to_file[1] * (height / info.height)),
         pixels=width * height,
+        pair=pair,
+        annotation_sha256=sha256,
         pixel_scale=pixel_scale,
     )
 
@@ -165,7 +203,11 @@ def outline_scale(entry: Entry, info: ImageInfo, config: PrepareConfig) -> tuple
 
 
 def pixel_scale_to(
-    target: Scale, source: Source, entries: Sequence[Entry], infos: Mapping[str, ImageInfo], config: PrepareConfig
+    target: Scale,
+    source: Source | PairedSource,
+    entries: Sequence[Entry],
+    infos: Mapping[str, ImageInfo],
+    config: PrepareConfig,
 ) -> float:
     """Return the factor that gives the training cells the median diameter of those of `target`.
 
@@ -180,8 +222,15 @@ def pixel_scale_to(
     areas: list[float] = []
     train = [entry for entry in entries if entry.split == "train"]
     for entry in train or entries:
-        x, y = outline_scale(entry, infos[entry.path or ""], config)
-        areas += [x * y * area for area in cell_defects.areas(decode_cells(source.encoded_cells(entry)))]
+        info = infos[entry.path or ""]
+        x, y = outline_scale(entry, info, config)
+        if isinstance(source, PairedSource):
+            name = entry.image.file_name
+            shape = (info.height, info.width)
+            records = read_cells(source.uri, source.pairs[name], source.infos[name].sha256, shape, config.rules())
+        else:
+            records = decode_cells(source.encoded_cells(entry))
+        areas += [x * y * area for area in cell_defects.areas(records)]
     if not areas:
         raise UserError(f"--diameter-from {uri}: the source has no cell to measure; give --pixel-scale instead")
     own = float(np.median(diameter_of(areas)))
@@ -208,7 +257,7 @@ def _groups(images: Sequence[ImagePlan], max_images: int) -> Iterator[list[Image
 
 def dataset_head(
     settings: Mapping[str, Any],
-    source: Source,
+    source: Source | PairedSource,
     plans: Sequence[ShardPlan],
     intensity: Intensity,
     pixel_scale: float = 1.0,
@@ -217,21 +266,13 @@ def dataset_head(
 
     The bytes of the dataset depend only on what the fingerprint covers.
     """
-    files = [
-        {
-            "split": split,
-            "file": path,
-            "sha256": file.sha256,
-            "bytes": file.size,
-            "images": len(file.images),
-            "cells": sum(file.counts().values()),
-        }
-        for (split, path), file in source.annotations.items()
-    ]
+    files = source.files()
     rule = intensity.model_dump(mode="json")
     version = [__version__, shards.FORMAT_VERSION, str(shards.SCHEMA)]
     text = json.dumps([version, settings, files, rule, [asdict(plan) for plan in plans]], sort_keys=True)
-    provenance = {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
+    provenance: dict[str, Any] = {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
+    if source.assignment is not None:
+        provenance["groups"] = splitting.describe(source.assignment)
     return {
         **description.legal(*source.info_and_licences()),
         **settings,

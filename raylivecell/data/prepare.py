@@ -1,7 +1,8 @@
 """Annotated images -> Parquet shards and dataset.json, on Ray Data.
 
-1. `sources.read_source`   every annotation file, streamed; listed images matched with files
-2. `_examine`              every listed file: checksum, size, depth, errors (Ray Data, `draw.examine`)
+1. `sources.read_source`   every COCO file, streamed; listed images matched with files. Files per image: paired by name
+2. `_examine`              every listed file: checksum, size, depth, errors (Ray Data, `draw.examine`); then annotation
+                           files per image (Ray Data, `paired_source.examine`)
 3. `_check_images`        the rule for each defect of an image; the intensity rule of the dataset
 4. `plan.plan_shards`      images sorted by name, 64 per shard
 5. `_draw`                 missing or incomplete shards are drawn (Ray Data, `draw.draw_shard`), each with its account;
@@ -27,7 +28,7 @@ import ray.data
 from raylivecell.annotations import categories
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import description, draw, plan, shards
+from raylivecell.data import description, draw, plan, shards, splitting
 from raylivecell.data.config import PrepareConfig
 from raylivecell.data.defects import (
     Defect,
@@ -40,9 +41,11 @@ from raylivecell.data.defects import (
     summary,
 )
 from raylivecell.data.description import ShardAccount
+from raylivecell.data.paired_source import PairedSource, examine, to_info
 from raylivecell.data.plan import ShardTask
 from raylivecell.data.sources import Source, read_source
 from raylivecell.images.intensity import Intensity
+from raylivecell.images.planes import Choice
 from raylivecell.images.scale import Scale
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import data_settings, quiet_data
@@ -63,7 +66,7 @@ def prepare(
     """Write the dataset at URI `out` from the annotated images in the folder or URI `source`.
 
     Args:
-        source: a LIVECell-shaped folder, or any folder with COCO JSON and images.
+        source: a LIVECell-shaped folder, or any folder with images and annotations in a format of `config.format`.
         out: where to write the dataset. A dataset created from the same source and settings is not changed.
         config: settings; default: `PrepareConfig()`.
         strict: if there are defects, list them, raise UserError and leave nothing at `out`.
@@ -87,25 +90,27 @@ def _prepare(
     read_rule: Callable[[str], Intensity],
     read_scale: Callable[[str], Scale],
 ) -> dict[str, Any]:
+    splitting.check_settings(config)
     settings = plan.requested_settings(source_uri, config)
     previous = _previous_dataset(out, settings, config)
     source = read_source(source_uri, config)
     session.connect()
-    infos = _examine(source)
+    infos = _examine(source, config.choice)
+    if isinstance(source, PairedSource):
+        _examine_annotations(source, infos)
     entries, defects, rule = _check_images(source, infos, config, read_rule)
     if notice := categories.notice(source.categories, config.categories):
         _print(notice)
     with _listing(defects):
         _check_rules(defects, strict)
         _check_splits(source, Counter(entry.split for entry in entries), defects)
-    for (_, path), file in source.annotations.items():
-        if not file.images:
-            _print(f"warning: {path} lists no image")
+    for path in source.empty_files():
+        _print(f"warning: {path} lists no image")
     pixel_scale = config.pixel_scale
     if config.diameter_from:
         pixel_scale = plan.pixel_scale_to(read_scale(config.diameter_from), source, entries, infos, config)
         _print(f"pixel scale: {pixel_scale:g}, from the cell size of {config.diameter_from}")
-    plans = plan.plan_shards(entries, infos, config, pixel_scale)
+    plans = plan.plan_shards(source, entries, infos, config, pixel_scale)
     head = plan.dataset_head(settings, source, plans, rule, pixel_scale)
     if previous is not None and previous["source"] == head["source"] and _is_complete(out, previous):
         _delete_all_but(out, {shard.file for shard in plans})
@@ -117,7 +122,7 @@ def _prepare(
         raise UserError(f"--strict may stop half-way and would lose the dataset at {out}; choose another --out")
     work = storage.join(out, f".prepare-{head['source']['fingerprint'][:16]}")
     sigma, rules = config.targets.border_sigma, config.rules()
-    tasks = [ShardTask(shard, source_uri, out, work, rule, sigma, rules) for shard in plans]
+    tasks = [ShardTask(shard, source_uri, out, work, rule, sigma, rules, choice=config.choice) for shard in plans]
     try:
         return _write(source, tasks, head, defects, strict)
     except UserError:
@@ -144,15 +149,24 @@ def _previous_dataset(out: str, settings: Mapping[str, Any], config: PrepareConf
     return previous
 
 
-def _examine(source: Source) -> dict[str, ImageInfo]:
+def _examine(source: Source | PairedSource, choice: Choice) -> dict[str, ImageInfo]:
     """Return the content of every listed image file, by path."""
     paths = sorted({entry.path for entry in source.entries if entry.path})
     rows = [
-        {"source": source.uri, "paths": paths[first : first + IMAGES_PER_TASK]}
+        {"source": source.uri, "paths": paths[first : first + IMAGES_PER_TASK], "choice": choice}
         for first in range(0, len(paths), IMAGES_PER_TASK)
     ]
     results = (item for result in _on_ray(_examine_images, rows) for item in result["infos"].items())
     return {path: ImageInfo(**info) for path, info in console.track(results, "examining images", len(paths))}
+
+
+def _examine_annotations(source: PairedSource, images: Mapping[str, ImageInfo]) -> None:
+    """Read all annotation files of a source with files per image."""
+    rows = source.requests(images)
+    results = (item for result in _on_ray(examine, rows) for item in result["infos"].items())
+    count = sum(len(row["items"]) for row in rows)
+    infos = {name: to_info(info) for name, info in console.track(results, "reading annotation files", count)}
+    source.complete(infos, images)
 
 
 def _on_ray(
@@ -183,11 +197,15 @@ def _run_task(batch: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) 
 
 
 def _examine_images(row: dict[str, Any]) -> dict[str, Any]:
-    return {"infos": {path: asdict(draw.examine(storage.join(row["source"], path))) for path in row["paths"]}}
+    choice = Choice(*row["choice"])
+    return {"infos": {path: asdict(draw.examine(storage.join(row["source"], path), choice)) for path in row["paths"]}}
 
 
 def _check_images(
-    source: Source, infos: Mapping[str, ImageInfo], config: PrepareConfig, read_rule: Callable[[str], Intensity]
+    source: Source | PairedSource,
+    infos: Mapping[str, ImageInfo],
+    config: PrepareConfig,
+    read_rule: Callable[[str], Intensity],
 ) -> tuple[list[Entry], list[Defect], Intensity]:
     """Return the images to draw, the defects of files and images, and the intensity rule of the dataset."""
     rules = config.on_defect
@@ -223,11 +241,11 @@ def _check_rules(defects: Sequence[Defect], strict: bool) -> None:
         raise UserError(f"{summary(refused)}; fix them, {hint}")
 
 
-def _check_splits(source: Source, images: Mapping[str, int], defects: Sequence[Defect]) -> None:
+def _check_splits(source: Source | PairedSource, images: Mapping[str, int], defects: Sequence[Defect]) -> None:
     """UserError if a split lists images but none remains."""
     listed = {split: counts["images"] for split, counts in source.listed_counts().items()}
     if not any(listed.values()):
-        files = ", ".join(path for _, path in source.annotations)
+        files = ", ".join(source.empty_files())
         raise UserError(f"the annotation files of {source.uri} list no images: {files}; export the image records too")
     empty = [split for split, count in listed.items() if count and not images[split]]
     if empty:
@@ -264,7 +282,11 @@ def _delete_all_but(out: str, files: set[str], work: str = "") -> None:
 
 
 def _write(
-    source: Source, tasks: Sequence[ShardTask], head: Mapping[str, Any], defects: Sequence[Defect], strict: bool
+    source: Source | PairedSource,
+    tasks: Sequence[ShardTask],
+    head: Mapping[str, Any],
+    defects: Sequence[Defect],
+    strict: bool,
 ) -> dict[str, Any]:
     """Write the missing shards, then dataset.json; return its content."""
     out = tasks[0].out
@@ -301,7 +323,7 @@ def _finished(task: ShardTask) -> ShardAccount | None:
     return account if complete else None
 
 
-def _draw(source: Source, tasks: Sequence[ShardTask]) -> dict[str, ShardAccount]:
+def _draw(source: Source | PairedSource, tasks: Sequence[ShardTask]) -> dict[str, ShardAccount]:
     """Draw and write the shards of `tasks`; return their accounts by file."""
     entries = {(entry.split, entry.annotation, entry.image.id): entry for entry in source.entries}
     rows = []
@@ -327,7 +349,9 @@ def _draw_shard(row: dict[str, Any]) -> dict[str, Any]:
     return asdict(draw.draw_shard(ShardTask.from_row(row)))
 
 
-def _check_result(dataset: Mapping[str, Any], source: Source, defects: Sequence[Defect], strict: bool) -> None:
+def _check_result(
+    dataset: Mapping[str, Any], source: Source | PairedSource, defects: Sequence[Defect], strict: bool
+) -> None:
     """UserError for defects if `strict`, for splits without images, and for datasets without cells."""
     if strict and defects:
         raise UserError(f"{summary(defects)}; fix them or leave out --strict")

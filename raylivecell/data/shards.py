@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from raylivecell.annotations import rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
-from raylivecell.images.intensity import Intensity
+from raylivecell.images.intensity import Intensity, to_uint8
 from raylivecell.images.scale import Scale
 
 SPLITS = ("train", "val", "test")
@@ -68,6 +68,8 @@ class Row:
     group: int
     version: str = ""
     """Identifies the content of the shard, which may be overwritten."""
+    rule: Intensity | None = None
+    """Converts the image when it is read; None: the image is used as stored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,8 @@ class Rows(Sequence[Row]):
     """Cumulative number of samples, including each shard."""
     versions: NDArray[np.bytes_]
     """`Row.version` of each shard."""
+    rules: tuple[tuple[int, Intensity | None], ...] = ()
+    """`Row.rule` of the samples up to each index; empty: None for all."""
 
     @classmethod
     def of(cls, shards: Iterable[tuple[str, int]], versions: Iterable[str] | None = None) -> "Rows":
@@ -91,6 +95,18 @@ class Rows(Sequence[Row]):
         uris = np.array([uri.encode() for uri, _ in pairs], np.bytes_)
         encoded_versions = np.array([version.encode() for version in versions or [""] * len(pairs)], np.bytes_)
         return cls(uris, np.cumsum([count for _, count in pairs], dtype=np.int64), encoded_versions)
+
+    @classmethod
+    def join(cls, parts: Sequence["Rows"], rules: Sequence[Intensity | None]) -> "Rows":
+        """Join the samples of several datasets; `rules` has the `Row.rule` of each."""
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64).tolist()
+        starts = [0, *ends[:-1]]
+        return cls(
+            np.concatenate([part.shards for part in parts]),
+            np.concatenate([part.ends + start for part, start in zip(parts, starts)]),
+            np.concatenate([part.versions for part in parts]),
+            tuple(zip(ends, rules, strict=True)) if any(rules) else (),
+        )
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.ends.size else 0
@@ -106,7 +122,8 @@ class Rows(Sequence[Row]):
             raise IndexError(f"sample {sample} of {len(self)}")
         shard = int(np.searchsorted(self.ends, sample, side="right"))
         group = int(sample - (self.ends[shard - 1] if shard else 0))
-        return Row(self.shards[shard].decode(), group, self.versions[shard].decode())
+        rule = next((rule for end, rule in self.rules if sample < end), None)
+        return Row(self.shards[shard].decode(), group, self.versions[shard].decode(), rule)
 
 
 def write_shard(uri: str, rows: Iterable[Sample], scaled: bool = False) -> dict[str, Any]:
@@ -204,9 +221,11 @@ def list_rows(data: str, split: str) -> Rows:
 def read_row(row: Row, columns: Sequence[str]) -> Sample:
     """Read `columns` of one sample: pixel columns as read-only arrays (H, W), the others as Python values.
 
-    `padding` is bool (H, W), or None without padding. `height` and `width` are always included.
+    The image is converted by the row's rule, if it has one. `padding` is bool (H, W), or None without padding.
+    `height` and `width` are always included.
     """
-    names = list(dict.fromkeys(["height", "width", *columns]))
+    convert = row.rule is not None and "image" in columns
+    names = list(dict.fromkeys(["height", "width", *columns, *(["padding"] if convert else [])]))
     file = _open(row.shard, row.version)
     try:
         _check_size(file.metadata.row_group(row.group))
@@ -219,6 +238,8 @@ def read_row(row: Row, columns: Sequence[str]) -> Sample:
             sample["padding"] = rle.decode({"size": list(shape), "counts": counts}) != 0
         elif counts is not None:
             sample["padding"] = None
+        if convert and row.rule is not None:
+            sample["image"] = to_uint8(sample["image"], row.rule, sample["padding"]).levels
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"cannot read row {row.group} of shard {row.shard}: {_line(error)}; {AGAIN}") from error
     return sample

@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from pyarrow import fs as pafs
-
 from raylivecell.annotations import categories, coco
 from raylivecell.annotations.json_stream import CHUNK
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import cell_defects
+from raylivecell.data import cell_defects, splitting
 from raylivecell.data.config import PrepareConfig, Rules, chosen_rule, rule_of
 from raylivecell.data.defects import Defect, Entry
 from raylivecell.data.description import cell_type_of
@@ -30,8 +28,11 @@ from raylivecell.data.image_names import (
     resolve_conflicts,
     splits_of_folder,
 )
-from raylivecell.data.listing import list_folder, show
+from raylivecell.data.listing import Listing, list_folder, show
+from raylivecell.data.paired_source import PairedSource, read_pairs
+from raylivecell.data.pairing import find_format
 from raylivecell.data.shards import SPLITS
+from raylivecell.data.splitting import UNSPLIT
 from raylivecell.images.formats import is_image_name
 
 MAX_CROWD_FRACTION = 0.1
@@ -45,7 +46,7 @@ class Source:
     uri: str
     folder: ImageFolder
     annotations: dict[tuple[str, str], coco.Annotations]
-    """Annotation files by (split, path)."""
+    """Annotation files by (split, path); split `all` for files that `config.split` distributes."""
     unreadable_files: dict[str, str]
     """Reason by path."""
     categories: list[dict[str, Any]]
@@ -54,10 +55,13 @@ class Source:
     defects: list[Defect] = field(default_factory=list)
     matched_paths: set[str] = field(default_factory=set)
     """Image files that match a listed name."""
+    assignment: splitting.Assignment | None = None
+    """Split and group of each image, if `config.split` is set."""
 
     def encoded_cells(self, entry: Entry) -> bytes:
         """Return the encoded cells of `entry`: input of `coco.decode_cells`."""
-        return self.annotations[entry.split, entry.annotation].payload(entry.image.id)
+        split = entry.split if self.assignment is None else UNSPLIT
+        return self.annotations[split, entry.annotation].payload(entry.image.id)
 
     def covered_pixels(self, entry: Entry) -> float:
         """Return the number of pixels that the outlines of `entry` cover, overlaps counted twice."""
@@ -73,12 +77,21 @@ class Source:
         ]
 
     def listed_counts(self) -> dict[str, dict[str, int]]:
-        """Count the images and cells listed in the annotation files, by split, including unusable records."""
-        counts = {split: {"images": 0, "cells": 0} for split in SPLITS}
+        """Count the images and cells listed in the annotation files, by split, including unusable records.
+
+        Unusable records of files without a split count as train.
+        """
+        counts = {split: {"images": 0, "cells": 0} for split in (*SPLITS, UNSPLIT)}
         for (split, _), file in self.annotations.items():
             bad_sections = [section for section, _, _ in file.bad]
             counts[split]["images"] += len(file.images) + bad_sections.count("images")
             counts[split]["cells"] += sum(file.counts().values()) + bad_sections.count("annotations")
+        unsplit = counts.pop(UNSPLIT)
+        for entry in self.entries if self.assignment else ():
+            counts[entry.split]["images"] += 1
+            counts[entry.split]["cells"] += entry.cells
+        for kind, count in unsplit.items() if self.assignment else ():
+            counts["train"][kind] += count - sum(counts[split][kind] for split in SPLITS)
         return counts
 
     def info_and_licences(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -87,6 +100,18 @@ class Source:
         for file in self.annotations.values():
             info = file.info | info
         return info, [licence for file in self.annotations.values() for licence in file.licences]
+
+    def files(self) -> list[dict[str, Any]]:
+        """Return the provenance for dataset.json: one row per annotation file."""
+        return [
+            {"split": split, "file": path, "sha256": file.sha256, "bytes": file.size}
+            | {"images": len(file.images), "cells": sum(file.counts().values())}
+            for (split, path), file in self.annotations.items()
+        ]
+
+    def empty_files(self) -> list[str]:
+        """Return the annotation files that list no image."""
+        return [path for (_, path), file in self.annotations.items() if not file.images]
 
 
 class ListedImage(NamedTuple):
@@ -97,12 +122,30 @@ class ListedImage(NamedTuple):
     image: coco.ImageEntry
 
 
-def read_source(uri: str, config: PrepareConfig) -> Source:
-    """Read the annotation files of the source at `uri` and match their images with files."""
+def read_source(uri: str, config: PrepareConfig) -> Source | PairedSource:
+    """Find the format of the source at `uri`; read COCO files, or pair images with files, by name."""
     listing = list_folder(uri, config.follow_links)
     show(listing, uri)
     paths = sorted(listing.infos)
-    annotation_paths = find_annotations(paths, {str(split): path for split, path in config.annotations.items()}, uri)
+    annotation_format = find_format(paths, config.format, _has_coco(paths, config), config.images, uri)
+    if annotation_format != "coco":
+        return read_pairs(uri, paths, config, annotation_format)
+    return _read_coco(uri, listing, config)
+
+
+def _has_coco(paths: Sequence[str], config: PrepareConfig) -> bool:
+    """Whether a JSON file is named after a split, or by CVAT (instances_default.json) or Roboflow."""
+    jsons = [path for path in paths if path.lower().endswith(".json")]
+    names = [posixpath.basename(path) for path in jsons]
+    exported = any(name.startswith("instances_") or name.endswith("coco.json") for name in names)
+    return bool(config.annotations) or exported or any(split_of(path) or split_of_folder(path) for path in jsons)
+
+
+def _read_coco(uri: str, listing: Listing, config: PrepareConfig) -> Source:
+    """Read the COCO files of the source at `uri` and match their images with files."""
+    paths = sorted(listing.infos)
+    chosen_files = {str(split): path for split, path in config.annotations.items()}
+    annotation_paths = find_annotations(paths, chosen_files, uri, unsplit=config.split is not None)
     folder = find_images(paths, config.images)
     annotations = {
         (split, path): _read_annotations(uri, path) for split, members in annotation_paths.items() for path in members
@@ -113,12 +156,18 @@ def read_source(uri: str, config: PrepareConfig) -> Source:
     for (split, _), file in annotations.items():
         _check_crowds(file, config.on_defect)
         images += (ListedImage(split, file, image) for image in _usable_images(source, split, file, config.on_defect))
-    _match_images(source, images, config.on_defect)
-    return source
+    _match_images(source, images, config)
+    if config.split is None:
+        return source
+    entries, assignment = splitting.with_splits(source.entries, config, folder.relative)
+    defects = [replace(defect, split=None) for defect in source.defects]
+    return replace(source, entries=entries, defects=defects, assignment=assignment)
 
 
-def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: str) -> dict[str, list[str]]:
-    """Find the annotation files by split, in the order train, val, test.
+def find_annotations(
+    files: Sequence[str], chosen: Mapping[str, str], source: str, unsplit: bool = False
+) -> dict[str, list[str]]:
+    """Find the annotation files by split, in the order train, val, test; those without a split as `all`.
 
     Args:
         files: paths of the source.
@@ -126,15 +175,19 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
             `livecell_coco_{train,val,test}.json` in any folder, otherwise JSON files named after one split, otherwise
             JSON files in folders named after one split.
         source: URI, for messages.
+        unsplit: whether to find the files of a source without splits.
 
     Raises:
-        UserError: no file or several candidates for a split.
+        UserError: no file or several candidates for a split; files with splits if `unsplit`.
     """
     jsons = [path for path in files if path.lower().endswith(".json")]
     if chosen:
-        return {split: _matching_paths(jsons, chosen[split], source) for split in SPLITS if split in chosen}
+        names = (*SPLITS, UNSPLIT)
+        return {split: _matching_paths(jsons, chosen[split], source) for split in names if split in chosen}
     by_split: dict[str, list[str]] = defaultdict(list)
     any_named = any(split_of(path) for path in jsons)
+    if unsplit:
+        return {UNSPLIT: _unsplit_paths(jsons, files, source)}
     for path in jsons:
         if split := split_of(path) if any_named else split_of_folder(path):
             by_split[split].append(path)
@@ -150,11 +203,30 @@ def find_annotations(files: Sequence[str], chosen: Mapping[str, str], source: st
         if paths:
             annotation_paths[split] = paths
     if not annotation_paths:
-        hint = f"found {', '.join(jsons[:4])}; " if jsons else ""
+        hint = f"found {', '.join(jsons[:4])}; divide its images with --split 0.8 0.1 0.1, or " if jsons else ""
         raise UserError(
             f"no annotation JSON named after train, val or test in {source}; {hint}choose with --annotations train PATH"
+            f"{_per_image_hint(jsons, files)}"
         )
     return annotation_paths
+
+
+def _unsplit_paths(jsons: Sequence[str], files: Sequence[str], source: str) -> list[str]:
+    """Return the annotation files of a source without splits: one, or files of one name in sibling folders."""
+    if split_files := [path for path in jsons if split_of(path) or split_of_folder(path)]:
+        raise UserError(
+            f"{source} has splits ({', '.join(split_files[:4])}): leave out --split, or choose the file of all images "
+            "with --annotations all PATH"
+        )
+    paths = [path for path in jsons if posixpath.basename(path).startswith("instances_")] or list(jsons)
+    if not paths:
+        raise UserError(f"no annotation JSON in {source}; export the annotations as COCO JSON into it")
+    if not _one_per_folder(paths):
+        raise UserError(
+            f"{source} contains {len(paths)} JSON files ({', '.join(paths[:4])}{', ...' * (len(paths) > 4)}); "
+            f"choose with --annotations all PATH{_per_image_hint(paths, files)}"
+        )
+    return paths
 
 
 def _matching_paths(jsons: Sequence[str], pattern: str, source: str) -> list[str]:
@@ -274,8 +346,9 @@ def _bad_records(file: coco.Annotations) -> dict[str, list[int | str]]:
     return reasons
 
 
-def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -> None:
+def _match_images(source: Source, images: Sequence[ListedImage], config: PrepareConfig) -> None:
     """Add an entry for each image, with the file that matches its name."""
+    rules = config.on_defect
     matches = [source.folder.find(image.file_name, split, file.name) for split, file, image in images]
     resolved = resolve_conflicts((image.file_name, split, match) for (split, _, image), match in zip(images, matches))
     files_of_name: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -298,7 +371,7 @@ def _match_images(source: Source, images: Sequence[ListedImage], rules: Rules) -
             source.defects.append(Defect("bad_record", rule, name, split, [image.id], reason))
             continue
         path = paths[0] if paths else None
-        cell_type = cell_type_of(name, file.category(image.id))
+        cell_type = config.cell_type or cell_type_of(name, file.category(image.id))
         if path and (not is_safe_name(name) or len(files_of_name[split, name]) > 1):  # names of result files
             image = replace(image, file_name=source.folder.relative(path))
         reason = "" if path else _missing_reason(source.folder, name, match, unreadable)
@@ -315,15 +388,3 @@ def _missing_reason(folder: ImageFolder, name: str, match: Match, unreadable: Ma
         return f"no file of this name; {match.paths[0]} belongs to another image"
     similar = folder.with_other_suffix(name)
     return f"no file of this name; {similar} has another suffix" if similar else "no file of this name"
-
-
-def list_infos(uri: str, follow_links: bool = False) -> dict[str, pafs.FileInfo]:
-    """List every file under the folder `uri`: size and modification time by path; UserError without a folder.
-
-    Includes unreadable images (dangling links, names that are not UTF-8): reading them fails, so that each has a line
-    in a result. Prints the files left out and the links followed.
-    """
-    listing = list_folder(uri, follow_links)
-    show(listing, uri)
-    unreadable = (path for path in listing.left_out if is_image_name(path))
-    return {path: pafs.FileInfo(path, pafs.FileType.File, size=0, mtime_ns=0) for path in unreadable} | listing.infos

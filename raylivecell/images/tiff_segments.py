@@ -18,10 +18,11 @@ from PIL import TiffImagePlugin
 from PIL.ExifTags import Base as Tag
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
-from raylivecell.images import jpeg
+from raylivecell.images import jpeg, tiff_codecs
 from raylivecell.images.tiff_tags import Directory
 
 NONE, JPEG, LZMA = 1, 7, 34925
+WEBP, JPEG_2000 = {34927, 50001}, {33004, 33005, 33007, 34712}
 LSM = 34412
 """Tag that marks Zeiss LSM files."""
 _FAX = {2: "CCITT RLE", 3: "CCITT group 3", 4: "CCITT group 4"}
@@ -36,25 +37,19 @@ _UNSUPPORTED = {
     32771: "CCITT RLE with words",
     32809: "ThunderScan",
     32766: "NeXT",
-    33003: "JPEG 2000",
-    33004: "JPEG 2000",
-    33005: "JPEG 2000",
-    33007: "JPEG 2000",
+    33003: "JPEG 2000 of YCbCr",
     34661: "JBIG",
     34676: "SGI LogLuv",
     34677: "SGI LogLuv",
-    34712: "JPEG 2000",
     34887: "LERC",
     34892: "lossy JPEG of DNG",
     34926: "old-style Zstandard",
-    34927: "WebP",
     34933: "PNG",
     34934: "JPEG XR",
-    50001: "WebP",
     50002: "JPEG XL",
     52546: "JPEG XL",
 }
-_SUPPORTED = "none, LZW, deflate, PackBits, Zstandard, LZMA, JPEG, CCITT"
+_SUPPORTED = "none, LZW, deflate, PackBits, Zstandard, LZMA, JPEG, JPEG 2000, WebP, CCITT"
 _LZMA_MEMORY = 2**28
 _CHUNK_BYTES = 2**26
 _MAX_SEGMENT_BYTES = 178_956_970
@@ -72,7 +67,7 @@ class Layout:
     samples: int
     bits: int
     kind: str
-    """`u` for unsigned or `i` for signed."""
+    """`u` for unsigned, `i` for signed, `f` for floating-point."""
     compression: int
     predictor: int
     planar: bool
@@ -97,10 +92,13 @@ class Layout:
         if planar not in (1, 2):
             raise DamagedImageError(f"planar configuration {planar}")
         compression, predictor = directory.number(Tag.Compression, 1), directory.number(Tag.Predictor, 1)
-        if compression == JPEG or (compression == NONE and directory.count(LSM)):  # LSM files wrongly state a predictor
+        if compression in {JPEG, *WEBP, *JPEG_2000} or (
+            compression == NONE and directory.count(LSM)
+        ):  # LSM files wrongly state a predictor
             predictor = 1
         _refuse_coding(compression, predictor, bits, samples)
-        reverse = directory.number(Tag.FillOrder, 1) == 2 and compression != JPEG
+        _refuse_type(compression, predictor, bits, kind)
+        reverse = directory.number(Tag.FillOrder, 1) == 2 and compression not in {JPEG, *WEBP, *JPEG_2000}
         is_planar = planar == 2 and samples > 1
         return cls(width, height, samples, bits, kind, compression, predictor, is_planar, *size, tiled, reverse)
 
@@ -133,39 +131,53 @@ class Layout:
 
 
 def _refuse_coding(compression: int, predictor: int, bits: int, samples: int) -> None:
-    if compression not in {NONE, JPEG, LZMA, *_FAX, *_LIBTIFF}:
+    if compression not in {NONE, JPEG, LZMA, *WEBP, *JPEG_2000, *_FAX, *_LIBTIFF}:
         name = _UNSUPPORTED.get(compression, f"number {compression}")
         raise UnsupportedImageError(f"TIFF compression {name}; save it with one of: {_SUPPORTED}")
     if compression in _FAX and (bits, samples) != (1, 1):
         raise DamagedImageError(f"{_FAX[compression]} compression with {samples} samples of {bits} bits")
-    if compression == JPEG and bits != 8:
-        raise UnsupportedImageError(f"{bits}-bit JPEG compression; save it with another compression")
+    if (compression == JPEG or compression in WEBP) and bits != 8:
+        raise UnsupportedImageError(f"{bits}-bit JPEG or WebP compression; save it with another compression")
+    if compression in JPEG_2000 and bits not in (8, 16):
+        raise UnsupportedImageError(f"{bits}-bit JPEG 2000 compression; save it with another compression")
     if bits not in _READABLE_BITS:
         raise UnsupportedImageError(f"{bits} bits per sample; save it as 8 or 16 bit")
-    if predictor != 1 and (predictor != 2 or bits not in (8, 16, 32, 64) or compression not in _PREDICTED):
-        raise UnsupportedImageError(f"TIFF predictor {predictor} on {bits}-bit integers; save it without a predictor")
+    if predictor not in (1, 2, 3) or (predictor != 1 and compression not in _PREDICTED):
+        raise UnsupportedImageError(f"TIFF predictor {predictor} with this compression; save it without a predictor")
 
 
-def read_samples(directory: Directory, layout: Layout, ycbcr: bool) -> NDArray[Any]:
+def _refuse_type(compression: int, predictor: int, bits: int, kind: str) -> None:
+    numbers = {"u": "unsigned integers", "i": "signed integers", "f": "floating-point numbers"}[kind]
+    if kind == "f" and bits not in (16, 32, 64):
+        raise UnsupportedImageError(f"{bits}-bit {numbers}; save it as 8 or 16 bit")
+    if kind != "u" and (compression in {JPEG, *WEBP, *JPEG_2000} or compression in _FAX):
+        raise UnsupportedImageError(f"{numbers} with this compression; save it as 8 or 16 bit")
+    if (predictor == 2 and bits not in (8, 16, 32, 64)) or (predictor == 3 and kind != "f"):
+        raise UnsupportedImageError(f"TIFF predictor {predictor} on {bits}-bit {numbers}; save it without a predictor")
+
+
+def read_samples(directory: Directory, layout: Layout, ycbcr: bool, plane: int = 0) -> NDArray[Any]:
     """Decode the samples (H, W, S) in native byte order; below 8 bits as uint8, 9 to 15 bits as uint16.
+
+    `plane` is the number of the plane, in a directory whose tags locate the first of several.
 
     Raises:
         UnreadableImageError: a segment is missing, outside the file or too short.
     """
-    all_segments = list(_segments(directory, layout))
+    all_segments = list(_segments(directory, layout, plane))
     plane_length = len(all_segments) // (layout.samples if layout.planar else 1)
     planes = []
     for first in range(0, len(all_segments), plane_length):
         segments = all_segments[first : first + plane_length]
-        if layout.compression == JPEG:
-            rows = _decode_jpegs(directory, layout, segments, ycbcr)
+        if layout.compression in {JPEG, *WEBP, *JPEG_2000}:
+            rows = _decode_pictures(directory, layout, segments, ycbcr)
         else:
             rows = _unpack(_decompress(directory, layout, segments), layout, directory.order)
         planes.append(_assemble(rows, layout))
     return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
 
 
-def _segments(directory: Directory, layout: Layout) -> Iterator[bytes]:
+def _segments(directory: Directory, layout: Layout, plane: int) -> Iterator[bytes]:
     """Yield the stored bytes of each strip or tile, in tag order."""
     location = (Tag.TileOffsets, Tag.TileByteCounts) if layout.tiled else (Tag.StripOffsets, Tag.StripByteCounts)
     offsets, sizes = (directory.numbers(tag) for tag in location)
@@ -175,11 +187,22 @@ def _segments(directory: Directory, layout: Layout) -> Iterator[bytes]:
         sizes = tuple(layout.rows(i % (down * across), 1) * layout.row_bytes for i in range(min(count, len(offsets))))
     if len(offsets) != count or len(sizes) != count:
         raise DamagedImageError(f"{len(offsets)} strips or tiles with {len(sizes)} sizes, expected {count}")
+    if plane:
+        offsets = _offsets_of_plane(layout, offsets, sizes, plane)
     for i, (offset, size) in enumerate(zip(offsets, sizes)):
         if size < 1 or offset < 8 or offset + size > len(directory.data):
             raise DamagedImageError(f"strip or tile {i + 1} of {count} is outside the file, which is truncated")
         segment = directory.data[offset : offset + size]
         yield segment.translate(_BIT_REVERSAL) if layout.reversed_bits else segment
+
+
+def _offsets_of_plane(layout: Layout, offsets: Sequence[int], sizes: Sequence[int], plane: int) -> tuple[int, ...]:
+    """Return the locations of the strips of a plane stored after the first; UnsupportedImageError if it is unknown."""
+    consecutive = all(offset + size == following for offset, size, following in zip(offsets, sizes, offsets[1:]))
+    plane_bytes = layout.height * layout.row_bytes * (layout.samples if layout.planar else 1)
+    if layout.compression != NONE or layout.tiled or not consecutive or sum(sizes) != plane_bytes:
+        raise UnsupportedImageError("several planes in one directory, compressed or in parts; save it as a plain stack")
+    return tuple(offset + plane * plane_bytes for offset in offsets)
 
 
 def _decompress(directory: Directory, layout: Layout, segments: Sequence[bytes]) -> NDArray[np.uint8]:
@@ -258,18 +281,30 @@ def _unpack(rows: NDArray[np.uint8], layout: Layout, order: str) -> NDArray[Any]
     """Convert rows of bytes to samples (rows, segment width, samples per segment pixel)."""
     shape = (len(rows), layout.segment_width, layout.segment_samples)
     if layout.bits in (8, 16, 32, 64):
-        dtype = np.dtype(f"{order}{layout.kind}{layout.bits // 8}")
+        if layout.predictor == 3:
+            return _undo_float_predictor(rows, layout).reshape(shape)
+        # Predictor 2 adds the bits of floating-point numbers as integers.
+        kind = "u" if layout.predictor == 2 else layout.kind
+        dtype = np.dtype(f"{order}{kind}{layout.bits // 8}")
         values = rows.view(dtype).reshape(shape)
         values = values.astype(dtype.newbyteorder("="), copy=False)
         if layout.predictor == 2 and not _libtiff_undoes_predictor(layout):
             values = np.cumsum(values, axis=1, dtype=values.dtype)
-        return values
+        return values.view(f"={layout.kind}{layout.bits // 8}")
     if layout.kind != "u":
         raise UnsupportedImageError(f"signed {layout.bits}-bit pixels; save it as 8 or 16 bit")
     count = shape[1] * shape[2]
     step = max(1, 2**20 // count)
     blocks = [_unpack_bits(rows[i : i + step], count, layout.bits) for i in range(0, len(rows), step)]
     return np.concatenate(blocks).reshape(shape)
+
+
+def _undo_float_predictor(rows: NDArray[np.uint8], layout: Layout) -> NDArray[Any]:
+    """Undo predictor 3 (Adobe Photoshop TIFF technical note 3): differences of bytes, sorted by significance."""
+    differences = rows.reshape(len(rows), -1, layout.segment_samples)
+    sums = np.cumsum(differences, axis=1, dtype=np.uint8).reshape(len(rows), layout.bits // 8, -1)
+    values = np.ascontiguousarray(sums.swapaxes(1, 2)).view(f">f{layout.bits // 8}")
+    return values.astype(values.dtype.newbyteorder("="))
 
 
 def _unpack_bits(rows: NDArray[np.uint8], count: int, bits: int) -> NDArray[Any]:
@@ -291,7 +326,15 @@ def _assemble(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
     return rows[: layout.height, : layout.width]
 
 
-def _decode_jpegs(directory: Directory, layout: Layout, segments: Sequence[bytes], ycbcr: bool) -> NDArray[np.uint8]:
-    tables = b"".join(directory.texts(Tag.JPEGTables, 2**16))
+def _decode_pictures(
+    directory: Directory, layout: Layout, segments: Sequence[bytes], ycbcr: bool
+) -> NDArray[np.unsignedinteger[Any]]:
+    """Decode segments that are pictures of their own: JPEG, JPEG 2000 or WebP."""
     shapes = [(layout.rows(i, 1), layout.segment_width, layout.segment_samples) for i in range(len(segments))]
-    return np.concatenate([jpeg.decode_segment(s, tables, shape, ycbcr) for s, shape in zip(segments, shapes)])
+    if layout.compression == JPEG:
+        tables = b"".join(directory.texts(Tag.JPEGTables, 2**16))
+        return np.concatenate([jpeg.decode_segment(s, tables, shape, ycbcr) for s, shape in zip(segments, shapes)])
+    kind = "WEBP" if layout.compression in WEBP else "JPEG2000"
+    return np.concatenate(
+        [tiff_codecs.decode_segment(s, kind, shape, layout.bits) for s, shape in zip(segments, shapes)]
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
+from raylivecell.images.ranges import Data
 
 MAX_DIRECTORIES = 10_000
 """Limit on the images of a file; the rest are not counted."""
@@ -37,7 +38,7 @@ class Entry(NamedTuple):
 class Directory:
     """The tags of one image in a TIFF file."""
 
-    data: bytes
+    data: Data
     """The complete file."""
     order: str
     """Byte order, `<` or `>` as in struct."""
@@ -55,10 +56,10 @@ class Directory:
             raise DamagedImageError(f"TIFF tag {code} is not an integer")
         if count > _MAX_VALUES:
             raise DamagedImageError(f"TIFF tag {code} has {count} values")
-        size = struct.calcsize(f"={_INTEGERS[kind]}")
-        if start + count * size > len(self.data):
+        size = count * struct.calcsize(f"={_INTEGERS[kind]}")
+        if start + size > len(self.data):
             raise DamagedImageError(f"TIFF tag {code} extends beyond the end of the file")
-        return struct.unpack_from(f"{self.order}{count}{_INTEGERS[kind]}", self.data, start)
+        return struct.unpack(f"{self.order}{count}{_INTEGERS[kind]}", self.data[start : start + size])
 
     def number(self, code: int, default: int) -> int:
         """Return the first value of an integer tag, `default` if absent."""
@@ -74,7 +75,7 @@ class Directory:
         return [self.data[entry.start : entry.start + min(entry.values, max_bytes)] for entry in entries]
 
 
-def read_directories(data: bytes) -> Iterator[Directory]:
+def read_directories(data: Data) -> Iterator[Directory]:
     """Yield the directories of the main chain of a file.
 
     Raises:
@@ -87,13 +88,13 @@ def read_directories(data: bytes) -> Iterator[Directory]:
         if offset in seen:
             raise DamagedImageError("TIFF directories form a cycle")
         if len(seen) == MAX_DIRECTORIES:
-            raise UnsupportedImageError(f"contains over {MAX_DIRECTORIES} images; save each as a separate file")
+            raise UnsupportedImageError(f"contains over {MAX_DIRECTORIES} images; split the file")
         seen.add(offset)
         directory, offset = read_directory(data, order, big, offset)
         yield directory
 
 
-def read_directory(data: bytes, order: str, big: bool, offset: int) -> tuple[Directory, int]:
+def read_directory(data: Data, order: str, big: bool, offset: int) -> tuple[Directory, int]:
     """Return the directory at `offset`, and the offset of the next one, 0 after the last."""
     count_format, entry_format, inline_size = ("Q", f"{order}HHQQ", 8) if big else ("H", f"{order}HHII", 4)
     count = _unpack(data, order + count_format, offset)
@@ -110,7 +111,8 @@ def read_directory(data: bytes, order: str, big: bool, offset: int) -> tuple[Dir
     return Directory(data, order, big, entries), _unpack(data, order + ("Q" if big else "I"), end)
 
 
-def _unpack(data: bytes, number_format: str, offset: int) -> int:
-    if offset + struct.calcsize(number_format) > len(data):
+def _unpack(data: Data, number_format: str, offset: int) -> int:
+    end = offset + struct.calcsize(number_format)
+    if end > len(data):
         raise DamagedImageError("TIFF file is truncated: a directory is beyond its end")
-    return int(struct.unpack_from(number_format, data, offset)[0])
+    return int(struct.unpack(number_format, data[offset:end])[0])

@@ -71,6 +71,11 @@ def _every_row(actor: type, arguments: dict[str, Any], items: Sequence[Any], res
 
 
 def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> Iterator[Row]:
+    yield from _results(actor, arguments, items, resources).iter_rows()
+
+
+def _results(actor: type, arguments: dict[str, Any], items: Sequence[Any], resources: Pool) -> ray.data.Dataset:
+    """Return the dataset whose rows the actors compute once it is read."""
     count, cpus, gpus = resources
     # The items are in the object store already: no read task competes with the actors for CPUs.
     blocks = min(len(items), max(count, -(-len(items) // BLOCK)))
@@ -79,9 +84,9 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to pass max_restarts; Ray 2.64 removes this one.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        results = dataset.map_batches(
+        return dataset.map_batches(
             actor,
-            batch_size=None,
+            batch_size=1,  # Ray requires a number for actors with GPUs; a larger one would join small blocks
             compute=ray.data.ActorPoolStrategy(size=count),
             fn_constructor_kwargs=arguments,
             num_cpus=cpus,
@@ -90,7 +95,6 @@ def _rows(actor: type, arguments: dict[str, Any], items: Sequence[Any], resource
             # line in each run); `_every_row` starts a new pool instead.
             ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
         )
-    yield from results.iter_rows()
 
 
 def use_threads(with_torch: bool = True) -> None:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from raylivecell.annotations import rle
 from raylivecell.cells import measure
 from raylivecell.core import storage
+from raylivecell.core.errors import MachineError
 from raylivecell.images import formats
-from raylivecell.inference import results, segmenter
+from raylivecell.images.planes import EVERYTHING, Choice
+from raylivecell.inference import results, segmenter, stacks
 from raylivecell.inference.results import ImageResult, ImageRow
 from raylivecell.inference.segmenter import Cells, Segmenter
 from raylivecell.reports import overlay
@@ -36,6 +38,8 @@ class PredictJob:
     write: tuple[Output, ...]
     tta: bool
     threshold: float | None
+    choice: Choice = EVERYTHING
+    """Planes and channel of files with several."""
     diameter: float | None = None
     """Typical diameter of the cells in the images' pixels; None: the network's `pixel_scale`."""
 
@@ -54,22 +58,22 @@ def load(job: PredictJob, device: str | None = None) -> Segmenter:
 
 
 def segment_file(job: PredictJob, network: Segmenter, file: str, name: str, version: str) -> ImageResult:
-    """Segment an image file and write its output images.
+    """Segment an image file, or a plane of one, and write its output images.
 
     Args:
         job: the settings.
         network: from `load`.
-        file: path of the image in `job.root`.
+        file: path of the image in `job.root`, or address of a plane (`planes.address`).
         name: path of its output images without suffix.
         version: `results.version` of the image.
     """
     try:
-        pixels = formats.decode(storage.read_bytes(storage.join(job.root, file)), MAX_PIXELS).pixels
+        pixels = stacks.read(job.root, file, job.choice, MAX_PIXELS).pixels
     except formats.UnreadableImageError as error:
         return ImageResult(ImageRow(file, error=_one_line(error), version=version))
     except FileNotFoundError:
         return ImageResult(ImageRow(file, error="no such file: deleted, a broken link, or a name that is not UTF-8"))
-    except OSError as error:  # without a version: the next run tries to read it again
+    except (OSError, MachineError) as error:  # without a version: the next run tries to read it again
         return ImageResult(ImageRow(file, error=_one_line(error)))
     frame = network.frame(pixels)
     try:

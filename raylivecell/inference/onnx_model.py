@@ -16,6 +16,8 @@ from raylivecell.targets.registry import NAMES, Targets
 INPUT, OUTPUT = "image", "maps"
 MARK = "raylivecell"
 """Metadata key of raylivecell's version; `export.ABOUT` lists all keys."""
+PACKAGED = "raylivecell_package"
+"""Metadata key of the file in a bioimage.io package, which contains the intensity rule (`bioimageio`)."""
 
 
 class OnnxModel:
@@ -52,6 +54,8 @@ def load(uri: str) -> OnnxModel:
     except Exception as error:  # onnxruntime's own errors have no common public base
         raise UserError(f"{uri} is not an ONNX file: {str(error).splitlines()[0]}") from error
     about = session.get_modelmeta().custom_metadata_map
+    if PACKAGED in about:  # the intensity rule would be applied twice
+        raise UserError(f"{uri} is part of a bioimage.io package for other programs; export the checkpoint to .onnx")
     if MARK not in about:
         raise UserError(f"{uri} was not written by `raylivecell export`; export a checkpoint with it")
     with storage.validating(uri, "export the checkpoint again"):

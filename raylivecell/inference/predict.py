@@ -25,10 +25,12 @@ from raylivecell.core import addresses, storage
 from raylivecell.core.console import console, show_warnings
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.data import sources
-from raylivecell.images import formats
+from raylivecell.data import listing
+from raylivecell.growth.names import NamePattern
+from raylivecell.images import formats, planes
+from raylivecell.images.planes import EVERYTHING, Choice
 from raylivecell.images.scale import CELL_SIZE_WARNING
-from raylivecell.inference import actors, image_file, results, segmenter
+from raylivecell.inference import actors, growth, image_file, results, segmenter, stacks
 from raylivecell.inference.image_file import OUTPUTS, PICTURES, Output, PredictJob
 from raylivecell.runs import progress
 from raylivecell.runtime import session
@@ -45,11 +47,15 @@ def predict(
     threshold: float | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
+    choice: Choice = EVERYTHING,
+    name_pattern: str | None = None,
+    frame_hours: float | None = None,
     diameter: float | None = None,
 ) -> dict[str, Any]:
     """Segment images of any size; if killed and called again, it resumes and writes the same files.
 
-    Written into `out`, where NAME is an image's path without its suffix (`output_names`):
+    Each plane of a file with several (time, depth, pages) is an image, FILE#PLANE in the tables (`images.planes`).
+    Written into `out`, where NAME is an image's path without its suffix, plus `_PLANE` (`output_names`):
 
         labels/NAME.tif     label image: 1 to N for cells, 0 for background (`image_file.label_tiff`)
         masks/NAME.png      255 where the foreground probability is above the threshold, else 0
@@ -58,6 +64,7 @@ def predict(
         coco.json           the cells as COCO results; image_id as in images.csv
         images.csv          one row per image: cells, confluence (fraction of its pixels, without padding, in cells,
                             0 to 1), warnings about unusual properties (`warning`), or its error
+        growth.csv, growth_fits.csv, growth.html    if names contain well and time: growth curves (`growth`)
         predict.json, recipe.yaml    the settings; the recipe of the network
 
     Stored pixel values are converted to the network's 8-bit scale by the intensity rule of its training dataset
@@ -78,6 +85,10 @@ def predict(
         threshold: lower limit of the probability of foreground pixels; default: the model's.
         overwrite: delete the results of an earlier run in `out`.
         follow_links: also follow links to files outside the folder.
+        choice: planes and channel of files with several; default: all planes.
+        name_pattern: regular expression for wells and times in names (`growth.names`); default: those of LIVECell and
+            Incucyte.
+        frame_hours: hours between frames, if names have frame numbers or files are time stacks.
         diameter: typical diameter of the cells in these images, in their pixels: each image is scaled so that they are
             as large as the training cells.
 
@@ -86,23 +97,30 @@ def predict(
         "out"}.
 
     Raises:
-        UserError: no model; no readable image; `out` contains results of other settings.
+        UserError: no model; no readable image; `out` contains results of other settings; a name pattern without well or
+            time.
     """
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold {threshold}: give a probability between 0 and 1, such as 0.5")
     began = time.monotonic()
+    names = NamePattern(name_pattern, frame_hours)
     out, images_uri, model = storage.absolute(out), storage.absolute(images_uri), storage.absolute(model_uri)
     if not model.endswith(segmenter.ONNX):
         model = progress.find(model)
     root, files = _list_images(images_uri, out, follow_links)
-    job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold, diameter)
+    files = stacks.expand(root, files, choice)
+    growth.check_names(names, list(files))
+    write = tuple(name for name in OUTPUTS if name in write)
+    job = PredictJob(model, root, out, write, tta, threshold, choice, diameter)
     network = image_file.load(job, "cpu")
     network.factor(diameter)  # a UserError before anything is written
     _initialise(out, _settings(job, network, images_uri), overwrite)  # fails early if `out` is not writable
     if not storage.exists(storage.join(out, RECIPE)):
         storage.write_bytes(storage.join(out, RECIPE), network.recipe.encode())
     _segment(job, files)
-    return {**_summary(out, images_uri), "seconds": time.monotonic() - began, "out": out}
+    summary = _summary(out, images_uri)
+    growth.write(out, names)
+    return {**summary, "seconds": time.monotonic() - began, "out": out}
 
 
 def _settings(job: PredictJob, network: segmenter.Segmenter, images_uri: str) -> dict[str, Any]:
@@ -114,6 +132,7 @@ def _settings(job: PredictJob, network: segmenter.Segmenter, images_uri: str) ->
         "write": list(job.write),
         "thresholds": network.config.model_dump(),
         "tta": job.tta,
+        **job.choice._asdict(),
         "intensity": network.intensity.model_dump(mode="json"),
         "pixel_scale": network.factor(job.diameter),
         "raylivecell": __version__,
@@ -131,7 +150,7 @@ def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
         raise UserError(f"--out {out} is the folder of the images; choose another --out")
     files = {
         file: info
-        for file, info in sorted(sources.list_infos(uri, follow_links).items())
+        for file, info in sorted(listing.list_infos(uri, follow_links).items())
         if formats.is_image_name(file) and (results_folder is None or not file.startswith(results_folder + "/"))
     }
     if not files:
@@ -142,7 +161,7 @@ def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
 def _initialise(out: str, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Write the settings into `out`; UserError if it contains results of others. Models are compared by checksum."""
     uri = storage.join(out, SETTINGS)
-    written = (results.IMAGES, results.FOLDER, *PICTURES, results.CELLS, results.COCO, RECIPE)
+    written = (results.IMAGES, results.FOLDER, *PICTURES, results.CELLS, results.COCO, RECIPE, *growth.FILES)
     if not storage.exists(uri):
         existing = sorted(set(written) & set(storage.list_names(out)))
         if existing:
@@ -167,6 +186,7 @@ def _segment(job: PredictJob, files: Mapping[str, pafs.FileInfo]) -> None:
     names = dict(zip(files, output_names(list(files))))
     versions = {file: results.version(file, names[file], info.size, info.mtime_ns) for file, info in files.items()}
     if not results.is_complete(job.out, versions):
+        growth.delete(job.out)  # of an earlier run: a killed run must not leave curves that lack its images
         pending = results.pending(job.out, versions)
         if len(pending) < len(files):
             console.print(f"{len(files) - len(pending)} of {len(files)} images were segmented before", markup=False)
@@ -183,19 +203,22 @@ def _segment(job: PredictJob, files: Mapping[str, pafs.FileInfo]) -> None:
 
 
 def output_names(files: Sequence[str]) -> list[str]:
-    """Output path of each file: its path without the suffix, or with it for all files if any outputs would collide.
+    """Output path of each image: its path without the suffix, or with it for all if any outputs would collide.
+
+    The name of a plane is appended: `well_A1_t03` for `well_A1.tif#t03`.
 
     Outputs collide if two have the same name (a.tif and a.png, or A.tif and a.tif on a disk that ignores case or
     Unicode normalisation), or if one has the name of another's folder (a.png and a.tif/b.png).
     """
-    short = [posixpath.splitext(file)[0] for file in files]
+    split_names = [planes.split_address(file) for file in files]
+    short = [f"{posixpath.splitext(file)[0]}{f'_{plane}' if plane else ''}" for file, plane in split_names]
     normalised = [unicodedata.normalize("NFC", name).casefold() for name in short]
     folders = {folder for name in normalised for folder in accumulate(name.split("/")[:-1], posixpath.join)}
     suffixes = {suffix for suffix, _ in PICTURES.values()}
     ambiguous = len(set(normalised)) < len(normalised) or any(
         name + suffix in folders for name in normalised for suffix in suffixes
     )
-    return list(files) if ambiguous else short
+    return [f"{file}_{plane}" if plane else file for file, plane in split_names] if ambiguous else short
 
 
 class _Predictor:

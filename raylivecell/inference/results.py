@@ -226,6 +226,18 @@ def rows(out: str) -> Iterator[ImageRow]:
     return _read_rows(storage.join(out, IMAGES))
 
 
+def rows_with_areas(out: str) -> Iterator[tuple[ImageRow, list[float]]]:
+    """Iterate over images.csv, with the areas (pixels) in cells.csv of each image's cells; none without cells.csv."""
+    column, uri = measure.COLUMNS.index("area_px"), storage.join(out, CELLS)
+    cells = _GroupReader(csv.reader(_body_lines(out, CELLS)), lambda cell: cell[0]) if storage.exists(uri) else None
+    for row in rows(out):
+        with storage.validating(uri, "start again with --overwrite"):
+            areas = [float(cell[column]) for cell in cells.read(row.file)] if cells else []
+            if cells and len(areas) != (row.cells or 0):
+                raise ValueError(f"{len(areas)} cells of {row.file}, {row.cells or 0} in {IMAGES}")
+        yield row, areas
+
+
 def _read_rows(uri: str) -> Iterator[ImageRow]:
     with storage.validating(uri, "start again with --overwrite"):
         for fields in csv.DictReader(_open_text(uri)):

@@ -19,8 +19,9 @@ from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.images import formats, grey_levels, intensity
+from raylivecell.images import formats, grey_levels, intensity, pixel_types
 from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
+from raylivecell.images.planes import EVERYTHING, Choice
 from raylivecell.images.scale import Scale, areas_of, labels_back, resize_frame, scaled_shape
 from raylivecell.network import windows
 from raylivecell.recipe import Targets
@@ -63,12 +64,21 @@ class Segmenter:
         self.network, self.targets, self.config, self.recipe = network, targets, config, recipe
         self.intensity, self.scale = rule or LIVECELL, scale or Scale()
 
-    def segment(self, image: Grey | str | Path, diameter: float | None = None) -> Cells:
+    def segment(
+        self,
+        image: Grey | str | Path,
+        plane: str | int | None = None,
+        channel: int | None = None,
+        diameter: float | None = None,
+    ) -> Cells:
         """Segment a grey image of any size.
 
         Args:
-            image: pixels as stored in the file, uint8 or uint16 (H, W), or the path or URI of an image file. The
-                network's intensity rule converts them to its scale: do not rescale them.
+            image: pixels as stored in the file (H, W), or the path or URI of an image file. The network's intensity
+                rule converts them to its scale: do not rescale them. uint8, uint16, or a type that
+                `pixel_types.to_unsigned` converts, such as float32 from 0 to 1.
+            plane: in a file with several planes: number from 0, or indices of axes such as "t3_z0".
+            channel: in a file with several channels: number from 0.
             diameter: typical diameter of the cells in this image, in its pixels; the image is scaled so that they are
                 as large as the training cells. Default: the image is scaled like the training images. The result has
                 the pixels of `image` in either case.
@@ -78,7 +88,8 @@ class Segmenter:
             ValueError: an array of another type or shape.
             UserError: no such file, not an image, or a diameter out of range.
         """
-        return self.segment_frame(self.frame(image), self.factor(diameter))
+        choice = Choice(None if plane is None else str(plane), channel)
+        return self.segment_frame(self.frame(image, choice), self.factor(diameter))
 
     def factor(self, diameter: float | None = None) -> float:
         """Factor from an original image to the network's pixels: `Scale.factor`; UserError if it is out of range."""
@@ -87,15 +98,15 @@ class Segmenter:
         except ValueError as error:
             raise UserError(f"diameter {diameter}: {error}") from error
 
-    def frame(self, image: Grey | str | Path) -> Frame:
+    def frame(self, image: Grey | str | Path, choice: Choice = EVERYTHING) -> Frame:
         """Convert the image to the network's scale."""
         if isinstance(image, str | Path):
-            image = _read(str(image))
+            image = _read(str(image), choice)
         if not isinstance(image, np.ndarray):
             raise TypeError(f"image is {type(image).__name__}; give an array, uint8 or uint16 (H, W)")
-        if image.ndim != 2 or image.dtype.kind != "u" or image.dtype.itemsize > 2 or not image.size:
+        if image.ndim != 2 or not image.size:
             raise ValueError(f"image is {image.dtype} {image.shape}; give a grey image, uint8 or uint16 (H, W)")
-        return intensity.to_uint8(image.astype(image.dtype.newbyteorder("="), copy=False), self.intensity)
+        return intensity.to_uint8(pixel_types.to_unsigned(image), self.intensity)
 
     def segment_frame(self, frame: Frame, factor: float = 1.0) -> Cells:
         """Segment an image on the network's grey levels; no cells in padding, or in an unusable frame.
@@ -188,9 +199,9 @@ def _check_size(shape: tuple[int, ...], factor: float) -> None:
         )
 
 
-def _read(uri: str) -> Grey:
+def _read(uri: str, choice: Choice) -> Grey:
     try:
-        return formats.decode(storage.read_bytes(storage.absolute(uri))).pixels
+        return formats.decode(storage.read_bytes(storage.absolute(uri)), choice=choice).pixels
     except FileNotFoundError as error:
         raise UserError(f"no image file at {uri}; give the path of one, or an array") from error
     except formats.UnreadableImageError as error:

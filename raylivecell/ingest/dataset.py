@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from raylivecell.data import shards
+from raylivecell.data import combined, shards
+from raylivecell.data.combined import Data
 from raylivecell.images.intensity import LIVECELL, Intensity
 from raylivecell.images.scale import UNSCALED, Scale
 from raylivecell.ingest.blocks import (
@@ -45,13 +46,15 @@ class Samples:
     cells: bool = False
     """Whether samples include labels."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """`shards.provenance` of the dataset."""
+    """`combined.provenance` of the data."""
     task_cpus: float = 1.0
     """`Source.task_cpus`."""
     intensity: Intensity = LIVECELL
     """Intensity rule of the dataset: the mapping from stored pixels to grey levels."""
     scale: Scale = UNSCALED
     """Pixel size and cell size of the dataset."""
+    datasets: tuple[tuple[int, float], ...] = ()
+    """`SampleSchedule.datasets`."""
 
     def val_sample(self, index: int) -> ValidationSample:
         """Return a validation sample."""
@@ -60,16 +63,16 @@ class Samples:
         )
 
 
-def open_samples(data: str, cells: bool = False) -> Samples:
-    """Open the samples of the dataset at `data`, with labels if `cells`; needs Ray."""
+def open_samples(data: Data, cells: bool = False) -> Samples:
+    """Open the samples of one dataset or several, with labels if `cells`; needs Ray."""
     budget, cached = cache_budget_bytes(), {}
-    rows = {split: shards.list_rows(data, split) for split in ("train", "val")}
+    rows = {split: combined.list_rows(data, split) for split in ("train", "val")}
     # Training samples first: they are read in every epoch.
     for split, read in (("train", read_sample), ("val", read_validation_sample)):
         size = len(rows[split]) * sample_bytes(data, split, cells)
         cached[split] = cache(rows[split], size, budget, cells, read)
         budget -= size if cached[split] else 0
-    frame = max(shards.image_sizes(data, "train"), key=math.prod, default=(0, 0))
+    frame = max(combined.image_sizes(data, "train"), key=math.prod, default=(0, 0))
     return Samples(
         rows["train"],
         rows["val"],
@@ -77,16 +80,17 @@ def open_samples(data: str, cells: bool = False) -> Samples:
         cached["train"],
         cached["val"],
         cells,
-        shards.provenance(data),
+        combined.provenance(data),
         session.task_cpus(),
-        shards.intensity(data),
-        shards.scale(data),
+        combined.intensity(data),
+        combined.scale(data),
+        () if isinstance(data, str) else combined.sample_counts(data, "train"),
     )
 
 
-def sample_bytes(data: str, split: str, cells: bool) -> int:
+def sample_bytes(data: Data, split: str, cells: bool) -> int:
     """Bytes of the split's largest decoded sample, including masks or labels."""
-    pixels = max((height * width for height, width in shards.image_sizes(data, split)), default=0)
+    pixels = max((height * width for height, width in combined.image_sizes(data, split)), default=0)
     return pixels * bytes_per_pixel(cells)
 
 

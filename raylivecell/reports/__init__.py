@@ -5,4 +5,5 @@ overlay            masks and cells drawn on images
 pictures           samples next to their segmentations, as PNG
 training           report of a training run
 evaluation         report of an evaluation
+growth_charts, growth_page    growth curves of `predict`, in the layout of the plate
 """

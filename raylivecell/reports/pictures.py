@@ -10,15 +10,16 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import nn
 
-from raylivecell.data import shards
+from raylivecell.data import combined, shards
+from raylivecell.data.combined import Data
 from raylivecell.network import forward
 from raylivecell.reports.overlay import LEGEND, overlay
 from raylivecell.scoring import pixel_scores
 
 
-def overlays(network: nn.Module, data: str, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
+def overlays(network: nn.Module, data: Data, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
     """Title and PNG (`panel`) of up to `count` evenly spaced images of a split."""
-    rows = shards.list_rows(data, split)
+    rows = combined.list_rows(data, split)
     indices = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
     return [picture(network, rows[i], flips) for i in indices]
 

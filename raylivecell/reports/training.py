@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from raylivecell.core import addresses, storage
 from raylivecell.reports import page
+from raylivecell.runs.parents import Parent, shorten
 from raylivecell.runs.progress import validation_score
 
 Row = dict[str, Any]
@@ -43,7 +44,12 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
 
 
 def write_run_report(
-    out_uri: str, recipe_yaml: str, history: Sequence[Row], overlays: Sequence[Picture], dataset: dict[str, Any] | None
+    out_uri: str,
+    recipe_yaml: str,
+    history: Sequence[Row],
+    overlays: Sequence[Picture],
+    dataset: dict[str, Any] | None,
+    chain: Sequence[Parent] = (),
 ) -> None:
     """Write `report.html` of a training run into the folder `out_uri`, atomically.
 
@@ -53,6 +59,7 @@ def write_run_report(
         history: rows of the training loop, one per report, oldest first; `val_*` may be absent.
         overlays: titles and PNGs of segmentations.
         dataset: the dataset's `dataset.json`, or None.
+        chain: the network from which the run started, and its parents.
     """
     columns = list(dict.fromkeys(name for row in history for name in row))
     page_bytes = page.render(
@@ -63,6 +70,7 @@ def write_run_report(
         curves=page.images(curves(history), "svg+xml"),
         overlays=page.images(overlays, "png"),
         dataset=dataset,
+        parents=_parents(chain),
         splits=_splits(dataset or {}),
         cell_types=_cell_types(dataset or {}),
         defects=_defects(dataset or {}),
@@ -135,6 +143,18 @@ def _curve(history: Sequence[Row], axis: str, unit: str, lines: Sequence[tuple[s
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _parents(chain: Sequence[Parent]) -> page.Table:
+    head = ["checkpoint", "SHA-256 of the weights", "step", "targets", "weights that fit", "trained on", "licence"]
+    head += ["citation"]
+    rows = []
+    for parent in chain:
+        new = f"; new: {shorten(parent.new_layers)}" if parent.new_layers else ""
+        about = [parent.data.name, parent.data.licence, parent.data.citation]
+        fits = f"{parent.loaded:.2%}{new}"
+        rows.append([parent.checkpoint, parent.sha256[:16], f"{parent.step:,}", parent.targets, fits, *about])
+    return page.Table(head, rows)
 
 
 def _splits(dataset: dict[str, Any]) -> page.Table:

@@ -8,6 +8,7 @@
     intensity.json      rule from stored pixel values to the grey levels of training
     scale.json          pixel size and cell size of training
     instances.json      watershed thresholds, if `evaluate --calibrate` has tuned them
+    parents.json        the checkpoints from which the training started (runs/parents.py)
 
 A run folder holds `checkpoint_*` folders; the best is the one whose state.json has the highest score.
 """
@@ -34,6 +35,8 @@ from raylivecell.images.scale import Scale
 from raylivecell.network.forward import to_device
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Targets
+from raylivecell.runs import parents
+from raylivecell.runs.parents import PARENTS
 from raylivecell.runs.progress import MODEL, RECIPE, STATE, Progress, find, load_state, missing
 
 TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"
@@ -58,12 +61,12 @@ def save(
         training: `loop.TrainState.state_dict`.
         state: steps done and history.
         recipe: the run's recipe.
-        data: `shards.provenance` of the dataset.
+        data: `combined.provenance` of the data.
         rule: `shards.intensity` of the dataset; default: LIVECell's.
         scale: `shards.scale` of the dataset; default: images as stored, cells of unknown size.
     """
     state_dict = model.state_dict()
-    weights = {name: state_dict[name].detach().cpu().contiguous() for name in _tensor_names(model)}
+    weights = {name: state_dict[name].detach().cpu().contiguous() for name in tensor_names(model)}
     storage.write_bytes(storage.join(folder, MODEL), safetensors.torch.save(weights))
     buffer = io.BytesIO()
     torch.save(training, buffer)
@@ -76,7 +79,7 @@ def save(
     storage.write_bytes(storage.join(folder, RECIPE), recipes.dump(recipe).encode())
 
 
-def _tensor_names(model: nn.Module) -> list[str]:
+def tensor_names(model: nn.Module) -> list[str]:
     """One state_dict name per tensor: MONAI's DynUNet registers some modules under two names."""
     state_dict = model.state_dict()
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # without duplicates
@@ -85,14 +88,14 @@ def _tensor_names(model: nn.Module) -> list[str]:
 
 def copy(folder: str, target: str) -> None:
     """Copy a checkpoint's files; recipe.yaml, which marks it as complete, last."""
-    optional = [file for file in (DATA, INSTANCES, SCALE) if storage.exists(storage.join(folder, file))]
+    optional = [file for file in (DATA, INSTANCES, SCALE, PARENTS) if storage.exists(storage.join(folder, file))]
     for file in (*optional, INTENSITY, MODEL, TRAINING, STATE, RECIPE):
-        storage.write_bytes(storage.join(target, file), _read(folder, file))
+        storage.write_bytes(storage.join(target, file), read_file(folder, file))
 
 
 def load_training(folder: str) -> tuple[dict[str, Any], Progress]:
     """The `training` (on the CPU) and `state` passed to `save`."""
-    data = io.BytesIO(_read(folder, TRAINING))
+    data = io.BytesIO(read_file(folder, TRAINING))
     try:
         with zipfile.ZipFile(data) as members:  # torch.load also reads older formats and unpacks zip bombs
             if any(member.file_size > member.compress_size for member in members.infolist()):
@@ -109,10 +112,10 @@ def load_model(uri: str) -> tuple[nn.Module, recipes.Recipe]:
     folder = find(uri)
     recipe, rule = recipes.load(storage.join(folder, RECIPE)), load_intensity(folder)
     try:
-        weights = safetensors.torch.load(_read(folder, MODEL))
+        weights = safetensors.torch.load(read_file(folder, MODEL))
         with torch.device("meta"):  # an untrusted recipe may ask for terabytes: allocate the size of the file only
             model = build_model(recipe.model, recipe.outputs, rule)
-        if weights.keys() != set(names := _tensor_names(model)):
+        if weights.keys() != set(names := tensor_names(model)):
             mismatched = sorted(weights.keys() ^ set(names))
             raise KeyError(f"{len(mismatched)} tensors are missing or unexpected: {', '.join(mismatched[:3])}")
         model.load_state_dict(weights, assign=True, strict=False)  # the file lacks second names of shared tensors
@@ -169,18 +172,29 @@ def load_scale(folder: str) -> Scale:
         return Scale.model_validate(values)
 
 
-def load_data(folder: str) -> dict[str, Any]:
+def load_data(folder: str) -> dict[str, str]:
+    """`own_data`, with the licences and citations of the parents' data."""
+    values, chain = own_data(folder), parents.read(folder)
+    if not chain:
+        return values
+    citations = dict.fromkeys([values["citation"], *(parent.data.citation for parent in chain)])
+    licence = f"{values['licence']}; started from networks trained on {parents.attribution(chain)}"
+    return values | {"licence": licence, "citation": " ".join(citations)}
+
+
+def own_data(folder: str) -> dict[str, str]:
     """The `data` passed to `save`; "not stated" for missing values."""
     try:
         values = storage.read_json(storage.join(folder, DATA))
     except FileNotFoundError:
         values = {}
     with storage.validating(storage.join(folder, DATA), "use another checkpoint"):
-        stated = {name: str(value) for name, value in values.items()}
+        stated = {name: str(value) for name, value in values.items() if not isinstance(value, list)}
     return dict.fromkeys(("name", "licence", "citation", "sha256"), "not stated") | stated
 
 
-def _read(folder: str, name: str) -> bytes:
+def read_file(folder: str, name: str) -> bytes:
+    """Read a file of a checkpoint; UserError if it is missing."""
     try:
         return storage.read_bytes(storage.join(folder, name))
     except FileNotFoundError as error:

@@ -1,7 +1,8 @@
 """The folder of a run or a sweep: started with one recipe on one dataset, and resumed only with these.
 
 recipe.yaml   the recipe; its presence marks the folder as in use
-data.json     `shards.provenance` of the dataset
+data.json     `combined.provenance` of the dataset
+parent/       weights of the network from which the training started, if any (runs/parents.py)
 failed.json   why the run ended early, if the user must change something before resuming or restarting it
 failed-1/ ... files of failed runs, moved there when a new run started in the folder
 """
@@ -13,12 +14,14 @@ from typing import Any, NamedTuple
 from raylivecell.core import addresses, storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
-from raylivecell.data import shards
+from raylivecell.data import combined
+from raylivecell.data.combined import Data
+from raylivecell.runs import parents
 
 RECIPE, DATA, FAILED = "recipe.yaml", "data.json", "failed.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the run's checkpoints."""
-WRITTEN = (RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tensorboard")
+WRITTEN = (RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tensorboard", parents.FOLDER)
 """Files of a run, besides its checkpoints."""
 
 
@@ -27,7 +30,7 @@ def holds_run(out: str) -> bool:
     return RECIPE in storage.list_names(out)
 
 
-def check_resumable(out: str, data: str, resume: bool) -> bool:
+def check_resumable(out: str, data: Data, resume: bool) -> bool:
     """Whether to resume the run in `out`; False for a new run, and for a failed one without `resume`.
 
     Raises:
@@ -42,11 +45,12 @@ def check_resumable(out: str, data: str, resume: bool) -> bool:
         raise UserError(f"{out} already contains a run; choose another --out, or resume it with --resume always")
     if in_use:
         _check_snapshot(storage.join(out, SNAPSHOT))
-        old, new = storage.read_json(storage.join(out, DATA)), shards.provenance(data)
+        old, new = storage.read_json(storage.join(out, DATA)), combined.provenance(data)
         with storage.validating(storage.join(out, DATA), "choose another --out"):
             same, uri = old["sha256"] == new["sha256"], old["uri"]
         if not same:
-            raise UserError(f"{out} was started on another dataset, {uri}, not {data}; resume it on the first")
+            weights = " or with other --data-weights" if "," in f"{data}{uri}" else ""
+            raise UserError(f"{out} was started on another dataset, {uri}, not {data}{weights}; resume it on the first")
     return in_use
 
 
@@ -85,9 +89,9 @@ def ray_storage(out: str) -> dict[str, Any]:
     return {"name": name if name.isascii() else ".", "storage_path": folder, "storage_filesystem": filesystem}
 
 
-def initialise(out: str, data: str, recipe: str) -> None:
+def initialise(out: str, data: Data, recipe: str) -> None:
     """Mark the folder as in use by `recipe` (YAML) and the dataset at `data`."""
-    storage.write_json(storage.join(out, DATA), shards.provenance(data))
+    storage.write_json(storage.join(out, DATA), combined.provenance(data))
     storage.write_bytes(storage.join(out, RECIPE), recipe.encode())
 
 

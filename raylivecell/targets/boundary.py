@@ -20,6 +20,7 @@ class Boundary(Target):
 
     channels = ("foreground", "boundary")
     prominence = 0.1
+    height_expression = "maps[0] * (1 - maps[1])"
 
     def draw(self, labels: NDArray[np.uint16], out: NDArray[np.uint8]) -> None:
         """Draw `boundary`."""

@@ -33,6 +33,7 @@ class Distance(Target):
 
     channels = ("foreground", "centre_distance", "boundary_distance")
     prominence = 0.1
+    height_expression = "(1 - maps[1] + maps[2]) / 2"
 
     def draw(self, labels: NDArray[np.uint16], out: NDArray[np.uint8]) -> None:
         """Draw `distances`."""

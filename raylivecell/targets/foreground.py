@@ -20,6 +20,7 @@ class Foreground(Target):
 
     channels = ("foreground",)
     prominence = 0.03
+    height_expression = "np.minimum(ndimage.distance_transform_edt(cell), 32) / 32"
 
     def draw(self, labels: NDArray[np.uint16], out: NDArray[np.uint8]) -> None:
         """Draw nothing."""

@@ -11,6 +11,7 @@ from raylivecell.ingest.dataset import Samples
 from raylivecell.ingest.order import SampleSchedule
 from raylivecell.ingest.stream import Stream
 from raylivecell.recipe import Recipe
+from raylivecell.runs.parents import Parent
 
 SCORE_COLUMN = "rank"
 """Column of the validation score in a worker's report, by which Ray Train selects the best checkpoint."""
@@ -35,6 +36,8 @@ class TrainJob:
     """Start-up phases of the driver: name and end time, seconds since 1970."""
     resumed: bool = False
     """Whether the run in `out` is resumed."""
+    parents: tuple[Parent, ...] = ()
+    """The network from which the run started, stored in its folder, and that network's own parents."""
     sweep: str | None = None
     """Folder of the sweep to which the run belongs as a trial."""
 
@@ -44,7 +47,8 @@ class TrainJob:
 
     def schedule(self) -> SampleSchedule:
         """The run's sample order."""
-        return SampleSchedule(self.recipe.seed, len(self.samples.train), self.recipe.batch_size, self.recipe.phases)
+        recipe, samples = self.recipe, self.samples
+        return SampleSchedule(recipe.seed, len(samples.train), recipe.batch_size, recipe.phases, samples.datasets)
 
     def stream(self, step: int, rank: int = 0, ranks: int = 1) -> Stream:
         """Stream of the batches of `rank`, starting at `step`; its Ray Data tasks start immediately."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raylivecell.ingest.order import EPOCH, SAMPLE, SampleSchedule
+from raylivecell.ingest.order import SAMPLE, SampleSchedule
 from raylivecell.network.losses import segmentation_loss
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.transfer import DeviceTransfer
@@ -218,7 +218,7 @@ class _StepStats:
         ranks = self.sum_over_ranks(torch.ones(1, device=self.device))
         losses = (self.sum_over_ranks(self.losses) / ranks / (step + 1 - self.first_step)).tolist()
         return {
-            "epoch": int(self.schedule.rows(step)[-1, EPOCH]) + int(self.schedule.epoch_ends(step)),
+            "epoch": self.schedule.epochs_done(step),
             "step": step + 1,
             "samples": (step + 1) * self.schedule.batch_size,
             **{name: loss for name, loss in zip(LOSSES, losses) if loss or name != "aux_loss"},  # 0: no auxiliary maps

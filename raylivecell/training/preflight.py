@@ -8,7 +8,9 @@ import sys
 import ray
 
 from raylivecell.core.errors import UserError
-from raylivecell.data import shards
+from raylivecell.data import combined, shards
+from raylivecell.data.combined import Data
+from raylivecell.ingest.order import SampleSchedule
 from raylivecell.recipe import Recipe
 from raylivecell.runtime import placement, session
 
@@ -78,17 +80,30 @@ def batch_divides(batch_size: int, workers: int | tuple[int, int], flag: str = "
         )
 
 
-def samples_fit(data: str, recipe: Recipe) -> None:
-    """Check that the dataset has training images, and that the recipe allows their sizes in one batch."""
-    if not shards.list_rows(data, "train"):
-        raise UserError(f"dataset at {data} has no training images; its train split is empty")
-    sizes = len(shards.image_sizes(data, "train"))
+def samples_fit(data: Data, recipe: Recipe) -> None:
+    """Check that each dataset has training images, and that the recipe allows their sizes in one batch."""
+    for uri in combined.uris(data):
+        if not shards.list_rows(uri, "train"):
+            raise UserError(f"dataset at {uri} has no training images; its train split is empty")
+    if not isinstance(data, str):
+        _check_draws(data, recipe)
+    sizes = len(combined.image_sizes(data, "train"))
     if sizes > 1 and recipe.crop is None:
         raise UserError(f"images of {sizes} sizes in {data}/train cannot share a batch; set the recipe's crop")
     if sizes > 1 and recipe.augment.device == "cuda":
         raise UserError(
             f"images of {sizes} sizes in {data}/train cannot be augmented on a GPU; set augment.device: cpu"
         )
+
+
+def _check_draws(data: combined.Datasets, recipe: Recipe) -> None:
+    """Check that the weights of the datasets give each at least one sample in an epoch."""
+    samples, datasets = len(combined.list_rows(data, "train")), combined.sample_counts(data, "train")
+    schedule = SampleSchedule(recipe.seed, samples, recipe.batch_size, recipe.phases, datasets)
+    draws = [schedule.draws(phase) for phase in recipe.phases] if datasets else []
+    for uri, counts in zip(data.uris, zip(*draws)):
+        if not all(counts):
+            raise UserError(f"the weight of {uri} gives it less than one of an epoch's samples; raise it")
 
 
 def network(recipe: Recipe) -> str | None:

@@ -11,7 +11,7 @@ Ray Data, Ray Train and plotting libraries are imported where they are used: whi
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -19,47 +19,58 @@ from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
-from raylivecell.data import shards
+from raylivecell.data import combined, shards
+from raylivecell.data.combined import Data
 from raylivecell.recipe import Recipe
-from raylivecell.runs import folder, progress
+from raylivecell.runs import folder, parents, progress
 from raylivecell.runtime import session
 from raylivecell.training import messages, preflight
 from raylivecell.training.display import ProgressDisplay
+
+if TYPE_CHECKING:
+    from raylivecell.runs.start_from import Opened
 
 # Validation images shown in the report.
 OVERLAYS = 6
 
 
 def train(
-    data: str,
+    data: str | Sequence[str],
     out: str,
     recipe: Recipe,
     workers: int | tuple[int, int] = 1,
     resume: bool = False,
     retries: int = 3,
     began: float | None = None,
+    start_from: str | None = None,
+    data_weights: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Train `recipe` on the dataset at `data`; returns the last row of metrics.
 
     Args:
-        data: URI of a prepared dataset.
+        data: URI of a prepared dataset, or of several, whose images are converted to the intensities of the first.
         out: URI of the run's folder: checkpoint_*/, metrics.jsonl, tensorboard/, recipe.yaml, report.html.
         recipe: what to train.
         workers: training processes, or (min, max) for a run that grows and shrinks with the cluster.
         resume: continue the run in `out` from its latest checkpoint; otherwise `out` must not contain a run.
         retries: maximum number of restarts from the latest checkpoint after a worker died.
+        start_from: checkpoint or run whose weights a new run starts with, where their shapes fit; a resumed run must
+            have started from it, and does not read it again.
+        data_weights: for several datasets, the share of each in the samples of an epoch; default: every sample once.
         began: start of the command, seconds since 1970, for the reported time to the first step; default: now.
 
     Raises:
-        UserError: no such data; `out` in use, or no run to resume there; too few CPUs; a non-finite loss.
+        UserError: no such data; `out` in use, or no run to resume there; too few CPUs; a non-finite loss;
+            a parent that does not fit.
     """
     startup = [("", began or time.time()), ("imports", time.time())]
-    data, out = storage.absolute(data), storage.absolute(out)
+    datasets, out = combined.of(data, data_weights), storage.absolute(out)
     preflight.batch_divides(recipe.batch_size, workers)
-    preflight.samples_fit(data, recipe)
+    preflight.samples_fit(datasets, recipe)
     if line := preflight.network(recipe):
         console.print(line, markup=False, soft_wrap=True)
-    _check_run_folder(out, data, recipe, resume)
+    resumed = _check_run_folder(out, datasets, recipe, resume)
+    parent = _open_parent(out, start_from, recipe, resumed)
     startup.append(("dataset", time.time()))
     session.connect()
     startup.append(("Ray", time.time()))
@@ -71,9 +82,11 @@ def train(
     preflight.gpus_work()
     if line := folder.reopen(out, resume):
         console.print(line, soft_wrap=True, markup=False)
-    folder.initialise(out, data, recipes.dump(recipe))
+    if not resumed:
+        parents.store(out, parent.weights if parent else b"", parent.chain if parent else ())
+    folder.initialise(out, datasets, recipes.dump(recipe))
     stream_memory = stream_budget_bytes()
-    samples = open_samples(data, recipe.targets != "foreground")
+    samples = open_samples(datasets, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
     from raylivecell.training import ray_train  # Ray Train, 0.6 s, while tasks decode the samples
     from raylivecell.training.job import TrainJob
@@ -88,6 +101,7 @@ def train(
         poll_preemption=not session.started_here(),
         startup=tuple(startup),
         resumed=resume,
+        parents=parents.of_run(out),
     )
     with ProgressDisplay(job.schedule().steps, lambda: ray.get(mailbox.read.remote())):
         try:
@@ -96,18 +110,40 @@ def train(
             raise _record_failure(out, str(error)) from error
     if failed:
         raise _record_non_finite_loss(out, failed["step"], [samples.train[index] for index in failed["samples"]])
-    return _write_report(data, out, recipe)
+    return _write_report(datasets, out, recipe)
 
 
-def _check_run_folder(out: str, data: str, recipe: Recipe, resume: bool) -> None:
-    """Check that `out` is unused, or has a run to resume with the same recipe: Ray would resume any run there."""
+def _check_run_folder(out: str, data: Data, recipe: Recipe, resume: bool) -> bool:
+    """Check that `out` is unused, or has a run to resume with the same recipe: Ray would resume any run there.
+
+    Returns whether it has one.
+    """
     if not folder.check_resumable(out, data, resume):
-        return
+        return False
     old = recipes.load(storage.join(out, folder.RECIPE))
     changed = ", ".join(name for name in Recipe.model_fields if getattr(old, name) != getattr(recipe, name))
     if changed:
         restart = ", or start again without --resume always" if folder.failure(out) else ""
         raise UserError(f"the run at {out} has another recipe ({changed}); resume it with {out}/recipe.yaml{restart}")
+    return True
+
+
+def _open_parent(out: str, start_from: str | None, recipe: Recipe, resumed: bool) -> "Opened | None":
+    """Read the network from which a new run starts, and print its origin; check that a resumed run started from it."""
+    if resumed:
+        chain = parents.of_run(out)
+        parents.check_same(out, chain, start_from)
+        if chain:
+            console.print(f"the run {parents.describe(chain[0])}", markup=False, soft_wrap=True)
+        return None
+    if start_from is None:
+        return None
+    from raylivecell.runs.start_from import open_parent  # torch
+
+    opened = open_parent(start_from, recipe)
+    for line in opened.lines:
+        console.print(line, markup=False, soft_wrap=True)
+    return opened
 
 
 def _record_failure(out: str, reason: str, hint: str = "") -> UserError:
@@ -129,7 +165,7 @@ def _record_non_finite_loss(out: str, step: int, rows: Sequence[shards.Row]) -> 
     return _record_failure(out, f"the loss became NaN or infinite at step {step}, in the batch of {names}", hint)
 
 
-def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
+def _write_report(data: Data, out: str, recipe: Recipe) -> dict[str, Any]:
     """Write report.html from the run's files; returns the last row of metrics."""
     from raylivecell.reports import pictures, training  # torch and matplotlib
     from raylivecell.runs import checkpoint
@@ -137,6 +173,8 @@ def _write_report(data: str, out: str, recipe: Recipe) -> dict[str, Any]:
     history = [json.loads(line) for line in storage.read_bytes(storage.join(out, "metrics.jsonl")).splitlines()]
     network, _ = checkpoint.load_model(out)
     panels = pictures.overlays(network, data, "val", OVERLAYS)
-    training.write_run_report(out, recipes.dump(recipe), history, panels, shards.load_description(data))
+    training.write_run_report(
+        out, recipes.dump(recipe), history, panels, combined.description(data), parents.of_run(out)
+    )
     console.print(f"written: {out}/report.html, checkpoint_*/, metrics.jsonl, tensorboard/", markup=False)
     return history[-1]

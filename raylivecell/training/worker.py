@@ -25,7 +25,7 @@ from raylivecell.ingest.stream import Stream
 from raylivecell.network.forward import build
 from raylivecell.network.transfer import tensors
 from raylivecell.recipe import Recipe
-from raylivecell.runs import checkpoint, progress
+from raylivecell.runs import checkpoint, parents, progress, start_from
 from raylivecell.runs.run_log import RunLog
 from raylivecell.runtime import prometheus
 from raylivecell.training import gloo, loop
@@ -104,7 +104,10 @@ def reports(
         )
     with contextlib.closing(stream):
         torch.manual_seed(recipe.seed)
-        training = loop.start(build(recipe, context.device, intensity), recipe.optimizer, schedule.steps)
+        model = build(recipe, context.device, intensity)
+        if job.parents and values is None:
+            start_from.load(model, job.out)
+        training = loop.start(model, recipe.optimizer, schedule.steps)
         if values is not None:
             training.load(values, state)
         forward = wrap(training.model, recipe, context.ranks, context.device)
@@ -168,4 +171,5 @@ def report_row(state: progress.Progress, schedule: SampleSchedule) -> dict[str, 
 def save(folder: str, training: loop.TrainState, job: TrainJob) -> None:
     """Write a checkpoint of the job's training into `folder`."""
     data, rule, scale = job.samples.provenance, job.samples.intensity, job.samples.scale
+    parents.write(folder, job.parents)
     checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule, scale)

@@ -47,6 +47,10 @@ def test_every_stage_has_its_script_and_command(stage: str) -> None:
         ("demo --data /d", "no stage in demo --data /d"),
         ("train --data shards --out /o", "--data shards is on this machine"),
         ("train --data /d --out=runs/x", "--out runs/x is on this machine"),
+        ("train --data s3://b/d --data shards --out /o", "--data shards is on this machine"),
+        ("train --data /d shards --out /o", "--data shards is on this machine"),
+        ("train --data /d --out /o --start-from runs/p", "--start-from runs/p is on this machine"),
+        ("train --data /d --out /o --start_from runs/p", "--start-from runs/p is on this machine"),
         ("train --data /d --out /o --recipe smal", "did you mean small?"),
         (
             "--env AWS_SECRET_ACCESS_KEY=x train --data /d --out /o",

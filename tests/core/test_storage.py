@@ -15,7 +15,7 @@ from pyarrow.fs import FileSystem
 from raylivecell.cli import main
 from raylivecell.core import addresses, storage
 from raylivecell.core.errors import UserError
-from raylivecell.data import sources
+from raylivecell.data import listing
 from raylivecell.runs import folder as run_folder
 from raylivecell.runtime import prometheus
 
@@ -52,7 +52,7 @@ def test_files_of_all_names_on_a_disk(tmp_path: Path, names: list[str], data: st
     for name in names:
         storage.write_bytes(storage.join(root, name), name.encode())
     assert storage.list_names(root) == sorted(names) == sorted(os.listdir(folder))
-    assert {name for name in names if name[0] != "."} <= sources.list_infos(root).keys() <= set(names)
+    assert {name for name in names if name[0] != "."} <= listing.list_infos(root).keys() <= set(names)
     for name in names:
         assert storage.read_bytes(storage.join(storage.absolute(root), name)) == name.encode()
         assert (folder / name).read_bytes() == name.encode()
@@ -216,7 +216,7 @@ def test_a_name_that_is_not_utf8_is_listed_with_the_rest(tmp_path: Path) -> None
         path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"12")
-    infos = sources.list_infos(str(tmp_path))
+    infos = listing.list_infos(str(tmp_path))
     assert infos["good.png"].size == 2
     assert "".join(infos).encode()
     assert "good.png" in storage.list_names(tmp_path)

@@ -100,5 +100,25 @@ def test_annotation_files_by_name_or_by_folder() -> None:
         find_annotations(["test.json", "A/test.json"], {}, "set")
     with pytest.raises(UserError, match="one JSON per image, as LabelMe"):
         find_annotations(["train/a.json", "train/b.json", "train/a.png", "train/b.png"], {}, "set")
-    with pytest.raises(UserError, match=r"found instances_default\.json; choose with"):
+    with pytest.raises(UserError, match=r"found instances_default\.json; divide its images with --split"):
         find_annotations(["instances_default.json", "im.png"], {}, "set")
+
+
+def test_annotation_files_of_a_source_without_splits() -> None:
+    def find(*files: str, chosen: str = "") -> list[str]:
+        annotation_files = find_annotations(files, {"all": chosen} if chosen else {}, "set", unsplit=True)
+        assert list(annotation_files) == ["all"]
+        return annotation_files["all"]
+
+    assert find("im.png", "_annotations.coco.json") == ["_annotations.coco.json"]
+    assert find("a/instances_default.json", "a/captions_default.json") == ["a/instances_default.json"]
+    assert find("B3/annotations.json", "A1/annotations.json") == ["B3/annotations.json", "A1/annotations.json"]
+    assert find("a.json", "test/b.json", chosen="test/*.json") == ["test/b.json"]
+    with pytest.raises(UserError, match=r"2 JSON files .*; choose with --annotations all PATH"):
+        find("a.json", "b.json")
+    with pytest.raises(UserError, match="one JSON per image, as LabelMe"):
+        find("a.json", "b.json", "a.png", "b.png")
+    with pytest.raises(UserError, match=r"has splits \(valid/x.json\): leave out --split"):
+        find("valid/x.json", "x.json")
+    with pytest.raises(UserError, match="no annotation JSON in set"):
+        find("a.png")

@@ -11,7 +11,7 @@ import pytest
 from download_server import TRAIN, Server, annotations, assert_unpublished, cut, make_zip
 
 from raylivecell.core.errors import UserError
-from raylivecell.data import image_names, sources
+from raylivecell.data import image_names, listing, sources
 from raylivecell.download import archive
 from raylivecell.download.fetch import DamagedFileError
 from raylivecell.download.livecell import download
@@ -32,7 +32,7 @@ def test_images_and_annotations_for_prepare(server: Server, tmp_path: Path) -> N
     server.files["images.zip"] = make_zip([*IMAGES, *others])
     server.script = [cut(200)]
     download(tmp_path, base_url=server.url + "/")
-    files = sorted(sources.list_infos(str(tmp_path)))
+    files = sorted(listing.list_infos(str(tmp_path)))
     assert sorted(IMAGES) == sorted(image_names.find_images(files, None).paths)
     by_split = sources.find_annotations(files, {}, str(tmp_path))
     assert by_split == {split: [TRAIN.replace("train", split)] for split in ("train", "val", "test")}

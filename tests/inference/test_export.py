@@ -121,7 +121,7 @@ def test_a_file_that_differs_from_the_network_is_not_written(
 
 
 def test_user_errors_are_reported(exported: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"\.onnx, or \.pt2"):
+    with pytest.raises(UserError, match=r"\.onnx, \.pt2 .* or \.zip"):
         export.export(exported[0], str(tmp_path / "model.pth"))
     with pytest.raises(UserError, match="no checkpoint"):
         export.export(str(tmp_path), str(tmp_path / "model.onnx"))

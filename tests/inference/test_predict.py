@@ -18,12 +18,14 @@ from conftest import job_env, run_python
 from hosts import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import fs as pafs
 from pycocotools import mask as coco_mask
 
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.cli import main
 from raylivecell.core.errors import UserError
-from raylivecell.inference import image_file, predict, segmenter
+from raylivecell.images.planes import Choice
+from raylivecell.inference import image_file, predict, segmenter, stacks
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
@@ -126,11 +128,23 @@ def write_images(folder: Path) -> dict[str, np.ndarray]:
     large = disks((1500, 1450), 9)
     cv2.imwrite(str(folder / "large.png"), large)
     (folder / "cut.tif").write_bytes((folder / "a.tif").read_bytes()[:300])
-    tifffile.imwrite(folder / "stack.tif", np.zeros((4, 20, 20), np.uint8), photometric="minisblack")
+    frames = [disks((20, 30), 5), disks((20, 30), 6)]
+    tifffile.imwrite(folder / "stack.tif", np.stack(frames), imagej=True, metadata={"axes": "TYX"})
+    channels = np.stack(frames).astype(np.float32) / 300
+    tifffile.imwrite(folder / "two channels.tif", channels, imagej=True, metadata={"axes": "CYX"})
     (folder / "notes.txt").write_text("no image")
     (folder / "._a.tif").write_bytes(b"macOS")
-    files = ["a.tif", "a.png", "deep/a.tiff", "deep/er/colour.PNG", "dot.png", "large.png"]
-    return dict(zip(files, [*gray.values(), np.array([[200]], np.uint8), large]))
+    files = [
+        "a.tif",
+        "a.png",
+        "deep/a.tiff",
+        "deep/er/colour.PNG",
+        "dot.png",
+        "large.png",
+        "stack.tif#t0",
+        "stack.tif#t1",
+    ]
+    return dict(zip(files, [*gray.values(), np.array([[200]], np.uint8), large, *frames]))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -179,9 +193,11 @@ def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, saved: str,
     out = folder / "result"  # inside the folder of the images: outputs must not become inputs
     summary = predict.predict(saved, str(folder), str(out))
     rows = {row["file"]: row for row in read_csv(out / "images.csv")}
-    assert list(rows) == sorted(rows) == sorted(expected.keys() | {"cut.tif", "stack.tif"})
-    assert [int(row["image_id"]) for row in rows.values()] == list(range(1, 9))
-    assert {file for file, row in rows.items() if row["error"]} == {"cut.tif", "stack.tif"}
+    assert list(rows) == sorted(rows) == sorted(expected.keys() | {"cut.tif", "two channels.tif"})
+    assert [int(row["image_id"]) for row in rows.values()] == list(range(1, 11))
+    assert {file for file, row in rows.items() if row["error"]} == {"cut.tif", "two channels.tif"}
+    assert "choose one with --channel 0 to 1" in rows["two channels.tif"]["error"]
+    assert rows["stack.tif#t1"]["labels"] == "labels/stack.tif_t1.tif"
     assert rows["cut.tif"]["confluence"] == rows["cut.tif"]["masks"] == ""
     cells, records = read_csv(out / "cells.csv"), json.loads((out / "coco.json").read_text())
     network = segmenter.load(saved)
@@ -193,14 +209,44 @@ def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, saved: str,
     assert len(cells) == len(records) == summary["cells"] > 50
     image_outputs = {row[kind] for row in rows.values() for kind in ("labels", "masks", "overlays")} - {""}
     assert contents(out).keys() == image_outputs | TABLES
-    assert len(image_outputs) == 18
-    assert (summary["images"], summary["segmented"]) == (8, 6)
+    assert len(image_outputs) == 24
+    assert (summary["images"], summary["segmented"]) == (10, 8)
     assert summary["confluence"] == pytest.approx(np.mean([float(rows[file]["confluence"]) for file in expected]))
-    assert [failure["file"] for failure in summary["failed"]] == ["cut.tif", "stack.tif"]
+    assert [failure["file"] for failure in summary["failed"]] == ["cut.tif", "two channels.tif"]
     before = files_in(out)
     again = predict.predict(saved, str(folder), str(out))
     assert again | {"seconds": 0} == summary | {"seconds": 0}
     assert files_in(out) == before
+    with pytest.raises(UserError, match=r"results of other settings \(plane\)"):
+        predict.predict(saved, str(folder), str(out), choice=Choice("t1"))
+
+
+def test_planes_and_channels_are_chosen_and_read_like_separate_files(saved: str, tmp_path: Path) -> None:
+    """In one process: the addresses from the driver, the pixels in an actor and in the Python API."""
+    array = np.stack([[disks((20, 30), 2 * t + c) for c in range(2)] for t in range(3)])
+    tifffile.imwrite(tmp_path / "a.tif", array, imagej=True, truncate=True, metadata={"axes": "TCYX"})
+    tifffile.imwrite(tmp_path / "b.tif", array[0, 0])
+    files = {name: pafs.FileInfo(name, size=1, mtime_ns=1) for name in ("a.tif", "b.tif")}
+    chosen = stacks.expand(str(tmp_path), files, Choice(channel=1))
+    assert list(chosen) == ["a.tif#t0_c1", "a.tif#t1_c1", "a.tif#t2_c1", "b.tif"]
+    assert predict.output_names(list(chosen)) == ["a_t0_c1", "a_t1_c1", "a_t2_c1", "b"]
+    assert predict.output_names(["a.tif#t0", "a_t0.png"]) == ["a.tif_t0", "a_t0.png"]
+    for t in range(3):
+        address = f"a.tif#t{t}_c1"
+        pixels = stacks.read(str(tmp_path), address, Choice(channel=1), image_file.MAX_PIXELS).pixels
+        np.testing.assert_array_equal(pixels, array[t, 1])
+    network = segmenter.load(saved)
+    from_file = network.segment(tmp_path / "a.tif", plane=2, channel=1)
+    np.testing.assert_array_equal(from_file.labels, network.segment(array[2, 1]).labels)
+    assert list(stacks.expand(str(tmp_path), files, Choice("t1_c0"))) == ["a.tif#t1_c0", "b.tif"]
+    job = image_file.PredictJob(saved, str(tmp_path), str(tmp_path / "out"), (), False, None, Choice(channel=1))
+    for file, reason in (("b.tif", "no channel 1: the file has 1 channel"), ("a.tif", "choose one with --plane")):
+        row = image_file.segment_file(job, network, file, "x", "v").row
+        assert row.version == "v"
+        assert reason in (row.error or "")
+    row = image_file.segment_file(job, network, "gone.tif#t0", "x", "v").row
+    assert row.error is not None
+    assert row.version is None
 
 
 def write_frames(folder: Path, numbers: range) -> None:

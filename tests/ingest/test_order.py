@@ -114,3 +114,65 @@ def test_the_length_in_steps_does_not_depend_on_the_dataset() -> None:
 def test_a_phase_without_a_length_or_images_is_rejected(wrong: dict) -> None:
     with pytest.raises(ValueError, match="phase"):
         PhaseConfig(**wrong)
+
+
+weighted_schedules = st.builds(
+    lambda seed, datasets, batch_size, phases: SampleSchedule(
+        seed, sum(samples for samples, _ in datasets), batch_size, phases, datasets
+    ),
+    seed=st.integers(0, 5),
+    datasets=st.lists(st.tuples(st.integers(1, 9), st.floats(0.5, 3)), min_size=2, max_size=3).map(tuple),
+    batch_size=st.sampled_from([1, 2, 4, 6]),
+    phases=st.lists(
+        st.builds(PhaseConfig, epochs=st.integers(1, 4), originals=st.booleans(), augmented_copies=st.integers(1, 2)),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
+)
+
+
+@given(weighted_schedules)
+def test_weights_are_the_shares_of_the_datasets_in_every_epoch(schedule: SampleSchedule) -> None:
+    """No (epoch, sample, variant) occurs twice, although a small dataset is drawn several times per epoch."""
+    rows, position = all_rows(schedule), 0
+    assert len({tuple(row) for row in rows}) == len(rows)
+    ends = np.cumsum([samples for samples, _ in schedule.datasets])
+    total_weight = sum(weight for _, weight in schedule.datasets)
+    for phase in schedule.phases:
+        size = phase.copies() * schedule.samples
+        for number in range(phase.epochs or 0):
+            epoch_rows = rows[position + number * size : position + (number + 1) * size]
+            counts = np.bincount(np.searchsorted(ends, epoch_rows[:, SAMPLE], side="right"), minlength=len(ends))
+            assert counts.tolist() == schedule.draws(phase)
+            for count, (_, weight) in zip(counts, schedule.datasets):
+                assert abs(count - size * weight / total_weight) < 1
+            variants = set(epoch_rows[:, VARIANT].tolist())
+            assert variants <= set(range(0 if phase.originals else 1, phase.augmented_copies + 1))
+        position += -(-(phase.epochs or 0) * size // schedule.batch_size) * schedule.batch_size
+
+
+@given(weighted_schedules)
+def test_within_a_dataset_every_sample_occurs_once_before_any_occurs_again(schedule: SampleSchedule) -> None:
+    phase = schedule.phases[0]
+    size = (phase.epochs or 0) * phase.copies() * schedule.samples
+    steps, first = -(-size // schedule.batch_size), 0
+    rows = np.concatenate([schedule.rows(step) for step in range(steps)])[:size]
+    for samples, _ in schedule.datasets:
+        own = rows[(first <= rows[:, SAMPLE]) & (rows[:, SAMPLE] < first + samples)]
+        counts = np.bincount(own[:, EPOCH])
+        assert (counts[:-1] == phase.copies() * samples).all(), "all epochs of a dataset but its last are complete"
+        first += samples
+
+
+@given(weighted_schedules, st.sampled_from([1, 2, 3]))
+def test_ranks_share_weighted_batches(schedule: SampleSchedule, ranks: int) -> None:
+    if schedule.batch_size % ranks == 0:
+        for step in range(min(schedule.steps, 5)):
+            shares = [schedule.rank_rows(step, rank, ranks) for rank in range(ranks)]
+            np.testing.assert_array_equal(np.concatenate(shares), schedule.rows(step))
+
+
+@given(schedules)
+def test_the_number_of_completed_epochs_follows_the_rows(schedule: SampleSchedule) -> None:
+    for step in range(schedule.steps):
+        assert schedule.epochs_done(step) == schedule.rows(step)[-1, EPOCH] + schedule.epoch_ends(step)

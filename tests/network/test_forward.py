@@ -54,9 +54,12 @@ def test_flip_averaged_logits_are_equivariant_to_flips(saved: str) -> None:
         torch.testing.assert_close(flipped, averaged, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.int16), np.zeros((3, 4))])
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((3, 4, 5), np.uint8), np.full((3, 4), -1, np.int16), np.full((3, 4), 1.5), np.zeros((3, 4), np.bool_)],
+)
 def test_only_grey_images_are_segmented(saved: str, wrong: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="give a grey image"):
+    with pytest.raises(ValueError, match=r"give a grey image|convert all images of the series"):
         segmenter.load(saved).segment(wrong)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from raylivecell.reports import overlay, pictures, training
+from raylivecell.runs.parents import DataRecord, Parent
 
 
 def disk(size: int = 64, centre: tuple[int, int] = (32, 32), radius: int = 15) -> np.ndarray:
@@ -41,6 +42,19 @@ DATASET = {
     "defects": {"counts": {"leak": 2, "duplicate": 0}},
 }
 
+CHAIN = [
+    Parent(
+        start_from="runs/<p>",
+        checkpoint="runs/<p>/checkpoint_1",
+        sha256="ab" * 32,
+        step=1500,
+        targets="foreground",
+        data=DataRecord(name="LIVECell", licence="licence of the parent", citation="Edlund", sha256="cd" * 32),
+        loaded=0.5,
+        new_layers=("head",),
+    )
+]
+
 
 class Page(HTMLParser):
     """Parser that collects unclosed tags, sources, and text."""
@@ -70,7 +84,7 @@ class Page(HTMLParser):
 
 def write_report(folder: Path, rows: list[dict], dataset: dict | None = DATASET) -> Page:
     panels = [("one.tif", pictures.panel(np.full((64, 64), 128, np.uint8), disk(), disk(centre=(30, 34))))]
-    training.write_run_report(str(folder), "seed: 0 # <script>", rows, panels, dataset)
+    training.write_run_report(str(folder), "seed: 0 # <script>", rows, panels, dataset, CHAIN)
     return Page((folder / "report.html").read_text())
 
 
@@ -154,6 +168,9 @@ def test_report_shows_its_inputs(tmp_path: Path) -> None:
         "1,234",
         "25.0%",
         "leak 2",
+        "runs/<p>/checkpoint_1",
+        "50.00%; new: head",
+        "licence of the parent",
     ):
         assert expected in page.text
     assert "duplicate" not in page.text

@@ -9,7 +9,7 @@ from hostile import refused
 from PIL import Image
 
 from raylivecell.core.errors import UserError
-from raylivecell.data import image_names, shards, sources
+from raylivecell.data import image_names, listing, shards
 
 REFUSED = {
     "images": {
@@ -144,7 +144,7 @@ def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
     Image.new("L", (32, 32)).save(tmp_path / "images" / "a" / "x.png")
     (tmp_path / "images" / "y.png").symlink_to("a/x.png")
     (tmp_path / "link").symlink_to("images")
-    assert sorted(sources.list_infos(str(tmp_path / "link"))) == ["a/x.png", "y.png"]
+    assert sorted(listing.list_infos(str(tmp_path / "link"))) == ["a/x.png", "y.png"]
 
 
 @pytest.mark.parametrize("key", ["in/../../out.png", "in/a/../../../out.png", "in/.."])
@@ -152,7 +152,7 @@ def test_object_store_keys_that_leave_the_folder_are_refused(key: str, s3: S3) -
     """Keys are arbitrary text: appended to a local --out they could lead out of it."""
     s3.client.put_object(Bucket="cells", Key="in/a.png", Body=b"")
     s3.client.put_object(Bucket="cells", Key=key, Body=b"")
-    process = run_python("from raylivecell.data import sources; print(sources.list_infos('s3://cells/in'))", env=s3.env)
+    process = run_python("from raylivecell.data import listing; print(listing.list_infos('s3://cells/in'))", env=s3.env)
     assert "a path out of the folder" in process.stderr, process.stdout
 
 

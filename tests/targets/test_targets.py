@@ -160,3 +160,14 @@ def test_the_same_labels_give_the_same_maps() -> None:
         blockers = [np.empty(rng.integers(1, 3000)) for _ in range(20)]  # so that arrays have other addresses
         np.testing.assert_array_equal(np.stack([np.stack(distances(image)) for image in labels]), first)
         del blockers
+
+
+@given(st.sampled_from(NAMES), SEEDS, SHAPES)
+def test_the_height_expression_computes_the_height_map(name: Targets, seed: int, shape: tuple[int, int]) -> None:
+    rng, kind = np.random.default_rng(seed), target(name)
+    maps = rng.random((len(kind.channels), *shape), np.float32)
+    cell = maps[0] > 0.3
+    height = eval(kind.height_expression, {"maps": maps, "cell": cell, "np": np, "ndimage": ndimage})
+    # OpenCV has no border of zeros either: a cell that fills the image has no distance.
+    if not cell.all():
+        np.testing.assert_allclose(height, kind.height(maps, cell), atol=1e-5)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from raylivecell.inference.evaluate import evaluate
 from raylivecell.ingest import blocks, dataset
 from raylivecell.network import forward
 from raylivecell.recipe import LoopConfig, ModelConfig, OptimizerConfig, PhaseConfig, Recipe
-from raylivecell.runs import checkpoint, folder, progress
+from raylivecell.runs import checkpoint, folder, parents, progress
 from raylivecell.runtime import session
 from raylivecell.training import gloo, loop, preflight, ray_train
 from raylivecell.training.job import TrainJob
@@ -155,6 +156,32 @@ def test_a_killed_run_resumed_ends_with_the_same_weights(tiny_dataset: str, one_
     assert len(history(run)) == 20
     for name, value in weights(one_worker).items():
         assert torch.equal(value, weights(run)[name]), name
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_run_restarts_without_its_parent(tiny_dataset: str, one_worker: Path, tmp_path: Path) -> None:
+    """Other targets than the parent's. Killed before its first checkpoint: it starts from its copy of the weights."""
+    parent, run = tmp_path / "parent", tmp_path / "run"
+    shutil.copytree(one_worker, parent)
+    fields = {"targets": "distance", "phases": (PhaseConfig(steps=3),), "seed": 5}
+    recipe = RECIPE.model_copy(update=fields)
+    train(tiny_dataset, str(run), recipe, start_from=str(parent))
+    (origin,) = parents.read(progress.find(str(run)))
+    assert (origin.start_from, origin.new_layers, origin.data.name) == (str(parent), ("head",), "squares")
+    assert origin.checkpoint in (run / "report.html").read_text()
+    before = checkpoint.load_model(str(run))[0].state_dict()
+    name = "contracting.0.0.weight"
+    moved = (before[name] - checkpoint.load_model(str(parent))[0].state_dict()[name]).abs().max()
+    assert 0 < moved < 0.05, "three steps of Adam change a weight by at most 0.03"
+    shutil.rmtree(parent)
+    for path in run.glob("checkpoint_*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=f"started from {parent}, not from elsewhere"):
+        train(tiny_dataset, str(run), recipe, resume=True, start_from="elsewhere")
+    train(tiny_dataset, str(run), recipe, resume=True, start_from=str(parent))
+    after = checkpoint.load_model(str(run))[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert parents.read(progress.find(str(run))) == (origin,)
 
 
 def test_a_non_finite_loss_names_the_images_of_its_batch(tiny_dataset: str, ray_cluster: None, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Annotation files of one image: label images, masks of single cells, ImageJ ROIs, GeoJSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from raylivecell.annotations import label_images
+from raylivecell.annotations.coco import CellRecord
+from raylivecell.annotations.errors import AnnotationError
+
+
+def _read_rois(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+    from raylivecell.annotations import imagej_rois
+
+    return imagej_rois.read(data, shape)
+
+
+def _read_geojson(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+    from raylivecell.annotations import geojson
+
+    return geojson.read(data, shape)
+
+
+OUTLINE_READERS = {".zip": _read_rois, ".roi": _read_rois, ".geojson": _read_geojson}
+"""Readers of outlines by suffix: (content, (H, W) of the image) -> cells. Their modules are imported when needed."""
+
+
+@dataclass(frozen=True)
+class ImageAnnotation:
+    """The cells of one image, and the defects of its annotation files."""
+
+    cells: list[CellRecord]
+    shape: tuple[int, int] | None
+    """(H, W) of the label image; None for outlines."""
+    defects: dict[str, tuple[str, list[int | str]]] = field(default_factory=dict)
+    """(reason, ids of cells) by kind of defect."""
+
+
+def read(
+    files: Sequence[tuple[str, bytes]], cell_masks: bool, shape: tuple[int, int], rules: Mapping[str, str]
+) -> ImageAnnotation:
+    """Read the annotation files of one image.
+
+    Args:
+        files: (name, content) of each file; several only for the masks of single cells.
+        cell_masks: whether each file is the mask of one cell.
+        shape: (H, W) of the image.
+        rules: rule by kind of defect, as chosen in `prepare`.
+
+    Raises:
+        AnnotationError: a damaged or unsupported file; the message does not contain its name.
+    """
+    if cell_masks:
+        return _read_cell_masks(files, rules["label_in_pieces"])
+    ((name, data),) = files
+    suffix = name[name.rindex(".") :].lower()
+    if suffix in OUTLINE_READERS:
+        return ImageAnnotation(OUTLINE_READERS[suffix](data, shape), None)
+    values = label_images.decode(data)
+    labels = label_images.to_integers(values)
+    cells, defects = label_images.cells_of_labels(labels, rules["binary_mask"], rules["label_in_pieces"])
+    if values.dtype.kind == "f":
+        reason = f"{values.dtype.itemsize * 8}-bit floats, all of them integers"
+        defects = {"float_labels": (reason, []), **defects}
+    return ImageAnnotation(cells, (labels.shape[0], labels.shape[1]), defects)
+
+
+def _read_cell_masks(files: Sequence[tuple[str, bytes]], label_in_pieces: str) -> ImageAnnotation:
+    """Read masks of single cells, of equal size; ids are the names of the files without suffix."""
+    cells: list[CellRecord] = []
+    shapes = set()
+    divided: list[int | str] = []
+    for path, data in files:
+        name = path.rpartition("/")[2]
+        cell_id = name.rpartition(".")[0]
+        try:
+            mask = label_images.to_integers(label_images.decode(data))
+            pieces, is_divided = label_images.cells_of_mask(mask, cell_id, label_in_pieces)
+        except AnnotationError as error:
+            raise AnnotationError(f"{name}: {error}") from error
+        cells += pieces
+        shapes.add((mask.shape[0], mask.shape[1]))
+        divided += [cell_id] if is_divided else []
+    if len(shapes) > 1:
+        sizes = " and ".join(f"{width} x {height}" for height, width in sorted(shapes)[:3])
+        raise AnnotationError(f"masks of different sizes, {sizes}; each must have the size of its image")
+    defects = {"label_in_pieces": ("the mask of a cell in several pieces", divided)} if divided else {}
+    return ImageAnnotation(cells, shapes.pop(), defects)

@@ -1,0 +1,141 @@
+"""The parents of a fine-tuned network: the checkpoints from which its training started. Imports no torch.
+
+    RUN/parent/model.safetensors   copy of the parent's weights, so that a restarted run does not need the parent
+    RUN/parent/parents.json        the chain of parents
+    CHECKPOINT/parents.json        the same
+
+The chain begins with the parent and ends with a network that was trained from random weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from raylivecell.core import settings, storage
+from raylivecell.core.errors import UserError
+from raylivecell.runs.progress import MODEL
+from raylivecell.targets.registry import Targets
+
+PARENTS = "parents.json"
+FOLDER = "parent"
+"""Folder of the parent's weights in a run."""
+MAX_PARENTS = 100
+"""Maximum length of a chain."""
+
+
+Text = Annotated[str, AfterValidator(lambda text: text[:10_000])]
+"""Text of a file that is not trusted: the first 10,000 characters."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataRecord(_Record):
+    """Name, licence, citation and SHA-256 of a dataset."""
+
+    name: Text
+    licence: Text
+    citation: Text
+    sha256: Text
+
+    @classmethod
+    def of(cls, data: Mapping[str, str]) -> "DataRecord":
+        """Build from `checkpoint.own_data`."""
+        return cls(**{name: data[name] for name in cls.model_fields})
+
+
+class Parent(_Record):
+    """A checkpoint from which a training started."""
+
+    start_from: Text
+    """URI given to --start-from."""
+    checkpoint: Text
+    """URI of the checkpoint that was used: of a run, its best."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of its model.safetensors."""
+    step: int = Field(ge=0)
+    """Steps of its training."""
+    targets: Targets
+    data: DataRecord
+    """Its training data."""
+    loaded: float = Field(ge=0, le=1)
+    """Fraction of the child's weights that were loaded from it."""
+    new_layers: tuple[Text, ...] = ()
+    """Layers of the child that started from random weights."""
+
+
+class _Chain(_Record):
+    parents: tuple[Parent, ...] = Field(max_length=MAX_PARENTS)
+
+
+def read(folder: str) -> tuple[Parent, ...]:
+    """The chain of parents in the folder of a checkpoint, or RUN/parent; empty if it has none.
+
+    Raises:
+        UserError: the file is not a valid chain.
+    """
+    uri = storage.join(folder, PARENTS)
+    try:
+        values = storage.read_json(uri)
+    except FileNotFoundError:
+        return ()
+    return settings.validate(_Chain, values, uri).parents
+
+
+def write(folder: str, chain: Sequence[Parent]) -> None:
+    """Write the chain into the folder of a checkpoint; nothing if it is empty."""
+    if chain:
+        storage.write_json(storage.join(folder, PARENTS), _Chain(parents=tuple(chain)).model_dump(mode="json"))
+
+
+def of_run(out: str) -> tuple[Parent, ...]:
+    """The chain of parents of the run in the folder `out`."""
+    return read(storage.join(out, FOLDER))
+
+
+def check_same(out: str, chain: Sequence[Parent], start_from: str | None) -> None:
+    """Check that the run `out` with this chain, which is resumed, started from `start_from`, if that is given.
+
+    Raises:
+        UserError: it did not.
+    """
+    origin = chain[0].start_from if chain else "random weights"
+    if start_from is not None and origin != storage.absolute(start_from):
+        raise UserError(
+            f"the run at {out} started from {origin}, not from {start_from}; leave out --start-from to resume it, or "
+            "choose another --out"
+        )
+
+
+def store(out: str, weights: bytes, chain: Sequence[Parent]) -> None:
+    """Copy a parent's weights, the content of its model.safetensors, and the chain into the folder of a new run.
+
+    Without a chain, delete those of a start that was killed before the run was marked as started.
+    """
+    folder = storage.join(out, FOLDER)
+    storage.delete(folder)
+    if chain:
+        storage.write_bytes(storage.join(folder, MODEL), weights)
+        write(folder, chain)
+
+
+def attribution(chain: Sequence[Parent]) -> str:
+    """The licences of the parents' data in one line: `LIVECell (CC BY-NC 4.0)`."""
+    return "; ".join(dict.fromkeys(f"{parent.data.name} ({parent.data.licence})" for parent in chain))
+
+
+def describe(parent: Parent) -> str:
+    """Describe a parent in one line."""
+    new = f"; new layers: {shorten(parent.new_layers)}" if parent.new_layers else ""
+    return (
+        f"started from {parent.checkpoint} (weights {parent.sha256[:12]}, step {parent.step:,}, trained on "
+        f"{parent.data.name}, licence {parent.data.licence}); {100 * parent.loaded:.4g} % of the weights fit{new}"
+    )
+
+
+def shorten(names: Sequence[str], shown: int = 5) -> str:
+    """List the first names, and the number of the others."""
+    others = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + others
