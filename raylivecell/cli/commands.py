@@ -98,6 +98,7 @@ def predict(
     channel: int | None = None,
     name_pattern: str | None = None,
     frame_hours: float | None = None,
+    diameter: float | None = None,
 ) -> None:
     """Segment the cells in a folder of images; resumable. Write images.csv, one row per image.
 
@@ -117,6 +118,8 @@ def predict(
             groups `well` and a time: `hours`, or `d`, `h`, `m`, or `year`, `month`, `day`, `h`, `m`, or `frame`; and,
             optionally, `site`, `crop`, `condition`, `plate`. Default: names of LIVECell and Incucyte.
         frame_hours: hours between frames, for names with the group `frame` and for time stacks.
+        diameter: typical diameter of the cells in these images, in their pixels, if it differs from that of the
+            training images; results are in the pixels of the images.
     """
     from raylivecell.images.planes import Choice
     from raylivecell.inference import predict as prediction
@@ -133,6 +136,7 @@ def predict(
         choice=Choice(plane, channel),
         name_pattern=name_pattern,
         frame_hours=frame_hours,
+        diameter=diameter,
     )
 
 
@@ -258,7 +262,7 @@ def prepare(arguments: Sequence[str]) -> None:
             fields: settings of the source, and the rule for each kind of defect.
             strict: if there are defects, list them and stop.
         """
-        run(source, out, fields, strict, segmenter.intensity_rule)
+        run(source, out, fields, strict, segmenter.intensity_rule, segmenter.scale_of)
 
     call(command, "prepare", join_repeated("--on-defect", arguments), PREPARE_FLAGS)
 

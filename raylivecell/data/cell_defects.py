@@ -13,6 +13,7 @@ from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import Cell, Patch
 from raylivecell.annotations.rle import Rle, decode, encode_patch, encode_polygons, mask_of_runs, window_of_runs
 from raylivecell.data.config import Rules, rule_of
+from raylivecell.images.scale import resize_to
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
 """Kind of defect -> (annotation id, detail) of each affected cell."""
@@ -41,6 +42,11 @@ def covered(records: Sequence[CellRecord]) -> float:
     return polygon_area + float(sum(runs[1::2].clip(0).sum() for record in records for _, runs in record.runs))
 
 
+def areas(records: Sequence[CellRecord]) -> list[float]:
+    """Return the area of each cell in square pixels of its annotation, without crowd regions."""
+    return [area for record in records if not record.crowd and (area := covered([record])) > 0]
+
+
 def _area(polygon: NDArray[np.float64]) -> float:
     """Return the area of a polygon (V, 2) in square pixels; 0 if it is degenerate or not finite."""
     if len(polygon) < 3 or not np.isfinite(polygon).all():
@@ -61,8 +67,9 @@ def check_cells(
 
     Args:
         records: the image's annotations.
-        shape: (H, W) of the image file.
-        scale: factors on x and y of the outlines; (1, 1) unless the image's size differs from the JSON's.
+        shape: (H, W) of the prepared image.
+        scale: factors on x and y of the outlines; (1, 1) unless the image is scaled or its size differs from the
+            JSON's.
         rules: rule by kind of defect.
         split: split of the image; test keeps doubled contours by default.
     """
@@ -105,7 +112,7 @@ def _check_cell(
         masks.append(mask if listed_shape == shape else _resize(mask, shape))
     polygons = [polygon.astype(np.float64) * scale for polygon in record.polygons]
     drawable = [polygon for polygon in polygons if _encloses_area(polygon)]
-    if drawable and not masks and max(float(polygon.max()) for polygon in drawable) <= 1 < min(shape):
+    if drawable and not masks and max(float((polygon / scale).max()) for polygon in drawable) <= 1 < min(shape):
         return None, [("degenerate_polygon", "all coordinates are in 0 to 1: fractions of the image's size?")]
     if len(drawable) < len(polygons):
         defects.append(("degenerate_polygon", "under 3 corners, no area or not finite"))
@@ -136,8 +143,12 @@ def _patch_of_runs(shape: tuple[int, int], runs: NDArray[np.int64]) -> tuple[Pat
 
 
 def _resize(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Resize a mask to (H, W), nearest neighbour from pixel centres."""
-    return cv2.resize(mask.astype(np.uint8), (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)
+    """Resize a mask to (H, W): pixels of which half is inside; of a smaller cell the pixel with most of it."""
+    coverage = resize_to(mask.astype(np.uint8) * 255, shape)
+    inside = coverage >= 128
+    if not inside.any():
+        inside.flat[np.argmax(coverage)] = mask.any()
+    return inside
 
 
 def _encloses_area(polygon: NDArray[np.float64]) -> bool:

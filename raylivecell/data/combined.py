@@ -17,6 +17,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.shards import Rows
 from raylivecell.images.intensity import Intensity, conversion
+from raylivecell.images.scale import Scale
 
 
 class Datasets(NamedTuple):
@@ -89,6 +90,17 @@ def image_sizes(data: Data, split: str) -> set[tuple[int, int]]:
 def intensity(data: Data) -> Intensity:
     """Return the intensity rule: that of the first dataset."""
     return shards.intensity(uris(data)[0])
+
+
+def scale(data: Data) -> Scale:
+    """Return the scale: that of the first dataset, with the range of diameters of all."""
+    first, *others = (shards.scale(uri) for uri in uris(data))
+    scales = (first, *others)
+    ranges = [each.diameters for each in scales if each.diameters is not None]
+    if not others or len(ranges) < len(scales):
+        return first
+    diameters = (min(low for low, _ in ranges), max(high for _, high in ranges))
+    return first.model_copy(update={"diameters": diameters})
 
 
 def provenance(data: Data) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from raylivecell.annotations.drawing import TargetsConfig
 from raylivecell.core.settings import StrictModel
 from raylivecell.images.intensity import Kind
 from raylivecell.images.planes import Choice
+from raylivecell.images.scale import MAX_SCALE, MIN_SCALE
 
 Rules = Mapping[str, str]
 """Rule by kind of defect; missing kinds have their default rule."""
@@ -217,6 +218,12 @@ class PrepareConfig(StrictModel):
     intensity_from: str | None = None
     """Dataset, checkpoint, run or .onnx file whose intensity rule to use, for images to score with that network.
     Default: the rule of --intensity."""
+    pixel_scale: float = Field(default=1.0, ge=MIN_SCALE, le=MAX_SCALE)
+    """Factor by which images and outlines are scaled: 0.5 halves width and height. Networks trained on the dataset
+    scale images by it too, and return results in the pixels of the original images."""
+    diameter_from: str | None = None
+    """Dataset, checkpoint, run or .onnx file whose cell size to use: the factor gives the training cells (or all cells,
+    without a training split) the median diameter of its training cells."""
     shard_images: int = Field(default=64, ge=1)
     """Maximum images per shard; fewer if they are large (134 million pixels per shard)."""
     overwrite: bool = False
@@ -261,6 +268,8 @@ class PrepareConfig(StrictModel):
     def _check_sources(self) -> "PrepareConfig":
         if self.intensity and self.intensity_from:
             raise ValueError("--intensity-from gives the rule; leave out --intensity")
+        if self.pixel_scale != 1 and self.diameter_from:
+            raise ValueError("--diameter-from gives the factor; leave out --pixel-scale")
         return self
 
     def rules(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from raylivecell.data.defects import Defect
 from raylivecell.data.shards import FORMAT_VERSION, SPLITS
+from raylivecell.images import scale
 from raylivecell.images.intensity import trimmed_range
 
 LIVECELL_LICENCE = "CC BY-NC 4.0"
@@ -32,6 +33,8 @@ class ImageStatistics:
     """Pixels without padding."""
     size: list[int]
     """[height, width]."""
+    diameter: float = 0.0
+    """Median diameter of its cells in pixels; 0 without cells."""
 
 
 @dataclass
@@ -91,7 +94,7 @@ def describe(
 
     Args:
         accounts: one per shard, in order.
-        head: name, licence, citation, source, targets, rules, categories, intensity.
+        head: name, licence, citation, source, targets, rules, categories, intensity, scale (only `pixel_scale`).
         defects: defects of images and files; the accounts contain those of cells.
         listed: `images` and `cells` in the annotation files, by split.
     """
@@ -103,6 +106,7 @@ def describe(
         **head,
         "splits": {split: _describe_split(accounts, split) | {"listed": dict(listed[split])} for split in SPLITS},
         "intensity": _with_foreground(head["intensity"], accounts),
+        "scale": _scale(head["scale"]["pixel_scale"], accounts),
         "grey_levels": _grey_levels(accounts),
         "cell_types": _cell_types(accounts),
         "defects": {
@@ -134,6 +138,19 @@ def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[ShardAccount]) 
     fractions = [round(image.foreground / max(1, image.pixels), 4) for image in images]
     has_range = tuple(rule["foreground"]) != (0.0, 1.0) or not fractions
     return {**rule, "foreground": rule["foreground"] if has_range else list(trimmed_range(fractions))}
+
+
+def _scale(pixel_scale: float, accounts: Sequence[ShardAccount]) -> dict[str, Any]:
+    """Return the `scale.Scale` of the dataset, from its training cells, or those of the first split with an image."""
+    split = _first_split(accounts)
+    areas: Counter[int] = Counter()
+    medians = []
+    for account in accounts:
+        if account.split == split:
+            medians += [image.diameter for image in account.images if image.diameter]
+            for histogram in account.areas.values():
+                areas.update({int(area): count for area, count in histogram.items()})
+    return scale.of_dataset(pixel_scale, areas, medians).model_dump(mode="json")
 
 
 def _first_split(accounts: Sequence[ShardAccount]) -> str:

@@ -20,7 +20,7 @@ from raylivecell.data.defects import Defect, ImageInfo
 from raylivecell.data.description import ImageStatistics, ShardAccount
 from raylivecell.data.paired_source import read_cells
 from raylivecell.data.plan import ImagePlan, ShardTask
-from raylivecell.images import formats, grey_levels, intensity
+from raylivecell.images import formats, grey_levels, intensity, scale
 from raylivecell.images.planes import EVERYTHING, Choice
 
 VISIBLE_STD = 4.0
@@ -65,7 +65,8 @@ def draw_shard(task: ShardTask) -> ShardAccount:
     """Draw and write one shard, then its account; the bytes are the same for every run and machine."""
     cv2.setNumThreads(1)  # tasks share the machine's cores
     account = ShardAccount(task.plan.split, task.plan.file)
-    written = shards.write_shard(task.shard_uri, _rows(task, storage.read_bytes(task.cells_uri), account))
+    scaled = any(image.pixel_scale != 1 for image in task.plan.images)
+    written = shards.write_shard(task.shard_uri, _rows(task, storage.read_bytes(task.cells_uri), account), scaled)
     account.rows, account.bytes, account.sha256 = written["rows"], written["bytes"], written["sha256"]
     storage.write_json(task.account_uri, asdict(account))
     return account
@@ -83,19 +84,28 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
             shape = (pixels.shape[0], pixels.shape[1])
             records = read_cells(task.source, image.pair, image.annotation_sha256, shape, task.rules)
         start += length
-        frame = intensity.to_uint8(pixels, task.intensity)
+        stored = intensity.to_uint8(pixels, task.intensity)
+        frame = scale.resize_frame(stored, image.pixel_scale)
         row = draw_sample(frame.levels, image, records, task.rules, task.border_sigma, account.defects)
         if row is None:
             continue
         row["padding"] = b"" if frame.padding is None else encode(frame.padding.astype(np.uint16))[0]["counts"]
+        if image.pixel_scale != 1:
+            row["original_height"], row["original_width"] = stored.levels.shape
         histogram += np.bincount(row["image"].ravel(), minlength=256)
         areas = Counter(account.areas.get(image.cell_type, {}))
-        areas.update(str(area) for area in np.bincount(row["labels"].ravel())[1:].tolist() if area)
+        cell_areas = [area for area in np.bincount(row["labels"].ravel())[1:].tolist() if area]
+        areas.update(str(area) for area in cell_areas)
         account.areas[image.cell_type] = dict(sorted(areas.items()))
         foreground = row["foreground"]
         account.images.append(
             ImageStatistics(
-                image.cell_type, row["cells"], int(foreground.sum()), frame.own_pixels, list(foreground.shape)
+                image.cell_type,
+                row["cells"],
+                int(foreground.sum()),
+                frame.own_pixels,
+                list(foreground.shape),
+                float(np.median(scale.diameter_of(cell_areas))) if cell_areas else 0.0,
             )
         )
         yield row
@@ -135,7 +145,10 @@ def draw_sample(
     labels = draw_labels(patches, shape)
     hidden = hidden_cells(labels, len(patches))
     if hidden:
-        checked.defects["hidden_cell"] = [(checked.ids[index], "") for index in hidden]
+        shrunk = f"smaller than a pixel at a pixel scale of {image.pixel_scale:.3g}" if image.pixel_scale < 1 else ""
+        checked.defects["hidden_cell"] = [
+            (checked.ids[index], "" if patches[index].mask.any() else shrunk) for index in hidden
+        ]
         scored = rule_of(rules, "hidden_cell", image.split) != "drop"
         hidden = [index for index in hidden if not (scored and patches[index].mask.any())]
         labels = _without_labels(labels, hidden, len(patches))

@@ -9,18 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from raylivecell.annotations.coco import decode_cells
 from raylivecell.annotations.drawing import MAX_CELLS
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.data import description, shards, splitting
+from raylivecell.data import cell_defects, description, shards, splitting
 from raylivecell.data.config import PrepareConfig, rule_of
 from raylivecell.data.defects import Entry, ImageInfo, listed_size
-from raylivecell.data.paired_source import PairedSource
+from raylivecell.data.paired_source import PairedSource, read_cells
 from raylivecell.data.pairing import Pair
 from raylivecell.data.sources import Source
 from raylivecell.images.intensity import Intensity
 from raylivecell.images.planes import EVERYTHING, Choice
+from raylivecell.images.scale import MAX_SCALE, MIN_SCALE, Scale, diameter_of, scaled_shape
 
 RECORDED = {
     *("format", "annotations", "split", "group_by", "images", "categories", "cell_type", "shard_images"),
@@ -46,12 +50,15 @@ class ImagePlan:
     sha256: str
     """Of the image file when it was examined."""
     scale: tuple[float, float]
-    """Factors on x and y of the outlines."""
+    """Factors on x and y of the outlines, to the pixels of the prepared image."""
     pixels: int
+    """Of the prepared image."""
     pair: Pair | None = None
     """Annotation files of the image, in formats with files per image."""
     annotation_sha256: str = ""
     """Of these files when they were examined."""
+    pixel_scale: float = 1.0
+    """Factor from the image file to the prepared image."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "ImagePlan":
@@ -142,22 +149,34 @@ def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
 
 
 def plan_shards(
-    source: Source | PairedSource, entries: Sequence[Entry], infos: Mapping[str, ImageInfo], config: PrepareConfig
+    source: Source | PairedSource,
+    entries: Sequence[Entry],
+    infos: Mapping[str, ImageInfo],
+    config: PrepareConfig,
+    pixel_scale: float = 1.0,
 ) -> list[ShardPlan]:
-    """Distribute the images over shards, in the order of the dataset."""
+    """Distribute the images, scaled by `pixel_scale`, over shards, in the order of the dataset."""
     plans = []
     for split in shards.SPLITS:
-        images = [_plan_image(source, e, infos[e.path or ""], config) for e in entries if e.split == split]
+        own = [entry for entry in entries if entry.split == split]
+        images = [_plan_image(source, entry, infos[entry.path or ""], config, pixel_scale) for entry in own]
         for number, group in enumerate(_groups(images, config.shard_images)):
             plans.append(ShardPlan(split, f"{split}/part-{number:05d}.parquet", tuple(group)))
     return plans
 
 
-def _plan_image(source: Source | PairedSource, entry: Entry, info: ImageInfo, config: PrepareConfig) -> ImagePlan:
+def _plan_image(
+    source: Source | PairedSource, entry: Entry, info: ImageInfo, config: PrepareConfig, pixel_scale: float
+) -> ImagePlan:
     if entry.cells > MAX_CELLS:
         raise UserError(f"{entry.image.file_name} has {entry.cells} cells, more than {MAX_CELLS}; cut it into tiles")
-    width, height = listed_size(entry, info)
-    scaled = rule_of(config.on_defect, "wrong_size") == "scale"
+    height, width = scaled_shape((info.height, info.width), pixel_scale)
+    if pixel_scale > 1 and height * width > SHARD_PIXELS:
+        raise UserError(
+            f"{entry.image.file_name} would have {width} x {height} pixels, more than {SHARD_PIXELS}; "
+            f"cut it into tiles, or give a smaller --pixel-scale than {pixel_scale:.3g}"
+        )
+    to_file = outline_scale(entry, info, config)
     pair = source.pairs[entry.image.file_name] if isinstance(source, PairedSource) else None
     sha256 = source.infos[entry.image.file_name].sha256 if isinstance(source, PairedSource) else ""
     return ImagePlan(
@@ -168,11 +187,60 @@ def _plan_image(source: Source | PairedSource, entry: Entry, info: ImageInfo, co
         id=entry.image.id,
         cell_type=entry.cell_type,
         sha256=info.sha256,
-        scale=(info.width / width, info.height / height) if scaled else (1.0, 1.0),
-        pixels=info.width * info.height,
+        scale=(to_file[0] * (width / info.width), to_file[1] * (height / info.height)),
+        pixels=width * height,
         pair=pair,
         annotation_sha256=sha256,
+        pixel_scale=pixel_scale,
     )
+
+
+def outline_scale(entry: Entry, info: ImageInfo, config: PrepareConfig) -> tuple[float, float]:
+    """Return the factors on x and y from the outlines to the pixels of the image file."""
+    width, height = listed_size(entry, info)
+    scaled = rule_of(config.on_defect, "wrong_size") == "scale"
+    return (info.width / width, info.height / height) if scaled else (1.0, 1.0)
+
+
+def pixel_scale_to(
+    target: Scale,
+    source: Source | PairedSource,
+    entries: Sequence[Entry],
+    infos: Mapping[str, ImageInfo],
+    config: PrepareConfig,
+) -> float:
+    """Return the factor that gives the training cells the median diameter of those of `target`.
+
+    The diameters are those of the outlines; without a training split, of all entries.
+    """
+    uri = config.diameter_from
+    if target.diameter is None:
+        raise UserError(
+            f"--diameter-from {uri}: no cell size there: written by an older raylivecell, or without cells; "
+            "give --pixel-scale instead"
+        )
+    areas: list[float] = []
+    train = [entry for entry in entries if entry.split == "train"]
+    for entry in train or entries:
+        info = infos[entry.path or ""]
+        x, y = outline_scale(entry, info, config)
+        if isinstance(source, PairedSource):
+            name = entry.image.file_name
+            shape = (info.height, info.width)
+            records = read_cells(source.uri, source.pairs[name], source.infos[name].sha256, shape, config.rules())
+        else:
+            records = decode_cells(source.encoded_cells(entry))
+        areas += [x * y * area for area in cell_defects.areas(records)]
+    if not areas:
+        raise UserError(f"--diameter-from {uri}: the source has no cell to measure; give --pixel-scale instead")
+    own = float(np.median(diameter_of(areas)))
+    factor = round(target.diameter / own, 4)
+    if not MIN_SCALE <= factor <= MAX_SCALE:
+        raise UserError(
+            f"--diameter-from {uri}: its cells measure {target.diameter:.1f} px, those of the source {own:.1f} px; "
+            f"the factor {factor:.3g} is not between {MIN_SCALE:.3g} and {MAX_SCALE:g}; give --pixel-scale instead"
+        )
+    return factor
 
 
 def _groups(images: Sequence[ImagePlan], max_images: int) -> Iterator[list[ImagePlan]]:
@@ -188,7 +256,11 @@ def _groups(images: Sequence[ImagePlan], max_images: int) -> Iterator[list[Image
 
 
 def dataset_head(
-    settings: Mapping[str, Any], source: Source | PairedSource, plans: Sequence[ShardPlan], intensity: Intensity
+    settings: Mapping[str, Any],
+    source: Source | PairedSource,
+    plans: Sequence[ShardPlan],
+    intensity: Intensity,
+    pixel_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Return the part of dataset.json that is known before drawing: licence, provenance, settings and fingerprint.
 
@@ -207,4 +279,5 @@ def dataset_head(
         "source": settings["source"] | provenance,
         "categories": source.categories,
         "intensity": rule,
+        "scale": {"pixel_scale": pixel_scale},
     }

@@ -46,6 +46,7 @@ from raylivecell.data.plan import ShardTask
 from raylivecell.data.sources import Source, read_source
 from raylivecell.images.intensity import Intensity
 from raylivecell.images.planes import Choice
+from raylivecell.images.scale import Scale
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import data_settings, quiet_data
 from raylivecell.runtime.ray_errors import as_user_errors, explain
@@ -60,6 +61,7 @@ def prepare(
     config: PrepareConfig | None = None,
     strict: bool = False,
     read_rule: Callable[[str], Intensity] = shards.intensity,
+    read_scale: Callable[[str], Scale] = shards.scale,
 ) -> dict[str, Any]:
     """Write the dataset at URI `out` from the annotated images in the folder or URI `source`.
 
@@ -69,16 +71,24 @@ def prepare(
         config: settings; default: `PrepareConfig()`.
         strict: if there are defects, list them, raise UserError and leave nothing at `out`.
         read_rule: reads the intensity rule at the URI `config.intensity_from`; default: that of a dataset.
+        read_scale: reads the scale at the URI `config.diameter_from`; default: that of a dataset.
 
     Returns:
         The content of dataset.json.
     """
     with as_user_errors():
-        return _prepare(storage.absolute(source), storage.absolute(out), config or PrepareConfig(), strict, read_rule)
+        return _prepare(
+            storage.absolute(source), storage.absolute(out), config or PrepareConfig(), strict, read_rule, read_scale
+        )
 
 
 def _prepare(
-    source_uri: str, out: str, config: PrepareConfig, strict: bool, read_rule: Callable[[str], Intensity]
+    source_uri: str,
+    out: str,
+    config: PrepareConfig,
+    strict: bool,
+    read_rule: Callable[[str], Intensity],
+    read_scale: Callable[[str], Scale],
 ) -> dict[str, Any]:
     splitting.check_settings(config)
     settings = plan.requested_settings(source_uri, config)
@@ -96,8 +106,12 @@ def _prepare(
         _check_splits(source, Counter(entry.split for entry in entries), defects)
     for path in source.empty_files():
         _print(f"warning: {path} lists no image")
-    plans = plan.plan_shards(source, entries, infos, config)
-    head = plan.dataset_head(settings, source, plans, rule)
+    pixel_scale = config.pixel_scale
+    if config.diameter_from:
+        pixel_scale = plan.pixel_scale_to(read_scale(config.diameter_from), source, entries, infos, config)
+        _print(f"pixel scale: {pixel_scale:g}, from the cell size of {config.diameter_from}")
+    plans = plan.plan_shards(source, entries, infos, config, pixel_scale)
+    head = plan.dataset_head(settings, source, plans, rule, pixel_scale)
     if previous is not None and previous["source"] == head["source"] and _is_complete(out, previous):
         _delete_all_but(out, {shard.file for shard in plans})
         console.console.print(f"nothing to do: {out} already contains this dataset", markup=False, soft_wrap=True)
@@ -123,9 +137,10 @@ def _previous_dataset(out: str, settings: Mapping[str, Any], config: PrepareConf
     previous: dict[str, Any] = storage.read_json(storage.join(out, "dataset.json"))
     with storage.validating(storage.join(out, "dataset.json"), "choose another --out, or delete it"):
         source = {key: previous.get("source", {}).get(key) for key in settings["source"]}
-        rule = Intensity.model_validate(previous["intensity"])
+        rule, scale = Intensity.model_validate(previous["intensity"]), Scale.model_validate(previous.get("scale", {}))
     same = {"source": source, "targets": previous.get("targets"), "rules": previous.get("rules")} == settings
     same = same and (config.intensity_from is not None or rule.rule == (config.intensity or "robust"))
+    same = same and (config.diameter_from is not None or scale.pixel_scale == config.pixel_scale)
     if not same and not config.overwrite:
         raise UserError(
             f"{out} contains a dataset created from {source['uri']} or with other settings; "

@@ -21,6 +21,7 @@ from raylivecell.annotations import rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import Intensity, to_uint8
+from raylivecell.images.scale import Scale
 
 SPLITS = ("train", "val", "test")
 FORMAT_VERSION = 4
@@ -50,6 +51,10 @@ SCHEMA = pa.schema(
         ("annotation", pa.string()),  # provenance: JSON file, and image id in that file
     ]
 )
+SCALED_SCHEMA = pa.unify_schemas(
+    [SCHEMA, pa.schema([("original_height", pa.int32()), ("original_width", pa.int32())])]  # of the image file
+)
+"""Of a dataset whose images are scaled (`Scale.pixel_scale`)."""
 Sample = dict[str, Any]
 """One row of `SCHEMA`; pixel columns as arrays (H, W)."""
 PIXEL_DTYPES = {"image": "<u1", "labels": "<u2", "foreground": "<u1", "border": "<u1"}
@@ -121,20 +126,26 @@ class Rows(Sequence[Row]):
         return Row(self.shards[shard].decode(), group, self.versions[shard].decode(), rule)
 
 
-def write_shard(uri: str, rows: Iterable[Sample]) -> dict[str, Any]:
+def write_shard(uri: str, rows: Iterable[Sample], scaled: bool = False) -> dict[str, Any]:
     """Write `rows` as one Parquet file at `uri`, atomically; equal rows give equal bytes.
 
     Rows are compressed one at a time. Without rows, no file is written.
+
+    Args:
+        uri: of the file.
+        rows: of `SCHEMA`; of `SCALED_SCHEMA` if `scaled`.
+        scaled: whether the images are scaled.
 
     Returns:
         `rows`, `bytes` and `sha256` of the file.
     """
     sink, count = pa.BufferOutputStream(), 0
+    schema = SCALED_SCHEMA if scaled else SCHEMA
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
-    with pq.ParquetWriter(sink, SCHEMA, **options) as writer:
+    with pq.ParquetWriter(sink, schema, **options) as writer:
         for row in rows:
             values = {k: v.astype(PIXEL_DTYPES[k]).tobytes() if k in PIXEL_DTYPES else v for k, v in row.items()}
-            writer.write_table(pa.Table.from_pylist([values], schema=SCHEMA), row_group_size=1)
+            writer.write_table(pa.Table.from_pylist([values], schema=schema), row_group_size=1)
             count += 1
     data = sink.getvalue().to_pybytes()
     if count:
@@ -160,6 +171,7 @@ def load_description(data: str) -> dict[str, Any]:
     with storage.validating(storage.join(data, "dataset.json"), AGAIN):
         _check_splits(description["splits"])
         Intensity.model_validate(description["intensity"])
+        Scale.model_validate(description.get("scale", {}))
     return description
 
 
@@ -179,6 +191,11 @@ def _check_splits(splits: Any) -> None:
 def intensity(data: str) -> Intensity:
     """Return the intensity rule of the dataset at `data`."""
     return Intensity.model_validate(load_description(data)["intensity"])  # checked
+
+
+def scale(data: str) -> Scale:
+    """Return the scale of the dataset at `data`; of unknown cell size if it was written by an older version."""
+    return Scale.model_validate(load_description(data).get("scale", {}))  # checked
 
 
 def provenance(data: str) -> dict[str, Any]:

@@ -9,4 +9,5 @@
    ranges         files whose parts are read when needed
 2. grey_levels    statistics of one image: background, spread, padding
 3. intensity      the rule that maps stored values to 0..255
+4. scale          the factor to the network's pixel size, and back
 """

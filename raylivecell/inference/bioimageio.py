@@ -39,7 +39,6 @@ from raylivecell.synthetic import layout, writer
 
 MIN_SIDE = 32
 """Smallest height and width of an image that the package states, for networks of up to four levels."""
-SCALE = "scale.json"
 """File of a checkpoint with the factor by which its training images were resized; absent if they were not."""
 TEST_SIDE = 256
 TEST_FRAME = (0, 3)
@@ -99,7 +98,11 @@ def package(checkpoint_uri: str, authors: tuple[str, ...] = (), scores: str | No
             "intensity rule percentile depends on each image's statistics and cannot be part of the graph: export to "
             ".onnx, which `raylivecell predict` runs with the rule, or train on data prepared with --intensity robust"
         )
-    _check_pixel_size(folder)
+    if (pixel_scale := checkpoint.load_scale(folder).pixel_scale) != 1:
+        raise UserError(
+            f"pixel scale {pixel_scale:g} cannot be part of the graph, and other programs would not scale the images: "
+            "export to .onnx, which `raylivecell predict` runs with it, or train on data prepared without --pixel-scale"
+        )
     card = model_card.describe(uri, folder, authors, scores)
     model = _StoredImageNetwork(network, rule).eval()
     with export.quiet():
@@ -112,19 +115,6 @@ def package(checkpoint_uri: str, authors: tuple[str, ...] = (), scores: str | No
     data = _zip(_files(network, recipe, rule, card, weights))
     _validate(data, card.urls)
     return Package(data, difference, card.notes)
-
-
-def _check_pixel_size(folder: str) -> None:
-    """Raise UserError if the training images were resized: the graph does not resize, so its cells would not fit."""
-    uri = storage.join(folder, SCALE)
-    values = storage.read_json(uri) if storage.exists(uri) else {}
-    with storage.validating(uri, "use another checkpoint"):
-        factor = float(values.get("pixel_scale", 1.0))
-    if factor != 1.0:
-        raise UserError(
-            f"the network was trained on images resized by {factor:g}, and a package does not resize: export to .onnx, "
-            "which `raylivecell predict` runs with the factor, or train without --pixel-scale"
-        )
 
 
 def min_side(recipe: recipes.Recipe) -> int:

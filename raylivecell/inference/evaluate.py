@@ -66,11 +66,12 @@ def evaluate(
         The content of metrics.json: the fields of `scores.summarise`, model and data, and `per_image` rows.
 
     Raises:
-        UserError: no checkpoint, no dataset, or no image in the split.
+        UserError: no checkpoint, no dataset, no image in the split, or images of another scale than the checkpoint's.
     """
     folder, data = progress.find(storage.absolute(checkpoint_uri)), storage.absolute(data)
     rows = _list_rows(data, split)
     rule = _conversion(data, folder)
+    _check_scale(data, folder)
     recipe = recipes.load(storage.join(folder, progress.RECIPE))
     _check_no_run(out)
     # Written first: fails early if `out` is not writable.
@@ -107,10 +108,11 @@ def compare(predictions_uri: str, data: str, split: str, out: str, seed: int = 0
         seed: seed of the bootstrap intervals.
 
     Raises:
-        UserError: no such file; no usable record; an ambiguous image name.
+        UserError: no such file; no usable record; an ambiguous image name; a dataset of scaled images.
     """
     data, predictions_uri = storage.absolute(data), storage.absolute(predictions_uri)
     rows = _list_rows(data, split)
+    _check_unscaled(data)
     _check_no_run(out)
     images = [_image(row) for row in rows]
     results = coco_results.read(predictions_uri, images, lambda: _sources_of_other_splits(split, data))
@@ -145,6 +147,7 @@ def compare_labels(labels_uri: str, data: str, split: str, out: str, seed: int =
     """
     data, labels_uri = storage.absolute(data), storage.absolute(labels_uri)
     rows = _list_rows(data, split)
+    _check_unscaled(data)
     _check_no_run(out)
     images = [_image(row) for row in rows]
     uris = [storage.join(labels_uri, path) for path in label_files.find(labels_uri, images)]
@@ -177,6 +180,28 @@ def _conversion(data: str, folder: str) -> Intensity | None:
             f"dataset at {data} does not fit the checkpoint {folder}: {error}; "
             f"prepare it for this network with `raylivecell prepare --intensity-from {folder}`"
         ) from error
+
+
+def _check_scale(data: str, folder: str) -> None:
+    """UserError unless the prepared images have the pixel scale of the checkpoint, or cells of the same size."""
+    prepared, trained = shards.scale(data), checkpoint.load_scale(folder)
+    if prepared.pixel_scale == trained.pixel_scale or prepared.same_cells(trained):
+        return
+    fix = f"--diameter-from {folder}" if trained.diameter else f"--pixel-scale {trained.pixel_scale:g}"
+    raise UserError(
+        f"dataset at {data} has pixel scale {prepared.pixel_scale:g}, the checkpoint {folder} was trained at "
+        f"{trained.pixel_scale:g}, and their cells differ in size; prepare it for this network with "
+        f"`raylivecell prepare {fix}`"
+    )
+
+
+def _check_unscaled(data: str) -> None:
+    """UserError if the prepared images are scaled: results of other tools have the pixels of the original images."""
+    if (pixel_scale := shards.scale(data).pixel_scale) != 1:
+        raise UserError(
+            f"dataset at {data} has pixel scale {pixel_scale:g}, the results have the pixels of the original images; "
+            "prepare it again without --pixel-scale and --diameter-from, to score them"
+        )
 
 
 def _check_no_run(out: str) -> None:

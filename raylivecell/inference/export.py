@@ -38,14 +38,15 @@ ABOUT = (
     "channels",
     "normalisation",
     "intensity",
+    "scale",
     "instances",
     "licence",
     "citation",
     "data_name",
     "data_sha256",
 )
-"""Keys of the metadata: version, recipe as YAML, outputs, intensity rule and thresholds (both JSON), provenance of the
-data."""
+"""Keys of the metadata: version, recipe as YAML, outputs, intensity rule, scale and thresholds (JSON), provenance of
+the data."""
 NORMALISATION = "in the graph: asinh((image - {background}) / {scale}) of grey levels 0 to 255, see intensity"
 TOLERANCE = 1e-4
 # Image sizes of the comparison: one divisible by 2 at every level, and one that is not.
@@ -126,6 +127,7 @@ def _about(folder: str, recipe: recipes.Recipe) -> dict[str, str]:
         json.dumps(target(recipe.targets).channels),
         NORMALISATION.format(background=rule.background_level, scale=rule.scale),
         rule.model_dump_json(),
+        checkpoint.load_scale(folder).model_dump_json(),
         json.dumps(config.model_dump()),
         *(data[name] for name in ("licence", "citation", "name", "sha256")),
     )

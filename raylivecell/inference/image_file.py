@@ -41,6 +41,8 @@ class PredictJob:
     threshold: float | None
     choice: Choice = EVERYTHING
     """Planes and channel of files with several."""
+    diameter: float | None = None
+    """Typical diameter of the cells in the images' pixels; None: the network's `pixel_scale`."""
 
     @property
     def with_torch(self) -> bool:
@@ -75,7 +77,10 @@ def segment_file(job: PredictJob, network: Segmenter, file: str, name: str, vers
     except (OSError, MachineError) as error:  # without a version: the next run tries to read it again
         return ImageResult(ImageRow(file, error=_one_line(error)))
     frame = network.frame(pixels)
-    image, cells = frame.levels, network.segment_frame(frame)
+    try:
+        image, cells = frame.levels, network.segment_frame(frame, network.factor(job.diameter))
+    except segmenter.TooLargeError as error:
+        return ImageResult(ImageRow(file, error=_one_line(error), version=version))
     pictures: dict[str, Any] = {kind: f"{kind}/{name}{end}" for kind, (end, _) in PICTURES.items() if kind in job.write}
     for kind, path in pictures.items():
         storage.write_bytes(storage.join(job.out, path), PICTURES[kind][1](image, cells))

@@ -10,6 +10,7 @@ from raylivecell.cells.watershed import InstanceConfig, Maps
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import Intensity
+from raylivecell.images.scale import Scale
 from raylivecell.targets.registry import NAMES, Targets
 
 INPUT, OUTPUT = "image", "maps"
@@ -27,6 +28,7 @@ class OnnxModel:
         self.targets: Targets = next(name for name in NAMES if name == about["targets"])
         self.thresholds = InstanceConfig.model_validate_json(about["instances"]).model_dump()
         self.intensity = Intensity.model_validate_json(about["intensity"])
+        self.scale = Scale.model_validate_json(about.get("scale", "{}"))  # older files have none
         self.recipe_text = about["recipe"]
 
     def maps(self, image: NDArray[np.uint8]) -> Maps:

@@ -29,6 +29,7 @@ from raylivecell.data import listing
 from raylivecell.growth.names import NamePattern
 from raylivecell.images import formats, planes
 from raylivecell.images.planes import EVERYTHING, Choice
+from raylivecell.images.scale import CELL_SIZE_WARNING
 from raylivecell.inference import actors, growth, image_file, results, segmenter, stacks
 from raylivecell.inference.image_file import DEFAULT_OUTPUTS, OUTPUTS, PICTURES, Output, PredictJob
 from raylivecell.runs import progress
@@ -49,6 +50,7 @@ def predict(
     choice: Choice = EVERYTHING,
     name_pattern: str | None = None,
     frame_hours: float | None = None,
+    diameter: float | None = None,
 ) -> dict[str, Any]:
     """Segment images of any size; if killed and called again, it resumes and writes the same files.
 
@@ -73,6 +75,9 @@ def predict(
     reduced to luma. An unreadable image is listed in images.csv and does not stop the run. An image is skipped while
     its size and modification time are unchanged; the tables list only images that exist.
 
+    The image is scaled like the training images (`Scale.pixel_scale`), or by `diameter`; all outputs are in the pixels
+    of the image file. An image whose cells have a median diameter far from that of the training cells has a warning.
+
     Args:
         model_uri: folder of a checkpoint, of a run (for its best), or an .onnx file, which needs no torch.
         images_uri: a folder, searched recursively, or one image file: TIFF, PNG, JPEG or BMP.
@@ -86,6 +91,8 @@ def predict(
         name_pattern: regular expression for wells and times in names (`growth.names`); default: those of LIVECell and
             Incucyte.
         frame_hours: hours between frames, if names have frame numbers or files are time stacks.
+        diameter: typical diameter of the cells in these images, in their pixels: each image is scaled so that they are
+            as large as the training cells.
 
     Returns:
         {"images", "segmented", "cells", "confluence" (mean over images), "failed": [{"file", "error"}], "seconds",
@@ -105,8 +112,10 @@ def predict(
     root, files = _list_images(images_uri, out, follow_links)
     files = stacks.expand(root, files, choice)
     growth.check_names(names, list(files))
-    job = PredictJob(model, root, out, tuple(name for name in OUTPUTS if name in write), tta, threshold, choice)
+    write = tuple(name for name in OUTPUTS if name in write)
+    job = PredictJob(model, root, out, write, tta, threshold, choice, diameter)
     network = image_file.load(job, "cpu")
+    network.factor(diameter)  # a UserError before anything is written
     _initialise(out, _settings(job, network, images_uri), overwrite)  # fails early if `out` is not writable
     if not storage.exists(storage.join(out, RECIPE)):
         storage.write_bytes(storage.join(out, RECIPE), network.recipe.encode())
@@ -127,6 +136,7 @@ def _settings(job: PredictJob, network: segmenter.Segmenter, images_uri: str) ->
         "tta": job.tta,
         **job.choice._asdict(),
         "intensity": network.intensity.model_dump(mode="json"),
+        "pixel_scale": network.factor(job.diameter),
         "raylivecell": __version__,
     }
 
@@ -245,6 +255,13 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
     if not segmented:
         raise UserError(f"none of the {images} images at {images_uri} can be read: {failed[0]['error']}; see {table}")
     show_warnings(warnings, table)
+    if far := sum(any(text.startswith(CELL_SIZE_WARNING) for text in texts) for texts in warnings.values()):
+        console.print(
+            f"cells of another size than the training cells: {far} of {segmented} images; measure the typical diameter "
+            "of their cells in pixels and start again with --diameter PX",
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(f"{segmented} of {images} images segmented, {cells:,} cells: {table}", soft_wrap=True, markup=False)
     confluence = float(np.mean(confluences))
     return {"images": images, "segmented": segmented, "cells": cells, "confluence": confluence, "failed": failed}

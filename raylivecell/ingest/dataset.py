@@ -10,6 +10,7 @@ import ray
 from raylivecell.data import combined, shards
 from raylivecell.data.combined import Data
 from raylivecell.images.intensity import LIVECELL, Intensity
+from raylivecell.images.scale import UNSCALED, Scale
 from raylivecell.ingest.blocks import (
     CachedSamples,
     Reader,
@@ -50,6 +51,8 @@ class Samples:
     """`Source.task_cpus`."""
     intensity: Intensity = LIVECELL
     """Intensity rule of the dataset: the mapping from stored pixels to grey levels."""
+    scale: Scale = UNSCALED
+    """Pixel size and cell size of the dataset."""
     datasets: tuple[tuple[int, float], ...] = ()
     """`SampleSchedule.datasets`."""
 
@@ -80,6 +83,7 @@ def open_samples(data: Data, cells: bool = False) -> Samples:
         combined.provenance(data),
         session.task_cpus(),
         combined.intensity(data),
+        combined.scale(data),
         () if isinstance(data, str) else combined.sample_counts(data, "train"),
     )
 

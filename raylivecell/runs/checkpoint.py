@@ -6,6 +6,7 @@
     recipe.yaml         the recipe
     data.json           name, licence, citation and SHA-256 of the training data
     intensity.json      rule from stored pixel values to the grey levels of training
+    scale.json          pixel size and cell size of training
     instances.json      watershed thresholds, if `evaluate --calibrate` has tuned them
     parents.json        the checkpoints from which the training started (runs/parents.py)
 
@@ -30,6 +31,7 @@ from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core import settings, storage
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import LIVECELL, Intensity
+from raylivecell.images.scale import Scale
 from raylivecell.network.forward import to_device
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Targets
@@ -38,6 +40,7 @@ from raylivecell.runs.parents import PARENTS
 from raylivecell.runs.progress import MODEL, RECIPE, STATE, Progress, find, load_state, missing
 
 TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"
+SCALE = "scale.json"
 
 
 def save(
@@ -48,6 +51,7 @@ def save(
     recipe: recipes.Recipe,
     data: Mapping[str, Any] | None = None,
     rule: Intensity | None = None,
+    scale: Scale | None = None,
 ) -> None:
     """Write a checkpoint into `folder` (a URI).
 
@@ -59,6 +63,7 @@ def save(
         recipe: the run's recipe.
         data: `combined.provenance` of the data.
         rule: `shards.intensity` of the dataset; default: LIVECell's.
+        scale: `shards.scale` of the dataset; default: images as stored, cells of unknown size.
     """
     state_dict = model.state_dict()
     weights = {name: state_dict[name].detach().cpu().contiguous() for name in tensor_names(model)}
@@ -70,6 +75,7 @@ def save(
     if data:
         storage.write_json(storage.join(folder, DATA), dict(data))
     storage.write_json(storage.join(folder, INTENSITY), (rule or LIVECELL).model_dump())
+    storage.write_json(storage.join(folder, SCALE), (scale or Scale()).model_dump())
     storage.write_bytes(storage.join(folder, RECIPE), recipes.dump(recipe).encode())
 
 
@@ -82,7 +88,7 @@ def tensor_names(model: nn.Module) -> list[str]:
 
 def copy(folder: str, target: str) -> None:
     """Copy a checkpoint's files; recipe.yaml, which marks it as complete, last."""
-    optional = [file for file in (DATA, INSTANCES, PARENTS) if storage.exists(storage.join(folder, file))]
+    optional = [file for file in (DATA, INSTANCES, SCALE, PARENTS) if storage.exists(storage.join(folder, file))]
     for file in (*optional, INTENSITY, MODEL, TRAINING, STATE, RECIPE):
         storage.write_bytes(storage.join(target, file), read_file(folder, file))
 
@@ -153,6 +159,17 @@ def load_intensity(folder: str) -> Intensity:
         ) from error
     with storage.validating(uri, "use another checkpoint"):
         return Intensity.model_validate(values)
+
+
+def load_scale(folder: str) -> Scale:
+    """The `scale` passed to `save`; of unknown cell size if the folder has no scale.json (an older version)."""
+    uri = storage.join(folder, SCALE)
+    try:
+        values = storage.read_json(uri)
+    except FileNotFoundError:
+        return Scale()
+    with storage.validating(uri, "use another checkpoint"):
+        return Scale.model_validate(values)
 
 
 def load_data(folder: str) -> dict[str, str]:

@@ -170,6 +170,6 @@ def report_row(state: progress.Progress, schedule: SampleSchedule) -> dict[str, 
 
 def save(folder: str, training: loop.TrainState, job: TrainJob) -> None:
     """Write a checkpoint of the job's training into `folder`."""
-    data, rule = job.samples.provenance, job.samples.intensity
+    data, rule, scale = job.samples.provenance, job.samples.intensity, job.samples.scale
     parents.write(folder, job.parents)
-    checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule)
+    checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule, scale)

@@ -335,10 +335,10 @@ def test_user_errors_are_reported_and_nothing_is_written(tmp_path: Path, monkeyp
         export.export(str(tmp_path / "data"), file)
     with pytest.raises(UserError, match="percentile depends on each image"):
         export.export(save(tmp_path / "percentile", Intensity(rule="percentile", spread=80)), file)
-    storage.write_json(f"{run}/checkpoint_1/{bioimageio.SCALE}", {"pixel_scale": 0.5})
-    with pytest.raises(UserError, match=r"images resized by 0\.5"):
+    storage.write_json(f"{run}/checkpoint_1/{checkpoint.SCALE}", {"pixel_scale": 0.5})
+    with pytest.raises(UserError, match=r"pixel scale 0\.5 cannot be part"):
         export.export(run, file)
-    storage.write_json(f"{run}/checkpoint_1/{bioimageio.SCALE}", {"pixel_scale": 1.0, "diameter": 17.5})
+    storage.write_json(f"{run}/checkpoint_1/{checkpoint.SCALE}", {"pixel_scale": 1.0, "diameter": 17.5})
     monkeypatch.setattr(model_card, "FORMAT", "0.5.4.x")
     with pytest.raises(UserError, match=r"bioimageio\.spec .* refuses the package: .*pip install"):
         export.export(run, file)
