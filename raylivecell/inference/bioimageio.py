@@ -39,7 +39,6 @@ from raylivecell.synthetic import layout, writer
 
 MIN_SIDE = 32
 """Smallest height and width of an image that the package states, for networks of up to four levels."""
-"""File of a checkpoint with the factor by which its training images were resized; absent if they were not."""
 TEST_SIDE = 256
 TEST_FRAME = (0, 3)
 """Seed and index of the synthetic test image: round cells, most of which do not touch."""
