@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy import ndimage
 
 from raylivecell.annotations.coco import CellRecord
@@ -81,10 +81,12 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
             return decoders[kind](data, max_pixels)
     except (AnnotationError, UnreadableImageError) as error:
         raise AnnotationError(str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise AnnotationError(f"more than {max_pixels} pixels; cut it into tiles") from error
     # Decoders raise any of these on damaged files.
     except (
         *(OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError),
-        *(struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, RecursionError, Image.DecompressionBombError),
+        *(struct.error, zlib.error, lzma.LZMAError, tokenize.TokenError, RecursionError),
     ) as error:
         raise AnnotationError(
             f"damaged: incomplete or corrupt {kind} ({shortened(str(error))}); save it again"
@@ -129,6 +131,8 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[Any]:
                 "or export COCO"
             )
         image.load()
+        if reason := tiff.orientation_problem(int(image.getexif().get(ExifTags.Base.Orientation, 1))):
+            raise AnnotationError(reason)
         return np.asarray(image)  # grey of 2 and 4 bits is scaled: different labels remain different
 
 
@@ -165,24 +169,25 @@ def cells_of_labels(labels: NDArray[np.integer[Any]], binary_mask: str, label_in
         AnnotationError: over 65,535 cells, or labels scattered over the image.
     """
     values, numbers = _renumber(labels)
-    regions = list(_regions(values, numbers))
-    total = sum(region.piece_count for region in regions)
+    # Regions are computed twice, because those of all labels may need gigabytes.
+    piece_counts = {region.label: region.piece_count for region in _regions(values, numbers)}
+    total = sum(piece_counts.values())
     defects: dict[str, tuple[str, list[int | str]]] = {}
-    divided = [region for region in regions if region.pieces is not None]
+    divided = [label for label, count in piece_counts.items() if count > 1]
     rule = label_in_pieces
-    if divided and (len(regions) == 1 or total >= PIECES_OF_A_CLASS * len(regions)):
-        names = f"one value, {regions[0].label}," if len(regions) == 1 else f"{len(regions)} values"
+    if divided and (len(values) == 1 or total >= PIECES_OF_A_CLASS * len(values)):
+        names = f"one value, {values[0]}," if len(values) == 1 else f"{len(values)} values"
         reason = f"{names} in {total} pieces: a mask of the cells or of classes, not one value per cell"
-        defects["binary_mask"] = reason, [region.label for region in divided]
+        defects["binary_mask"] = reason, divided
         rule = "split" if binary_mask == "components" else "keep"
     elif divided:
-        most = max(region.piece_count for region in divided)
+        most = max(piece_counts.values())
         reason = f"labels in {'up to ' * (most > 2)}{most} pieces"
-        defects["label_in_pieces"] = reason, [region.label for region in divided]
+        defects["label_in_pieces"] = reason, divided
     if rule == "split" and total > MAX_CELLS:
         raise AnnotationError(f"{total} pieces, more than {MAX_CELLS} cells; cut the image into tiles")
     shape = (labels.shape[0], labels.shape[1])
-    return LabelCells([cell for region in regions for cell in _cells(region, shape, rule)], defects)
+    return LabelCells([cell for region in _regions(values, numbers) for cell in _cells(region, shape, rule)], defects)
 
 
 def _renumber(labels: NDArray[np.integer[Any]]) -> tuple[list[int | str], NDArray[np.int32]]:

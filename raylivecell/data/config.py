@@ -71,8 +71,7 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     "missing_file": DefectKind(("drop", "refuse"), "A listed image without a file."),
     "unlisted_file": DefectKind(("left out",), "An image file that no annotation file lists."),
     "unreadable_image": DefectKind(
-        ("drop", "refuse"),
-        "A file that contains no image, or several planes or channels without --plane or --channel.",
+        ("drop", "refuse"), "A file without an image, or with several planes or channels and no --plane or --channel."
     ),
     "colour_image": DefectKind(("convert", "drop"), "A colour file. convert: to luma (0.299 R + 0.587 G + 0.114 B)."),
     "sixteen_bit_image": DefectKind(

@@ -271,7 +271,10 @@ def _no_pairs(uri: str, annotation_format: str, pairing: Pairing) -> str:
     counts = f"{len(pairing.images)} images and {len(pairing.annotations)} annotation files"
     examples = ", ".join([*pairing.images[:2], *pairing.annotations[:2]])
     listing = f" ({examples})" if examples else ""
-    return f"no pair of image and annotation file in {uri}: {counts}{listing}; expected {LAYOUTS[annotation_format]}"
+    return (
+        f"no pair of image and annotation file in {uri}: {counts}{listing}; expected {LAYOUTS[annotation_format]}; "
+        "if the folder of the images has another name, set --images FOLDER"
+    )
 
 
 def examine(row: dict[str, Any]) -> dict[str, Any]:

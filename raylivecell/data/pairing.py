@@ -10,6 +10,7 @@ The masks of single cells (DSB 2018) are in a folder named after the image: `ID/
 `images/ID.png` and `masks/ID/*.png`.
 """
 
+import itertools
 import posixpath
 import re
 from collections import defaultdict
@@ -38,7 +39,8 @@ ANNOTATION_WORDS = {
 OTHER_WORDS = {*SPLIT_WORDS, "cp"}
 """Words that may occur next to those in the name of such a folder; those of a split remain in it."""
 NAME_SUFFIXES = re.compile(r"[_-](cp[_-]masks?|masks?|labels?|seg|gt|rois?|roiset)$")
-_FILE_SUFFIX = re.compile(r"(\.ome)?\.(tiff?|png|jpe?g|bmp|npy|zip|roi|geojson)$")
+_FILE_SUFFIXES = {*formats.SUFFIXES, *itertools.chain(*FILE_SUFFIXES.values())}
+_FILE_SUFFIX = re.compile(rf"(\.ome)?({'|'.join(map(re.escape, sorted(_FILE_SUFFIXES)))})$")
 
 
 class Key(NamedTuple):

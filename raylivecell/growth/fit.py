@@ -217,9 +217,7 @@ def combine(fits: Sequence[Fit]) -> Fit:
         reasons.append(f"wells with a fit: {len(rates)}; an interval between wells needs 3")
     marked = [fit.reasons[0] for fit in fits if fit.reasons]
     if len(marked) * 2 > len(fits):
-        reasons.append(
-            f"{len(marked)} of {len(fits)} wells have a fit that should not be trusted, the first: {marked[0]}"
-        )
+        reasons.append(f"{len(marked)} of {len(fits)} wells have no trusted fit ({marked[0]})")
     result = Fit(min((fit.times for fit in fitted), default=0), start, end)
     if not len(rates):
         return result._replace(reasons=tuple(reasons))

@@ -12,6 +12,9 @@ from xml.parsers import expat
 from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
 from raylivecell.images.planes import Position
 
+_MAX_ELEMENTS = 500_000
+"""Limit on the elements: 150 MB in memory. A plane has about three."""
+
 
 @dataclass
 class _TiffData:
@@ -119,10 +122,13 @@ def _parse(text: bytes) -> tuple[dict[str, str], list[_Pixels], str]:
     """
     root: dict[str, str] = {}
     pixels: list[_Pixels] = []
-    element = ""
+    element, count = "", 0
 
     def start(name: str, attributes: dict[str, str]) -> None:
-        nonlocal element
+        nonlocal element, count
+        count += 1
+        if count > _MAX_ELEMENTS:
+            raise UnsupportedImageError(f"OME-XML of over {_MAX_ELEMENTS} elements; split the file")
         element = name.rpartition(":")[2]
         if element == "OME":
             root.update(attributes)

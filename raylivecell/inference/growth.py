@@ -58,7 +58,7 @@ def write(out: str, names: NamePattern) -> None:
     if all(len(curve.points) < 2 for curve in curves.wells):
         delete(out)
         if collector.images:
-            print_line(f"no growth curves: none of the {len(curves.wells)} wells has images of two times")
+            print_line(f"no growth curves: no well has images of two times; wells: {len(curves.wells)}")
         return
     notes = _notes(collector, unmatched)
     _write_changed(out, POINTS, _csv([POINT_COLUMNS, *_point_rows(curves.wells)]))
@@ -66,7 +66,8 @@ def write(out: str, names: NamePattern) -> None:
     _write_changed(out, PAGE, growth_page.render(curves, notes))
     for note in notes:
         print_line(f"growth curves: {note}")
-    print_line(f"growth curves of {len(curves.wells)} wells: {storage.join(out, PAGE)}")
+    wells = f"{len(curves.wells)} well{'s' * (len(curves.wells) != 1)}"
+    print_line(f"growth curves of {wells}: {storage.join(out, PAGE)}")
 
 
 def delete(out: str) -> None:

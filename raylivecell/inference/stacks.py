@@ -11,7 +11,7 @@ from pyarrow import fs as pafs
 
 from raylivecell.core import storage
 from raylivecell.core.console import console
-from raylivecell.core.errors import MachineError, UnreadableImageError
+from raylivecell.core.errors import UnreadableImageError, UserError
 from raylivecell.images import formats, planes
 from raylivecell.images.formats import DecodedImage, ImageFile
 from raylivecell.images.planes import Choice
@@ -32,7 +32,7 @@ def expand(root: str, files: Mapping[str, pafs.FileInfo], choice: Choice) -> dic
             return [""]
         try:
             return _names(storage.join(root, file), choice)
-        except (UnreadableImageError, MachineError, OSError):
+        except (UnreadableImageError, UserError, OSError):
             return [""]  # `read` raises it again, where it is reported
 
     with ThreadPoolExecutor(READERS) as pool:

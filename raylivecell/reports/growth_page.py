@@ -244,7 +244,7 @@ def _row_name(row: int) -> str:
 
 
 def _fit_head(with_plate: bool) -> list[str]:
-    numbers = ["doubling time, h (interval)", "growth per day", "R2", "times", "window, h"]
+    numbers = ["doubling time, h", "growth/day", "R2", "times", "window, h"]
     return [*(["plate"] if with_plate else []), "condition", "wells", "fit of", *numbers]
 
 

@@ -104,6 +104,10 @@ HUGE = (
         (tiff(np.zeros((9, 9, 3), np.uint8), photometric="rgb"), "channels"),
         (tiff(LABELS.astype(np.uint8), photometric="miniswhite"), "MINISWHITE"),
         (tiff(LABELS.astype(np.uint16))[:-200], "damaged"),
+        (
+            png(LABELS.astype(np.uint8), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"),
+            "orientation",
+        ),
         (b"", "not a known format"),
     ],
 )

@@ -22,6 +22,7 @@ LAYOUTS: list[tuple[str, str, str]] = [
     ("images/a.tif", "images/a_cp_masks.png", "labels"),
     ("a.jpg", "a_seg.npy", "labels"),
     ("a.tif", "a-mask.png", "labels"),
+    ("images/a.czi", "masks/a.tif", "labels"),
     ("images/a.tif", "rois/a.zip", "rois"),
     ("a.tif", "a.zip", "rois"),
     ("a.tif", "a_RoiSet.zip", "rois"),

@@ -118,11 +118,11 @@ def test_names_without_times_leave_no_files(tmp_path: Path, capsys: pytest.Captu
     growth.write(out, NamePattern())
     lines = capsys.readouterr().err
     assert "growth curves: 2 of 4 images left out: no well and time in the name, first x.tif" in lines
-    assert "growth curves of 1 well" in lines
+    assert "growth curves of 1 well: " in lines
     assert all((tmp_path / name).exists() for name in growth.FILES)
     write_tables(tmp_path, {"A_Phase_A1_1_00d00h00m_1.tif": labels, "A_Phase_A2_1_00d04h00m_1.tif": labels})
     growth.write(out, NamePattern())
-    assert "no growth curves: none of the 2 wells has images of two times" in capsys.readouterr().err
+    assert "no growth curves: no well has images of two times; wells: 2" in capsys.readouterr().err
     assert not any((tmp_path / name).exists() for name in growth.FILES)
     write_tables(tmp_path, {"x.tif": labels, "a/y.tif": labels})
     growth.write(out, NamePattern())

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raylivecell import recipe
-from raylivecell.annotations import coco
+from raylivecell.annotations import coco, label_images
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects, shards
 from raylivecell.images import formats, tiff_segments
@@ -98,6 +98,24 @@ def images() -> Iterator[tuple[str, str]]:
     )
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
     yield "postscript", message_of(formats.decode, postscript)
+
+
+def label_bombs() -> Iterator[tuple[str, str]]:
+    decode = label_images.decode
+    strips = {278: 100_000, 273: "offset", 279: "length"}
+    yield "png of 100,000 x 100,000", message_of(decode, png(100_000, chunk(b"IDAT", GIGABYTE)))
+    yield "tiff of 100,000 x 100,000", message_of(decode, tiff(100_000, 100_000, strips, GIGABYTE))
+    yield "tiff with a tile of a gigabyte", message_of(decode, gigabyte_tile())
+    for name, shape in (("large", "(900000, 900000)"), ("negative", "(-2, -900000)"), ("deep", "(" * 900)):
+        header = f"{{'descr': '<u8', 'fortran_order': False, 'shape': {shape}, }}".encode()
+        yield (
+            f"npy with a {name} shape",
+            message_of(decode, b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header),
+        )
+    # 62,875 labels in boxes of 388 x 10 pixels: their masks would have 244 MB.
+    corners = np.zeros((512, 512), np.uint16)
+    corners[:125, 9:] = corners[-125:, :-9] = np.arange(1, 62_876).reshape(125, 503)
+    yield "labels in two parts", message_of(label_images.cells_of_labels, corners, "refuse", "keep")
 
 
 def tiffs() -> Iterator[tuple[str, str]]:
@@ -278,7 +296,7 @@ def main() -> None:
     build_model(ModelConfig(features=(4,)))
     limit = psutil.Process().memory_info().vms + 256 * MIB
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    kinds = (images, annotations, results, recipes, datasets, checkpoints, unguarded)
+    kinds = (images, label_bombs, annotations, results, recipes, datasets, checkpoints, unguarded)
     print(json.dumps({kind.__name__: dict(kind()) for kind in kinds}))
 
 

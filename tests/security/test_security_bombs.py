@@ -31,6 +31,15 @@ REFUSED = {
         "tiff with a jpeg of 65,500 x 65,500": "JPEG strip or tile of 65500",
         "tiff with an lzma dictionary of a gigabyte": "emory",
     },
+    "label_bombs": {
+        "png of 100,000 x 100,000": "more than",
+        "tiff of 100,000 x 100,000": "more than",
+        "tiff with a tile of a gigabyte": "more than",
+        "npy with a large shape": "more than",
+        "npy with a negative shape": "damaged",
+        "npy with a deep shape": "damaged",
+        "labels in two parts": "read",
+    },
     "annotations": {
         "a deep record": "cannot be read",
         "a deep start": "is not a COCO file",
@@ -117,6 +126,7 @@ LINKS = {
     "in a cycle": ("again", "."),
     "to a device": ("x.png", "/dev/zero"),
     "to a device, as JSON": ("train.json", "/dev/zero"),
+    "to labels elsewhere": ("x_masks.npy", "../elsewhere/secret.png"),
 }
 
 
