@@ -140,14 +140,19 @@ def predict(
     )
 
 
-def export(checkpoint: str, out: str, author: tuple[str, ...] = (), scores: str | None = None) -> None:
+def export(
+    checkpoint: str,
+    out: str,
+    author: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    scores: str | None = None,
+) -> None:
     """Export a network to one file for other programs; the file is loaded again and its output compared.
 
     Args:
         checkpoint: a run (its best checkpoint is used) or a checkpoint folder.
         out: FILE.onnx, which `predict --checkpoint` can run; FILE.pt2 for torch.export; or FILE.zip, a bioimage.io
             package.
-        author: bioimage.io package: names of its authors.
+        author: bioimage.io package: name of an author; may be repeated.
         scores: bioimage.io package: folder written by `evaluate`; default: one in the run's folder, if any.
     """
     from raylivecell.inference import export as exporter

@@ -21,6 +21,8 @@ from conftest import skip_or_fail
 from raylivecell import recipe
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig
+from raylivecell.cli import commands
+from raylivecell.cli.arguments import call
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
@@ -322,6 +324,13 @@ def test_a_fine_tuned_network_states_the_data_of_its_parents(tmp_path: Path) -> 
     checkpoint.save_instances(folder, InstanceConfig(), {})
     storage.write_json(f"{folder}/{checkpoint.DATA}", DATA)
     assert model_card.describe(run, folder, (), None).licence == "CC-BY-NC-4.0"
+
+
+def test_the_flag_author_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(export, "export", lambda *values: calls.append(values))
+    call(commands.export, "export", ["--checkpoint", "run", "--out", "a.zip", "--author", "A B", "--author", "C"])
+    assert calls == [("run", "a.zip", ("A B", "C"), None)]
 
 
 def test_user_errors_are_reported_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
