@@ -252,6 +252,7 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
         splits[split]["shards"] = [{"file": file, "rows": count}]
     description = {"format_version": shards.FORMAT_VERSION, "name": "squares", "licence": "none", "splits": splits}
     description["intensity"] = intensity.LIVECELL.model_dump()
+    description["scale"] = {"pixel_scale": 1.0, "diameter": 22.568, "diameters": [22.568, 22.568]}  # 2 sqrt(400 / pi)
     storage.write_json(folder / "dataset.json", description)
     return str(folder)
 
