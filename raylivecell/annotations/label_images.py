@@ -2,7 +2,9 @@
 
 1. `decode`             stored values (H, W); colour, stacks, lossy files and pickles are refused
 2. `to_integers`        floats with integer values become integers; other floats and negative labels are refused
-3. `cells_of_labels`    one cell per label, with its holes; labels in several pieces and binary masks follow rules
+3. `find_background`    a label that is the background, or an inverted mask; `find_outline`: the outline of all cells
+   `without_background` the same image with 0 for that label
+4. `cells_of_labels`    one cell per label, with its holes; labels in several pieces and binary masks follow rules
    `cells_of_mask`      the cell of a mask of its own
 """
 
@@ -155,6 +157,66 @@ def to_integers(values: NDArray[Any]) -> NDArray[np.integer[Any]]:
     return integers
 
 
+class Background(NamedTuple):
+    """A label that is not a cell."""
+
+    label: int
+    reason: str
+
+
+def find_background(labels: NDArray[np.integer[Any]]) -> Background | None:
+    """Find a label of over half of the image that touches all four edges: the background, or an inverted mask.
+
+    Args:
+        labels: (H, W), not negative.
+    """
+    if not labels.size:
+        return None
+    middle = labels.size // 2
+    label = int(np.partition(labels, middle, axis=None)[middle])  # the label of over half of the pixels, if any
+    covered = np.count_nonzero(labels == label)
+    edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+    if not label or 2 * covered <= labels.size or not all((edge == label).any() for edge in edges):
+        return None
+    percent = 100 * covered / labels.size
+    return Background(label, f"label {label} covers {percent:.0f} % of the image and touches all four edges")
+
+
+def find_outline(labels: NDArray[np.integer[Any]]) -> Background | None:
+    """Find a label that separates all others from 0 and touches each: 255 in Pascal VOC, or a class "border".
+
+    A cell around one other cell is none: an outline is in several pieces, or there are several other labels.
+
+    Args:
+        labels: (H, W), not negative.
+    """
+    next_to_background = _labels_near(labels, 0) if labels.size else set()
+    if len(next_to_background) != 1:
+        return None
+    (label,) = next_to_background
+    mask = labels == label
+    inner = _labels_near(labels, label) - {0}
+    pieces = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)[0] - 1
+    if not inner or (len(inner) == 1 and pieces == 1):
+        return None
+    if not np.isin(labels[~mask & (labels > 0)], np.array([*inner], labels.dtype)).all():
+        return None
+    percent = 100 * np.count_nonzero(mask) / labels.size
+    return Background(label, f"label {label} covers {percent:.2g} % of the image and separates all others from 0")
+
+
+def _labels_near(labels: NDArray[np.integer[Any]], label: int) -> set[int]:
+    """Return the other values next to the pixels of `label`, by sides or corners."""
+    near = cv2.dilate((labels == label).view(np.uint8), np.ones((3, 3), np.uint8)).view(bool)
+    return set(np.unique(labels[near & (labels != label)]).tolist())
+
+
+def without_background(labels: NDArray[np.integer[Any]], label: int) -> NDArray[np.integer[Any]]:
+    """Return `labels` (H, W) with 0 for `label`, and 1 for 0 if there is no other label (an inverted mask)."""
+    others = np.where(labels == label, np.zeros((), labels.dtype), labels)
+    return others if others.any() else (labels == 0).astype(np.uint8)
+
+
 def cells_of_labels(labels: NDArray[np.integer[Any]], binary_mask: str, label_in_pieces: str) -> LabelCells:
     """Return one cell per label of an image, by ascending label; 0 is background. Holes stay holes.
 
@@ -237,8 +299,8 @@ def _record(cell_id: int | str, mask: NDArray[np.uint8], top: int, left: int, sh
     return CellRecord(cell_id, False, [], [(shape, patch_runs(mask, top, left, shape))])
 
 
-def cells_of_mask(mask: NDArray[np.integer[Any]], cell_id: str, label_in_pieces: str) -> tuple[list[CellRecord], bool]:
-    """Return the cell of a mask (H, W) of 0 and one other value, and whether it is in several pieces.
+def cells_of_mask(mask: NDArray[np.integer[Any]], cell_id: str, label_in_pieces: str) -> tuple[list[CellRecord], int]:
+    """Return the cell of a mask (H, W) of 0 and one other value, and the number of its pieces.
 
     Args:
         mask: not negative; without a pixel, the cell is empty.
@@ -253,6 +315,6 @@ def cells_of_mask(mask: NDArray[np.integer[Any]], cell_id: str, label_in_pieces:
     if len(values) > 1:
         raise AnnotationError(f"{len(values)} values in the mask of one cell, expected 0 and one other; check it")
     if not len(values):
-        return [CellRecord(cell_id, False, [], [(shape, np.array([mask.size], np.int64))])], False
+        return [CellRecord(cell_id, False, [], [(shape, np.array([mask.size], np.int64))])], 0
     (region,) = _regions([cell_id], (mask > 0).astype(np.int32))
-    return list(_cells(region, shape, label_in_pieces)), region.pieces is not None
+    return list(_cells(region, shape, label_in_pieces)), region.piece_count

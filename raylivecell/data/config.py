@@ -49,10 +49,18 @@ DEFECT_KINDS: dict[str, DefectKind] = {
         "that are negative or not integers.",
     ),
     "float_labels": DefectKind(("convert", "drop"), "A label image of floats that are all integers."),
+    "background_label": DefectKind(
+        ("refuse", "drop", "background", "keep"),
+        "A label (or the mask of a cell) that covers more than half of the image and touches all four edges, or that "
+        "separates all other labels from 0: the background, an inverted mask, or outlines such as VOC's 255. "
+        "background: it is background, and 0 too; without another label, 0 is the cells (an inverted mask). keep: it "
+        "is a cell.",
+    ),
     "binary_mask": DefectKind(
         ("refuse", "components", "one_cell", "drop"),
-        "A label image whose values are not cells: one value in several pieces, or values with on average 5 pieces or "
-        "more. components: each piece, connected by sides or corners, is a cell; cells that touch become one. "
+        "A label image whose values are not cells: one value in several pieces, or values (or masks of single cells) "
+        "with on average 5 pieces or more. components: each piece, connected by sides or corners, is a cell; cells "
+        "that touch become one. "
         "one_cell: each value is a cell.",
     ),
     "label_in_pieces": DefectKind(

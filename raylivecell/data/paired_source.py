@@ -35,6 +35,12 @@ LAYOUTS = {
     "geojson": "GeoJSON: NAME.tif with NAME.geojson",
 }
 
+HINTS = {
+    "binary_mask": "; --on-defect binary_mask=components: each piece is a cell",
+    "background_label": "; --on-defect background_label=background, or =keep if it is a cell",
+}
+"""What to do about kinds of defects whose rule is `refuse`."""
+
 
 @dataclass(frozen=True)
 class AnnotationInfo:
@@ -156,6 +162,7 @@ class PairedSource:
         reasons = [f"{self.pairs[name].annotations[0]}: {info.error}" for name, info in infos.items() if info.error]
         if reasons and len(reasons) == len(infos):
             raise UserError(f"no annotation file of {self.uri} can be used: {reasons[0]}")
+        self._warn_of_other_backgrounds()
         self.listed = self._with_splits([self._completed(entry) for entry in self.entries])
         self.entries = []
         for entry in self.listed:
@@ -167,6 +174,20 @@ class PairedSource:
             image = images[entry.path or ""]
             if info.shape not in (None, (image.height, image.width)) and not image.error:
                 self._refuse_keep(entry)
+
+    def _warn_of_other_backgrounds(self) -> None:
+        """Print images whose background may be a cell: background_label=background found none, as in most others."""
+        if rule_of(self.config.on_defect, "background_label") != "background":
+            return
+        others = [name for name, info in self.infos.items() if info.cells and "background_label" not in info.defects]
+        if others and len(others) < len(self.infos):
+            console.console.print(
+                f"background_label=background: no such label in {len(others)} of {len(self.infos)} images "
+                f"({', '.join(others[:4])}): all their labels are cells; check them",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _completed(self, entry: Entry) -> Entry:
         info = self.infos.get(entry.image.file_name)
@@ -180,30 +201,27 @@ class PairedSource:
         unsplit = [entry for entry in entries if entry.image.file_name in self.unsplit]
         if self.config.split is None:
             if unsplit:
+                fix = "divide them with --split 0.8 0.1 0.1" if len(unsplit) == len(entries) else "move them into one"
                 console.console.print(
-                    f"{len(unsplit)} images are in no folder named after a split: they are in train; divide them with "
-                    "--split 0.8 0.1 0.1",
+                    f"{len(unsplit)} images are in no folder named after a split: they are in train; {fix}",
                     markup=False,
                     highlight=False,
                     soft_wrap=True,
                 )
             return entries
-        if not unsplit:
-            raise UserError(f"{self.uri} has folders named after splits: leave out --split")
         assigned, self.assignment = splitting.with_splits(
-            unsplit, self.config, lambda path: short_name(path, self.config.images)
+            entries, self.config, lambda path: short_name(path, self.config.images)
         )
-        by_name = {entry.image.file_name: entry for entry in assigned}
-        return [by_name.get(entry.image.file_name, entry) for entry in entries]
+        return assigned
 
     def _defects(self, entry: Entry, info: AnnotationInfo) -> Iterator[Defect]:
         """Yield the defects of the annotation files of one image."""
         name, rules = entry.image.file_name, self.config.on_defect
         defects = {"unreadable_annotation": (info.error, [])} if info.error else info.defects
         for kind, (detail, ids) in defects.items():
-            hint = "; --on-defect binary_mask=components: each piece is a cell" if kind == "binary_mask" else ""
             rule = rule_of(rules, kind, entry.split)
-            yield Defect(kind, rule, name, entry.split, list(ids), f"{detail}{hint if rule == 'refuse' else ''}")
+            hint = HINTS.get(kind, "") if rule == "refuse" else ""
+            yield Defect(kind, rule, name, entry.split, list(ids), f"{detail}{hint}")
 
     def _refuse_keep(self, entry: Entry) -> None:
         if rule_of(self.config.on_defect, "wrong_size") == "keep":
@@ -235,8 +253,15 @@ def read_pairs(uri: str, paths: Sequence[str], config: PrepareConfig, annotation
         defects.append(Defect("ambiguous_file", rule, images[0], split, [], ", ".join(files)))
         if rule == "take_first":
             pairs.append(Pair(_first(images), (_first(annotations),), False))
-    if not pairs and not pairing.ambiguous:
+    if not pairs:
         raise UserError(_no_pairs(uri, annotation_format, pairing))
+    in_splits = [pair.image for pair in pairs if _split_of(pair.image)]
+    if config.split is not None and in_splits:
+        examples = ", ".join(in_splits[:2]) + ", ..." * (len(in_splits) > 2)
+        raise UserError(
+            f"{uri} has splits ({examples}): leave out --split, or move these images out of the folders named after "
+            "splits"
+        )
     pairs.sort(key=lambda pair: pair.image)
     names = [short_name(pair.image, config.images) for pair in pairs]
     if len(set(names)) < len(names):
@@ -268,6 +293,14 @@ def _entry(name: str, pair: Pair, config: PrepareConfig) -> Entry:
 
 
 def _no_pairs(uri: str, annotation_format: str, pairing: Pairing) -> str:
+    if pairing.ambiguous:
+        images, annotations = pairing.ambiguous[0]
+        number = len(pairing.ambiguous)
+        return (
+            f"no pair of image and annotation file in {uri}: {number} defect{'s' * (number > 1)} (ambiguous_file "
+            f"{number}: {', '.join((*images, *annotations)[:4])}); leave one image and one annotation file of each "
+            "name, or --on-defect ambiguous_file=take_first"
+        )
     counts = f"{len(pairing.images)} images and {len(pairing.annotations)} annotation files"
     examples = ", ".join([*pairing.images[:2], *pairing.annotations[:2]])
     listing = f" ({examples})" if examples else ""

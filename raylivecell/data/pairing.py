@@ -13,7 +13,7 @@ The masks of single cells (DSB 2018) are in a folder named after the image: `ID/
 import itertools
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -105,9 +105,11 @@ def find_pairs(paths: Sequence[str], annotation_format: str, image_folder: str |
             by_image[key].append(file.path)
         else:
             by_folder[file.key.folder if file.role == "annotation" else ""].append(file.path)
+    images_in_folder = Counter(key.folder for key in images_by_key)
     result = Pairing()
     for key, image_paths in images_by_key.items():
-        paths_of_masks = [] if by_image[key] or annotation_format != "labels" else _cell_masks(key, by_folder)
+        masks_possible = annotation_format == "labels" and not by_image[key]
+        paths_of_masks = _cell_masks(key, by_folder, images_in_folder[key.folder]) if masks_possible else []
         candidates = tuple(paths_of_masks or _without_pickles(by_image[key]))
         if candidates and (len(image_paths) > 1 or (len(candidates) > 1 and not paths_of_masks)):
             result.ambiguous.append((tuple(image_paths), candidates))
@@ -154,12 +156,19 @@ def _by_content(files: Sequence[File], annotation_format: str, prefix: str) -> t
     """Separate images from annotation files of one format."""
     suffixes = FILE_SUFFIXES[annotation_format] + (OTHER_SUFFIXES if annotation_format == "labels" else ())
     all_paths = {(posixpath.dirname(file.path), file.key.name) for file in files if _is_image(file, prefix)}
+    image_keys = {file.key for file in files if _is_image(file, prefix)}
+    annotation_keys = {file.key for file in files if file.role == "annotation"}
     images, annotations = [], []
     for file in files:
-        stripped = _without_suffix(file.key).name
+        without_suffix = _without_suffix(file.key)
+        stripped = without_suffix.name
+        # images/a.tif and images/a_seg.tif with masks of both names are two images.
+        has_equal = file.key in annotation_keys and (
+            without_suffix not in image_keys or without_suffix in annotation_keys
+        )
         alongside = stripped != file.key.name and (posixpath.dirname(file.path), stripped) in all_paths
         has_suffix = alongside or (stripped != file.key.name and file.role != "image")
-        is_annotation = file.role == "annotation" or has_suffix
+        is_annotation = file.role == "annotation" or (has_suffix and not has_equal)
         suffix = posixpath.splitext(file.path)[1].lower()
         if not is_annotation and _is_image(file, prefix):
             images.append(file)
@@ -182,10 +191,11 @@ def _without_pickles(paths: list[str]) -> list[str]:
     return others or paths
 
 
-def _cell_masks(key: Key, by_folder: dict[str, list[str]]) -> list[str]:
-    """Remove and return the masks of single cells of the image `key`."""
+def _cell_masks(key: Key, by_folder: dict[str, list[str]], images_in_folder: int) -> list[str]:
+    """Remove and return the masks of single cells of the image `key`, one of `images_in_folder` in its folder."""
     own_folder = posixpath.join(key.folder, key.name)
-    folder = key.folder if posixpath.basename(key.folder) == key.name else own_folder
+    is_only_image = posixpath.basename(key.folder) == key.name and images_in_folder == 1
+    folder = key.folder if is_only_image else own_folder
     return by_folder.pop(folder, [])
 
 

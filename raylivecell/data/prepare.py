@@ -238,7 +238,8 @@ def _check_rules(defects: Sequence[Defect], strict: bool) -> None:
     refused = [defect for defect in defects if defect.rule == "refuse" or strict]
     hint = "leave out --strict" if strict else "or change the rule (--on-defect)"
     if refused:
-        raise UserError(f"{summary(refused)}; fix them, {hint}")
+        details = [defect.detail for defect in refused if defect.defect == "background_label"]
+        raise UserError(f"{summary(refused)}; fix them, {hint}{': ' if details else ''}{''.join(details[:1])}")
 
 
 def _check_splits(source: Source | PairedSource, images: Mapping[str, int], defects: Sequence[Defect]) -> None:

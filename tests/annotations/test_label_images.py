@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -125,7 +126,7 @@ def test_damaged_files_raise_annotation_errors_only(noise: np.ndarray, write: An
 
 
 def test_floats_are_labels_only_if_all_are_integers() -> None:
-    rules = {"binary_mask": "refuse", "label_in_pieces": "keep"}
+    rules = {"background_label": "refuse", "binary_mask": "refuse", "label_in_pieces": "keep"}
     data = tiff(LABELS.astype(np.float32), compression="zlib")
     annotation = image_files.read([("a.tif", data)], False, LABELS.shape, rules)
     assert annotation.defects["float_labels"] == ("32-bit floats, all of them integers", [])
@@ -203,6 +204,90 @@ def test_binary_masks_and_masks_of_classes_are_not_cells() -> None:
     only = np.where(ring_only := RING == 70, 255, 0)
     assert cells_of_labels(only, "refuse", "keep").defects == {}
     assert ring_only.sum() == 1
+
+
+DISKS = np.zeros((60, 80), np.uint8)
+"""Five cells; the third is cut by an edge."""
+for number, centre in enumerate([(12, 12), (50, 14), (0, 40), (40, 45), (65, 45)], 1):
+    cv2.circle(DISKS, centre, 8, number, -1)
+ERODED = np.where(cv2.erode(DISKS, np.ones((3, 3), np.uint8)) > 0, DISKS, 0)
+OUTLINES = np.where((ERODED == 0) & (DISKS > 0), 255, DISKS)
+
+
+def read(values: np.ndarray, **rules: str) -> image_files.ImageAnnotation:
+    chosen = {"background_label": "refuse", "binary_mask": "components", "label_in_pieces": "keep", **rules}
+    return image_files.read([("masks/a.png", png(values))], False, DISKS.shape, chosen)
+
+
+@pytest.mark.parametrize(
+    ("values", "label", "expected"),
+    [
+        (np.where(DISKS == 0, 255, DISKS), 255, DISKS),
+        (np.where(DISKS == 0, 1, np.where(ERODED > 0, DISKS + 1, 0)), 1, ERODED),  # 0: dams of a watershed
+        (np.where(DISKS == 0, 255, 0), 255, DISKS),  # inverted
+        (DISKS == 0, 1, DISKS),
+        (np.full_like(DISKS, 7), 7, np.zeros_like(DISKS)),
+        (OUTLINES, 255, ERODED),  # Pascal VOC
+        (np.where(OUTLINES == 255, 2, OUTLINES > 0), 2, ERODED),  # classes: cell and border
+    ],
+)
+def test_background_and_outlines_are_no_cells(values: np.ndarray, label: int, expected: np.ndarray) -> None:
+    values = values if values.dtype == bool else values.astype(np.uint8)
+    annotation = read(values)
+    ((reason, ids),) = annotation.defects.values()
+    assert (list(annotation.defects), ids) == (["background_label"], [label])
+    percent = 100 * (values == label).mean()
+    assert reason.startswith(f"masks/a.png: label {label} covers {percent:.0f} %" if percent > 10 else "masks/a.png")
+    cells = read(values, background_label="background").cells
+    assert len(cells) == len(np.unique(expected)) - 1
+    np.testing.assert_array_equal(drawn_labels(cells, DISKS.shape) > 0, expected > 0)
+    all_cells = read(values, background_label="keep", binary_mask="one_cell").cells
+    np.testing.assert_array_equal(drawn_labels(all_cells, DISKS.shape) > 0, values > 0)
+
+
+def test_large_cells_and_cells_around_a_cell_are_cells() -> None:
+    inside = np.pad(np.full((58, 78), 3, np.uint8), 1)  # 94 %, without the edges
+    half = np.where(np.arange(80) < 40, 1, 2) + np.zeros((60, 1), int)  # no label of over half
+    around = np.where(DISKS == 1, 9, 0) + (ERODED == 1)  # a cell around one other cell
+    hole = np.kron(np.arange(1, 13).reshape(3, 4), np.ones((20, 20), int))  # without background, but for one pixel
+    hole[30, 30] = 0
+    assert label_images.find_background(DISKS[:0]) is label_images.find_outline(DISKS[:0]) is None
+    for values in (DISKS, ERODED, inside, half, around, hole, np.zeros_like(DISKS)):
+        assert "background_label" not in read(values.astype(np.uint8)).defects
+    huge = np.where(DISKS == 1, 0, 8).astype(np.uint8)
+    (cell,) = read(huge, background_label="keep").cells
+    np.testing.assert_array_equal(drawn_labels([cell], DISKS.shape), huge > 0)
+
+
+def test_no_real_label_is_background() -> None:
+    masks = sorted((SHARED / "usiigaci-mini" / "masks").glob("*.png"))
+    if not masks:
+        pytest.skip(f"no real label images in {SHARED}: set RAYLIVECELL_SHARED")
+    for path in masks:
+        labels = to_integers(decode(path.read_bytes()))
+        assert label_images.find_background(labels) is label_images.find_outline(labels) is None
+        filled = np.where(labels == 0, labels.max() + 1, labels)
+        background = label_images.find_background(filled)
+        assert background is not None
+        np.testing.assert_array_equal(label_images.without_background(filled, background.label), labels)
+
+
+def test_masks_of_single_cells_may_be_inverted_or_classes() -> None:
+    def read_masks(*masks: np.ndarray, **rules: str) -> image_files.ImageAnnotation:
+        files = [(f"masks/m{n}.png", png(mask.astype(np.uint8) * 255)) for n, mask in enumerate(masks, 1)]
+        chosen = {"background_label": "refuse", "binary_mask": "refuse", "label_in_pieces": "keep", **rules}
+        return image_files.read(files, True, DISKS.shape, chosen)
+
+    annotation = read_masks(DISKS == 1, DISKS != 2, DISKS != 3)
+    ((kind, (reason, ids)),) = annotation.defects.items()
+    assert (kind, ids) == ("background_label", ["m2", "m3"])
+    assert reason.startswith("masks/m2.png: label 255 covers 96 % of the image")
+    cells = read_masks(DISKS == 1, DISKS != 2, DISKS != 3, background_label="background").cells
+    np.testing.assert_array_equal(drawn_labels(cells, DISKS.shape), np.where(DISKS < 4, DISKS, 0))
+    classes = ERODED > 0, OUTLINES == 255
+    assert read_masks(*classes).defects["binary_mask"][0].startswith("2 masks in 10 pieces: masks of classes")
+    assert len(read_masks(*classes, binary_mask="components").cells) == 10
+    assert len(read_masks(*classes, binary_mask="one_cell", label_in_pieces="split").cells) == 2
 
 
 def test_images_of_noise_are_refused_in_bounded_time() -> None:

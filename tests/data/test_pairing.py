@@ -61,6 +61,10 @@ def test_images_and_annotation_files_without_a_partner() -> None:
     assert pairing.pairs == [Pair("images/b.tif", ("masks/b.png",), False)]
     assert pairing.images == ["images/a.tif", "test/images/d.tif"]
     assert pairing.annotations == ["masks/c.png", "train/masks/d.png"]
+    # The masks of another image in a folder named like the first image.
+    paths = ["A/images/A.tif", "A/images/B.tif", "A/masks/B_final.png", "A/masks/C_final.png"]
+    pairing = find_pairs(paths, "labels")
+    assert (pairing.pairs, pairing.images, pairing.annotations) == ([], paths[:2], paths[2:])
     # A file of another name is never taken for the mask of a cell.
     pairing = find_pairs(["images/a.tif", "masks/other.png"], "labels")
     assert (pairing.pairs, pairing.images, pairing.annotations) == ([], ["images/a.tif"], ["masks/other.png"])
@@ -79,6 +83,11 @@ def test_several_files_for_one_image_are_ambiguous() -> None:
     # An image whose name ends like that of a mask.
     pairing = find_pairs(["images/a.tif", "images/b_seg.tif", "masks/a.png", "masks/b_seg.png"], "labels")
     assert [pair.annotations for pair in pairing.pairs] == [("masks/a.png",), ("masks/b_seg.png",)]
+    # Equal names have precedence over names with a suffix, but a copy of a mask remains a mask.
+    paths = ["images/b.tif", "images/b_seg.tif", "masks/b.tif", "masks/b_seg.tif"]
+    assert find_pairs(paths, "labels").pairs == [Pair(paths[n], (paths[n + 2],), False) for n in (0, 1)]
+    paths = ["images/b.tif", "images/b_seg.tif", "masks/b_seg.tif"]
+    assert find_pairs(paths, "labels").ambiguous == [((paths[0],), (paths[1], paths[2]))]
 
 
 def test_detection_of_the_format() -> None:

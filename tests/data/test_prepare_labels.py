@@ -201,7 +201,37 @@ def test_messages_for_sources_without_usable_annotations(tmp_path: Path) -> None
         UserError, match="one JSON per image, as LabelMe and others write, is not supported: export COCO"
     ):
         prepare(str(source), out)
+    (source / "images").mkdir()
+    write_images(source, "images/c.tif", "images/c.png")
+    write(source / "masks/c.png", CELLS.astype(np.uint8))
+    with pytest.raises(
+        UserError, match=r"1 defect \(ambiguous_file 1: images/c\.png, images/c\.tif, masks/c\.png\); leave one"
+    ):
+        prepare(str(source), out, PrepareConfig(format="labels"))
     assert no_output(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_background_stored_as_a_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    write_images(source, "images/a.tif", "images/b.tif")
+    labels = np.where(CELLS == 70_000, 1, CELLS).astype(np.uint8)
+    write(source / "masks/a.png", np.where(labels == 0, 255, labels).astype(np.uint8))
+    write(source / "masks/b.png", labels)
+    percent = round(100 * np.mean(labels == 0))
+    with pytest.raises(
+        UserError, match=rf"background_label 1: a\.tif.*masks/a\.png: label 255 covers {percent} % of the image"
+    ):
+        prepare(str(source), str(tmp_path / "out"))
+    assert no_output(tmp_path / "out")
+    config = PrepareConfig(on_defect={"background_label": "background"})
+    description = prepare(str(source), str(tmp_path / "out"), config)
+    for row in rows_of(tmp_path / "out", "train").values():
+        assert_same_cells(row, labels)
+    assert defects_of(description, "background_label")[0]["ids"] == [255]
+    assert "no such label in 1 of 2 images (b.tif): all their labels are cells" in capsys.readouterr().err
+    prepare(str(source), str(tmp_path / "drop"), PrepareConfig(on_defect={"background_label": "drop"}))
+    assert set(rows_of(tmp_path / "drop", "train")) == {"b.tif"}
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -239,32 +269,26 @@ def test_real_label_images(ray_cluster: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_split_by_group_leaves_folders_of_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source"
     names = [f"A172_Phase_{well}_1_00d0{hour}h00m_1" for well in ("A1", "A2", "B1", "B2") for hour in (0, 4)]
-    write_images(source, *(f"images/{name}.tif" for name in names), "test/images/own.tif")
+    write_images(source, *(f"images/{name}.tif" for name in names), "test/images/A172_Phase_A1_1_00d08h00m_1.tif")
     for path in source.rglob("*.tif"):
         mask = path.parent.parent / "masks" / f"{path.stem}.png"
         write(mask, np.where(CELLS == 70_000, 1, CELLS).astype(np.uint8))
     all_in_train = prepare(str(source), str(tmp_path / "plain"))
     assert [images for images, _ in counts(all_in_train).values()] == [8, 0, 1]
-    assert "8 images are in no folder named after a split: they are in train" in capsys.readouterr().err
+    assert "8 images are in no folder named after a split: they are in train; move them" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"has splits \(test/images/A172_Phase_A1_1_00d08h00m_1\.tif\): leave out"):
+        prepare(str(source), str(tmp_path / "none"), PrepareConfig(split=(0.5, 0.25, 0.25)))
+    shutil.rmtree(source / "test")
     description = prepare(str(source), str(tmp_path / "out"), PrepareConfig(split=(0.5, 0.25, 0.25)))
-    assert [images for images, _ in counts(description).values()] == [4, 2, 3]
-    assert "test/own.tif" in rows_of(tmp_path / "out", "test")
+    assert [images for images, _ in counts(description).values()] == [4, 2, 2]
     assert description["source"]["groups"] == {"train": 2, "val": 1, "test": 1}
-    wells = {
-        name.split("_")[2]: split
-        for split in shards.SPLITS
-        for name in rows_of(tmp_path / "out", split)
-        if name != "test/own.tif"
-    }
+    wells = {name.split("_")[2]: split for split in shards.SPLITS for name in rows_of(tmp_path / "out", split)}
     for split in shards.SPLITS:  # both frames of a well
         in_wells = sum(well_split == split for well_split in wells.values())
-        assert counts(description)[split][0] == 2 * in_wells + (split == "test")
-    shutil.rmtree(source / "images")
-    with pytest.raises(UserError, match="leave out --split"):
-        prepare(str(source), str(tmp_path / "none"), PrepareConfig(split=(0.5, 0.25, 0.25)))
+        assert counts(description)[split][0] == 2 * in_wells
 
 
 def coco(names: list[str], segmentation: Any, **more: Any) -> str:
