@@ -93,6 +93,7 @@ def _prepare(
     splitting.check_settings(config)
     settings = plan.requested_settings(source_uri, config)
     previous = _previous_dataset(out, settings, config)
+    target_scale = read_scale(config.diameter_from) if config.diameter_from else None  # fails before images are read
     source = read_source(source_uri, config)
     session.connect()
     infos = _examine(source, config.choice)
@@ -107,8 +108,8 @@ def _prepare(
     for path in source.empty_files():
         _print(f"warning: {path} lists no image")
     pixel_scale = config.pixel_scale
-    if config.diameter_from:
-        pixel_scale = plan.pixel_scale_to(read_scale(config.diameter_from), source, entries, infos, config)
+    if target_scale is not None:
+        pixel_scale = plan.pixel_scale_to(target_scale, source, entries, infos, config)
         _print(f"pixel scale: {pixel_scale:g}, from the cell size of {config.diameter_from}")
     plans = plan.plan_shards(source, entries, infos, config, pixel_scale)
     head = plan.dataset_head(settings, source, plans, rule, pixel_scale)

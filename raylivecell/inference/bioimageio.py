@@ -101,6 +101,7 @@ def package(checkpoint_uri: str, authors: tuple[str, ...] = (), scores: str | No
         raise UserError(
             f"pixel scale {pixel_scale:g} cannot be part of the graph, and other programs would not scale the images: "
             "export to .onnx, which `raylivecell predict` runs with it, or train on data prepared without --pixel-scale"
+            " and --diameter-from"
         )
     card = model_card.describe(uri, folder, authors, scores)
     model = _StoredImageNetwork(network, rule).eval()

@@ -67,7 +67,10 @@ def find(folder: str, images: Sequence[Image]) -> list[str]:
         )
     for image, paths in zip(images, matches):
         if len(paths) > 1:
-            raise UserError(f"{folder} has several label images of {image.source}: {_listed(paths)}; keep one of them")
+            raise UserError(
+                f"{folder} has several label images of {image.source}: {_listed(paths)}; "
+                "keep one of them, or give the folder of the label images alone"
+            )
     owners: dict[str, str] = {}
     for image, (path,) in zip(images, matches):
         if path in owners:

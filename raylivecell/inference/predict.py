@@ -257,8 +257,9 @@ def _summary(out: str, images_uri: str) -> dict[str, Any]:
     show_warnings(warnings, table)
     if far := sum(any(text.startswith(CELL_SIZE_WARNING) for text in texts) for texts in warnings.values()):
         console.print(
-            f"cells of another size than the training cells: {far} of {segmented} images; measure the typical diameter "
-            "of their cells in pixels and start again with --diameter PX",
+            f"cells of another size than the training cells: {far} of {segmented} images. If the magnification "
+            "differs, give the typical diameter of their cells in pixels (--diameter PX); otherwise the network does "
+            "not fit these images: look at overlays/, and fine-tune it (train --start-from)",
             soft_wrap=True,
             markup=False,
         )

@@ -162,7 +162,7 @@ def _cards(curves: Curves, x: Axis) -> list[Card]:
 def _wells(curve: Curve) -> str:
     if curve.well:
         return f"well {curve.well}"
-    return f"{len(curve.wells)} wells: {' '.join(curve.wells)}"
+    return f"{_count(len(curve.wells), 'well')}: {' '.join(curve.wells)}"
 
 
 def plate_format(wells: Sequence[str]) -> tuple[int, int] | None:

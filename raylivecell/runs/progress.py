@@ -59,6 +59,8 @@ def find(uri: str) -> str:
     if MODEL in storage.list_names(uri):
         return uri
     complete = _complete(uri)
+    if not complete and RECIPE in storage.list_names(uri):
+        raise UserError(f"no checkpoint at {uri} yet: wait for the first report of the run there, or give another run")
     if not complete:
         raise UserError(f"no checkpoint at {uri}: give a run's folder (the --out of `train`) or a checkpoint_* in it")
     return max(complete, key=_score_and_step)
