@@ -90,6 +90,7 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
     description = None
     with _errors_as_findings("dataset") as errors:
         description = combined.description(request.data)
+        combined.scale(request.data)
     yield from errors
     if description:
         for uri in combined.uris(request.data):

@@ -67,6 +67,9 @@ def train(
     datasets, out = combined.of(data, data_weights), storage.absolute(out)
     preflight.batch_divides(recipe.batch_size, workers)
     preflight.samples_fit(datasets, recipe)
+    combined.scale(datasets)
+    for note in combined.scale_notes(datasets):
+        console.print(note, markup=False, soft_wrap=True)
     if line := preflight.network(recipe):
         console.print(line, markup=False, soft_wrap=True)
     resumed = _check_run_folder(out, datasets, recipe, resume)
