@@ -16,7 +16,7 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.shards import Rows
-from raylivecell.images.intensity import Intensity, conversion
+from raylivecell.images.intensity import Intensity
 from raylivecell.images.scale import Scale
 
 
@@ -68,7 +68,7 @@ def list_rows(data: Data, split: str) -> Rows:
 def _conversion(uri: str, first: str) -> Intensity | None:
     """Rule that converts images of the dataset at `uri` to that at `first`; None if both have the same rule."""
     try:
-        return conversion(shards.intensity(uri), shards.intensity(first))
+        return shards.conversion(uri, shards.intensity(first))
     except ValueError as error:
         raise UserError(
             f"dataset at {uri} cannot be combined with {first}: {error}; prepare it again with "

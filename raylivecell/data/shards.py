@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from raylivecell.annotations import rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
+from raylivecell.images import intensity as rules
 from raylivecell.images.intensity import Intensity, to_uint8
 from raylivecell.images.scale import Scale
 
@@ -196,6 +197,19 @@ def intensity(data: str) -> Intensity:
 def scale(data: str) -> Scale:
     """Return the scale of the dataset at `data`; of unknown cell size if it was written by an older version."""
     return Scale.model_validate(load_description(data).get("scale", {}))  # checked
+
+
+def conversion(data: str, target: Intensity) -> Intensity | None:
+    """Rule that converts the images of the dataset at `data` to `target` as `predict` would; None if it is their rule.
+
+    Raises:
+        ValueError: they cannot be converted (`images.intensity.conversion`), or `target` measures percentiles, which
+            `predict` does before images are scaled, and these are scaled.
+    """
+    rule = rules.conversion(intensity(data), target)
+    if rule is not None and rule.rule == "percentile" and scale(data).pixel_scale != 1:
+        raise ValueError("its images were scaled before their percentiles could be measured")
+    return rule
 
 
 def provenance(data: str) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def _list_rows(data: str, split: str) -> shards.Rows:
 def _conversion(data: str, folder: str) -> Intensity | None:
     """Rule that converts the dataset's images to the checkpoint's scale, None if equal; UserError if impossible."""
     try:
-        return intensity.conversion(shards.intensity(data), checkpoint.load_intensity(folder))
+        return shards.conversion(data, checkpoint.load_intensity(folder))
     except ValueError as error:
         raise UserError(
             f"dataset at {data} does not fit the checkpoint {folder}: {error}; "

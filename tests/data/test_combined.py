@@ -9,7 +9,7 @@ from conftest import write_tiny_dataset
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import combined, shards
-from raylivecell.images.intensity import LIVECELL, Intensity, to_uint8
+from raylivecell.images.intensity import LIVECELL, Intensity, choose, to_uint8
 from raylivecell.images.scale import Scale
 from raylivecell.recipe import PhaseConfig, Recipe
 from raylivecell.runs import folder
@@ -64,6 +64,17 @@ def test_a_dataset_whose_stored_values_are_lost_is_refused(tmp_path: Path) -> No
         preflight.samples_fit(combined.of([first, second]), Recipe())
     same = write(tmp_path / "c", deep)
     assert combined.list_rows(combined.of([second, same]), "train")[5].rule is None
+
+
+def test_percentiles_of_scaled_images_are_refused(tmp_path: Path) -> None:
+    """`predict` measures percentiles before it scales an image; averaged pixels have less noise, so others."""
+    scaled, percentile = Scale(pixel_scale=0.25, diameter=22.568), choose([], "percentile")
+    first, second = write(tmp_path / "a", percentile, scale=scaled), write(tmp_path / "b", scale=scaled)
+    with pytest.raises(UserError, match=f"scaled before their percentiles .* --intensity-from {first}"):
+        combined.list_rows(combined.of([first, second]), "train")
+    same, unscaled = write(tmp_path / "c", percentile, scale=scaled), write(tmp_path / "d")
+    data = combined.of([first, same, unscaled])
+    assert [combined.list_rows(data, "train")[index].rule for index in (0, 4, 8)] == [None, None, percentile]
 
 
 def test_datasets_of_other_pixel_scales_need_cells_of_the_same_size(tmp_path: Path) -> None:
