@@ -237,9 +237,13 @@ def read_row(row: Row, columns: Sequence[str]) -> Sample:
 
     The image is converted by the row's rule, if it has one. `padding` is bool (H, W), or None without padding.
     `height` and `width` are always included.
+
+    Raises:
+        UserError: a damaged shard, or an image that is unusable by the row's rule: it would be constant, with cells.
     """
     convert = row.rule is not None and "image" in columns
-    names = list(dict.fromkeys(["height", "width", *columns, *(["padding"] if convert else [])]))
+    names = list(dict.fromkeys(["height", "width", *columns, *(["source", "padding"] if convert else [])]))
+    frame = None
     file = _open(row.shard, row.version)
     try:
         _check_size(file.metadata.row_group(row.group))
@@ -253,9 +257,17 @@ def read_row(row: Row, columns: Sequence[str]) -> Sample:
         elif counts is not None:
             sample["padding"] = None
         if convert and row.rule is not None:
-            sample["image"] = to_uint8(sample["image"], row.rule, sample["padding"]).levels
+            frame = to_uint8(sample["image"], row.rule, sample["padding"])
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"cannot read row {row.group} of shard {row.shard}: {_line(error)}; {AGAIN}") from error
+    if frame is not None:
+        if not frame.usable:
+            raise UserError(
+                f"image {sample['source']} of {row.shard} does not fit the first dataset's intensities "
+                f"({frame.warnings[0]}); prepare its dataset again with `raylivecell prepare --intensity-from FIRST`, "
+                "where FIRST is the first --data"
+            )
+        sample["image"] = frame.levels
     return sample
 
 

@@ -66,6 +66,18 @@ def test_a_dataset_whose_stored_values_are_lost_is_refused(tmp_path: Path) -> No
     assert combined.list_rows(combined.of([second, same]), "train")[5].rule is None
 
 
+def test_an_image_that_is_unusable_by_the_first_rule_is_refused(tmp_path: Path) -> None:
+    """It would be constant, with cells."""
+    contrast = Intensity(background=240.0, backgrounds=(239.0, 241.0), medians=(239.0, 241.0), spreads=(999.0, 999.0))
+    first, second = write(tmp_path / "a", contrast), write(tmp_path / "b")
+    row = combined.list_rows(combined.of([first, second]), "train")[4]
+    assert shards.read_row(row, ["labels"])["labels"].any()
+    message = r"^image A172_Phase_train_0.tif of .*/b/.* does not fit .* contrast: .* --intensity-from FIRST`"
+    with pytest.raises(UserError, match=message) as error:
+        shards.read_row(row, ["image"])
+    assert shards.AGAIN not in str(error.value)
+
+
 def test_percentiles_of_scaled_images_are_refused(tmp_path: Path) -> None:
     """`predict` measures percentiles before it scales an image; averaged pixels have less noise, so others."""
     scaled, percentile = Scale(pixel_scale=0.25, diameter=22.568), choose([], "percentile")
