@@ -24,6 +24,7 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import combined, shards
 from raylivecell.data.combined import Data
+from raylivecell.images.scale import Scale
 from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.network import forward as network_forward
@@ -87,9 +88,10 @@ def check(request: CheckRequest) -> int:
 def findings(request: CheckRequest) -> Iterator[Finding]:
     """Yield all findings, in the order in which a run would fail; without Ray, only those that do not need it."""
     recipe = request.recipe
-    description = None
+    description = scale = None
     with _errors_as_findings("dataset") as errors:
         description = combined.description(request.data)
+        scale = combined.scale(request.data)
     yield from errors
     if description:
         for uri in combined.uris(request.data):
@@ -97,7 +99,7 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
     if request.out:
         yield run_name(request.out)
     if request.start_from:
-        parent_finding = parent(request.start_from, recipe)
+        parent_finding = parent(request.start_from, recipe, scale)
         yield parent_finding
         if parent_finding.level == "fail":  # its recipe is untrusted: build no network from it
             return
@@ -174,14 +176,14 @@ def run_name(out: str) -> Finding:
     return Finding("pass", "run name", f"{out} is free")
 
 
-def parent(start_from: str, recipe: Recipe) -> Finding:
-    """Check that weights of the checkpoint or run `start_from` fit the recipe's network."""
+def parent(start_from: str, recipe: Recipe, scale: Scale | None = None) -> Finding:
+    """Check that weights of the checkpoint or run `start_from` fit the recipe's network, and its cells the data's."""
     try:
-        description, *warnings = open_parent(start_from, recipe).lines
+        description, *warnings = open_parent(start_from, recipe, scale).lines
     except (UserError, OSError) as error:
         return Finding("fail", "start from", _line(error))
     if warnings:
-        return Finding("warn", "start from", warnings[0].removeprefix("warning: "))
+        return Finding("warn", "start from", "; ".join(line.removeprefix("warning: ") for line in warnings))
     return Finding("pass", "start from", description.removeprefix("started from "))
 
 

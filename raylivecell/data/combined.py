@@ -16,7 +16,7 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.data.shards import Rows
-from raylivecell.images.intensity import Intensity, conversion
+from raylivecell.images.intensity import Intensity
 from raylivecell.images.scale import Scale
 
 
@@ -68,7 +68,7 @@ def list_rows(data: Data, split: str) -> Rows:
 def _conversion(uri: str, first: str) -> Intensity | None:
     """Rule that converts images of the dataset at `uri` to that at `first`; None if both have the same rule."""
     try:
-        return conversion(shards.intensity(uri), shards.intensity(first))
+        return shards.conversion(uri, shards.intensity(first))
     except ValueError as error:
         raise UserError(
             f"dataset at {uri} cannot be combined with {first}: {error}; prepare it again with "
@@ -93,14 +93,37 @@ def intensity(data: Data) -> Intensity:
 
 
 def scale(data: Data) -> Scale:
-    """Return the scale: that of the first dataset, with the range of diameters of all."""
-    first, *others = (shards.scale(uri) for uri in uris(data))
-    scales = (first, *others)
+    """Return the scale: that of the first dataset, with the range of diameters of all.
+
+    Raises:
+        UserError: the images of another dataset have another pixel scale, and its cells another size.
+    """
+    first, *others = scales = [shards.scale(uri) for uri in uris(data)]
+    for uri, other in zip(uris(data)[1:], others, strict=True):
+        if not other.fits(first):
+            raise UserError(
+                f"dataset at {uri} has {other}, {uris(data)[0]} has {first}: one network cannot suit both; prepare it "
+                f"again with `raylivecell prepare {first.prepare_flag(uris(data)[0])}`"
+            )
     ranges = [each.diameters for each in scales if each.diameters is not None]
     if not others or len(ranges) < len(scales):
         return first
     diameters = (min(low for low, _ in ranges), max(high for _, high in ranges))
     return first.model_copy(update={"diameters": diameters})
+
+
+def scale_notes(data: Data) -> list[str]:
+    """Describe in a line each dataset whose images need `predict --diameter`: scaled by another factor than the first.
+
+    Their cells have the size of the first's (`scale`).
+    """
+    first, *others = [shards.scale(uri) for uri in uris(data)]
+    return [
+        f"images like those of {uri} need `raylivecell predict --diameter {other.diameter / other.pixel_scale:.3g}`: "
+        f"their pixel scale is {other.pixel_scale:g}, that of the network {first.pixel_scale:g}"
+        for uri, other in zip(uris(data)[1:], others, strict=True)
+        if other.diameter is not None and other.pixel_scale != first.pixel_scale
+    ]
 
 
 def provenance(data: Data) -> dict[str, Any]:

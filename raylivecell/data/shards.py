@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from raylivecell.annotations import rle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
+from raylivecell.images import intensity as rules
 from raylivecell.images.intensity import Intensity, to_uint8
 from raylivecell.images.scale import Scale
 
@@ -198,6 +199,19 @@ def scale(data: str) -> Scale:
     return Scale.model_validate(load_description(data).get("scale", {}))  # checked
 
 
+def conversion(data: str, target: Intensity) -> Intensity | None:
+    """Rule that converts the images of the dataset at `data` to `target` as `predict` would; None if it is their rule.
+
+    Raises:
+        ValueError: they cannot be converted (`images.intensity.conversion`), or `target` measures percentiles, which
+            `predict` does before images are scaled, and these are scaled.
+    """
+    rule = rules.conversion(intensity(data), target)
+    if rule is not None and rule.rule == "percentile" and scale(data).pixel_scale != 1:
+        raise ValueError("its images were scaled before their percentiles could be measured")
+    return rule
+
+
 def provenance(data: str) -> dict[str, Any]:
     """Return `uri`, `name`, `licence`, `citation` and `sha256` (of dataset.json, so of all shards) of a dataset."""
     description = load_description(data)
@@ -223,9 +237,13 @@ def read_row(row: Row, columns: Sequence[str]) -> Sample:
 
     The image is converted by the row's rule, if it has one. `padding` is bool (H, W), or None without padding.
     `height` and `width` are always included.
+
+    Raises:
+        UserError: a damaged shard, or an image that is unusable by the row's rule: it would be constant, with cells.
     """
     convert = row.rule is not None and "image" in columns
-    names = list(dict.fromkeys(["height", "width", *columns, *(["padding"] if convert else [])]))
+    names = list(dict.fromkeys(["height", "width", *columns, *(["source", "padding"] if convert else [])]))
+    frame = None
     file = _open(row.shard, row.version)
     try:
         _check_size(file.metadata.row_group(row.group))
@@ -239,9 +257,17 @@ def read_row(row: Row, columns: Sequence[str]) -> Sample:
         elif counts is not None:
             sample["padding"] = None
         if convert and row.rule is not None:
-            sample["image"] = to_uint8(sample["image"], row.rule, sample["padding"]).levels
+            frame = to_uint8(sample["image"], row.rule, sample["padding"])
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"cannot read row {row.group} of shard {row.shard}: {_line(error)}; {AGAIN}") from error
+    if frame is not None:
+        if not frame.usable:
+            raise UserError(
+                f"image {sample['source']} of {row.shard} does not fit the first dataset's intensities "
+                f"({frame.warnings[0]}); prepare its dataset again with `raylivecell prepare --intensity-from FIRST`, "
+                "where FIRST is the first --data"
+            )
+        sample["image"] = frame.levels
     return sample
 
 

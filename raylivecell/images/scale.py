@@ -77,6 +77,18 @@ class Scale(StrictModel):
             return False
         return 1 / TOLERANCE <= self.diameter / other.diameter <= TOLERANCE
 
+    def fits(self, other: "Scale") -> bool:
+        """Whether one network suits the images of two datasets: their pixel scale is the same, or their cells' size."""
+        return self.pixel_scale == other.pixel_scale or self.same_cells(other)
+
+    def prepare_flag(self, uri: str) -> str:
+        """Flag of `prepare` that gives a dataset this scale, which is that of the dataset or network at `uri`."""
+        return f"--diameter-from {uri}" if self.diameter else f"--pixel-scale {self.pixel_scale:g}"
+
+    def __str__(self) -> str:
+        size = "unknown size" if self.diameter is None else f"{self.diameter:.1f} px"
+        return f"cells of {size} at pixel scale {self.pixel_scale:g}"
+
     def warning(self, areas: NDArray[np.integer[Any]], factor: float) -> tuple[str, ...]:
         """Warn if segmented cells are far larger or smaller than the training cells.
 

@@ -174,7 +174,7 @@ def _list_rows(data: str, split: str) -> shards.Rows:
 def _conversion(data: str, folder: str) -> Intensity | None:
     """Rule that converts the dataset's images to the checkpoint's scale, None if equal; UserError if impossible."""
     try:
-        return intensity.conversion(shards.intensity(data), checkpoint.load_intensity(folder))
+        return shards.conversion(data, checkpoint.load_intensity(folder))
     except ValueError as error:
         raise UserError(
             f"dataset at {data} does not fit the checkpoint {folder}: {error}; "
@@ -185,13 +185,12 @@ def _conversion(data: str, folder: str) -> Intensity | None:
 def _check_scale(data: str, folder: str) -> None:
     """UserError unless the prepared images have the pixel scale of the checkpoint, or cells of the same size."""
     prepared, trained = shards.scale(data), checkpoint.load_scale(folder)
-    if prepared.pixel_scale == trained.pixel_scale or prepared.same_cells(trained):
+    if prepared.fits(trained):
         return
-    fix = f"--diameter-from {folder}" if trained.diameter else f"--pixel-scale {trained.pixel_scale:g}"
     raise UserError(
         f"dataset at {data} has pixel scale {prepared.pixel_scale:g}, the checkpoint {folder} was trained at "
         f"{trained.pixel_scale:g}, and their cells differ in size; prepare it for this network with "
-        f"`raylivecell prepare {fix}`"
+        f"`raylivecell prepare {trained.prepare_flag(folder)}`"
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from raylivecell import recipe as recipes
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
+from raylivecell.images.scale import FAR_DIAMETER, Scale
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint, parents, progress
 from raylivecell.runs.parents import DataRecord, Parent
@@ -85,8 +86,13 @@ class Opened(NamedTuple):
     """Description and warnings, to print."""
 
 
-def open_parent(uri: str, recipe: recipes.Recipe) -> Opened:
+def open_parent(uri: str, recipe: recipes.Recipe, scale: Scale | None = None) -> Opened:
     """Read the checkpoint or run at `uri` as the parent of a network of `recipe`; writes nothing, executes no code.
+
+    Args:
+        uri: of a checkpoint or run.
+        recipe: of the new network.
+        scale: of its dataset, to warn about cells of another size than the parent's; None: not compared.
 
     Raises:
         UserError: no checkpoint there, an invalid one, or none of its layers fits.
@@ -126,7 +132,21 @@ def open_parent(uri: str, recipe: recipes.Recipe) -> Opened:
             f"random weights ({parents.shorten(unexpected)}); leave out --model.* and the recipe's model section to "
             "use the parent's network"
         )
+    if scale is not None:
+        lines += _scale_warning(uri, checkpoint.load_scale(folder), scale)
     return Opened((parent, *old_chain), content, tuple(lines))
+
+
+def _scale_warning(uri: str, trained: Scale, scale: Scale) -> list[str]:
+    """Warn if the parent's training cells differ in size, in its pixels, from those of the new dataset."""
+    # A parent, or a dataset, of unknown cell size is not far.
+    ratio = trained.diameter / scale.diameter if trained.diameter and scale.diameter else 1.0
+    if scale.fits(trained) and 1 / FAR_DIAMETER <= ratio <= FAR_DIAMETER:
+        return []
+    return [
+        f"warning: the parent was trained on {trained}, this dataset has {scale}; to start from cells of the parent's "
+        f"size, prepare it with `raylivecell prepare {trained.prepare_flag(uri)}`"
+    ]
 
 
 def _outputs(model: nn.Module, same_targets: nn.Module) -> set[str]:

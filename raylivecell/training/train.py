@@ -21,6 +21,7 @@ from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import combined, shards
 from raylivecell.data.combined import Data
+from raylivecell.images.scale import Scale
 from raylivecell.recipe import Recipe
 from raylivecell.runs import folder, parents, progress
 from raylivecell.runtime import session
@@ -67,10 +68,13 @@ def train(
     datasets, out = combined.of(data, data_weights), storage.absolute(out)
     preflight.batch_divides(recipe.batch_size, workers)
     preflight.samples_fit(datasets, recipe)
+    scale = combined.scale(datasets)
+    for note in combined.scale_notes(datasets):
+        console.print(note, markup=False, soft_wrap=True)
     if line := preflight.network(recipe):
         console.print(line, markup=False, soft_wrap=True)
     resumed = _check_run_folder(out, datasets, recipe, resume)
-    parent = _open_parent(out, start_from, recipe, resumed)
+    parent = _open_parent(out, start_from, recipe, resumed, scale)
     startup.append(("dataset", time.time()))
     session.connect()
     startup.append(("Ray", time.time()))
@@ -128,8 +132,11 @@ def _check_run_folder(out: str, data: Data, recipe: Recipe, resume: bool) -> boo
     return True
 
 
-def _open_parent(out: str, start_from: str | None, recipe: Recipe, resumed: bool) -> "Opened | None":
-    """Read the network from which a new run starts, and print its origin; check that a resumed run started from it."""
+def _open_parent(out: str, start_from: str | None, recipe: Recipe, resumed: bool, scale: Scale) -> "Opened | None":
+    """Read the network from which a new run starts, and print its origin; check that a resumed run started from it.
+
+    `scale` is that of the data.
+    """
     if resumed:
         chain = parents.of_run(out)
         parents.check_same(out, chain, start_from)
@@ -140,7 +147,7 @@ def _open_parent(out: str, start_from: str | None, recipe: Recipe, resumed: bool
         return None
     from raylivecell.runs.start_from import open_parent  # torch
 
-    opened = open_parent(start_from, recipe)
+    opened = open_parent(start_from, recipe, scale)
     for line in opened.lines:
         console.print(line, markup=False, soft_wrap=True)
     return opened

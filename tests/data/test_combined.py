@@ -9,16 +9,18 @@ from conftest import write_tiny_dataset
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import combined, shards
-from raylivecell.images.intensity import LIVECELL, Intensity, to_uint8
+from raylivecell.images.intensity import LIVECELL, Intensity, choose, to_uint8
+from raylivecell.images.scale import Scale
 from raylivecell.recipe import PhaseConfig, Recipe
 from raylivecell.runs import folder
 from raylivecell.training import preflight
 
 
-def write(target: Path, rule: Intensity = LIVECELL, images: int = 4, **texts: str) -> str:
+def write(target: Path, rule: Intensity = LIVECELL, images: int = 4, scale: Scale | None = None, **texts: str) -> str:
     data = write_tiny_dataset(target, images)
     values = storage.read_json(storage.join(data, "dataset.json"))
-    storage.write_json(storage.join(data, "dataset.json"), values | texts | {"intensity": rule.model_dump()})
+    values |= texts | {"intensity": rule.model_dump()} | ({"scale": scale.model_dump()} if scale else {})
+    storage.write_json(storage.join(data, "dataset.json"), values)
     return data
 
 
@@ -62,6 +64,51 @@ def test_a_dataset_whose_stored_values_are_lost_is_refused(tmp_path: Path) -> No
         preflight.samples_fit(combined.of([first, second]), Recipe())
     same = write(tmp_path / "c", deep)
     assert combined.list_rows(combined.of([second, same]), "train")[5].rule is None
+
+
+def test_an_image_that_is_unusable_by_the_first_rule_is_refused(tmp_path: Path) -> None:
+    """It would be constant, with cells."""
+    contrast = Intensity(background=240.0, backgrounds=(239.0, 241.0), medians=(239.0, 241.0), spreads=(999.0, 999.0))
+    first, second = write(tmp_path / "a", contrast), write(tmp_path / "b")
+    row = combined.list_rows(combined.of([first, second]), "train")[4]
+    assert shards.read_row(row, ["labels"])["labels"].any()
+    message = r"^image A172_Phase_train_0.tif of .*/b/.* does not fit .* contrast: .* --intensity-from FIRST`"
+    with pytest.raises(UserError, match=message) as error:
+        shards.read_row(row, ["image"])
+    assert shards.AGAIN not in str(error.value)
+
+
+def test_percentiles_of_scaled_images_are_refused(tmp_path: Path) -> None:
+    """`predict` measures percentiles before it scales an image; averaged pixels have less noise, so others."""
+    scaled, percentile = Scale(pixel_scale=0.25, diameter=22.568), choose([], "percentile")
+    first, second = write(tmp_path / "a", percentile, scale=scaled), write(tmp_path / "b", scale=scaled)
+    with pytest.raises(UserError, match=f"scaled before their percentiles .* --intensity-from {first}"):
+        combined.list_rows(combined.of([first, second]), "train")
+    same, unscaled = write(tmp_path / "c", percentile, scale=scaled), write(tmp_path / "d")
+    data = combined.of([first, same, unscaled])
+    assert [combined.list_rows(data, "train")[index].rule for index in (0, 4, 8)] == [None, None, percentile]
+
+
+def test_datasets_of_other_pixel_scales_need_cells_of_the_same_size(tmp_path: Path) -> None:
+    def scale(other: Scale, first: Scale) -> tuple[Scale, list[str]]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        data = combined.of([write(folder / "a", scale=first), write(folder / "b", scale=other)])
+        return combined.scale(data), combined.scale_notes(data)
+
+    half = Scale(pixel_scale=0.5, diameter=14.0, diameters=(12.0, 16.0))
+    same = Scale(pixel_scale=0.25, diameter=15.0, diameters=(14.0, 18.0))
+    joint, notes = scale(same, half)
+    assert joint == half.model_copy(update={"diameters": (12.0, 18.0)})
+    assert len(notes) == 1
+    assert "/b need `raylivecell predict --diameter 60`: their pixel scale is 0.25, that of the network 0.5" in notes[0]
+    assert half.factor(60) == pytest.approx(same.pixel_scale, rel=0.1)
+    assert scale(Scale(pixel_scale=0.5), half) == (half, []), "of unknown cell size"
+    assert scale(Scale(pixel_scale=0.5, diameter=60), half) == (half, []), "large cells, scaled alike"
+    for other in (Scale(diameter=112.0), Scale()):
+        with pytest.raises(UserError, match=r"/b has cells of .*/a has cells of 14.0 px .* --diameter-from .*/a`"):
+            scale(other, half)
+    with pytest.raises(UserError, match=r"cells of unknown size at pixel scale 0.5: .* prepare --pixel-scale 0.5`"):
+        scale(Scale(diameter=3.0), Scale(pixel_scale=0.5))
 
 
 def test_provenance_and_description_name_all_datasets(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`evaluate`: every image is scored once; a network and a COCO file of its cells have equal scores."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
+from raylivecell.images.scale import Scale
 from raylivecell.inference import evaluate, segmenter
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
@@ -165,6 +167,19 @@ def test_user_errors_are_reported_before_anything_is_written(saved: str, data: s
     (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="contains a run, whose report would be overwritten"):
         evaluate.evaluate(saved, data, "test", str(tmp_path / "run"))
+
+
+def test_percentiles_of_scaled_images_are_refused(saved: str, data: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    scale = Scale(pixel_scale=0.25, diameter=9.0)
+    values = storage.read_json(str(folder / "dataset.json"))
+    storage.write_json(str(folder / "dataset.json"), values | {"scale": scale.model_dump()})
+    storage.write_json(f"{saved}/{checkpoint.SCALE}", scale.model_dump())
+    storage.write_json(f"{saved}/{checkpoint.INTENSITY}", intensity.choose([], "percentile").model_dump())
+    with pytest.raises(UserError, match=f"scaled before their percentiles .* prepare --intensity-from {saved}`"):
+        evaluate.evaluate(saved, str(folder), "test", str(out))
+    assert not out.exists()
 
 
 def test_label_images_and_a_coco_file_of_the_same_cells_have_equal_scores(

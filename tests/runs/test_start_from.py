@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from raylivecell.cli import arguments
+from raylivecell.cli import arguments, check
 from raylivecell.core.errors import UserError
 from raylivecell.images.intensity import LIVECELL, Intensity
+from raylivecell.images.scale import Scale
 from raylivecell.network.unet import build_model, count_parameters
 from raylivecell.recipe import ModelConfig, Norm, Recipe, dump
 from raylivecell.runs import checkpoint, folder, parents, progress, start_from
@@ -24,14 +25,20 @@ def recipe_of(features: tuple[int, ...] = (4, 8), norm: Norm = "group", targets:
     return Recipe(model=ModelConfig(features=features, norm=norm), targets=targets, crop=(32, 32))
 
 
-def save(target: Path, recipe: Recipe, chain: tuple[parents.Parent, ...] = (), seed: int = 1) -> nn.Module:
+def save(
+    target: Path,
+    recipe: Recipe,
+    chain: tuple[parents.Parent, ...] = (),
+    seed: int = 1,
+    scale: Scale | None = None,
+) -> nn.Module:
     """Write a checkpoint with random weights and running statistics."""
     torch.manual_seed(seed)
     model = build_model(recipe.model, recipe.outputs)
     model(255 * torch.rand(2, 1, 32, 32))  # moves the running statistics of BatchNorm
     parents.write(str(target), chain)
     training = loop.start(model, recipe.optimizer, 10).state_dict()
-    checkpoint.save(str(target), model, training, progress.Progress(7), recipe, DATA)
+    checkpoint.save(str(target), model, training, progress.Progress(7), recipe, DATA, scale=scale)
     return model
 
 
@@ -147,6 +154,36 @@ def test_the_intensity_normalisation_is_that_of_the_new_data(tmp_path: Path) -> 
     start_from.load(child, str(tmp_path / "run"))
     assert (child.normalise.background, child.normalise.scale) == (rule.background_level, rule.scale)
     assert rule.background_level != LIVECELL.background_level
+
+
+@pytest.mark.parametrize(
+    ("parent", "dataset", "warns"),
+    [
+        (Scale(diameter=20.0), Scale(diameter=39.0), False),
+        (Scale(diameter=20.0), Scale(diameter=41.0), True),
+        (Scale(diameter=41.0), Scale(diameter=20.0), True),
+        (Scale(pixel_scale=0.5, diameter=20.0), Scale(diameter=21.0), False),
+        (Scale(pixel_scale=0.5, diameter=20.0), Scale(diameter=30.0), True),
+        (Scale(pixel_scale=0.5), Scale(diameter=30.0), True),
+        (Scale(), Scale(diameter=30.0), False),
+    ],
+)
+def test_cells_of_another_size_than_the_parents_are_warned_about(
+    tmp_path: Path, parent: Scale, dataset: Scale, warns: bool
+) -> None:
+    save(tmp_path, recipe_of(), scale=parent)
+    assert len(start_from.open_parent(str(tmp_path), recipe_of()).lines) == 1
+    _, *warnings = start_from.open_parent(str(tmp_path), recipe_of(), dataset).lines
+    finding = check.parent(str(tmp_path), recipe_of(), dataset)
+    assert finding.level == ("warn" if warns else "pass")
+    assert len(warnings) == warns
+    for line in warnings:
+        flag = f"--diameter-from {tmp_path}" if parent.diameter else "--pixel-scale 0.5"
+        assert line == (
+            f"warning: the parent was trained on {parent}, this dataset has {dataset}; to start from cells of the "
+            f"parent's size, prepare it with `raylivecell prepare {flag}`"
+        )
+        assert finding.message == line.removeprefix("warning: ")
 
 
 def test_a_parent_with_invalid_files_is_refused(tmp_path: Path) -> None:
