@@ -20,7 +20,7 @@ from raylivecell.data.defects import Defect, ImageInfo
 from raylivecell.data.description import ImageStatistics, ShardAccount
 from raylivecell.data.paired_source import read_cells
 from raylivecell.data.plan import ImagePlan, ShardTask
-from raylivecell.images import formats, grey_levels, intensity, scale
+from raylivecell.images import formats, grey_levels, intensity, planes, scale
 from raylivecell.images.planes import EVERYTHING, Choice
 
 VISIBLE_STD = 4.0
@@ -31,7 +31,8 @@ def examine(uri: str, choice: Choice = EVERYTHING) -> ImageInfo:
     """Return the properties of the image file at `uri`, or of the chosen plane of a file with several."""
     data = storage.read_bytes(uri)
     try:
-        decoded = formats.decode(data, choice=choice)
+        file = formats.ImageFile(data)
+        decoded = file.decode(choice)
     except formats.UnreadableImageError as error:
         return ImageInfo(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(decoded.pixels)
@@ -45,6 +46,7 @@ def examine(uri: str, choice: Choice = EVERYTHING) -> ImageInfo:
         measures=tuple(measures),
         deep=decoded.deep,
         visible=visible_pixels(intensity.apply(pixels, intensity.choose([measures]))),
+        place=planes.place_of(file.positions, file.select(choice)[0]),
     )
 
 
