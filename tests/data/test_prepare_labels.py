@@ -368,9 +368,11 @@ def test_outlines_of_another_slice_are_refused(tmp_path: Path, outlines: str) ->
         prepare(str(tmp_path / "in"), str(tmp_path / "t0"), PrepareConfig(plane="t0"))
     prepare(str(tmp_path / "in"), str(tmp_path / "t2"), PrepareConfig(plane="t2"))
     (row,) = rows_of(tmp_path / "t2", "train").values()
-    np.testing.assert_array_equal(row["image"].shape, labels.shape)
+    assert (row["source"], row["file_name"]) == ("a.tif#t2", "a.tif")
     assert_same_cells(row, labels)
     (tmp_path / "in" / "a.tif").unlink()  # an exported frame: its outlines may still state the slice
     (tmp_path / "in" / file.format("a")).rename(tmp_path / "in" / file.format("single"))
     prepare(str(tmp_path / "in"), str(tmp_path / "single"))
-    assert_same_cells(rows_of(tmp_path / "single", "train")["single.tif"], labels)
+    (row,) = rows_of(tmp_path / "single", "train").values()
+    assert row["source"] == "single.tif"
+    assert_same_cells(row, labels)
