@@ -21,6 +21,7 @@ from raylivecell.annotations.errors import AnnotationError
 from raylivecell.annotations.pixel_outlines import Budget, Polygon, doubled_area, fill, trace
 from raylivecell.annotations.rle import patch_runs
 from raylivecell.core.errors import shortened
+from raylivecell.images.planes import Place
 
 MAX_BYTES = 2**27
 """Maximum size of a file: a cell needs some 700 bytes."""
@@ -36,7 +37,7 @@ NAMESPACE = uuid.UUID("7b0f9a4e-6c1d-5e0b-9a53-2f4c8d1e7a60")
 CLASS = {"name": "Cell", "color": [0, 158, 115]}
 
 
-def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> list[CellRecord]:
     """Read the objects of an image in the order of the file.
 
     Outlines become runs clipped to the image, by the rule of `pixel_outlines.fill`; a `nucleusGeometry` is ignored.
@@ -48,10 +49,11 @@ def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
         data: FeatureCollection, list of features, Feature or geometry, as UTF-8. Coordinates are pixels of the complete
             image; (0, 0) is the upper left corner of the first pixel.
         shape: (H, W) of the image.
+        place: of the image in its stack. Objects may state no plane, otherwise it must be this one in any channel.
 
     Raises:
-        AnnotationError: not GeoJSON, damaged or too large; objects of several planes; or annotations together with
-            cells or detections, because those annotations are usually regions.
+        AnnotationError: not GeoJSON, damaged or too large; objects of several planes, or of another than the image; or
+            annotations together with cells or detections, because those annotations are usually regions.
     """
     features = list(_features(_parse(data)))
     types = [_object_type(feature) for feature in features]
@@ -64,7 +66,7 @@ def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
         )
     if len(features) > MAX_CELLS:
         raise AnnotationError(f"{len(features)} objects, more than {MAX_CELLS}; cut the image into tiles")
-    _check_planes(features)
+    _check_planes(features, place)
     budget = Budget()
     return [
         _record(_id(feature, number), kind, feature["geometry"], shape, budget)
@@ -118,8 +120,8 @@ def _id(feature: dict[str, Any], number: int) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)[:100]
 
 
-def _check_planes(features: Sequence[dict[str, Any]]) -> None:
-    """Raise if the objects belong to several slices or frames of a stack."""
+def _check_planes(features: Sequence[dict[str, Any]], place: Place | None) -> None:
+    """Raise if the objects belong to several slices or frames of a stack, or to another than the image."""
     planes = set()
     for feature in features:
         plane = feature["geometry"].get("plane")
@@ -127,6 +129,14 @@ def _check_planes(features: Sequence[dict[str, Any]]) -> None:
             planes.add((str(plane.get("z", 0)), str(plane.get("t", 0))))
     if len(planes) > 1:
         raise AnnotationError(f"the objects belong to {len(planes)} planes of a stack; export one file per plane")
+    if place is None or not planes:
+        return
+    z, t = (text[:15] for text in planes.pop())
+    if not (z.isdecimal() and t.isdecimal() and place.is_at(int(z), int(t))):
+        raise AnnotationError(
+            f"the objects belong to z {z}, t {t} of the stack, the image is plane {place.name}; choose the plane of "
+            "the objects with --plane, or export the objects of this plane"
+        )
 
 
 def _record(cell_id: str, kind: str, geometry: dict[str, Any], shape: tuple[int, int], budget: Budget) -> CellRecord:

@@ -7,22 +7,26 @@ from typing import NamedTuple
 from raylivecell.annotations import label_images
 from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.errors import AnnotationError
+from raylivecell.images.planes import Place
 
 
-def _read_rois(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+def _read_rois(data: bytes, shape: tuple[int, int], place: Place | None) -> list[CellRecord]:
     from raylivecell.annotations import imagej_rois
 
-    return imagej_rois.read(data, shape)
+    return imagej_rois.read(data, shape, place)
 
 
-def _read_geojson(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+def _read_geojson(data: bytes, shape: tuple[int, int], place: Place | None) -> list[CellRecord]:
     from raylivecell.annotations import geojson
 
-    return geojson.read(data, shape)
+    return geojson.read(data, shape, place)
 
 
 OUTLINE_READERS = {".zip": _read_rois, ".roi": _read_rois, ".geojson": _read_geojson}
-"""Readers of outlines by suffix: (content, (H, W) of the image) -> cells. Their modules are imported when needed."""
+"""Readers of outlines by suffix: (content, (H, W) of the image, its place in a stack) -> cells.
+
+Their modules are imported when needed.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,11 @@ class ImageAnnotation:
 
 
 def read(
-    files: Sequence[tuple[str, bytes]], cell_masks: bool, shape: tuple[int, int], rules: Mapping[str, str]
+    files: Sequence[tuple[str, bytes]],
+    cell_masks: bool,
+    shape: tuple[int, int],
+    rules: Mapping[str, str],
+    place: Place | None = None,
 ) -> ImageAnnotation:
     """Read the annotation files of one image.
 
@@ -46,6 +54,7 @@ def read(
         cell_masks: whether each file is the mask of one cell.
         shape: (H, W) of the image.
         rules: rule by kind of defect, as chosen in `prepare`.
+        place: of the image in its stack; outlines that state another slice are refused.
 
     Raises:
         AnnotationError: a damaged or unsupported file; the message does not contain its name.
@@ -55,7 +64,7 @@ def read(
     ((name, data),) = files
     suffix = name[name.rindex(".") :].lower()
     if suffix in OUTLINE_READERS:
-        return ImageAnnotation(OUTLINE_READERS[suffix](data, shape), None)
+        return ImageAnnotation(OUTLINE_READERS[suffix](data, shape, place), None)
     values = label_images.decode(data)
     labels = label_images.to_integers(values)
     background = label_images.find_background(labels) or label_images.find_outline(labels)

@@ -26,6 +26,7 @@ from raylivecell.annotations.errors import AnnotationError
 from raylivecell.annotations.pixel_outlines import Budget, CellOutline, fill, trace
 from raylivecell.annotations.rle import label_runs
 from raylivecell.core.errors import UserError, shortened
+from raylivecell.images.planes import Place
 
 MAX_BYTES = 2**28
 """Maximum decompressed size of a zip: 1 KB per ROI is typical."""
@@ -55,7 +56,7 @@ Point = tuple[float, float]
 _DAMAGED = (ValueError, TypeError, IndexError, OverflowError, AssertionError, RuntimeError, struct.error)
 
 
-def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
+def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> list[CellRecord]:
     """Read the ROIs of an image in the order of the file; where ROIs overlap, the later one covers the earlier ones.
 
     Polygons, freehand and traced outlines, rectangles, ovals, ellipses, rotated rectangles and composites become runs
@@ -70,10 +71,11 @@ def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
     Args:
         data: RoiSet.zip or a single .roi. Entries of a zip that do not end in .roi are ignored, as in Fiji.
         shape: (H, W) of the image.
+        place: of the image in its stack. ROIs may state no slice, otherwise it must be this one in any channel.
 
     Raises:
-        AnnotationError: damaged, too large, without ROIs, with ROIs of several slices of a stack, or with an outline
-            that cannot be reproduced exactly (spline fit, rounded rectangle).
+        AnnotationError: damaged, too large, without ROIs, with ROIs of several slices of a stack or of another slice
+            than the image, or with an outline that cannot be reproduced exactly (spline fit, rounded rectangle).
     """
     budget, ids, has_pixels, slices = Budget(), [], [], set()
     owners = np.zeros(shape, np.int32)  # number of the last ROI at each pixel
@@ -92,6 +94,9 @@ def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
         raise AnnotationError(
             f"the ROIs belong to {len(slices - {(0, 0, 0)})} slices of a stack; save one file of ROIs per image"
         )
+    if place is not None:
+        for position, z, t in slices:
+            _check_slice(place, position, z, t)
     runs = label_runs(owners)
     records = []
     for number, (roi_id, visible) in enumerate(zip(ids, has_pixels), 1):
@@ -99,6 +104,18 @@ def read(data: bytes, shape: tuple[int, int]) -> list[CellRecord]:
         covered = visible and not cell_runs
         records.append(CellRecord(f"{roi_id} (covered by later ROIs)" if covered else roi_id, False, [], cell_runs))
     return records
+
+
+def _check_slice(place: Place, position: int, z: int, t: int) -> None:
+    """Raise if a ROI states another slice than that of the image; 0 is none, -1 one per point."""
+    is_at = place.is_at(z - 1 if z > 0 else None, t - 1 if t > 0 else None)
+    if not is_at or (position > 0 and position not in place.slices):
+        stated = {"slice": position, "z": z, "t": t}
+        text = ", ".join(f"{name} {number}" for name, number in stated.items() if number > 0)
+        raise AnnotationError(
+            f"the ROIs belong to {text} of the stack (from 1), the image is plane {place.name} (from 0); "
+            "choose the plane of the ROIs with --plane, or save ROIs of this slice"
+        )
 
 
 def _contents(data: bytes) -> Iterator[tuple[str, bytes]]:

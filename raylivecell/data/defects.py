@@ -76,6 +76,8 @@ class ImageInfo:
     """Whether the pixels have 16 bits."""
     visible: int = 0
     """Pixels that look like cells: see `draw.visible_pixels`."""
+    place: Sequence[Any] | None = None
+    """Fields of `planes.Place`; None if the file is no stack."""
 
 
 Checked = tuple[list[Entry], list[Defect]]

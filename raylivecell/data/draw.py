@@ -20,7 +20,7 @@ from raylivecell.data.defects import Defect, ImageInfo
 from raylivecell.data.description import ImageStatistics, ShardAccount
 from raylivecell.data.paired_source import read_cells
 from raylivecell.data.plan import ImagePlan, ShardTask
-from raylivecell.images import formats, grey_levels, intensity, scale
+from raylivecell.images import formats, grey_levels, intensity, planes, scale
 from raylivecell.images.planes import EVERYTHING, Choice
 
 VISIBLE_STD = 4.0
@@ -31,7 +31,8 @@ def examine(uri: str, choice: Choice = EVERYTHING) -> ImageInfo:
     """Return the properties of the image file at `uri`, or of the chosen plane of a file with several."""
     data = storage.read_bytes(uri)
     try:
-        decoded = formats.decode(data, choice=choice)
+        file = formats.ImageFile(data)
+        decoded = file.decode(choice)
     except formats.UnreadableImageError as error:
         return ImageInfo(error=str(error), sha256=hashlib.sha256(data).hexdigest())
     pixels = np.ascontiguousarray(decoded.pixels)
@@ -45,6 +46,7 @@ def examine(uri: str, choice: Choice = EVERYTHING) -> ImageInfo:
         measures=tuple(measures),
         deep=decoded.deep,
         visible=visible_pixels(intensity.apply(pixels, intensity.choose([measures]))),
+        place=planes.place_of(file.positions, file.select(choice)[0]),
     )
 
 
@@ -77,7 +79,7 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
     histogram = np.zeros(256, np.int64)
     start = 0
     for image, length in zip(task.plan.images, task.cell_bytes, strict=True):
-        pixels = _read_pixels(task.source, image, task.choice)
+        pixels, plane = _read_pixels(task.source, image, task.choice)
         if image.pair is None:
             records = decode_cells(encoded_cells[start : start + length])
         else:
@@ -86,7 +88,7 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
         start += length
         stored = intensity.to_uint8(pixels, task.intensity)
         frame = scale.resize_frame(stored, image.pixel_scale)
-        row = draw_sample(frame.levels, image, records, task.rules, task.border_sigma, account.defects)
+        row = draw_sample(frame.levels, image, records, task.rules, task.border_sigma, account.defects, plane)
         if row is None:
             continue
         row["padding"] = b"" if frame.padding is None else encode(frame.padding.astype(np.uint16))[0]["counts"]
@@ -112,13 +114,14 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
     account.histogram = histogram.tolist()
 
 
-def _read_pixels(source: str, image: ImagePlan, choice: Choice) -> np.ndarray:
-    """Return stored pixels, uint8 or uint16 (H, W); UserError if the file changed since it was examined."""
+def _read_pixels(source: str, image: ImagePlan, choice: Choice) -> tuple[np.ndarray, str]:
+    """Return stored pixels, uint8 or uint16 (H, W), and the plane's name; UserError if the file was changed."""
     uri = storage.join(source, image.path)
     data = storage.read_bytes(uri)
     if hashlib.sha256(data).hexdigest() != image.sha256:
         raise UserError(f"{uri} changed while it was being prepared; run `raylivecell prepare` again")
-    return formats.decode(data, choice=choice).pixels
+    file = formats.ImageFile(data)
+    return file.decode(choice).pixels, file.names[file.select(choice)[0]]
 
 
 def draw_sample(
@@ -128,6 +131,7 @@ def draw_sample(
     rules: Rules,
     border_sigma: float,
     defects: list[Defect],
+    plane: str = "",
 ) -> shards.Sample | None:
     """Return one row of the dataset; None if no cell is usable and images without cells are dropped.
 
@@ -138,6 +142,7 @@ def draw_sample(
         rules: rule by kind of defect.
         border_sigma: width of the border map in pixels.
         defects: receives the defects of the image.
+        plane: name of the plane (`planes.names`); "" for the only one of its file.
     """
     shape = (pixels.shape[0], pixels.shape[1])
     checked = check_cells(records, shape, image.scale, rules, image.split)
@@ -174,7 +179,7 @@ def draw_sample(
         "border": border_map(labels, border_sigma),
         "cells": len(patches),
         "outlines": [encode_patch(patch.mask, patch.top, patch.left, shape)["counts"] for patch in patches],
-        "source": image.path,
+        "source": planes.address(image.path, plane),
         "sha256": image.sha256,
         "annotation": f"{image.annotation}#{image.id}",
     }

@@ -24,6 +24,7 @@ from raylivecell.data.description import cell_type_of
 from raylivecell.data.image_names import splits_of_folder
 from raylivecell.data.pairing import Pair, Pairing, find_pairs, short_name
 from raylivecell.data.shards import SPLITS
+from raylivecell.images.planes import Place
 
 PAIRS_PER_TASK = 32
 """Images whose annotation files one task reads: about 1 s of work."""
@@ -137,9 +138,10 @@ class PairedSource:
         Args:
             images: content of the image files by path.
         """
-        items = [
+        items: list[dict[str, Any]] = [
             {"name": entry.image.file_name, "pair": asdict(self.pairs[entry.image.file_name])}
             | {"shape": [images[entry.path or ""].height, images[entry.path or ""].width]}
+            | {"place": images[entry.path or ""].place}
             for entry in self.entries
             if not images[entry.path or ""].error
         ]
@@ -318,7 +320,9 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
         try:
             files = _read_files(row["source"], item["pair"]["annotations"])
             info = replace(info, sha256=_sha256(files), bytes=sum(len(data) for _, data in files))
-            annotation = image_files.read(files, item["pair"]["cell_masks"], tuple(item["shape"]), row["rules"])
+            place = item["place"] and Place(*item["place"])
+            cell_masks, shape = item["pair"]["cell_masks"], tuple(item["shape"])
+            annotation = image_files.read(files, cell_masks, shape, row["rules"], place)
         except AnnotationError as error:
             info = replace(info, error=str(error))
         else:

@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("border", pa.binary()),  # uint8 (H, W): round(255 exp(-(d1 + d2)^2 / (2 sigma^2)))
         ("cells", pa.int32()),
         ("outlines", pa.list_(pa.binary())),  # complete mask of each label, in order: COCO's RLE counts
-        ("source", pa.string()),  # provenance: path of the image under --source
+        ("source", pa.string()),  # provenance: path of the image under --source, and #PLANE if its file has several
         ("sha256", pa.string()),  # of the image file's bytes
         ("padding", pa.binary()),  # padding of the image: COCO's RLE counts; empty without padding
         ("annotation", pa.string()),  # provenance: JSON file, and image id in that file

@@ -32,6 +32,39 @@ class Choice(NamedTuple):
 EVERYTHING = Choice()
 
 
+class Place(NamedTuple):
+    """Where a plane is in its stack, to compare with the slice that an annotation states."""
+
+    name: str
+    position: Position
+    slices: tuple[int, ...]
+    """Its numbers in ImageJ's stack (channels, then depths, then times), from 1: one per channel."""
+
+    def is_at(self, z: int | None, t: int | None) -> bool:
+        """Return whether the plane is at these indices, from 0; None is not stated."""
+        if "p" in self.position:  # programs show an unknown axis as depth or as time
+            return sorted(index for index in (z, t) if index is not None) in (
+                [],
+                [self.position["p"]],
+                [0, self.position["p"]],
+            )
+        return z in (None, self.position.get("z", 0)) and t in (None, self.position.get("t", 0))
+
+
+def place_of(positions: Sequence[Position], number: int) -> Place | None:
+    """Return the place of plane `number`; None without several times or depths: a stated slice is that of another file.
+
+    Channels and series are not compared: cells drawn in one channel are in the same place in the others.
+    """
+    if not set(_varying(positions)) & set("tzp"):
+        return None
+    position = positions[number]
+    series = [other for other in positions if other.get("s", 0) == position.get("s", 0)]
+    series.sort(key=lambda other: [other.get(axis, 0) for axis in "ptzc"])
+    slices = [n for n, other in enumerate(series, 1) if {**other, "c": 0} == {**position, "c": 0}]
+    return Place(names(positions)[number], position, tuple(slices))
+
+
 def names(positions: Sequence[Position]) -> list[str]:
     """Return the name of each plane; "" for the only one."""
     if len(positions) == 1:

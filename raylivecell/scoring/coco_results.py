@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from raylivecell.annotations.rle import Rle, compress, encode_polygons, run_lengths
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
+from raylivecell.images import planes
 
 PathParts = tuple[str, ...]
 Rank = tuple[int, int]
@@ -32,7 +33,7 @@ class Image(NamedTuple):
     """An image of the split."""
 
     source: str
-    """Path relative to the prepared folder."""
+    """Path relative to the prepared folder; address of a plane (`planes.address`)."""
     file_name: str
     """File name in the annotation file."""
     id: str
@@ -223,7 +224,7 @@ def _from_one_folder(matches: Ranks, images: Sequence[Image]) -> Ranks:
     folders: dict[Reference, dict[int, tuple[int, PathParts]]] = {}
     for reference, ranks in matches.items():
         name = _path(reference.name or "")
-        sources = {image: _path(images[image].source) for image, rank in ranks.items() if rank[0] >= _BY_PATH}
+        sources = {image: _source(images[image], name) for image, rank in ranks.items() if rank[0] >= _BY_PATH}
         fits = {image: _above(name, source) for image, source in sources.items() if _is_suffix(name, source)}
         folders |= {reference: fits} if fits and reference.name else {}
     if not any(len(_path(reference.name or "")) > 1 for reference in folders):
@@ -268,13 +269,13 @@ class _Index:
     """Images of a split, by id and by the stem of their file name."""
 
     def __init__(self, images: Sequence[Image], others: Callable[[], Iterable[str]]) -> None:
-        self.others, self.counts = others, Counter[str]()
+        self.images, self.others, self.counts = images, others, Counter[str]()
         self.by_id: dict[str, list[int]] = defaultdict(list)
         self.paths = [(_path(image.source), _path(image.file_name)) for image in images]
         self.by_stem: dict[str, set[int]] = defaultdict(set)
         for number, image in enumerate(images):
             self.by_id[image.id].append(number)
-            for path in self.paths[number]:
+            for path in (*self.paths[number], _path(planes.split_address(image.source)[0])):
                 self.by_stem[_stem(path[-1])].add(number)
 
     def find(self, reference: Reference) -> dict[int, Rank]:
@@ -289,8 +290,8 @@ class _Index:
 
     def _by_name(self, name: str) -> dict[int, Rank]:
         path = _path(name)
-        near = self._near(path)
-        return {image: rank for image in near if (rank := _rank(path, *self.paths[image])) is not None}
+        ranks = {n: _rank(path, _source(self.images[n], path), self.paths[n][1]) for n in self._near(path)}
+        return {image: rank for image, rank in ranks.items() if rank is not None}
 
     def find_by_base_name(self, reference: Reference) -> dict[int, Rank]:
         """Return images in any folder with the reference's base name, if it is unique in the dataset."""
@@ -306,9 +307,9 @@ class _Index:
     def _count(self, base_name: str) -> int:
         """Count the images of the dataset with this base name and any suffix."""
         if not self.counts:
-            self.counts.update(_stem(source[-1]) for source, _ in self.paths)
-            self.counts.update(_stem(_path(source)[-1]) for source in self.others())
-        return self.counts[_stem(base_name)]
+            sources = (*(image.source for image in self.images), *self.others())
+            self.counts.update(_stem(_path(planes.split_address(source)[0])[-1]) for source in sources)
+        return self.counts[_stem(planes.split_address(base_name)[0])]
 
 
 def _rank(name: PathParts, source: PathParts, file_name: PathParts) -> Rank | None:
@@ -338,7 +339,15 @@ def _path(name: str) -> PathParts:
 
 
 def _stem(base_name: str) -> str:
-    return posixpath.splitext(base_name)[0]
+    """Name without its suffix; a plane remains: `w0#t1` of `w0.tif#t1`, because other planes are other images."""
+    file, plane = planes.split_address(base_name)
+    return planes.address(posixpath.splitext(file)[0], plane or "")
+
+
+def _source(image: Image, name: PathParts) -> PathParts:
+    """Path of an image, without its plane if `name` has none: the dataset contains one plane of a file."""
+    has_plane = planes.split_address(name[-1])[1] is not None
+    return _path(image.source if has_plane else planes.split_address(image.source)[0])
 
 
 def _mask(segmentation: Any, size: tuple[int, int]) -> Rle:

@@ -1,7 +1,9 @@
 """`prepare` with label images and masks of single cells: pixels, defects, provenance."""
 
+import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import tifffile
 from conftest import SHARED
 from PIL import Image
 from prepare_source import HEIGHT, WIDTH, Json, counts, defects_of, files_of, masks_of, pixels, rows_of
+from roifile import ImagejRoi
 
 from raylivecell.annotations import geojson, imagej_rois
 from raylivecell.core.errors import UserError
@@ -341,3 +344,35 @@ def test_outlines_per_image(tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path / "geojson", "train").values()
     assert_same_cells(row, labels)
     assert (row["annotation"], row["file_name"]) == ("annotations/c.tif.geojson#c.tif", "c.tif")
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("outlines", ["rois", "geojson"])
+def test_outlines_of_another_slice_are_refused(tmp_path: Path, outlines: str) -> None:
+    frames = np.stack([pixels(seed, [[0, 0, 20, 20], [10, 30, 40, 40]]) for seed in range(3)])
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", frames, imagej=True, metadata={"axes": "TYX"})
+    write(tmp_path / "in" / "single.tif", frames[0])
+    labels = (CELLS == 9).astype(np.int32)
+    if outlines == "rois":
+        with zipfile.ZipFile(io.BytesIO(imagej_rois.write(labels))) as archive:
+            roi = ImagejRoi.frombytes(archive.read(archive.namelist()[0]))
+        roi.position = 3
+        file, data = "{}.roi", roi.tobytes()
+    else:
+        collection = json.loads(geojson.write(labels, np.ones(1)))
+        collection["features"][0]["geometry"]["plane"] = {"c": -1, "z": 0, "t": 2}
+        file, data = "{}.geojson", json.dumps(collection).encode()
+    (tmp_path / "in" / file.format("a")).write_bytes(data)
+    with pytest.raises(UserError, match=r"belong to .* of the stack.*the image is plane t0.*--plane"):
+        prepare(str(tmp_path / "in"), str(tmp_path / "t0"), PrepareConfig(plane="t0"))
+    prepare(str(tmp_path / "in"), str(tmp_path / "t2"), PrepareConfig(plane="t2"))
+    (row,) = rows_of(tmp_path / "t2", "train").values()
+    assert (row["source"], row["file_name"]) == ("a.tif#t2", "a.tif")
+    assert_same_cells(row, labels)
+    (tmp_path / "in" / "a.tif").unlink()  # an exported frame: its outlines may still state the slice
+    (tmp_path / "in" / file.format("a")).rename(tmp_path / "in" / file.format("single"))
+    prepare(str(tmp_path / "in"), str(tmp_path / "single"))
+    (row,) = rows_of(tmp_path / "single", "train").values()
+    assert row["source"] == "single.tif"
+    assert_same_cells(row, labels)

@@ -221,3 +221,26 @@ def test_addresses() -> None:
     for name in ("", "t3", "s0_t03_z2", "p000"):
         assert planes.split_address(planes.address("a b#1/c.tif", name)) == ("a b#1/c.tif", name or None)
     assert planes.split_address("a#t3.tif") == ("a#t3.tif", None)
+
+
+def test_slices_that_annotations_state() -> None:
+    data = tiff(stack(3, 2, 2), imagej=True, metadata={"axes": "TZCYX"})
+    positions = formats.ImageFile(data).positions
+    place = planes.place_of(positions, 10)  # t2_z1_c0
+    assert place is not None
+    assert (place.name, place.slices) == ("t2_z1_c0", (11, 12))
+    for z, t, same in (
+        (1, 2, True),
+        (None, 2, True),
+        (1, None, True),
+        (None, None, True),
+        (2, 1, False),
+        (0, 2, False),
+    ):
+        assert place.is_at(z, t) == same
+    unknown = planes.place_of([{"p": 0}, {"p": 1}, {"p": 2}], 2)
+    assert unknown is not None
+    for z, t, same in ((2, 0, True), (0, 2, True), (None, 2, True), (None, 0, False), (2, 2, False), (1, 1, False)):
+        assert unknown.is_at(z, t) == same
+    assert planes.place_of([{}], 0) is None
+    assert planes.place_of([{"c": 0}, {"c": 1}], 1) is None

@@ -221,6 +221,20 @@ def test_records_of_an_image_may_refer_to_it_by_name_and_by_id() -> None:
     assert left_edges(read(records, images("a.png", "b.png"))) == [[3, 5, 7], []]
 
 
+def test_another_plane_of_a_file_is_another_image() -> None:
+    split = images("in/a.tif#t1", "in/b.tif#t1", file_names=("a.tif", "b.tif"))
+    for name in ("a.tif#t1", "in/a.tif#t1", "/x/in/a.tif#t1", "a#t1", "a.tif", "in/a.tif", "other/a.tif"):
+        results = read([record(name, 9, 3)], split, others=("in/c.tif#t1",))
+        assert left_edges(results) == [[3], []], name
+    for name in ("a.tif#t0", "in/a.tif#t0", "other/a.tif#t0", "a#t0", "a.tif#t1_z0"):
+        with pytest.raises(UserError, match=r"a(\.tif)?#t.*of images that the split does not contain"):
+            read([record(name, 9, 3)], split)
+    assert left_edges(read([record("b.tif#t0", 1, 3), record("b.tif#t1", 2, 5)], split)) == [[], [5]]
+    with pytest.raises(UserError, match="does not contain"):  # the same name in another split
+        read([record("other/a.tif", 9, 3)], split, others=("up/a.tif",))
+    assert left_edges(read([record("c#t1.tif", 9, 3)], images("in/c#t1.tif"))) == [[3]]  # a name, not a plane
+
+
 NAMES = st.lists(st.sampled_from(["a", "b", "a.b"]), min_size=1, max_size=3).map("/".join)
 
 
