@@ -347,5 +347,5 @@ def test_covered_pixels_are_those_of_the_file(rule: str, few: list[str]) -> None
         for name, cells in (("a.png", 1), ("b.png", 20), ("c.png", 20))
     ]
     infos = {name: defects.ImageInfo("", name, name, 80, 80, visible=1000) for name in ("a.png", "b.png", "c.png")}
-    _, found = defects.apply_rules(entries, infos, lambda _: 100.0, {"wrong_size": rule})
-    assert [defect.file_name for defect in found if defect.defect == "few_annotations"] == few
+    _, image_defects = defects.apply_rules(entries, infos, lambda _: 100.0, {"wrong_size": rule})
+    assert [defect.file_name for defect in image_defects if defect.defect == "few_annotations"] == few
