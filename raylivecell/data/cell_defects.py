@@ -11,9 +11,9 @@ from pycocotools import mask as coco_mask
 
 from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import Cell, Patch
-from raylivecell.annotations.rle import Rle, decode, encode_patch, encode_polygons, mask_of_runs, window_of_runs
+from raylivecell.annotations.rle import Rle, decode, encode_patch, encode_polygons, window_of_runs
 from raylivecell.data.config import Rules, rule_of
-from raylivecell.images.scale import resize_to
+from raylivecell.images.scale import resize_mask
 
 CellDefects = dict[str, list[tuple[int | str, str]]]
 """Kind of defect -> (annotation id, detail) of each affected cell."""
@@ -100,55 +100,46 @@ def _check_cell(
     record: CellRecord, shape: tuple[int, int], scale: tuple[float, float], rules: Rules
 ) -> tuple[Cell | None, list[tuple[str, str]]]:
     """Return the drawable part of one record, or None, and its defects as (kind, detail)."""
-    if len(record.runs) == 1 and not record.polygons and record.runs[0][0] == shape and scale == (1, 1):
-        return _patch_of_runs(*record.runs[0])
     defects: list[tuple[str, str]] = []
-    masks: list[NDArray[np.bool_]] = []
+    patches: list[Patch] = []
     for size, runs in record.runs:
         listed_shape = (round(shape[0] / scale[1]), round(shape[1] / scale[0]))  # in the JSON
-        mask = mask_of_runs(size, runs) if size == listed_shape else None
-        if mask is None:
+        # Only the columns of the cell: 3,000 full-size masks need seconds.
+        window = window_of_runs(size, runs) if size == listed_shape else None
+        if window is None:
             return None, [("degenerate_polygon", f"an RLE of {size[1]} x {size[0]} does not fill the image")]
-        masks.append(mask if listed_shape == shape else _resize(mask, shape))
+        if window[1].any():
+            patches.append(_resize(*window, size, shape))
     polygons = [polygon.astype(np.float64) * scale for polygon in record.polygons]
     drawable = [polygon for polygon in polygons if _encloses_area(polygon)]
-    if drawable and not masks and max(float((polygon / scale).max()) for polygon in drawable) <= 1 < min(shape):
+    if drawable and not patches and max(float((polygon / scale).max()) for polygon in drawable) <= 1 < min(shape):
         return None, [("degenerate_polygon", "all coordinates are in 0 to 1: fractions of the image's size?")]
     if len(drawable) < len(polygons):
         defects.append(("degenerate_polygon", "under 3 corners, no area or not finite"))
     if any(_is_inside(inner, outer) for inner, outer in itertools.permutations(drawable[:MAX_PARTS], 2)):
         defects.append(("inner_outline", "a part is inside another part of its cell"))
-    if not drawable and not any(mask.any() for mask in masks):
+    if not drawable and not patches:
         return None, defects or [("degenerate_polygon", "empty")]
     if drawable and _leaves_image(drawable, shape):
         defects.append(("out_of_bounds", ""))
         if rule_of(rules, "out_of_bounds") == "drop":
             return None, defects
-    if masks:
-        masks += [decode(encode_polygons([polygon], shape)).astype(bool) for polygon in drawable]
-        return _crop_to_patch(np.logical_or.reduce(masks)), defects
-    return drawable, defects
+    if not patches:
+        return drawable, defects
+    if len(patches) == 1 and not drawable:
+        return patches[0], defects
+    union = decode(encode_polygons(drawable, shape)).astype(bool) if drawable else np.zeros(shape, np.bool_)
+    for top, left, mask in patches:
+        union[top : top + mask.shape[0], left : left + mask.shape[1]] |= mask.astype(bool)
+    return _crop_to_patch(union), defects
 
 
-def _patch_of_runs(shape: tuple[int, int], runs: NDArray[np.int64]) -> tuple[Patch | None, list[tuple[str, str]]]:
-    """Decode one mask of the image (H, W) in the columns of its cell only: 3,000 full-size masks need seconds."""
-    window = window_of_runs(shape, runs)
-    if window is None:
-        return None, [("degenerate_polygon", f"an RLE of {shape[1]} x {shape[0]} does not fill the image")]
-    left, mask = window
-    if not mask.any():
-        return None, [("degenerate_polygon", "empty")]
-    patch = _crop_to_patch(mask)
-    return patch._replace(left=patch.left + left), []
-
-
-def _resize(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Resize a mask to (H, W): pixels of which half is inside; of a smaller cell the pixel with most of it."""
-    coverage = resize_to(mask.astype(np.uint8) * 255, shape)
-    inside = coverage >= 128
-    if not inside.any():
-        inside.flat[np.argmax(coverage)] = mask.any()
-    return inside
+def _resize(left: int, mask: NDArray[np.bool_], size: tuple[int, int], shape: tuple[int, int]) -> Patch:
+    """Resize a mask (H, w), the columns from `left` of an image `size` (H, W), to the image `shape`; may be empty."""
+    cropped = _crop_to_patch(mask)
+    top, left, resized = resize_mask(cropped.mask.astype(bool), cropped.top, cropped.left + left, size, shape)
+    patch = _crop_to_patch(resized)
+    return patch._replace(top=patch.top + top, left=patch.left + left)
 
 
 def _encloses_area(polygon: NDArray[np.float64]) -> bool:
@@ -202,7 +193,9 @@ def doubled_pairs(cells: Sequence[Cell], shape: tuple[int, int]) -> list[tuple[i
         low = np.maximum(boxes[:later, :2], boxes[later, :2])
         high = np.minimum(boxes[:later, 2:], boxes[later, 2:])
         shared = np.prod(np.clip(high - low, 0, None), axis=1)
-        for earlier in np.flatnonzero(shared >= 0.5 * (areas[:later] + areas[later] - shared)).tolist():
+        # Masks smaller than a pixel have no area, and share none.
+        near = (shared > 0) & (shared >= 0.5 * (areas[:later] + areas[later] - shared))
+        for earlier in np.flatnonzero(near).tolist():
             if coco_mask.iou([_rle(cells[later], shape)], [_rle(cells[earlier], shape)], [0])[0, 0] >= DOUBLED_IOU:
                 pairs.append((later, earlier))
                 break

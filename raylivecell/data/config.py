@@ -90,7 +90,7 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     "wrong_size": DefectKind(
         ("drop", "keep", "scale"),
         "A file whose size differs from the JSON or the label image. keep: use the outlines as they are; scale: scale "
-        "outlines or label image (nearest neighbour) to the file.",
+        "outlines or label image to the file; a pixel belongs to a cell of a label image if half of it is covered.",
     ),
     "no_annotations": DefectKind(
         ("keep_in_test", "drop", "keep"),

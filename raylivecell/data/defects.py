@@ -92,7 +92,8 @@ def apply_rules(
     Args:
         entries: all entries, in the order of the annotation files.
         infos: image information by path, for the files of all entries.
-        covered_pixels: number of pixels that an entry's outlines cover; called only for images with few outlines.
+        covered_pixels: number of pixels that an entry's outlines cover, in pixels of the annotation; called only for
+            images with few outlines.
         rules: rule by kind.
     """
 
@@ -193,7 +194,11 @@ def _check_few(
     def detail(entry: Entry) -> str:
         if not 0 < entry.cells < limit[entry.cell_type]:
             return ""
-        covered, visible = covered_pixels(entry), infos[entry.path or ""].visible
+        info = infos[entry.path or ""]
+        covered, visible = covered_pixels(entry), info.visible
+        if rule_of(rules, "wrong_size") == "scale":  # to pixels of the file
+            width, height = listed_size(entry, info)
+            covered *= (info.width * info.height) / (width * height)
         text = f"{entry.cells} cells cover {covered:.0f} of {visible} pixels that look like cells"
         return _if(covered < FEW_COVERAGE * visible, text)
 

@@ -3,7 +3,8 @@
 1. `Scale`          of a dataset: the factor of its images, and the size of its training cells; in dataset.json,
                     checkpoints (scale.json) and exported files
 2. `resize_frame`   an image on the network's grey levels -> the network's pixel size
-3. `labels_back`    the segmented cells -> the pixels of the original image, with smooth outlines
+3. `resize_mask`    the mask of one annotated cell -> the prepared image
+4. `labels_back`    the segmented cells -> the pixels of the original image, with smooth outlines
 
 The centre of pixel i is at i + 0.5 on either grid, so that positions are multiplied by the factor alone, as are the
 coordinates of COCO outlines. No Ray, no torch.
@@ -30,7 +31,7 @@ MIN_CELLS = 10
 TOLERANCE = 1.1
 """Diameters of datasets that agree within this factor are equal: the medians of LIVECell's splits agree within 3 %."""
 BAND = 2**20
-"""Pixels that `labels_back` processes at once: 40 MB."""
+"""Pixels that `labels_back` and `resize_mask` process at once: 40 MB."""
 
 
 class Scale(StrictModel):
@@ -177,6 +178,76 @@ def resize_frame(frame: Frame, factor: float) -> Frame:
         padding = resize_image(padding.astype(np.uint8) * 255, factor) >= 128
         padding = padding if padding.any() and not padding.all() else None
     return frame._replace(levels=resize_image(frame.levels, factor), padding=padding)
+
+
+def resize_mask(
+    mask: NDArray[np.bool_], top: int, left: int, size: tuple[int, int], shape: tuple[int, int]
+) -> tuple[int, int, NDArray[np.bool_]]:
+    """Resize the mask of a cell: pixels of which at least half is inside it, as in `resize_to`.
+
+    An axis is weighted by area if it becomes shorter, else interpolated linearly. All numbers are integers, so that the
+    result does not depend on the window or the processor.
+
+    Args:
+        mask: bool (h, w), False outside the window too.
+        top: first row of the window in the image.
+        left: its first column.
+        size: (H, W) of the image.
+        shape: (H, W) of the resized image.
+
+    Returns:
+        (top, left, mask) of a window of the resized image that contains all of the cell; it may be empty.
+    """
+    if size == shape:
+        return top, left, mask
+    first, last = _lines(top, mask.shape[0], size[0], shape[0])
+    columns = _lines(left, mask.shape[1], size[1], shape[1])
+    inside = np.zeros((last - first, columns[1] - columns[0]), np.bool_)
+    total = _total(size[0], shape[0]) * _total(size[1], shape[1])
+    step = max(1, BAND // max(mask.shape[1], inside.shape[1], 1) // (1 + size[0] // shape[0]))
+    for start in range(first, last, step):
+        rows = (start, min(start + step, last))
+        skipped = max(0, rows[0] * size[0] // shape[0] - 2 - top)
+        near = mask[skipped : max(skipped, -(-rows[1] * size[0] // shape[0]) + 2 - top)].astype(np.int64)
+        narrow = _resample(near.T, left, columns, size[1], shape[1]).T
+        coverage = _resample(narrow, top + skipped, rows, size[0], shape[0])
+        inside[rows[0] - first : rows[1] - first] = 2 * coverage >= total
+    return first, columns[0], inside
+
+
+def _lines(start: int, count: int, length: int, new_length: int) -> tuple[int, int]:
+    """First and last + 1 line of the resized image to which `count` lines from `start` may contribute."""
+    last = -(-(start + count) * new_length // length) + new_length // length + 1
+    return max(0, start * new_length // length - new_length // length - 1), min(new_length, last)
+
+
+def _total(length: int, new_length: int) -> int:
+    """Sum of the weights of a line in `_resample`."""
+    return length if new_length < length else 2 * new_length
+
+
+def _resample(
+    lines: NDArray[np.int64], start: int, window: tuple[int, int], length: int, new_length: int
+) -> NDArray[np.int64]:
+    """Resize `length` lines to `new_length`; return those of `window`, with weights of the sum `_total`.
+
+    Args:
+        lines: int64 (h, w), the lines from `start`; all others are 0.
+        start: index of the first one.
+        window: first and last + 1 of the resized lines.
+    """
+    padded = np.pad(lines, ((1, 1), (0, 0)))
+
+    def at(index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.clip(index - start + 1, 0, len(padded) - 1)
+
+    if new_length < length:
+        line, part = np.divmod(np.arange(window[0], window[1] + 1) * length, new_length)
+        before = np.cumsum(padded, axis=0) - padded  # the sum of the lines above each one
+        return np.diff(before[at(line)] * new_length + padded[at(line)] * part[:, None], axis=0)
+    line, part = np.divmod((2 * np.arange(*window) + 1) * length - new_length, 2 * new_length)
+    low, high = at(np.clip(line, 0, length - 1)), at(np.clip(line + 1, 0, length - 1))
+    return padded[low] * (2 * new_length - part[:, None]) + padded[high] * part[:, None]
 
 
 def labels_back(labels: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:

@@ -10,7 +10,7 @@ They are computed again at the end of every run, so they depend only on the tabl
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from raylivecell.core import storage
 from raylivecell.core.console import console
@@ -34,13 +34,26 @@ FIT_COLUMNS = (
 """`doubling_hours_high` is empty if there is no upper bound: zero growth is in the interval."""
 
 
-def check_names(names: NamePattern, files: Sequence[str]) -> None:
-    """Raise UserError if the user gave a pattern or `--frame-hours`, and no file has a well and a time."""
-    if names.is_explicit and not any(names.parse(file) for file in files):
-        raise UserError(
-            f"--name-pattern and --frame-hours match none of the {len(files)} images, such as {files[0]}; "
-            "correct them, or leave them out"
-        )
+def check_names(names: NamePattern, files: Sequence[str], reasons: Mapping[str, str]) -> None:
+    """Raise UserError if the user gave a pattern or `--frame-hours`, and no file has a well and a time.
+
+    Args:
+        names: the pattern.
+        files: addresses of images.
+        reasons: the reason by file, for those of `files` whose planes, and thus their frames, are unknown.
+    """
+    if not names.is_explicit or any(names.parse(file) for file in files):
+        return
+    unread = sorted(reasons)
+    example = f"{unread[0]}: {reasons[unread[0]]}" if unread else ""
+    listed = [file for file in files if file not in reasons]
+    if not listed:
+        raise UserError(f"none of the {len(files)} images can be read: {example}")
+    raise UserError(
+        f"--name-pattern and --frame-hours match none of the {len(listed)} images, such as {listed[0]}; "
+        "correct them, or leave them out"
+        + (f"; {len(unread)} file{'s' * (len(unread) > 1)} cannot be read: {example}" if unread else "")
+    )
 
 
 def write(out: str, names: NamePattern) -> None:

@@ -110,8 +110,9 @@ def predict(
     if not model.endswith(segmenter.ONNX):
         model = progress.find(model)
     root, files = _list_images(images_uri, out, follow_links)
-    files = stacks.expand(root, files, choice)
-    growth.check_names(names, list(files))
+    reasons: dict[str, str] = {}
+    files = stacks.expand(root, files, choice, reasons)
+    growth.check_names(names, list(files), reasons)
     write = tuple(name for name in OUTPUTS if name in write)
     job = PredictJob(model, root, out, write, tta, threshold, choice, diameter)
     network = image_file.load(job, "cpu")

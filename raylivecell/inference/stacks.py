@@ -21,10 +21,18 @@ READERS = 16
 """Files opened at the same time: each request to an object store takes about 20 ms."""
 
 
-def expand(root: str, files: Mapping[str, pafs.FileInfo], choice: Choice) -> dict[str, pafs.FileInfo]:
+def expand(
+    root: str, files: Mapping[str, pafs.FileInfo], choice: Choice, reasons: dict[str, str] | None = None
+) -> dict[str, pafs.FileInfo]:
     """Replace each file with several planes by the addresses of the chosen ones, in the order of its axes.
 
     A file that cannot be read remains, so that its row in images.csv gives the reason.
+
+    Args:
+        root: folder of the files.
+        files: their paths.
+        choice: planes and channel to read.
+        reasons: receives the reason of each file whose planes cannot be listed.
     """
 
     def names(file: str) -> list[str]:
@@ -32,7 +40,9 @@ def expand(root: str, files: Mapping[str, pafs.FileInfo], choice: Choice) -> dic
             return [""]
         try:
             return _names(storage.join(root, file), choice)
-        except (UnreadableImageError, UserError, OSError):
+        except (UnreadableImageError, UserError, OSError) as error:
+            if reasons is not None:
+                reasons[file] = str(error)
             return [""]  # `read` raises it again, where it is reported
 
     with ThreadPoolExecutor(READERS) as pool:

@@ -104,18 +104,20 @@ def test_unusual_outlines_are_drawn_or_reported() -> None:
     assert "degenerate_polygon" in checked([1, 1, 5, 5, 9, 9])[1]
 
 
-def test_run_lengths_are_scaled_with_their_image() -> None:
-    """8 x 4 pixels in the JSON, 16 x 12 in the file: each mask pixel becomes 2 x 3 pixels."""
+@pytest.mark.parametrize(("x", "y"), [(2, 1), (1, 2), (2, 2)])
+def test_run_lengths_are_scaled_with_their_image(x: int, y: int) -> None:
+    """8 x 4 pixels in the JSON, 8 x by 4 y in the file: each mask pixel becomes x by y pixels."""
+    shape = (4 * y, 8 * x)
     mask = np.random.default_rng(0).random((4, 8)) > 0.5
     values = mask.T.ravel()
     edges = np.flatnonzero(np.diff(values)) + 1
     runs = np.diff([0, *edges, values.size])
     record = coco.CellRecord(1, False, [], [((4, 8), np.array([0, *runs] if values[0] else runs))])
-    cells, _, cell_defects = check_cells([record], (12, 16), (2.0, 3.0), {})
+    cells, _, cell_defects = check_cells([record], shape, (x, y), {})
     assert cell_defects == {}
-    scaled = np.zeros((12, 16), bool)
+    scaled = np.zeros(shape, bool)
     patch = cells[0]
     assert isinstance(patch, drawing.Patch)
     scaled[patch.top : patch.top + patch.mask.shape[0], patch.left : patch.left + patch.mask.shape[1]] = patch.mask
-    np.testing.assert_array_equal(scaled, np.repeat(np.repeat(mask, 3, axis=0), 2, axis=1))
-    assert "degenerate_polygon" in check_cells([record], (12, 16), (1.0, 1.0), {}).defects
+    np.testing.assert_array_equal(scaled, np.repeat(np.repeat(mask, y, axis=0), x, axis=1))
+    assert "degenerate_polygon" in check_cells([record], shape, (1.0, 1.0), {}).defects

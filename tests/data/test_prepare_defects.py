@@ -337,3 +337,15 @@ def test_on_defect_on_the_command_line(
     help_text = capsys.readouterr().out
     for name, kind in DEFECT_KINDS.items():
         assert (f"{name}={kind.rules[0]} (default)" in help_text) == (len(kind.rules) > 1)
+
+
+@pytest.mark.parametrize(("rule", "few"), [("scale", []), ("keep", ["a.png"])])
+def test_covered_pixels_are_those_of_the_file(rule: str, few: list[str]) -> None:
+    """A label image of a quarter of the pixels: its 100 pixels are 400 of the file, 40 % of 1,000."""
+    entries = [
+        defects.Entry("train", name, coco.ImageEntry(name, name, 40, 40), name, cells, "cells")
+        for name, cells in (("a.png", 1), ("b.png", 20), ("c.png", 20))
+    ]
+    infos = {name: defects.ImageInfo("", name, name, 80, 80, visible=1000) for name in ("a.png", "b.png", "c.png")}
+    _, image_defects = defects.apply_rules(entries, infos, lambda _: 100.0, {"wrong_size": rule})
+    assert [defect.file_name for defect in image_defects if defect.defect == "few_annotations"] == few

@@ -130,15 +130,19 @@ def test_the_cell_size_of_another_dataset_selects_the_factor(no_ray: None, sourc
 
 
 def test_cells_that_vanish_are_reported(no_ray: None, source: str, tmp_path: Path) -> None:
+    """A polygon and a mask."""
     path = Path(source) / "train.json"
     content = json.loads(path.read_text())
     content["annotations"].append(
         {"id": 999, "image_id": 0, "category_id": 1, "segmentation": [[47.1, 47.1, 47.6, 47.1, 47.6, 47.6]]}
     )
+    pixels = SHAPE[0] * SHAPE[1]
+    runs = {"size": SHAPE, "counts": [47 * SHAPE[0] + 47, 2, pixels - 47 * SHAPE[0] - 49]}
+    content["annotations"].append({"id": 998, "image_id": 0, "category_id": 1, "segmentation": runs})
     path.write_text(json.dumps(content))
     dataset = prepare(source, str(tmp_path / "out"), PrepareConfig(pixel_scale=0.1))
     (defect,) = [defect for defect in dataset["defects"]["found"] if defect["defect"] == "hidden_cell"]
-    assert (defect["ids"], defect["detail"]) == ([999], "smaller than a pixel at a pixel scale of 0.1")
+    assert (defect["ids"], defect["detail"]) == ([999, 998], "smaller than a pixel at a pixel scale of 0.1")
 
 
 def table(path: Path) -> list[dict[str, str]]:

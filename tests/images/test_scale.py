@@ -16,7 +16,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import draw, plan
 from raylivecell.data.defects import Defect
 from raylivecell.images import scale
-from raylivecell.images.scale import Scale, labels_back, resize_image, scaled_shape
+from raylivecell.images.scale import Scale, labels_back, resize_image, resize_mask, resize_to, scaled_shape
 from raylivecell.inference import segmenter
 from raylivecell.network import windows
 from raylivecell.network.windows import Maps
@@ -219,3 +219,35 @@ def test_cells_of_another_size_have_a_warning_in_original_pixels(factor: float) 
     assert text == f"cell size far from the training images': {sizes}"
     assert Scale(diameter=20, diameters=(15, 55)).warning(areas, factor) == (), "one of several cell types"
     assert Scale(diameter=120).warning(areas, factor)
+
+
+@given(st.data(), SHAPES, st.floats(0.1, 2.5), st.floats(0.1, 2.5), st.sampled_from([1, 40, scale.BAND]))
+@settings(max_examples=200, deadline=None)
+def test_a_mask_is_resized_alike_in_every_window(
+    data: st.DataObject, size: tuple[int, int], vertical: float, horizontal: float, band: int
+) -> None:
+    """In its bounding box, in a larger window or in the complete image, and as OpenCV resizes it."""
+    if data.draw(st.booleans()):
+        horizontal = vertical
+    shape = scaled_shape((size[0], 1), vertical)[0], scaled_shape((size[1], 1), horizontal)[0]
+    top, left = (data.draw(st.integers(0, side - 1)) for side in size)
+    bottom, right = (data.draw(st.integers(low + 1, side)) for low, side in zip((top, left), size))
+    noise = np.random.default_rng(data.draw(st.integers(0, 99))).random((bottom - top, right - left))
+    full = np.zeros(size, bool)
+    full[top:bottom, left:right] = cv2.blur(noise, (data.draw(st.sampled_from([1, 5])),) * 2) > 0.5
+    wide = data.draw(st.integers(0, top)), data.draw(st.integers(0, left))
+    resized = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale, "BAND", band)
+        for first, last in (((0, 0), size), ((top, left), (bottom, right)), (wide, size)):
+            y, x, mask = resize_mask(full[first[0] : last[0], first[1] : last[1]], *first, size, shape)
+            assert 0 <= y <= y + mask.shape[0] <= shape[0]
+            assert 0 <= x <= x + mask.shape[1] <= shape[1]
+            resized.append(np.zeros(shape, bool))
+            resized[-1][y : y + mask.shape[0], x : x + mask.shape[1]] = mask
+    np.testing.assert_array_equal(resized[1], resized[0])
+    np.testing.assert_array_equal(resized[2], resized[0])
+    if (shape[0] < size[0]) == (shape[1] < size[1]):
+        coverage = resize_to(full.astype(np.uint8) * 255, shape).astype(int)
+        clear = np.abs(coverage - 127.5) > 2  # rounded by OpenCV
+        np.testing.assert_array_equal(resized[0][clear], coverage[clear] > 127)

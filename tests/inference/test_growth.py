@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from raylivecell.cells import measure
@@ -179,6 +180,22 @@ def test_predict_keeps_the_growth_files_up_to_date(one_process: None, saved: str
     assert not {*growth.FILES} & {*os.listdir(out)}
     predict.predict(saved, str(images), str(fresh), write=("labels",), overwrite=True)
     assert not {*growth.FILES} & {*os.listdir(fresh)}
+
+
+def test_frames_of_a_file_without_a_channel_are_unknown(saved: str, tmp_path: Path) -> None:
+    """The reason is the channel, not the pattern; nothing is written."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    stack = np.zeros((3, 2, 40, 56), np.uint8)
+    tifffile.imwrite(images / "A172_B7_1.tif", stack, imagej=True, metadata={"axes": "TCYX"})
+    with pytest.raises(
+        UserError, match=r"^none of the 1 images can be read: A172_B7_1\.tif.*choose one with --channel"
+    ):
+        predict.predict(saved, str(images), str(out), frame_hours=2.0)
+    write_frames(images, range(1))
+    with pytest.raises(UserError, match=r"none of the 1 images, such as A1_0\.png; .*; 1 file cannot be .*--channel"):
+        predict.predict(saved, str(images), str(out), frame_hours=2.0)
+    assert not out.exists()
 
 
 def test_a_killed_run_leaves_no_curves_of_the_run_before(
