@@ -67,10 +67,28 @@ def test_the_results_table_is_short() -> None:
     )
 
 
+def write_own_cells() -> None:
+    """Write ten wells with label images as `my-cells`, and two of their images as `new-images`."""
+    rng = np.random.default_rng(0)
+    for folder in ("my-cells/images", "my-cells/masks", "new-images"):
+        Path(folder).mkdir(parents=True)
+    for well in range(10):
+        labels = np.zeros((160, 170), np.uint8)
+        for cell in range(9):
+            centre = 30 + cell % 3 * 52 + int(rng.integers(-8, 8)), 28 + cell // 3 * 50 + int(rng.integers(-8, 8))
+            cv2.circle(labels, centre, int(rng.integers(10, 15)), cell + 1, -1)
+        image = (110 + 60 * (labels > 0) + rng.integers(0, 20, labels.shape)).astype(np.uint8)
+        cv2.imwrite(f"my-cells/images/A{well}_t01.tif", image)
+        cv2.imwrite(f"my-cells/masks/A{well}_t01.png", labels)
+        if well < 2:
+            cv2.imwrite(f"new-images/A{well}_t02.tif", image)
+
+
 @pytest.mark.slow
 def test_the_instructions_work(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run on this machine in the README's order; test_submit.py and test_check.py cover the cluster."""
     monkeypatch.chdir(tmp_path)
+    write_own_cells()
     for command, arguments in COMMAND.findall(TEXT.split("## On a cluster")[0]):
         words = re.sub(r"--(trials|final-seeds) \d+", "", arguments).split()
         if command == "download":  # 3.4 GB; tests/download uses a local server
@@ -80,6 +98,11 @@ def test_the_instructions_work(ray_cluster: None, tmp_path: Path, monkeypatch: p
     names = {"truth": np.zeros((90, 120), np.int32)}
     exec(NOTEBOOK, names)
     assert names["cells"].labels.shape == (90, 120)  # type: ignore[attr-defined]
-    for file in ("runs/first/report.html", "runs/cells-scores/report.html", "runs/first-cells/cells.csv"):
+    for file in (
+        "runs/first/report.html",
+        "runs/cells-scores/report.html",
+        "runs/first-cells/cells.csv",
+        "new-cells/rois/A1_t02.zip",
+    ):
         assert Path(file).is_file(), file
     assert {"report.html", "best.yaml"} <= set(os.listdir("runs/sweep"))
