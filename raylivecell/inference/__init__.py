@@ -8,6 +8,6 @@ predict, results   segment a folder of images; result files, and the tables merg
 growth             growth curves of the wells in those tables
 evaluate, calibrate    scores of a split; watershed thresholds tuned on validation images
 label_files        label images of other tools, to be scored by evaluate
-export, onnx_model write a checkpoint as ONNX or .pt2; read ONNX files
+export, graph_files, onnx_model   write a checkpoint as one file; its graph as ONNX or .pt2; read ONNX files
 bioimageio, model_card, torchscript   write a bioimage.io package; its rdf.yaml and README.md, its TorchScript weights
 """

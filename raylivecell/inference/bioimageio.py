@@ -31,7 +31,7 @@ from raylivecell.core.errors import UserError
 from raylivecell.images import grey_levels, intensity
 from raylivecell.images.grey_levels import Grey
 from raylivecell.images.intensity import Intensity
-from raylivecell.inference import export, model_card, onnx_model, torchscript
+from raylivecell.inference import graph_files, model_card, onnx_model, torchscript
 from raylivecell.network import forward
 from raylivecell.reports import overlay
 from raylivecell.runs import checkpoint, progress
@@ -105,11 +105,11 @@ def package(checkpoint_uri: str, authors: tuple[str, ...] = (), scores: str | No
         )
     card = model_card.describe(uri, folder, authors, scores)
     model = _StoredImageNetwork(network, rule).eval()
-    with export.quiet():
-        weights = {model_card.ONNX: export.onnx_file(model, {onnx_model.PACKAGED: json.dumps(card.facts())})}
-        runs = [export.onnx_maps(weights[model_card.ONNX])]
+    with graph_files.quiet():
+        weights = {model_card.ONNX: graph_files.onnx_file(model, {onnx_model.PACKAGED: json.dumps(card.facts())})}
+        runs = [graph_files.onnx_maps(weights[model_card.ONNX])]
         if recipe.model.name == "unet":
-            weights[model_card.TORCHSCRIPT] = torchscript.write(model, *export.example())
+            weights[model_card.TORCHSCRIPT] = torchscript.write(model, *graph_files.example())
             runs.append(torchscript.maps(weights[model_card.TORCHSCRIPT]))
         difference = float(np.max([_difference(network, rule, run, min_side(recipe)) for run in runs]))
     data = _zip(_files(network, recipe, rule, card, weights))
@@ -129,10 +129,10 @@ def maps(network: nn.Module, pixels: Grey, rule: Intensity) -> NDArray[np.float3
 
 
 @torch.no_grad()
-def _difference(network: nn.Module, rule: Intensity, run: export.Maps, side: int) -> float:
+def _difference(network: nn.Module, rule: Intensity, run: graph_files.Maps, side: int) -> float:
     """Largest difference of the file's maps from `maps`, over several sizes; NaN if any is NaN."""
     rng, differences = np.random.default_rng(0), []
-    for size in ((side, side), (side + 1, 2 * side + 3), *export.SIZES):
+    for size in ((side, side), (side + 1, 2 * side + 3), *graph_files.SIZES):
         pixels = rng.normal(rule.background, max(rule.spread, 4.0) / 4, (2, *size))
         pixels = pixels.round().clip(0, 2**rule.depth - 1).astype(_dtype(rule))
         outputs = run(pixels[:, None].astype(np.float32))

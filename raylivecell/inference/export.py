@@ -9,17 +9,12 @@ An .onnx or .pt2 file also contains metadata as text (`ABOUT`); `bioimageio` des
 the exported model is loaded and compared with the network.
 """
 
-import contextlib
-import io
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylivecell import recipe as recipes
@@ -27,7 +22,7 @@ from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.inference import onnx_model
+from raylivecell.inference import graph_files, onnx_model
 from raylivecell.runs import checkpoint, progress
 from raylivecell.targets.registry import target
 
@@ -49,10 +44,7 @@ ABOUT = (
 the data."""
 NORMALISATION = "in the graph: asinh((image - {background}) / {scale}) of grey levels 0 to 255, see intensity"
 TOLERANCE = 1e-4
-# Image sizes of the comparison: one divisible by 2 at every level, and one that is not.
-SIZES = ((256, 320), (333, 434))
-FILE, PACKAGE = "about.json", ".zip"
-Maps = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+PACKAGE = ".zip"
 
 
 class _MapNetwork(nn.Module):
@@ -85,11 +77,11 @@ def export(checkpoint_uri: str, out: str, authors: Sequence[str] = (), scores: s
     """
     suffix = "." + str(out).rpartition(".")[2]
     if suffix == PACKAGE:
-        from raylivecell.inference import bioimageio  # imports this module
+        from raylivecell.inference import bioimageio
 
         package = bioimageio.package(checkpoint_uri, tuple(authors), scores)
         data, difference, notes = package.data, package.difference, package.notes
-    elif suffix not in WRITERS:
+    elif suffix not in graph_files.WRITERS:
         formats = ".onnx, .pt2 (torch.export) or .zip (bioimage.io)"
         raise UserError(f"--out {out}: the suffix selects the format: {formats}")
     elif authors or scores is not None:
@@ -111,8 +103,8 @@ def _single_file(checkpoint_uri: str, suffix: str) -> tuple[bytes, float]:
     folder = progress.find(storage.absolute(checkpoint_uri))
     network, recipe = checkpoint.load_model(folder)
     model = _MapNetwork(network).eval()
-    write, read = WRITERS[suffix]
-    with quiet():
+    write, read = graph_files.WRITERS[suffix]
+    with graph_files.quiet():
         data = write(model, _about(folder, recipe))
         return data, _difference(model, read(data))
 
@@ -134,94 +126,13 @@ def _about(folder: str, recipe: recipes.Recipe) -> dict[str, str]:
     return dict(zip(ABOUT, values, strict=True))
 
 
-def _shapes() -> dict[str, dict[int, Any]]:
-    dynamic = torch.export.Dim.DYNAMIC
-    return {"image": {0: dynamic, 2: dynamic, 3: dynamic}}
-
-
-def example() -> tuple[Tensor]:
-    """Images of an odd size, so that no exporter takes a special case for the rule."""
-    return (torch.full((2, 1, 61, 75), 128.0),)
-
-
-def onnx_file(model: nn.Module, about: dict[str, str]) -> bytes:
-    """Export `model`, images float32 (B, 1, H, W) to maps float32 (B, C, H, W), to ONNX for any B, H and W.
-
-    Args:
-        model: in evaluation mode.
-        about: the file's metadata.
-
-    Raises:
-        UserError: onnx, onnxscript or onnxruntime is not installed.
-    """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401  # `onnx_maps` needs it: fail before the export
-        import onnxscript  # noqa: F401  # torch.onnx needs it, and reports its absence in many lines
-    except ImportError as error:
-        packages = "onnx, onnxscript and onnxruntime"
-        raise UserError(f"writing ONNX needs {packages}: pip install 'raylivecell[export]'") from error
-    buffer = io.BytesIO()
-    names = {"input_names": [onnx_model.INPUT], "output_names": [onnx_model.OUTPUT]}
-    torch.onnx.export(model, example(), buffer, dynamo=True, dynamic_shapes=_shapes(), verbose=False, **names)  # type: ignore[arg-type]
-    exported = onnx.load_from_string(buffer.getvalue())
-    # torch records where in this machine's files each operator comes from.
-    for entry in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
-        entry.ClearField("metadata_props")
-        entry.ClearField("doc_string")
-    onnx.helper.set_model_props(exported, about)
-    return exported.SerializeToString(deterministic=True)
-
-
-def onnx_maps(data: bytes) -> Maps:
-    """Load the ONNX file `data`: a function from images float32 (B, 1, H, W) to maps float32 (B, C, H, W)."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return lambda image: session.run([onnx_model.OUTPUT], {onnx_model.INPUT: image})[0]
-
-
-def _write_pt2(model: nn.Module, about: dict[str, str]) -> bytes:
-    buffer = io.BytesIO()
-    program = torch.export.export(model, example(), dynamic_shapes=_shapes())
-    torch.export.save(program, buffer, extra_files={FILE: json.dumps(about)})
-    return buffer.getvalue()
-
-
-def _read_pt2(data: bytes) -> Maps:
-    module = torch.export.load(io.BytesIO(data)).module()
-    return lambda image: module(torch.from_numpy(image)).detach().numpy()
-
-
-WRITERS: dict[str, tuple[Callable[[nn.Module, dict[str, str]], bytes], Callable[[bytes], Maps]]] = {
-    ".onnx": (onnx_file, onnx_maps),
-    ".pt2": (_write_pt2, _read_pt2),
-}
-
-
 @torch.no_grad()
-def _difference(model: nn.Module, maps: Maps) -> float:
-    """Largest difference between the maps of the network and of the file, over SIZES; NaN if any is NaN."""
+def _difference(model: nn.Module, maps: graph_files.Maps) -> float:
+    """Largest difference between the maps of the network and of the file, at several sizes; NaN if any is NaN."""
     rng = np.random.default_rng(0)
     differences = []
-    for size in SIZES:
+    for size in graph_files.SIZES:
         image = np.clip(rng.normal(128, 12, (2, 1, *size)), 0, 255).round().astype(np.float32)
         expected = model(torch.from_numpy(image)).numpy()
         differences.append(np.abs(maps(image) - expected).max())
     return float(np.max(differences))  # Python's max would lose a NaN
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress the notes that torch's exporters print; errors are still raised."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from raylivecell.inference.export import Maps
+from raylivecell.inference.graph_files import Maps
 
 ALIGNMENT = 64
 """torch's reader maps tensors into memory: their offsets in the file are multiples of this, by an extra field."""

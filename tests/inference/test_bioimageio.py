@@ -28,7 +28,16 @@ from raylivecell.core.errors import UserError
 from raylivecell.data import shards
 from raylivecell.images import intensity
 from raylivecell.images.intensity import LIVECELL, Intensity
-from raylivecell.inference import bioimageio, evaluate, export, model_card, onnx_model, segmenter, torchscript
+from raylivecell.inference import (
+    bioimageio,
+    evaluate,
+    export,
+    graph_files,
+    model_card,
+    onnx_model,
+    segmenter,
+    torchscript,
+)
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint, parents
@@ -125,8 +134,10 @@ class _ShownLevels(torch.nn.Module):
 @pytest.mark.parametrize("rule", [LIVECELL, DEEP], ids=["8 bit", "16 bit"])
 def test_the_graph_gives_every_stored_value_the_level_of_the_rule(rule: Intensity) -> None:
     values = np.arange(2**rule.depth, dtype=np.uint16 if rule.depth == 16 else np.uint8).reshape(-1, 64)
-    with export.quiet():
-        run = export.onnx_maps(export.onnx_file(bioimageio._StoredImageNetwork(_ShownLevels(), rule).eval(), {}))
+    with graph_files.quiet():
+        run = graph_files.onnx_maps(
+            graph_files.onnx_file(bioimageio._StoredImageNetwork(_ShownLevels(), rule).eval(), {})
+        )
     levels = np.floor(256 * run(values[None, None].astype(np.float32))[0, 0])
     np.testing.assert_array_equal(levels, intensity.apply(values, rule))
     outside = np.array([[-5.0, 1e9, 0.4, 1.4]], np.float32)

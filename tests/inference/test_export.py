@@ -13,7 +13,7 @@ import torch
 from raylivecell import recipe
 from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
-from raylivecell.inference import export, onnx_model, segmenter
+from raylivecell.inference import export, graph_files, onnx_model, segmenter
 from raylivecell.network import forward
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint
@@ -53,7 +53,7 @@ def test_an_exported_file_computes_the_maps_of_the_network_at_any_size(
     summary = export.export(saved, str(file))
     assert summary["bytes"] == file.stat().st_size
     assert summary["difference"] < 1e-4
-    maps = export.WRITERS[suffix][1](file.read_bytes())
+    maps = graph_files.WRITERS[suffix][1](file.read_bytes())
     network = checkpoint.load_model(saved)[0]
     for size in ((64, 64), (57, 90), (16, 23)):
         image = np.random.default_rng(0).integers(90, 170, size).astype(np.uint8)
@@ -84,9 +84,9 @@ def test_exported_files_contain_the_metadata(exported: tuple[str, str], tmp_path
     assert provenance == ["CC0", "nobody", "disks", "ab" * 32]
     assert json.loads(model.about["channels"]) == ["foreground", "centre_distance", "boundary_distance"]
     export.export(saved, str(tmp_path / "model.pt2"))
-    metadata = {export.FILE: ""}
+    metadata = {graph_files.FILE: ""}
     torch.export.load(tmp_path / "model.pt2", extra_files=metadata)
-    assert json.loads(metadata[export.FILE]) == model.about
+    assert json.loads(metadata[graph_files.FILE]) == model.about
 
 
 def test_onnx_without_torch_finds_the_same_cells(exported: tuple[str, str]) -> None:
@@ -111,10 +111,10 @@ def test_onnx_without_torch_finds_the_same_cells(exported: tuple[str, str]) -> N
 def test_a_file_that_differs_from_the_network_is_not_written(
     exported: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, message: str
 ) -> None:
-    read = export.WRITERS[".onnx"][1]
+    read = graph_files.WRITERS[".onnx"][1]
     data = Path(exported[1]).read_bytes()
     writers = {".pt2": (lambda *_: data, lambda data: lambda image: read(data)(image) + np.float32(error))}
-    monkeypatch.setattr(export, "WRITERS", writers)
+    monkeypatch.setattr(graph_files, "WRITERS", writers)
     with pytest.raises(UserError, match=f"would differ from the network by {message}"):
         export.export(exported[0], str(tmp_path / "model.pt2"))
     assert not list(tmp_path.iterdir())
