@@ -104,7 +104,8 @@ def predict(
 
     Args:
         checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file (runs without torch).
-        images: a folder (with subfolders), a file or a URI; TIFF, PNG, JPEG or BMP as stored, 8 or 16 bits.
+        images: a folder (with subfolders), a file or a URI; TIFF (also stacks), PNG, JPEG or BMP as stored, and
+            CZI, LIF or ND2 with the extra `formats`.
         out: folder to write.
         write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell), rois/
             (ImageJ's RoiSet.zip), geojson/ (QuPath).

@@ -7,6 +7,30 @@
 
 The tables depend only on the model, the settings and the images, not on kills or the order in which images were
 segmented. Output images are never deleted: those of images that no longer exist remain.
+
+Each plane of a file with several (time, depth, pages) is an image, FILE#PLANE in the tables (`images.planes`).
+Written into `out`, where NAME is an image's path without its suffix, plus `_PLANE` (`output_names`):
+
+    labels/NAME.tif     label image: 1 to N for cells, 0 for background (`image_file.label_tiff`)
+    masks/NAME.png      255 where the foreground probability is above the threshold, else 0
+    overlays/NAME.png   the image with outlines of the cells
+    rois/NAME.zip       outlines for ImageJ's ROI Manager (`imagej_rois.write`); not by default
+    geojson/NAME.geojson    outlines and scores for QuPath (`geojson.write`); not by default
+    cells.csv           one row per cell (`measure.Measurements`)
+    coco.json           the cells as COCO results; image_id as in images.csv
+    images.csv          one row per image: cells, confluence (fraction of its pixels, without padding, in cells,
+                        0 to 1), warnings about unusual properties (`warning`), or its error
+    growth.csv, growth_fits.csv, growth.html    if names contain well and time: growth curves (`growth`)
+    predict.json, recipe.yaml    the settings; the recipe of the network
+
+Stored pixel values are converted to the network's 8-bit scale by the intensity rule of its training dataset
+(`intensity`). An image whose background is outside the range of the training images is scaled first (`gain` in
+images.csv) and has a warning; a black, constant or saturated one has 0 cells and a warning. Colour images are
+reduced to luma. An unreadable image is listed in images.csv and does not stop the run. An image is skipped while
+its size and modification time are unchanged; the tables list only images that exist.
+
+The image is scaled like the training images (`Scale.pixel_scale`), or by `diameter`; all outputs are in the pixels
+of the image file. An image whose cells have a median diameter far from that of the training cells has a warning.
 """
 
 import hashlib
@@ -54,33 +78,11 @@ def predict(
 ) -> dict[str, Any]:
     """Segment images of any size; if killed and called again, it resumes and writes the same files.
 
-    Each plane of a file with several (time, depth, pages) is an image, FILE#PLANE in the tables (`images.planes`).
-    Written into `out`, where NAME is an image's path without its suffix, plus `_PLANE` (`output_names`):
-
-        labels/NAME.tif     label image: 1 to N for cells, 0 for background (`image_file.label_tiff`)
-        masks/NAME.png      255 where the foreground probability is above the threshold, else 0
-        overlays/NAME.png   the image with outlines of the cells
-        rois/NAME.zip       outlines for ImageJ's ROI Manager (`imagej_rois.write`); not by default
-        geojson/NAME.geojson    outlines and scores for QuPath (`geojson.write`); not by default
-        cells.csv           one row per cell (`measure.Measurements`)
-        coco.json           the cells as COCO results; image_id as in images.csv
-        images.csv          one row per image: cells, confluence (fraction of its pixels, without padding, in cells,
-                            0 to 1), warnings about unusual properties (`warning`), or its error
-        growth.csv, growth_fits.csv, growth.html    if names contain well and time: growth curves (`growth`)
-        predict.json, recipe.yaml    the settings; the recipe of the network
-
-    Stored pixel values are converted to the network's 8-bit scale by the intensity rule of its training dataset
-    (`intensity`). An image whose background is outside the range of the training images is scaled first (`gain` in
-    images.csv) and has a warning; a black, constant or saturated one has 0 cells and a warning. Colour images are
-    reduced to luma. An unreadable image is listed in images.csv and does not stop the run. An image is skipped while
-    its size and modification time are unchanged; the tables list only images that exist.
-
-    The image is scaled like the training images (`Scale.pixel_scale`), or by `diameter`; all outputs are in the pixels
-    of the image file. An image whose cells have a median diameter far from that of the training cells has a warning.
+    The module's docstring lists the files written into `out`, and how images are converted.
 
     Args:
         model_uri: folder of a checkpoint, of a run (for its best), or an .onnx file, which needs no torch.
-        images_uri: a folder, searched recursively, or one image file: TIFF, PNG, JPEG or BMP.
+        images_uri: a folder, searched recursively, or one image file (`formats.SUFFIXES`).
         out: URI of a folder, in which output images have the same relative paths as the input images.
         write: outputs to write in addition to images.csv.
         tta: average over the image and its three flips.
@@ -157,7 +159,9 @@ def _list_images(uri: str, out: str, follow_links: bool = False) -> tuple[str, d
         if formats.is_image_name(file) and (results_folder is None or not file.startswith(results_folder + "/"))
     }
     if not files:
-        raise UserError(f"no images at {uri}; give a folder of TIFF, PNG, JPEG or BMP files, or one such file")
+        raise UserError(
+            f"no images at {uri}; give a folder of TIFF, PNG, JPEG, BMP, CZI, LIF or ND2 files, or one such file"
+        )
     return uri, files
 
 

@@ -30,6 +30,7 @@ from raylivecell.training.display import ProgressDisplay
 
 if TYPE_CHECKING:
     from raylivecell.runs.start_from import Opened
+    from raylivecell.training.job import TrainJob
 
 # Validation images shown in the report.
 OVERLAYS = 6
@@ -67,12 +68,7 @@ def train(
     startup = [("", began or time.time()), ("imports", time.time())]
     datasets, out = combined.of(data, data_weights), storage.absolute(out)
     preflight.batch_divides(recipe.batch_size, workers)
-    preflight.samples_fit(datasets, recipe)
-    scale = combined.scale(datasets)
-    for note in combined.scale_notes(datasets):
-        console.print(note, markup=False, soft_wrap=True)
-    if line := preflight.network(recipe):
-        console.print(line, markup=False, soft_wrap=True)
+    scale = _check_data(datasets, recipe)
     resumed = _check_run_folder(out, datasets, recipe, resume)
     parent = _open_parent(out, start_from, recipe, resumed, scale)
     startup.append(("dataset", time.time()))
@@ -92,7 +88,6 @@ def train(
     stream_memory = stream_budget_bytes()
     samples = open_samples(datasets, recipe.targets != "foreground")
     mailbox = messages.open_mailbox()
-    from raylivecell.training import ray_train  # Ray Train, 0.6 s, while tasks decode the samples
     from raylivecell.training.job import TrainJob
 
     startup.append(("samples sent", time.time()))
@@ -107,14 +102,32 @@ def train(
         resumed=resume,
         parents=parents.of_run(out),
     )
+    _run(job, mailbox, workers, cpus, gpus, retries)
+    return _write_report(datasets, out, recipe)
+
+
+def _run(job: "TrainJob", mailbox: Any, workers: int | tuple[int, int], cpus: float, gpus: float, retries: int) -> None:
+    """Train on Ray, showing progress; a failure is recorded in the run's folder and raised as UserError."""
+    from raylivecell.training import ray_train  # Ray Train, 0.6 s, while tasks decode the samples
+
     with ProgressDisplay(job.schedule().steps, lambda: ray.get(mailbox.read.remote())):
         try:
             failed = ray_train.fit(ray_train.trainer(job, workers, cpus, gpus, retries))
         except UserError as error:
-            raise _record_failure(out, str(error)) from error
+            raise _record_failure(job.out, str(error)) from error
     if failed:
-        raise _record_non_finite_loss(out, failed["step"], [samples.train[index] for index in failed["samples"]])
-    return _write_report(datasets, out, recipe)
+        rows = [job.samples.train[index] for index in failed["samples"]]
+        raise _record_non_finite_loss(job.out, failed["step"], rows)
+
+
+def _check_data(datasets: Data, recipe: Recipe) -> Scale:
+    """Check that the data and the network fit the recipe, and print what the user should know; returns the scale."""
+    preflight.samples_fit(datasets, recipe)
+    scale = combined.scale(datasets)
+    network_line = preflight.network(recipe)
+    for line in (*combined.scale_notes(datasets), *([network_line] if network_line else [])):
+        console.print(line, markup=False, soft_wrap=True)
+    return scale
 
 
 def _check_run_folder(out: str, data: Data, recipe: Recipe, resume: bool) -> bool:
