@@ -261,3 +261,22 @@ def write_tiny_dataset(folder: Path, images: int = 12, size: int = 48) -> str:
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a dataset written by `write_tiny_dataset`."""
     return write_tiny_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of a network with random weights that segments dozens of cells."""
+    import torch
+
+    from raylivecell.cells.watershed import InstanceConfig
+    from raylivecell.network.unet import build_model
+    from raylivecell.recipe import ModelConfig, Recipe
+    from raylivecell.runs import checkpoint
+    from raylivecell.runs.progress import Progress
+
+    torch.manual_seed(3)
+    recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
+    folder = str(tmp_path_factory.mktemp("checkpoint"))
+    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
+    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, min_area=4), {})
+    return folder

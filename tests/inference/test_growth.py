@@ -9,18 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-import torch
 
 from raylivecell.cells import measure
-from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import UserError
 from raylivecell.growth.names import NamePattern
 from raylivecell.inference import growth, predict, results
 from raylivecell.inference.results import ImageRow
-from raylivecell.network.unet import build_model
-from raylivecell.recipe import ModelConfig, Recipe
-from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import Progress
 from raylivecell.synthetic import cell_shapes
 
 KIND = next(kind for kind in cell_shapes.KINDS if kind.name == "MCF7")
@@ -131,17 +125,6 @@ def test_names_without_times_leave_no_files(tmp_path: Path, capsys: pytest.Captu
     assert not any((tmp_path / name).exists() for name in growth.FILES)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of a network with random weights."""
-    torch.manual_seed(3)
-    recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
-    folder = str(tmp_path_factory.mktemp("checkpoint"))
-    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
-    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, min_area=4), {})
-    return folder
-
-
 def write_frames(folder: Path, hours: range) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for hour in hours:
@@ -149,7 +132,7 @@ def write_frames(folder: Path, hours: range) -> None:
         cv2.imwrite(str(folder / f"A1_{hour}.png"), image)
 
 
-def test_predict_keeps_the_growth_files_up_to_date(one_process: None, saved: str, tmp_path: Path) -> None:
+def test_predict_keeps_the_growth_files_up_to_date(one_process: None, random_checkpoint: str, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     options: dict[str, Any] = {"write": ("cells",), "name_pattern": r"(?P<well>[A-H]\d+)_(?P<hours>\d+)$"}
     write_frames(images, range(3))
@@ -161,28 +144,32 @@ def test_predict_keeps_the_growth_files_up_to_date(one_process: None, saved: str
         ({"name_pattern": None, "frame_hours": -1.0}, "--frame-hours -1"),
     ):
         with pytest.raises(UserError, match=message):
-            predict.predict(saved, str(images), str(out), **(options | wrong))
+            predict.predict(random_checkpoint, str(images), str(out), **(options | wrong))
         assert not out.exists()  # before anything is segmented
-    predict.predict(saved, str(images), str(out), **options)
+    predict.predict(random_checkpoint, str(images), str(out), **options)
     assert [row["hours"] for row in read(out / "growth.csv")] == ["0", "1", "2"]
     segmented = (out / "images.csv").stat().st_mtime_ns
     slower = r"(?P<well>A\d)_(?P<frame>\d+)"
-    predict.predict(saved, str(images), str(out), **(options | {"name_pattern": slower, "frame_hours": 2.5}))
+    predict.predict(
+        random_checkpoint, str(images), str(out), **(options | {"name_pattern": slower, "frame_hours": 2.5})
+    )
     assert [row["hours"] for row in read(out / "growth.csv")] == ["0", "2.5", "5"]
     assert (out / "images.csv").stat().st_mtime_ns == segmented  # another pattern does not segment again
     write_frames(images, range(3, 5))
-    predict.predict(saved, str(images), str(out), **options)
+    predict.predict(random_checkpoint, str(images), str(out), **options)
     assert [row["hours"] for row in read(out / "growth.csv")] == ["0", "1", "2", "3", "4"]
     fresh = tmp_path / "fresh"
-    predict.predict(saved, str(images), str(fresh), **options)
+    predict.predict(random_checkpoint, str(images), str(fresh), **options)
     assert all((out / name).read_bytes() == (fresh / name).read_bytes() for name in growth.FILES)
-    predict.predict(saved, str(images), str(out), write=("cells",))  # the default pattern does not match these names
+    predict.predict(
+        random_checkpoint, str(images), str(out), write=("cells",)
+    )  # the default pattern does not match these names
     assert not {*growth.FILES} & {*os.listdir(out)}
-    predict.predict(saved, str(images), str(fresh), write=("labels",), overwrite=True)
+    predict.predict(random_checkpoint, str(images), str(fresh), write=("labels",), overwrite=True)
     assert not {*growth.FILES} & {*os.listdir(fresh)}
 
 
-def test_frames_of_a_file_without_a_channel_are_unknown(saved: str, tmp_path: Path) -> None:
+def test_frames_of_a_file_without_a_channel_are_unknown(random_checkpoint: str, tmp_path: Path) -> None:
     """The reason is the channel, not the pattern; nothing is written."""
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -191,25 +178,25 @@ def test_frames_of_a_file_without_a_channel_are_unknown(saved: str, tmp_path: Pa
     with pytest.raises(
         UserError, match=r"^none of the 1 images can be read: A172_B7_1\.tif.*choose one with --channel"
     ):
-        predict.predict(saved, str(images), str(out), frame_hours=2.0)
+        predict.predict(random_checkpoint, str(images), str(out), frame_hours=2.0)
     write_frames(images, range(1))
     with pytest.raises(UserError, match=r"none of the 1 images, such as A1_0\.png; .*; 1 file cannot be .*--channel"):
-        predict.predict(saved, str(images), str(out), frame_hours=2.0)
+        predict.predict(random_checkpoint, str(images), str(out), frame_hours=2.0)
     assert not out.exists()
 
 
 def test_a_killed_run_leaves_no_curves_of_the_run_before(
-    one_process: None, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_process: None, random_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     options: dict[str, Any] = {"write": ("cells",), "name_pattern": r"(?P<well>[A-H]\d+)_(?P<hours>\d+)$"}
     write_frames(images, range(3))
-    predict.predict(saved, str(images), str(out), **options)
+    predict.predict(random_checkpoint, str(images), str(out), **options)
     write_frames(images, range(3, 5))
     with monkeypatch.context() as patch:
         patch.setattr(results, "merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            predict.predict(saved, str(images), str(out), **options)
+            predict.predict(random_checkpoint, str(images), str(out), **options)
     assert not {*growth.FILES} & {*os.listdir(out)}
-    predict.predict(saved, str(images), str(out), **options)
+    predict.predict(random_checkpoint, str(images), str(out), **options)
     assert len(read(out / "growth.csv")) == 5

@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-import torch
 from conftest import job_env, run_python
 from hosts import wait_until
 from hypothesis import given
@@ -22,15 +21,10 @@ from pyarrow import fs as pafs
 from pycocotools import mask as coco_mask
 
 from raylivecell.annotations import geojson, imagej_rois, rle
-from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.cli import main
 from raylivecell.core.errors import UserError
 from raylivecell.images.planes import Choice
 from raylivecell.inference import image_file, predict, segmenter, stacks
-from raylivecell.network.unet import build_model
-from raylivecell.recipe import ModelConfig, Recipe
-from raylivecell.runs import checkpoint
-from raylivecell.runs.progress import Progress
 
 TABLES = {"images.csv", "cells.csv", "coco.json", "predict.json", "recipe.yaml"}
 
@@ -43,17 +37,6 @@ def disks(shape: tuple[int, int], seed: int) -> np.ndarray:
         centre = (int(rng.integers(shape[1])), int(rng.integers(shape[0])))
         cv2.circle(truth, centre, int(rng.integers(4, 10)), 1, -1)
     return np.clip(128 + 50 * truth + rng.normal(0, 8, shape), 0, 255).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of a network with random weights that segments dozens of cells."""
-    torch.manual_seed(3)
-    recipe = Recipe(model=ModelConfig(features=(4, 8)), targets="distance")
-    folder = str(tmp_path_factory.mktemp("checkpoint"))
-    checkpoint.save(folder, build_model(recipe.model, recipe.outputs), {}, Progress(), recipe)
-    checkpoint.save_instances(folder, InstanceConfig(prominence=0.01, min_area=4), {})
-    return folder
 
 
 @given(st.lists(st.text("abAB./", min_size=1, max_size=6), max_size=8, unique=True))
@@ -88,31 +71,33 @@ def test_label_tiffs_contain_every_cell_number(shape: tuple[int, int], highest: 
         np.testing.assert_array_equal(page.asarray(), labels)
 
 
-def test_user_errors_are_reported_before_anything_is_written(saved: str, tmp_path: Path) -> None:
+def test_user_errors_are_reported_before_anything_is_written(random_checkpoint: str, tmp_path: Path) -> None:
     out, images = str(tmp_path / "out"), str(tmp_path / "images")
     write_frames(tmp_path / "images", range(1))
     with pytest.raises(UserError, match="no images at"):
-        predict.predict(saved, saved, out)
+        predict.predict(random_checkpoint, random_checkpoint, out)
     with pytest.raises(UserError, match="no folder at"):
-        predict.predict(saved, str(tmp_path / "nowhere"), out)
+        predict.predict(random_checkpoint, str(tmp_path / "nowhere"), out)
     with pytest.raises(UserError, match="no checkpoint"):
         predict.predict(images, images, out)
     for threshold in (0, 1, 50):
         with pytest.raises(UserError, match="--threshold"):
-            predict.predict(saved, images, out, threshold=threshold)
+            predict.predict(random_checkpoint, images, out, threshold=threshold)
     with pytest.raises(UserError, match="is the folder of the images"):
-        predict.predict(saved, images, images)
+        predict.predict(random_checkpoint, images, images)
     assert not Path(out).exists()
     (tmp_path / "out" / "labels").mkdir(parents=True)
     for overwrite in (False, True):
         with pytest.raises(UserError, match="contains labels but no `predict` predict"):
-            predict.predict(saved, images, out, overwrite=overwrite)
+            predict.predict(random_checkpoint, images, out, overwrite=overwrite)
     assert [path.name for path in Path(out).rglob("*")] == ["labels"]
 
 
-def test_the_command_needs_a_checkpoint(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_needs_a_checkpoint(
+    random_checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        main.main(["predict", "--images", saved, "--out", str(tmp_path)])
+        main.main(["predict", "--images", random_checkpoint, "--out", str(tmp_path)])
     assert end.value.code == 2
     assert "--checkpoint" in capsys.readouterr().err
 
@@ -188,11 +173,11 @@ def check_image(
 
 
 @pytest.mark.ray
-def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, random_checkpoint: str, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     expected = write_images(folder)
     out = folder / "result"  # inside the folder of the images: outputs must not become inputs
-    summary = predict.predict(saved, str(folder), str(out))
+    summary = predict.predict(random_checkpoint, str(folder), str(out))
     rows = {row["file"]: row for row in read_csv(out / "images.csv")}
     assert list(rows) == sorted(rows) == sorted(expected.keys() | {"cut.tif", "two channels.tif"})
     assert [int(row["image_id"]) for row in rows.values()] == list(range(1, 11))
@@ -201,7 +186,7 @@ def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, saved: str,
     assert rows["stack.tif#t1"]["labels"] == "labels/stack.tif_t1.tif"
     assert rows["cut.tif"]["confluence"] == rows["cut.tif"]["masks"] == ""
     cells, records = read_csv(out / "cells.csv"), json.loads((out / "coco.json").read_text())
-    network = segmenter.load(saved)
+    network = segmenter.load(random_checkpoint)
     for file, image in expected.items():
         row = rows[file]
         image_cells = [cell for cell in cells if cell["file"] == file]
@@ -215,14 +200,14 @@ def test_predict_segments_a_folder_of_mixed_files(ray_cluster: None, saved: str,
     assert summary["confluence"] == pytest.approx(np.mean([float(rows[file]["confluence"]) for file in expected]))
     assert [failure["file"] for failure in summary["failed"]] == ["cut.tif", "two channels.tif"]
     before = files_in(out)
-    again = predict.predict(saved, str(folder), str(out))
+    again = predict.predict(random_checkpoint, str(folder), str(out))
     assert again | {"seconds": 0} == summary | {"seconds": 0}
     assert files_in(out) == before
     with pytest.raises(UserError, match=r"results of other settings \(plane\)"):
-        predict.predict(saved, str(folder), str(out), choice=Choice("t1"))
+        predict.predict(random_checkpoint, str(folder), str(out), choice=Choice("t1"))
 
 
-def test_planes_and_channels_are_chosen_and_read_like_separate_files(saved: str, tmp_path: Path) -> None:
+def test_planes_and_channels_are_chosen_and_read_like_separate_files(random_checkpoint: str, tmp_path: Path) -> None:
     """In one process: the addresses from the driver, the pixels in an actor and in the Python API."""
     array = np.stack([[disks((20, 30), 2 * t + c) for c in range(2)] for t in range(3)])
     tifffile.imwrite(tmp_path / "a.tif", array, imagej=True, truncate=True, metadata={"axes": "TCYX"})
@@ -236,11 +221,13 @@ def test_planes_and_channels_are_chosen_and_read_like_separate_files(saved: str,
         address = f"a.tif#t{t}_c1"
         pixels = stacks.read(str(tmp_path), address, Choice(channel=1), image_file.MAX_PIXELS).pixels
         np.testing.assert_array_equal(pixels, array[t, 1])
-    network = segmenter.load(saved)
+    network = segmenter.load(random_checkpoint)
     from_file = network.segment(tmp_path / "a.tif", plane=2, channel=1)
     np.testing.assert_array_equal(from_file.labels, network.segment(array[2, 1]).labels)
     assert list(stacks.expand(str(tmp_path), files, Choice("t1_c0"))) == ["a.tif#t1_c0", "b.tif"]
-    job = image_file.PredictJob(saved, str(tmp_path), str(tmp_path / "out"), (), False, None, Choice(channel=1))
+    job = image_file.PredictJob(
+        random_checkpoint, str(tmp_path), str(tmp_path / "out"), (), False, None, Choice(channel=1)
+    )
     for file, reason in (("b.tif", "no channel 1: the file has 1 channel"), ("a.tif", "choose one with --plane")):
         row = image_file.segment_file(job, network, file, "x", "v").row
         assert row.version == "v"
@@ -256,11 +243,13 @@ def write_frames(folder: Path, numbers: range) -> None:
         cv2.imwrite(str(folder / f"frame-{i:02d}.png"), disks((48, 64), i))
 
 
-def test_other_settings_are_rejected_and_new_images_are_added(one_process: None, saved: str, tmp_path: Path) -> None:
+def test_other_settings_are_rejected_and_new_images_are_added(
+    one_process: None, random_checkpoint: str, tmp_path: Path
+) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     write_frames(images, range(3, 5))
     options: dict[str, Any] = {"write": ("cells", "labels"), "threshold": 0.4}
-    predict.predict(saved, str(images), str(out), **options)
+    predict.predict(random_checkpoint, str(images), str(out), **options)
     first = files_in(out)
     settings = json.loads((out / "predict.json").read_text())
     assert settings["thresholds"]["threshold"] == 0.4
@@ -269,25 +258,27 @@ def test_other_settings_are_rejected_and_new_images_are_added(one_process: None,
     assert {name.split("/")[0] for name in first} == {"labels", *TABLES} - {"coco.json"}
     for other in ({"threshold": 0.5}, {"tta": True}, {"write": ("cells",)}):
         with pytest.raises(UserError, match=r"other settings \(\w+\).*--overwrite"):
-            predict.predict(saved, str(images), str(out), **(options | other))
+            predict.predict(random_checkpoint, str(images), str(out), **(options | other))
     assert files_in(out) == first
     write_frames(images, range(3))
     stamp = (images / "frame-03.png").stat()
     os.utime(images / "frame-03.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 10**9))  # counts as changed
-    assert predict.predict(saved, str(images), str(out), **options)["images"] == 5
+    assert predict.predict(random_checkpoint, str(images), str(out), **options)["images"] == 5
     now, name = files_in(out), "labels/frame-0{}.tif"
     assert now[name.format(4)] == first[name.format(4)]
     assert now[name.format(3)][1] > first[name.format(3)][1]
     assert now["cells.csv"][0].endswith(first["cells.csv"][0].partition(b"\n")[2])
-    predict.predict(saved, str(images), str(out), write=("masks",), overwrite=True)
+    predict.predict(random_checkpoint, str(images), str(out), write=("masks",), overwrite=True)
     assert {name.split("/")[0] for name in contents(out)} == {"masks", *TABLES} - {"coco.json", "cells.csv"}
 
 
-def test_outlines_for_imagej_and_qupath_are_exactly_the_cells(one_process: None, saved: str, tmp_path: Path) -> None:
+def test_outlines_for_imagej_and_qupath_are_exactly_the_cells(
+    one_process: None, random_checkpoint: str, tmp_path: Path
+) -> None:
     write_frames(tmp_path / "images", range(2))
     cv2.imwrite(str(tmp_path / "images" / "black.png"), np.zeros((40, 50), np.uint8))
     out = tmp_path / "out"
-    predict.predict(saved, str(tmp_path / "images"), str(out), write=("labels", "cells", "rois", "geojson"))
+    predict.predict(random_checkpoint, str(tmp_path / "images"), str(out), write=("labels", "cells", "rois", "geojson"))
     rows, cells = read_csv(out / "images.csv"), read_csv(out / "cells.csv")
     assert {row["rois"] for row in rows} == {f"rois/{name}.zip" for name in ("black", "frame-00", "frame-01")}
     for row in rows:
@@ -305,7 +296,7 @@ def test_outlines_for_imagej_and_qupath_are_exactly_the_cells(one_process: None,
     assert len(cells) > 5
     before = contents(out)
     options: dict[str, Any] = {"write": ("labels", "cells", "rois", "geojson"), "overwrite": True}
-    predict.predict(saved, str(tmp_path / "images"), str(out), **options)
+    predict.predict(random_checkpoint, str(tmp_path / "images"), str(out), **options)
     assert contents(out) == before
 
 
@@ -314,10 +305,10 @@ COMMAND = "import sys; from raylivecell.cli import main as cli; sys.exit(cli.mai
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_predict_resumes(ray_cluster: None, saved: str, tmp_path: Path) -> None:
+def test_a_killed_predict_resumes(ray_cluster: None, random_checkpoint: str, tmp_path: Path) -> None:
     images, out, fresh = tmp_path / "images", tmp_path / "out", tmp_path / "fresh"
     write_frames(images, range(80))  # more images than an actor receives before its driver is killed
-    arguments = ["predict", "--checkpoint", saved, "--images", str(images), "--out", str(out)]
+    arguments = ["predict", "--checkpoint", random_checkpoint, "--images", str(images), "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=os.environ | job_env())
     wait_until(
         "a result", lambda: process.poll() is not None or bool(list((out / ".parts").glob("*.json"))), pause=0.01
@@ -328,21 +319,25 @@ def test_a_killed_predict_resumes(ray_cluster: None, saved: str, tmp_path: Path)
     rows = [json.loads(path.read_bytes())[0] for path in (out / ".parts").glob("*.json")]
     done = {name: stamp for name, stamp in files_in(out).items() if name in {row["labels"] for row in rows}}
     assert 0 < len(done) == len(rows) < 80
-    assert predict.predict(saved, str(images), str(out))["segmented"] == 80
+    assert predict.predict(random_checkpoint, str(images), str(out))["segmented"] == 80
     assert done.items() <= files_in(out).items()  # untouched
-    predict.predict(saved, str(images), str(fresh))
+    predict.predict(random_checkpoint, str(images), str(fresh))
     assert contents(out) == contents(fresh)
 
 
-def test_a_single_file_and_a_folder_without_a_readable_image(one_process: None, saved: str, tmp_path: Path) -> None:
+def test_a_single_file_and_a_folder_without_a_readable_image(
+    one_process: None, random_checkpoint: str, tmp_path: Path
+) -> None:
     cv2.imwrite(str(tmp_path / "one.png"), disks((40, 40), 0))
-    summary = predict.predict(saved, str(tmp_path / "one.png"), str(tmp_path / "out"), tta=True, threshold=0.3)
+    summary = predict.predict(
+        random_checkpoint, str(tmp_path / "one.png"), str(tmp_path / "out"), tta=True, threshold=0.3
+    )
     assert summary["images"] == summary["segmented"] == 1
     assert (tmp_path / "out" / "masks" / "one.png").is_file()
     (tmp_path / "bad.png").write_bytes(b"no")
     for _ in range(2):
         with pytest.raises(UserError, match="none of the 1 images"):
-            predict.predict(saved, str(tmp_path / "bad.png"), str(tmp_path / "out2"))
+            predict.predict(random_checkpoint, str(tmp_path / "bad.png"), str(tmp_path / "out2"))
     assert "bad.png" in (tmp_path / "out2" / "images.csv").read_text()
 
 
