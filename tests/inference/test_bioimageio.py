@@ -103,6 +103,7 @@ def stored_image(rule: Intensity, size: tuple[int, int], seed: int = 0) -> Any:
     return values.round().clip(0, 2**rule.depth - 1).astype(np.uint16 if rule.depth == 16 else np.uint8)
 
 
+@pytest.mark.slow
 def test_bioimageio_core_reproduces_the_maps_of_raylivecell(packaged: tuple[str, Path, Intensity]) -> None:
     try:
         from bioimageio import core
