@@ -21,7 +21,7 @@ from raylivecell.data.config import PrepareConfig
 from raylivecell.data.prepare import prepare
 from raylivecell.images import scale as image_scale
 from raylivecell.images.scale import Scale
-from raylivecell.inference import evaluate, export, image_file, segmenter
+from raylivecell.inference import evaluate, export, graph_files, image_file, segmenter
 from raylivecell.network.unet import UNet, build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
@@ -207,9 +207,9 @@ def test_all_interfaces_scale_alike(no_ray: None, source: str, tmp_path: Path) -
     model, onnx = segmenter.load(folder, device="cpu"), segmenter.load(str(tmp_path / "model.onnx"))
     assert model.scale == onnx.scale == rule == segmenter.scale_of(folder) == segmenter.scale_of(str(tmp_path / "data"))
     assert segmenter.scale_of(str(tmp_path / "model.onnx")) == rule
-    about: dict[str, str] = {export.FILE: ""}
+    about: dict[str, str] = {graph_files.FILE: ""}
     torch.export.load(str(tmp_path / "model.pt2"), extra_files=about)
-    assert Scale.model_validate_json(json.loads(about[export.FILE])["scale"]) == rule
+    assert Scale.model_validate_json(json.loads(about[graph_files.FILE])["scale"]) == rule
     job = image_file.PredictJob(folder, f"{source}/images", str(tmp_path / "out"), ("labels",), False, None)
     for row in shards.list_rows(str(tmp_path / "data"), "test"):
         sample = shards.read_row(row, evaluate.SAMPLE)
