@@ -15,8 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Delays on a busy machine must not fail tests.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Delays on a busy machine must not fail tests. Everywhere else each run looks for new examples; in CI a commit must not
+# fail by an example of something that it did not touch (.ci/run sets CI).
+settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+)
 settings.load_profile("patient")
 # Ray's sockets need a short path; a separate temporary folder isolates a test run from any other Ray.
 os.environ.pop("RAY_ADDRESS", None)
