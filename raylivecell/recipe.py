@@ -79,11 +79,22 @@ class AugmentConfig(StrictModel):
     rotation: RotationConfig = RotationConfig()
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip and, independently, of a vertical flip."""
+    scale: float = Field(default=0.0, ge=0, le=3)
+    """Images are enlarged by exp(u), u uniform in [-log(1 + scale), log(1 + scale)]: by 0.71 to 1.4 for 0.4."""
     brightness: float = Field(default=12.0, ge=0, le=255)
     """Grey levels (0 to 255) added: uniform in [-brightness, brightness]."""
     contrast: float = Field(default=0.2, ge=0)
     """Differences from the dataset's background level are multiplied by exp(u), u uniform in
     [-log(1 + contrast), log(1 + contrast)]."""
+    gamma: float = Field(default=0.0, ge=0)
+    """Grey levels are curved by the exponent exp(u), u uniform in [-log(1 + gamma), log(1 + gamma)]; level and slope at
+    the background stay."""
+    blur: float = Field(default=0.0, ge=0, le=10)
+    """Gaussian blur with sigma uniform in [0, blur] pixels."""
+    noise: float = Field(default=0.0, ge=0, le=100)
+    """Gaussian noise with a standard deviation uniform in [0, noise] grey levels."""
+    shading: float = Field(default=0.0, ge=0, le=100)
+    """Uneven background: a smooth field with a standard deviation uniform in [0, shading] grey levels."""
     border: Literal["reflect", "constant"] = "reflect"
     """Values of pixels outside the image: reflected (image and targets), or the background level."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -235,6 +246,8 @@ class Recipe(StrictModel):
             raise ValueError(
                 "augment.device: boundary and distance maps are drawn on CPUs; use cpu, or targets: foreground"
             )
+        if self.augment.device == "cuda" and (self.augment.blur or self.augment.noise or self.augment.shading):
+            raise ValueError("augment.device: blur, noise and shading are added on CPUs; use cpu, or set them to 0")
         return self
 
     @property

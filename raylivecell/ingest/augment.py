@@ -1,9 +1,11 @@
 """Random transforms of a training sample: pure functions of (image, targets, rng).
 
-1. Nine uniform numbers, drawn in fixed order, determine everything except the elastic field (`RandomParameters`).
-2. One map gives the source position of each crop pixel: flips, rotation and elastic deformation combined.
+1. Uniform numbers, drawn in fixed order, determine everything except the random fields (`RandomParameters`).
+2. One map gives the source position of each crop pixel: flips, rotation, zoom and elastic deformation combined.
 3. One resampling pass with that map: linear for the image, nearest neighbour for the targets.
-4. Brightness and contrast are one table of 256 entries.
+4. Blur.
+5. Brightness, contrast and gamma are one table of 256 entries.
+6. Uneven background and noise are added in one pass.
 """
 
 import math
@@ -18,6 +20,10 @@ from raylivecell.ingest.elastic import Maps, Size, Window
 from raylivecell.recipe import AugmentConfig
 from raylivecell.targets.sample_planes import IMAGE, MASKS, STORED
 
+SMALLEST_BLUR = 0.3
+"""Sigma in pixels below which the neighbours of a pixel get less than a hundredth of its weight."""
+DARKEST = 32
+"""Lowest grey level at which the slope of gamma is normalised."""
 BACKGROUND = 128
 """Background grey level of LIVECell; for other datasets pass `Intensity.background_level`."""
 
@@ -34,10 +40,17 @@ class RandomParameters(NamedTuple):
     flip_y: float
     brightness: float
     contrast: float
+    scale: float
+    gamma: float
+    blur: float
+    noise: float
+    shading: float
+    fields: float
+    """Seed of the noise and the uneven background."""
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "RandomParameters":
-        """Draw all nine numbers."""
+        """Draw all numbers."""
         return cls(*rng.random(len(cls._fields)).tolist())
 
     def deformed(self, config: AugmentConfig) -> bool:
@@ -47,6 +60,10 @@ class RandomParameters(NamedTuple):
     def degrees(self, config: AugmentConfig) -> float:
         """Rotation angle in degrees; 0 without rotation."""
         return (2 * self.angle - 1) * config.rotation.degrees if self.rotation < config.rotation.p else 0.0
+
+    def zoom(self, config: AugmentConfig) -> float:
+        """Factor by which the sample is enlarged."""
+        return _factor(self.scale, config.scale)
 
     def flips(self, config: AugmentConfig) -> tuple[bool, bool]:
         """Whether to flip along x and along y."""
@@ -61,12 +78,12 @@ def augment(
     size: Size | None = None,
     background: int = BACKGROUND,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Deform, rotate and flip a sample, crop it at random, and change its brightness and contrast.
+    """Deform, zoom, rotate and flip a sample, crop it at random, and change its grey levels.
 
     Args:
         image: uint8 (H, W); not modified; H and W below 32,767 (OpenCV's limit).
         targets: uint8 (H, W, C) planes or integer (H, W) labels; not modified. No new values are created.
-        rng: for nine uniform numbers, then, if the sample is deformed, the amplitudes of the field.
+        rng: for `RandomParameters`, then, if the sample is deformed, the amplitudes of the field.
         config: strengths and probabilities.
         size: (h, w) of the crop; None: the complete image. Smaller images are first padded by reflection.
         background: background grey level of the dataset, for contrast and a constant border.
@@ -84,7 +101,7 @@ def augment(
     else:
         image = remap(image, maps, cv2.INTER_LINEAR, config.border, background)
         targets = _remap_targets(targets, maps, config.border)
-    return recolour(image, draws, config, background), targets
+    return add_fields(recolour(blur(image, draws, config), draws, config, background), draws, config), targets
 
 
 def augment_planes(
@@ -161,11 +178,12 @@ def warp_of(
     step = elastic.control_step(config.elastic.sigma)
     if not augmented:
         window = _window(shape, size, *rng.random(2).tolist())
-        identity = _affine_maps(shape, window, 0.0, (False, False), step)
-        return Warp(np.stack(identity), np.arange(256, dtype=np.uint8))
+        y, x = (elastic.control_points(first, length, step) for first, length in zip(window[:2], window[2:]))
+        identity = np.stack(np.meshgrid(x, y)).astype(np.float32)
+        return Warp(identity, np.arange(256, dtype=np.uint8))
     draws = RandomParameters.draw(rng)
     window = _window(shape, size, draws.top, draws.left)
-    affine = _affine_maps(shape, window, draws.degrees(config), draws.flips(config), step)
+    affine = _affine_maps(shape, window, draws, config, step)
     maps = (
         elastic.deform_control_points(affine, rng, shape, window, config.elastic) if draws.deformed(config) else affine
     )
@@ -183,11 +201,42 @@ def remap(array: np.ndarray, maps: Maps, interpolation: int, border: str, fill: 
     return cv2.remap(array, *maps, interpolation, borderMode=mode, borderValue=(fill,) * 4)
 
 
+def blur(image: np.ndarray, draws: RandomParameters, config: AugmentConfig) -> np.ndarray:
+    """Blur by a Gaussian, in place."""
+    sigma = draws.blur * config.blur
+    if sigma < SMALLEST_BLUR:
+        return image
+    return cv2.GaussianBlur(image, (0, 0), sigma, dst=image, borderType=cv2.BORDER_REFLECT_101)
+
+
 def recolour(image: np.ndarray, draws: RandomParameters, config: AugmentConfig, background: int) -> np.ndarray:
-    """Change brightness and contrast in place."""
-    if config.brightness == 0 and config.contrast == 0:
+    """Change brightness, contrast and gamma in place."""
+    if config.brightness == 0 and config.contrast == 0 and config.gamma == 0:
         return image
     return cv2.LUT(image, _grey_table(draws, config, background), dst=image)
+
+
+def add_fields(image: np.ndarray, draws: RandomParameters, config: AugmentConfig) -> np.ndarray:
+    """Add an uneven background and noise, in place."""
+    if config.noise == 0 and config.shading == 0:
+        return image
+    rng = np.random.default_rng(int(draws.fields * 2**53))
+    # The lowest cosines of each axis: sums of slopes and bowls, with standard deviation 1 over all pixels and fields.
+    rows, columns = (
+        np.cos(np.pi * np.outer((np.arange(length) + 0.5) / length, np.arange(3))) * (1, math.sqrt(2), math.sqrt(2))
+        for length in image.shape
+    )
+    amplitudes = rng.standard_normal((3, 3)) * (draws.shading * config.shading / math.sqrt(8))
+    amplitudes[0, 0] = 0  # brightness
+    added = (rows @ amplitudes @ columns.T).astype(np.float32)
+    if config.noise:
+        added += rng.standard_normal(image.shape, np.float32) * np.float32(draws.noise * config.noise)
+    return cv2.add(image, added, dst=image, dtype=cv2.CV_8U)
+
+
+def _factor(draw: float, strength: float) -> float:
+    """exp(u), with u from -log(1 + strength) to log(1 + strength) for a draw from 0 to 1."""
+    return (1 + strength) ** (2 * draw - 1)
 
 
 def _pad(array: np.ndarray, size: Size | None) -> np.ndarray:
@@ -215,30 +264,45 @@ def _maps(
 ) -> Maps | None:
     """Source x and y of each pixel of the window, float32 (h, w); None if the sample is at most flipped.
 
-    The transformed image is flip(rotate(deform(source))): the source of its pixel p is q + d, q = c + R F (p - c).
-    The field d is drawn at p instead of q: its distribution is the same under flips and rotation, and the displacement
-    stays along the source's axes.
+    The transformed image is zoom(flip(rotate(deform(source)))): the source of its pixel p is q + d, q = c + R F p',
+    with p' relative to the centre c, divided by the zoom (`_unzoomed`). The field d is drawn at p instead of q: its
+    distribution is the same under flips, rotation and zoom, and the displacement stays along the source's axes.
     """
     deformed, angle = draws.deformed(config), draws.degrees(config)
-    if not deformed and angle == 0:
+    if not deformed and angle == 0 and config.scale == 0:
         return None
     step = elastic.control_step(config.elastic.sigma) if deformed else 1.0
-    affine = _affine_maps(shape, window, angle, draws.flips(config), step)
+    affine = _affine_maps(shape, window, draws, config, step)
     return elastic.deform(affine, rng, shape, window, config.elastic) if deformed else affine
 
 
-def _affine_maps(shape: Size, window: Window, angle: float, flips: tuple[bool, bool], step: float) -> Maps:
-    """Source x and y, float32 (rows, columns), of the window's control points in the flipped and rotated image."""
-    y, x = (elastic.control_points(first, length, step) for first, length in zip(window[:2], window[2:]))
+def _affine_maps(shape: Size, window: Window, draws: RandomParameters, config: AugmentConfig, step: float) -> Maps:
+    """Source x and y, float32 (rows, columns), of the window's control points in the transformed image."""
+    zoom, angle, flips = draws.zoom(config), draws.degrees(config), draws.flips(config)
+    y, x = (
+        _unzoomed(elastic.control_points(first, length, step), first, length, full, draw, zoom)
+        for first, length, full, draw in zip(window[:2], window[2:], shape, (draws.top, draws.left))
+    )
     cy, cx = (shape[0] - 1) / 2, (shape[1] - 1) / 2
     fx, fy = (-1 if flipped else 1 for flipped in flips)
     # Rounded to be exact at quarter turns, where cos or sin is 6e-17: pixels must map to pixels.
     cos, sin = (round(f(math.radians(angle)), 15) for f in (math.cos, math.sin))
-    u, v = fx * (x - cx), fy * (y - cy)
+    u, v = fx * x, fy * y
     return (
         np.add.outer((cx - sin * v).astype(np.float32), (cos * u).astype(np.float32)),
         np.add.outer((cy + cos * v).astype(np.float32), (sin * u).astype(np.float32)),
     )
+
+
+def _unzoomed(positions: np.ndarray, first: int, length: int, full: int, draw: float, zoom: float) -> np.ndarray:
+    """Positions in the crop -> in the image that the zoom enlarges, relative to the image's centre, along one axis.
+
+    The crop shows length / zoom pixels, at a place that `draw` (0 to 1) selects uniformly among all inside the image,
+    or in its middle if they are more than the image's.
+    """
+    if zoom == 1:
+        return positions - (full - 1) / 2
+    return (draw - 0.5) * max(0.0, full - length / zoom) + (positions - first - (length - 1) / 2) / zoom
 
 
 def _remap_targets(targets: np.ndarray, maps: Maps, border: str) -> np.ndarray:
@@ -259,6 +323,12 @@ def _remap_targets(targets: np.ndarray, maps: Maps, border: str) -> np.ndarray:
 
 def _grey_table(draws: RandomParameters, config: AugmentConfig, background: int) -> NDArray[np.uint8]:
     """New value of each grey level, (256,)."""
-    factor = (1 + config.contrast) ** (2 * draws.contrast - 1)
+    gamma, levels = _factor(draws.gamma, config.gamma), np.arange(256.0)
+    if gamma != 1:
+        # Level and slope at the background stay: brightness and contrast change these. A black one has no slope.
+        curved = 255 * (levels / 255) ** gamma
+        slope = gamma * (max(background, DARKEST) / 255) ** (gamma - 1)
+        levels = (curved - curved[background]) / slope + background
     shift = (2 * draws.brightness - 1) * config.brightness
-    return np.clip(np.rint((np.arange(256) - background) * factor + background + shift), 0, 255).astype(np.uint8)
+    levels = (levels - background) * _factor(draws.contrast, config.contrast) + background + shift
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)

@@ -4,10 +4,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raylivecell.ingest.augment import augment, augment_planes, random_crop, random_crop_planes
-from raylivecell.ingest.elastic import field, field_direct
+from raylivecell.ingest.augment import RandomParameters, augment, augment_planes, random_crop, random_crop_planes
 from raylivecell.recipe import AugmentConfig
 
 SIZES = [(520, 704), (333, 434), (97, 61), (16, 200)]
@@ -282,94 +283,79 @@ def test_a_setting_does_not_change_the_other_random_parameters() -> None:
         np.testing.assert_array_equal(first[1], second[1])
 
 
+@given(st.sampled_from([None, (64, 80), (119, 149)]), st.floats(0.1, 3), st.booleans(), st.integers(0, 99))
+@settings(max_examples=60)
+def test_a_zoomed_crop_is_an_evenly_scaled_part_of_the_image(
+    size: tuple[int, int] | None, strength: float, rotated: bool, seed: int
+) -> None:
+    """The targets are their own coordinates: distances are divided by the zoom, and nothing outside is shown."""
+    shape = (120, 150)
+    coordinates = np.arange(120 * 150, dtype=np.int32).reshape(shape)
+    rotation = {"p": float(rotated), "degrees": 0}  # a map without rotation
+    _, sources = augment(noise(shape), coordinates, rng(seed), config(scale=strength, rotation=rotation), size)
+    y, x = np.divmod(sources, 150)
+    zoom = (1 + strength) ** (2 * rng(seed).random(16)[9] - 1)
+    for values, length, full in zip((y, x.T), size or shape, shape):
+        lines = values.astype(float)
+        assert (lines == lines[:, :1]).all()  # neither rotated nor sheared
+        if length / zoom > full:
+            middle = lines[abs(np.arange(length) - (length - 1) / 2) < full * zoom / 2 - 1, 0]
+            assert (middle[0], middle[-1]) == pytest.approx((0, full - 1), abs=1 + 2 / zoom)  # all of the image
+        else:
+            middle = lines[:, 0]
+        assert np.diff(middle).min() >= 0  # no reflection
+        assert middle[-1] - middle[0] == pytest.approx((len(middle) - 1) / zoom, abs=1.01)
+
+
+def test_zoomed_crops_reach_all_edges_of_the_image() -> None:
+    coordinates = np.arange(120 * 150, dtype=np.int32).reshape(120, 150)
+    results = [augment(noise((120, 150)), coordinates, rng(s), config(scale=1.0), (60, 70))[1] for s in range(900)]
+    zooms = [(result // 150).max() - (result // 150).min() for result in results]
+    assert min(zooms) < 33 < 110 < max(zooms)  # 60 / 2 to 60 * 2, at most 119
+    seen = np.bincount(np.concatenate([result.ravel() for result in results]), minlength=coordinates.size)
+    assert (seen.reshape(40, 3, 50, 3).sum((1, 3)) > 0).all()
+
+
+def test_gamma_curves_around_the_background() -> None:
+    image = frozen(np.tile(np.arange(256, dtype=np.uint8), (20, 1)))
+    bends = []
+    for seed in range(100):
+        curved = augment(image, cells(image.shape), rng(seed), config(gamma=0.5), background=100)[0][0].astype(int)
+        assert (np.diff(curved) >= 0).all()
+        assert curved[100] == 100
+        assert curved[110] - curved[90] == pytest.approx(20, abs=2)
+        bends.append((curved[180] - 100) / 80)
+    assert min(bends) < 0.93 < 1.07 < max(bends)
+
+
+@given(st.integers(0, 999), st.booleans(), st.floats(1, 40), st.floats(1, 40))
+def test_noise_and_shading_have_the_stated_strength(seed: int, deformed: bool, noise: float, shading: float) -> None:
+    image, labels = np.full((140, 160), 128, np.uint8), cells((140, 160))
+    elastic = {"p": float(deformed)}
+    noisy, moved = augment(image, labels, rng(seed), config(noise=noise, elastic=elastic))
+    uneven, _ = augment(image, labels, rng(seed), config(shading=shading))
+    both, _ = augment(image, labels, rng(seed), config(noise=noise, shading=shading, elastic=elastic))
+    draws = RandomParameters.draw(rng(seed))
+    assert noisy.std() == pytest.approx(np.hypot(draws.noise * noise, 0.29), rel=0.05, abs=0.31)
+    # Smooth: the slope of the second cosine over 140 pixels, with amplitudes beyond three sigma improbable.
+    assert np.abs(np.diff(uneven.astype(int), axis=0)).max() <= 1 + shading / 4
+    assert uneven.std() < 3 * shading
+    inside = np.all([(result > 0) & (result < 255) for result in (noisy, uneven, both)], axis=0)
+    assert np.abs(both.astype(int) - noisy - uneven + 128)[inside].max(initial=0) <= 1  # each is rounded once
+    np.testing.assert_array_equal(moved, augment(image, labels, rng(seed), config(elastic=elastic))[1])
+
+
+def test_blur_lowers_the_contrast_of_edges_but_not_the_mean() -> None:
+    image, labels = noise((120, 130)), cells((120, 130))
+    results = [augment(image, labels, rng(seed), config(blur=2)) for seed in range(20)]
+    deviations = [blurred.std() for blurred, _ in results]
+    assert min(deviations) < 15 < 60 < max(deviations)
+    for blurred, unchanged in results:
+        assert blurred.mean() == pytest.approx(image.mean(), abs=1)
+        np.testing.assert_array_equal(unchanged, labels)
+
+
 @pytest.mark.parametrize("fields", [{"elastic": {"sigma": 0.5}}, {"flip": 1.5}, {"elastik": {}}, {"border": "wrap"}])
 def test_invalid_fields_are_rejected(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AugmentConfig.model_validate(fields)
-
-
-# The displacement field compared with its direct form. Both are separable and linear in independent random numbers, so
-# the covariance of any two pixels can be computed exactly, without random draws.
-
-
-class Amplitude(np.random.Generator):
-    """Random generator that draws a single amplitude of 1: frequency k along y, frequency 0 along x."""
-
-    def __init__(self, k: int) -> None:
-        super().__init__(np.random.PCG64(0))
-        self.k, self.count = k, 0
-
-    def standard_normal(self, size: Any = None, dtype: Any = np.float64, out: Any = None) -> Any:
-        draws = np.zeros(size, dtype)
-        draws[:, self.k, 0] = 1
-        self.count = size[1]
-        return draws
-
-
-def our_rows(length: int, sigma: float) -> np.ndarray:
-    """The field along one axis: row = pixel, column = weight of an independent random number of variance 1."""
-    first = Amplitude(0)
-    constant = field(first, (length, length), sigma)[0, :, 0].astype(float)
-    others = [field(Amplitude(k), (length, length), sigma)[0, :, 0] for k in range(1, first.count)]
-    # Divide by the weight of frequency 0 along x, equal for all pixels; the noise has variance 1/3.
-    level = np.sqrt(constant[0] * np.sqrt(3))
-    return np.stack([constant, *others], axis=1) * np.sqrt(3) / level
-
-
-def direct_rows(length: int, sigma: float) -> np.ndarray:
-    """The direct form along one axis: row = pixel, column = weight of the noise at a pixel."""
-    taps = int(np.rint(8 * sigma + 1)) | 1  # kernel size of cv2.GaussianBlur for float images
-    return cv2.GaussianBlur(np.eye(length), (1, taps), sigmaX=sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT)
-
-
-def covariance(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviation of each pixel, and correlation of each pair."""
-    products = rows @ rows.T
-    deviation = np.sqrt(np.diag(products))
-    return deviation, products / np.outer(deviation, deviation)
-
-
-def correlation_length(correlation: np.ndarray) -> float:
-    """Lag at which `correlation` (starting at lag 0) first falls below 1/e, interpolated between pixels."""
-    after = int(np.argmax(correlation < np.exp(-1)))
-    high, low = correlation[after - 1], correlation[after]
-    return float(after - (np.exp(-1) - low) / (high - low))
-
-
-@pytest.mark.parametrize(
-    ("length", "sigma"),
-    [
-        (97, 3.0),
-        (97, 4.1),
-        (120, 5.5),
-        (61, 7.9),
-        (333, 10.0),
-        (434, 10.0),
-        (333, 17.0),
-        (520, 25.0),
-        (97, 40.0),
-        (520, 40.0),
-    ],
-)
-def test_the_field_is_distributed_as_its_direct_form(length: int, sigma: float) -> None:
-    (ours, our_correlation), (direct, correlation) = (covariance(f(length, sigma)) for f in (our_rows, direct_rows))
-    assert np.abs((ours / direct) ** 2 - 1).max() < 0.02  # squared: the worst pixels of both axes
-    assert np.mean((ours / direct) ** 2) == pytest.approx(1, abs=0.005)
-    np.testing.assert_allclose(our_correlation, correlation, atol=0.015)
-    for pixel in {0, 3, length // 4, length // 2}:
-        if correlation[pixel, pixel:].min() < 0.3:
-            expected = correlation_length(correlation[pixel, pixel:])
-            assert correlation_length(our_correlation[pixel, pixel:]) == pytest.approx(expected, rel=0.05)
-
-
-@pytest.mark.parametrize(("sigma", "draw"), [(2.0, field), (3.0, field), (6.0, field), (6.0, field_direct)])
-def test_fields_have_the_stated_strength_and_correlation_length(sigma: float, draw: Any) -> None:
-    fields = np.stack([draw(rng(seed), (400, 437), sigma) for seed in range(12)])
-    inner = fields[:, :, 20:-20, 20:-20].astype(float)
-    assert np.sqrt((inner**2).mean()) == pytest.approx(0.5 / np.sqrt(3 * np.pi) / sigma, rel=0.02)
-    for axis in (2, 3):
-        lags = range(int(4 * sigma))
-        along = np.moveaxis(inner, axis, 0)
-        products = np.array([(along[: len(along) - lag] * along[lag:]).mean() for lag in lags])
-        assert correlation_length(products / products[0]) == pytest.approx(2 * sigma, rel=0.05)
-    assert abs(np.corrcoef(inner[:, 0].ravel(), inner[:, 1].ravel())[0, 1]) < 0.05

@@ -26,6 +26,8 @@ configs = st.builds(
                 }
             ),
             "rotation": st.fixed_dictionaries({"p": st.sampled_from([0.0, 0.5, 1.0])}),
+            "scale": st.sampled_from([0.0, 0.4, 1.0]),
+            "gamma": st.sampled_from([0.0, 0.5]),
             "border": st.sampled_from(["reflect", "constant"]),
         }
     ),
