@@ -9,7 +9,7 @@ demo: .venv/.installed  ## synth, prepare, train, evaluate and predict in minute
 	$(BIN)/raylivecell demo --out demo
 
 # Files of the second group of slow tests of Ray, about half of their time.
-SECOND := $(addprefix tests/,cluster/test_kubernetes_pod.py cluster/test_monitoring.py cluster/test_s3.py project/test_readme.py sweep/test_sweep.py)
+SECOND := $(addprefix tests/,cli/test_submit.py cluster/test_kubernetes_pod.py cluster/test_monitoring.py cluster/test_s3.py project/test_readme.py runtime/test_working_folder.py sweep/test_sweep.py)
 
 test: lint  ## lint, unit tests and quick tests of Ray; 6 minutes on two cores
 	tests/streams.sh "not slow"

@@ -191,6 +191,13 @@ class PrepareConfig(StrictModel):
     cell_type: str | None = None
     """Cell type of all images. Default: the part of the name before `_Phase_`, otherwise the category of most
     annotations."""
+    name: str | None = None
+    """Name of the dataset, for reports and exported networks. Default: `description` in the annotation files."""
+    licence: str | None = None
+    """Licence of the images, which networks trained on them follow: an SPDX identifier such as CC-BY-4.0, or a text.
+    Default: that of the annotation files."""
+    citation: str | None = None
+    """How to cite the dataset. Default: contributor, year and URL in the annotation files."""
     annotations: dict[Literal["train", "val", "test", "all"], str] = Field(default={})
     """Annotation file of each split: a path inside the source or a pattern (`LIVECell_single_cells/*/train.json`);
     with --split, the file of all images: `all PATH`. Default: detected from file and folder names."""
@@ -266,6 +273,11 @@ class PrepareConfig(StrictModel):
                 nearest = difflib.get_close_matches(rule, kinds[name].rules, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown rule {name}={rule}; did you mean {nearest}? Rules: {allowed}")
         return on_defect
+
+    @property
+    def legal(self) -> dict[str, str]:
+        """Name, licence and citation, as far as they are given."""
+        return self.model_dump(include={"name", "licence", "citation"}, exclude_none=True)
 
     @property
     def choice(self) -> Choice:

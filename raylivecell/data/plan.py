@@ -142,7 +142,7 @@ def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
     # Only if chosen: the settings of earlier datasets lack them.
     chosen = {name: value for name, value in config.choice._asdict().items() if value is not None}
     return {
-        "source": {"uri": source, **fields, **chosen},
+        "source": {"uri": source, **fields, **chosen, **config.legal},
         "targets": config.targets.model_dump(),
         "rules": config.rules(),
     }
@@ -260,11 +260,13 @@ def dataset_head(
     source: Source | PairedSource,
     plans: Sequence[ShardPlan],
     intensity: Intensity,
-    pixel_scale: float = 1.0,
+    pixel_scale: float,
+    legal: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the part of dataset.json that is known before drawing: licence, provenance, settings and fingerprint.
 
-    The bytes of the dataset depend only on what the fingerprint covers.
+    The bytes of the dataset depend only on what the fingerprint covers. `legal` has precedence over the source's name,
+    licence and citation.
     """
     files = source.files()
     rule = intensity.model_dump(mode="json")
@@ -275,6 +277,7 @@ def dataset_head(
         provenance["groups"] = splitting.describe(source.assignment)
     return {
         **description.legal(*source.info_and_licences()),
+        **legal,
         **settings,
         "source": settings["source"] | provenance,
         "categories": source.categories,

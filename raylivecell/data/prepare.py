@@ -112,7 +112,7 @@ def _prepare(
         pixel_scale = plan.pixel_scale_to(target_scale, source, entries, infos, config)
         _print(f"pixel scale: {pixel_scale:g}, from the cell size of {config.diameter_from}")
     plans = plan.plan_shards(source, entries, infos, config, pixel_scale)
-    head = plan.dataset_head(settings, source, plans, rule, pixel_scale)
+    head = plan.dataset_head(settings, source, plans, rule, pixel_scale, config.legal)
     if previous is not None and previous["source"] == head["source"] and _is_complete(out, previous):
         _delete_all_but(out, {shard.file for shard in plans})
         console.console.print(f"nothing to do: {out} already contains this dataset", markup=False, soft_wrap=True)

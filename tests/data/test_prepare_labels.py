@@ -122,13 +122,19 @@ def test_one_mask_per_cell(tmp_path: Path) -> None:
             path = tmp_path / "source" / "stage1_train" / name / "masks" / f"cell{value:05d}.png"
             write(path, np.where(value == CELLS, 255, 0).astype(np.uint8))
     write(tmp_path / "source/stage1_train/1cd/masks/cell00009.png", np.full((HEIGHT, WIDTH + 1), 255, np.uint8))
-    description = prepare(str(tmp_path / "source"), str(tmp_path / "out"), PrepareConfig(cell_type="nuclei"))
+    config = PrepareConfig(cell_type="nuclei", name="Bowl", licence="CC0-1.0")
+    description = prepare(str(tmp_path / "source"), str(tmp_path / "out"), config)
     (row,) = rows_of(tmp_path / "out", "train").values()
     assert_same_cells(row, CELLS)
     assert (row["cell_type"], row["file_name"]) == ("nuclei", "stage1_train/0ab/0ab.png")
     (defect,) = defects_of(description, "unreadable_annotation")
     assert "masks of different sizes, 64 x 48 and 65 x 48" in defect["detail"]
     assert description["source"]["cell_type"] == "nuclei"
+    legal = [shards.provenance(str(tmp_path / "out"))[name] for name in ("name", "licence", "citation")]
+    assert legal == ["Bowl", "CC0-1.0", "not stated"]
+    assert prepare(str(tmp_path / "source"), str(tmp_path / "out"), config) == description
+    with pytest.raises(UserError, match="other settings"):  # a licence is not replaced without a word
+        prepare(str(tmp_path / "source"), str(tmp_path / "out"), config.model_copy(update={"licence": "CC-BY-4.0"}))
 
 
 @pytest.mark.usefixtures("no_ray")
