@@ -35,8 +35,9 @@ def segment(
     """Segment an image of any size, with the result of `watershed.segment` on the maps of the complete image.
 
     A cell of up to 2 `halo` rows is taken from a strip that contains it completely. The parts of a taller cell are
-    joined where the strips meet. If a strip cuts a neighbour of a cell, their common border may differ by some pixels
-    from the result on the complete image, but only if one of the two is more than `halo` / 2 rows high.
+    scored one by one, and joined where the strips meet. If a strip cuts a neighbour of a cell, their common border
+    may differ by some pixels from the result on the complete image, but only if one of the two is more than `halo`
+    / 2 rows high.
 
     Args:
         network: returns the maps of a window, channels as in `Target.channels`, 0 to 1.
@@ -47,8 +48,8 @@ def segment(
         halo: rows, 1 or more.
 
     Returns:
-        Labels int32 (H, W), 0 background, 1 to N without gaps; scores float64 (N,), the mean foreground probability of
-        each cell; and bool (H, W), whether the foreground probability is above its threshold.
+        Labels int32 (H, W), 0 background, 1 to N without gaps; scores float64 (N,), the mean confidence in the
+        pixels of each cell; and bool (H, W), whether the foreground probability is above its threshold.
     """
     labels, foreground = np.zeros(image.shape, np.int32), np.zeros(image.shape, np.bool_)
     areas, score_sums = np.zeros(1), np.zeros(1)  # by label
@@ -57,7 +58,7 @@ def segment(
         rows = slice(first, first + maps.shape[1])
         previous = labels[rows]
         foreground[rows] = maps[0] > config.threshold
-        cells = watershed.segment(maps, targets, config)
+        cells, confidence = watershed.segment_with_confidence(maps, targets, config)
         continued = _continued(cells, previous[0], cut)
         new = _owned(cells, own_end - first) & _unlabelled(cells, previous, config.min_area) & (continued == 0)
         numbers = np.where(new, len(areas) - 1 + np.cumsum(new, dtype=np.int32), continued)
@@ -66,9 +67,9 @@ def segment(
         inside = np.flatnonzero(added)
         owner = added.ravel()[inside]
         areas = _add(areas, np.bincount(owner))
-        score_sums = _add(score_sums, np.bincount(owner, maps[0].ravel()[inside]))
+        score_sums = _add(score_sums, np.bincount(owner, confidence.ravel()[inside]))
         cut = numbers[np.unique(cells[-1])]
-        del maps, cells, added, inside, owner  # free the memory for the next strip
+        del maps, cells, confidence, added, inside, owner  # free the memory for the next strip
     return labels, score_sums[1:] / areas[1:], foreground
 
 

@@ -6,9 +6,8 @@
 4. Neighbouring basins are merged unless the lower of their peaks rises above the saddle between them by `prominence`
    (the h-maxima of Soille, Morphological Image Analysis, 2003, chapter 6; basins merged at their saddles).
 5. Small cells are removed and small holes filled.
-
-The score of an instance is the mean foreground probability of its pixels, 0 to 1, by which average precision
-ranks them.
+6. Each cell gets a score, 0 to 1: the mean of its pixels' confidence (`Target.confidence`), by which average precision
+   ranks cells. Cells with a low score are removed.
 """
 
 import cv2
@@ -36,6 +35,8 @@ class InstanceConfig(StrictModel):
     below it."""
     min_area: int = Field(20, ge=0)
     """Cells of fewer pixels are removed."""
+    min_score: float = Field(0.0, ge=0, le=1)
+    """Cells with a lower score are removed."""
 
 
 def default(targets: Targets) -> InstanceConfig:
@@ -45,6 +46,26 @@ def default(targets: Targets) -> InstanceConfig:
 
 def segment(maps: Maps, targets: Targets, config: InstanceConfig) -> Labels:
     """Segment maps, float32 (C, H, W) as `Target.channels`: int32 (H, W), 0 background, 1 to N without gaps."""
+    labels = _flood(maps, targets, config)
+    return _confident(labels, target(targets).confidence(maps, labels), config) if config.min_score else labels
+
+
+def segment_with_confidence(maps: Maps, targets: Targets, config: InstanceConfig) -> tuple[Labels, NDArray[np.float32]]:
+    """The labels of `segment`, and the confidence in each of their pixels, float32 (H, W), 0 to 1."""
+    labels = _flood(maps, targets, config)
+    confidence = target(targets).confidence(maps, labels)
+    return (_confident(labels, confidence, config) if config.min_score else labels), confidence
+
+
+def scores(labels: Labels, confidence: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean confidence (H, W) of each instance of `labels` (1 to N), float64 (N,)."""
+    flat = labels.ravel()
+    counts = np.bincount(flat)
+    return (np.bincount(flat, confidence.ravel()) / np.maximum(counts, 1))[1:]
+
+
+def _flood(maps: Maps, targets: Targets, config: InstanceConfig) -> Labels:
+    """Steps 1 to 5."""
     cell = maps[0] > config.threshold
     if not cell.any():
         return np.zeros(cell.shape, np.int32)
@@ -55,11 +76,10 @@ def segment(maps: Maps, targets: Targets, config: InstanceConfig) -> Labels:
     return _clean(_merge_basins(_basins(heights, cell), heights, config.prominence), config.min_area)
 
 
-def scores(labels: Labels, probability: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean foreground probability (H, W) of each instance of `labels` (1 to N), float64 (N,)."""
-    flat = labels.ravel()
-    counts = np.bincount(flat)
-    return (np.bincount(flat, probability.ravel()) / np.maximum(counts, 1))[1:]
+def _confident(labels: Labels, confidence: NDArray[np.float32], config: InstanceConfig) -> Labels:
+    """Remove instances with a score below `min_score`; renumber 1 to N."""
+    keep = np.array([False, *(scores(labels, confidence) >= config.min_score)])
+    return np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels]
 
 
 def _basins(heights: NDArray[np.float32], cell: NDArray[np.bool_]) -> Labels:

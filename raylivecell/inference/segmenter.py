@@ -42,7 +42,7 @@ class Cells(NamedTuple):
     labels: watershed.Labels
     """int32 (H, W): 0 background, 1 to N."""
     scores: NDArray[np.float64]
-    """(N,), 0 to 1: each cell's mean foreground probability."""
+    """(N,), 0 to 1: the mean confidence in each cell's pixels (`Target.confidence`)."""
     foreground: NDArray[np.bool_]
     """(H, W): where the foreground probability is above `InstanceConfig.threshold`; never in padding."""
     warnings: tuple[str, ...] = ()
@@ -155,8 +155,8 @@ class Segmenter:
         return self._cells_of_maps(maps)
 
     def _cells_of_maps(self, maps: Maps) -> Cells:
-        labels = watershed.segment(maps, self.targets, self.config)
-        return Cells(labels, watershed.scores(labels, maps[0]), maps[0] > self.config.threshold)
+        labels, confidence = watershed.segment_with_confidence(maps, self.targets, self.config)
+        return Cells(labels, watershed.scores(labels, confidence), maps[0] > self.config.threshold)
 
 
 def _embed(cells: Cells, window: tuple[slice, slice], shape: tuple[int, ...]) -> Cells:

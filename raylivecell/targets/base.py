@@ -47,3 +47,15 @@ class Target(ABC):
             maps: the network's output after the sigmoid, float32 (C, H, W), as `channels`.
             cell: bool (H, W): foreground probability above the threshold.
         """
+
+    def confidence(self, maps: NDArray[np.float32], labels: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Confidence in each pixel of the cells that were found, float32 (H, W), 0 to 1; any value outside cells.
+
+        Args:
+            maps: as in `height`.
+            labels: (H, W), 0 background, 1 to N.
+
+        Returns:
+            The foreground probability, unless the kind has maps to compare with the cells.
+        """
+        return maps[0]

