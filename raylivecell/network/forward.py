@@ -1,7 +1,7 @@
 """Networks on images of any size: the only module that turns pixels into logits and logits into probabilities. No Ray.
 
 1. Small images are processed in one forward pass, larger ones in overlapping windows that are blended.
-2. Test-time augmentation averages the probabilities of the four flips.
+2. Test-time augmentation averages the probabilities of the eight flips and quarter turns.
 3. A pixel belongs to a cell if its logit is above 0, that is, its probability above 0.5.
 """
 
@@ -16,7 +16,9 @@ from raylivecell.network import windows
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Recipe
 
-FLIPS: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (1, 2))
+SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
+"""Quarter turns of the image, and whether it is mirrored before. mSA of five LIVECell images 0.297, with the four flips
+alone 0.285, with one pass 0.279; an additional pass on the image enlarged by 1.5 lowered it to 0.277."""
 
 
 def build(recipe: Recipe, device: torch.device, rule: Intensity | None = None) -> nn.Module:
@@ -25,32 +27,33 @@ def build(recipe: Recipe, device: torch.device, rule: Intensity | None = None) -
 
 
 @torch.inference_mode()
-def logits(network: nn.Module, images: Tensor, flips: bool = False) -> Tensor:
+def logits(network: nn.Module, images: Tensor, tta: bool = False) -> Tensor:
     """Logits of images, float32 (B, C, H, W), on the network's device.
 
     Args:
         network: in evaluation mode.
         images: uint8 (B, H, W) of any size.
-        flips: average the probabilities of the image and its three flips.
+        tta: average the probabilities of the eight flips and quarter turns, in eight passes.
     """
     images = images.to(next(network.parameters()).device)
-    if not flips:
+    if not tta:
         return _logits(network, images)
     total = torch.zeros((), device=images.device)
-    for axes in FLIPS:
-        output_axes = tuple(axis + 1 for axis in axes)
-        total = total + torch.sigmoid(_logits(network, images.flip(axes))).flip(output_axes)
-    return torch.logit(total / len(FLIPS))
+    for turns, mirrored in SYMMETRIES:
+        seen = torch.rot90(images.flip(-1) if mirrored else images, turns, (-2, -1))
+        output = torch.rot90(torch.sigmoid(_logits(network, seen)), -turns, (-2, -1))
+        total = total + (output.flip(-1) if mirrored else output)
+    return torch.logit(total / len(SYMMETRIES))
 
 
-def maps(network: nn.Module, image: NDArray[np.uint8], flips: bool = False) -> NDArray[np.float32]:
+def maps(network: nn.Module, image: NDArray[np.uint8], tta: bool = False) -> NDArray[np.float32]:
     """Output maps of an image (H, W) of any size, float32 (C, H, W), 0 to 1, channels as `Target.channels`."""
     pixels = torch.from_numpy(np.array(image))[None]
-    return torch.sigmoid(logits(network, pixels, flips))[0].cpu().numpy()
+    return torch.sigmoid(logits(network, pixels, tta))[0].cpu().numpy()
 
 
 def logits_of_picture(
-    network: nn.Module, image: NDArray[np.uint8], padding: NDArray[np.bool_] | None, flips: bool = False
+    network: nn.Module, image: NDArray[np.uint8], padding: NDArray[np.bool_] | None, tta: bool = False
 ) -> Tensor:
     """`logits` of one image, (C, H, W): minus infinity in its padding, which is hidden from the network.
 
@@ -58,21 +61,21 @@ def logits_of_picture(
         network: in evaluation mode.
         image: uint8 (H, W).
         padding: bool (H, W), True in the padding; None: no padding.
-        flips: as in `logits`.
+        tta: as in `logits`.
     """
     if padding is None:
-        return logits(network, torch.from_numpy(np.array(image))[None], flips)[0]
+        return logits(network, torch.from_numpy(np.array(image))[None], tta)[0]
     (rows, columns), content = grey_levels.without_padding(image, padding)
-    content_logits = logits(network, torch.from_numpy(content)[None], flips)[0]
+    content_logits = logits(network, torch.from_numpy(content)[None], tta)[0]
     frame_logits = content_logits.new_full((len(content_logits), *image.shape), -torch.inf)
     frame_logits[:, rows, columns] = content_logits
     frame_logits[:, torch.from_numpy(padding).to(frame_logits.device)] = -torch.inf
     return frame_logits
 
 
-def maps_of_frame(network: nn.Module, frame: Frame, flips: bool = False) -> NDArray[np.float32]:
+def maps_of_frame(network: nn.Module, frame: Frame, tta: bool = False) -> NDArray[np.float32]:
     """`maps` of a frame, float32 (C, H, W): 0 in its padding, and everywhere if the frame is not usable."""
-    output = torch.sigmoid(logits_of_picture(network, frame.levels, frame.padding, flips)).cpu().numpy()
+    output = torch.sigmoid(logits_of_picture(network, frame.levels, frame.padding, tta)).cpu().numpy()
     return output if frame.usable else np.zeros_like(output)
 
 

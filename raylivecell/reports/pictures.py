@@ -17,17 +17,17 @@ from raylivecell.reports.overlay import LEGEND, overlay
 from raylivecell.scoring import pixel_scores
 
 
-def overlays(network: nn.Module, data: Data, split: str, count: int, flips: bool = False) -> list[tuple[str, bytes]]:
+def overlays(network: nn.Module, data: Data, split: str, count: int) -> list[tuple[str, bytes]]:
     """Title and PNG (`panel`) of up to `count` evenly spaced images of a split."""
     rows = combined.list_rows(data, split)
     indices = dict.fromkeys(round(i) for i in np.linspace(0, len(rows) - 1, min(count, len(rows))))
-    return [picture(network, rows[i], flips) for i in indices]
+    return [picture(network, rows[i]) for i in indices]
 
 
-def picture(network: nn.Module, row: shards.Row, flips: bool = False) -> tuple[str, bytes]:
+def picture(network: nn.Module, row: shards.Row) -> tuple[str, bytes]:
     """Title (file, Dice, IoU) and PNG (`panel`) of one sample."""
     sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
-    prediction = forward.logits_of_picture(network, sample["image"], sample["padding"], flips)[0].cpu().numpy() > 0
+    prediction = forward.logits_of_picture(network, sample["image"], sample["padding"])[0].cpu().numpy() > 0
     counts = pixel_scores.as_counts([pixel_scores.mask_counts(prediction, sample["foreground"])])
     title = f"{sample['file_name']}   Dice {pixel_scores.dice(counts):.3f}   IoU {pixel_scores.iou(counts):.3f}"
     return title, panel(sample["image"], sample["foreground"], prediction)

@@ -95,14 +95,14 @@ def test_onnx_without_torch_finds_the_same_cells(exported: tuple[str, str]) -> N
         "import sys, numpy as np\n"
         "import raylivecell\n"
         "image = np.random.default_rng(0).integers(90, 170, (61, 75)).astype(np.uint8)\n"
-        "cells = raylivecell.load(sys.argv[1], flips=True).segment(image)\n"
+        "cells = raylivecell.load(sys.argv[1], tta=True).segment(image)\n"
         "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
         "np.save(sys.argv[2], cells.labels)\n"
     )
     target = Path(file).with_suffix(".npy")
     subprocess.run([sys.executable, "-c", code, file, str(target)], check=True)
     image = np.random.default_rng(0).integers(90, 170, (61, 75)).astype(np.uint8)
-    expected = segmenter.load(saved, flips=True, device="cpu").segment(image).labels
+    expected = segmenter.load(saved, tta=True, device="cpu").segment(image).labels
     assert expected.max() > 1
     assert (np.load(target) == expected).mean() > 0.99, "maps agree to 1e-6: ties may differ"
 

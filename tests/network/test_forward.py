@@ -1,5 +1,6 @@
-"""Networks on images of any size, with and without flips, and on images with padding."""
+"""Networks on images of any size, with and without test-time augmentation, and on images with padding."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,25 +34,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_images_of_any_size(saved: str, shape: tuple[int, int]) -> None:
     network, _ = checkpoint.load_network(saved, torch.device("cpu"))
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    for flips in (False, True):
-        maps = forward.maps(network, image, flips)
+    for tta in (False, True):
+        maps = forward.maps(network, image, tta)
         assert maps.shape == (3, *shape)
         assert maps.dtype == np.float32
         assert ((maps >= 0) & (maps <= 1)).all()
-        cells = segmenter.load(saved, flips).segment(image)
+        cells = segmenter.load(saved, tta).segment(image)
         assert cells.labels.shape == cells.foreground.shape == shape
         assert cells.labels.max() == len(cells.scores)
         np.testing.assert_array_equal(cells.foreground, maps[0] > 0.5)
 
 
-def test_flip_averaged_logits_are_equivariant_to_flips(saved: str) -> None:
+def test_averaged_logits_are_equivariant_to_flips_and_turns(saved: str) -> None:
     network, _ = checkpoint.load_network(saved, torch.device("cpu"))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 48, 64), np.uint8))
-    single, averaged = forward.logits(network, images), forward.logits(network, images, flips=True)
+    single, averaged = forward.logits(network, images), forward.logits(network, images, tta=True)
     assert not torch.allclose(single, averaged)
-    for axes in forward.FLIPS:
-        flipped = forward.logits(network, images.flip(axes), flips=True).flip(tuple(a + 1 for a in axes))
-        torch.testing.assert_close(flipped, averaged, atol=1e-5, rtol=1e-4)
+    for turns, mirrored in itertools.product(range(4), (False, True)):
+        seen = torch.rot90(images.flip(-1) if mirrored else images, turns, (1, 2))
+        back = torch.rot90(forward.logits(network, seen, tta=True), -turns, (2, 3))
+        torch.testing.assert_close(back.flip(-1) if mirrored else back, averaged, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
