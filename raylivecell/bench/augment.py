@@ -88,6 +88,7 @@ def _variants(size: Size, sigma: float, alpha: float) -> dict[str, Callable[[np.
     planes = np.random.default_rng(0).integers(0, 256, (3, *size), np.uint8)
     image, targets = planes[0], np.ascontiguousarray(planes[1:].transpose(1, 2, 0))
     config = AugmentConfig.model_validate({"elastic": {"alpha_x": alpha, "alpha_y": alpha, "sigma": sigma}})
+    everything = config.model_copy(update={"scale": 0.4, "gamma": 0.5, "blur": 1.5, "noise": 8.0, "shading": 10.0})
     crop = (min(CROP[0], size[0]), min(CROP[1], size[1]))
     out, cropped = np.empty_like(planes), np.empty((3, *crop), np.uint8)
     monai = _monai(planes, sigma, alpha, config.rotation.degrees)
@@ -98,6 +99,9 @@ def _variants(size: Size, sigma: float, alpha: float) -> dict[str, Callable[[np.
         "raylivecell, planes into a batch": lambda rng: augment.augment_planes(planes, rng, config, out=out),
         f"raylivecell, crop {crop[0]}x{crop[1]}": lambda rng: augment.augment_planes(
             planes, rng, config, crop, cropped
+        ),
+        f"raylivecell, crop {crop[0]}x{crop[1]}, zoom, gamma, blur, noise, uneven background": (
+            lambda rng: augment.augment_planes(planes, rng, everything, crop, cropped)
         ),
         FIELD: lambda rng: elastic.field(rng, size, sigma),
         FIELD_DIRECT: lambda rng: elastic.field_direct(rng, size, sigma),

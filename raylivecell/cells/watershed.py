@@ -41,7 +41,8 @@ class InstanceConfig(StrictModel):
 
 def default(targets: Targets) -> InstanceConfig:
     """Return the thresholds before calibration."""
-    return InstanceConfig(prominence=target(targets).prominence)
+    kind = target(targets)
+    return InstanceConfig(prominence=kind.prominence, min_score=kind.min_score)
 
 
 def segment(maps: Maps, targets: Targets, config: InstanceConfig) -> Labels:
