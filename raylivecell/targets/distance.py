@@ -33,8 +33,8 @@ class Distance(Target):
 
     channels = ("foreground", "centre_distance", "boundary_distance")
     prominence = 0.1
-    # Six networks of 300 to 6,000 steps, on LIVECell and on cells of another microscope: mSA higher by 0.001 to 0.011 with
-    # all of them; 0.6 gains up to 0.023, but removes half of the cells of two networks of 1,500 steps.
+    # With six networks of 300 to 6,000 steps, on LIVECell and on cells of another microscope, mSA is higher by 0.001 to
+    # 0.011. 0.6 gains up to 0.023, but removes half of the cells of two networks of 1,500 steps.
     min_score = 0.5
     height_expression = "(1 - maps[1] + maps[2]) / 2"
 
