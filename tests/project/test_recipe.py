@@ -61,6 +61,8 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path, capsys: pytest.Captur
         ("optimizer: {lr: -1}", "optimizer.lr: Input should be greater than 0"),
         ("model: {features: [4, 8, 16]}\ncrop: [4, 400]", "3 levels need at least 8 x 8"),
         ("phases: [{epochs: 1, steps: 2}]", "phases.0: a phase needs either epochs or steps"),
+        ("targets: distance\naugment: {device: cuda}", "use cpu, or targets: foreground"),
+        ("augment: {device: cuda, noise: 3}", "use cpu, or set them to 0"),
         ("- a\n- b", "a recipe is a mapping"),
         ("a: [", "not YAML"),
     ],
