@@ -17,8 +17,6 @@ class Target(ABC):
     """Names of the network's output channels, "foreground" first; each is 0 to 1 after a sigmoid."""
     prominence: ClassVar[float]
     """Default of `InstanceConfig.prominence`."""
-    min_score: ClassVar[float] = 0.0
-    """Default of `InstanceConfig.min_score`."""
     height_expression: ClassVar[str]
     """`height` as a Python expression of `maps`, `cell`, `np` and `ndimage` (SciPy), for users of exported networks."""
 

@@ -33,9 +33,6 @@ class Distance(Target):
 
     channels = ("foreground", "centre_distance", "boundary_distance")
     prominence = 0.1
-    # With six networks of 300 to 6,000 steps, on LIVECell and on cells of another microscope, mSA is higher by 0.001 to
-    # 0.011. 0.6 gains up to 0.023, but removes half of the cells of two networks of 1,500 steps.
-    min_score = 0.5
     height_expression = "(1 - maps[1] + maps[2]) / 2"
 
     def draw(self, labels: NDArray[np.uint16], out: NDArray[np.uint8]) -> None:
