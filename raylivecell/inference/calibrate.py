@@ -1,7 +1,7 @@
 """Tune the watershed thresholds on validation images.
 
 Coordinate search on a grid: each threshold in turn is set to the value with the highest mean mSA, until a round changes
-none (at most 3 rounds). This evaluates about 60 points; the full grid has 20,160.
+none (at most 3 rounds). This evaluates about 60 points; the full grid has 28,800.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from raylivecell.scoring import instance_scores
 
 GRID: dict[str, tuple[float, ...]] = {
     "prominence": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4),
-    "threshold": (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
+    "threshold": (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8),
     "smoothing": (0.0, 0.7, 1.0, 1.5, 2.0, 3.0),
     "min_area": (0, 10, 20, 40, 60, 90),
-    "min_score": (0.0, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75),
+    "min_score": (0.0, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85),
 }
 ROUNDS = 3
 
