@@ -358,6 +358,7 @@ def _write_results(
     evaluation.write(out, result, rows, predictions)
     storage.write_json(storage.join(out, "metrics.json"), result)
     console.print(score_table(result))
+    console.print(f"mSA by torch-em's rule, as published figures: {_format_score(result, 'msa_torch_em')}")
     console.print(f"written: {out}/metrics.json, report.html", soft_wrap=True, markup=False)
     return result
 

@@ -19,6 +19,8 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 Labels = NDArray[np.integer[Any]]
 THRESHOLDS = np.arange(50, 100, 5) / 100
+MAX_COUNTED = 2**20
+"""Integers up to which a table of counts has at most 8 MiB."""
 
 
 class Overlaps(NamedTuple):
@@ -42,17 +44,23 @@ def overlaps(prediction: Labels, truth: Labels) -> Overlaps:
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
-    predicted_labels, predicted = np.unique(prediction, return_inverse=True)
-    true_labels, true = np.unique(truth, return_inverse=True)
-    predicted, true = predicted.ravel(), true.ravel()
-    shift_predicted, shift_true = int(0 in predicted_labels), int(0 in true_labels)
-    predicted_area, true_area = np.bincount(predicted)[shift_predicted:], np.bincount(true)[shift_true:]
-    codes, shared = np.unique(predicted.astype(np.int64) * len(true_labels) + true, return_counts=True)
-    rows, columns = codes // len(true_labels) - shift_predicted, codes % len(true_labels) - shift_true
-    both = (rows >= 0) & (columns >= 0)
-    rows, columns, shared = rows[both], columns[both], shared[both]
+    predicted_labels, predicted_area = _counted(prediction[prediction != 0])
+    true_labels, true_area = _counted(truth[truth != 0])
+    both = (prediction != 0) & (truth != 0)
+    predicted, true = np.searchsorted(predicted_labels, prediction[both]), np.searchsorted(true_labels, truth[both])
+    codes, shared = _counted(predicted * len(true_labels) + true)
+    rows, columns = np.divmod(codes.astype(np.int64), max(len(true_labels), 1))
     iou = shared / (predicted_area[rows] + true_area[columns] - shared)
     return Overlaps(len(predicted_area), len(true_area), rows, columns, iou)
+
+
+def _counted(values: Labels) -> tuple[Labels, NDArray[np.int64]]:
+    """Distinct integers of (K,), ascending, and how often each occurs. Small ones are counted: sorting is slower."""
+    if values.size and values.min() >= 0 and values.max() <= MAX_COUNTED:
+        counts = np.bincount(values.astype(np.int64, copy=False))
+        distinct = np.flatnonzero(counts)
+        return distinct, counts[distinct]
+    return np.unique(values, return_counts=True)
 
 
 def true_positives(pairs: Overlaps, threshold: float) -> int:

@@ -4,6 +4,10 @@ Pixel counts are summed over images, ratios computed last (pixel_scores). mSA an
 and averaged (instance_scores). AP and the false-negative ratio follow LIVECell's COCO protocol, over all cells of all
 images (average_precision). Each is given for all images, for each cell type, and as the mean over types (`macro`), in
 which a type of few images has the same weight as one of many.
+
+True cells that overlap become a label image by two rules (label_rules). All scores are by the dataset's rule, except
+those whose name ends in `_torch_em`, which are comparable with published figures. Pixel scores hardly depend on the
+rule, AP not at all, since it uses complete cells.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylivecell.annotations.rle import Rle
-from raylivecell.scoring import average_precision, bootstrap, instance_scores, pixel_scores
+from raylivecell.scoring import average_precision, bootstrap, instance_scores, label_rules, pixel_scores
 from raylivecell.scoring.average_precision import Matches
 
+TORCH_EM = {name: f"{name}_torch_em" for name in ("msa", "sa50", "sa75", "true_cells")}
+"""Score -> name of the same score by torch-em's rule, `label_rules.larger_on_top`."""
+COUNTS = ("cells", "true_cells", TORCH_EM["true_cells"])
 # Averaged over images; for ERRORS the absolute values.
-MEANS = ("msa", "sa50", "sa75", "pq")
+MEANS = ("msa", "sa50", "sa75", "pq", TORCH_EM["msa"], TORCH_EM["sa50"], TORCH_EM["sa75"])
 ERRORS = ("count_error", "confluence_error")
 
 
@@ -43,11 +50,19 @@ class GroundTruth(NamedTuple):
 
 
 def of_image(prediction: Prediction, truth: GroundTruth) -> tuple[dict[str, Any], Matches]:
-    """Return pixel counts, `dice`, `iou` and `instance_scores` of an image; and its matches for `average_precision`."""
+    """Scores of one image.
+
+    Returns:
+        Pixel counts, `dice`, `iou`, `instance_scores`, and the scores of TORCH_EM; and the matches for
+        `average_precision`.
+    """
     counts = pixel_scores.mask_counts(prediction.foreground, truth.labels)
     pixels = [counts[name] for name in pixel_scores.COUNTS]
     row = {**counts, "dice": pixel_scores.dice(pixels), "iou": pixel_scores.iou(pixels)}
     row |= instance_scores.instance_scores(prediction.labels, truth.labels)
+    height, width = truth.labels.shape
+    other = instance_scores.instance_scores(prediction.labels, label_rules.larger_on_top(truth.rles, (height, width)))
+    row |= {name: other[score] for score, name in TORCH_EM.items()}
     return row, average_precision.match(prediction.rles, prediction.scores, truth.rles)
 
 
@@ -83,7 +98,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], see
         seed: seed of the bootstrap.
 
     Returns:
-        `images`, `cells`, `true_cells`, `dice`, `iou`, `mean_image_dice`, MEANS, ERRORS, `ap`, `ap50`, `ap75`, `aps`,
+        `images`, COUNTS, `dice`, `iou`, `mean_image_dice`, MEANS, ERRORS, `ap`, `ap50`, `ap75`, `aps`,
         `apm`, `apl`, `afnr`, `ar100`, `ar500`, `ar2000`, and `intervals`: 95 % intervals by name, None for one image.
     """
     if not rows:
@@ -107,8 +122,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], matches: Sequence[Matches], seed
     values |= {name: np.abs([row[name] for row in rows]) for name in ERRORS}
     return {
         "images": images,
-        "cells": sum(int(row["cells"]) for row in rows),
-        "true_cells": sum(int(row["true_cells"]) for row in rows),
+        **{name: sum(int(row[name]) for row in rows) for name in COUNTS},
         **pixels,
         **{name: float(value.mean()) for name, value in values.items()},
         **average_precision.average_precision(matches),
@@ -128,6 +142,6 @@ def _interval(values: NDArray[np.float64], seed: int) -> list[float] | None:
 
 def _macro(kinds: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Means over the cell types that have a value; None without one."""
-    names = [name for name in kinds[0] if name not in ("images", "cells", "true_cells", "intervals")]
+    names = [name for name in kinds[0] if name not in ("images", *COUNTS, "intervals")]
     values = {name: [kind[name] for kind in kinds if kind[name] is not None] for name in names}
     return {name: float(np.mean(column)) if column else None for name, column in values.items()}

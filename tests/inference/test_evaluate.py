@@ -25,7 +25,7 @@ from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
 from raylivecell.runs.progress import Progress
-from raylivecell.scoring import average_precision, pixel_scores, scores
+from raylivecell.scoring import average_precision, label_rules, pixel_scores, scores
 
 SIZES = [(48, 64), (48, 64), (33, 57), (64, 48)]
 SPLITS = {"test": 10, "val": 3}
@@ -97,7 +97,7 @@ def test_a_network_and_a_coco_file_of_its_cells_have_equal_scores(
     file = tmp_path / "cells.json"
     file.write_text(json.dumps(records))
     other = evaluate.compare(str(file), data, "test", str(tmp_path / "compared"))
-    for name in ("msa", "sa50", "pq", "ap", "ap50", "afnr", "ar500", "count_error"):
+    for name in ("msa", "msa_torch_em", "sa50", "pq", "ap", "ap50", "afnr", "ar500", "count_error"):
         assert other[name] == pytest.approx(result[name], abs=5e-3), name
     assert {p.name for p in (tmp_path / "compared").iterdir()} == {"metrics.json", "report.html", "overlays"}
 
@@ -124,6 +124,12 @@ def test_evaluate_writes_scores_report_and_calibrated_thresholds(
     assert result["macro"]["msa"] == pytest.approx(np.mean([kind["msa"] for kind in kinds]))
     low, high = result["intervals"]["msa"]
     assert low <= result["msa"] <= high
+    for part in (result, *kinds):
+        low, high = part["intervals"]["msa_torch_em"]
+        assert low <= part["msa_torch_em"] <= high
+    assert result["macro"]["sa75_torch_em"] == pytest.approx(np.mean([kind["sa75_torch_em"] for kind in kinds]))
+    assert result["true_cells_torch_em"] == sum(row["true_cells_torch_em"] for row in result["per_image"])
+    assert f"({result['true_cells_torch_em']} true cells remain)" in page
 
 
 def test_the_ground_truth_scores_perfectly_despite_overlapping_cells(
@@ -140,6 +146,22 @@ def test_the_ground_truth_scores_perfectly_despite_overlapping_cells(
     assert result["dice"] > 0.97
     assert result["ap50"] == pytest.approx(1 - 1 / 101, abs=0.011), "all cells but the one omitted"
     assert result["afnr"] == pytest.approx(1 / len(records))
+
+
+def test_label_images_by_each_rule_score_perfectly_by_that_rule(one_process: None, data: str, tmp_path: Path) -> None:
+    for rule, other in (("msa", "msa_torch_em"), ("msa_torch_em", "msa")):
+        folder = tmp_path / rule
+        folder.mkdir()
+        for index in range(SPLITS["test"]):
+            row = sample(index)
+            labels = row["labels"]
+            rles = [{"size": list(labels.shape), "counts": counts} for counts in row["outlines"]]
+            if rule == "msa_torch_em":
+                labels = label_rules.larger_on_top(rles, labels.shape)
+            tifffile.imwrite(folder / row["file_name"], labels.astype(np.uint16))
+        result = evaluate.compare_labels(str(folder), data, "test", str(tmp_path / f"{rule}-scores"))
+        assert result[rule] == 1 > result[other], "the disks overlap"
+        assert result["true_cells"] > result["true_cells_torch_em"] > 0, "some disks have fewer than 50 pixels"
 
 
 def test_scores_of_label_images() -> None:

@@ -69,10 +69,12 @@ def test_scores_do_not_depend_on_labels_and_are_symmetric(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth = discs(rng, 15)
     prediction = moved(truth, rng)
-    renamed = rng.permutation(5000)[prediction] + 1
-    renamed[prediction == 0] = 0
-    scores, of_renamed = im.instance_scores(prediction, truth), im.instance_scores(renamed, truth)
-    assert of_renamed == pytest.approx(scores)
+    scores = im.instance_scores(prediction, truth)
+    # Names above MAX_COUNTED, negative ones, and an unsigned type that NumPy does not convert to int64 by itself.
+    for factor, dtype in ((1, np.int64), (im.MAX_COUNTED, np.int64), (-1, np.int32), (3, np.uint64)):
+        renamed = (rng.permutation(5000)[prediction] + 1) * factor
+        renamed[prediction == 0] = 0
+        assert im.instance_scores(renamed.astype(dtype), truth) == pytest.approx(scores)
     swapped = im.instance_scores(truth, prediction)
     for name in ("msa", "sa50", "sa75", "pq"):
         assert swapped[name] == pytest.approx(scores[name])
