@@ -200,13 +200,15 @@ class LoopConfig(StrictModel):
     report_steps: int | None = Field(None, ge=1)
     """Steps between reports (validation, metrics, checkpoint); none: a report after every epoch."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward pass; auto: bfloat16 on GPUs that support it, otherwise float32. Weights stay float32. A
-    CPU with AMX trains 1.3 times as fast in bfloat16, 2.5 times if also compiled (`bench step`)."""
+    """Precision of the forward pass; auto: bfloat16 on GPUs that support it and on CPUs with AMX, otherwise float32.
+    Weights stay float32. A CPU with AMX trains 1.3 times as fast in bfloat16, 2.5 times if also compiled (`bench
+    step`)."""
     channels_last: bool = True
     """Memory format channels_last: faster on GPUs and CPUs."""
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     """Compile the network with torch.compile: 15 to 60 s at the start, and a C++ compiler on a CPU. Pays off in
-    runs of minutes or more (1.3 times as fast on a CPU with AMX, no gain with AVX-512 alone: `bench step`)."""
+    runs of minutes or more (1.3 times as fast on a CPU with AMX, no gain with AVX-512 alone: `bench step`). auto:
+    compiled on CPUs with AMX and a compiler, for U-Nets and runs of at least 1,000 steps."""
 
 
 # First the original images, then originals and augmented copies together.

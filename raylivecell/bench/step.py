@@ -99,7 +99,7 @@ def recipe(device: torch.device) -> Recipe:
         phases=(PhaseConfig(steps=INTERVALS * INTERVAL_STEPS, originals=False, augmented_copies=1),),
         model=ModelConfig(features=(64, 128, 256, 512) if gpu else (8, 16, 32, 64)),
         optimizer=OptimizerConfig(lr=1e-4),
-        loop=LoopConfig(report_steps=INTERVAL_STEPS),
+        loop=LoopConfig(report_steps=INTERVAL_STEPS, precision="bfloat16" if gpu else "float32"),
     )
 
 
@@ -186,7 +186,7 @@ def run_loop(recipe: Recipe, batches: Iterator[dict[str, Tensor]], device: torch
     torch.manual_seed(0)
     schedule = SampleSchedule(recipe.seed, recipe.batch_size, recipe.batch_size, recipe.phases)
     training = loop.start(forward.build(recipe, device), recipe.optimizer, schedule.steps)
-    if recipe.loop.compile:
+    if recipe.loop.compile is True:
         training.model.compile()
     for _ in loop.run(
         training, training.model, batches, schedule, recipe.loop, recipe.loss, recipe.targets, lambda network: {}

@@ -29,7 +29,7 @@ from raylivecell.ingest import stream as ingest
 from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network.transfer import tensors
 from raylivecell.network.unet import build_model, count_parameters
-from raylivecell.recipe import LoopConfig, PhaseConfig, Recipe
+from raylivecell.recipe import PhaseConfig, Recipe
 from raylivecell.runtime import session
 from raylivecell.runtime.data_settings import quiet_data
 from raylivecell.training import ray_train
@@ -91,7 +91,11 @@ class _Setup:
         self.step_recipe = step.recipe(self.device)
         phases = (PhaseConfig(steps=INTERVALS * RUN_INTERVAL_STEPS, originals=False, augmented_copies=1),)
         self.recipe = self.step_recipe.model_copy(
-            update={"phases": phases, "loop": LoopConfig(report_steps=RUN_INTERVAL_STEPS)}
+            # The precision of the step's recipe, as in the baselines.
+            update={
+                "phases": phases,
+                "loop": self.step_recipe.loop.model_copy(update={"report_steps": RUN_INTERVAL_STEPS}),
+            }
         )
         self.frames = frames.frames(images)
         self.samples = frames.samples(self.frames)

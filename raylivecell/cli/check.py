@@ -292,7 +292,7 @@ def trial_batch(request: CheckRequest) -> Finding:
     share = max(1, request.recipe.batch_size // request.min_workers)
     crop = request.recipe.crop or max(combined.image_sizes(request.data, "train"), default=(64, 64))
     hint = "lower batch_size or crop, or use more --workers"
-    if request.recipe.loop.compile:
+    if request.recipe.loop.compile is True:
         hint += ", or set loop.compile: false"
     try:
         task = ray.remote(num_cpus=0.5, num_gpus=gpu, max_retries=0)(train_once)
@@ -318,7 +318,7 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
     if ray.get_gpu_ids() and device.type == "cpu":
         raise UserError(preflight.blind_gpu(ray.util.get_node_ip_address()))
     state = loop.start(network_forward.build(recipe, device), recipe.optimizer, 1)
-    forward = wrap(state.model, recipe, 1, device)
+    forward = wrap(state.model, recipe.loop.compile is True, 1, device)  # `auto` compiles long runs only
     planes = torch.randint(0, 2, (images, sample_planes.count(recipe.targets), *crop), dtype=torch.uint8)
     schedule = order.SampleSchedule(0, images, images, (PhaseConfig(steps=1),))
     batches = iter([{"planes": planes}])

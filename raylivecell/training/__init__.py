@@ -7,6 +7,7 @@
    job             the recipe, samples and settings that each worker receives
    messages        progress messages from workers to the driver
 4. worker          one training process: stream, network, loop, checkpoints
+   acceleration    precision and compilation for the hardware
    ranks, gloo     collective operations, and the process group on CPUs
    validation      scores on the validation images
    preemption      checkpoints when a node is about to be removed

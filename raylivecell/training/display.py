@@ -14,7 +14,8 @@ POLL_S = 1.0
 class ProgressDisplay:
     """Context manager that displays the messages returned by `read_messages`.
 
-    {"step", "images_per_s"} updates the bar, {"row": metrics} and {"start": phases} print a line.
+    {"step", "images_per_s"} updates the bar; {"row": metrics}, {"start": phases} and {"acceleration": text} print a
+    line.
     """
 
     def __init__(self, steps: int, read_messages: Callable[[], Iterable[dict[str, Any]]]) -> None:
@@ -44,6 +45,9 @@ class ProgressDisplay:
     def _show(self, message: dict[str, Any]) -> None:
         if "row" in message:
             console.print(describe(message["row"], self.steps), soft_wrap=True)
+            return
+        if "acceleration" in message:
+            console.print(message["acceleration"], soft_wrap=True)
             return
         if "start" in message:
             console.print(describe_start(message["start"]), soft_wrap=True)

@@ -6,7 +6,6 @@
 3. At the end of an epoch (or every `report_steps`): validate, add a row to the history, yield to the caller.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from raylivecell.recipe import LoopConfig, LossConfig, OptimizerConfig
 from raylivecell.runs.progress import Progress
 from raylivecell.targets.registry import Targets
 from raylivecell.targets.sample_planes import IMAGE
+from raylivecell.training import acceleration
 
 # Steps between checks for a non-finite loss on a GPU: reading a loss waits for the GPU.
 GPU_CHECK_STEPS = 20
@@ -120,13 +120,14 @@ def run(
     """
     device = next(training.model.parameters()).device
     send = DeviceTransfer(device)
+    precision = acceleration.precision_of(config.precision, device)
     stats = _StepStats(schedule, sum_over_ranks, device)
     forward.train()
     for step in range(training.state.step, schedule.steps):
         begin = time.perf_counter()
         planes = send(next(batches)["planes"])
         stats.waited += time.perf_counter() - begin
-        with _precision(config.precision, device):
+        with acceleration.autocast(precision, device):
             logits = forward(planes[:, IMAGE, None].contiguous(memory_format=_memory_format(config)))
         loss = segmentation_loss(logits, planes, loss_config, targets)
         stats.add(step, torch.stack(loss).detach())
@@ -167,13 +168,6 @@ def _report_due(schedule: SampleSchedule, step: int, every: int | None) -> bool:
 
 def _memory_format(config: LoopConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
-
-
-def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    bfloat16 = precision == "bfloat16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
 class _StepStats:

@@ -128,7 +128,7 @@ def hardware(recipe: Recipe) -> None:
                 "model.norm is sync_batch, which torch supports on GPUs only, but this cluster has none; set "
                 "model.norm: group, whose result does not depend on the number of workers, or batch"
             )
-    if recipe.loop.compile:
+    if recipe.loop.compile is True:
         _check_compiler()
 
 

@@ -24,11 +24,10 @@ from raylivecell.ingest.order import SampleSchedule
 from raylivecell.ingest.stream import Stream
 from raylivecell.network.forward import build
 from raylivecell.network.transfer import tensors
-from raylivecell.recipe import Recipe
 from raylivecell.runs import checkpoint, parents, progress, start_from
 from raylivecell.runs.run_log import RunLog
 from raylivecell.runtime import prometheus
-from raylivecell.training import gloo, loop
+from raylivecell.training import acceleration, gloo, loop, preflight
 from raylivecell.training.job import SCORE_COLUMN, TrainJob
 from raylivecell.training.preemption import PreemptionCheckpoint
 from raylivecell.training.ranks import RankContext, sum_over_ranks
@@ -110,14 +109,19 @@ def reports(
         training = loop.start(model, recipe.optimizer, schedule.steps)
         if values is not None:
             training.load(values, state)
-        forward = wrap(training.model, recipe, context.ranks, context.device)
+        chosen = acceleration.choose(
+            recipe, context.device, schedule.steps, lambda: preflight.find_compiler(gpu=False), _on_all_ranks(context)
+        )
+        if context.rank == 0:
+            job.send_progress({"acceleration": str(chosen)})
+        forward = wrap(training.model, chosen.compiled, context.ranks, context.device)
         startup = (*job.startup, ("workers", started_at), ("network", time.time())) if values is None else ()
         yield from loop.run(
             training,
             forward,
             batches,
             schedule,
-            recipe.loop,
+            acceleration.settings(recipe.loop, chosen),
             recipe.loss,
             recipe.targets,
             validate=Validation(job.samples, context, recipe.targets).scores,
@@ -127,12 +131,21 @@ def reports(
         )
 
 
-def wrap(model: nn.Module, recipe: Recipe, ranks: int, device: torch.device) -> nn.Module:
+def _on_all_ranks(context: RankContext) -> Callable[[bool], bool]:
+    """Return a function that says whether a condition holds on every rank; every rank must call it equally often."""
+
+    def on_all_ranks(value: bool) -> bool:
+        return not sum_over_ranks(torch.tensor(0.0 if value else 1.0, device=context.device)).item()
+
+    return on_all_ranks
+
+
+def wrap(model: nn.Module, compiled: bool, ranks: int, device: torch.device) -> nn.Module:
     """Wrap the network for the loop: distributed over ranks, compiled, both, or unchanged."""
     forward: nn.Module = model
     if ranks > 1:
         forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    if recipe.loop.compile:
+    if compiled:
         forward.compile()
     return forward
 
