@@ -1,4 +1,7 @@
-"""Selection of the COCO categories that are cells: all by default; the user may exclude debris or scale bars."""
+"""Selection of the COCO categories that are cells: all by default; the user may exclude debris or scale bars.
+
+Annotations of other categories are background, or ignore regions (`prepare --ignore`).
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,19 +14,22 @@ NO_NAME = "(none)"
 """Name for annotations without a category."""
 
 
-def choose(files: Iterable[Annotations], selection: Sequence[str]) -> list[dict[str, Any]]:
+def choose(files: Iterable[Annotations], selection: Sequence[str], ignore: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Restrict `files` to annotations of the categories in `selection`, and list all categories for dataset.json.
 
     Args:
         files: contents of annotation files; their category ids may differ.
-        selection: names or ids of categories; empty: all.
+        selection: names or ids of categories; empty: all but those to ignore.
+        ignore: names or ids of the categories of ignore regions.
 
     Returns:
         One row per category, sorted by name: `name`, `ids`, counts of `images` and `annotations`, `chosen`, and
-        `listed` (whether the section `categories` lists it; true if a file has no such section).
+        `listed` (whether the section `categories` lists it; true if a file has no such section); `ignored` is true for
+        those to ignore.
 
     Raises:
-        UserError: unknown or ambiguous name.
+        UserError: unknown or ambiguous name, a category that is selected and ignored, or one to ignore without an
+            annotation.
     """
     files = list(files)
     names_of_files = [
@@ -31,19 +37,25 @@ def choose(files: Iterable[Annotations], selection: Sequence[str]) -> list[dict[
         for annotations in files
     ]
     all_names = {name for names in names_of_files for name in names.values()}
-    chosen = _resolve(names_of_files, selection) if selection else all_names
+    ignored = _resolve(names_of_files, ignore, "--ignore")
+    chosen = _resolve(names_of_files, selection, "--categories") if selection else all_names - ignored
+    if both := chosen & ignored:
+        raise UserError(f"category {min(both)} is in --categories and in --ignore; leave it out of one")
     rows: dict[str, dict[str, Any]] = {}
     for annotations, names in zip(files, names_of_files):
-        if selection:
-            annotations.select([category for category, name in names.items() if name in chosen])
+        if selection or ignored:
+            selected, regions = ([key for key, name in names.items() if name in group] for group in (chosen, ignored))
+            annotations.select(selected, regions)
         for category, (image_count, annotation_count) in annotations.category_counts().items():
             name = names[category]
             listed = category in annotations.categories or not annotations.categories
             empty = {"name": name, "ids": [], "images": 0, "annotations": 0, "chosen": name in chosen, "listed": listed}
-            row = rows.setdefault(name, empty)
+            row = rows.setdefault(name, empty | ({"ignored": True} if name in ignored else {}))
             row["ids"] += [category] if category not in row["ids"] else []
             row["images"] += image_count
             row["annotations"] += annotation_count
+    if unused := [name for name in sorted(ignored) if not rows[name]["annotations"]]:
+        raise UserError(f"--ignore {unused[0]}: no image has an annotation of this category; leave it out")
     return [rows[name] for name in sorted(rows)]
 
 
@@ -54,7 +66,7 @@ def name_of(annotations: Annotations, category: int | str) -> str:
 
 def notice(categories: Sequence[Mapping[str, Any]], selection: Sequence[str]) -> str:
     """Warn about a dataset with several categories if the user chose none; "" otherwise."""
-    used = [category for category in categories if category["annotations"]]
+    used = [category for category in categories if category["annotations"] and not category.get("ignored")]
     if selection or sum(category["name"] != NO_NAME for category in used) < 2:
         return ""
     notes = ["" if category["listed"] else " of an unlisted category" for category in used]
@@ -62,11 +74,11 @@ def notice(categories: Sequence[Mapping[str, Any]], selection: Sequence[str]) ->
     more = f" and {len(used) - 12} more" if len(used) > 12 else ""
     return (
         f"warning: annotations of all {len(used)} categories are used as cells: {counts}{more}; if one of them is not "
-        "a cell type (debris, a scale bar), list the others with --categories"
+        "a cell type (debris, a scale bar), list the others with --categories, or exclude its pixels with --ignore"
     )
 
 
-def _resolve(names_of_files: Sequence[Mapping[int | str, str]], selection: Sequence[str]) -> set[str]:
+def _resolve(names_of_files: Sequence[Mapping[int | str, str]], selection: Sequence[str], flag: str) -> set[str]:
     """Resolve the words of `selection` to category names: by exact name, then id, then name ignoring case."""
     names = sorted({name for file_names in names_of_files for name in file_names.values()})
     chosen: set[str] = set()
@@ -77,10 +89,10 @@ def _resolve(names_of_files: Sequence[Mapping[int | str, str]], selection: Seque
         by_case = {name for name in names if name.casefold() == word.strip().casefold()}
         matches = ({word} & set(names)) or by_id or by_case
         if len(matches) > 1:
-            raise UserError(f"--categories {word} is ambiguous: {' or '.join(sorted(matches))}; use the name")
+            raise UserError(f"{flag} {word} is ambiguous: {' or '.join(sorted(matches))}; use the name")
         if not matches:
             close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"no category {word!r}{hint}; the dataset has {', '.join(names) or 'none'}")
+            raise UserError(f"{flag}: no category {word!r}{hint}; the dataset has {', '.join(names) or 'none'}")
         chosen |= matches
     return chosen

@@ -73,6 +73,7 @@ class Annotations:
         self._cell_crowd = array.array("B")
         self._cell_starts = array.array("q", [0])  # offsets in the temporary file
         self._selected: NDArray[np.bool_] | None = None
+        self._regions: NDArray[np.bool_] | None = None
         self._by_image: NDArray[np.int64] | None = None
 
     def add_cell(self, image_id: int | str, category_id: int | str, crowd: bool, record: bytes) -> None:
@@ -82,9 +83,13 @@ class Annotations:
         self._cell_crowd.append(crowd)
         self._cell_starts.append(self._cell_starts[-1] + self._spill.write(record))
 
-    def select(self, category_ids: Collection[int | str]) -> None:
-        """Restrict the methods below to annotations of these categories."""
+    def select(self, category_ids: Collection[int | str], region_ids: Collection[int | str] = ()) -> None:
+        """Restrict the methods below to annotations of these categories.
+
+        `payload` also returns those of the categories `region_ids`, as ignore regions.
+        """
         self._selected = np.array([category in category_ids for category in self._category_numbers], bool)
+        self._regions = np.array([category in region_ids for category in self._category_numbers], bool)
         self._by_image = None
 
     def counts(self) -> dict[int | str, int]:
@@ -109,25 +114,26 @@ class Annotations:
         return dict.fromkeys(self.categories, (0, 0)) | counts
 
     def payload(self, image_id: int | str) -> bytes:
-        """Return the encoded cells of one image in file order, the input of `decode_cells`."""
+        """Return the encoded cells and ignore regions of one image in file order, the input of `decode_cells`."""
         records = []
         for cell in self._cells_of(image_id).tolist():
             self._spill.seek(self._cell_starts[cell])
-            records.append(self._spill.read(self._cell_starts[cell + 1] - self._cell_starts[cell]))
+            record = self._spill.read(self._cell_starts[cell + 1] - self._cell_starts[cell])
+            records.append(_as_region(record) if self._is_region(cell) else record)
         return b"".join(records)
 
     def category(self, image_id: int | str) -> str:
         """Return the most frequent category name of an image's cells (ties: the first in the file); "" if none."""
-        cells = self._cells_of(image_id)
+        cells = np.array([cell for cell in self._cells_of(image_id).tolist() if not self._is_region(cell)], np.int64)
         if not len(cells):
             return ""
         numbers, counts = np.unique(np.asarray(self._cell_category, np.int64)[cells], return_counts=True)
         return self.categories.get(list(self._category_numbers)[numbers[np.argmax(counts)]], "")
 
     def _cells_of(self, image_id: int | str) -> NDArray[np.int64]:
-        """Indices of an image's cells, ascending (file order)."""
+        """Indices of an image's cells and ignore regions, ascending (file order)."""
         if self._by_image is None:
-            selected = self._selected_cells()
+            selected = self._selected_cells(with_regions=True)
             images = np.asarray(self._cell_image, np.int64)
             self._by_image = selected[np.argsort(images[selected], kind="stable")]
             self._image_starts = np.searchsorted(images[self._by_image], np.arange(len(self._image_numbers) + 1))
@@ -136,12 +142,15 @@ class Annotations:
             return self._by_image[:0]
         return self._by_image[self._image_starts[number] : self._image_starts[number + 1]]
 
-    def _selected_cells(self) -> NDArray[np.int64]:
-        """Indices of the cells in selected categories."""
+    def _selected_cells(self, with_regions: bool = False) -> NDArray[np.int64]:
+        """Indices of the cells in selected categories, and of ignore regions if `with_regions`."""
         categories = np.asarray(self._cell_category, np.int64)
-        if self._selected is None:
+        if self._selected is None or self._regions is None:
             return np.arange(len(categories))
-        return np.flatnonzero(self._selected[categories])
+        return np.flatnonzero((self._selected | self._regions if with_regions else self._selected)[categories])
+
+    def _is_region(self, cell: int) -> bool:
+        return self._regions is not None and bool(self._regions[self._cell_category[cell]])
 
 
 def read_annotations(stream: Reader, name: str) -> Annotations:
@@ -259,7 +268,8 @@ def _add_cell(annotations: Annotations, key: str | None, record: Any) -> int | s
 
 
 _POLYGON, _COUNTS, _TEXT = 0, 1, 2
-_HEADER = struct.Struct("<IBI")  # length of the id as JSON in bytes; crowd; number of parts
+_HEADER = struct.Struct("<IBI")  # length of the id as JSON in bytes; flags; number of parts
+_CROWD, _REGION = 1, 2
 _PART = struct.Struct("<BIII")  # kind, height, width, length in bytes
 
 
@@ -329,6 +339,12 @@ def encode_cell(cell_id: int | str, crowd: bool, parts: list[tuple[int, int, int
     return _HEADER.pack(len(id_json), crowd, len(parts)) + id_json + body
 
 
+def _as_region(record: bytes) -> bytes:
+    """Mark an encoded cell as an ignore region."""
+    id_length, flags, part_count = _HEADER.unpack_from(record)
+    return _HEADER.pack(id_length, flags | _REGION, part_count) + record[_HEADER.size :]
+
+
 @dataclass(frozen=True)
 class CellRecord:
     """One annotation, not yet checked against its image."""
@@ -339,15 +355,18 @@ class CellRecord:
     """Each (V, 2), x and y in pixels; V may be below 3, and values may be infinite."""
     runs: list[tuple[tuple[int, int], NDArray[np.int64]]]
     """Each ((height, width), run lengths), column-major, background first; they need not fill the image."""
+    region: str = ""
+    """Of an ignore region the category, class, name or label that selects it; "" for a cell."""
 
 
 def decode_cells(payload: bytes) -> list[CellRecord]:
-    """Decode the result of `Annotations.payload`."""
+    """Decode the result of `Annotations.payload`; `region` is "category" for all ignore regions."""
     cells, at = [], 0
     while at < len(payload):
-        id_length, crowd, part_count = _HEADER.unpack_from(payload, at)
+        id_length, flags, part_count = _HEADER.unpack_from(payload, at)
         at += _HEADER.size
-        cell = CellRecord(json.loads(payload[at : at + id_length]), bool(crowd), [], [])
+        region = "category" if flags & _REGION else ""
+        cell = CellRecord(json.loads(payload[at : at + id_length]), bool(flags & _CROWD), [], [], region)
         at += id_length
         for _ in range(part_count):
             kind, height, width, length = _PART.unpack_from(payload, at)

@@ -9,6 +9,7 @@ Sources: RFC 7946, and QuPath's QuPathTypeAdapters and ROITypeAdapters.
 import json
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,29 +36,40 @@ LEGACY_TYPES = {"PathAnnotationObject": "annotation", "PathDetectionObject": "de
 NAMESPACE = uuid.UUID("7b0f9a4e-6c1d-5e0b-9a53-2f4c8d1e7a60")
 """Of the ids of written cells (RFC 4122, version 5); a random constant."""
 CLASS = {"name": "Cell", "color": [0, 158, 115]}
+IGNORE = "Ignore*"
+"""QuPath's class of regions to ignore. It makes no objects of classes whose name ends in `*`, such as `Region*`."""
 
 
-def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> list[CellRecord]:
+def read(
+    data: bytes, shape: tuple[int, int], place: Place | None = None, ignore: Sequence[str] = ()
+) -> list[CellRecord]:
     """Read the objects of an image in the order of the file.
 
     Outlines become runs clipped to the image, by the rule of `pixel_outlines.fill`; a `nucleusGeometry` is ignored.
     Where outlines overlap, each record is complete, and `drawing.draw_labels` gives a shared pixel to the smaller cell.
     The id is the object's name, else its UUID, else its number. Points, lines and objects that are not cells (TMA
-    cores, tiles) have the kind in the id and no outline, so that `prepare` lists them as empty.
+    cores, tiles, classes whose name ends in `*`) have the kind in the id and no outline, so that `prepare` lists them
+    as empty.
 
     Args:
         data: FeatureCollection, list of features, Feature or geometry, as UTF-8. Coordinates are pixels of the complete
             image; (0, 0) is the upper left corner of the first pixel.
         shape: (H, W) of the image.
         place: of the image in its stack. Objects may state no plane, otherwise it must be this one in any channel.
+        ignore: classes whose objects are ignore regions, in addition to IGNORE; upper and lower case are equal.
 
     Raises:
         AnnotationError: not GeoJSON, damaged or too large; objects of several planes, or of another than the image; or
             annotations together with cells or detections, because those annotations are usually regions.
     """
     features = list(_features(_parse(data)))
-    types = [_object_type(feature) for feature in features]
-    counts = {kind: types.count(kind) for kind in types}
+    names = {name.casefold(): name for name in (IGNORE, *ignore)}
+    regions = [names.get(_class(feature).casefold(), "") for feature in features]
+    types = [
+        _object_type(feature) if region or not _class(feature).endswith("*") else f"class {_class(feature)}"
+        for feature, region in zip(features, regions)
+    ]
+    counts = Counter(kind for kind, region in zip(types, regions) if not region)
     cells = sum(counts.get(kind, 0) for kind in CELL_TYPES)
     if cells and counts.get("annotation"):
         raise AnnotationError(
@@ -69,8 +81,8 @@ def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> lis
     _check_planes(features, place)
     budget = Budget()
     return [
-        _record(_id(feature, number), kind, feature["geometry"], shape, budget)
-        for number, (feature, kind) in enumerate(zip(features, types), 1)
+        _record(_id(feature, number), kind, region, feature["geometry"], shape, budget)
+        for number, (feature, kind, region) in enumerate(zip(features, types, regions), 1)
     ]
 
 
@@ -114,6 +126,13 @@ def _object_type(feature: dict[str, Any]) -> str:
     return str(kind)[:40]
 
 
+def _class(feature: dict[str, Any]) -> str:
+    """Name of an object's class; "" without one."""
+    value = feature["properties"].get("classification")
+    name = value.get("name") if isinstance(value, dict) else value
+    return name[:100] if isinstance(name, str) else ""
+
+
 def _id(feature: dict[str, Any], number: int) -> str:
     name = feature["properties"].get("name") or feature["id"]
     text = str(name) if isinstance(name, str | int) and str(name) not in LEGACY_TYPES else str(number)
@@ -139,16 +158,18 @@ def _check_planes(features: Sequence[dict[str, Any]], place: Place | None) -> No
         )
 
 
-def _record(cell_id: str, kind: str, geometry: dict[str, Any], shape: tuple[int, int], budget: Budget) -> CellRecord:
-    if kind not in ("", "annotation", *CELL_TYPES):
+def _record(
+    cell_id: str, kind: str, region: str, geometry: dict[str, Any], shape: tuple[int, int], budget: Budget
+) -> CellRecord:
+    if not region and kind not in ("", "annotation", *CELL_TYPES):
         return CellRecord(f"{cell_id} ({kind}, not a cell)", False, [], [])
     polygons = _polygons(geometry)
     if not polygons:
-        return CellRecord(f"{cell_id} ({geometry.get('type')!s:.20}, no area)", False, [], [])
+        return CellRecord(f"{cell_id} ({geometry.get('type')!s:.20}, no area)", False, [], [], region)
     top, left, mask = fill(polygons, shape, budget)
     if not mask.any():
-        return CellRecord(f"{cell_id} (no pixel in the image)", False, [], [])
-    return CellRecord(cell_id, False, [], [(shape, patch_runs(mask, top, left, shape))])
+        return CellRecord(f"{cell_id} (no pixel in the image)", False, [], [], region)
+    return CellRecord(cell_id, False, [], [(shape, patch_runs(mask, top, left, shape))], region)
 
 
 def _polygons(geometry: Any) -> list[list[NDArray[np.float64]]]:

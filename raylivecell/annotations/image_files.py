@@ -10,20 +10,20 @@ from raylivecell.annotations.errors import AnnotationError
 from raylivecell.images.planes import Place
 
 
-def _read_rois(data: bytes, shape: tuple[int, int], place: Place | None) -> list[CellRecord]:
+def _read_rois(data: bytes, shape: tuple[int, int], place: Place | None, ignore: Sequence[str]) -> list[CellRecord]:
     from raylivecell.annotations import imagej_rois
 
-    return imagej_rois.read(data, shape, place)
+    return imagej_rois.read(data, shape, place, ignore)
 
 
-def _read_geojson(data: bytes, shape: tuple[int, int], place: Place | None) -> list[CellRecord]:
+def _read_geojson(data: bytes, shape: tuple[int, int], place: Place | None, ignore: Sequence[str]) -> list[CellRecord]:
     from raylivecell.annotations import geojson
 
-    return geojson.read(data, shape, place)
+    return geojson.read(data, shape, place, ignore)
 
 
 OUTLINE_READERS = {".zip": _read_rois, ".roi": _read_rois, ".geojson": _read_geojson}
-"""Readers of outlines by suffix: (content, (H, W) of the image, its place in a stack) -> cells.
+"""Readers of outlines by suffix: (content, (H, W) of the image, its place in a stack, `ignore` of `read`) -> records.
 
 Their modules are imported when needed.
 """
@@ -31,9 +31,10 @@ Their modules are imported when needed.
 
 @dataclass(frozen=True)
 class ImageAnnotation:
-    """The cells of one image, and the defects of its annotation files."""
+    """The cells and ignore regions of one image, and the defects of its annotation files."""
 
     cells: list[CellRecord]
+    """Also ignore regions: `CellRecord.region`."""
     shape: tuple[int, int] | None
     """(H, W) of the label image; None for outlines."""
     defects: dict[str, tuple[str, list[int | str]]] = field(default_factory=dict)
@@ -46,6 +47,7 @@ def read(
     shape: tuple[int, int],
     rules: Mapping[str, str],
     place: Place | None = None,
+    ignore: Sequence[str] = (),
 ) -> ImageAnnotation:
     """Read the annotation files of one image.
 
@@ -55,6 +57,7 @@ def read(
         shape: (H, W) of the image.
         rules: rule by kind of defect, as chosen in `prepare`.
         place: of the image in its stack; outlines that state another slice are refused.
+        ignore: labels, names of ROIs or classes of objects that are ignore regions. Masks of single cells have none.
 
     Raises:
         AnnotationError: a damaged or unsupported file; the message does not contain its name.
@@ -64,12 +67,14 @@ def read(
     ((name, data),) = files
     suffix = name[name.rindex(".") :].lower()
     if suffix in OUTLINE_READERS:
-        return ImageAnnotation(OUTLINE_READERS[suffix](data, shape, place), None)
+        return ImageAnnotation(OUTLINE_READERS[suffix](data, shape, place, ignore), None)
     values = label_images.decode(data)
-    labels = label_images.to_integers(values)
+    ignored, regions = label_images.find_ignored(values, ignore)
+    labels = label_images.to_integers(label_images.with_zeros(values, ignored))
     background = label_images.find_background(labels) or label_images.find_outline(labels)
     if background and rules["background_label"] == "background":
-        labels = label_images.without_background(labels, background.label)
+        # Of an inverted mask the pixels of 0 become the cells.
+        labels = label_images.with_zeros(label_images.without_background(labels, background.label), ignored)
     cells, defects = label_images.cells_of_labels(labels, rules["binary_mask"], rules["label_in_pieces"])
     if background:
         reason = f"{name}: {background.reason}: background, an inverted mask or outlines, not a cell"
@@ -79,7 +84,7 @@ def read(
     if values.dtype.kind == "f":
         reason = f"{values.dtype.itemsize * 8}-bit floats, all of them integers"
         defects = {"float_labels": (reason, []), **defects}
-    return ImageAnnotation(cells, (labels.shape[0], labels.shape[1]), defects)
+    return ImageAnnotation([*cells, *regions], (labels.shape[0], labels.shape[1]), defects)
 
 
 class _CellMasks(NamedTuple):

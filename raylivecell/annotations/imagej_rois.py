@@ -9,6 +9,7 @@ ImageJ 1.53t do not differ in a pixel: for 411 written files, Usiigaci's 645 ROI
 
 import io
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -24,7 +25,7 @@ from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.drawing import MAX_CELLS, Patch
 from raylivecell.annotations.errors import AnnotationError
 from raylivecell.annotations.pixel_outlines import Budget, CellOutline, fill, trace
-from raylivecell.annotations.rle import label_runs
+from raylivecell.annotations.rle import label_runs, patch_runs
 from raylivecell.core.errors import UserError, shortened
 from raylivecell.images.planes import Place
 
@@ -56,7 +57,9 @@ Point = tuple[float, float]
 _DAMAGED = (ValueError, TypeError, IndexError, OverflowError, AssertionError, RuntimeError, struct.error)
 
 
-def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> list[CellRecord]:
+def read(
+    data: bytes, shape: tuple[int, int], place: Place | None = None, ignore: Sequence[str] = ()
+) -> list[CellRecord]:
     """Read the ROIs of an image in the order of the file; where ROIs overlap, the later one covers the earlier ones.
 
     Polygons, freehand and traced outlines, rectangles, ovals, ellipses, rotated rectangles and composites become runs
@@ -72,6 +75,8 @@ def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> lis
         data: RoiSet.zip or a single .roi. Entries of a zip that do not end in .roi are ignored, as in Fiji.
         shape: (H, W) of the image.
         place: of the image in its stack. ROIs may state no slice, otherwise it must be this one in any channel.
+        ignore: names of ROIs that are ignore regions, which cover no cell. Upper and lower case are equal, and the
+            number that the ROI Manager adds to equal names is left out (`debris-1`).
 
     Raises:
         AnnotationError: damaged, too large, without ROIs, with ROIs of several slices of a stack or of another slice
@@ -79,6 +84,8 @@ def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> lis
     """
     budget, ids, has_pixels, slices = Budget(), [], [], set()
     owners = np.zeros(shape, np.int32)  # number of the last ROI at each pixel
+    regions: dict[int, tuple[str, NDArray[np.int64]]] = {}  # number -> name in `ignore`, run lengths
+    names = {name.casefold(): name for name in ignore}
     for name, content in _contents(data):
         try:
             roi = ImagejRoi.frombytes(content)
@@ -88,8 +95,11 @@ def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> lis
             raise AnnotationError(f"ROI {name} is damaged ({problem}); save it again in ImageJ") from error
         slices.add((roi.position, roi.z_position, roi.t_position))
         ids.append(f"{name} ({reason})" if reason else name)
-        owners[top : top + mask.shape[0], left : left + mask.shape[1]][mask != 0] = len(ids)
         has_pixels.append(bool(mask.any()))
+        if region := names.get(name.casefold()) or names.get(re.sub(r"-\d+$", "", name).casefold()):
+            regions[len(ids)] = region, patch_runs(mask, top, left, shape)
+        else:
+            owners[top : top + mask.shape[0], left : left + mask.shape[1]][mask != 0] = len(ids)
     if len(slices - {(0, 0, 0)}) > 1:
         raise AnnotationError(
             f"the ROIs belong to {len(slices - {(0, 0, 0)})} slices of a stack; save one file of ROIs per image"
@@ -97,12 +107,12 @@ def read(data: bytes, shape: tuple[int, int], place: Place | None = None) -> lis
     if place is not None:
         for position, z, t in slices:
             _check_slice(place, position, z, t)
-    runs = label_runs(owners)
+    outlines = {number: ("", runs) for number, runs in label_runs(owners).items()} | regions
     records = []
     for number, (roi_id, visible) in enumerate(zip(ids, has_pixels), 1):
-        cell_runs = [(shape, runs[number])] if number in runs else []
-        covered = visible and not cell_runs
-        records.append(CellRecord(f"{roi_id} (covered by later ROIs)" if covered else roi_id, False, [], cell_runs))
+        region, runs = outlines.get(number, ("", None))
+        covered = f"{roi_id} (covered by later ROIs)" if visible and runs is None else roi_id
+        records.append(CellRecord(covered, False, [], [] if runs is None else [(shape, runs)], region))
     return records
 
 

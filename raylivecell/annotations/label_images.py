@@ -1,6 +1,7 @@
 """Label images: one integer per pixel, 0 for background, every other value one cell. TIFF, PNG or NPY.
 
 1. `decode`             stored values (H, W); colour, stacks, lossy files and pickles are refused
+   `find_ignored`       the pixels of labels that mark ignore regions; `with_zeros` removes them
 2. `to_integers`        floats with integer values become integers; other floats and negative labels are refused
 3. `find_background`    a label that is the background, or an inverted mask; `find_outline`: the outline of all cells
    `without_background` the same image with 0 for that label
@@ -136,6 +137,28 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[Any]:
         if reason := tiff.orientation_problem(int(image.getexif().get(ExifTags.Base.Orientation, 1))):
             raise AnnotationError(reason)
         return np.asarray(image)  # grey of 2 and 4 bits is scaled: different labels remain different
+
+
+def find_ignored(values: NDArray[Any], ignore: Sequence[str]) -> tuple[NDArray[np.bool_], list[CellRecord]]:
+    """Find the pixels of the labels `ignore`: bool (H, W), and an ignore region for each of these labels that occurs.
+
+    Args:
+        values: result of `decode` (H, W).
+        ignore: integers as text, also negative ones.
+    """
+    shape, ignored = (values.shape[0], values.shape[1]), np.zeros(values.shape, np.bool_)
+    regions = []
+    for word in ignore:
+        mask = values == int(word)
+        if mask.any():
+            regions.append(CellRecord(word, False, [], [(shape, patch_runs(mask.view(np.uint8), 0, 0, shape))], word))
+            ignored |= mask
+    return ignored, regions
+
+
+def with_zeros(values: NDArray[Any], where: NDArray[np.bool_]) -> NDArray[Any]:
+    """Return `values` with 0 at the pixels `where`, both (H, W)."""
+    return np.where(where, np.zeros((), values.dtype), values) if where.any() else values
 
 
 def to_integers(values: NDArray[Any]) -> NDArray[np.integer[Any]]:

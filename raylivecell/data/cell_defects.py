@@ -33,6 +33,8 @@ class CheckedCells(NamedTuple):
     """Remaining cells."""
     ids: list[int | str]
     """Their annotation ids."""
+    regions: list[Cell]
+    """Ignore regions."""
     defects: CellDefects
 
 
@@ -43,8 +45,14 @@ def covered(records: Sequence[CellRecord]) -> float:
 
 
 def areas(records: Sequence[CellRecord]) -> list[float]:
-    """Return the area of each cell in square pixels of its annotation, without crowd regions."""
-    return [area for record in records if not record.crowd and (area := covered([record])) > 0]
+    """Return the area of each cell in square pixels of its annotation, without crowd and ignore regions."""
+    cells = [record for record in records if not record.crowd and not record.region]
+    return [area for record in cells if (area := covered([record])) > 0]
+
+
+def is_region(record: CellRecord, rules: Rules) -> bool:
+    """Whether a record is an ignore region: selected by `prepare --ignore`, or a crowd by its rule."""
+    return bool(record.region) or (record.crowd and rule_of(rules, "crowd_region") == "ignore")
 
 
 def _area(polygon: NDArray[np.float64]) -> float:
@@ -63,7 +71,7 @@ def check_cells(
     rules: Rules,
     split: str | None = None,
 ) -> CheckedCells:
-    """Find the defects of an image's cells and drop those that the rules exclude.
+    """Find the defects of an image's cells and drop those that the rules exclude; separate the ignore regions.
 
     Args:
         records: the image's annotations.
@@ -76,15 +84,18 @@ def check_cells(
     defects: CellDefects = {}
     cells: list[Cell] = []
     ids: list[int | str] = []
+    regions: list[Cell] = []
     for record in records:
-        if record.crowd:
+        if record.crowd and not record.region:
             defects.setdefault("crowd_region", []).append((record.id, ""))
             if rule_of(rules, "crowd_region") == "drop":
                 continue
         cell, cell_defects = _check_cell(record, shape, scale, rules)
         for kind, detail in cell_defects:
             defects.setdefault(kind, []).append((record.id, detail))
-        if cell is not None:
+        if cell is not None and is_region(record, rules):
+            regions.append(cell)
+        elif cell is not None:
             cells.append(cell)
             ids.append(record.id)
     pairs = doubled_pairs(cells, shape)
@@ -93,7 +104,7 @@ def check_cells(
     if rule_of(rules, "doubled_contour", split) == "keep_first":
         remaining = sorted(set(range(len(cells))) - {later for later, _ in pairs})
         cells, ids = [cells[index] for index in remaining], [ids[index] for index in remaining]
-    return CheckedCells(cells, ids, defects)
+    return CheckedCells(cells, ids, regions, defects)
 
 
 def _check_cell(

@@ -115,9 +115,10 @@ DEFECT_KINDS: dict[str, DefectKind] = {
     "no_picture": DefectKind(("drop",), "A constant or saturated image, or one far too dark for its dataset."),
     "odd_intensity": DefectKind(("scale to the dataset",), "Background or spread far from the training images'."),
     "crowd_region": DefectKind(
-        ("auto", "drop", "keep"),
-        "An annotation with iscrowd set: in COCO a region of many objects, in CVAT each cell drawn by brush. keep: use "
-        "it as one cell. auto: drop, but stop if over 10 % of a file's annotations have it.",
+        ("auto", "ignore", "drop", "keep"),
+        "An annotation with iscrowd set: in COCO a region of many objects, in CVAT each cell drawn by brush. ignore: "
+        "its pixels are left out, as with --ignore. drop: they are background. keep: use it as one cell. auto: ignore, "
+        "but stop if over 10 % of a file's annotations have it.",
     ),
     "degenerate_polygon": DefectKind(
         ("drop",), "An outline with under 3 corners, no area or a non-finite value, or an RLE of the wrong size."
@@ -160,7 +161,7 @@ def rule_of(rules: Rules, kind: str, split: str | None = None) -> str:
         return "keep" if split == "test" else DEFECT_KINDS[kind].in_training
     if split == "test" and DEFECT_KINDS[kind].in_test:
         return DEFECT_KINDS[kind].in_test
-    return "drop" if rule == "auto" else rule
+    return "ignore" if rule == "auto" else rule
 
 
 def _choices() -> dict[str, DefectKind]:
@@ -221,6 +222,10 @@ class PrepareConfig(StrictModel):
     """Channel of the files that contain several, from 0."""
     categories: tuple[str, ...] = ()
     """Categories (names or ids) whose annotations are cells; all others are background. Default: all are cells."""
+    ignore: tuple[str, ...] = ()
+    """Ignore regions: pixels without annotation, which training and scores leave out. Values of label images (255),
+    categories of COCO files (names or ids), names of ImageJ ROIs, or classes in GeoJSON (QuPath's `Ignore*` always is
+    one). Pixels of annotated cells stay cells."""
     follow_links: bool = False
     """Follow links to files and folders outside the source. Without it, only links into the stores of git-annex, DVC
     and Hugging Face are followed, whose files are named by a checksum."""

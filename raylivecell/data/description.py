@@ -35,6 +35,13 @@ class ImageStatistics:
     """[height, width]."""
     diameter: float = 0.0
     """Median diameter of its cells in pixels; 0 without cells."""
+    ignored: int = 0
+    """Of these, pixels without annotation."""
+
+    @property
+    def annotated(self) -> int:
+        """Pixels without padding and ignore region, at least 1."""
+        return max(1, self.pixels - self.ignored)
 
 
 @dataclass
@@ -119,10 +126,14 @@ def describe(
 
 def _describe_split(accounts: Sequence[ShardAccount], split: str) -> dict[str, Any]:
     written = [account for account in accounts if account.split == split and account.rows]
-    sizes = {tuple(image.size) for account in written for image in account.images}
+    images = [image for account in written for image in account.images]
+    sizes = {tuple(image.size) for image in images}
+    ignored = [image.ignored for image in images if image.ignored]
     return {
         "images": sum(account.rows for account in written),
-        "cells": sum(image.cells for account in written for image in account.images),
+        "cells": sum(image.cells for image in images),
+        # Only in partly annotated datasets.
+        **({"ignored": {"images": len(ignored), "pixels": sum(ignored)}} if ignored else {}),
         "sizes": [list(size) for size in sorted(sizes)],
         "shards": [
             {"file": account.file, "rows": account.rows, "bytes": account.bytes, "sha256": account.sha256}
@@ -135,7 +146,7 @@ def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[ShardAccount]) 
     """Add the range of foreground fractions of the training images to an intensity rule, unless it has one."""
     split = _first_split(accounts)
     images = [image for account in accounts if account.split == split for image in account.images]
-    fractions = [round(image.foreground / max(1, image.pixels), 4) for image in images]
+    fractions = [round(image.foreground / image.annotated, 4) for image in images]
     has_range = tuple(rule["foreground"]) != (0.0, 1.0) or not fractions
     return {**rule, "foreground": rule["foreground"] if has_range else list(trimmed_range(fractions))}
 
@@ -204,7 +215,7 @@ def _cell_type(images: Sequence[tuple[str, ImageStatistics]], areas: Mapping[int
     return {
         "images": {split: splits[split] for split in SPLITS},
         "cells": sum(image.cells for _, image in images),
-        "foreground_share": round(foreground / sum(image.pixels for _, image in images), 6),
+        "foreground_share": round(foreground / sum(image.annotated for _, image in images), 6),
         "cells_per_image": {
             "min": min(cells_per_image),
             **_percentiles_of_counts(cells_per_image),

@@ -2,19 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import cv2
 import numpy as np
 
 from raylivecell.annotations.coco import CellRecord, decode_cells
-from raylivecell.annotations.drawing import border_map, draw_labels, hidden_cells, rasterise
+from raylivecell.annotations.drawing import Cell, border_map, draw_labels, hidden_cells, rasterise
 from raylivecell.annotations.rle import encode, encode_patch
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.data.cell_defects import check_cells
+from raylivecell.data.cell_defects import check_cells, is_region
 from raylivecell.data.config import Rules, rule_of
 from raylivecell.data.defects import Defect, ImageInfo
 from raylivecell.data.description import ImageStatistics, ShardAccount
@@ -68,7 +68,8 @@ def draw_shard(task: ShardTask) -> ShardAccount:
     cv2.setNumThreads(1)  # tasks share the machine's cores
     account = ShardAccount(task.plan.split, task.plan.file)
     scaled = any(image.pixel_scale != 1 for image in task.plan.images)
-    written = shards.write_shard(task.shard_uri, _rows(task, storage.read_bytes(task.cells_uri), account), scaled)
+    rows = _rows(task, storage.read_bytes(task.cells_uri), account)
+    written = shards.write_shard(task.shard_uri, rows, scaled, task.has_regions)
     account.rows, account.bytes, account.sha256 = written["rows"], written["bytes"], written["sha256"]
     storage.write_json(task.account_uri, asdict(account))
     return account
@@ -84,14 +85,15 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
             records = decode_cells(encoded_cells[start : start + length])
         else:
             shape = (pixels.shape[0], pixels.shape[1])
-            records = read_cells(task.source, image.pair, image.annotation_sha256, shape, task.rules)
+            records = read_cells(task.source, image.pair, image.annotation_sha256, shape, task.rules, task.ignore)
         start += length
         stored = intensity.to_uint8(pixels, task.intensity)
         frame = scale.resize_frame(stored, image.pixel_scale)
         row = draw_sample(frame.levels, image, records, task.rules, task.border_sigma, account.defects, plane)
         if row is None:
             continue
-        row["padding"] = b"" if frame.padding is None else encode(frame.padding.astype(np.uint16))[0]["counts"]
+        ignored = row["ignore"]
+        row["padding"], row["ignore"] = _counts(frame.padding), _counts(ignored)
         if image.pixel_scale != 1:
             row["original_height"], row["original_width"] = stored.levels.shape
         histogram += np.bincount(row["image"].ravel(), minlength=256)
@@ -108,10 +110,23 @@ def _rows(task: ShardTask, encoded_cells: bytes, account: ShardAccount) -> Itera
                 frame.own_pixels,
                 list(foreground.shape),
                 float(np.median(scale.diameter_of(cell_areas))) if cell_areas else 0.0,
+                _count(ignored, frame.padding),
             )
         )
         yield row
     account.histogram = histogram.tolist()
+
+
+def _counts(mask: np.ndarray | None) -> bytes:
+    """Encode a mask (H, W) as COCO's RLE counts; b"" for None or a mask without a pixel."""
+    return encode(mask.astype(np.uint16))[0]["counts"] if mask is not None and mask.any() else b""
+
+
+def _count(ignored: np.ndarray | None, padding: np.ndarray | None) -> int:
+    """Count the ignored pixels that are no padding; both (H, W)."""
+    if ignored is None:
+        return 0
+    return int(np.count_nonzero(ignored if padding is None else ignored & ~padding))
 
 
 def _read_pixels(source: str, image: ImagePlan, choice: Choice) -> tuple[np.ndarray, str]:
@@ -133,7 +148,9 @@ def draw_sample(
     defects: list[Defect],
     plane: str = "",
 ) -> shards.Sample | None:
-    """Return one row of the dataset; None if no cell is usable and images without cells are dropped.
+    """Return one row of the dataset, with `ignore` as bool (H, W) or None; no `padding`.
+
+    Returns None if no cell is usable and images without cells are dropped.
 
     Args:
         pixels: uint8 (H, W).
@@ -162,8 +179,11 @@ def draw_sample(
         detail = "; ".join(dict.fromkeys(text for _, text in cells if text))
         ids = [cell_id for cell_id, _ in cells]
         defects.append(Defect(kind, rule_of(rules, kind, image.split), image.file_name, image.split, ids, detail))
-    if records and not patches:
-        rule = rule_of(rules, "no_annotations", "train")  # also in test, because the cells are not background
+    listed = [record for record in records if not record.region]
+    if listed and not patches:
+        # Also in test, because the cells are not background, unless they are ignored.
+        only_regions = all(is_region(record, rules) for record in listed)
+        rule = rule_of(rules, "no_annotations", image.split if only_regions else "train")
         detail = "no annotation left that can be drawn"
         defects.append(Defect("no_annotations", rule, image.file_name, image.split, [image.id], detail))
         if rule == "drop":
@@ -179,10 +199,22 @@ def draw_sample(
         "border": border_map(labels, border_sigma),
         "cells": len(patches),
         "outlines": [encode_patch(patch.mask, patch.top, patch.left, shape)["counts"] for patch in patches],
+        "ignore": _ignored_pixels(checked.regions, labels),
         "source": planes.address(image.path, plane),
         "sha256": image.sha256,
         "annotation": f"{image.annotation}#{image.id}",
     }
+
+
+def _ignored_pixels(regions: Sequence[Cell], labels: np.ndarray) -> np.ndarray | None:
+    """Return the pixels of the regions that are in no cell of `labels` (H, W), bool (H, W); None without a region."""
+    if not regions:
+        return None
+    shape = (labels.shape[0], labels.shape[1])
+    ignored = np.zeros(shape, np.bool_)
+    for top, left, mask in (rasterise(region, shape) for region in regions):
+        ignored[top : top + mask.shape[0], left : left + mask.shape[1]] |= mask != 0
+    return ignored & (labels == 0)
 
 
 def _without_labels(labels: np.ndarray, removed: list[int], count: int) -> np.ndarray:

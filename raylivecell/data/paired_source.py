@@ -18,11 +18,11 @@ from raylivecell.annotations.errors import AnnotationError
 from raylivecell.core import console, storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import cell_defects, splitting
-from raylivecell.data.config import PrepareConfig, rule_of
+from raylivecell.data.config import PrepareConfig, Rules, rule_of
 from raylivecell.data.defects import Defect, Entry, ImageInfo
 from raylivecell.data.description import cell_type_of
 from raylivecell.data.image_names import splits_of_folder
-from raylivecell.data.pairing import Pair, Pairing, find_pairs, short_name
+from raylivecell.data.pairing import Pair, Pairing, check_ignore, find_pairs, short_name
 from raylivecell.data.shards import SPLITS
 from raylivecell.images.planes import Place
 
@@ -36,6 +36,8 @@ LAYOUTS = {
     "geojson": "GeoJSON: NAME.tif with NAME.geojson",
 }
 
+IGNORABLE = {"labels": "the label", "rois": "a ROI of the name", "geojson": "an object of the class"}
+"""What --ignore selects, by format."""
 HINTS = {
     "binary_mask": "; --on-defect binary_mask=components: each piece is a cell",
     "background_label": "; --on-defect background_label=background, or =keep if it is a cell",
@@ -51,8 +53,10 @@ class AnnotationInfo:
     sha256: str = ""
     bytes: int = 0
     cells: int = 0
+    regions: tuple[str, ...] = ()
+    """Names of its ignore regions (`CellRecord.region`)."""
     covered: float = 0.0
-    """Pixels in cells, overlaps counted twice."""
+    """Pixels in cells and ignore regions, overlaps counted twice."""
     shape: tuple[int, int] | None = None
     """(H, W) of the label image; None for outlines."""
     defects: dict[str, tuple[str, list[int | str]]] = field(default_factory=dict)
@@ -88,6 +92,10 @@ class PairedSource:
     def covered_pixels(self, entry: Entry) -> float:
         """Return the number of pixels in the cells of `entry`, overlaps counted twice."""
         return self.infos[entry.image.file_name].covered
+
+    def has_regions(self, rules: Rules) -> bool:
+        """Whether an annotation is an ignore region; `rules` do not matter: these formats have no crowds."""
+        return any(info.regions for info in self.infos.values())
 
     def unlisted_files(self) -> list[Defect]:
         """Return []: images without annotation files are `unpaired_file`."""
@@ -146,7 +154,8 @@ class PairedSource:
             if not images[entry.path or ""].error
         ]
         return [
-            {"source": self.uri, "rules": self.config.rules(), "items": items[first : first + PAIRS_PER_TASK]}
+            {"source": self.uri, "rules": self.config.rules(), "ignore": self.config.ignore}
+            | {"items": items[first : first + PAIRS_PER_TASK]}
             for first in range(0, len(items), PAIRS_PER_TASK)
         ]
 
@@ -158,12 +167,16 @@ class PairedSource:
             images: content of the image files by path.
 
         Raises:
-            UserError: no annotation file can be used; label images of another size with the rule `keep`.
+            UserError: no annotation file can be used; label images of another size with the rule `keep`; a name in
+                `config.ignore` that occurs in no image.
         """
         self.infos = dict(infos)
         reasons = [f"{self.pairs[name].annotations[0]}: {info.error}" for name, info in infos.items() if info.error]
         if reasons and len(reasons) == len(infos):
             raise UserError(f"no annotation file of {self.uri} can be used: {reasons[0]}")
+        occurring = {name.casefold() for info in infos.values() for name in info.regions}
+        if unused := [name for name in self.config.ignore if name.casefold() not in occurring]:
+            raise UserError(f"--ignore {unused[0]}: no image has {IGNORABLE[self.format]} {unused[0]}; leave it out")
         self._warn_of_other_backgrounds()
         self.listed = self._with_splits([self._completed(entry) for entry in self.entries])
         self.entries = []
@@ -242,6 +255,7 @@ def read_pairs(uri: str, paths: Sequence[str], config: PrepareConfig, annotation
         setting = "categories" if config.categories else "annotations"
         raise UserError(f"--{setting} is for COCO files: leave it out with --format {annotation_format}")
     pairing = find_pairs(paths, annotation_format, config.images)
+    check_ignore(pairing, annotation_format, config.ignore)
     rules = config.on_defect
     defects = [
         *(_unpaired(path, "no annotation file of this name", config) for path in pairing.images),
@@ -322,13 +336,14 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
             info = replace(info, sha256=_sha256(files), bytes=sum(len(data) for _, data in files))
             place = item["place"] and Place(*item["place"])
             cell_masks, shape = item["pair"]["cell_masks"], tuple(item["shape"])
-            annotation = image_files.read(files, cell_masks, shape, row["rules"], place)
+            annotation = image_files.read(files, cell_masks, shape, row["rules"], place, row["ignore"])
         except AnnotationError as error:
             info = replace(info, error=str(error))
         else:
             info = replace(
                 info,
-                cells=len(annotation.cells),
+                cells=sum(not record.region for record in annotation.cells),
+                regions=tuple(sorted({record.region for record in annotation.cells} - {""})),
                 covered=cell_defects.covered(annotation.cells),
                 shape=annotation.shape,
                 defects=annotation.defects,
@@ -340,18 +355,23 @@ def examine(row: dict[str, Any]) -> dict[str, Any]:
 def to_info(fields: Mapping[str, Any]) -> AnnotationInfo:
     """Restore a result of `examine` after a JSON round trip."""
     defects = {kind: (detail, ids) for kind, (detail, ids) in fields["defects"].items()}
-    return AnnotationInfo(**{**fields, "shape": fields["shape"] and tuple(fields["shape"]), "defects": defects})
+    shape, regions = fields["shape"] and tuple(fields["shape"]), tuple(fields["regions"])
+    return AnnotationInfo(**{**fields, "shape": shape, "regions": regions, "defects": defects})
 
 
 def read_cells(
-    source: str, pair: Pair, sha256: str, shape: tuple[int, int], rules: Mapping[str, str]
+    source: str, pair: Pair, sha256: str, shape: tuple[int, int], rules: Mapping[str, str], ignore: Sequence[str]
 ) -> list[CellRecord]:
-    """Return the cells of one image (H, W); UserError if its annotation files changed since they were examined."""
+    """Return the cells and ignore regions of one image (H, W), as `image_files.read`.
+
+    Raises:
+        UserError: its annotation files changed since they were examined.
+    """
     files = _read_files(source, pair.annotations)
     if _sha256(files) != sha256:
         place = storage.join(source, pair.annotations[0])
         raise UserError(f"{place} changed while it was being prepared; run `raylivecell prepare` again")
-    return image_files.read(files, pair.cell_masks, shape, rules).cells
+    return image_files.read(files, pair.cell_masks, shape, rules, ignore=ignore).cells
 
 
 def _read_files(source: str, paths: Sequence[str]) -> list[tuple[str, bytes]]:

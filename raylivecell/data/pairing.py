@@ -235,3 +235,13 @@ def short_name(path: str, image_folder: str | None = None) -> str:
     prefix = _prefix(image_folder)
     *folders, name = (path.removeprefix(prefix) if prefix else path).split("/")
     return "/".join([*(part for part in folders if _role(folded(part)) != ("image", "")), name])
+
+
+def check_ignore(pairing: Pairing, annotation_format: str, ignore: Sequence[str]) -> None:
+    """UserError if label images are to be ignored by a name, or masks of single cells by a label."""
+    if not ignore or annotation_format != "labels":
+        return
+    if any(pair.cell_masks for pair in pairing.pairs):
+        raise UserError("--ignore is not for masks of single cells: use label images, ROIs, GeoJSON or COCO files")
+    if wrong := [word for word in ignore if not re.fullmatch(r"-?[0-9]{1,18}", word)]:
+        raise UserError(f"--ignore {wrong[0]}: label images have no names; give the label, such as --ignore 255")

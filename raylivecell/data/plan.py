@@ -97,6 +97,10 @@ class ShardTask:
     """Length of each image's encoded cells in `cells_uri`."""
     choice: Choice = EVERYTHING
     """Plane and channel of image files with several."""
+    ignore: tuple[str, ...] = ()
+    """`PrepareConfig.ignore`."""
+    has_regions: bool = False
+    """Whether the dataset has ignore regions."""
 
     @property
     def shard_uri(self) -> str:
@@ -132,6 +136,7 @@ class ShardTask:
                 "plan": plan,
                 "intensity": Intensity.model_validate(row["intensity"]),
                 "choice": Choice(*row["choice"]),
+                "ignore": tuple(row["ignore"]),
             }
         )
 
@@ -141,6 +146,7 @@ def requested_settings(source: str, config: PrepareConfig) -> dict[str, Any]:
     fields = config.model_dump(include=RECORDED, mode="json")
     # Only if chosen: the settings of earlier datasets lack them.
     chosen = {name: value for name, value in config.choice._asdict().items() if value is not None}
+    chosen |= {"ignore": list(config.ignore)} if config.ignore else {}
     return {
         "source": {"uri": source, **fields, **chosen, **config.legal},
         "targets": config.targets.model_dump(),
@@ -226,8 +232,8 @@ def pixel_scale_to(
         x, y = outline_scale(entry, info, config)
         if isinstance(source, PairedSource):
             name = entry.image.file_name
-            shape = (info.height, info.width)
-            records = read_cells(source.uri, source.pairs[name], source.infos[name].sha256, shape, config.rules())
+            pair, sha256, shape = source.pairs[name], source.infos[name].sha256, (info.height, info.width)
+            records = read_cells(source.uri, pair, sha256, shape, config.rules(), config.ignore)
         else:
             records = decode_cells(source.encoded_cells(entry))
         areas += [x * y * area for area in cell_defects.areas(records)]
@@ -261,23 +267,24 @@ def dataset_head(
     plans: Sequence[ShardPlan],
     intensity: Intensity,
     pixel_scale: float,
-    legal: Mapping[str, str],
+    config: PrepareConfig,
 ) -> dict[str, Any]:
     """Return the part of dataset.json that is known before drawing: licence, provenance, settings and fingerprint.
 
-    The bytes of the dataset depend only on what the fingerprint covers. `legal` has precedence over the source's name,
-    licence and citation.
+    The bytes of the dataset depend only on what the fingerprint covers. Name, licence and citation in `config` have
+    precedence over the source's.
     """
     files = source.files()
     rule = intensity.model_dump(mode="json")
     version = [__version__, shards.FORMAT_VERSION, str(shards.SCHEMA)]
+    version += [str(shards.IGNORE)] if source.has_regions(config.on_defect) else []
     text = json.dumps([version, settings, files, rule, [asdict(plan) for plan in plans]], sort_keys=True)
     provenance: dict[str, Any] = {"files": files, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
     if source.assignment is not None:
         provenance["groups"] = splitting.describe(source.assignment)
     return {
         **description.legal(*source.info_and_licences()),
-        **legal,
+        **config.legal,
         **settings,
         "source": settings["source"] | provenance,
         "categories": source.categories,

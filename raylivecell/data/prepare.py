@@ -112,7 +112,7 @@ def _prepare(
         pixel_scale = plan.pixel_scale_to(target_scale, source, entries, infos, config)
         _print(f"pixel scale: {pixel_scale:g}, from the cell size of {config.diameter_from}")
     plans = plan.plan_shards(source, entries, infos, config, pixel_scale)
-    head = plan.dataset_head(settings, source, plans, rule, pixel_scale, config.legal)
+    head = plan.dataset_head(settings, source, plans, rule, pixel_scale, config)
     if previous is not None and previous["source"] == head["source"] and _is_complete(out, previous):
         _delete_all_but(out, {shard.file for shard in plans})
         console.console.print(f"nothing to do: {out} already contains this dataset", markup=False, soft_wrap=True)
@@ -123,7 +123,9 @@ def _prepare(
         raise UserError(f"--strict may stop half-way and would lose the dataset at {out}; choose another --out")
     work = storage.join(out, f".prepare-{head['source']['fingerprint'][:16]}")
     sigma, rules = config.targets.border_sigma, config.rules()
-    tasks = [ShardTask(shard, source_uri, out, work, rule, sigma, rules, choice=config.choice) for shard in plans]
+    task = functools.partial(ShardTask, source=source_uri, out=out, work=work, intensity=rule, border_sigma=sigma)
+    task = functools.partial(task, rules=rules, choice=config.choice, ignore=config.ignore)
+    tasks = [task(shard, has_regions=source.has_regions(config.on_defect)) for shard in plans]
     try:
         return _write(source, tasks, head, defects, strict)
     except UserError:
@@ -368,10 +370,12 @@ def _check_result(
 
 
 def _remaining(dataset: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for test, and for each other split that lost images or cells."""
+    """Yield a line for test, for each other split that lost images or cells, and for those with ignored pixels."""
     for split, counts in dataset["splits"].items():
         listed = counts["listed"]
         lost = (counts["images"], counts["cells"]) != (listed["images"], listed["cells"])
         if listed["images"] and (lost or split == "test"):
             images, cells = (f"{counts[key]:,} of {listed[key]:,} {key}" for key in ("images", "cells"))
             yield f"{split}: {images} and {cells} remain"
+        if ignored := counts.get("ignored"):
+            yield f"{split}: {ignored['pixels']:,} pixels of {ignored['images']:,} images are ignored"

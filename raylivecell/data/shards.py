@@ -56,8 +56,13 @@ SCALED_SCHEMA = pa.unify_schemas(
     [SCHEMA, pa.schema([("original_height", pa.int32()), ("original_width", pa.int32())])]  # of the image file
 )
 """Of a dataset whose images are scaled (`Scale.pixel_scale`)."""
+IGNORE = pa.field("ignore", pa.binary())
+"""Additional column of a partly annotated dataset: the pixels without annotation, in no cell. COCO's RLE counts; empty
+if the image is completely annotated."""
 Sample = dict[str, Any]
 """One row of `SCHEMA`; pixel columns as arrays (H, W)."""
+MASKS = {"padding", IGNORE.name}
+"""Columns of one mask for the image, as COCO's RLE counts."""
 PIXEL_DTYPES = {"image": "<u1", "labels": "<u2", "foreground": "<u1", "border": "<u1"}
 
 
@@ -127,21 +132,23 @@ class Rows(Sequence[Row]):
         return Row(self.shards[shard].decode(), group, self.versions[shard].decode(), rule)
 
 
-def write_shard(uri: str, rows: Iterable[Sample], scaled: bool = False) -> dict[str, Any]:
+def write_shard(uri: str, rows: Iterable[Sample], scaled: bool = False, ignore: bool = False) -> dict[str, Any]:
     """Write `rows` as one Parquet file at `uri`, atomically; equal rows give equal bytes.
 
     Rows are compressed one at a time. Without rows, no file is written.
 
     Args:
         uri: of the file.
-        rows: of `SCHEMA`; of `SCALED_SCHEMA` if `scaled`.
+        rows: of `SCHEMA`; of `SCALED_SCHEMA` if `scaled`; with the column IGNORE if `ignore`.
         scaled: whether the images are scaled.
+        ignore: whether the dataset is partly annotated.
 
     Returns:
         `rows`, `bytes` and `sha256` of the file.
     """
     sink, count = pa.BufferOutputStream(), 0
     schema = SCALED_SCHEMA if scaled else SCHEMA
+    schema = schema.append(IGNORE) if ignore else schema
     options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(sink, schema, **options) as writer:
         for row in rows:
@@ -235,8 +242,8 @@ def list_rows(data: str, split: str) -> Rows:
 def read_row(row: Row, columns: Sequence[str]) -> Sample:
     """Read `columns` of one sample: pixel columns as read-only arrays (H, W), the others as Python values.
 
-    The image is converted by the row's rule, if it has one. `padding` is bool (H, W), or None without padding.
-    `height` and `width` are always included.
+    The image is converted by the row's rule, if it has one. `padding` and `ignore` are bool (H, W), or None without
+    padding or ignore region. `height` and `width` are always included.
 
     Raises:
         UserError: a damaged shard, or an image that is unusable by the row's rule: it would be constant, with cells.
@@ -245,17 +252,18 @@ def read_row(row: Row, columns: Sequence[str]) -> Sample:
     names = list(dict.fromkeys(["height", "width", *columns, *(["source", "padding"] if convert else [])]))
     frame = None
     file = _open(row.shard, row.version)
+    stored = file.schema_arrow.names
     try:
         _check_size(file.metadata.row_group(row.group))
-        values = file.read_row_group(row.group, columns=names).to_pydict()
-        sample = {name: values[name][0] for name in names}
+        present = [name for name in names if name != IGNORE.name or name in stored]
+        values = file.read_row_group(row.group, columns=present).to_pydict()
+        sample: Sample = {name: values[name][0] if name in values else None for name in names}
         shape = (sample["height"], sample["width"])
         for name in PIXEL_DTYPES.keys() & sample.keys():
             sample[name] = np.frombuffer(sample[name], PIXEL_DTYPES[name]).reshape(shape)
-        if counts := sample.get("padding"):
-            sample["padding"] = rle.decode({"size": list(shape), "counts": counts}) != 0
-        elif counts is not None:
-            sample["padding"] = None
+        for name in MASKS & sample.keys():
+            counts = sample[name]
+            sample[name] = rle.decode({"size": list(shape), "counts": counts}) != 0 if counts else None
         if convert and row.rule is not None:
             frame = to_uint8(sample["image"], row.rule, sample["padding"])
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, RuntimeError) as error:
@@ -282,7 +290,7 @@ def _open(shard: str, version: str) -> pq.ParquetFile:
         raise UserError(f"cannot read shard {shard}: {_line(error)}; {AGAIN}") from error
     # Columns of other types are never read: values of Ray's extension types would be unpickled.
     schema = file.schema_arrow
-    for field in SCHEMA:
+    for field in (*SCHEMA, *([IGNORE] if IGNORE.name in schema.names else [])):
         if field.name not in schema.names or schema.field(field.name).type != field.type:
             raise UserError(f"shard {shard} has no column {field.name} of type {field.type}; {AGAIN}")
     return file

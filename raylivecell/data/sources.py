@@ -67,6 +67,12 @@ class Source:
         """Return the number of pixels that the outlines of `entry` cover, overlaps counted twice."""
         return cell_defects.covered(coco.decode_cells(self.encoded_cells(entry)))
 
+    def has_regions(self, rules: Rules) -> bool:
+        """Whether an annotation is an ignore region."""
+        by_category = any(category.get("ignored") for category in self.categories)
+        crowds = any(file.crowds() for file in self.annotations.values())
+        return by_category or (crowds and rule_of(rules, "crowd_region") == "ignore")
+
     def unlisted_files(self) -> list[Defect]:
         """Return a defect for each image file that matches no listed name."""
         rule = rule_of({}, "unlisted_file")
@@ -150,7 +156,7 @@ def _read_coco(uri: str, listing: Listing, config: PrepareConfig) -> Source:
     annotations = {
         (split, path): _read_annotations(uri, path) for split, members in annotation_paths.items() for path in members
     }
-    chosen = categories.choose(annotations.values(), config.categories)
+    chosen = categories.choose(annotations.values(), config.categories, config.ignore)
     source = Source(uri, folder, annotations, listing.left_out, chosen)
     images: list[ListedImage] = []
     for (split, _), file in annotations.items():
@@ -293,8 +299,8 @@ def _check_crowds(file: coco.Annotations, rules: Rules) -> None:
     if chosen_rule(rules, "crowd_region") == "auto" and crowds > MAX_CROWD_FRACTION * cells:
         raise UserError(
             f"{crowds} of {cells} annotations of {file.name} have iscrowd set, in COCO a region of many objects "
-            "(CVAT sets it on each cell drawn by brush): choose --on-defect crowd_region=keep (each is a cell) or "
-            "crowd_region=drop"
+            "(CVAT sets it on each cell drawn by brush): choose --on-defect crowd_region=keep (each is a cell), "
+            "crowd_region=ignore (pixels to leave out) or crowd_region=drop (background)"
         )
 
 

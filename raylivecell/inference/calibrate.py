@@ -7,6 +7,7 @@ none (at most 3 rounds). This evaluates about 60 points; the full grid has 28,80
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raylivecell.cells import watershed
 from raylivecell.cells.watershed import InstanceConfig, Maps
@@ -23,8 +24,8 @@ GRID: dict[str, tuple[float, ...]] = {
 }
 ROUNDS = 3
 
-Case = tuple[Maps, instance_scores.Labels]
-"""Predicted maps of an image, float32 (C, H, W), and its ground-truth labels (H, W)."""
+Case = tuple[Maps, instance_scores.Labels, NDArray[np.bool_] | None]
+"""Predicted maps of an image, float32 (C, H, W), its ground-truth labels (H, W), and its ignore region, if any."""
 
 
 def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, float]:
@@ -46,5 +47,8 @@ def calibrate(cases: Sequence[Case], targets: Targets) -> tuple[InstanceConfig, 
 
 def mean_msa(cases: Sequence[Case], targets: Targets, config: InstanceConfig) -> float:
     """Mean mSA over images, of the cells segmented by the watershed with `config`."""
-    pairs = (instance_scores.overlaps(watershed.segment(maps, targets, config), truth) for maps, truth in cases)
-    return float(np.mean([instance_scores.segmentation_accuracy(overlaps).mean() for overlaps in pairs]))
+    scores = []
+    for maps, truth, ignored in cases:
+        labels = instance_scores.without_ignored(watershed.segment(maps, targets, config), ignored)
+        scores.append(instance_scores.segmentation_accuracy(instance_scores.overlaps(labels, truth)).mean())
+    return float(np.mean(scores))

@@ -38,7 +38,7 @@ from raylivecell.scoring.scores import GroundTruth, Prediction
 
 CALIBRATION_IMAGES = 32
 """Maximum, spread evenly over the validation images. Their maps are kept in memory: 4.4 MB each."""
-SAMPLE = ("file_name", "cell_type", "image", "padding", "labels", "outlines", "source")
+SAMPLE = ("file_name", "cell_type", "image", "padding", "labels", "outlines", "ignore", "source")
 PIXELS = ("image", "padding")
 
 
@@ -215,8 +215,9 @@ def _calibrate(folder: str, data: str, tta: bool, rule: Intensity | None) -> Non
     network, recipe = checkpoint.load_network(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cases = []
     for row in track(sample_rows, "maps", len(sample_rows)):
-        sample = shards.read_row(row, [*PIXELS, "labels"])
-        cases.append((forward.maps_of_frame(network, _frame(sample, rule), tta), sample["labels"]))
+        sample = shards.read_row(row, [*PIXELS, "labels", "ignore"])
+        maps = forward.maps_of_frame(network, _frame(sample, rule), tta)
+        cases.append((maps, sample["labels"], sample["ignore"]))
     default_msa = calibrate.mean_msa(cases, recipe.targets, watershed.default(recipe.targets))
     config, msa = calibrate.calibrate(cases, recipe.targets)
     calibration = {
@@ -322,10 +323,10 @@ def painted(rles: Sequence[Rle], confidences: np.ndarray, size: tuple[int, int])
 
 def _score_row(item: int, sample: dict[str, Any], prediction: Prediction) -> actors.Row:
     size = list(sample["labels"].shape)
-    truth = GroundTruth(sample["labels"], [{"size": size, "counts": counts} for counts in sample["outlines"]])
-    row, matches = scores.of_image(prediction, truth)
+    rles, ignored = [{"size": size, "counts": counts} for counts in sample["outlines"]], sample["ignore"]
+    row, matches = scores.of_image(prediction, GroundTruth(sample["labels"], rles, ignored))
     about = {name: sample[name] for name in ("file_name", "source", "cell_type", "height", "width")}
-    return {"item": item, **about, **row, "matches": matches}
+    return {"item": item, **about, "ignored": 0 if ignored is None else int(ignored.sum()), **row, "matches": matches}
 
 
 def _write_results(
@@ -346,6 +347,7 @@ def _write_results(
     per_image = [{name: value for name, value in row.items() if name != "matches"} for row in scored]
     result = {
         **scores.summarise(per_image, matches, seed),
+        "ignored": evaluation.ignored(per_image),
         "split": split,
         **about,
         "data": shards.provenance(data),
@@ -359,6 +361,8 @@ def _write_results(
     storage.write_json(storage.join(out, "metrics.json"), result)
     console.print(score_table(result))
     console.print(f"mSA by torch-em's rule, as published figures: {_format_score(result, 'msa_torch_em')}")
+    if text := evaluation.ignored_text(result):
+        console.print(text)
     console.print(f"written: {out}/metrics.json, report.html", soft_wrap=True, markup=False)
     return result
 

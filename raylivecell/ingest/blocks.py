@@ -54,10 +54,11 @@ class Source:
 def read_sample(row: shards.Row, cells: bool = False) -> Sample:
     """Decode a sample; with its labels if `cells`."""
     if not cells:
-        sample = shards.read_row(row, sample_planes.STORED)
-        return np.stack([sample[name] for name in sample_planes.STORED])
-    sample = shards.read_row(row, ("image", "labels", "border"))
-    return sample["image"], sample_planes.pack(sample["labels"], sample["border"])
+        sample = shards.read_row(row, (*sample_planes.STORED, "ignore"))
+        foreground = sample_planes.with_ignored(sample["foreground"], sample["ignore"])
+        return np.stack([sample["image"], foreground, sample["border"]])
+    sample = shards.read_row(row, ("image", "labels", "border", "ignore"))
+    return sample["image"], sample_planes.pack(sample["labels"], sample["border"], sample["ignore"])
 
 
 class ValidationSample(NamedTuple):
@@ -69,13 +70,15 @@ class ValidationSample(NamedTuple):
     """(H, W): labels uint16 if the recipe separates cells, otherwise the foreground, uint8 0 or 1."""
     padding: np.ndarray | None
     """bool (H, W), True in the image's padding; None: no padding."""
+    ignored: np.ndarray | None = None
+    """bool (H, W), True in the ignore region; None: the image is completely annotated."""
 
 
 def read_validation_sample(row: shards.Row, cells: bool = False) -> ValidationSample:
     """Decode a validation sample; with its labels if `cells`."""
     truth = "labels" if cells else "foreground"
-    sample = shards.read_row(row, ("image", truth, "padding"))
-    return ValidationSample(sample["image"], sample[truth], sample["padding"])
+    sample = shards.read_row(row, ("image", truth, "padding", "ignore"))
+    return ValidationSample(sample["image"], sample[truth], sample["padding"], sample["ignore"])
 
 
 Reader = Callable[[shards.Row, bool], Sample | ValidationSample]

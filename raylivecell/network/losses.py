@@ -4,17 +4,18 @@ The loss of the other output channels (boundaries or distances) is that of the t
 
 The BCE weight of a pixel is w = w_class + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) (Ronneberger et al. 2015, eq. 2):
 `prepare` draws the exponential once; w0 is applied here, so a sweep can search it without preparing the data again.
+Ignored pixels change no loss: BCE is the mean over an image's other pixels (targets/masked.py).
 """
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from raylivecell.recipe import LossConfig
+from raylivecell.targets import masked
 from raylivecell.targets.dice import dice_loss
 from raylivecell.targets.registry import Targets, target
-from raylivecell.targets.sample_planes import BORDER, FOREGROUND, MAPS
+from raylivecell.targets.sample_planes import BORDER, CELL, FOREGROUND, IGNORED, MAPS
 
 
 class Loss(NamedTuple):
@@ -36,14 +37,15 @@ def segmentation_loss(logits: Tensor, planes: Tensor, config: LossConfig, target
         config: weights.
         targets: target kind.
     """
-    logits = logits.float()
-    foreground = planes[:, FOREGROUND, None].float()
+    classes = planes[:, FOREGROUND, None]
+    foreground, ignored = (classes == CELL).float(), classes == IGNORED
+    logits, maps = masked.fill(logits.float(), planes[:, MAPS].float() / 255.0, ignored)
     # Plain numbers instead of tensors: creating a tensor on a GPU waits for all work queued there.
     weight = config.background_weight + (config.cell_weight - config.background_weight) * foreground
     if config.border_weight:
         weight = weight + planes[:, BORDER, None].float() * (config.border_weight / 255.0)
-    bce = F.binary_cross_entropy_with_logits(logits[:, :1], foreground, weight=weight)
+    bce = masked.bce(logits[:, :1], foreground, ignored, weight)
     dice = dice_loss()(logits[:, :1], foreground)
-    aux = target(targets).loss(logits[:, 1:], planes[:, MAPS].float() / 255.0, foreground)
+    aux = target(targets).loss(logits[:, 1:], maps, foreground, ignored)
     total = config.bce_weight * bce + (1 - config.bce_weight) * dice + config.aux_weight * aux
     return Loss(total, bce, dice, aux)

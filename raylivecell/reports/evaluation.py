@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from raylivecell.core import storage
 from raylivecell.data import shards
 from raylivecell.reports import page
-from raylivecell.reports.overlay import FALSE, FOUND, MISSED, edges, outlined, tint
+from raylivecell.reports.overlay import FALSE, FOUND, MISSED, edges, hatch, outlined, tint
 from raylivecell.scoring import instance_scores
 from raylivecell.scoring.scores import Prediction
 
@@ -53,6 +53,20 @@ def chosen(per_image: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     return titles
 
 
+def ignored(per_image: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Number of `images` with ignored pixels, and of these `pixels`."""
+    counts = [row["ignored"] for row in per_image if row["ignored"]]
+    return {"images": len(counts), "pixels": sum(counts)}
+
+
+def ignored_text(result: Result) -> str:
+    """Describe the ignored pixels in a sentence; "" if the images are completely annotated."""
+    counts = result["ignored"]
+    return f"{counts['pixels']:,} pixels without annotation in {counts['images']:,} images are left out." * bool(
+        counts["images"]
+    )
+
+
 def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Mapping[int, Prediction]) -> None:
     """Write report.html and overlays/ into the folder `out`.
 
@@ -64,8 +78,8 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Map
     """
     pictures = []
     for item, title in chosen(result["per_image"]).items():
-        sample = shards.read_row(rows[item], ["image", "labels", "file_name"])
-        data = jpeg(panels(sample["image"], sample["labels"], predictions[item].labels))
+        sample = shards.read_row(rows[item], ["image", "labels", "ignore"])
+        data = jpeg(panels(sample["image"], sample["labels"], predictions[item].labels, sample["ignore"]))
         storage.write_bytes(storage.join(out, "overlays", f"{_stem(title)}.jpg"), data)
         pictures.append((title, data))
     text = page.render(
@@ -76,6 +90,7 @@ def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Map
         scores=_table(result),
         true_cells=f"{result['true_cells']:,}",
         true_cells_torch_em=f"{result['true_cells_torch_em']:,}",
+        ignored=ignored_text(result),
         pictures=page.images(pictures, "jpeg"),
         origin=_origin(result),
         licence=result["data"]["licence"],
@@ -92,10 +107,23 @@ def _origin(result: Result) -> str:
     return f"{', '.join(parts)}; raylivecell {result['raylivecell']}, {result['date']}"
 
 
-def panels(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:
-    """True cells, predicted cells and errors side by side, RGB uint8 (H, 3 W + 16, 3); arguments (H, W)."""
+def panels(
+    image: NDArray[np.uint8],
+    truth: NDArray[Any],
+    prediction: NDArray[Any],
+    ignored: NDArray[np.bool_] | None = None,
+) -> NDArray[np.uint8]:
+    """True cells, predicted cells and errors side by side, RGB uint8 (H, 3 W + 16, 3); arguments (H, W).
+
+    The ignore region is hatched on the first and the last.
+    """
     gap = np.full((image.shape[0], 8, 3), 255, np.uint8)
-    return np.hstack([outlined(image, truth), gap, outlined(image, prediction), gap, errors(image, truth, prediction)])
+    counted = instance_scores.without_ignored(prediction, ignored)
+    true_cells, wrong = outlined(image, truth), errors(image, truth, counted)
+    if ignored is not None:
+        hatch(true_cells, ignored)
+        hatch(wrong, ignored & (counted == 0))
+    return np.hstack([true_cells, gap, outlined(image, prediction), gap, wrong])
 
 
 def errors(image: NDArray[np.uint8], truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.uint8]:

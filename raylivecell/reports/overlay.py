@@ -17,6 +17,9 @@ FALSE: Rgb = (230, 85, 0)
 """Vermilion: false positive."""
 MISSED: Rgb = (0, 90, 230)
 """Blue: false negative."""
+HATCH: Rgb = (255, 255, 255)
+"""White: lines on an ignore region, HATCH_WIDTH pixels wide, one every HATCH_PERIOD pixels."""
+HATCH_WIDTH, HATCH_PERIOD = 2, 10
 LEGEND = (("found (edge)", FOUND), ("predicted, not cell", FALSE), ("cell, not predicted", MISSED))
 OUTLINES: tuple[Rgb, ...] = (
     (240, 228, 66),
@@ -76,6 +79,12 @@ def edges(labels: NDArray[Any]) -> NDArray[np.bool_]:
 def tint(canvas: NDArray[np.uint8], where: NDArray[np.bool_], colour: Rgb) -> None:
     """Blend a colour into the pixels (H, W) of an RGB image (H, W, 3), in place."""
     canvas[where] = np.rint((1 - TINT) * canvas[where] + TINT * np.array(colour)).astype(np.uint8)
+
+
+def hatch(canvas: NDArray[np.uint8], where: NDArray[np.bool_]) -> None:
+    """Draw diagonal lines on the pixels (H, W) of an RGB image (H, W, 3), in place: an ignore region."""
+    rows, columns = np.ogrid[: where.shape[0], : where.shape[1]]
+    tint(canvas, where & ((rows + columns) % HATCH_PERIOD < HATCH_WIDTH), HATCH)
 
 
 def png(image: NDArray[np.uint8]) -> bytes:

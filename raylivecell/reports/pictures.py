@@ -13,7 +13,7 @@ from torch import nn
 from raylivecell.data import combined, shards
 from raylivecell.data.combined import Data
 from raylivecell.network import forward
-from raylivecell.reports.overlay import LEGEND, overlay
+from raylivecell.reports.overlay import LEGEND, hatch, overlay
 from raylivecell.scoring import pixel_scores
 
 
@@ -26,14 +26,21 @@ def overlays(network: nn.Module, data: Data, split: str, count: int) -> list[tup
 
 def picture(network: nn.Module, row: shards.Row) -> tuple[str, bytes]:
     """Title (file, Dice, IoU) and PNG (`panel`) of one sample."""
-    sample = shards.read_row(row, ["file_name", "image", "padding", "foreground"])
+    sample = shards.read_row(row, ["file_name", "image", "padding", "foreground", "ignore"])
     prediction = forward.logits_of_picture(network, sample["image"], sample["padding"])[0].cpu().numpy() > 0
-    counts = pixel_scores.as_counts([pixel_scores.mask_counts(prediction, sample["foreground"])])
+    ignored = sample["ignore"]
+    counts = pixel_scores.as_counts([pixel_scores.mask_counts(prediction, sample["foreground"], ignored)])
     title = f"{sample['file_name']}   Dice {pixel_scores.dice(counts):.3f}   IoU {pixel_scores.iou(counts):.3f}"
-    return title, panel(sample["image"], sample["foreground"], prediction)
+    return title, panel(sample["image"], sample["foreground"], prediction, ignored=ignored)
 
 
-def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], title: str = "") -> bytes:
+def panel(
+    image: NDArray[Any],
+    truth: NDArray[Any],
+    prediction: NDArray[Any],
+    title: str = "",
+    ignored: NDArray[np.bool_] | None = None,
+) -> bytes:
     """Draw the image next to its segmentation, with title and legend; PNG at the image's scale.
 
     Args:
@@ -41,13 +48,17 @@ def panel(image: NDArray[Any], truth: NDArray[Any], prediction: NDArray[Any], ti
         truth: (H, W), cell where not 0.
         prediction: (H, W), cell where not 0.
         title: one line; empty if the page shows it.
+        ignored: bool (H, W), the ignore region, which is hatched; None: the image is completely annotated.
     """
     height, width = image.shape
     panel_width = max(width, 320)  # space for title and legend
     gap, head, foot = 10, 34 if title else 0, 34
     total_w, total_h = 2 * panel_width + gap, head + height + foot
     figure = Figure(figsize=(total_w / 100, total_h / 100), dpi=100)
-    for left, pixels in ((0, np.dstack([image] * 3)), (panel_width + gap, overlay(image, truth, prediction))):
+    agreement = overlay(image, truth, prediction if ignored is None else np.where(ignored, 0, prediction))
+    if ignored is not None:
+        hatch(agreement, ignored)
+    for left, pixels in ((0, np.dstack([image] * 3)), (panel_width + gap, agreement)):
         axes = figure.add_axes((left / total_w, foot / total_h, width / total_w, height / total_h))
         axes.imshow(pixels, interpolation="nearest", aspect="auto")
         axes.axis("off")

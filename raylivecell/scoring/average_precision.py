@@ -9,6 +9,9 @@ of masks.
 
 COCOeval loops over every pair of cells forty times in Python. Here only pairs with an IoU of at least 0.5 are
 processed, most of them vectorised: an image of 300 cells takes some milliseconds.
+
+An ignore region is one annotation with iscrowd: a detection without a match is ignored at an IoU threshold if at least
+that fraction of its area is in the region.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,6 +26,7 @@ from raylivecell.scoring import bootstrap
 
 # Computed as in COCOeval, because an IoU or a recall may equal a threshold to the last bit.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
+LIMITS = np.minimum(THRESHOLDS, 1 - 1e-10)
 RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 2000
 """Detections per image that count, best first."""
@@ -48,16 +52,18 @@ class Matches(NamedTuple):
     matched: NDArray[np.bool_]
     """(4, 10, D): whether the detection is matched with a true cell, by area range and IoU threshold."""
     ignored: NDArray[np.bool_]
-    """(4, 10, D): whether the detection is ignored, because it is outside the area range."""
+    """(4, 10, D): whether the detection is ignored: it is outside the area range, or in the ignore region."""
     truths: NDArray[np.int64]
     """(4,): number of true cells in each area range."""
 
 
-def match(prediction: Sequence[Rle], scores: NDArray[np.float64], truth: Sequence[Rle]) -> Matches:
+def match(
+    prediction: Sequence[Rle], scores: NDArray[np.float64], truth: Sequence[Rle], region: Rle | None = None
+) -> Matches:
     """Match the detections and true cells of one image as COCOeval does.
 
     Best first, each detection is matched with the unmatched true cell of the largest IoU that reaches the threshold;
-    cells in the area range have precedence.
+    cells in the area range have precedence. `region`: the ignore region, which contains no pixel of a true cell.
     """
     order = np.argsort(-scores, kind="stable")[:MAX_DETECTIONS]
     detections = [prediction[i] for i in order.tolist()]
@@ -71,6 +77,9 @@ def match(prediction: Sequence[Rle], scores: NDArray[np.float64], truth: Sequenc
     area = _areas(detections)
     unmatched_outside = np.array([(area < low) | (area > high) for low, high in AREAS])
     ignored |= ~matched & unmatched_outside[:, None]
+    if region is not None and detections:
+        inside = coco_mask.iou(detections, [region], [1])[:, 0]  # with iscrowd: over the area of the detection
+        ignored |= ~matched & (inside >= LIMITS[:, None])
     return Matches(scores[order].astype(np.float64), matched, ignored, (~outside).sum(1))
 
 
@@ -83,21 +92,20 @@ def _pair(
     iou: NDArray[np.float64], outside: NDArray[np.bool_], matched: NDArray[np.bool_], ignored: NDArray[np.bool_]
 ) -> None:
     """Fill `matched` and `ignored` (4, 10, D) from `iou` (D, G) and whether true cells are outside the area (4, G)."""
-    limits = np.minimum(THRESHOLDS, 1 - 1e-10)
-    rows, columns = np.nonzero(iou >= limits[0])
+    rows, columns = np.nonzero(iou >= LIMITS[0])
     if not len(rows):
         return
     alone = (np.bincount(rows)[rows] == 1) & (np.bincount(columns)[columns] == 1)
     detections, truths = rows[alone], columns[alone]
     # Vectorised: pairs of cells without other candidates.
-    hit = iou[detections, truths] >= limits[:, None]
+    hit = iou[detections, truths] >= LIMITS[:, None]
     matched[:, :, detections] = hit
     ignored[:, :, detections] = hit & outside[:, truths][:, None]
     if alone.all():
         return
     contested = _by_detection(rows[~alone], columns[~alone], iou)
     for area in range(len(outside)):
-        for level, limit in enumerate(limits.tolist()):
+        for level, limit in enumerate(LIMITS.tolist()):
             used: set[int] = set()
             for detection, candidates in contested:
                 best = _best(candidates, limit, used, outside[area])

@@ -8,6 +8,9 @@ most one partner. With tp, fp and fn the numbers of correct, wrong and missed ce
     PQ     = (sum of the partners' IoU) / (tp + fp / 2 + fn / 2) at 0.5      (Kirillov et al. 2019)
 
 An image without cells in truth and prediction is correct: all scores are 1.
+
+In a partly annotated image, a predicted cell with more than half of its pixels in the ignore region is left out
+(`without_ignored`). It cannot be a match: the region contains no pixel of a true cell, so its IoU is below 0.5.
 """
 
 from typing import Any, NamedTuple
@@ -63,6 +66,16 @@ def _counted(values: Labels) -> tuple[Labels, NDArray[np.int64]]:
     return np.unique(values, return_counts=True)
 
 
+def without_ignored(prediction: Labels, ignored: NDArray[np.bool_] | None) -> Labels:
+    """Return `prediction` (H, W) with 0 for the cells with more than half of their pixels in `ignored`, bool (H, W)."""
+    if ignored is None or not ignored.any():
+        return prediction
+    labels, numbers = np.unique(prediction, return_inverse=True)
+    numbers = numbers.reshape(prediction.shape)
+    areas, inside = np.bincount(numbers.ravel()), np.bincount(numbers[ignored], minlength=len(labels))
+    return np.where((2 * inside > areas)[numbers], 0, prediction)
+
+
 def true_positives(pairs: Overlaps, threshold: float) -> int:
     """Return the size of the largest one-to-one matching of cells with an IoU of at least `threshold`."""
     near = pairs.iou >= threshold - 1e-12
@@ -89,13 +102,14 @@ def panoptic_quality(pairs: Overlaps) -> float:
     return float(matched.sum() / (0.5 * (pairs.cells + pairs.true_cells)))
 
 
-def instance_scores(prediction: Labels, truth: Labels) -> dict[str, float]:
+def instance_scores(prediction: Labels, truth: Labels, ignored: NDArray[np.bool_] | None = None) -> dict[str, float]:
     """Scores of one image: `msa`, `sa50`, `sa75`, `pq`, `cells`, `true_cells`, `count_error` and `confluence_error`.
 
     `count_error` is (predicted - true cells) / true cells (divided by 1 without true cells); `confluence_error` is the
-    predicted minus the true fraction of pixels in cells.
+    predicted minus the true fraction of pixels in cells. `ignored`, bool (H, W), without pixels of true cells: the
+    ignore region, whose pixels and predicted cells are left out.
     """
-    pairs = overlaps(prediction, truth)
+    pairs = overlaps(without_ignored(prediction, ignored), truth)
     accuracy = segmentation_accuracy(pairs)
     return {
         "msa": float(accuracy.mean()),
@@ -105,5 +119,11 @@ def instance_scores(prediction: Labels, truth: Labels) -> dict[str, float]:
         "cells": pairs.cells,
         "true_cells": pairs.true_cells,
         "count_error": (pairs.cells - pairs.true_cells) / max(pairs.true_cells, 1),
-        "confluence_error": float((prediction != 0).mean() - (truth != 0).mean()),
+        "confluence_error": _fraction(prediction != 0, ignored) - _fraction(truth != 0, ignored),
     }
+
+
+def _fraction(mask: NDArray[np.bool_], ignored: NDArray[np.bool_] | None) -> float:
+    """Fraction of the pixels (H, W) outside `ignored` that are in `mask`; 0 if all are ignored."""
+    counted = mask if ignored is None else mask[~ignored]
+    return float(counted.mean()) if counted.size else 0.0

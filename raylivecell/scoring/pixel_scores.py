@@ -23,12 +23,13 @@ COUNTS = ("tp", "fp", "fn", "tn")
 
 
 @torch.no_grad()
-def pixel_counts(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def pixel_counts(logits: torch.Tensor, truth: torch.Tensor, ignored: torch.Tensor | None = None) -> torch.Tensor:
     """Count each image's pixels on the logits' device: a pixel is in a cell if its logit is over 0 (p > 0.5).
 
     Args:
         logits: float (B, C, H, W), channel 0 is the foreground.
         truth: (B, H, W) bool or integer, 0 is background.
+        ignored: bool (B, H, W), pixels to leave out; None: all are counted.
 
     Returns:
         int64 (B, 4), columns as `COUNTS`.
@@ -38,15 +39,24 @@ def pixel_counts(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
             f"logits {tuple(logits.shape)} and truth {tuple(truth.shape)}: expected (B, C, H, W) and (B, H, W)"
         )
     predicted, cell = logits[:, 0] > 0, truth != 0
-    pairs = (predicted & cell, predicted & ~cell, ~predicted & cell, ~predicted & ~cell)
+    pairs = [predicted & cell, predicted & ~cell, ~predicted & cell, ~predicted & ~cell]
+    if ignored is not None:
+        pairs = [pair & ~ignored for pair in pairs]
     return torch.stack([pair.sum(dim=(1, 2)) for pair in pairs], dim=1)
 
 
-def mask_counts(prediction: NDArray[Any], truth: NDArray[Any]) -> dict[str, int]:
-    """Return the counts of one image as Python ints, by name; both (H, W), 0 is background."""
+def mask_counts(
+    prediction: NDArray[Any], truth: NDArray[Any], ignored: NDArray[np.bool_] | None = None
+) -> dict[str, int]:
+    """Return the counts of one image as Python ints, by name; both (H, W), 0 is background.
+
+    Pixels of `ignored`, bool (H, W), are left out.
+    """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
     predicted, cell = prediction != 0, truth != 0
+    if ignored is not None:
+        predicted, cell = predicted[~ignored], cell[~ignored]
     tp, positives, cells = (int(np.count_nonzero(mask)) for mask in (predicted & cell, predicted, cell))
     return {"tp": tp, "fp": positives - tp, "fn": cells - tp, "tn": predicted.size - positives - cells + tp}
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raylivecell.annotations.rle import Rle
+from raylivecell.annotations.rle import Rle, encode
 from raylivecell.scoring import average_precision, bootstrap, instance_scores, label_rules, pixel_scores
 from raylivecell.scoring.average_precision import Matches
 
@@ -47,6 +47,8 @@ class GroundTruth(NamedTuple):
     """0 background; disjoint: a pixel of overlapping cells belongs to the smaller one."""
     rles: Sequence[Rle]
     """Complete cells, which may overlap."""
+    ignored: NDArray[np.bool_] | None = None
+    """(H, W): the ignore region, without pixels of `rles`; None: the image is completely annotated."""
 
 
 def of_image(prediction: Prediction, truth: GroundTruth) -> tuple[dict[str, Any], Matches]:
@@ -56,18 +58,27 @@ def of_image(prediction: Prediction, truth: GroundTruth) -> tuple[dict[str, Any]
         Pixel counts, `dice`, `iou`, `instance_scores`, and the scores of TORCH_EM; and the matches for
         `average_precision`.
     """
-    counts = pixel_scores.mask_counts(prediction.foreground, truth.labels)
+    counts = pixel_scores.mask_counts(prediction.foreground, truth.labels, truth.ignored)
     pixels = [counts[name] for name in pixel_scores.COUNTS]
     row = {**counts, "dice": pixel_scores.dice(pixels), "iou": pixel_scores.iou(pixels)}
-    row |= instance_scores.instance_scores(prediction.labels, truth.labels)
+    row |= instance_scores.instance_scores(prediction.labels, truth.labels, truth.ignored)
     height, width = truth.labels.shape
-    other = instance_scores.instance_scores(prediction.labels, label_rules.larger_on_top(truth.rles, (height, width)))
+    other_labels = label_rules.larger_on_top(truth.rles, (height, width))
+    other = instance_scores.instance_scores(prediction.labels, other_labels, truth.ignored)
     row |= {name: other[score] for score, name in TORCH_EM.items()}
-    return row, average_precision.match(prediction.rles, prediction.scores, truth.rles)
+    region = None if truth.ignored is None or not truth.ignored.any() else encode(truth.ignored.astype(np.uint8))[0]
+    return row, average_precision.match(prediction.rles, prediction.scores, truth.rles, region)
 
 
-def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> dict[str, float]:
+def score(
+    labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]], ignored: NDArray[np.bool_] | None = None
+) -> dict[str, float]:
     """Scores of one label image against another, both integer (H, W), 0 background.
+
+    Args:
+        labels: predicted cells.
+        truth: true cells.
+        ignored: bool (H, W), the pixels without annotation; those of true cells are counted nevertheless.
 
     Returns:
         `dice` and `iou` of the pixels in cells, `msa`, `sa50`, `sa75`, `pq`, `cells`, `true_cells`, `count_error`,
@@ -75,17 +86,21 @@ def score(labels: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]]) -> 
 
     Raises:
         TypeError: an argument is not an array.
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or `ignored` is not bool.
     """
     if not isinstance(labels, np.ndarray) or not isinstance(truth, np.ndarray):
         wrong = type(truth if isinstance(labels, np.ndarray) else labels).__name__
         raise TypeError(f"a {wrong} is not a label image; give two integer arrays (H, W), predicted and true labels")
-    counts = pixel_scores.mask_counts(labels, truth)
+    if ignored is not None:
+        if ignored.shape != truth.shape or ignored.dtype != bool:
+            raise ValueError(f"ignored is {ignored.dtype} {ignored.shape}, not bool {truth.shape} as the labels")
+        ignored = ignored & (truth == 0)
+    counts = pixel_scores.mask_counts(labels, truth, ignored)
     pixels = [counts[name] for name in pixel_scores.COUNTS]
     return {
         "dice": pixel_scores.dice(pixels),
         "iou": pixel_scores.iou(pixels),
-        **instance_scores.instance_scores(labels, truth),
+        **instance_scores.instance_scores(labels, truth, ignored),
     }
 
 

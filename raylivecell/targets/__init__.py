@@ -5,4 +5,5 @@ base               the interface of a kind: channels, drawing, loss, height map
 foreground, boundary, distance    the kinds
 sample_planes      order of the planes of a training sample
 dice               the Dice loss, for the foreground and for boundaries
+masked             losses without the ignored pixels
 """

@@ -30,13 +30,14 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor") -> "Tensor":
+    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor", ignored: "Tensor") -> "Tensor":
         """Loss of the channels after the foreground, a scalar: the mean over images.
 
         Args:
-            logits: float (B, C - 1, H, W).
-            maps: float (B, C - 1, H, W), 0 to 1: the output of `draw` / 255.
+            logits: float (B, C - 1, H, W), after `masked.fill`.
+            maps: float (B, C - 1, H, W), 0 to 1: the output of `draw` / 255, after `masked.fill`.
             foreground: float (B, 1, H, W), 1 in cells.
+            ignored: bool (B, 1, H, W), pixels without annotation; none is in a cell.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from raylivecell.targets import masked
 from raylivecell.targets.base import Target
 from raylivecell.targets.dice import dice_loss
 
@@ -26,11 +27,9 @@ class Boundary(Target):
         """Draw `boundary`."""
         out[0] = 255 * boundary(labels)
 
-    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor") -> "Tensor":
+    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor", ignored: "Tensor") -> "Tensor":
         """BCE plus Dice."""
-        import torch.nn.functional as F
-
-        return F.binary_cross_entropy_with_logits(logits, maps) + dice_loss()(logits, maps)
+        return masked.bce(logits, maps, ignored) + dice_loss()(logits, maps)
 
     def height(self, maps: NDArray[np.float32], cell: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Probability of foreground and no boundary."""

@@ -40,8 +40,8 @@ class Distance(Target):
         for plane, values in zip(out, distances(labels)):
             np.rint(255 * values, out=plane, casting="unsafe")
 
-    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor") -> "Tensor":
-        """Squared error inside cells only: distances outside are not used."""
+    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor", ignored: "Tensor") -> "Tensor":
+        """Squared error inside cells only: distances outside, also in ignored pixels, are not used."""
         import torch
 
         cell_pixels = foreground.sum(dim=(2, 3)).clamp(min=1)

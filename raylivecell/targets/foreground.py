@@ -25,7 +25,7 @@ class Foreground(Target):
     def draw(self, labels: NDArray[np.uint16], out: NDArray[np.uint8]) -> None:
         """Draw nothing."""
 
-    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor") -> "Tensor":
+    def loss(self, logits: "Tensor", maps: "Tensor", foreground: "Tensor", ignored: "Tensor") -> "Tensor":
         """Return zero."""
         return logits.new_zeros(())
 

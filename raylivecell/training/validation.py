@@ -42,10 +42,12 @@ class Validation:
         sample = self.samples.val_sample(index)
         logits = logits_of_picture(network, sample.image, sample.padding)
         foreground = torch.from_numpy(sample.truth != 0).to(self.device)
-        counts = pixel_scores.pixel_counts(logits[None], foreground[None])[0].tolist()
+        ignored = None if sample.ignored is None else torch.from_numpy(sample.ignored).to(self.device)[None]
+        counts = pixel_scores.pixel_counts(logits[None], foreground[None], ignored)[0].tolist()
         msa = 0.0
         if self.targets != "foreground":
             maps = torch.sigmoid(logits).cpu().numpy()
-            labels = watershed.segment(maps, self.targets, watershed.default(self.targets))
+            cells = watershed.segment(maps, self.targets, watershed.default(self.targets))
+            labels = instance_scores.without_ignored(cells, sample.ignored)
             msa = float(instance_scores.segmentation_accuracy(instance_scores.overlaps(labels, sample.truth)).mean())
         return [*counts, pixel_scores.dice(counts), msa, 1]

@@ -86,7 +86,7 @@ def test_unusual_outlines_are_drawn_or_reported() -> None:
 
     def checked(*polygons: list[float]) -> tuple[int, dict[str, str]]:
         arrays = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in polygons]
-        cells, _, cell_defects = check_cells([coco.CellRecord(1, False, arrays, [])], shape, (1.0, 1.0), {})
+        cells, _, _, cell_defects = check_cells([coco.CellRecord(1, False, arrays, [])], shape, (1.0, 1.0), {})
         pixels = sum(int(drawing.rasterise(cell, shape).mask.sum()) for cell in cells)
         return pixels, {defect: members[0][1] for defect, members in cell_defects.items()}
 
@@ -113,7 +113,7 @@ def test_run_lengths_are_scaled_with_their_image(x: int, y: int) -> None:
     edges = np.flatnonzero(np.diff(values)) + 1
     runs = np.diff([0, *edges, values.size])
     record = coco.CellRecord(1, False, [], [((4, 8), np.array([0, *runs] if values[0] else runs))])
-    cells, _, cell_defects = check_cells([record], shape, (x, y), {})
+    cells, _, _, cell_defects = check_cells([record], shape, (x, y), {})
     assert cell_defects == {}
     scaled = np.zeros(shape, bool)
     patch = cells[0]

@@ -185,7 +185,7 @@ def test_many_crowds_need_an_explicit_rule(folder: SourceFolder, tmp_path: Path)
     as_brush(cells[0])
     description = prepare(folder.write(), str(tmp_path / "few"))
     assert counts(description)["train"] == (2, 2 * N - 1)
-    assert defects_of(description, "crowd_region")[0]["rule"] == "drop"
+    assert defects_of(description, "crowd_region")[0]["rule"] == "ignore"
     for cell in cells[1:3]:
         as_brush(cell)
     with pytest.raises(UserError, match=f"3 of {2 * N} annotations .*--on-defect crowd_region=keep"):
