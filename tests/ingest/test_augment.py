@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from raylivecell.ingest.augment import RandomParameters, augment, augment_planes, random_crop, random_crop_planes
 from raylivecell.recipe import AugmentConfig
+from raylivecell.targets import sample_planes
 
 SIZES = [(520, 704), (333, 434), (97, 61), (16, 200)]
 
@@ -179,6 +180,30 @@ def test_image_and_targets_stay_aligned_to_the_pixel(shape: tuple[int, int], bor
         value = (warped.astype(float) - 55) / 145
         inside = warped != 128 if border == "constant" else np.ones(warped.shape, bool)
         assert (np.abs(value - mask)[inside & (warped >= 55)] <= 0.76).mean() > 0.999
+
+
+@pytest.mark.parametrize("border", ["reflect", "constant"])
+@pytest.mark.parametrize("size", [None, (40, 50), (90, 70)])
+def test_the_ignore_region_moves_with_the_image(size: tuple[int, int] | None, border: str) -> None:
+    """As labels and as planes, elastic, rotated, enlarged, flipped and cropped: it is where its own image is."""
+    shape = (61, 83)
+    labels, region = cells(shape).astype(np.uint16), cells(shape, seed=9, count=6) > 0
+    image, edges = frozen(np.where(region, 200, 55).astype(np.uint8)), noise(shape)
+    foreground = sample_planes.with_ignored((labels > 0).astype(np.uint8), region)
+    np.testing.assert_array_equal(foreground == sample_planes.IGNORED, region & (labels == 0))
+    strong = config(elastic={"alpha_x": 80, "alpha_y": 80, "sigma": 8}, scale=0.4, border=border)
+    for seed in range(5):
+        plain, moved = augment(image, region.astype(np.uint8), rng(seed), strong, size)
+        warped, packed = augment(image, sample_planes.pack(labels, edges, region), rng(seed), strong, size)
+        planes = sample_planes.draw(warped, packed, "foreground")
+        _, moved_cells = augment(image, (labels > 0).astype(np.uint8), rng(seed), strong, size)
+        np.testing.assert_array_equal(warped, plain)
+        np.testing.assert_array_equal(planes[1], np.where(moved_cells > 0, 1, 2 * moved))
+        np.testing.assert_array_equal(planes[2], augment(image, edges, rng(seed), strong, size)[1])
+        stored = np.stack([image, foreground, edges])
+        np.testing.assert_array_equal(augment_planes(stored, rng(seed), strong, size), planes)
+        pure = (warped == 55) | (warped == 200)
+        np.testing.assert_array_equal(moved[pure], warped[pure] == 200)
 
 
 def test_alpha_x_displaces_along_x_only() -> None:

@@ -35,11 +35,12 @@ configs = st.builds(
 
 
 def frame(seed: int, height: int, width: int) -> np.ndarray:
-    """A smooth image and two masks of blobs."""
+    """A smooth image and two masks of blobs; the foreground has ignored pixels too."""
     rng = np.random.default_rng(seed)
     smooth = [cv2.GaussianBlur(rng.random((height, width), np.float32), (0, 0), 4) for _ in range(3)]
     image, foreground, border = [(plane - plane.min()) / np.ptp(plane) for plane in smooth]
-    return np.stack([255 * image, foreground > 0.5, 255 * border]).astype(np.uint8)
+    classes = np.where(foreground > 0.5, 1, 2 * (border > 0.6))
+    return np.stack([255 * image, classes, 255 * border]).astype(np.uint8)
 
 
 def on_cpu_and_torch(
@@ -61,8 +62,8 @@ def test_pixels_are_equal_to_within_rounding(config: AugmentConfig, seed: int, s
     error = np.abs(result[0].astype(int) - expected[0])
     assert np.quantile(error, 0.98) <= 2  # OpenCV rounds positions to 1/32 pixel
     assert error.mean() < 0.5
-    assert (result[1] != expected[1]).mean() < 0.03  # ties between two nearest pixels
-    assert set(np.unique(result[1])) <= {0, 1}
+    assert (result[1] != expected[1]).mean() < 0.05  # ties between two nearest pixels
+    assert set(np.unique(result[1])) <= {0, 1, 2}
 
 
 def test_flips_and_quarter_turns_are_exact() -> None:

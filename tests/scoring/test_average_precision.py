@@ -13,7 +13,8 @@ from raylivecell.bench.evaluate import livecell_evaluation
 from raylivecell.scoring import average_precision as protocol
 
 SIZE = (60, 60)
-Image = tuple[list[Rle], np.ndarray, list[Rle]]
+Image = tuple[list[Rle], np.ndarray, list[Rle]] | tuple[list[Rle], np.ndarray, list[Rle], Rle]
+"""Detections, their scores, the true cells, and perhaps an ignore region."""
 
 
 def rectangle(top: int, left: int, height: int, width: int) -> Rle:
@@ -39,10 +40,10 @@ def reference(images: list[Image]) -> dict[str, float]:
     """Scores by COCOeval; -1 if there is no cell of that size."""
     truth: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
     results = []
-    for number, (prediction, scores, true) in enumerate(images, 1):
+    for number, (prediction, scores, true, *regions) in enumerate(images, 1):
         truth["images"].append({"id": number, "height": SIZE[0], "width": SIZE[1]})
-        for mask in true:
-            about = {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
+        for crowd, mask in [*((0, mask) for mask in true), *((1, mask) for mask in regions)]:
+            about = {"id": len(truth["annotations"]) + 1, "image_id": number, "category_id": 1, "iscrowd": crowd}
             truth["annotations"].append({**about, "segmentation": mask, "area": int(coco_mask.area(mask))})
         results += protocol.results(number, prediction, scores)
     for record in results:
@@ -68,6 +69,20 @@ def compare(images: list[Image]) -> None:
 def test_scores_equal_pycocotools(seed: int, sizes: list[tuple[int, int]]) -> None:
     rng = np.random.default_rng(seed)
     compare([image(rng, cells, detections) for cells, detections in sizes])
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.lists(st.tuples(st.integers(0, 8), st.integers(1, 12)), min_size=1, max_size=3))
+def test_an_ignore_region_counts_as_a_crowd_of_pycocotools(seed: int, sizes: list[tuple[int, int]]) -> None:
+    rng = np.random.default_rng(seed)
+    images: list[Image] = []
+    for size in sizes:
+        prediction, scores, true, *_ = image(rng, *size)
+        mask = coco_mask.decode(rectangle(*rng.integers(0, 30, 2).tolist(), *rng.integers(1, 50, 2).tolist()))
+        for cell in true:
+            mask[coco_mask.decode(cell) != 0] = 0  # an ignore region contains no pixel of a true cell
+        images.append((prediction, scores, true, coco_mask.encode(np.asfortranarray(mask))))
+    compare(images)
 
 
 def test_more_than_a_hundred_detections_count() -> None:

@@ -110,6 +110,28 @@ def test_one_half_of_a_split_cell_matches() -> None:
     assert im.segmentation_accuracy(im.overlaps(halves, truth))[0] == 0.5
 
 
+@settings(max_examples=50)
+@given(st.integers(0, 10**6), st.integers(0, 8))
+def test_predicted_cells_in_the_ignore_region_change_no_score(seed: int, cells: int) -> None:
+    """Scores are those of the prediction without cells that are mostly in the region, over all other pixels."""
+    rng = np.random.default_rng(seed)
+    truth = discs(rng, cells)
+    prediction = moved(truth, rng)
+    ignored = (discs(rng, 3) > 0) & (truth == 0)
+    mostly = [
+        label
+        for label in np.unique(prediction)
+        if label and 2 * ignored[prediction == label].sum() > (prediction == label).sum()
+    ]
+    without = np.where(np.isin(prediction, mostly), 0, prediction)
+    scores, expected = im.instance_scores(prediction, truth, ignored), im.instance_scores(without, truth)
+    fractions = [float((labels != 0)[~ignored].mean()) if not ignored.all() else 0 for labels in (prediction, truth)]
+    assert scores == {**expected, "confluence_error": fractions[0] - fractions[1]}
+    more = np.where(ignored & (prediction == 0), prediction.max() + 1 + rng.integers(0, 5), prediction)
+    assert im.instance_scores(more, truth, ignored) == scores
+    assert im.instance_scores(prediction, truth, np.zeros_like(ignored)) == im.instance_scores(prediction, truth)
+
+
 def test_different_shapes_are_an_error() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         im.overlaps(np.zeros((2, 3), int), np.zeros((3, 2), int))

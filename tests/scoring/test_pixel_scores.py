@@ -44,6 +44,21 @@ def test_agrees_with_monai(seed: int) -> None:
     assert pixel_scores.dice(counts) == pytest.approx(combined.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_ignored_pixels_are_in_no_count(seed: int) -> None:
+    logits, truth = random_batch(seed)
+    rng = torch.Generator().manual_seed(seed)
+    ignored = torch.rand(truth.shape, generator=rng) < 0.3
+    counts = pixel_scores.pixel_counts(logits, truth, ignored)
+    assert counts.sum(1).tolist() == (~ignored).sum(dim=(1, 2)).tolist()
+    other_logits, other_truth = logits.clone(), truth.clone()
+    other_logits[:, 0][ignored] *= -1
+    other_truth[ignored] = ~other_truth[ignored].bool()
+    assert torch.equal(pixel_scores.pixel_counts(other_logits, other_truth, ignored), counts)
+    for row, logit, cell, mask in zip(counts.tolist(), logits, truth, ignored.numpy()):
+        assert list(pixel_scores.mask_counts((logit[0] > 0).numpy(), cell.numpy(), mask).values()) == row
+
+
 def test_split_into_batches_changes_nothing() -> None:
     logits, truth = random_batch(7, images=6)
     counts = pixel_scores.pixel_counts(logits, truth)

@@ -11,7 +11,7 @@ from raylivecell import targets
 from raylivecell.recipe import Recipe
 from raylivecell.targets.registry import NAMES, target
 
-SHARED = {"__init__", "base", "dice", "registry", "sample_planes"}
+SHARED = {"__init__", "base", "dice", "masked", "registry", "sample_planes"}
 
 
 def test_the_registry_lists_every_module_of_a_kind() -> None:
