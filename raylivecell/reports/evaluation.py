@@ -62,9 +62,9 @@ def ignored(per_image: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def ignored_text(result: Result) -> str:
     """Describe the ignored pixels in a sentence; "" if the images are completely annotated."""
     counts = result["ignored"]
-    return f"{counts['pixels']:,} pixels without annotation in {counts['images']:,} images are left out." * bool(
-        counts["images"]
-    )
+    if not counts["images"]:
+        return ""
+    return f"{counts['pixels']:,} pixels without annotation in {counts['images']:,} images are left out."
 
 
 def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Mapping[int, Prediction]) -> None:

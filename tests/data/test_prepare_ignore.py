@@ -159,6 +159,14 @@ def test_the_same_region_in_every_format(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
+def test_a_region_is_scaled_with_its_image(tmp_path: Path) -> None:
+    config = PrepareConfig(ignore=write_format(tmp_path / "source", "labels"), pixel_scale=2)
+    prepare(str(tmp_path / "source"), str(tmp_path / "out"), config)
+    doubled = np.kron(IGNORED_PIXELS, np.ones((2, 2), bool))
+    np.testing.assert_array_equal(region_of(tmp_path / "out", "train"), doubled)
+
+
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("name", ["labels", "rois", "geojson", "coco"])
 def test_a_wrong_name_is_an_error_in_one_line(name: str, folder: SourceFolder, tmp_path: Path) -> None:
     if name == "coco":
