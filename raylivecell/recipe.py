@@ -135,6 +135,11 @@ class ModelConfig(StrictModel):
     """MONAI networks only: arguments of the network's class as JSON, such as {"init_filters": 16}; arguments not
     listed keep MONAI's defaults."""
 
+    @property
+    def min_side(self) -> int:
+        """Smallest height and width of an image, pixels."""
+        return 2 ** len(self.features) if self.name == "unet" else 1
+
     @field_validator("options")
     @classmethod
     def _for_monai(cls, options: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
@@ -171,6 +176,13 @@ class LossConfig(StrictModel):
     """w0: additional BCE weight between touching cells (10 in the original U-Net)."""
     aux_weight: float = Field(1.0, ge=0)
     """Weight of the loss of boundaries or distances; the foreground loss has weight 1."""
+
+
+class DistillationConfig(StrictModel):
+    """Learning from a teacher: the loss is (1 - weight) * `loss` of the annotations + weight * `loss` of its maps."""
+
+    weight: float = Field(0.0, ge=0, le=1)
+    """Weight of the teacher's maps (`train --teacher CHECKPOINT`); 0: no teacher."""
 
 
 class OptimizerConfig(StrictModel):
@@ -231,14 +243,15 @@ class Recipe(StrictModel):
     """The phases of the training, in order."""
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    distillation: DistillationConfig = DistillationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
     loop: LoopConfig = LoopConfig()
 
     @model_validator(mode="after")
     def _crop_fits_network(self) -> "Recipe":
-        smallest = 2 ** len(self.model.features)
-        if self.model.name == "unet" and self.crop is not None and min(self.crop) < smallest:
+        smallest = self.model.min_side
+        if self.crop is not None and min(self.crop) < smallest:
             raise ValueError(f"crop: {len(self.model.features)} levels need at least {smallest} x {smallest} pixels")
         return self
 
@@ -256,6 +269,15 @@ class Recipe(StrictModel):
     def outputs(self) -> int:
         """Channels of the network's output."""
         return len(target(self.targets).channels)
+
+    @property
+    def network(self) -> str:
+        """Description of the network in a few words."""
+        config = self.model
+        if config.name != "unet":
+            return f"{config.name} {config.options or ''}".strip() + f", {self.outputs} outputs"
+        widths = "-".join(str(width) for width in config.features)
+        return f"unet, features {widths}, norm {config.norm}, {self.outputs} outputs"
 
 
 def shipped() -> dict[str, Path]:

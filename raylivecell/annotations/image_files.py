@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from raylivecell.annotations import label_images
 from raylivecell.annotations.coco import CellRecord
 from raylivecell.annotations.errors import AnnotationError
@@ -49,7 +51,7 @@ def read(
     place: Place | None = None,
     ignore: Sequence[str] = (),
 ) -> ImageAnnotation:
-    """Read the annotation files of one image.
+    """Read the annotation files of one image; without a file, all of it is one ignore region.
 
     Args:
         files: (name, content) of each file; several only for the masks of single cells.
@@ -62,6 +64,9 @@ def read(
     Raises:
         AnnotationError: a damaged or unsupported file; the message does not contain its name.
     """
+    if not files:
+        everything = shape, np.array([0, shape[0] * shape[1]], np.int64)
+        return ImageAnnotation([CellRecord("image", False, [], [everything], "image")], None)
     if cell_masks:
         return _read_cell_masks(files, rules)
     ((name, data),) = files

@@ -14,8 +14,8 @@ from raylivecell.core.errors import UserError
 if TYPE_CHECKING:
     from raylivecell.recipe import Recipe
 
-FINETUNE = "finetune"
-"""The shipped recipe for --start-from."""
+FINETUNE, DISTILL = "finetune", "distill"
+"""The shipped recipes for --start-from and --teacher."""
 
 Resume = Literal["never", "auto", "always"]
 """Whether to resume the run in --out; `auto`: if there is one."""
@@ -122,7 +122,8 @@ def base_recipe(arguments: Sequence[str]) -> "Recipe":
     """The recipe whose values are the defaults of the flags of `train` and `check`.
 
     With --start-from, the network and the targets are the parent's unless the recipe file states them, and the default
-    recipe is `finetune`. A resumed run has them in its own recipe: its parent may no longer exist.
+    recipe is `finetune`; with --teacher it is `distill`. A resumed run has them in its own recipe: its parent may no
+    longer exist.
     """
     from raylivecell import recipe as recipes
     from raylivecell.core import settings, storage
@@ -137,6 +138,7 @@ def base_recipe(arguments: Sequence[str]) -> "Recipe":
     elif value_of("--recipe", arguments) == FINETUNE:
         raise UserError(f"recipe {FINETUNE} has no network: give --start-from CHECKPOINT, or use another recipe")
     else:
+        file = file or (recipes.find(DISTILL) if value_of("--teacher", arguments) else None)
         return recipes.load(file) if file else recipes.Recipe()
     file = file or recipes.find(FINETUNE)
     values = inherited.model_dump(mode="json", include={"model", "targets"}) | settings.read(file)

@@ -18,18 +18,21 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from raylivecell import recipe as recipes
 from raylivecell.cli import probe
 from raylivecell.cli.probe import Node
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import combined, shards
 from raylivecell.data.combined import Data
+from raylivecell.images.intensity import Intensity
 from raylivecell.images.scale import Scale
 from raylivecell.ingest import order
 from raylivecell.ingest.dataset import cache_budget_bytes, sample_bytes
 from raylivecell.network import forward as network_forward
 from raylivecell.recipe import PhaseConfig, Recipe
-from raylivecell.runs import folder
+from raylivecell.runs import folder, progress, teachers
+from raylivecell.runs.distillation import open_teacher
 from raylivecell.runs.start_from import open_parent
 from raylivecell.runtime import placement, session
 from raylivecell.targets import sample_planes
@@ -62,6 +65,7 @@ class CheckRequest(NamedTuple):
     recipe: Recipe
     workers: int | tuple[int, int]
     start_from: str | None = None
+    teacher: str | None = None
 
     @property
     def min_workers(self) -> int:
@@ -88,21 +92,21 @@ def check(request: CheckRequest) -> int:
 def findings(request: CheckRequest) -> Iterator[Finding]:
     """Yield all findings, in the order in which a run would fail; without Ray, only those that do not need it."""
     recipe = request.recipe
-    description = scale = None
+    description = scale = rule = None
     with _errors_as_findings("dataset") as errors:
         description = combined.description(request.data)
-        scale = combined.scale(request.data)
+        scale, rule = combined.scale(request.data), combined.intensity(request.data)
     yield from errors
     if description:
         for uri in combined.uris(request.data):
             yield dataset(uri, shards.load_description(uri))
     if request.out:
         yield run_name(request.out)
-    if request.start_from:
-        parent_finding = parent(request.start_from, recipe, scale)
-        yield parent_finding
-        if parent_finding.level == "fail":  # its recipe is untrusted: build no network from it
-            return
+    networks = [parent(request.start_from, recipe, scale)] if request.start_from else []
+    networks += [teacher(request.teacher, recipe, rule, scale)] if request.teacher else []
+    yield from networks
+    if any(finding.level == "fail" for finding in networks):  # recipes of networks are untrusted: build none from them
+        return
     try:
         session.connect(dashboard=True)
     except UserError as error:
@@ -134,6 +138,8 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
             f"{request.recipe.model.name} accepts the recipe's options",
         )
         yield _preflight("samples", lambda: preflight.samples_fit(request.data, recipe), "fit the recipe")
+        taught = request.teacher is not None
+        yield _preflight("labels", lambda: preflight.teacher(request.data, recipe, taught), "suffice for the recipe")
         yield _preflight("batch", lambda: preflight.batch_divides(recipe.batch_size, request.workers), "divides")
         yield trial_batch(request)
 
@@ -185,6 +191,15 @@ def parent(start_from: str, recipe: Recipe, scale: Scale | None = None) -> Findi
     if warnings:
         return Finding("warn", "start from", "; ".join(line.removeprefix("warning: ") for line in warnings))
     return Finding("pass", "start from", description.removeprefix("started from "))
+
+
+def teacher(uri: str, recipe: Recipe, rule: Intensity | None = None, scale: Scale | None = None) -> Finding:
+    """Check that the maps of the checkpoint or run `uri` fit the recipe, and the intensities and pixels of the data."""
+    try:
+        opened = open_teacher(uri, recipe, rule, scale)
+    except (UserError, OSError) as error:
+        return Finding("fail", "teacher", _line(error))
+    return Finding("pass", "teacher", teachers.describe(opened.teacher).removeprefix("learns from "))
 
 
 def cluster(nodes: Sequence[Node]) -> Finding:
@@ -295,8 +310,9 @@ def trial_batch(request: CheckRequest) -> Finding:
     if request.recipe.loop.compile is True:
         hint += ", or set loop.compile: false"
     try:
+        teacher_recipe = _recipe_of(request.teacher)
         task = ray.remote(num_cpus=0.5, num_gpus=gpu, max_retries=0)(train_once)
-        used = ray.get(task.remote(request.recipe, share, crop), timeout=BATCH_TIMEOUT_S)
+        used = ray.get(task.remote(request.recipe, share, crop, teacher_recipe), timeout=BATCH_TIMEOUT_S)
     except Exception as error:  # out of memory, in torch or killed by Ray; no CPU or GPU free
         cause = getattr(error, "cause", None) or error  # without the process and traceback of the task
         hint = "" if isinstance(cause, UserError) else hint
@@ -304,8 +320,17 @@ def trial_batch(request: CheckRequest) -> Finding:
     return Finding("pass", "trial batch", f"{share} images of {crop[0]}x{crop[1]} take {used / 2**30:.2f} GiB")
 
 
-def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
+def _recipe_of(teacher: str | None) -> Recipe | None:
+    """The recipe of the network at the URI `teacher`, which a node of the cluster may not be able to read."""
+    if teacher is None:
+        return None
+    return recipes.load(storage.join(progress.find(storage.absolute(teacher)), progress.RECIPE))
+
+
+def train_once(recipe: Recipe, images: int, crop: tuple[int, int], teacher_recipe: Recipe | None) -> int:
     """Train one step on random pixels as the recipe does; return the peak memory in bytes, on the GPU if there is one.
+
+    A teacher is a network of `teacher_recipe` with random weights.
 
     Raises:
         UserError: Ray assigned a GPU to this process, but torch does not find one.
@@ -322,8 +347,12 @@ def train_once(recipe: Recipe, images: int, crop: tuple[int, int]) -> int:
     planes = torch.randint(0, 2, (images, sample_planes.count(recipe.targets), *crop), dtype=torch.uint8)
     schedule = order.SampleSchedule(0, images, images, (PhaseConfig(steps=1),))
     batches = iter([{"planes": planes}])
+    distillation = None
+    if teacher_recipe is not None:
+        network = network_forward.build(teacher_recipe, device).eval()
+        distillation = loop.Distillation(network, recipe.distillation.weight)
     config = recipe.loop, recipe.loss, recipe.targets
-    for _ in loop.run(state, forward, batches, schedule, *config, lambda _: {}):
+    for _ in loop.run(state, forward, batches, schedule, *config, lambda _: {}, distillation=distillation):
         pass
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()

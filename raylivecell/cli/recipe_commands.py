@@ -31,6 +31,7 @@ def train(arguments: Sequence[str]) -> None:
         retries: int = 3,
         start_from: str | None = None,
         data_weights: tuple[float, ...] = (),
+        teacher: str | None = None,
     ) -> None:
         """Train a recipe on a prepared dataset with Ray Train.
 
@@ -49,6 +50,8 @@ def train(arguments: Sequence[str]) -> None:
                 resumed run does not read it again.
             data_weights: one weight for each --data, in this order: its share of the samples of an epoch. Default:
                 every image of all sets once.
+            teacher: distillation: also learn the maps of the network of this run (its best checkpoint) or checkpoint
+                folder, on images with and without annotations. The default recipe is then `distill`.
         """
         run(
             data,
@@ -60,6 +63,7 @@ def train(arguments: Sequence[str]) -> None:
             began=psutil.Process().create_time(),
             start_from=start_from,
             data_weights=data_weights,
+            teacher=teacher,
         )
 
     call(command, "train", join_repeated("--data", arguments))
@@ -143,6 +147,7 @@ def check(arguments: Sequence[str]) -> int:
         workers: str = "1",
         start_from: str | None = None,
         data_weights: tuple[float, ...] = (),
+        teacher: str | None = None,
     ) -> int:
         """Find what would fail or hang before a run starts; print numbered findings, exit with 1 at any `fail`.
 
@@ -154,8 +159,9 @@ def check(arguments: Sequence[str]) -> int:
             workers: training processes, N or MIN:MAX (elastic).
             start_from: the run or checkpoint folder of `train --start-from`.
             data_weights: those of `train`.
+            teacher: the run or checkpoint folder of `train --teacher`.
         """
         datasets, out = combined.of(data, data_weights), out and storage.absolute(out)
-        return checks.check(checks.CheckRequest(datasets, out, fields, workers_in(workers), start_from))
+        return checks.check(checks.CheckRequest(datasets, out, fields, workers_in(workers), start_from, teacher))
 
     return call(command, "check", join_repeated("--data", arguments))

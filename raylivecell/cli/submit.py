@@ -38,7 +38,10 @@ JOB_ENV = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "PYTHONUNBUFFERED": "1"}
 """Environment variables of a job: to list its runs at `/api/train/v2/runs/v1`, and to print lines without buffering."""
 
 # A job runs in a copy of the uploaded folder, which is deleted afterwards: these flags need shared paths.
-SHARED_FLAGS = ("--data", "--out", "--source", "--checkpoint", "--images", "--predictions", "--labels", "--start-from")
+SHARED_FLAGS = (
+    *("--data", "--out", "--source", "--checkpoint", "--images", "--predictions", "--labels"),
+    *("--start-from", "--teacher"),
+)
 # Seconds between attempts to reconnect to a log or to submit to a head that is not ready; maximum attempts to submit.
 RECONNECT_S, TRIES = 2.0, 15
 # Attempts to reach a cluster that does not answer while following a job; a head restarts within minutes.

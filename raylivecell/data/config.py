@@ -184,11 +184,12 @@ class PrepareConfig(StrictModel):
     """What to read, how to draw it, and the rule for each kind of defect."""
 
     on_defect: dict[str, str] = Field(default={}, description=_on_defect_help())
-    format: Literal["auto", "coco", "labels", "rois", "geojson"] = "auto"
+    format: Literal["auto", "coco", "labels", "rois", "geojson", "images"] = "auto"
     """Format of the annotations. coco: JSON files for many images; labels: label images (TIFF, PNG, NPY) in `masks`
     next to `images`, or NAME_masks.png next to NAME.tif, or one mask per cell (ID/images/ID.png, ID/masks/*.png); rois:
-    ImageJ ROIs (rois/NAME.zip or NAME.zip); geojson: QuPath's NAME.geojson. auto: COCO JSON if there is some, otherwise
-    the only other format."""
+    ImageJ ROIs (rois/NAME.zip or NAME.zip); geojson: QuPath's NAME.geojson. images: no annotations; all images are for
+    training with a teacher (`train --teacher`). auto: COCO JSON if there is some, otherwise the only other format with
+    annotations."""
     cell_type: str | None = None
     """Cell type of all images. Default: the part of the name before `_Phase_`, otherwise the category of most
     annotations."""
@@ -295,6 +296,14 @@ class PrepareConfig(StrictModel):
             raise ValueError("--intensity-from gives the rule; leave out --intensity")
         if self.pixel_scale != 1 and self.diameter_from:
             raise ValueError("--diameter-from gives the factor; leave out --pixel-scale")
+        for flag, value in {
+            "--split": self.split,
+            "--ignore": self.ignore,
+            "--diameter-from": self.diameter_from,
+        }.items():
+            if value and self.format == "images":
+                hint = "; give --pixel-scale" if flag == "--diameter-from" else ""
+                raise ValueError(f"{flag} is for annotated images: leave it out with --format images{hint}")
         return self
 
     def rules(self) -> dict[str, str]:

@@ -85,7 +85,11 @@ Checked = tuple[list[Entry], list[Defect]]
 
 
 def apply_rules(
-    entries: Sequence[Entry], infos: Mapping[str, ImageInfo], covered_pixels: Callable[[Entry], float], rules: Rules
+    entries: Sequence[Entry],
+    infos: Mapping[str, ImageInfo],
+    covered_pixels: Callable[[Entry], float],
+    rules: Rules,
+    labelled: bool = True,
 ) -> Checked:
     """Return the remaining entries, sorted by (split, file name), and all defects of images.
 
@@ -95,6 +99,7 @@ def apply_rules(
         covered_pixels: number of pixels that an entry's outlines cover, in pixels of the annotation; called only for
             images with few outlines.
         rules: rule by kind.
+        labelled: whether the source has annotations.
     """
 
     def info(entry: Entry) -> ImageInfo:
@@ -108,7 +113,7 @@ def apply_rules(
         lambda entries: _check_each(entries, "sixteen_bit_image", rules, lambda e: _if(info(e).deep, e.path)),
         lambda entries: _check_each(entries, "wrong_size", rules, lambda e: _size_difference(e, info(e))),
         lambda entries: _check_each(
-            entries, "no_annotations", rules, lambda e: _if(not e.cells, f"no cell in {e.annotation}")
+            entries, "no_annotations", rules, lambda e: _if(labelled and not e.cells, f"no cell in {e.annotation}")
         ),
         lambda entries: _check_few(entries, infos, covered_pixels, rules),
         lambda entries: _check_leaks(entries, infos, rules),

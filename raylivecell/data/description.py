@@ -146,7 +146,7 @@ def _with_foreground(rule: Mapping[str, Any], accounts: Sequence[ShardAccount]) 
     """Add the range of foreground fractions of the training images to an intensity rule, unless it has one."""
     split = _first_split(accounts)
     images = [image for account in accounts if account.split == split for image in account.images]
-    fractions = [round(image.foreground / image.annotated, 4) for image in images]
+    fractions = [round(image.foreground / image.annotated, 4) for image in images if image.pixels > image.ignored]
     has_range = tuple(rule["foreground"]) != (0.0, 1.0) or not fractions
     return {**rule, "foreground": rule["foreground"] if has_range else list(trimmed_range(fractions))}
 

@@ -22,8 +22,8 @@ from raylivecell.data.config import PrepareConfig, Rules, rule_of
 from raylivecell.data.defects import Defect, Entry, ImageInfo
 from raylivecell.data.description import cell_type_of
 from raylivecell.data.image_names import splits_of_folder
-from raylivecell.data.pairing import Pair, Pairing, check_ignore, find_pairs, short_name
-from raylivecell.data.shards import SPLITS
+from raylivecell.data.pairing import Pair, Pairing, check_ignore, find_pairs, find_unlabelled, short_name
+from raylivecell.data.shards import SPLITS, UNLABELLED
 from raylivecell.images.planes import Place
 
 PAIRS_PER_TASK = 32
@@ -215,7 +215,7 @@ class PairedSource:
         """Assign the images outside folders named after splits by `config.split`; without it they are in train."""
         unsplit = [entry for entry in entries if entry.image.file_name in self.unsplit]
         if self.config.split is None:
-            if unsplit:
+            if unsplit and self.format != UNLABELLED:
                 fix = "divide them with --split 0.8 0.1 0.1" if len(unsplit) == len(entries) else "move them into one"
                 console.console.print(
                     f"{len(unsplit)} images are in no folder named after a split: they are in train; {fix}",
@@ -254,7 +254,10 @@ def read_pairs(uri: str, paths: Sequence[str], config: PrepareConfig, annotation
     if config.categories or config.annotations:
         setting = "categories" if config.categories else "annotations"
         raise UserError(f"--{setting} is for COCO files: leave it out with --format {annotation_format}")
-    pairing = find_pairs(paths, annotation_format, config.images)
+    if annotation_format == UNLABELLED:
+        pairing = find_unlabelled(paths, config.images, uri)
+    else:
+        pairing = find_pairs(paths, annotation_format, config.images)
     check_ignore(pairing, annotation_format, config.ignore)
     rules = config.on_defect
     defects = [
@@ -302,7 +305,8 @@ def _first(paths: Sequence[str]) -> str:
 
 
 def _entry(name: str, pair: Pair, config: PrepareConfig) -> Entry:
-    annotation = pair.annotations[0].rpartition("/")[0] if pair.cell_masks else pair.annotations[0]
+    annotation = pair.annotations[0] if pair.annotations else ""
+    annotation = annotation.rpartition("/")[0] if pair.cell_masks else annotation
     cell_type = config.cell_type or cell_type_of(name, "")
     split = _split_of(pair.image) or SPLITS[0]
     return Entry(split, annotation, ImageEntry(name, name, None, None), pair.image, 0, cell_type)

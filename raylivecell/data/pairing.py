@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from raylivecell.core.errors import UserError
-from raylivecell.data.image_names import SPLIT_WORDS, folded
+from raylivecell.data.image_names import SPLIT_WORDS, folded, splits_of_folder
 from raylivecell.images import formats
 
-Format = Literal["coco", "labels", "rois", "geojson"]
+Format = Literal["coco", "labels", "rois", "geojson", "images"]
 FILE_SUFFIXES: dict[str, tuple[str, ...]] = {
     "labels": (".tif", ".tiff", ".png", ".npy"),
     "rois": (".zip", ".roi"),
     "geojson": (".geojson",),
 }
-"""Suffixes of annotation files by format; COCO has one file for many images."""
+"""Suffixes of annotation files by format; COCO has one file for many images, `images` none."""
 OTHER_SUFFIXES = (".jpg", ".jpeg", ".bmp")
 """Suffixes of images that cannot be label images; named like label images they are reported as unreadable."""
 IMAGE_WORDS = {"image", "images", "img", "imgs", "raw"}
@@ -88,7 +88,7 @@ def find_pairs(paths: Sequence[str], annotation_format: str, image_folder: str |
 
     Args:
         paths: files of the source, with forward slashes.
-        annotation_format: key of `FILE_SUFFIXES`.
+        annotation_format: key of `FILE_SUFFIXES`; with any other every image is without an annotation file.
         image_folder: folder of the images; default: by the names of folders.
     """
     prefix = _prefix(image_folder)
@@ -119,6 +119,29 @@ def find_pairs(paths: Sequence[str], annotation_format: str, image_folder: str |
             result.images += image_paths
     result.annotations += sorted(path for members in by_folder.values() for path in members)
     return result
+
+
+def find_unlabelled(paths: Sequence[str], image_folder: str | None, uri: str) -> Pairing:
+    """Find the images in `paths`, each as a pair without an annotation file.
+
+    Args:
+        paths: files of the source, with forward slashes. Those named like annotation files are left out.
+        image_folder: as in `find_pairs`.
+        uri: the source, for messages.
+
+    Raises:
+        UserError: no image, or images in folders named after val or test.
+    """
+    images = find_pairs(paths, "images", image_folder).images
+    if not images:
+        raise UserError(f"no image in {uri}; if the folder of the images is inside, set --images FOLDER")
+    for path in images:
+        if (splits := splits_of_folder(path)) and "train" not in splits:
+            raise UserError(
+                f"images without annotations are for training only, but {path} is in a folder named after another "
+                "split; choose the folder of the others with --images FOLDER"
+            )
+    return Pairing([Pair(path, (), False) for path in images])
 
 
 def _prefix(image_folder: str | None) -> str:
@@ -154,7 +177,7 @@ def _role(part: str) -> tuple[str, str]:
 
 def _by_content(files: Sequence[File], annotation_format: str, prefix: str) -> tuple[list[File], list[File]]:
     """Separate images from annotation files of one format."""
-    suffixes = FILE_SUFFIXES[annotation_format] + (OTHER_SUFFIXES if annotation_format == "labels" else ())
+    suffixes = FILE_SUFFIXES.get(annotation_format, ()) + (OTHER_SUFFIXES if annotation_format == "labels" else ())
     all_paths = {(posixpath.dirname(file.path), file.key.name) for file in files if _is_image(file, prefix)}
     image_keys = {file.key for file in files if _is_image(file, prefix)}
     annotation_keys = {file.key for file in files if file.role == "annotation"}

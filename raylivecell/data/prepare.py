@@ -212,7 +212,8 @@ def _check_images(
 ) -> tuple[list[Entry], list[Defect], Intensity]:
     """Return the images to draw, the defects of files and images, and the intensity rule of the dataset."""
     rules = config.on_defect
-    entries, image_defects = apply_rules(source.entries, infos, source.covered_pixels, rules)
+    labelled = config.format != shards.UNLABELLED
+    entries, image_defects = apply_rules(source.entries, infos, source.covered_pixels, rules, labelled)
     if config.intensity_from:
         intensity = read_rule(config.intensity_from)
     else:
@@ -356,10 +357,12 @@ def _draw_shard(row: dict[str, Any]) -> dict[str, Any]:
 def _check_result(
     dataset: Mapping[str, Any], source: Source | PairedSource, defects: Sequence[Defect], strict: bool
 ) -> None:
-    """UserError for defects if `strict`, for splits without images, and for datasets without cells."""
+    """UserError for defects if `strict`, for splits without images, and for annotated datasets without cells."""
     if strict and defects:
         raise UserError(f"{summary(defects)}; fix them or leave out --strict")
     _check_splits(source, {split: counts["images"] for split, counts in dataset["splits"].items()}, defects)
+    if dataset["source"]["format"] == shards.UNLABELLED:
+        return
     cells = {split: counts["cells"] for split, counts in dataset["splits"].items() if counts["images"]}
     if not any(cells.values()) or cells.get("train") == 0:
         place = "train" if any(cells.values()) else source.uri

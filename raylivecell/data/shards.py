@@ -25,6 +25,8 @@ from raylivecell.images.intensity import Intensity, to_uint8
 from raylivecell.images.scale import Scale
 
 SPLITS = ("train", "val", "test")
+UNLABELLED = "images"
+"""Format of a source without annotations."""
 FORMAT_VERSION = 4
 MAX_ROWS = 2**20
 """Maximum rows per shard; `prepare` writes 64."""
@@ -194,6 +196,12 @@ def _check_splits(splits: Any) -> None:
         for size in splits[split]["sizes"]:
             if len(size) != 2 or any(type(side) is not int or not 0 < side <= MAX_SIDE for side in size):
                 raise ValueError(f"images of size {size!r} in {split}")
+
+
+def labelled(data: str) -> bool:
+    """Whether the dataset at `data` has annotations, and not only images (`prepare --format images`)."""
+    source = load_description(data).get("source", {})
+    return not (isinstance(source, dict) and source.get("format") == UNLABELLED)
 
 
 def intensity(data: str) -> Intensity:

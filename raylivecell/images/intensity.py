@@ -91,6 +91,12 @@ class Intensity(StrictModel):
             raise ValueError("percentile needs depth 8, low 0, high 256, background up to 255 and spread of 1 or more")
         return self
 
+    def same_levels(self, other: "Intensity") -> bool:
+        """Whether two rules map an image that is usual for both datasets to the same levels, with the same zero."""
+        return all(
+            getattr(self, name) == getattr(other, name) for name in ("rule", "depth", "low", "high", "background_level")
+        )
+
     @property
     def unit(self) -> float:
         """Stored grey levels per level of the 8-bit scale."""

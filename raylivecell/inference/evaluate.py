@@ -168,6 +168,10 @@ def _list_rows(data: str, split: str) -> shards.Rows:
     rows = shards.list_rows(data, split)
     if not rows:
         raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")
+    if not shards.labelled(data):
+        raise UserError(
+            f"dataset at {data} has no annotations to compare with; use `raylivecell predict` on its images"
+        )
     return rows
 
 

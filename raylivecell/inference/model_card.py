@@ -20,8 +20,9 @@ from raylivecell.core.version import __version__
 from raylivecell.images.intensity import Intensity
 from raylivecell.network import windows
 from raylivecell.reports import page
-from raylivecell.runs import checkpoint, parents, progress
+from raylivecell.runs import checkpoint, parents, progress, teachers
 from raylivecell.runs.parents import DataRecord, Parent
+from raylivecell.runs.teachers import Teacher
 from raylivecell.targets.registry import target
 
 FORMAT = "0.5.4"
@@ -59,6 +60,8 @@ class Card(NamedTuple):
     """Its training data."""
     parents: tuple[Parent, ...]
     """Networks from which its training started."""
+    teacher: Teacher | None
+    """The network whose maps it learned."""
     fingerprint: str
     """SHA-256 of the checkpoint's weights."""
     authors: tuple[str, ...]
@@ -74,8 +77,9 @@ class Card(NamedTuple):
 
     @property
     def datasets(self) -> tuple[DataRecord, ...]:
-        """The training data, and that of its parents, without repetition."""
-        return tuple(dict.fromkeys((self.data, *(parent.data for parent in self.parents))))
+        """The training data, and that behind its parents and its teacher, without repetition."""
+        of_teacher = self.teacher.datasets if self.teacher else ()
+        return tuple(dict.fromkeys((self.data, *parents.datasets(self.parents), *of_teacher)))
 
     @property
     def licence(self) -> str | None:
@@ -152,6 +156,7 @@ class Card(NamedTuple):
             "parents": [
                 parent.model_dump(mode="json", include={"sha256", "step", "targets", "data"}) for parent in self.parents
             ],
+            "teacher": self.teacher and self.teacher.model_dump(mode="json", exclude={"teacher", "checkpoint"}),
             "scores": {"validation": dict(self.validation), "evaluate": self.test and dict(self.test)},
             "recipe": self.recipe.model_dump(mode="json"),
         }
@@ -223,7 +228,7 @@ class Card(NamedTuple):
             "type": "dataset",
             "format_version": "0.3.0",
             "name": _plain_name(f"{self.data.name} dataset"),
-            "description": " The training started from a network trained on ".join(texts)[:1000],
+            "description": " The training used a network trained on ".join(texts)[:1000],
             **({"license": self.licence} if self.licence else {}),
             "cite": [entry for entry in self.cite if entry is not UNET],
             "config": {"raylivecell": {"sha256": self.data.sha256}},
@@ -253,6 +258,7 @@ def describe(uri: str, folder: str, authors: tuple[str, ...], scores: str | None
         checkpoint.load_instances(folder, recipe.targets),
         DataRecord.of(checkpoint.own_data(folder)),
         parents.read(folder),
+        teachers.read(folder),
         hashlib.sha256(storage.read_bytes(storage.join(folder, progress.MODEL))).hexdigest(),
         authors,
         {name: value for name, value in row.items() if name == "step" or name.startswith("val_")},

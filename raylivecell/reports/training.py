@@ -10,6 +10,7 @@ from raylivecell.core import addresses, storage
 from raylivecell.reports import page
 from raylivecell.runs.parents import Parent, shorten
 from raylivecell.runs.progress import validation_score
+from raylivecell.runs.teachers import Teacher
 
 Row = dict[str, Any]
 Picture = tuple[str, bytes]
@@ -25,6 +26,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
             ("bce", "BCE", "#0072B2"),
             ("dice_loss", "Dice", "#D55E00"),
             ("aux_loss", "boundary or distances", "#009E73"),
+            ("teacher_loss", "teacher's maps", "#CC79A7"),
         ),
     ),
     (
@@ -50,6 +52,7 @@ def write_run_report(
     overlays: Sequence[Picture],
     dataset: dict[str, Any] | None,
     chain: Sequence[Parent] = (),
+    teacher: Teacher | None = None,
 ) -> None:
     """Write `report.html` of a training run into the folder `out_uri`, atomically.
 
@@ -60,6 +63,7 @@ def write_run_report(
         overlays: titles and PNGs of segmentations.
         dataset: the dataset's `dataset.json`, or None.
         chain: the network from which the run started, and its parents.
+        teacher: the network whose maps the run learned.
     """
     columns = list(dict.fromkeys(name for row in history for name in row))
     page_bytes = page.render(
@@ -71,6 +75,7 @@ def write_run_report(
         overlays=page.images(overlays, "png"),
         dataset=dataset,
         parents=_parents(chain),
+        teacher=_teacher(teacher),
         splits=_splits(dataset or {}),
         cell_types=_cell_types(dataset or {}),
         defects=_defects(dataset or {}),
@@ -154,6 +159,15 @@ def _parents(chain: Sequence[Parent]) -> page.Table:
         about = [parent.data.name, parent.data.licence, parent.data.citation]
         fits = f"{parent.loaded:.2%}{new}"
         rows.append([parent.checkpoint, parent.sha256[:16], f"{parent.step:,}", parent.targets, fits, *about])
+    return page.Table(head, rows)
+
+
+def _teacher(teacher: Teacher | None) -> page.Table:
+    head = ["checkpoint", "network", "SHA-256 of the weights", "step", "trained on", "licence", "citation"]
+    rows = []
+    for data in teacher.datasets if teacher else ():
+        about = [teacher.checkpoint, teacher.network, teacher.sha256[:16], f"{teacher.step:,}"] if teacher else []
+        rows.append([*about, data.name, data.licence, data.citation])
     return page.Table(head, rows)
 
 

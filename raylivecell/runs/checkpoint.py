@@ -9,6 +9,7 @@
     scale.json          pixel size and cell size of training
     instances.json      watershed thresholds, if `evaluate --calibrate` has tuned them
     parents.json        the checkpoints from which the training started (runs/parents.py)
+    teacher.json        the network whose maps it learned (runs/teachers.py)
 
 A run folder holds `checkpoint_*` folders; the best is the one whose state.json has the highest score.
 """
@@ -35,9 +36,10 @@ from raylivecell.images.scale import Scale
 from raylivecell.network.forward import to_device
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import Targets
-from raylivecell.runs import parents
-from raylivecell.runs.parents import PARENTS
+from raylivecell.runs import parents, teachers
+from raylivecell.runs.parents import PARENTS, DataRecord
 from raylivecell.runs.progress import MODEL, RECIPE, STATE, Progress, find, load_state, missing
+from raylivecell.runs.teachers import TEACHER
 
 TRAINING, INSTANCES, DATA, INTENSITY = "training.pt", "instances.json", "data.json", "intensity.json"
 SCALE = "scale.json"
@@ -88,7 +90,8 @@ def tensor_names(model: nn.Module) -> list[str]:
 
 def copy(folder: str, target: str) -> None:
     """Copy a checkpoint's files; recipe.yaml, which marks it as complete, last."""
-    optional = [file for file in (DATA, INSTANCES, SCALE, PARENTS) if storage.exists(storage.join(folder, file))]
+    names = (DATA, INSTANCES, SCALE, PARENTS, TEACHER)
+    optional = [file for file in names if storage.exists(storage.join(folder, file))]
     for file in (*optional, INTENSITY, MODEL, TRAINING, STATE, RECIPE):
         storage.write_bytes(storage.join(target, file), read_file(folder, file))
 
@@ -173,13 +176,21 @@ def load_scale(folder: str) -> Scale:
 
 
 def load_data(folder: str) -> dict[str, str]:
-    """`own_data`, with the licences and citations of the parents' data."""
-    values, chain = own_data(folder), parents.read(folder)
-    if not chain:
-        return values
-    citations = dict.fromkeys([values["citation"], *(parent.data.citation for parent in chain)])
-    licence = f"{values['licence']}; started from networks trained on {parents.attribution(chain)}"
+    """`own_data`, with the licences and citations of the data behind the parents and the teacher."""
+    values, of_parents, of_teacher = own_data(folder), parents.datasets(parents.read(folder)), teacher_data(folder)
+    licence = values["licence"]
+    if of_parents:
+        licence += f"; started from networks trained on {parents.attribution(of_parents)}"
+    if of_teacher:
+        licence += f"; learned from a network trained on {parents.attribution(of_teacher)}"
+    citations = dict.fromkeys([values["citation"], *(data.citation for data in (*of_parents, *of_teacher))])
     return values | {"licence": licence, "citation": " ".join(citations)}
+
+
+def teacher_data(folder: str) -> tuple[DataRecord, ...]:
+    """The data behind the teacher of a checkpoint; empty without a teacher."""
+    teacher = teachers.read(folder)
+    return teacher.datasets if teacher else ()
 
 
 def own_data(folder: str) -> dict[str, str]:

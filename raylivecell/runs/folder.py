@@ -3,6 +3,7 @@
 recipe.yaml   the recipe; its presence marks the folder as in use
 data.json     `combined.provenance` of the dataset
 parent/       weights of the network from which the training started, if any (runs/parents.py)
+teacher/      the network whose maps the training learns, if any (runs/teachers.py)
 failed.json   why the run ended early, if the user must change something before resuming or restarting it
 failed-1/ ... files of failed runs, moved there when a new run started in the folder
 """
@@ -16,12 +17,14 @@ from raylivecell.core.console import console
 from raylivecell.core.errors import UserError
 from raylivecell.data import combined
 from raylivecell.data.combined import Data
-from raylivecell.runs import parents
+from raylivecell.runs import parents, teachers
 
 RECIPE, DATA, FAILED = "recipe.yaml", "data.json", "failed.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the run's checkpoints."""
-WRITTEN = (RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tensorboard", parents.FOLDER)
+WRITTEN = (
+    *(RECIPE, DATA, FAILED, SNAPSHOT, "metrics.jsonl", "report.html", "tensorboard", parents.FOLDER, teachers.FOLDER),
+)
 """Files of a run, besides its checkpoints."""
 
 

@@ -7,7 +7,7 @@
 The chain begins with the parent and ends with a network that was trained from random weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -22,17 +22,21 @@ FOLDER = "parent"
 """Folder of the parent's weights in a run."""
 MAX_PARENTS = 100
 """Maximum length of a chain."""
+MAX_DATASETS = 1000
+"""Maximum number of datasets behind a teacher."""
 
 
 Text = Annotated[str, AfterValidator(lambda text: text[:10_000])]
 """Text of a file that is not trusted: the first 10,000 characters."""
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Part of a JSON file that is not trusted: no other fields are accepted."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataRecord(_Record):
+class DataRecord(Record):
     """Name, licence, citation and SHA-256 of a dataset."""
 
     name: Text
@@ -46,7 +50,7 @@ class DataRecord(_Record):
         return cls(**{name: data[name] for name in cls.model_fields})
 
 
-class Parent(_Record):
+class Parent(Record):
     """A checkpoint from which a training started."""
 
     start_from: Text
@@ -60,13 +64,15 @@ class Parent(_Record):
     targets: Targets
     data: DataRecord
     """Its training data."""
+    teacher_data: tuple[DataRecord, ...] = Field((), max_length=MAX_DATASETS)
+    """Training data behind its teacher (runs/teachers.py), if it had one."""
     loaded: float = Field(ge=0, le=1)
     """Fraction of the child's weights that were loaded from it."""
     new_layers: tuple[Text, ...] = ()
     """Layers of the child that started from random weights."""
 
 
-class _Chain(_Record):
+class _Chain(Record):
     parents: tuple[Parent, ...] = Field(max_length=MAX_PARENTS)
 
 
@@ -121,9 +127,14 @@ def store(out: str, weights: bytes, chain: Sequence[Parent]) -> None:
         write(folder, chain)
 
 
-def attribution(chain: Sequence[Parent]) -> str:
-    """The licences of the parents' data in one line: `LIVECell (CC BY-NC 4.0)`."""
-    return "; ".join(dict.fromkeys(f"{parent.data.name} ({parent.data.licence})" for parent in chain))
+def datasets(chain: Sequence[Parent]) -> tuple[DataRecord, ...]:
+    """The training data of the parents and behind their teachers, without repetition."""
+    return tuple(dict.fromkeys(data for parent in chain for data in (parent.data, *parent.teacher_data)))
+
+
+def attribution(records: Iterable[DataRecord]) -> str:
+    """The licences of datasets in one line: `LIVECell (CC BY-NC 4.0)`."""
+    return "; ".join(dict.fromkeys(f"{data.name} ({data.licence})" for data in records))
 
 
 def describe(parent: Parent) -> str:

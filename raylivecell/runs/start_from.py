@@ -21,7 +21,6 @@ from raylivecell.images.scale import FAR_DIAMETER, Scale
 from raylivecell.network.unet import build_model
 from raylivecell.runs import checkpoint, parents, progress
 from raylivecell.runs.parents import DataRecord, Parent
-from raylivecell.targets.registry import target
 
 
 class Fit(NamedTuple):
@@ -107,8 +106,8 @@ def open_parent(uri: str, recipe: recipes.Recipe, scale: Scale | None = None) ->
     fitting = fit(parent_model.state_dict(), model)
     if not fitting.convolutions:
         raise UserError(
-            f"--start-from {uri}: no layer of its network ({_network(parent_recipe)}) fits this recipe's "
-            f"({_network(recipe)}); leave out --model.* and the recipe's model section to use the parent's network"
+            f"--start-from {uri}: no layer of its network ({parent_recipe.network}) fits this recipe's "
+            f"({recipe.network}); leave out --model.* and the recipe's model section to use the parent's network"
         )
     old_chain = parents.read(folder)
     if len(old_chain) >= parents.MAX_PARENTS:
@@ -120,6 +119,7 @@ def open_parent(uri: str, recipe: recipes.Recipe, scale: Scale | None = None) ->
         step=progress.load_state(folder).step,
         targets=parent_recipe.targets,
         data=DataRecord.of(checkpoint.own_data(folder)),
+        teacher_data=checkpoint.teacher_data(folder),
         loaded=fitting.fraction,
         new_layers=fitting.new_layers,
     )
@@ -128,7 +128,7 @@ def open_parent(uri: str, recipe: recipes.Recipe, scale: Scale | None = None) ->
     if unexpected := [layer for layer in fitting.new_layers if layer not in outputs]:
         lines.append(
             f"warning: only {100 * fitting.fraction:.3g} % of the weights fit, because the networks differ "
-            f"({_network(parent_recipe)}; {_network(recipe)}): {len(unexpected)} layers besides the output start from "
+            f"({parent_recipe.network}; {recipe.network}): {len(unexpected)} layers besides the output start from "
             f"random weights ({parents.shorten(unexpected)}); leave out --model.* and the recipe's model section to "
             "use the parent's network"
         )
@@ -153,11 +153,3 @@ def _outputs(model: nn.Module, same_targets: nn.Module) -> set[str]:
     """Layers that differ only because the targets do: the head."""
     shapes, other = model.state_dict(), same_targets.state_dict()
     return {name.rpartition(".")[0] for name in shapes if name not in other or shapes[name].shape != other[name].shape}
-
-
-def _network(recipe: recipes.Recipe) -> str:
-    """Describe a network in a few words."""
-    config, outputs = recipe.model, len(target(recipe.targets).channels)
-    if config.name != "unet":
-        return f"{config.name} {config.options or ''}".strip() + f", {outputs} outputs"
-    return f"unet, features {'-'.join(str(width) for width in config.features)}, norm {config.norm}, {outputs} outputs"

@@ -109,6 +109,7 @@ def _check(data: str, recipe: Recipe, config: SweepConfig) -> None:
     _check_variants(recipe, config, lambda variant: _check_batch(variant, config))
     shape = recipe.crop, recipe.augment.device
     preflight.samples_fit(data, recipe)
+    _check_variants(recipe, config, lambda variant: preflight.teacher(data, variant, False))
     for _, variant in space_check.variants(recipe, config):
         if (variant.crop, variant.augment.device) != shape:
             preflight.samples_fit(data, variant)

@@ -12,6 +12,7 @@ from raylivecell.ingest.order import SampleSchedule
 from raylivecell.ingest.stream import Stream
 from raylivecell.recipe import Recipe
 from raylivecell.runs.parents import Parent
+from raylivecell.runs.teachers import Teacher
 
 SCORE_COLUMN = "rank"
 """Column of the validation score in a worker's report, by which Ray Train selects the best checkpoint."""
@@ -38,6 +39,8 @@ class TrainJob:
     """Whether the run in `out` is resumed."""
     parents: tuple[Parent, ...] = ()
     """The network from which the run started, stored in its folder, and that network's own parents."""
+    teacher: Teacher | None = None
+    """The network whose maps the run learns, stored in its folder."""
     sweep: str | None = None
     """Folder of the sweep to which the run belongs as a trial."""
 

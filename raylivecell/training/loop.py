@@ -9,14 +9,14 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raylivecell.ingest.order import SAMPLE, SampleSchedule
-from raylivecell.network.losses import segmentation_loss
+from raylivecell.network.losses import Loss, segmentation_loss, with_teacher
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.transfer import DeviceTransfer
 from raylivecell.recipe import LoopConfig, LossConfig, OptimizerConfig
@@ -28,7 +28,18 @@ from raylivecell.training import acceleration
 # Steps between checks for a non-finite loss on a GPU: reading a loss waits for the GPU.
 GPU_CHECK_STEPS = 20
 # Columns of the history for the parts of `segmentation_loss`.
-LOSSES = ("loss", "bce", "dice_loss", "aux_loss")
+LOSSES = ("loss", "bce", "dice_loss", "aux_loss", "teacher_loss")
+OPTIONAL_LOSSES = LOSSES[3:]
+"""Those that are left out of the history while they are 0: without boundaries or distances, without a teacher."""
+
+
+class Distillation(NamedTuple):
+    """Learning the maps of a teacher."""
+
+    teacher: nn.Module
+    """A network in evaluation mode, on the device of the training."""
+    weight: float
+    """Weight of its maps in the loss, 0 to 1."""
 
 
 class NonFiniteLoss(Exception):
@@ -96,6 +107,7 @@ def run(
     on_step: Callable[[int, float], None] = lambda step, images_per_s: None,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     checkpoint_requested: Callable[[int], bool] = lambda step: False,
+    distillation: Distillation | None = None,
 ) -> Iterator[TrainState]:
     """Train from `training.state.step` to `schedule.steps`; yields `training` after each new row of its history.
 
@@ -114,6 +126,7 @@ def run(
         on_step: called after each step with steps done and images/s (of all ranks) since the last report.
         sum_over_ranks: returns the sum of a tensor over all ranks.
         checkpoint_requested: called with steps done; must return the same on every rank.
+        distillation: a teacher, whose maps are learned too; None: only annotations are learned.
 
     Raises:
         NonFiniteLoss: on every rank at the same step, with the samples of the global batch.
@@ -127,9 +140,7 @@ def run(
         begin = time.perf_counter()
         planes = send(next(batches)["planes"])
         stats.waited += time.perf_counter() - begin
-        with acceleration.autocast(precision, device):
-            logits = forward(planes[:, IMAGE, None].contiguous(memory_format=_memory_format(config)))
-        loss = segmentation_loss(logits, planes, loss_config, targets)
+        loss = _loss(forward, planes, precision, config, loss_config, targets, distillation)
         stats.add(step, torch.stack(loss).detach())
         _update(training, loss.total)
         training.state.step = step + 1
@@ -146,6 +157,28 @@ def run(
         elif checkpoint_requested(step + 1):
             stats.check(step)
             yield training
+
+
+def _loss(
+    forward: nn.Module,
+    planes: Tensor,
+    precision: acceleration.Precision,
+    config: LoopConfig,
+    loss_config: LossConfig,
+    targets: Targets,
+    distillation: Distillation | None,
+) -> Loss:
+    """Loss of a batch of `planes` on the network's device."""
+    images = planes[:, IMAGE, None].contiguous(memory_format=_memory_format(config))
+    with acceleration.autocast(precision, planes.device):
+        logits = forward(images)
+        if distillation is not None:
+            with torch.no_grad():  # results of inference_mode cannot be used in a loss that is differentiated
+                teacher_logits = distillation.teacher(images)
+    loss = segmentation_loss(logits, planes, loss_config, targets)
+    if distillation is None:
+        return loss
+    return with_teacher(loss, logits, teacher_logits, planes, distillation.weight, loss_config, targets)
 
 
 def _update(training: TrainState, loss: Tensor) -> None:
@@ -215,7 +248,7 @@ class _StepStats:
             "epoch": self.schedule.epochs_done(step),
             "step": step + 1,
             "samples": (step + 1) * self.schedule.batch_size,
-            **{name: loss for name, loss in zip(LOSSES, losses) if loss or name != "aux_loss"},  # 0: no auxiliary maps
+            **{name: loss for name, loss in zip(LOSSES, losses) if loss or name not in OPTIONAL_LOSSES},
             "lr": lr,
             "images_per_s": self.images_per_s(step + 1),
             "data_wait_fraction": self.waited / seconds,

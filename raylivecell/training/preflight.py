@@ -96,6 +96,25 @@ def samples_fit(data: Data, recipe: Recipe) -> None:
         )
 
 
+def teacher(data: Data, recipe: Recipe, has_teacher: bool) -> None:
+    """Check that the recipe uses a teacher if the run has one, and the reverse; images without annotations need one."""
+    weight = recipe.distillation.weight
+    if has_teacher and not weight:
+        raise UserError("distillation.weight is 0, so the teacher would be ignored; set it, or leave out --teacher")
+    if weight and not has_teacher:
+        raise UserError(
+            f"distillation.weight is {weight:g}, but there is no teacher; give --teacher CHECKPOINT, or set it to 0"
+        )
+    unlabelled = [uri for uri in combined.uris(data) if not shards.labelled(uri)]
+    if unlabelled and not has_teacher:
+        raise UserError(
+            f"dataset at {unlabelled[0]} has no annotations, so that nothing can be learned from it without a teacher; "
+            "give --teacher CHECKPOINT, or leave it out"
+        )
+    if len(unlabelled) < len(combined.uris(data)) and combined.uris(data)[0] in unlabelled:
+        raise UserError(f"dataset at {unlabelled[0]} has no annotations; give --data of an annotated dataset first")
+
+
 def _check_draws(data: combined.Datasets, recipe: Recipe) -> None:
     """Check that the weights of the datasets give each at least one sample in an epoch."""
     samples, datasets = len(combined.list_rows(data, "train")), combined.sample_counts(data, "train")

@@ -23,12 +23,13 @@ from raylivecell.data import combined, shards
 from raylivecell.data.combined import Data
 from raylivecell.images.scale import Scale
 from raylivecell.recipe import Recipe
-from raylivecell.runs import folder, parents, progress
+from raylivecell.runs import folder, parents, progress, teachers
 from raylivecell.runtime import session
 from raylivecell.training import messages, preflight
 from raylivecell.training.display import ProgressDisplay
 
 if TYPE_CHECKING:
+    from raylivecell.runs import distillation
     from raylivecell.runs.start_from import Opened
     from raylivecell.training.job import TrainJob
 
@@ -46,6 +47,7 @@ def train(
     began: float | None = None,
     start_from: str | None = None,
     data_weights: Sequence[float] = (),
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Train `recipe` on the dataset at `data`; returns the last row of metrics.
 
@@ -59,11 +61,13 @@ def train(
         start_from: checkpoint or run whose weights a new run starts with, where their shapes fit; a resumed run must
             have started from it, and does not read it again.
         data_weights: for several datasets, the share of each in the samples of an epoch; default: every sample once.
+        teacher: checkpoint or run whose maps the network learns, if the recipe's distillation.weight is above 0; a
+            resumed run has a copy of it.
         began: start of the command, seconds since 1970, for the reported time to the first step; default: now.
 
     Raises:
         UserError: no such data; `out` in use, or no run to resume there; too few CPUs; a non-finite loss;
-            a parent that does not fit.
+            a parent or a teacher that does not fit.
     """
     startup = [("", began or time.time()), ("imports", time.time())]
     datasets, out = combined.of(data, data_weights), storage.absolute(out)
@@ -71,6 +75,7 @@ def train(
     scale = _check_data(datasets, recipe)
     resumed = _check_run_folder(out, datasets, recipe, resume)
     parent = _open_parent(out, start_from, recipe, resumed, scale)
+    opened_teacher = _open_teacher(out, teacher, recipe, resumed, datasets, scale)
     startup.append(("dataset", time.time()))
     session.connect()
     startup.append(("Ray", time.time()))
@@ -84,6 +89,7 @@ def train(
         console.print(line, soft_wrap=True, markup=False)
     if not resumed:
         parents.store(out, parent.weights if parent else b"", parent.chain if parent else ())
+        teachers.store(out, *((opened_teacher.files, opened_teacher.teacher) if opened_teacher else ({}, None)))
     folder.initialise(out, datasets, recipes.dump(recipe))
     stream_memory = stream_budget_bytes()
     samples = open_samples(datasets, recipe.targets != "foreground")
@@ -101,6 +107,7 @@ def train(
         startup=tuple(startup),
         resumed=resume,
         parents=parents.of_run(out),
+        teacher=teachers.of_run(out),
     )
     _run(job, mailbox, workers, cpus, gpus, retries)
     return _write_report(datasets, out, recipe)
@@ -166,6 +173,28 @@ def _open_parent(out: str, start_from: str | None, recipe: Recipe, resumed: bool
     return opened
 
 
+def _open_teacher(
+    out: str, teacher: str | None, recipe: Recipe, resumed: bool, data: Data, scale: Scale
+) -> "distillation.Opened | None":
+    """Read the network whose maps a new run learns, and print its origin; check that a resumed run learns from it.
+
+    `scale` is that of the data.
+    """
+    opened, origin = None, None
+    if resumed:
+        origin = teachers.of_run(out)
+        teachers.check_same(out, origin, teacher)
+    preflight.teacher(data, recipe, teacher is not None or origin is not None)
+    if teacher is not None and not resumed:
+        from raylivecell.runs.distillation import open_teacher  # torch
+
+        opened = open_teacher(teacher, recipe, combined.intensity(data), scale)
+        origin = opened.teacher
+    if origin is not None:
+        console.print(f"the network {teachers.describe(origin)}", markup=False, soft_wrap=True)
+    return opened
+
+
 def _record_failure(out: str, reason: str, hint: str = "") -> UserError:
     """Record in `out` that the run failed, so that a new run may use the folder; returns the error for the user."""
     try:
@@ -194,7 +223,13 @@ def _write_report(data: Data, out: str, recipe: Recipe) -> dict[str, Any]:
     network, _ = checkpoint.load_model(out)
     panels = pictures.overlays(network, data, "val", OVERLAYS)
     training.write_run_report(
-        out, recipes.dump(recipe), history, panels, combined.description(data), parents.of_run(out)
+        out,
+        recipes.dump(recipe),
+        history,
+        panels,
+        combined.description(data),
+        parents.of_run(out),
+        teachers.of_run(out),
     )
     console.print(f"written: {out}/report.html, checkpoint_*/, metrics.jsonl, tensorboard/", markup=False)
     return history[-1]

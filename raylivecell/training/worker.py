@@ -24,7 +24,8 @@ from raylivecell.ingest.order import SampleSchedule
 from raylivecell.ingest.stream import Stream
 from raylivecell.network.forward import build
 from raylivecell.network.transfer import tensors
-from raylivecell.runs import checkpoint, parents, progress, start_from
+from raylivecell.network.unet import UNet
+from raylivecell.runs import checkpoint, distillation, parents, progress, start_from, teachers
 from raylivecell.runs.run_log import RunLog
 from raylivecell.runtime import prometheus
 from raylivecell.training import acceleration, gloo, loop, preflight
@@ -128,6 +129,7 @@ def reports(
             on_step=_progress_sender(job, startup) if context.rank == 0 else lambda step, images_per_s: None,
             sum_over_ranks=sum_over_ranks,
             checkpoint_requested=PreemptionCheckpoint(state.step) if job.poll_preemption else lambda step: False,
+            distillation=load_teacher(job, context.device, chosen.compiled) if job.teacher else None,
         )
 
 
@@ -138,6 +140,14 @@ def _on_all_ranks(context: RankContext) -> Callable[[bool], bool]:
         return not sum_over_ranks(torch.tensor(0.0 if value else 1.0, device=context.device)).item()
 
     return on_all_ranks
+
+
+def load_teacher(job: TrainJob, device: torch.device, compiled: bool) -> loop.Distillation:
+    """Load the run's teacher for the loop; a U-Net is `compiled` as the student is."""
+    network = distillation.load(job.out, device)
+    if compiled and isinstance(network, UNet):
+        network.compile()
+    return loop.Distillation(network, job.recipe.distillation.weight)
 
 
 def wrap(model: nn.Module, compiled: bool, ranks: int, device: torch.device) -> nn.Module:
@@ -185,4 +195,5 @@ def save(folder: str, training: loop.TrainState, job: TrainJob) -> None:
     """Write a checkpoint of the job's training into `folder`."""
     data, rule, scale = job.samples.provenance, job.samples.intensity, job.samples.scale
     parents.write(folder, job.parents)
+    teachers.write(folder, job.teacher)
     checkpoint.save(folder, training.network(), training.state_dict(), training.state, job.recipe, data, rule, scale)

@@ -115,7 +115,8 @@ def test_a_folder_with_a_run_is_reported(tmp_path: Path) -> None:
 
 
 SUBJECTS = ["dataset", "run name", "Ray", "versions", "clocks", "shared memory", "GPUs", "shared storage", "token"]
-SUBJECTS += ["State API", "CPUs for data", "hardware", "object store", "network", "samples", "batch", "trial batch"]
+SUBJECTS += ["State API", "CPUs for data", "hardware", "object store", "network", "samples", "labels", "batch"]
+SUBJECTS += ["trial batch"]
 SMALL = recipe.Recipe(batch_size=4, crop=(48, 48), model=recipe.Recipe().model.model_copy(update={"features": (4, 8)}))
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylivecell.network.losses import segmentation_loss
+from raylivecell.network.losses import segmentation_loss, with_teacher
 from raylivecell.network.optimizer import schedule
 from raylivecell.network.unet import Normalise, build_model, count_parameters
 from raylivecell.recipe import LossConfig, ModelConfig, OptimizerConfig
@@ -59,6 +59,25 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(parts: int, targets: T
     for name in expected._fields:
         mean = torch.stack([getattr(loss, name) for loss in losses]).mean()
         torch.testing.assert_close(mean, getattr(expected, name))
+
+
+@pytest.mark.parametrize("targets", NAMES)
+@given(weight=st.floats(0, 1), scale=st.floats(0.1, 3))
+def test_the_loss_of_a_teachers_maps(targets: Targets, weight: float, scale: float) -> None:
+    """Maps equal to those of the labels have the loss of the labels; the gradient is that of the student alone."""
+    config = LossConfig(border_weight=10, background_weight=2, bce_weight=0.3, aux_weight=4)
+    logits, planes = batch(targets)
+    logits = (scale * logits).requires_grad_()
+    hard = segmentation_loss(logits, planes, config, targets)
+    labels = torch.cat([planes[:, FOREGROUND, None].float(), planes[:, MAPS] / 255], 1)
+    teacher_logits = torch.logit(labels.double()).clamp(-100, 100).float()
+    same = with_teacher(hard, logits, teacher_logits, planes, weight, config, targets)
+    torch.testing.assert_close(same.teacher, hard.total, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same.total, hard.total, rtol=1e-4, atol=1e-5)
+    # A student that equals its teacher has no gradient from it.
+    perfect = with_teacher(hard, logits, logits.detach(), planes, 1.0, config, targets)
+    gradient = torch.autograd.grad(perfect.total, logits)[0]
+    assert gradient.abs().max() < 1e-6
 
 
 def test_the_loss_matches_its_formula() -> None:

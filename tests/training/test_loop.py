@@ -10,6 +10,7 @@ from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network.optimizer import build_optimizer
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import LoopConfig, LossConfig, ModelConfig, OptimizerConfig, PhaseConfig
+from raylivecell.targets.sample_planes import FOREGROUND, IGNORED
 from raylivecell.training import loop
 
 SCHEDULE = SampleSchedule(seed=0, samples=6, batch_size=2, phases=(PhaseConfig(epochs=4),))
@@ -102,6 +103,34 @@ def test_a_run_resumed_from_a_checkpoint_between_reports_ends_with_the_same_weig
     for a, b in zip(uninterrupted.network().state_dict().values(), resumed.network().state_dict().values()):
         assert torch.equal(a, b)
     assert [row["step"] for row in resumed.state.history] == [3, 6, 9, 12]
+
+
+def test_a_network_learns_its_teachers_maps_without_annotations() -> None:
+    """All pixels are ignored in the labels; the teacher, a trained network, knows the squares and is not changed."""
+    trained = new_state()
+    run(trained, batches())
+    distillation = loop.Distillation(trained.model.eval(), 0.8)
+    trained.optimizer.zero_grad()
+    before = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    torch.manual_seed(1)
+    student = loop.start(build_model(ModelConfig(features=(6, 12))), OptimizerConfig(lr=1e-2), SCHEDULE.steps)
+
+    def without_labels() -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches():
+            batch["planes"][:, FOREGROUND] = IGNORED
+            yield batch
+
+    run(student, without_labels(), distillation=distillation)
+    losses = [row["teacher_loss"] for row in student.state.history]
+    assert [0.8 * loss for loss in losses] == pytest.approx([row["loss"] for row in student.state.history])
+    assert {row["bce"] for row in student.state.history} == {0.0}
+    assert losses[-1] < 0.8 * losses[0]
+    pixels = images()[:, :1].float()
+    square = student.model.eval()(pixels)[images()[:, 1:2] == 1].mean()
+    assert square > student.model(pixels)[images()[:, 1:2] == 0].mean() + 1
+    assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
+    assert all(weight.grad is None for weight in trained.model.parameters()), "no gradient reaches the teacher"
+    assert all("teacher_loss" not in row for row in trained.state.history)
 
 
 def test_averaged_weights_lag_behind_the_weights() -> None:
