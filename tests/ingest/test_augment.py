@@ -361,7 +361,8 @@ def test_noise_and_shading_have_the_stated_strength(seed: int, deformed: bool, n
     uneven, _ = augment(image, labels, rng(seed), config(shading=shading))
     both, _ = augment(image, labels, rng(seed), config(noise=noise, shading=shading, elastic=elastic))
     draws = RandomParameters.draw(rng(seed))
-    assert noisy.std() == pytest.approx(np.hypot(draws.noise * noise, 0.29), rel=0.05, abs=0.31)
+    # Noise below 0.15 levels is rounded away, with it the 0.29 of rounding.
+    assert noisy.std() == pytest.approx(np.hypot(draws.noise * noise, 0.29), rel=0.05, abs=0.35)
     # Smooth: the slope of the second cosine over 140 pixels, with amplitudes beyond three sigma improbable.
     assert np.abs(np.diff(uneven.astype(int), axis=0)).max() <= 1 + shading / 4
     assert uneven.std() < 3 * shading

@@ -90,7 +90,7 @@ def test_without_ignored_pixels_the_loss_is_the_plain_one_to_the_bit(targets: Ta
     loss, gradient = loss_and_gradient(logits, planes, targets)
     leaf = logits.clone().requires_grad_()
     bce, dice, aux = plain_loss(leaf, planes, targets)
-    assert [value.item() for value in loss[1:]] == [value.item() for value in (bce, dice, aux)]
+    assert (loss.bce.item(), loss.dice.item(), loss.aux.item()) == (bce.item(), dice.item(), aux.item())
     (CONFIG.bce_weight * bce + (1 - CONFIG.bce_weight) * dice + CONFIG.aux_weight * aux).backward()
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, gradient)
