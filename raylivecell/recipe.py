@@ -179,7 +179,10 @@ class LossConfig(StrictModel):
 
 
 class DistillationConfig(StrictModel):
-    """Learning from a teacher: the loss is (1 - weight) * `loss` of the annotations + weight * `loss` of its maps."""
+    """Learning from a teacher: the loss is (1 - weight) * `loss` of the annotations + weight * `loss` of its maps.
+
+    Both are means over all images of a batch; an image without annotations adds 0 to the first.
+    """
 
     weight: float = Field(0.0, ge=0, le=1)
     """Weight of the teacher's maps (`train --teacher CHECKPOINT`); 0: no teacher."""

@@ -89,6 +89,7 @@ def read(
     for name, content in _contents(data):
         try:
             roi = ImagejRoi.frombytes(content)
+            name = name or roi.name or "1"
             reason, (top, left, mask) = _pixels(name, roi, content, shape, budget)
         except _DAMAGED as error:
             problem = shortened(str(error))
@@ -129,9 +130,9 @@ def _check_slice(place: Place, position: int, z: int, t: int) -> None:
 
 
 def _contents(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the bytes of each ROI."""
+    """Yield the name of each ROI, empty for a single .roi, which contains its name, and its bytes."""
     if data[:4] == b"Iout":
-        yield "1", data
+        yield "", data
         return
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

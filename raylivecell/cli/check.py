@@ -138,8 +138,10 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
             f"{request.recipe.model.name} accepts the recipe's options",
         )
         yield _preflight("samples", lambda: preflight.samples_fit(request.data, recipe), "fit the recipe")
-        taught = request.teacher is not None
-        yield _preflight("labels", lambda: preflight.teacher(request.data, recipe, taught), "suffice for the recipe")
+        has_teacher = request.teacher is not None
+        yield _preflight(
+            "labels", lambda: preflight.teacher(request.data, recipe, has_teacher), "suffice for the recipe"
+        )
         yield _preflight("batch", lambda: preflight.batch_divides(recipe.batch_size, request.workers), "divides")
         yield trial_batch(request)
 
@@ -308,7 +310,7 @@ def trial_batch(request: CheckRequest) -> Finding:
     crop = request.recipe.crop or max(combined.image_sizes(request.data, "train"), default=(64, 64))
     hint = "lower batch_size or crop, or use more --workers"
     if request.recipe.loop.compile is True:
-        hint += ", or set loop.compile: false"
+        hint += ", or set loop.compile: false (--loop.compile False)"
     try:
         teacher_recipe = _recipe_of(request.teacher)
         task = ray.remote(num_cpus=0.5, num_gpus=gpu, max_retries=0)(train_once)

@@ -101,15 +101,15 @@ def scale(data: Data) -> Scale:
     first, *others = scales = [shards.scale(uri) for uri in uris(data)]
     for uri, other in zip(uris(data)[1:], others, strict=True):
         if not other.fits(first):
-            measured = shards.labelled(uri)
-            flag = first.prepare_flag(uris(data)[0]) if measured else f"--pixel-scale {first.pixel_scale:g}"
+            has_cells = shards.labelled(uri)
+            flag = first.prepare_flag(uris(data)[0]) if has_cells else f"--pixel-scale {first.pixel_scale:g}"
             raise UserError(
                 f"dataset at {uri} has {other}, {uris(data)[0]} has {first}: one network cannot suit both; prepare it "
                 f"again with `raylivecell prepare {flag}`"
             )
     ranges = [each.diameters for each in scales if each.diameters is not None]
     labelled = sum(shards.labelled(uri) for uri in uris(data))
-    if not others or len(ranges) < labelled:
+    if not others or not ranges or len(ranges) < labelled:
         return first
     diameters = (min(low for low, _ in ranges), max(high for _, high in ranges))
     return first.model_copy(update={"diameters": diameters})

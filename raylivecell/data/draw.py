@@ -123,7 +123,7 @@ def _counts(mask: np.ndarray | None) -> bytes:
 
 
 def _count(ignored: np.ndarray | None, padding: np.ndarray | None) -> int:
-    """Count the ignored pixels that are no padding; both (H, W)."""
+    """Count the ignored pixels that are not padding; both (H, W)."""
     if ignored is None:
         return 0
     return int(np.count_nonzero(ignored if padding is None else ignored & ~padding))

@@ -118,7 +118,10 @@ def _prepare(
         console.console.print(f"nothing to do: {out} already contains this dataset", markup=False, soft_wrap=True)
         return previous
     if previous is not None and previous["source"] != head["source"] and not config.overwrite:
-        raise UserError(f"{source_uri} changed since the dataset at {out} was created; set --overwrite to replace it")
+        raise UserError(
+            f"{source_uri}, or how it is read, changed since the dataset at {out} was created; set --overwrite to "
+            "replace it"
+        )
     if previous is not None and strict:  # some defects are found only while drawing, after the old shards are deleted
         raise UserError(f"--strict may stop half-way and would lose the dataset at {out}; choose another --out")
     work = storage.join(out, f".prepare-{head['source']['fingerprint'][:16]}")

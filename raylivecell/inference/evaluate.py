@@ -165,13 +165,13 @@ def compare_labels(labels_uri: str, data: str, split: str, out: str, seed: int =
 
 
 def _list_rows(data: str, split: str) -> shards.Rows:
-    rows = shards.list_rows(data, split)
-    if not rows:
-        raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")
     if not shards.labelled(data):
         raise UserError(
             f"dataset at {data} has no annotations to compare with; use `raylivecell predict` on its images"
         )
+    rows = shards.list_rows(data, split)
+    if not rows:
+        raise UserError(f"dataset at {data} has no images in its split {split}; choose another --split")
     return rows
 
 

@@ -114,8 +114,8 @@ class OneWorker(tune.Trainable):
         row = report_row(state, self.job.schedule())
         row["done"] = row["step"] >= row["steps"]
         if row["done"] and self.shared.timed:
-            network = training.network() if training else checkpoint.load_model(self.job.out)[0]
-            row["ms_per_image"] = ms_per_image(network, self.shared.samples)
+            # Loaded: the network of `training` may be compiled, that of `predict` is not.
+            row["ms_per_image"] = ms_per_image(checkpoint.load_model(self.job.out)[0], self.shared.samples)
         return row
 
     def _save(self, training: loop.TrainState) -> None:

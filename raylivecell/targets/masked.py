@@ -21,7 +21,7 @@ def fill(logits: "Tensor", maps: "Tensor", ignored: "Tensor") -> tuple["Tensor",
 
 
 def bce(logits: "Tensor", maps: "Tensor", ignored: "Tensor", weight: "Tensor | None" = None) -> "Tensor":
-    """Weighted binary cross-entropy; 0 for an image without other than ignored pixels.
+    """Weighted binary cross-entropy; 0 if all pixels of an image are ignored.
 
     Args:
         logits: float (B, C, H, W), from `fill`.

@@ -71,7 +71,7 @@ def choose(
         recipe: its `loop` states them, or `auto`.
         device: the device of this rank.
         steps: of the entire run.
-        compiler: returns the C++ compiler for torch.compile, None if there is none.
+        compiler: returns the C++ compiler for torch.compile, None if it cannot be used.
         on_all_ranks: whether a condition holds on every rank. A batch is computed in one precision, even if only some
             machines have AMX.
     """
@@ -86,7 +86,9 @@ def choose(
     if steps < COMPILE_STEPS:
         return Acceleration(precision, False, f"fewer than {COMPILE_STEPS:,} steps")
     if not on_all_ranks(compiler() is not None):
-        return Acceleration(precision, False, "no C++ compiler: install g++ for about twice the speed")
+        return Acceleration(
+            precision, False, "no C++ compiler or Python headers: install g++ and python3-dev for about twice the speed"
+        )
     return Acceleration(precision, True, "")
 
 

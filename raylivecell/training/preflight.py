@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import ray
 
@@ -103,13 +105,14 @@ def teacher(data: Data, recipe: Recipe, has_teacher: bool) -> None:
         raise UserError("distillation.weight is 0, so the teacher would be ignored; set it, or leave out --teacher")
     if weight and not has_teacher:
         raise UserError(
-            f"distillation.weight is {weight:g}, but there is no teacher; give --teacher CHECKPOINT, or set it to 0"
+            f"distillation.weight is {weight:g}, but there is no teacher; give `train --teacher CHECKPOINT` (a "
+            "sweep has none), or set it to 0"
         )
     unlabelled = [uri for uri in combined.uris(data) if not shards.labelled(uri)]
     if unlabelled and not has_teacher:
         raise UserError(
             f"dataset at {unlabelled[0]} has no annotations, so that nothing can be learned from it without a teacher; "
-            "give --teacher CHECKPOINT, or leave it out"
+            "give `train --teacher CHECKPOINT`, or leave it out"
         )
     if len(unlabelled) < len(combined.uris(data)) and combined.uris(data)[0] in unlabelled:
         raise UserError(f"dataset at {unlabelled[0]} has no annotations; give --data of an annotated dataset first")
@@ -161,11 +164,19 @@ def _check_compiler() -> None:
         return
     if not compiler:
         names = "gcc" if gpu else "g++"
-        raise UserError(f"loop.compile needs a compiler on each machine; install {names}, or set loop.compile: false")
+        raise UserError(
+            f"loop.compile needs a compiler and Python's header files on each machine; install {names} and "
+            "python3-dev, or set loop.compile: false (as a flag --loop.compile False)"
+        )
 
 
 def find_compiler(gpu: bool) -> str | None:
-    """The compiler on this machine for torch.compile, if any: Triton's C compiler for GPUs, else torch's for C++."""
+    """The compiler on this machine for torch.compile: Triton's C compiler for GPUs, else torch's for C++.
+
+    None without one, or without Python's header files, which the compiled code includes.
+    """
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return None
     if gpu:
         names = [os.environ.get("CC", ""), "clang", "gcc", "cc"]
     else:

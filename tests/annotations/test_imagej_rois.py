@@ -169,6 +169,12 @@ def test_rois_without_area_and_overlaps_are_listed_by_name():
     assert [mask.sum() for mask in masks(records, (8, 8))] == [0, 0, 0, 21, 4, 0]
 
 
+def test_a_single_roi_is_ignored_by_the_name_in_it():
+    roi = roifile.ImagejRoi.frompoints([[1, 1], [5, 1], [5, 5]], name="debris")
+    assert [(record.id, record.region) for record in imagej_rois.read(roi.tobytes(), (9, 9))] == [("debris", "")]
+    assert [record.region for record in imagej_rois.read(roi.tobytes(), (9, 9), ignore=("Debris",))] == ["Debris"]
+
+
 def test_what_cannot_be_read_exactly_is_refused(monkeypatch):
     polygon = roifile.ImagejRoi.frompoints([[1, 1], [5, 1], [5, 5]])
     spline = roifile.ImagejRoi.frompoints([[1, 1], [5, 1], [5, 5]])

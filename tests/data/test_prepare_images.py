@@ -93,6 +93,9 @@ def test_images_without_annotations_need_a_teacher_and_an_annotated_dataset_in_f
     with pytest.raises(UserError, match="give --data of an annotated dataset first"):
         preflight.teacher(reverse, TAUGHT, True)
     assert combined.scale(both) == shards.scale(labelled), "of the cells that are known"
+    more = str(tmp_path / "more")
+    prepare(str(tmp_path / "source"), more, IMAGES)
+    assert combined.scale(combined.of([unlabelled, more])) == shards.scale(unlabelled)
     scaled = str(tmp_path / "scaled")
     prepare(str(tmp_path / "source"), scaled, PrepareConfig(format="images", pixel_scale=0.5))
     with pytest.raises(UserError, match=r"cells of unknown size at pixel scale 0.5, .* prepare --pixel-scale 1`"):

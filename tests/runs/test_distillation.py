@@ -118,7 +118,7 @@ def test_a_teacher_and_its_weight_need_each_other(tiny_dataset: str, tmp_path: P
     weighted = Recipe(distillation=DistillationConfig(weight=0.5))
     preflight.teacher(tiny_dataset, weighted, True)
     preflight.teacher(tiny_dataset, Recipe(), False)
-    with pytest.raises(UserError, match=r"weight is 0\.5, but there is no teacher; give --teacher CHECKPOINT"):
+    with pytest.raises(UserError, match=r"weight is 0\.5, but there is no teacher; give `train --teacher CHECKPOINT`"):
         preflight.teacher(tiny_dataset, weighted, False)
     with pytest.raises(UserError, match="weight is 0, so the teacher would be ignored"):
         preflight.teacher(tiny_dataset, Recipe(), True)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -15,7 +16,7 @@ from raylivecell.ingest.order import SampleSchedule
 from raylivecell.network.forward import build
 from raylivecell.recipe import LoopConfig, ModelConfig, OptimizerConfig, PhaseConfig, Recipe, Targets
 from raylivecell.targets import sample_planes
-from raylivecell.training import acceleration, loop
+from raylivecell.training import acceleration, loop, preflight
 from raylivecell.training.acceleration import COMPILE_STEPS
 
 CPU = torch.device("cpu")
@@ -96,12 +97,22 @@ def test_auto_depends_on_amx_length_network_and_compiler(monkeypatch: pytest.Mon
     assert choose(LoopConfig(precision="float32", compile=False)) == ("float32", False)
     assert choose(auto, on_all_ranks=lambda value: False) == ("float32", False), "another rank has no AMX"
     no_compiler = acceleration.choose(Recipe(), CPU, COMPILE_STEPS, lambda: None)
-    assert str(no_compiler).startswith("training in bfloat16, not compiled (no C++ compiler: install g++")
+    assert str(no_compiler).startswith(
+        "training in bfloat16, not compiled (no C++ compiler or Python headers: install g++"
+    )
     amx(monkeypatch, present=False)
     assert choose(auto) == ("float32", False)
     assert choose(LoopConfig(precision="bfloat16", compile=True), steps=1) == ("bfloat16", True)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert choose(auto) == ("float32", False), "an older torch"
+
+
+def test_a_compiler_without_pythons_headers_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert preflight.find_compiler(gpu=False) is None
+    (tmp_path / "Python.h").touch()
+    assert preflight.find_compiler(gpu=False)
 
 
 def test_the_loop_trains_in_the_chosen_precision_and_keeps_float32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
