@@ -27,9 +27,10 @@ def suggestions(config: SweepConfig, recipe: Recipe, trials: int) -> list[space.
     return [space.suggest(study.ask(), recipe, config) for _ in range(trials)]
 
 
-@pytest.mark.parametrize("name", ["small", "paper", "demo", "sweep"])
+@pytest.mark.parametrize("name", ["small", "paper", "demo", "cells", "cells-small", "sweep"])
 def test_the_default_space_starts_with_every_shipped_recipe(name: str) -> None:
     recipe, config = space.load(recipes.find(name))
+    config = config.model_copy(update={"objectives": (space.SCORES[recipe.targets].lower(),)})
     space_check.check(recipe, config)
     values = space.suggest(FixedTrial(space.start_parameters(recipe, config)), recipe, config)
     assert recipes.dump(space.apply(recipe, values)) == recipes.dump(recipe)
