@@ -25,9 +25,6 @@ COLUMNS = (
     ("msa", "mSA"),
     ("msa_torch_em", "mSA, torch-em's rule"),
     ("sa50", "SA50"),
-    ("sa50_torch_em", "SA50, torch-em's rule"),
-    ("sa75", "SA75"),
-    ("sa75_torch_em", "SA75, torch-em's rule"),
     ("ap", "AP"),
     ("ap50", "AP50"),
     ("ap75", "AP75"),
@@ -54,7 +51,7 @@ def chosen(per_image: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def ignored(per_image: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Number of `images` with ignored pixels, and of these `pixels`."""
+    """Number of ignored `pixels`, and of `images` that contain any."""
     counts = [row["ignored"] for row in per_image if row["ignored"]]
     return {"images": len(counts), "pixels": sum(counts)}
 
@@ -64,7 +61,8 @@ def ignored_text(result: Result) -> str:
     counts = result["ignored"]
     if not counts["images"]:
         return ""
-    return f"{counts['pixels']:,} pixels without annotation in {counts['images']:,} images are left out."
+    plural = "s" if counts["images"] > 1 else ""
+    return f"{counts['pixels']:,} pixels without annotation in {counts['images']:,} image{plural} are left out."
 
 
 def write(out: str, result: Result, rows: Sequence[shards.Row], predictions: Mapping[int, Prediction]) -> None:
