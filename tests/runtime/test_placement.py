@@ -171,7 +171,7 @@ def test_a_recipe_for_gpus_is_refused_without_one(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool) -> None:
     class LocalRay:
         """Ray that runs tasks in this process."""
 
@@ -189,9 +189,13 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool) 
         monkeypatch.delenv(name, raising=False)
     compiled = recipe.Recipe(loop=LoopConfig(compile=True))
     monkeypatch.setattr(preflight.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
     preflight.hardware(compiled)
     monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"loop\.compile needs a compiler on each machine; install g"):
+    with pytest.raises(
+        UserError, match=r"loop\.compile needs a compiler and Python.s header files on each machine; install g"
+    ):
         preflight.hardware(compiled)
     preflight.hardware(recipe.Recipe())
 

@@ -182,8 +182,8 @@ def annotations() -> Iterator[tuple[str, str]]:
         record = {"id": 1, "image_id": 1, "segmentation": shape}
         read = coco.read_annotations(io.BytesIO(json.dumps({"annotations": [record]}).encode()), "train.json")
         cells = coco.decode_cells(read.payload(1))
-        accepted, _, defects = cell_defects.check_cells(cells, (64, 64), (1.0, 1.0), {})
-        yield name, f"{len(accepted)} {read.bad} {list(defects)}"
+        checked = cell_defects.check_cells(cells, (64, 64), (1.0, 1.0), {})
+        yield name, f"{len(checked.cells)} {read.bad} {list(checked.defects)}"
 
 
 def results() -> Iterator[tuple[str, str]]:
