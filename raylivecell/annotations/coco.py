@@ -124,10 +124,12 @@ class Annotations:
 
     def category(self, image_id: int | str) -> str:
         """Return the most frequent category name of an image's cells (ties: the first in the file); "" if none."""
-        cells = np.array([cell for cell in self._cells_of(image_id).tolist() if not self._is_region(cell)], np.int64)
-        if not len(cells):
+        categories = np.asarray(self._cell_category, np.int64)[self._cells_of(image_id)]
+        if self._regions is not None:
+            categories = categories[~self._regions[categories]]
+        if not len(categories):
             return ""
-        numbers, counts = np.unique(np.asarray(self._cell_category, np.int64)[cells], return_counts=True)
+        numbers, counts = np.unique(categories, return_counts=True)
         return self.categories.get(list(self._category_numbers)[numbers[np.argmax(counts)]], "")
 
     def _cells_of(self, image_id: int | str) -> NDArray[np.int64]:

@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 
 from raylivecell.annotations.coco import CellRecord, decode_cells
-from raylivecell.annotations.drawing import Cell, border_map, draw_labels, hidden_cells, rasterise
+from raylivecell.annotations.drawing import Cell, Patch, border_map, draw_labels, hidden_cells, rasterise
 from raylivecell.annotations.rle import encode, encode_patch
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.data import shards
-from raylivecell.data.cell_defects import check_cells, is_region
+from raylivecell.data.cell_defects import CheckedCells, check_cells, is_region
 from raylivecell.data.config import Rules, rule_of
 from raylivecell.data.defects import Defect, ImageInfo
 from raylivecell.data.description import ImageStatistics, ShardAccount
@@ -165,16 +165,8 @@ def draw_sample(
     checked = check_cells(records, shape, image.scale, rules, image.split)
     patches = [rasterise(cell, shape) for cell in checked.cells]
     labels = draw_labels(patches, shape)
-    hidden = hidden_cells(labels, len(patches))
-    if hidden:
-        shrunk = f"smaller than a pixel at a pixel scale of {image.pixel_scale:.3g}" if image.pixel_scale < 1 else ""
-        checked.defects["hidden_cell"] = [
-            (checked.ids[index], "" if patches[index].mask.any() else shrunk) for index in hidden
-        ]
-        scored = rule_of(rules, "hidden_cell", image.split) != "drop"
-        hidden = [index for index in hidden if not (scored and patches[index].mask.any())]
-        labels = _without_labels(labels, hidden, len(patches))
-        patches = [patch for index, patch in enumerate(patches) if index not in set(hidden)]
+    if hidden := hidden_cells(labels, len(patches)):
+        labels, patches = _without_hidden(labels, patches, hidden, checked, image, rules)
     for kind, cells in checked.defects.items():
         detail = "; ".join(dict.fromkeys(text for _, text in cells if text))
         ids = [cell_id for cell_id, _ in cells]
@@ -204,6 +196,25 @@ def draw_sample(
         "sha256": image.sha256,
         "annotation": f"{image.annotation}#{image.id}",
     }
+
+
+def _without_hidden(
+    labels: np.ndarray,
+    patches: list[Patch],
+    hidden: list[int],
+    checked: CheckedCells,
+    image: ImagePlan,
+    rules: Rules,
+) -> tuple[np.ndarray, list[Patch]]:
+    """Add the cells `hidden` below others to `checked.defects`; return labels and patches without those to drop."""
+    shrunk = f"smaller than a pixel at a pixel scale of {image.pixel_scale:.3g}" if image.pixel_scale < 1 else ""
+    checked.defects["hidden_cell"] = [
+        (checked.ids[index], "" if patches[index].mask.any() else shrunk) for index in hidden
+    ]
+    scored = rule_of(rules, "hidden_cell", image.split) != "drop"
+    dropped = [index for index in hidden if not (scored and patches[index].mask.any())]
+    remaining = [patch for index, patch in enumerate(patches) if index not in set(dropped)]
+    return _without_labels(labels, dropped, len(patches)), remaining
 
 
 def _ignored_pixels(regions: Sequence[Cell], labels: np.ndarray) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 The plan depends only on the settings, the annotation files and the image files.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -259,6 +260,30 @@ def _groups(images: Sequence[ImagePlan], max_images: int) -> Iterator[list[Image
         group.append(image)
     if group:
         yield group
+
+
+def shard_tasks(
+    source: Source | PairedSource,
+    out: str,
+    work: str,
+    rule: Intensity,
+    plans: Sequence[ShardPlan],
+    config: PrepareConfig,
+) -> list[ShardTask]:
+    """One task for each shard of the dataset at `out`, with the working folder `work`."""
+    task = functools.partial(
+        ShardTask,
+        source=source.uri,
+        out=out,
+        work=work,
+        intensity=rule,
+        border_sigma=config.targets.border_sigma,
+        rules=config.rules(),
+        choice=config.choice,
+        ignore=config.ignore,
+        has_regions=source.has_regions(config.on_defect),
+    )
+    return [task(shard) for shard in plans]
 
 
 def dataset_head(

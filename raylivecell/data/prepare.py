@@ -125,10 +125,7 @@ def _prepare(
     if previous is not None and strict:  # some defects are found only while drawing, after the old shards are deleted
         raise UserError(f"--strict may stop half-way and would lose the dataset at {out}; choose another --out")
     work = storage.join(out, f".prepare-{head['source']['fingerprint'][:16]}")
-    sigma, rules = config.targets.border_sigma, config.rules()
-    task = functools.partial(ShardTask, source=source_uri, out=out, work=work, intensity=rule, border_sigma=sigma)
-    task = functools.partial(task, rules=rules, choice=config.choice, ignore=config.ignore)
-    tasks = [task(shard, has_regions=source.has_regions(config.on_defect)) for shard in plans]
+    tasks = plan.shard_tasks(source, out, work, rule, plans, config)
     try:
         return _write(source, tasks, head, defects, strict)
     except UserError:

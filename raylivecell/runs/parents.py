@@ -50,17 +50,22 @@ class DataRecord(Record):
         return cls(**{name: data[name] for name in cls.model_fields})
 
 
-class Parent(Record):
-    """A checkpoint from which a training started."""
+class Origin(Record):
+    """A checkpoint that a training uses."""
 
-    start_from: Text
-    """URI given to --start-from."""
     checkpoint: Text
-    """URI of the checkpoint that was used: of a run, its best."""
+    """Its URI: of a run, its best checkpoint."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """SHA-256 of its model.safetensors."""
     step: int = Field(ge=0)
     """Steps of its training."""
+
+
+class Parent(Origin):
+    """A checkpoint from which a training started."""
+
+    start_from: Text
+    """URI given to --start-from."""
     targets: Targets
     data: DataRecord
     """Its training data."""

@@ -12,24 +12,18 @@ from pydantic import Field
 
 from raylivecell.core import settings, storage
 from raylivecell.core.errors import UserError
-from raylivecell.runs.parents import MAX_DATASETS, DataRecord, Record, Text, attribution
+from raylivecell.runs.parents import MAX_DATASETS, DataRecord, Origin, Record, Text, attribution
 
 TEACHER = "teacher.json"
 FOLDER = "teacher"
 """Folder of the teacher in a run."""
 
 
-class Teacher(Record):
+class Teacher(Origin):
     """A checkpoint whose maps a network learned."""
 
     teacher: Text
     """URI given to --teacher."""
-    checkpoint: Text
-    """URI of the checkpoint that was used: of a run, its best."""
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """SHA-256 of its model.safetensors."""
-    step: int = Field(ge=0)
-    """Steps of its training."""
     network: Text
     """Description of the network."""
     datasets: tuple[DataRecord, ...] = Field(min_length=1, max_length=MAX_DATASETS)
