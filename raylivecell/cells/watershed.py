@@ -84,12 +84,38 @@ def _confident(labels: Labels, confidence: NDArray[np.float32], config: Instance
 
 
 def _basins(heights: NDArray[np.float32], cell: NDArray[np.bool_]) -> Labels:
-    """Label the basin of each peak."""
-    from skimage.segmentation import watershed  # imported late: 0.2 s
+    """Label the basin of each peak: the pixels from which steps to the highest of 8 neighbours lead to it.
 
+    The steepest ascent of Cousty et al. (Watershed cuts, IEEE PAMI 31, 2009). Flooding (scikit-image) takes twice
+    as long and divides cells equally well: mSA of 14 LIVECell images within 0.006, 0.321 for the test images.
+    """
+    height, width = heights.shape
     peaks = (cv2.dilate(heights, SQUARE) == heights) & cell
     seeds = cv2.connectedComponents(peaks.view(np.uint8))[1]
-    return watershed(-heights, seeds, mask=cell)
+    inside = np.flatnonzero(cell)
+    number = np.zeros(cell.size, np.int32)
+    number[inside] = np.arange(len(inside), dtype=np.int32)
+    upward = number[inside + _steps_up(heights).ravel()[inside]]
+    own = seeds.ravel()[inside]
+    upward[own > 0] = np.flatnonzero(own)  # a plateau is one seed
+    while not np.array_equal(upward, further := upward[upward]):
+        upward = further
+    basins = np.zeros((height, width), np.int32)
+    basins.ravel()[inside] = own[upward]
+    return basins
+
+
+def _steps_up(heights: NDArray[np.float32]) -> NDArray[np.int32]:
+    """From each pixel to the highest of its 8 neighbours, in pixels of the flattened image; 0 if none is higher."""
+    height, width = heights.shape
+    around = cv2.copyMakeBorder(heights, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=-1.0)
+    highest, steps = heights.copy(), np.zeros(heights.shape, np.int32)
+    for row, column in [(0, 1), (1, 0), (1, 2), (2, 1), (0, 0), (0, 2), (2, 0), (2, 2)]:
+        neighbour = around[row : row + height, column : column + width]
+        higher = neighbour > highest
+        np.copyto(highest, neighbour, where=higher)
+        np.copyto(steps, np.int32((row - 1) * width + column - 1), where=higher)
+    return steps
 
 
 def _merge_basins(basins: Labels, heights: NDArray[np.float32], prominence: float) -> Labels:

@@ -120,7 +120,7 @@ def test_invariants_for_any_maps(targets: Targets, shape: tuple[int, int], seed:
 def test_prominence_1_merges_connected_foreground(
     targets: Targets, shape: tuple[int, int], seed: int, smoothing: float
 ) -> None:
-    """Without parts that touch at a corner: peaks are maxima over 8 neighbours, but flooding uses 4."""
+    """Without parts that touch at a corner: basins climb over 8 neighbours, but merge over 4."""
     maps = np.clip(noise(np.random.default_rng(seed), shape, targets), 0.01, 0.99)  # no peak has prominence 1
     config = InstanceConfig(prominence=1, smoothing=smoothing, min_area=0)
     blobs = ndimage.label(maps[0] > config.threshold)[0]
@@ -132,6 +132,22 @@ def test_prominence_1_merges_connected_foreground(
     pairs = instance_scores.overlaps(labels, blobs)
     np.testing.assert_array_equal(pairs.iou, 1)
     assert pairs.cells == pairs.true_cells == len(pairs.iou)
+
+
+@settings(max_examples=60)
+@given(shape=SHAPES, seed=SEEDS)
+def test_a_pixel_belongs_to_the_basin_of_its_highest_neighbour(shape: tuple[int, int], seed: int) -> None:
+    maps = noise(np.random.default_rng(seed), shape, "boundary")
+    config = InstanceConfig(prominence=0, smoothing=0, min_area=0)
+    labels = watershed.segment(maps, "boundary", config)
+    heights = np.where(labels > 0, target("boundary").height(maps, labels > 0), -1)
+    around = np.pad(heights, 1, constant_values=-1)
+    for y, x in zip(*np.nonzero(labels)):
+        neighbours = around[y : y + 3, x : x + 3]
+        dy, dx = np.unravel_index(neighbours.argmax(), (3, 3))
+        if (neighbours == neighbours.max()).sum() == 1:
+            assert labels[y, x] == labels[y + dy - 1, x + dx - 1]
+    assert (labels > 0).tolist() == (maps[0] > config.threshold).tolist()
 
 
 @pytest.mark.parametrize("targets", NAMES)
