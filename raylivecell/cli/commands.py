@@ -58,8 +58,8 @@ def evaluate(
         labels: a folder of label images to score instead of a checkpoint: TIFF, PNG or NPY, named like the images, also
             with a suffix such as _cp_masks, _masks or _labels.
         split: images to score.
-        tta: test-time augmentation: average the predictions of the eight flips and quarter turns; the network takes
-            eight times as long.
+        tta: test-time augmentation: average the predictions for eight versions of the image, turned, mirrored and
+            scaled; the network takes eight times as long.
         calibrate: first tune the thresholds of the watershed on validation images, and store them in the checkpoint.
     """
     from raylivecell.inference import evaluate as evaluation
@@ -110,8 +110,8 @@ def predict(
         out: folder to write.
         write: labels/ (TIFF), masks/ and overlays/ (PNG), coco.json (results), cells.csv (one row per cell), rois/
             (ImageJ's RoiSet.zip), geojson/ (QuPath).
-        tta: test-time augmentation: average the predictions of the eight flips and quarter turns; the network takes
-            eight times as long.
+        tta: test-time augmentation: average the predictions for eight versions of the image, turned, mirrored and
+            scaled; the network takes eight times as long.
         threshold: foreground probability above which a pixel belongs to a cell; default: that of the checkpoint.
         overwrite: delete the results of an earlier predict in --out.
         follow_links: follow links to any file outside the folder, not only to git-annex, DVC and Hugging Face stores.

@@ -58,7 +58,7 @@ def evaluate(
         data: URI of a prepared dataset.
         split: train, val or test.
         out: URI of a folder.
-        tta: average the maps of the eight flips and quarter turns.
+        tta: average the maps of eight versions of the image (`averaging.VERSIONS`).
         seed: seed of the bootstrap intervals.
         calibrated: first tune the thresholds on the validation images and save them in the checkpoint.
 

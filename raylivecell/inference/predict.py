@@ -85,7 +85,7 @@ def predict(
         images_uri: a folder, searched recursively, or one image file (`formats.SUFFIXES`).
         out: URI of a folder, in which output images have the same relative paths as the input images.
         write: outputs to write in addition to images.csv.
-        tta: average over the eight flips and quarter turns of the image.
+        tta: average eight versions of the image (`averaging.VERSIONS`).
         threshold: lower limit of the probability of foreground pixels; default: the model's.
         overwrite: delete the results of an earlier run in `out`.
         follow_links: also follow links to files outside the folder.

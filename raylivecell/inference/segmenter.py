@@ -24,6 +24,7 @@ from raylivecell.images.intensity import LIVECELL, Frame, Grey, Intensity
 from raylivecell.images.planes import EVERYTHING, Choice
 from raylivecell.images.scale import Scale, areas_of, labels_back, resize_frame, scaled_shape
 from raylivecell.network import windows
+from raylivecell.network.averaging import averaged
 from raylivecell.recipe import Targets
 from raylivecell.runs import progress
 
@@ -144,15 +145,11 @@ class Segmenter:
         return self._cells_of_maps(self.network(image))
 
     def _cells_without_padding(self, image: NDArray[np.uint8], padding: NDArray[np.bool_]) -> Cells:
-        """Segment an image whose padding is hidden from the network, as in `forward.logits_of_picture`."""
+        """Segment an image whose padding is hidden from the network, as in `forward.maps_of_frame`."""
         window, content = grey_levels.without_padding(image, padding)
         if content.size > windows.WHOLE_PIXELS:
             return _mask_padding(_embed(self._cells(content), window, image.shape), padding, self.config.min_area)
-        window_maps = self.network(content)
-        maps = np.zeros((len(window_maps), *image.shape), np.float32)
-        maps[(slice(None), *window)] = window_maps
-        maps[:, padding] = 0
-        return self._cells_of_maps(maps)
+        return self._cells_of_maps(windows.outside_padding(self.network(content), window, padding))
 
     def _cells_of_maps(self, maps: Maps) -> Cells:
         labels, confidence = watershed.segment_with_confidence(maps, self.targets, self.config)
@@ -213,7 +210,7 @@ def load(uri: str, tta: bool = False, device: str | None = None) -> Segmenter:
 
     Args:
         uri: a folder, or a file whose name ends in .onnx.
-        tta: average over the eight flips and quarter turns of the image, in eight times the time.
+        tta: average eight versions of the image (`averaging.VERSIONS`), in eight times the time.
         device: torch's device; default: cuda if available. ONNX runs on the CPU.
 
     Raises:
@@ -223,7 +220,7 @@ def load(uri: str, tta: bool = False, device: str | None = None) -> Segmenter:
         from raylivecell.inference.onnx_model import load as load_onnx
 
         onnx = load_onnx(str(uri))
-        network = _averaged(onnx.maps) if tta else onnx.maps
+        network = averaged(onnx.maps) if tta else onnx.maps
         thresholds = InstanceConfig(**onnx.thresholds)
         return Segmenter(network, onnx.targets, thresholds, onnx.recipe_text, onnx.intensity, onnx.scale)
     import torch
@@ -271,17 +268,3 @@ def _rules_of(uri: str, flag: str) -> tuple[Intensity, Scale]:
         return checkpoint.load_intensity(folder), checkpoint.load_scale(folder)
     except UserError as error:
         raise UserError(f"{flag} {uri}: no dataset there, and {error}") from error
-
-
-def _averaged(network: Callable[[NDArray[np.uint8]], Maps]) -> Callable[[NDArray[np.uint8]], Maps]:
-    """Wrap `network` to average its maps over the eight flips and quarter turns, as `forward.logits` does."""
-
-    def mean(image: NDArray[np.uint8]) -> Maps:
-        total = np.zeros((), np.float32)
-        for mirrored in (1, -1):
-            for turns in range(4):
-                seen = np.ascontiguousarray(np.rot90(image[:, ::mirrored], turns))
-                total = total + np.rot90(network(seen), -turns, (-2, -1))[..., ::mirrored]
-        return np.ascontiguousarray(total / np.float32(8))
-
-    return mean

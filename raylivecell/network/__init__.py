@@ -6,5 +6,6 @@ losses             BCE + Dice, plus the loss of the target kind
 optimizer          Adam and learning-rate schedules
 transfer           arrays -> tensors on the device
 windows            processing of large images in overlapping windows (no torch)
+averaging          test-time augmentation (no torch)
 forward            inference on images of any size
 """

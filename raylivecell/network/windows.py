@@ -60,6 +60,21 @@ def bands(network: Network, image: NDArray[np.uint8], window: int = WINDOW) -> I
         sums[:, sums.shape[1] - finished :] = 0
 
 
+def complete_maps(network: Network, image: NDArray[np.uint8]) -> Maps:
+    """Maps of an image (H, W), in one pass or, above `WHOLE_PIXELS`, in windows: float32 (C, H, W)."""
+    if image.size <= WHOLE_PIXELS:
+        return network(image)
+    return np.concatenate([band for _, band in bands(network, image)], axis=1)
+
+
+def outside_padding(maps: Maps, window: tuple[slice, slice], padding: NDArray[np.bool_]) -> Maps:
+    """Maps of an image from those of its `window` (`grey_levels.without_padding`): 0 in `padding`, bool (H, W)."""
+    complete = np.zeros((len(maps), *padding.shape), np.float32)
+    complete[(slice(None), *window)] = maps
+    complete[:, padding] = 0
+    return complete
+
+
 def _grid(size: int, window: int) -> tuple[list[int], list[NDArray[np.float32]]]:
     """First pixel and weights of each window along an axis; the weights sum to 1 in every pixel."""
     window = min(window, size)

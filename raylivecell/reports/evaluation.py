@@ -100,7 +100,7 @@ def _origin(result: Result) -> str:
     """Describe in one line the scored model, file or folder, the settings, the version and the date."""
     scored = result.get("checkpoint") or result.get("predictions") or result["labels"]
     settings = [f"{name} {value}" for name, value in result.get("thresholds", {}).items()]
-    settings += ["averaged over flips and quarter turns"] if result.get("tta") else []
+    settings += ["averaged over flips, turns and scales"] if result.get("tta") else []
     parts = [f"Scored: {scored['uri']} (sha256 {scored['sha256'][:12]})", *settings]
     return f"{', '.join(parts)}; raylivecell {result['raylivecell']}, {result['date']}"
 

@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from raylivecell.images.intensity import Frame
 from raylivecell.inference import segmenter
 from raylivecell.ingest.blocks import ValidationSample
-from raylivecell.network import forward
+from raylivecell.network import averaging, forward
 from raylivecell.network.unet import build_model
 from raylivecell.recipe import ModelConfig, Recipe
 from raylivecell.runs import checkpoint
@@ -45,15 +46,30 @@ def test_images_of_any_size(saved: str, shape: tuple[int, int]) -> None:
         np.testing.assert_array_equal(cells.foreground, maps[0] > 0.5)
 
 
-def test_averaged_logits_are_equivariant_to_flips_and_turns(saved: str) -> None:
+def test_averaged_maps_have_all_flips_and_turns_and_any_scale(saved: str) -> None:
     network, _ = checkpoint.load_network(saved, torch.device("cpu"))
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 48, 64), np.uint8))
-    single, averaged = forward.logits(network, images), forward.logits(network, images, tta=True)
-    assert not torch.allclose(single, averaged)
-    for turns, mirrored in itertools.product(range(4), (False, True)):
-        seen = torch.rot90(images.flip(-1) if mirrored else images, turns, (1, 2))
-        back = torch.rot90(forward.logits(network, seen, tta=True), -turns, (2, 3))
-        torch.testing.assert_close(back.flip(-1) if mirrored else back, averaged, atol=1e-5, rtol=1e-4)
+    small, image = (np.random.default_rng(0).integers(0, 256, shape, np.uint8) for shape in ((48, 63), (96, 130)))
+    symmetries = list(itertools.product(range(4), (False, True)))
+    assert sorted(version[1:] for version in averaging.VERSIONS) == symmetries
+
+    expected = np.zeros((3, *small.shape), np.float32)  # below 64 pixels nothing is scaled
+    for turns, mirrored in symmetries:
+        seen = np.rot90(small[:, ::-1] if mirrored else small, turns)
+        maps = np.rot90(forward.maps(network, seen), -turns, (1, 2))
+        expected += (maps[..., ::-1] if mirrored else maps) / 8
+    np.testing.assert_allclose(forward.maps(network, small, tta=True), expected, atol=1e-6)
+
+    sizes: list[tuple[int, ...]] = []
+
+    def the_image(seen: np.ndarray) -> np.ndarray:
+        sizes.append(seen.shape)
+        return seen[None].astype(np.float32) / 255
+
+    blurred = cv2.GaussianBlur(image, (0, 0), 6)
+    maps = averaging.averaged(the_image)(blurred)
+    assert np.abs(maps[0] - blurred / 255.0).max() < 0.02  # every version is brought back to its place
+    assert (77, 104) in sizes
+    assert (162, 120) in sizes
 
 
 @pytest.mark.parametrize(
