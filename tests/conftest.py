@@ -79,6 +79,11 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the actors of evaluate and predict in this process, without Ray."""
+    run_in_process(monkeypatch)
+
+
+def run_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the fixture `one_process`."""
     import numpy as np
 
     from raylivecell.inference import actors

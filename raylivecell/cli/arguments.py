@@ -181,12 +181,12 @@ def local(out: Path) -> Path:
     return out
 
 
-def workers_in(text: str) -> int | tuple[int, int]:
-    """Parse --workers: N, or MIN:MAX as (min, max)."""
+def workers_in(text: str, flag: str = "--workers") -> int | tuple[int, int]:
+    """Parse the value of a flag for processes: N, or MIN:MAX as (min, max)."""
     try:
         counts = [int(part) for part in text.split(":")]
     except ValueError:
         counts = []
     if not 1 <= len(counts) <= 2 or counts != sorted(counts) or counts[0] < 1:
-        raise UserError(f"--workers {text}: give a number (2), or MIN:MAX (1:4)")
+        raise UserError(f"{flag} {text}: give a number (2), or MIN:MAX (1:4)")
     return counts[0] if len(counts) == 1 else (counts[0], counts[1])

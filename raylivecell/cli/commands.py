@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from raylivecell.cli.arguments import call, local
+from raylivecell.cli.arguments import call, local, workers_in
 from raylivecell.core.errors import UserError
 
 
@@ -141,6 +141,29 @@ def predict(
         frame_hours=frame_hours,
         diameter=diameter,
     )
+
+
+def serve(
+    checkpoint: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    replicas: str = "1",
+    max_request_mib: float = 512,
+) -> None:
+    """Serve a network as a REST interface, http://HOST:PORT/docs, until interrupted.
+
+    Args:
+        checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file; a path or URI.
+        host: address to listen on. Any other than 127.0.0.1 needs a token in RAYLIVECELL_SERVE_TOKEN, which each
+            request must have.
+        port: port to listen on.
+        replicas: processes with the network, N or MIN:MAX by load; each needs a GPU, or a CPU if there is none. As many
+            processes find the cells.
+        max_request_mib: larger requests are refused.
+    """
+    from raylivecell.serving import service
+
+    service.run(checkpoint, host, port, workers_in(replicas, "--replicas"), max_request_mib)
 
 
 def export(

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int | None]]] = {
     "evaluate": ("score a checkpoint on complete images", _typed(commands.evaluate)),
     "predict": ("segment a folder of images", _typed(commands.predict)),
     "export": ("export a checkpoint as an ONNX or torch.export file", _typed(commands.export)),
+    "serve": ("segment images over HTTP, with Ray Serve", _typed(commands.serve)),
     "submit": ("run a stage as a job on a Ray cluster", commands.submit),
     "recipes": ("list the shipped recipes", _typed(commands.recipes)),
     "bench": ("measure one part against its baselines", _typed(commands.bench)),

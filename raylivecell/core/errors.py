@@ -38,6 +38,10 @@ class UnsupportedImageError(UnreadableImageError):
         super().__init__(f"unsupported: {reason}")
 
 
+class TooManyPixelsError(UnsupportedImageError):
+    """An intact file with more pixels than are decoded."""
+
+
 class DamagedImageError(UnreadableImageError):
     """A file that is truncated or inconsistent."""
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile as ImageFileOfPillow
 
-from raylivecell.core.errors import DamagedImageError, UnreadableImageError, UnsupportedImageError
+from raylivecell.core.errors import DamagedImageError, TooManyPixelsError, UnreadableImageError, UnsupportedImageError
 from raylivecell.images import file_kinds, jpeg, planes, tiff
 from raylivecell.images.channels import grey_of_palette, grey_of_rgb
 from raylivecell.images.microscopes import files as microscopes
@@ -126,7 +126,7 @@ class ImageFile:
         except UnreadableImageError:
             raise
         except Image.DecompressionBombError as error:
-            raise UnsupportedImageError(f"more than {max_pixels} pixels; cut it into tiles") from error
+            raise TooManyPixelsError(f"more than {max_pixels} pixels; cut it into tiles") from error
         # Decoders raise any of these on damaged files.
         except (
             *(OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError, OverflowError),
@@ -167,7 +167,7 @@ def _decode(data: bytes, max_pixels: int, channel: int | None) -> tuple[NDArray[
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:
-            raise UnsupportedImageError(f"{width} x {height} is more than {max_pixels} pixels; cut it into tiles")
+            raise TooManyPixelsError(f"{width} x {height} is more than {max_pixels} pixels; cut it into tiles")
         if (frames := getattr(image, "n_frames", 1)) != 1:
             raise UnsupportedImageError(f"contains {frames} images; save each as a separate file")
         if image.mode not in _COLOUR | _GREY:

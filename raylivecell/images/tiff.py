@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base as Tag
 
-from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
+from raylivecell.core.errors import DamagedImageError, TooManyPixelsError, UnsupportedImageError
 from raylivecell.images.channels import grey_of_palette, grey_of_rgb
 from raylivecell.images.pixel_types import to_unsigned
 from raylivecell.images.planes import no_channel
@@ -68,7 +68,7 @@ def decode(plane: Plane, max_pixels: int, channel: int | None = None) -> tuple[N
         raise UnsupportedImageError(reason)
     photometric, layout = _layout(directory, channel)
     if max(layout.width * layout.height, layout.padded_pixels) > max_pixels:
-        raise UnsupportedImageError(
+        raise TooManyPixelsError(
             f"{layout.width} x {layout.height} is more than {max_pixels} pixels with tile padding; cut it into tiles"
         )
     samples = read_samples(directory, layout, photometric == YCBCR, plane.number)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import TiffImagePlugin
 from PIL.ExifTags import Base as Tag
 
-from raylivecell.core.errors import DamagedImageError, UnsupportedImageError
+from raylivecell.core.errors import DamagedImageError, TooManyPixelsError, UnsupportedImageError
 from raylivecell.images import jpeg, tiff_codecs
 from raylivecell.images.tiff_tags import Directory
 
@@ -266,7 +266,7 @@ def _build_tiff(tags: dict[int, list[int]], strips: Sequence[bytes]) -> bytes:
     start = entries_end + (8 * len(strips) if len(strips) > 1 else 0)
     offsets = list(accumulate(sizes[:-1], initial=start))
     if start + sum(sizes) >= 2**32:
-        raise UnsupportedImageError("over 4 GB of compressed pixels; cut it into tiles")
+        raise TooManyPixelsError("over 4 GB of compressed pixels; cut it into tiles")
     tags = {**tags, Tag.StripOffsets: offsets, Tag.StripByteCounts: sizes}
     arrays: dict[int, int] = {Tag.StripOffsets: entries_end, Tag.StripByteCounts: entries_end + 4 * len(strips)}
     entries = b"".join(

@@ -5,6 +5,8 @@
 3. A pixel belongs to a cell if its logit is above 0, that is, its probability above 0.5.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -50,6 +52,24 @@ def maps(network: nn.Module, image: NDArray[np.uint8], tta: bool = False) -> NDA
         return torch.sigmoid(logits(network, torch.from_numpy(np.array(pixels))[None]))[0].cpu().numpy()
 
     return averaged(one_pass)(image) if tta else one_pass(image)
+
+
+def maps_of_images(network: nn.Module, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+    """`maps` of each of `images`: on a GPU, those of equal size pass the network together.
+
+    On a CPU a batch is no faster, and its maps differ by up to 0.001 from those of single images.
+    """
+    if next(network.parameters()).device.type == "cpu":
+        return [maps(network, image) for image in images]
+    result: dict[int, NDArray[np.float32]] = {}
+    for shape in {image.shape for image in images}:
+        members = [i for i, image in enumerate(images) if image.shape == shape]
+        together = max(1, windows.WHOLE_PIXELS // images[members[0]].size)  # no more memory than for one large image
+        for first in range(0, len(members), together):
+            batch = members[first : first + together]
+            pixels = torch.from_numpy(np.stack([images[i] for i in batch]))
+            result |= zip(batch, torch.sigmoid(logits(network, pixels)).cpu().numpy())
+    return [result[i] for i in range(len(images))]
 
 
 def logits_of_picture(network: nn.Module, image: NDArray[np.uint8], padding: NDArray[np.bool_] | None) -> Tensor:

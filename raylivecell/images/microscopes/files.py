@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from raylivecell.core.errors import (
     DamagedImageError,
     MachineError,
+    TooManyPixelsError,
     UnreadableImageError,
     UnsupportedImageError,
     shortened,
@@ -110,7 +111,7 @@ def decode(kind: str, plane: FilePlane, max_pixels: int, channel: int | None) ->
     """
     if plane.width * plane.height > max_pixels:
         size = f"{plane.width} x {plane.height}"
-        raise UnsupportedImageError(f"{size} is more than {max_pixels} pixels; cut it into tiles")
+        raise TooManyPixelsError(f"{size} is more than {max_pixels} pixels; cut it into tiles")
     with translating_errors(kind):
         samples = plane.read()
     if samples.shape[:2] != (plane.height, plane.width) or samples.shape[2:] not in ((), (3,)):
