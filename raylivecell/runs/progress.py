@@ -58,17 +58,19 @@ def find(uri: str) -> str:
     """`uri` itself if it is a checkpoint, else the best checkpoint of the run there; UserError if neither."""
     if MODEL in storage.list_names(uri):
         return uri
-    complete = _complete(uri)
-    if not complete and RECIPE in storage.list_names(uri):
+    states = _states(uri)
+    if not states and RECIPE in storage.list_names(uri):
         raise UserError(f"no checkpoint at {uri} yet: wait for the first report of the run there, or give another run")
-    if not complete:
+    if not states:
         raise UserError(f"no checkpoint at {uri}: give a run's folder (the --out of `train`) or a checkpoint_* in it")
-    return max(complete, key=_score_and_step)
+    # The highest score, then the most steps.
+    return max(states, key=lambda folder: (states[folder].score(), states[folder].step, folder))
 
 
 def latest(run: str) -> str | None:
     """The complete checkpoint with the most steps in the folder `run`, if any."""
-    return max(_complete(run), key=lambda folder: (load_state(folder).step, folder), default=None)
+    states = _states(run)
+    return max(states, key=lambda folder: (states[folder].step, folder), default=None)
 
 
 def delete_all_but(run: str, steps: Collection[int]) -> None:
@@ -93,10 +95,19 @@ def missing(folder: str, file: str) -> UserError:
     return UserError(f"checkpoint {folder} is incomplete: {file} is missing; use another checkpoint")
 
 
-def _score_and_step(folder: str) -> tuple[float, int, str]:
-    """Sort key of the best checkpoint: the highest score, then the most steps."""
-    state = load_state(folder)
-    return state.score(), state.step, folder
+def _states(run: str) -> dict[str, Progress]:
+    """Progress of each complete checkpoint in the folder `run`, by its address.
+
+    A run deletes old checkpoints while others read the folder: one that is no longer complete is left out.
+    """
+    states = {}
+    for folder in _complete(run):
+        try:
+            states[folder] = load_state(folder)
+        except UserError:
+            if storage.exists(storage.join(folder, RECIPE)):
+                raise
+    return states
 
 
 def _complete(run: str) -> list[str]:

@@ -334,7 +334,7 @@ def test_image_contains_the_complete_package(image: Path) -> None:
     (site,) = (image / "venv").glob("lib/python*/site-packages")
 
     def files(folder: Path) -> set[str]:
-        paths = (path for suffix in ("*.py", "*.yaml", "*.j2") for path in folder.rglob(suffix))
+        paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         return {str(path.relative_to(folder)) for path in paths}
 
     assert files(site / "raylivecell") == files(ROOT / "raylivecell")

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,23 @@ def test_the_latest_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
         "an incomplete checkpoint does not count"
     )
     assert progress.latest(str(tmp_path / "none")) is None
+
+
+def test_a_checkpoint_that_is_deleted_while_the_folder_is_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for steps in (1, 2):
+        save(tmp_path / progress.name(steps), steps / 10, steps)
+    read_json = storage.read_json
+
+    def deleted_before(uri: str) -> Any:
+        storage.delete(str(tmp_path / progress.name(2)))  # as Ray Train does with old ones
+        return read_json(uri)
+
+    monkeypatch.setattr(storage, "read_json", deleted_before)
+    assert progress.latest(str(tmp_path)) == progress.find(str(tmp_path)) == str(tmp_path / progress.name(1))
+    monkeypatch.undo()
+    save(tmp_path / progress.name(3), 0.3)
+    (tmp_path / progress.name(3) / "state.json").unlink()
+    with pytest.raises(UserError, match=r"state.json is missing"):  # damaged, not deleted
+        progress.latest(str(tmp_path))
