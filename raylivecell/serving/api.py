@@ -143,7 +143,7 @@ class _Queue:
         self.files = self.size = 0
 
     def enter(self, files: int, size: int) -> None:
-        """Add a request; RequestError 429 beyond a limit. A single request always fits."""
+        """Add files; RequestError 429 beyond a limit. An empty queue accepts any first request."""
         if self.files and (self.files + files > self.max_files or self.size + size > self.max_size):
             raise RequestError(429, f"{self.files} files are in work or waiting; repeat the request in some seconds")
         self.files += files
@@ -186,7 +186,7 @@ async def _all(calls: list[Coroutine[Any, Any, list[Answer]]]) -> list[list[Answ
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
-    except BaseException:
+    except BaseException:  # also CancelledError, when the client has gone
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -194,8 +194,7 @@ async def _all(calls: list[Coroutine[Any, Any, list[Answer]]]) -> list[list[Answ
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """Every error is JSON with one line."""
-
+    """Answer every error with JSON of one line."""
     for kind in _STATUSES:
 
         @app.exception_handler(kind)

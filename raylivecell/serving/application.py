@@ -4,8 +4,8 @@
     Segmentation    decodes, finds cells, measures, encodes; `max_replicas` processes of one CPU at most
     Network         the network, on a GPU if there is one; images of equal size in one batch
 
-An image passes from Api to Segmentation, its windows from there to Network. If a process dies, the requests that it had
-are repeated elsewhere: segmenting changes nothing.
+An image passes from Api to Segmentation, its windows from there to Network. If a process of these two dies, its
+requests are repeated in another one: segmentation has no side effects.
 
 `build` is the entry point of a Serve config file (`import_path: raylivecell.serving.application:build`).
 """
@@ -42,7 +42,7 @@ from raylivecell.serving.uploads import Worker
 
 NAME = "raylivecell"
 TRIES = 4
-"""Attempts of a request whose process died."""
+"""Maximum attempts of a request whose process died."""
 WAIT_S = 0.01
 """How long an image waits for others of its size."""
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, DeploymentUnavailableError)
@@ -121,7 +121,7 @@ def _load_network(address: str) -> Callable[[Sequence[NDArray[np.uint8]]], list[
 
 
 class Segmentation:
-    """Everything but the network: one file in, its answers out."""
+    """Everything except the network: a file -> its answers."""
 
     def __init__(self, settings: ServeSettings, network: DeploymentHandle) -> None:
         import cv2
@@ -192,7 +192,7 @@ def model_address(uri: str) -> str:
 
 
 def _facts(address: str, loaded: segmenter.Segmenter) -> dict[str, Any]:
-    """What `/model` answers: no path of this machine."""
+    """Content of `/model`, without paths of this machine."""
     from raylivecell.targets.registry import target
 
     weights = address if address.endswith(segmenter.ONNX) else storage.join(address, progress.MODEL)

@@ -66,7 +66,7 @@ class Options(StrictModel):
     """Also return the image as PNG and the labels as runs, for a page that displays them (format json)."""
 
     def thresholds(self) -> dict[str, float]:
-        """The thresholds that are given."""
+        """Thresholds set in the query, by name."""
         names = ("threshold", "smoothing", "prominence", "min_area", "min_score")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 

@@ -36,7 +36,7 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], 
     token = os.environ.get(TOKEN_VARIABLE)
     if host not in LOOPBACK_NAMES and not token:
         raise UserError(
-            f"--host {host} lets other machines in: set {TOKEN_VARIABLE} first, such as to the output of "
+            f"--host {host} is reachable from other machines: set {TOKEN_VARIABLE} first, such as to the output of "
             "`openssl rand -hex 32`"
         )
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
@@ -47,12 +47,12 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], 
     hashed = token_hash(token) if token else None
     _check_port(host, port)
     address = application.model_address(checkpoint)
-    segmenter.load(address, device="cpu")  # a UserError now, not in a process that Ray starts again and again
+    segmenter.load(address, device="cpu")  # a UserError now: Ray would restart a failing process without end
     console.print(f"starting Ray; the network is {address}", markup=False)
     low, high = replicas if isinstance(replicas, tuple) else (replicas, replicas)
     # An image must not be written to disk: Ray would spill objects when its memory is full.
     with environment(RAY_automatic_object_spilling_enabled="0"):
-        session.connect(cpus=max(2 * high, os.cpu_count() or 1))  # one for each process; Ray waits for those it lacks
+        session.connect(cpus=max(2 * high, os.cpu_count() or 1))  # one for each process
     gpus = 0 if address.endswith(segmenter.ONNX) else placement.gpu_slots(session.machines())
     _check_resources(low, gpus)
     settings = ServeSettings(

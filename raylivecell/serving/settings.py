@@ -49,6 +49,8 @@ class ServeSettings(StrictModel):
     def _check(self) -> "ServeSettings":
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        if self.max_queue < self.max_files:
+            raise ValueError(f"max_queue {self.max_queue} is below max_files {self.max_files}: such requests never fit")
         return self
 
 

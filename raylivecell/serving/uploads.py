@@ -1,4 +1,4 @@
-"""Segment the planes of an uploaded file with `inference`'s code, without Ray."""
+"""Segment the planes of an uploaded file as `predict` does, without Ray."""
 
 import threading
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from raylivecell.cells.watershed import InstanceConfig
 from raylivecell.core.errors import TooManyPixelsError, UnsupportedImageError
 from raylivecell.images import planes
 from raylivecell.images.formats import ImageFile, UnreadableImageError
@@ -88,7 +89,7 @@ class Worker:
             return self.network(image)
 
         network = averaged(until_stopped) if options.tta else until_stopped
-        config = type(original.config).model_validate({**original.config.model_dump(), **options.thresholds()})
+        config = InstanceConfig.model_validate({**original.config.model_dump(), **options.thresholds()})
         return Segmenter(network, original.targets, config, original.recipe, original.intensity, original.scale)
 
 
@@ -102,6 +103,7 @@ def _planes(file: ImageFile, name: str, options: Options) -> Iterator[tuple[str,
 
 
 def _failed(name: str, error: Exception) -> Answer:
+    """The answer for an image without result: its HTTP status and one line."""
     line = " ".join(str(error).split())
     if isinstance(error, TooLargeError | TooManyPixelsError):
         status = 413

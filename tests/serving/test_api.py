@@ -184,7 +184,7 @@ def test_the_cache_is_bounded_and_returns_what_the_network_returned() -> None:
     assert calls[-2:] == [0, 0]
 
 
-def test_refusals(folder: Path, random_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(folder: Path, random_checkpoint: str, tmp_path: Path) -> None:
     service = Service(random_checkpoint, max_request_mib=1, max_files=2)
     text, damaged, huge = tmp_path / "notes.tif", tmp_path / "cut.png", tmp_path / "huge.png"
     text.write_text("no image")
@@ -290,7 +290,7 @@ def test_a_full_queue_and_a_slow_answer(folder: Path, random_checkpoint: str) ->
         async def model() -> dict[str, Any]:
             raise api.UnavailableError("not yet")
 
-        settings = ServeSettings(checkpoint="x", max_queue=2, timeout_s=3)
+        settings = ServeSettings(checkpoint="x", max_queue=2, max_files=2, timeout_s=3)
         backend = api.Backend(segment, model, model, model, lambda *_: None)  # type: ignore[arg-type]
         transport = httpx.ASGITransport(api.build(settings, None, backend))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
@@ -355,6 +355,12 @@ def test_names_in_a_zip_differ_on_every_system() -> None:
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         assert [archive.read(name).decode() for name in archive.namelist()] == files
         assert len({name.casefold() for name in archive.namelist()}) == len(files)
+
+
+def test_settings_under_which_a_request_never_fits_are_refused() -> None:
+    for settings in ({"max_queue": 2}, {"min_replicas": 3}):
+        with pytest.raises(ValueError, match="is below"):
+            ServeSettings(checkpoint="x", **settings)
 
 
 def test_runs_describe_any_labels() -> None:
