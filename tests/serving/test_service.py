@@ -169,19 +169,28 @@ class Touch:
 
 def test_ports_beyond_loopback_require_rays_token_before_they_unpickle(service: Running, tmp_path: Path) -> None:
     """Ray 2.60: each replica's port for calls of other deployments is on all interfaces."""
-    processes = {service.process.pid, *(child.pid for child in psutil.Process(service.process.pid).children(True))}
-    replicas = {replica.pid for name in ("Api", "Network", "Segmentation") for replica in service.replicas(name)}
-    listening = [
-        connection
-        for connection in psutil.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN and connection.pid in processes
-    ]
-    others = [port for port in listening if port.laddr.ip.removeprefix("::ffff:") != "127.0.0.1"]
-    assert {port.pid for port in others} == replicas
-    assert len(others) == len(replicas)
+    names = ("Api", "Network", "Segmentation")
+
+    def replicas() -> list[int]:
+        return [replica.pid for name in names for replica in service.replicas(name)]
+
+    def others() -> list[Any]:
+        processes = {child.pid for child in psutil.Process(service.process.pid).children(True)}
+        return [
+            port
+            for port in psutil.net_connections("inet")
+            if port.status == psutil.CONN_LISTEN
+            and port.pid in processes | {service.process.pid}
+            and port.laddr.ip.removeprefix("::ffff:") != "127.0.0.1"
+        ]
+
+    # A process that replaces a killed one does not listen at once.
+    wait_until("ports", lambda: sorted(port.pid for port in others()) == sorted(replicas()), 60)
+    ports = others()
+    assert len(ports) == 5
     marker = tmp_path / "executed"
     request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(Touch(marker)))
-    for port in others:
+    for port in ports:
         with grpc.insecure_channel(f"127.0.0.1:{port.laddr.port}") as channel:
             stub = serve_pb2_grpc.ASGIServiceStub(channel)
             for metadata in ([], [("authorization", f"Bearer {TOKEN}")]):
