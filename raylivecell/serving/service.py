@@ -18,6 +18,9 @@ from raylivecell.serving import application
 from raylivecell.serving.guard import LOOPBACK_NAMES
 from raylivecell.serving.settings import TOKEN_VARIABLE, ServeSettings, token_hash
 
+IN_MEMORY = "/dev/shm"
+"""Linux' file system in memory; a Ray that has switched spilling off would use files in /tmp instead."""
+
 
 def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], max_request_mib: float) -> None:
     """Serve until the process is interrupted; print the address once images can be segmented.
@@ -50,8 +53,8 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], 
     segmenter.load(address, device="cpu")  # a UserError now: Ray would restart a failing process without end
     console.print(f"starting Ray; the network is {address}", markup=False)
     low, high = replicas if isinstance(replicas, tuple) else (replicas, replicas)
-    # An image must not be written to disk: Ray would spill objects when its memory is full.
-    with environment(RAY_automatic_object_spilling_enabled="0"):
+    # An image must not be written to disk: when Ray's memory is full, it spills objects to this folder.
+    with environment(**({"RAY_object_spilling_directory": IN_MEMORY} if os.path.isdir(IN_MEMORY) else {})):
         session.connect(cpus=max(2 * high, os.cpu_count() or 1))  # one for each process
     gpus = 0 if address.endswith(segmenter.ONNX) else placement.gpu_slots(session.machines())
     _check_resources(low, gpus)
