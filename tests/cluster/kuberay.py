@@ -23,6 +23,9 @@ Doc = dict[str, Any]
 Rule = Callable[[list[Doc]], Iterator[str]]
 """Function from an overlay's documents to its errors."""
 
+Breakage = tuple[Rule, str, dict[str, Any], str]
+"""Check, `where` and `edits` of `broken`, and a part of the error."""
+
 REMOVE = object()
 """Value in `broken` that removes the field."""
 
@@ -39,12 +42,17 @@ def kubectl() -> str:
     return path
 
 
-@functools.cache
-def _rendered(overlay: str) -> list[Doc]:
-    done = subprocess.run([kubectl(), "kustomize", FOLDER / "overlays" / overlay], capture_output=True, text=True)
+def render_folder(folder: Path) -> list[Doc]:
+    """The documents of an overlay at another place."""
+    done = subprocess.run([kubectl(), "kustomize", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
     return list(yaml.safe_load_all(done.stdout))
+
+
+@functools.cache
+def _rendered(overlay: str) -> list[Doc]:
+    return render_folder(FOLDER / "overlays" / overlay)
 
 
 def render(overlay: str) -> list[Doc]:
@@ -56,13 +64,17 @@ def broken(where: str, edits: Mapping[str, Any]) -> list[Doc]:
     """An overlay in which fields of one document are changed.
 
     Args:
-        where: an overlay, to edit its Ray document; or a kind of document in the overlay `cpu`.
-        edits: JSON pointer -> value, or REMOVE.
+        where: an overlay, to edit its Ray document; a kind of document in the overlay `cpu`; or "OVERLAY KIND NAME".
+        edits: JSON pointer -> value, function of the present value, or REMOVE.
     """
-    kinds = {where} if where not in OVERLAYS else {"RayCluster", "RayJob", "RayCronJob"}
-    docs = render(where if where in OVERLAYS else "cpu")
+    if where in OVERLAYS:
+        overlay, kinds, name = where, {"RayCluster", "RayJob", "RayCronJob", "RayService"}, None
+    else:
+        overlay, kind, name = where.split() if " " in where else ("cpu", where, None)
+        kinds = {kind}
+    docs = render(overlay)
     for pointer, value in edits.items():
-        node: Any = next(doc for doc in docs if doc["kind"] in kinds)
+        node: Any = next(doc for doc in docs if doc["kind"] in kinds and name in (None, doc["metadata"]["name"]))
         *parents, last = (part.replace("~1", "/") for part in pointer.removeprefix("/").split("/"))
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
@@ -71,7 +83,7 @@ def broken(where: str, edits: Mapping[str, Any]) -> list[Doc]:
         elif value is REMOVE:
             del node[last]
         else:
-            node[last] = value
+            node[last] = value(node[last]) if callable(value) else value
     return docs
 
 
@@ -83,13 +95,29 @@ class Job(NamedTuple):
     labels: Doc
 
 
+class Service(NamedTuple):
+    """A RayService."""
+
+    name: str
+    spec: Doc
+
+    def config(self) -> Doc:
+        """Configuration of Ray Serve; empty if it is not a YAML mapping."""
+        try:
+            config = yaml.safe_load(self.spec.get("serveConfigV2", ""))
+        except yaml.YAMLError:
+            config = None
+        return config if isinstance(config, dict) else {}
+
+
 class Cluster(NamedTuple):
-    """A RayCluster, or the cluster template of a job."""
+    """A RayCluster, or the cluster template of a job or service."""
 
     name: str
     spec: Doc
     annotations: Doc
-    job: Job | None
+    job: Job | None = None
+    service: Service | None = None
 
     def groups(self) -> list[Doc]:
         """Worker groups."""
@@ -129,14 +157,22 @@ def jobs(docs: list[Doc]) -> Iterator[Job]:
             yield Job(name, doc["spec"]["jobTemplate"], labels)
 
 
+def services(docs: list[Doc]) -> Iterator[Service]:
+    """All services of an overlay."""
+    yield from (Service(doc["metadata"]["name"], doc["spec"]) for doc in docs if doc["kind"] == "RayService")
+
+
 def clusters(docs: list[Doc]) -> Iterator[Cluster]:
     """All clusters of an overlay."""
     for doc in docs:
         if doc["kind"] == "RayCluster":
-            yield Cluster(doc["metadata"]["name"], doc["spec"], doc["metadata"].get("annotations", {}), None)
+            yield Cluster(doc["metadata"]["name"], doc["spec"], doc["metadata"].get("annotations", {}))
+    for service in services(docs):
+        if "rayClusterConfig" in service.spec:
+            yield Cluster(service.name, service.spec["rayClusterConfig"], {}, service=service)
     for job in jobs(docs):
         if "rayClusterSpec" in job.spec:
-            yield Cluster(job.name, job.spec["rayClusterSpec"], {}, job)
+            yield Cluster(job.name, job.spec["rayClusterSpec"], {}, job=job)
 
 
 class Pod(NamedTuple):

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
-from kuberay import Doc, Job, Rule, clusters, jobs
+from kuberay import Doc, Job, Rule, clusters, jobs, services
 
 # Kubernetes' label names, with or without a domain.
 LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 # Maximum lengths; the operator appends suffixes to the names.
-MAX_LENGTH = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 47}
+MAX_LENGTH = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 47, "RayService": 47}
 # Fields that need a feature gate which is off by default in KubeRay 1.7.
 GATED = {
     "networkPolicy": "RayClusterNetworkPolicy",
@@ -130,8 +130,8 @@ def gates(docs: list[Doc]) -> Iterator[str]:
         for field, gate in GATED.items():
             if field in cluster.spec:
                 yield f"{cluster.name}: {field} needs the feature gate {gate}"
-        if cluster.job and "upgradeStrategy" in cluster.spec:
-            yield f"{cluster.name}: upgradeStrategy in the cluster of a job"
+        if (cluster.job or cluster.service) and "upgradeStrategy" in cluster.spec:
+            yield f"{cluster.name}: upgradeStrategy in the cluster of a job or service"
 
 
 def cleanup(docs: list[Doc]) -> Iterator[str]:
@@ -225,6 +225,30 @@ def schedule(docs: list[Doc]) -> Iterator[str]:
             yield f"{name}: unknown time zone {doc['spec']['timeZone']}"
 
 
+def upgrade(docs: list[Doc]) -> Iterator[str]:
+    """How a service changes to a new cluster."""
+    for service in services(docs):
+        strategy = service.spec.get("upgradeStrategy", {})
+        kind, options = strategy.get("type", "NewCluster"), strategy.get("clusterUpgradeOptions")
+        if kind not in ("NewCluster", "NewClusterWithIncrementalUpgrade", "None"):
+            yield f"{service.name}: unknown upgradeStrategy {kind}"
+        if kind == "NewClusterWithIncrementalUpgrade" and not options:
+            yield f"{service.name}: {kind} needs clusterUpgradeOptions"
+        if service.spec.get("rayClusterDeletionDelaySeconds", 0) < 0:
+            yield f"{service.name}: rayClusterDeletionDelaySeconds below 0"
+
+
+def serve_service(docs: list[Doc]) -> Iterator[str]:
+    """The Service for requests, which the operator creates for the head's port `serve` and names itself."""
+    for cluster in (cluster for cluster in clusters(docs) if cluster.service):
+        head = cluster.spec["headGroupSpec"]
+        if head.get("headService", {}).get("metadata", {}).get("name"):
+            yield f"{cluster.name}: headService has a name"
+        ports = [port.get("name") for port in head["template"]["spec"]["containers"][0].get("ports", [])]
+        if "serve" not in ports and "serveService" not in cluster.service.spec:
+            yield f"{cluster.name}: the head has no port named serve"
+
+
 def kueue(docs: list[Doc]) -> Iterator[str]:
     """The checks of Kueue's webhook for jobs in a queue."""
     for job in jobs(docs):
@@ -259,5 +283,7 @@ RULES: tuple[Rule, ...] = (
     limits,
     runtime_environment,
     schedule,
+    upgrade,
+    serve_service,
     kueue,
 )

@@ -1,12 +1,11 @@
 """Broken manifests: edits for every check, and a part of the resulting error."""
 
-from typing import Any
-
 import kuberay_rules as rules
 import kubernetes_code as code
 import kubernetes_promises as promises
 import kubernetes_schemas as schemas
-from kuberay import REMOVE, Rule
+from kuberay import REMOVE, Breakage
+from kubernetes_serve_broken import SERVICE_ERRORS
 
 HEAD, GROUP, GPU = "spec/headGroupSpec", "spec/workerGroupSpecs/0", "spec/workerGroupSpecs/1"
 HEAD_POD, POD, GPU_POD = (f"{group}/template/spec" for group in (HEAD, GROUP, GPU))
@@ -14,9 +13,6 @@ JOB_CLUSTER = "spec/rayClusterSpec"
 BOX, SUBMITTER = f"{POD}/containers/0", "spec/submitterPodTemplate/spec"
 ENV = f"{HEAD_POD}/containers/0/env/0"
 TRAIN = "python /app/jobs/train.py --data s3://b/d --out s3://b/o --resume auto"
-
-Breakage = tuple[Rule, str, dict[str, Any], str]
-"""Check, `where` and `edits` of `kuberay.broken`, and a part of the error."""
 
 SCHEMA_ERRORS: list[Breakage] = [
     (schemas.core_schema, "NetworkPolicy", {"spec/podSelectr": {}}, "podSelectr"),
@@ -288,4 +284,4 @@ PROJECT_ERRORS: list[Breakage] = [
     (code.variables, "cpu", {ENV: {"name": "RAY_TRAIN_STATE_TRACKING"}}, "Ray has no RAY_TRAIN_STATE_TRACKING"),
 ]
 
-BROKEN = [*SCHEMA_ERRORS, *OPERATOR_ERRORS, *PROJECT_ERRORS]
+BROKEN = [*SCHEMA_ERRORS, *OPERATOR_ERRORS, *PROJECT_ERRORS, *SERVICE_ERRORS]

@@ -116,12 +116,13 @@ def _ray_variables() -> frozenset[str]:
     folder = Path(ray.__file__).parent
     files = (
         "_common/usage/usage_constants",
+        "_private/node",
         "_private/ray_constants",
         "train/constants",
         "train/v2/_internal/constants",
     )
     text = "\n".join((folder / f"{file}.py").read_text() for file in files)
-    return frozenset(re.findall(r"\bRAY_[A-Z0-9_]+\b", text))
+    return frozenset(re.findall(r"\bRAY_\w+\b", text))
 
 
 def variables(docs: list[Doc]) -> Iterator[str]:

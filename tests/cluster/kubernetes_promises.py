@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import ray._private.ray_constants as ray_constants
 import yaml
-from kuberay import FOLDER, Doc, Rule, clusters, jobs, pods
+from kuberay import FOLDER, Doc, Rule, clusters, jobs, pods, services
 from kuberay_rules import QUEUE
 from network_policy import Peer, admits
 
@@ -88,14 +88,15 @@ def no_work_on_head(docs: list[Doc]) -> Iterator[str]:
         if cluster.spec["headGroupSpec"].get("rayStartParams", {}).get("num-cpus") != "0":
             yield f"{cluster.name}: tasks would run on the head"
     for pod in pods(docs):
-        if pod.name == "head":
-            affinity = pod.spec.get("affinity", {}).get("nodeAffinity", {})
-            terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
-            excluded = [
-                {label["key"] for label in term["matchExpressions"] if label["operator"] == "NotIn"} for term in terms
-            ]
-            if not excluded or any(SPOT - keys for keys in excluded):
-                yield "head: may be scheduled on a spot node"
+        if pod.name == "head" and not _excludes_spot(pod.spec):
+            yield "head: may be scheduled on a spot node"
+
+
+def _excludes_spot(spec: Doc) -> bool:
+    affinity = spec.get("affinity", {}).get("nodeAffinity", {})
+    terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
+    excluded = [{label["key"] for label in term["matchExpressions"] if label["operator"] == "NotIn"} for term in terms]
+    return bool(excluded) and not any(SPOT - keys for keys in excluded)
 
 
 def worker_pools(docs: list[Doc]) -> Iterator[str]:
@@ -115,6 +116,10 @@ def worker_pools(docs: list[Doc]) -> Iterator[str]:
             if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
                 yield f"{name}: {group['replicas']} replicas"
             gpus = spec["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
+            if cluster.service:  # GPUs by its network_gpus: kubernetes_serve.py
+                if not _excludes_spot(spec):
+                    yield f"{name}: a service may be scheduled on a spot node"
+                continue
             if (gpus is not None) != (pools[cluster.groups().index(group)] == "training"):
                 yield f"{name}: only the pool `training` has GPUs, not {gpus}"
             if gpus is not None:
@@ -153,9 +158,10 @@ def secrets(docs: list[Doc]) -> Iterator[str]:
         if redis and set(redis.get("redisPassword", {}).get("valueFrom", {})) != {"secretKeyRef"}:
             yield f"{cluster.name}: Redis' password is not from a Secret"
     for pod in pods(docs):
-        for name in (env["name"] for container in pod.spec["containers"] for env in container.get("env", [])):
-            if re.search("TOKEN|SECRET|PASSW|KEY|CREDENTIAL", name):
-                yield f"{pod.name}: {name} in the manifest"
+        for env in (env for container in pod.spec["containers"] for env in container.get("env", [])):
+            from_secret = "value" not in env and set(env.get("valueFrom", {})) == {"secretKeyRef"}
+            if re.search("TOKEN|SECRET|PASSW|KEY|CREDENTIAL", env["name"]) and not from_secret:
+                yield f"{pod.name}: {env['name']} in the manifest"
     yield from (f"Secret {doc['metadata']['name']} in the manifests" for doc in docs if doc["kind"] == "Secret")
 
 
@@ -170,14 +176,17 @@ def credentials(docs: list[Doc]) -> Iterator[str]:
 
 
 # Peers of a Pod, and the PORTS at which each may connect to it or be connected to.
-PORTS = (22, 53, 80, 443, 6379, 6443, 8080, 8265, 10001, 44217, 44227, 52365)
+PORTS = (22, 53, 80, 443, 6379, 6443, 8000, 8080, 8265, 10001, 44217, 44227, 52365)
 PROMETHEUS = Peer("Prometheus", "monitoring", {"app.kubernetes.io/name": "prometheus"})
 OPERATOR = Peer("the operator", "kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"})
+CONTROLLER = Peer("the ingress controller", "traefik", {"app.kubernetes.io/name": "traefik"})
 OTHERS = (
     Peer("another Pod", NAMESPACE, {"app": "other"}),
     Peer("another Ray", "elsewhere", {"app.kubernetes.io/part-of": "raylivecell"}),
     Peer("a fake Prometheus", "elsewhere", {"app.kubernetes.io/name": "prometheus"}),
     Peer("a fake operator", "elsewhere", {"app.kubernetes.io/name": "kuberay-operator"}),
+    Peer("a fake ingress controller", "elsewhere", {"app.kubernetes.io/name": "traefik"}),
+    Peer("a Pod next to the ingress controller", "traefik", {"app.kubernetes.io/name": "other"}),
     Peer("the internet", address="52.216.0.1"),
 )
 INGRESS = ((PROMETHEUS, {8080, 44217, 44227}), (OPERATOR, {8265}), *((peer, set[int]()) for peer in OTHERS))
@@ -187,6 +196,7 @@ DNS = Peer("DNS", "kube-system", {"k8s-app": "kube-dns"})
 def network(docs: list[Doc]) -> Iterator[str]:
     """The policies allow exactly the listed connections between the Pods and their peers."""
     redis = any("gcsFaultToleranceOptions" in cluster.spec for cluster in clusters(docs))
+    serves = any(True for _ in services(docs))
     peers = [Peer(pod.name, NAMESPACE, pod.labels) for pod in pods(docs)]
     for own in peers:
         api = {6443} if own.name == "head" else set()
@@ -196,7 +206,8 @@ def network(docs: list[Doc]) -> Iterator[str]:
             (DNS, {53}),
             *((peer, set[int]()) for peer in OTHERS if peer.namespace),
         ]
-        connections = [(source, own, ports) for source, ports in INGRESS]
+        requests = (CONTROLLER, {8000} if serves and own.name != "head" else set[int]())
+        connections = [(source, own, ports) for source, ports in (*INGRESS, requests)]
         connections += [(own, target, ports) for target, ports in egress]
         connections += [(own, other, set(PORTS)) for other in peers]
         for source, target, ports in connections:

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
-from kuberay import FOLDER, OVERLAYS, Rule, broken, render
+from kuberay import FOLDER, OVERLAYS, Rule, broken, clusters, render, render_folder
 from kuberay_rules import RULES
 from kubernetes_broken import BROKEN
 from kubernetes_code import AGREEMENTS
 from kubernetes_promises import PROMISES
 from kubernetes_schemas import SCHEMAS, core_errors
+from kubernetes_serve import SERVING
 
-CHECKS: tuple[Rule, ...] = (*SCHEMAS, *RULES, *PROMISES, *AGREEMENTS)
+CHECKS: tuple[Rule, ...] = (*SCHEMAS, *RULES, *PROMISES, *AGREEMENTS, *SERVING)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -46,10 +47,23 @@ def test_namespace_refuses_privileged_pods() -> None:
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name not in ("cpu", "gpu")])
-def test_job_overlay_has_no_separate_cluster(overlay: str) -> None:
+def test_overlay_of_a_job_or_service_has_no_separate_cluster(overlay: str) -> None:
     kinds = [doc["kind"] for doc in render(overlay)]
     assert "RayCluster" not in kinds
-    assert sum(kind in ("RayJob", "RayCronJob") for kind in kinds) == 1
+    assert sum(kind in ("RayJob", "RayCronJob", "RayService") for kind in kinds) == 1
+
+
+def test_the_service_passes_with_redis(tmp_path: Path) -> None:
+    """With the component that its kustomization.yaml lists as a comment."""
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    overlay = tmp_path / "kubernetes" / "overlays" / "serve"
+    text = (file := overlay / "kustomization.yaml").read_text()
+    assert "  # - ../../components/redis" in text
+    file.write_text(text.replace("  # - ../../components/redis", "  - ../../components/redis"))
+    docs = render_folder(overlay)
+    (cluster,) = clusters(docs)
+    assert "redisAddress" in cluster.spec["gcsFaultToleranceOptions"]
+    assert [error for check in CHECKS for error in check(docs)] == []
 
 
 def test_job_names_differ_between_overlays() -> None:
@@ -70,5 +84,5 @@ def test_sed_in_the_readme_replaces_every_placeholder(tmp_path: Path) -> None:
     (command,) = re.findall(r"(?s)```\n(grep .*?)```", (FOLDER / "README.md").read_text())
     subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True)
     for file in (tmp_path / "cluster").rglob("*.yaml"):
-        assert not re.search(r"BUCKET|registry\.example|0{12}", file.read_text()), file
+        assert not re.search(r"BUCKET|registry\.example|cells\.example|0{12}", file.read_text()), file
     assert "s3://my-cells/runs/paper" in (tmp_path / "cluster/kubernetes/overlays/train/rayjob.yaml").read_text()
