@@ -61,7 +61,7 @@ kill -TERM $node; wait $node; cat /tmp/node.log; ls /tmp/bucket/runs/paper
 SMALL = "--crop 40 40 --model.features 4 8 --phases.0.epochs 1 --loop.precision float32"
 
 
-def _has_namespaces() -> bool:
+def has_namespaces() -> bool:
     if sys.platform != "linux" or os.geteuid() != 0 or not (shutil.which("unshare") and shutil.which("ip")):
         return False
     return subprocess.run(["unshare", "-m", "-n", "-p", "-f", "true"], capture_output=True).returncode == 0
@@ -71,7 +71,7 @@ def _has_namespaces() -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # uses its own namespaces, so it may run in parallel with other tests of Ray
 def test_ray_and_a_job_run_within_the_limits_of_the_pod(tiny_dataset: str, tmp_path: Path) -> None:
-    if not _has_namespaces():
+    if not has_namespaces():
         pytest.skip("needs Linux, util-linux, iproute2 and root with the right to create namespaces")
     overlay = render("train")
     (job,) = jobs(overlay)
