@@ -1,4 +1,4 @@
-"""cluster/monitoring: a real Prometheus scrapes a real run and sweep, and answers every query of the dashboard."""
+"""cluster/monitoring: Prometheus scrapes a real run, sweep and service, and answers every query of the dashboard."""
 
 import json
 import re
@@ -14,14 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
+import httpx
+import numpy as np
 import pytest
 import ray
 from conftest import skip_or_fail
+from ray import serve
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+from ray.serve.config import HTTPOptions, ProxyLocation
 
 from raylivecell.recipe import LoopConfig, ModelConfig, PhaseConfig, Recipe
 from raylivecell.runtime import prometheus as gauges
 from raylivecell.runtime import session
+from raylivecell.serving import application
+from raylivecell.serving.node_metrics import Recorder
+from raylivecell.serving.settings import ServeSettings
 from raylivecell.sweep.space import Dimension, SweepConfig
 from raylivecell.sweep.sweep import sweep
 from raylivecell.training.job import TrainJob
@@ -30,7 +38,9 @@ from raylivecell.training.train import train
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
 CONFIG = (FOLDER / "prometheus.yml").read_text()
 DASHBOARD = json.loads((FOLDER / "grafana-dashboard.json").read_text())
+SERIES = {"Counter": "total", "Histogram": "bucket"}
 OUR_METRICS = {f"ray_{gauges.PREFIX}{name}" for name in gauges.OF_RUN | gauges.OF_SWEEP}
+OUR_METRICS |= {f"ray_{metric.info['name']}_{SERIES[type(metric).__name__]}" for metric in vars(Recorder()).values()}
 RAY_METRICS = {
     "ray_node_cpu_utilization",
     "ray_node_gpus_utilization",
@@ -38,6 +48,9 @@ RAY_METRICS = {
     "ray_node_mem_total_host",
     "ray_object_store_memory",
     "ray_resources",
+    "ray_serve_deployment_queued_queries",
+    "ray_serve_deployment_replica_healthy",
+    "ray_serve_replica_processing_queries",
 }
 GPU_METRICS = {"ray_node_gpus_utilization"}
 RUN, SWEEP = "watched", "searched"
@@ -112,6 +125,8 @@ def test_dashboard_is_well_formed() -> None:
         ("ray_raylivecell_val_msa", "ray_raylivecell_val_dice", "ray_raylivecell_val_msa is in no panel"),
         ('"name": "run"', '"name": "runs"', "no variable run"),
         ("{{state}}", "{{status}}", "Trials: no status"),
+        ("serve_seconds_bucket", "serve_seconds", "no metric ray_raylivecell_serve_seconds"),
+        ("serve_images_total", "serve_requests_total", "ray_raylivecell_serve_images_total is in no panel"),
         ('"x": 16', '"x": 17', "wider"),
     ],
 )
@@ -223,6 +238,12 @@ def every_second(config: str) -> str:
     return config.replace("scrape_interval: 10s", "scrape_interval: 1s")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     program = shutil.which("prometheus")
@@ -231,9 +252,7 @@ def prometheus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("prometheus")
     nodes = Path(ray._private.worker._global_node.get_session_dir_path()).parent / "prom_metrics_service_discovery.json"
     (config := folder / "prometheus.yml").write_text(every_second(CONFIG).replace(f"/tmp/ray/{nodes.name}", str(nodes)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder}/data", "--web.enable-lifecycle"]
     with (
         open(folder / "log", "w") as log,
@@ -264,7 +283,25 @@ def scraped(prometheus: Prometheus, tiny_dataset: str, tmp_path_factory: pytest.
     return Scraped(since, last, study.best_value)
 
 
+@pytest.fixture(scope="module")
+def served(scraped: Scraped, random_checkpoint: str) -> Iterator[None]:
+    """A service on the same cluster that has segmented one image and refused another file."""
+    options = HTTPOptions(host="127.0.0.1", port=free_port())
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+    try:
+        built = application.build(ServeSettings(checkpoint=random_checkpoint, require_token=False))
+        serve.run(built, name=application.NAME, route_prefix="/")
+        image = cv2.imencode(".png", np.zeros((40, 40), np.uint8))[1].tobytes()
+        for body, status in ((image, 200), (b"text", 415)):
+            response = httpx.post(f"http://127.0.0.1:{options.port}/segment", content=body, timeout=60)
+            assert response.status_code == status, response.text
+        yield
+    finally:
+        serve.shutdown()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("served")
 def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus, scraped: Scraped) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
     for title, expression in expressions(DASHBOARD).items():
@@ -285,6 +322,17 @@ def test_scraped_values_are_those_that_the_run_reported(prometheus: Prometheus, 
         wait_until(name, lambda name=name: last(name, f'run="{RUN}"') == pytest.approx(scraped.last[name]))
     wait_until("best", lambda: last(gauges.SWEEP_BEST, f'run="{SWEEP}"') == pytest.approx(scraped.best))
     wait_until("trials", lambda: last(gauges.SWEEP_TRIALS, f'run="{SWEEP}"', 'state="complete"') == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("served")
+def test_scraped_counts_are_those_of_the_service(prometheus: Prometheus, scraped: Scraped) -> None:
+    def last(name: str) -> float:
+        return float(prometheus.series(f"sum(ray_raylivecell_serve_{name})", scraped.since)[0]["values"][-1][1])
+
+    for name in ("images_total", 'requests_total{status="200"}', 'requests_total{status="415"}'):
+        assert wait_until(name, lambda name=name: last(name)) == 1
+    assert last("seconds_count") == 2
 
 
 @pytest.mark.slow
