@@ -12,11 +12,13 @@ from unittest import mock
 import pytest
 import yaml
 from kuberay import ROOT, pods, render, services
-from kubernetes_serve import config_errors
+from kubernetes_serve import SPILLING, config_errors
 from test_kubernetes_pod import CONTAINER, has_namespaces
 
 from raylivecell.cli import main
-from raylivecell.serving import application
+from raylivecell.core.errors import UserError
+from raylivecell.runtime import session
+from raylivecell.serving import application, service
 from raylivecell.serving.guard import LOOPBACK_NAMES
 from raylivecell.serving.settings import TOKEN_VARIABLE, ServeSettings
 
@@ -67,6 +69,17 @@ def test_the_docker_command_of_the_guide_serves() -> None:
     assert f"-e {TOKEN_VARIABLE} " in options
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory")
+def test_a_ray_that_serve_starts_spills_to_memory(random_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(**_: int) -> None:
+        raise UserError(f"spills to {os.environ[SPILLING]}")
+
+    monkeypatch.setattr(session, "connect", connect)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(UserError, match="spills to /dev/shm"):
+        service.run(random_checkpoint, "127.0.0.1", 0, 1, 512)
+
+
 # The node waits as KubeRay's probe of a worker does (/-/healthz), then for the application itself (/healthz).
 NODE = """
 fail() { cat /tmp/node.log /tmp/serve.log "$@"; tail -n 40 /tmp/ray/session_latest/logs/serve/*.log; exit 1; }
@@ -103,9 +116,9 @@ def test_the_service_runs_within_the_limits_of_the_pod(random_checkpoint: str, t
     if not has_namespaces():
         pytest.skip("needs Linux, util-linux, iproute2 and root with the right to create namespaces")
     overlay = render("serve-cpu")
-    (service,) = services(overlay)
+    (deployed,) = services(overlay)
     (worker,) = [pod for pod in pods(overlay) if pod.name == "serving"]
-    config = service.spec["serveConfigV2"].replace("s3://BUCKET/runs/paper", "/tmp/bucket/shards")
+    config = deployed.spec["serveConfigV2"].replace("s3://BUCKET/runs/paper", "/tmp/bucket/shards")
     (Path(random_checkpoint) / "serve.yaml").write_text(config.replace("max_replicas: 2", "max_replicas: 1"))
     variables = worker.spec["containers"][0]["env"]
     env = {variable["name"]: variable["value"] for variable in variables if "value" in variable} | {
