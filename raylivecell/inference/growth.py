@@ -73,11 +73,11 @@ def write(out: str, names: NamePattern) -> None:
         if collector.images:
             print_line(f"no growth curves: no well has images of two times; wells: {len(curves.wells)}")
         return
-    notes = _notes(collector, unmatched)
+    remarks = notes(collector, unmatched)
     _write_changed(out, POINTS, _csv([POINT_COLUMNS, *_point_rows(curves.wells)]))
     _write_changed(out, FITS, _csv([FIT_COLUMNS, *_fit_rows(curves)]))
-    _write_changed(out, PAGE, growth_page.render(curves, notes))
-    for note in notes:
+    _write_changed(out, PAGE, growth_page.render(curves, remarks))
+    for note in remarks:
         print_line(f"growth curves: {note}")
     wells = f"{len(curves.wells)} well{'s' * (len(curves.wells) != 1)}"
     print_line(f"growth curves of {wells}: {storage.join(out, PAGE)}")
@@ -107,14 +107,15 @@ def _csv(rows: Iterable[Sequence[str]]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def _notes(collector: Collector, unmatched: Sequence[str]) -> list[str]:
-    notes = []
+def notes(collector: Collector, unmatched: Sequence[str]) -> list[str]:
+    """Remarks about images that were left out or averaged, one line each."""
+    remarks = []
     if unmatched:
-        total = len(unmatched) + collector.images
-        notes.append(f"{len(unmatched)} of {total} images left out: no well and time in the name, first {unmatched[0]}")
+        count = f"{len(unmatched)} of {len(unmatched) + collector.images}"
+        remarks.append(f"{count} images left out: no well and time in the name, first {unmatched[0]}")
     if collector.duplicates:
-        notes.append(f"{collector.duplicates} images have the well, site and time of another: averaged with it")
-    return notes
+        remarks.append(f"{collector.duplicates} images have the well, site and time of another: averaged with it")
+    return remarks
 
 
 def _point_rows(wells: Iterable[Curve]) -> Iterator[list[str]]:

@@ -126,14 +126,18 @@ def read(uri: str, size: tuple[int, int]) -> LabelFile:
     Raises:
         UserError: damaged, unsupported, not integers, or of another size.
     """
-    data = storage.read_bytes(uri)
+    return decode(storage.read_bytes(uri), size, uri)
+
+
+def decode(data: bytes, size: tuple[int, int], name: str) -> LabelFile:
+    """Decode a label image, as `read`; `name` is that of the file in an error."""
     try:
         stored = label_images.to_integers(label_images.decode(data))
     except AnnotationError as error:
-        raise UserError(f"{uri}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     if stored.shape != size:
         raise UserError(
-            f"{uri} is {stored.shape[1]} x {stored.shape[0]}, its image {size[1]} x {size[0]}; save the labels in the "
+            f"{name} is {stored.shape[1]} x {stored.shape[0]}, its image {size[1]} x {size[0]}; save the labels in the "
             "size of the image"
         )
     values, numbers = np.unique(stored, return_inverse=True)

@@ -86,7 +86,7 @@ def render(curves: Curves, notes: Sequence[str]) -> bytes:
     x = growth_charts.hours_axis(curves.wells)
     axes = {name: growth_charts.value_axis(curves.wells, name) for name in MEASURES}
     plates = [(name, [*wells]) for name, wells in groupby(curves.wells, lambda curve: curve.plate)]
-    cards = _cards(curves, x)
+    large = cards(curves)
     rows = [row for curve in (*curves.replicates, *curves.wells) for row in _fit_rows(curve, len(plates) > 1)]
     return page.render(
         "growth",
@@ -94,8 +94,8 @@ def render(curves: Curves, notes: Sequence[str]) -> bytes:
         "Cell counts, confluence and cell area over time",
         headline=_headline(curves),
         notes=notes,
-        cards=cards[:MAX_LARGE],
-        hidden_cards=max(len(cards) - MAX_LARGE, 0),
+        cards=large[:MAX_LARGE],
+        hidden_cards=max(len(large) - MAX_LARGE, 0),
         plates=[
             (_plate_title(name, wells), [_grid(wells, measure, x, axes[measure]) for measure in MEASURES])
             for name, wells in plates
@@ -141,22 +141,23 @@ def doubling_text(fit: Fit, interval: bool = True) -> str:
     return f"{fit.doubling:.3g} h{limits}"
 
 
-def _cards(curves: Curves, x: Axis) -> list[Card]:
-    """Replicates, then wells that have none."""
+def cards(curves: Curves) -> list[Card]:
+    """Large charts: of replicates, then of wells that have none."""
+    x = growth_charts.hours_axis(curves.wells)
     by_name = {(curve.plate, curve.condition, curve.well): curve for curve in curves.wells}
     members = {
         (curve.plate, curve.condition): [by_name[curve.plate, curve.condition, well] for well in curve.wells]
         for curve in curves.replicates
     }
     single = [curve for curve in curves.wells if (curve.plate, curve.condition) not in members]
-    cards = []
+    result = []
     for curve in (*curves.replicates, *single):
         wells = members[curve.plate, curve.condition] if not curve.well else []
         axes = {name: growth_charts.value_axis(wells or [curve], name) for name in MEASURES}
         charts = [(TITLES[name], growth_charts.chart(curve, name, x, axes[name], LARGE, wells)) for name in MEASURES]
         title = ", ".join(filter(None, (curve.plate, curve.condition, _wells(curve))))
-        cards.append(Card(title, doubling_text(curve.fits["cells"]), curve.fits["cells"].reasons, charts))
-    return cards
+        result.append(Card(title, doubling_text(curve.fits["cells"]), curve.fits["cells"].reasons, charts))
+    return result
 
 
 def _wells(curve: Curve) -> str:

@@ -8,6 +8,7 @@ settings           limits and options of the service
 requests           body and query of a request
 answers            cells -> JSON, GeoJSON, COCO, TIFF, PNG, ROIs, CSV
 uploads            bytes of a file -> answers, without Ray
+page_data          requests of the page: files of corrected cells, scores, growth curves
 maps_cache         the network's maps of recent images, for other thresholds
 guard              token, host and origin of a request; headers of an answer
 api                the REST interface, an ASGI application without Ray

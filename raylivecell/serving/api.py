@@ -19,6 +19,7 @@ from raylivecell.core.version import __version__
 from raylivecell.serving import answers, requests
 from raylivecell.serving.answers import Answer
 from raylivecell.serving.guard import Guard
+from raylivecell.serving.page_data import Task
 from raylivecell.serving.requests import Format, Options, RequestError, Upload
 from raylivecell.serving.settings import ServeSettings
 
@@ -26,6 +27,8 @@ _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("raylivecell.serving"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 PAGE = Path(__file__).with_name("page")
+_PAGE_FILES = {path.name for path in PAGE.iterdir()}
+_MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 RETRY_AFTER_S = 2
 SOON_S = 3
 CLIENT_GONE = 499
@@ -46,6 +49,8 @@ class Backend:
 
     segment: Callable[[Upload, Options, Format], Coroutine[Any, Any, list[Answer]]]
     """Answers of one file; UnavailableError, UserError."""
+    page: Callable[[Task, bytes], Coroutine[Any, Any, bytes]]
+    """The answer to a request of the page (`page_data.answer`); UnavailableError, UserError."""
     model: Callable[[], Awaitable[Mapping[str, Any]]]
     """Facts about the network; UnavailableError while it is not loaded."""
     ready: Callable[[], Awaitable[None]]
@@ -110,21 +115,45 @@ def build(settings: ServeSettings, token_sha256: str | None, backend: Backend) -
         except OSError as error:
             raise UnavailableError("Ray's metrics do not answer on this machine") from error
 
+    _add_page(app, settings, queue, backend)
     _add_documentation(app)
     return app
 
 
-def _add_documentation(app: FastAPI) -> None:
-    """Add /docs, also at /, without scripts or other hosts."""
+def _add_page(app: FastAPI, settings: ServeSettings, queue: "_Queue", backend: Backend) -> None:
+    """Add the page at / with its files, and what it asks for."""
+    max_bytes = int(settings.max_request_mib * 2**20)
 
     @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse((PAGE / "index.html").read_bytes())
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def file(name: str) -> Response:
+        if name not in _PAGE_FILES:
+            raise HTTPException(404, "Not Found")
+        return Response((PAGE / name).read_bytes(), media_type=_MEDIA_TYPES[Path(name).suffix])
+
+    @app.post("/page-data/{task}", include_in_schema=False)
+    async def work(task: Task, request: Request) -> Response:
+        size = _size(request, max_bytes)
+        queue.enter(1, size)
+        try:
+            body = await requests.whole_body(request.headers, request.stream(), max_bytes)
+            answer = await asyncio.wait_for(backend.page(task, body), settings.timeout_s)
+        except asyncio.TimeoutError as error:
+            raise UnavailableError(f"not finished after {settings.timeout_s:g} s") from error
+        finally:
+            queue.leave(1, size)
+        return Response(answer, media_type="application/json")
+
+
+def _add_documentation(app: FastAPI) -> None:
+    """Add /docs, without scripts or other hosts."""
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(_TEMPLATES.get_template("docs.html.j2").render(schema=app.openapi(), version=__version__))
-
-    @app.get("/page/docs.css", include_in_schema=False)
-    async def style() -> Response:
-        return Response((PAGE / "docs.css").read_bytes(), media_type="text/css")
 
 
 async def _soon(answer: Awaitable[Any]) -> Any:
@@ -160,8 +189,7 @@ async def _segment(
 ) -> tuple[Response, int]:
     kind = requests.chosen_format(options, request.headers.get("accept", ""))
     max_bytes = int(settings.max_request_mib * 2**20)
-    declared = request.headers.get("content-length", "")
-    size = min(int(declared), max_bytes) if declared.isdigit() else max_bytes
+    size = _size(request, max_bytes)
     queue.enter(1, size)  # before the body is read
     files = 1
     try:
@@ -179,6 +207,12 @@ async def _segment(
     headers = {"content-disposition": f'inline; filename="{kind}{suffix}"'} if kind != "json" else {}
     media_type = requests.MEDIA_TYPES["rois" if zipped else kind]
     return Response(body, media_type=media_type, headers=headers), len(images)
+
+
+def _size(request: Request, max_bytes: int) -> int:
+    """Bytes of the body that a request declares, or the limit if it does not."""
+    declared = request.headers.get("content-length", "")
+    return min(int(declared), max_bytes) if declared.isdigit() else max_bytes
 
 
 async def _all(calls: list[Coroutine[Any, Any, list[Answer]]]) -> list[list[Answer]]:

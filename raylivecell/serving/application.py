@@ -29,13 +29,15 @@ from ray.serve.handle import DeploymentHandle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
+from raylivecell.images import formats
 from raylivecell.inference import segmenter
 from raylivecell.network.windows import Maps
 from raylivecell.runs import progress
-from raylivecell.serving import api, node_metrics
+from raylivecell.serving import api, node_metrics, page_data
 from raylivecell.serving import settings as serve_settings
 from raylivecell.serving.answers import Answer
 from raylivecell.serving.maps_cache import MapsCache
+from raylivecell.serving.page_data import Task
 from raylivecell.serving.requests import Format, Options, Upload
 from raylivecell.serving.settings import ServeSettings
 from raylivecell.serving.uploads import Worker
@@ -128,7 +130,7 @@ class Segmentation:
 
         cv2.setNumThreads(1)
         loaded = segmenter.load(settings.checkpoint, device="cpu")
-        self.facts = _facts(settings.checkpoint, loaded)
+        self.facts = facts(settings.checkpoint, loaded)
         maps = network.options(method_name="maps")
 
         def remote_maps(image: NDArray[np.uint8]) -> Maps:
@@ -148,6 +150,10 @@ class Segmentation:
             stop.set()
             raise
 
+    async def page(self, task: Task, body: bytes) -> bytes:
+        """The answer to a request of the page."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, page_data.answer, task, body)
+
     async def model(self) -> dict[str, Any]:
         """Facts about the network."""
         return self.facts
@@ -162,6 +168,7 @@ class Api:
         self.metrics = node_metrics.Recorder()
         self.segmentation = segmentation.options(method_name="segment")
         self.model = segmentation.options(method_name="model")
+        self.page = segmentation.options(method_name="page")
         self.facts: dict[str, Any] = {}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -172,7 +179,10 @@ class Api:
             self.facts = self.facts or await _awaited(self.model.remote)
             return self.facts
 
-        backend = api.Backend(segment, model, _ready, node_metrics.scrape, self.metrics.record)
+        async def page(task: Task, body: bytes) -> bytes:
+            return await _awaited(lambda: self.page.remote(task, body))
+
+        backend = api.Backend(segment, page, model, _ready, node_metrics.scrape, self.metrics.record)
         return api.build(self.settings, self.token_sha256, backend)
 
 
@@ -191,7 +201,7 @@ def model_address(uri: str) -> str:
     return uri if uri.endswith(segmenter.ONNX) else progress.find(uri)
 
 
-def _facts(address: str, loaded: segmenter.Segmenter) -> dict[str, Any]:
+def facts(address: str, loaded: segmenter.Segmenter) -> dict[str, Any]:
     """Content of `/model`, without paths of this machine."""
     from raylivecell.targets.registry import target
 
@@ -203,6 +213,7 @@ def _facts(address: str, loaded: segmenter.Segmenter) -> dict[str, Any]:
         "thresholds": loaded.config.model_dump(),
         "intensity": loaded.intensity.model_dump(mode="json"),
         "scale": loaded.scale.model_dump(mode="json"),
+        "suffixes": list(formats.SUFFIXES),
         "raylivecell": __version__,
     }
 

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 OPEN_PATHS = ("/", "/healthz", "/docs", "/openapi.json")
 """Answered without a token: they contain nothing of a user."""
 PAGE = "/page/"
+"""Files of the page, answered without a token too; what the page asks for is elsewhere."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 SECURITY_HEADERS = {
     "content-security-policy": (

@@ -98,11 +98,10 @@ async def uploads(
     Raises:
         RequestError: 413, or 422 without a file or for a damaged form.
     """
-    limited = _limited(headers, body, max_bytes)
     if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        data = b"".join([chunk async for chunk in limited])
-        files = [Upload(_base_name(name), data)]
+        files = [Upload(_base_name(name), await whole_body(headers, body, max_bytes))]
     else:
+        limited = _limited(headers, body, max_bytes)
         try:
             form = await _InMemory(headers, limited, max_files=max_files, max_fields=max_files).parse()
         except MultiPartException as error:
@@ -114,6 +113,11 @@ async def uploads(
     if not any(file.data for file in files):
         raise RequestError(422, "no file in the request; send one, such as curl -F file=@image.tif URL/segment")
     return files
+
+
+async def whole_body(headers: Headers, body: AsyncIterator[bytes], max_bytes: int) -> bytes:
+    """The body of a request; RequestError 413 if it is larger than `max_bytes`."""
+    return b"".join([chunk async for chunk in _limited(headers, body, max_bytes)])
 
 
 async def _limited(headers: Headers, body: AsyncIterator[bytes], max_bytes: int) -> AsyncGenerator[bytes, None]:

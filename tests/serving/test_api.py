@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 from fastapi.testclient import TestClient
+from in_process import MODEL, Service
 from scipy import ndimage
 from skimage.measure import points_in_poly
 
@@ -25,54 +26,10 @@ from raylivecell.serving import answers, api
 from raylivecell.serving.answers import Answer
 from raylivecell.serving.maps_cache import MapsCache
 from raylivecell.serving.requests import Format, Options, Upload
-from raylivecell.serving.settings import ServeSettings, token_hash
+from raylivecell.serving.settings import ServeSettings
 from raylivecell.serving.uploads import StoppedError, Worker
 
 TOKEN = "0123456789abcdef" * 4
-MODEL = "the fingerprint"
-
-
-class Service:
-    """An application whose deployments run in this process."""
-
-    def __init__(self, checkpoint: str, **settings: Any) -> None:
-        loaded = segmenter.load(checkpoint, device="cpu")
-        self.images = 0
-        network = loaded.network
-
-        def counted(image: np.ndarray) -> np.ndarray:
-            self.images += 1
-            return network(image)
-
-        worker = Worker(loaded, MapsCache(counted, 2**20), MODEL)
-        self.recorded: list[tuple[int, int]] = []
-
-        async def segment(upload: Upload, options: Options, kind: Format) -> list[Answer]:
-            return worker.segment(upload, options, kind, threading.Event())
-
-        async def model() -> dict[str, Any]:
-            return {"fingerprint": MODEL}
-
-        async def ready() -> None:
-            await model()
-
-        async def metrics() -> str:
-            return "# none\n"
-
-        def record(status: int, images: int, seconds: float) -> None:
-            assert seconds >= 0
-            self.recorded.append((status, images))
-
-        token = settings.pop("token", None)
-        config = ServeSettings(checkpoint=checkpoint, **settings)
-        application = api.build(
-            config, token and token_hash(token), api.Backend(segment, model, ready, metrics, record)
-        )
-        self.http = TestClient(application, base_url="http://127.0.0.1:8000")
-
-    def post(self, *paths: Path, headers: dict[str, str] | None = None, **query: Any) -> Any:
-        files = [("file", (path.name, path.read_bytes())) for path in paths]
-        return self.http.post("/segment", files=files, params=query, headers=headers)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +248,7 @@ def test_a_full_queue_and_a_slow_answer(folder: Path, random_checkpoint: str) ->
             raise api.UnavailableError("not yet")
 
         settings = ServeSettings(checkpoint="x", max_queue=2, max_files=2, timeout_s=3)
-        backend = api.Backend(segment, model, model, model, lambda *_: None)  # type: ignore[arg-type]
+        backend = api.Backend(segment, model, model, model, model, lambda *_: None)  # type: ignore[arg-type]
         transport = httpx.ASGITransport(api.build(settings, None, backend))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             waiting = [asyncio.create_task(client.post("/segment", content=b"x")) for _ in range(2)]
@@ -341,7 +298,7 @@ def test_one_failing_file_cancels_the_others(folder: Path, random_checkpoint: st
         return {}
 
     recorded: list[int] = []
-    backend = api.Backend(segment, model, model, model, lambda status, *_: recorded.append(status))  # type: ignore[arg-type]
+    backend = api.Backend(segment, model, model, model, model, lambda status, *_: recorded.append(status))  # type: ignore[arg-type]
     client = TestClient(api.build(ServeSettings(checkpoint="x"), None, backend), base_url="http://127.0.0.1")
     response = client.post("/segment", files=[("file", (path.name, b"x")) for path in sorted(folder.iterdir())])
     assert (response.status_code, response.json()) == (503, {"error": "lost"})
@@ -374,7 +331,6 @@ def test_the_documentation_lists_every_option_without_another_host(random_checkp
     for name in Options.model_fields:
         assert f"<code>{name}</code>" in page
     assert "https://" not in page
-    assert service.http.get("/").text == page
     assert service.http.get("/page/docs.css").headers["content-type"].startswith("text/css")
     assert "src=" not in page
     schema = service.http.get("/openapi.json").json()

@@ -1,0 +1,419 @@
+// The page: images are dropped, segmented by the service, shown, corrected, compared and downloaded.
+import * as charts from "./charts.js";
+import * as downloads from "./downloads.js";
+import * as files from "./files.js";
+import {Growth} from "./growth.js";
+import {Picture} from "./images.js";
+import * as labels from "./labels.js";
+import {References} from "./references.js";
+import * as service from "./service.js";
+import {Table} from "./table.js";
+import {View, scaleColour} from "./view.js";
+
+const REQUESTS = 3; // at the same time
+const SLIDERS = ["threshold", "prominence", "smoothing", "min_area", "min_score"];
+const LOWEST_SCORE = 0.4; // start of the colour scale of scores: few cells have less
+const MAX_SHOWN = 2 ** 27; // pixels that browsers draw on one canvas
+const element = (id) => document.getElementById(id);
+
+const pictures = [];
+const changed = new Map(); // option -> value that the user has set
+let model = null, current = null, paused = false;
+
+const view = new View(element("canvas"), {hover, pick, line: drawn});
+const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check: update});
+const growth = new Growth({
+  section: element("growth"), frames: element("frames"), hours: element("frame-hours"), notes: element("growth-notes"),
+  curves: element("curves"),
+}, fail);
+const references = new References(() => { showReference(); update(); }, fail);
+
+// ---- Service
+
+async function connect() {
+  try {
+    model = await service.model();
+  } catch (error) {
+    if (error.status === 401) return askForToken(error);
+    element("model").textContent = "not ready";
+    return fail(error.message, connect);
+  }
+  element("token-form").hidden = true;
+  element("message").hidden = true;
+  element("model").textContent = `network ${model.fingerprint.slice(0, 12)}, ${model.targets}`;
+  paused = false;
+  showThresholds();
+  pump();
+}
+
+function askForToken() {
+  paused = true;
+  element("token-form").hidden = false;
+  element("model").textContent = "token needed";
+  element("token").focus();
+}
+
+/** Show an error, with a button to try again if there is something to repeat. */
+function fail(text, again) {
+  const message = element("message");
+  message.replaceChildren(text);
+  if (again) {
+    const button = document.createElement("button");
+    button.textContent = "Try again";
+    button.onclick = () => { message.hidden = true; again(); };
+    message.append(" ", button);
+  }
+  message.hidden = false;
+}
+
+const optionsKey = () => JSON.stringify(Object.fromEntries(changed));
+
+/** Whether a picture's cells are missing, or those of other options; corrected and checked ones stay. */
+const isOutdated = (picture) => !picture.busy && picture.options !== optionsKey() && !picture.corrected && !picture.checked;
+
+/** Start requests: the shown image first, then new ones, then those with other options. */
+function pump() {
+  const busy = pictures.filter((picture) => picture.busy).length;
+  if (paused || !model) return;
+  const candidates = pictures.filter(isOutdated).sort((a, b) => rank(a) - rank(b));
+  candidates.slice(0, Math.max(REQUESTS - busy, 0)).forEach(segment);
+  update();
+}
+
+const rank = (picture) => (picture === current ? 0 : picture.options === null ? 1 : 2);
+
+async function segment(picture) {
+  const key = optionsKey(), abort = new AbortController();
+  picture.busy = abort;
+  try {
+    const query = {...JSON.parse(key), ...(picture.plane ? {plane: picture.plane} : {})};
+    const answers = await service.segment(picture.file, query, abort.signal);
+    const planes = answers.map((_, i) => (i ? new Picture(picture.path, picture.file) : picture));
+    planes.forEach((plane, i) => plane.receive(answers[i], key));
+    pictures.splice(pictures.indexOf(picture) + 1, 0, ...planes.slice(1));
+    if (picture.reference) references.scoreSoon(picture);
+    references.assign(planes);
+  } catch (error) {
+    if (error.name !== "AbortError") refuse(picture, error, key);
+  } finally {
+    picture.busy = null;
+  }
+  if (picture === current || !current) await open(picture);
+  pump();
+}
+
+function refuse(picture, error, key) {
+  if (error.status === 401) return askForToken();
+  if (error.status === 0) {
+    paused = true;
+    return fail(error.message, connect);
+  }
+  Object.assign(picture, {state: "failed", error: error.message, options: key});
+}
+
+// ---- Images
+
+async function add(listed) {
+  if (!listed.length) return;
+  const suffixes = model?.suffixes ?? [];
+  const isImage = ({path}) => listed.length === 1 || suffixes.some((suffix) => path.toLowerCase().endsWith(suffix));
+  const hidden = ({path}) => path.split("/").some((part) => part.startsWith("."));
+  const usable = listed.filter((item) => !hidden(item));
+  const images = references.take(usable).filter(isImage).sort((a, b) => a.path.localeCompare(b.path, "en", {numeric: true}));
+  pictures.push(...images.map(({path, file}) => new Picture(path, file)));
+  const ignored = usable.filter((item) => !references.has(item) && !isImage(item)).length;
+  if (ignored) fail(`${ignored} files are no images and were left out`);
+  if (!images.length && !ignored && !references.assign(pictures)) fail("label images only: add their images too");
+  references.assign(pictures);
+  if (!current && pictures.length) await open(pictures[0]);
+  pump();
+}
+
+async function open(picture) {
+  if (picture !== current) view.selected.clear();
+  current = picture;
+  element("start").hidden = true;
+  for (const id of ["work", "images"]) element(id).hidden = false;
+  const ready = picture.state === "ready", tooLarge = ready && picture.labels.data.length > MAX_SHOWN;
+  const note = element("stage-note");
+  note.hidden = ready && !tooLarge;
+  note.textContent = tooLarge ? "too large to be drawn; the download contains its cells"
+    : picture.state === "failed" ? picture.error : "finding cells";
+  note.className = picture.state === "failed" ? "bad" : "soft";
+  if (ready && !tooLarge) {
+    const image = await createImageBitmap(picture.png);
+    if (picture !== current) return;
+    view.open(image, picture.labels);
+  } else {
+    view.image = null;
+    view.draw();
+  }
+  showCells();
+  if (isOutdated(picture)) pump();
+}
+
+function step(by) {
+  const next = pictures[pictures.indexOf(current) + by];
+  if (next) open(next).then(() => say(`${next.name}: ${next.state === "ready" ? `${next.cells.size} cells` : next.error || next.state}`));
+}
+
+/** Show the current picture's cells and numbers. */
+function showCells() {
+  const ready = current?.state === "ready";
+  const areas = ready ? current.areas().sort((a, b) => a - b) : [];
+  element("count").textContent = ready ? areas.length : "-";
+  element("confluence").textContent = ready ? `${(100 * current.confluence).toFixed(1)} %` : "-";
+  element("median").textContent = areas.length ? areas[Math.floor((areas.length - 1) / 2)] : "-";
+  element("score").textContent = areas.length ? current.meanScore().toFixed(2) : "-";
+  element("histogram").replaceChildren(charts.histogram(areas));
+  element("canvas").setAttribute("aria-label", current ? `${current.name}: ${areas.length} cells` : "Image with cells");
+  if (ready) {
+    for (const label of view.selected) if (!current.cells.has(label)) view.selected.delete(label);
+    if (view.image) view.paint(scaleValues(areas));
+  }
+  showReference();
+  update();
+}
+
+/** Map of label -> 0 to 1 for the chosen scale. */
+function scaleValues(areas) {
+  const kind = element("colour").value;
+  element("scale").hidden = kind === "cell";
+  if (kind === "cell") return null;
+  const last = areas.length - 1;
+  const [low, high] = kind === "area" ? [areas[Math.floor(0.02 * last)] ?? 0, areas[Math.ceil(0.98 * last)] ?? 1] : [LOWEST_SCORE, 1];
+  element("scale-low").textContent = low;
+  element("scale-high").textContent = high;
+  const value = kind === "area" ? (label) => Math.log(current.cells.get(label).area / low) / (Math.log(high / low) || 1)
+    : (label) => (current.score(label) - low) / (high - low);
+  return new Map([...current.cells.keys()].map((label) => [label, value(label)]));
+}
+
+function update() {
+  const finished = pictures.filter((picture) => picture.options !== null).length;
+  const ready = pictures.filter((picture) => picture.state === "ready");
+  element("progress").max = Math.max(pictures.length, 1);
+  element("progress").value = finished;
+  element("progress").hidden = finished === pictures.length;
+  const failed = pictures.length - ready.length - pictures.filter((picture) => picture.state === "waiting").length;
+  element("progress-text").textContent = `${finished} of ${pictures.length}${failed ? `, ${failed} without result` : ""}`;
+  element("download").disabled = !ready.length;
+  const marked = ready.filter((picture) => picture.corrected || picture.checked).length;
+  element("download-corrections").disabled = !marked;
+  element("download-corrections").textContent = `Download corrections${marked ? ` (${marked})` : ""}`;
+  element("undo").disabled = !current?.done?.length;
+  element("redo").disabled = !current?.undone?.length;
+  element("delete").disabled = view.selected.size < 1;
+  element("merge").disabled = view.selected.size < 2;
+  element("split").disabled = view.selected.size !== 1;
+  const fixed = current?.corrected || current?.checked;
+  element("thresholds").disabled = Boolean(fixed);
+  element("thresholds").title = fixed ? "This image is corrected or marked as correct: undo that to change its thresholds" : "";
+  table.draw(pictures, current);
+  growth.schedule(pictures);
+}
+
+// ---- Thresholds
+
+function showThresholds() {
+  for (const name of SLIDERS) {
+    const value = changed.get(name) ?? model.thresholds[name];
+    element(name).value = value;
+    document.querySelector(`output[for=${name}]`).textContent = Number(value.toFixed(3));
+  }
+}
+
+let optionsTimer = 0;
+
+function setOption(name, value) {
+  if (value === null) changed.delete(name);
+  else changed.set(name, value);
+  showThresholds();
+  clearTimeout(optionsTimer);
+  optionsTimer = setTimeout(() => {
+    pictures.forEach((picture) => picture.busy?.abort());
+    setTimeout(pump); // after the aborted requests have ended
+  }, 60);
+}
+
+// ---- Corrections
+
+function correct(text, action) {
+  if (current?.state !== "ready") return;
+  try {
+    current.correct(action);
+  } catch (error) {
+    say(error.message);
+    return;
+  }
+  showCells();
+  say(`${text}; ${current.cells.size} cells`);
+  references.scoreSoon(current);
+}
+
+function drawn(points) {
+  if (view.mode === "cut") correct("cut", (image, next) => labels.cut(image, points, next));
+  else correct("drawn", (image, next) => labels.draw(image, points, next));
+}
+
+const selected = () => [...view.selected];
+const actions = {
+  delete: () => selected().length && correct("deleted", (image) => labels.remove(image, selected())),
+  merge: () => correct("merged", (image, next) => labels.merge(image, selected(), next)),
+  split: () => selected().length === 1 && correct("split", (image, next) => labels.halve(image, selected()[0], next)),
+  undo: () => { current?.undo?.(); showCells(); say("undone"); references.scoreSoon(current); pump(); },
+  redo: () => { current?.redo?.(); showCells(); say("repeated"); references.scoreSoon(current); },
+  "zoom-in": () => view.zoomBy(1.5),
+  "zoom-out": () => view.zoomBy(1 / 1.5),
+  "zoom-fit": () => view.fit(),
+  "mode-look": () => setMode("look"),
+  "mode-cut": () => setMode("cut"),
+  "mode-draw": () => setMode("draw"),
+};
+
+function setMode(mode) {
+  view.mode = mode;
+  for (const name of ["look", "cut", "draw"]) element(`mode-${name}`).setAttribute("aria-pressed", String(name === mode));
+  element("canvas").classList.toggle("line", mode !== "look");
+}
+
+// ---- Pointer and keyboard
+
+const describe = (label) => {
+  const cell = current.cells.get(label), detail = current.details.get(label);
+  const form = label < current.firstFree ? `, eccentricity ${detail.eccentricity.toFixed(2)}, brightness ${detail.mean_intensity.toFixed(0)}` : "";
+  const score = label < current.firstFree ? `score ${current.score(label).toFixed(2)}` : "corrected";
+  return `cell ${label}: ${cell.area} px, ${score}${form}${cell.border ? ", at the border" : ""}`;
+};
+
+function hover(label, event) {
+  const tip = element("tip"), cell = current?.state === "ready" && label && current.cells.get(label);
+  tip.hidden = !cell;
+  if (!cell) return;
+  tip.textContent = describe(label).replaceAll(", ", "\n").replace(": ", "\n");
+  const box = element("canvas").getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
+  tip.style.left = `${Math.min(x + 14, box.width - 160)}px`;
+  tip.style.top = `${Math.min(y + 14, box.height - 110)}px`;
+}
+
+function pick(label, event) {
+  if (view.mode !== "look") return;
+  if (!event.shiftKey) view.selected.clear();
+  if (label && !view.selected.delete(label)) view.selected.add(label);
+  if (label) say(describe(label));
+  view.draw();
+  update();
+}
+
+/** Select the next cell in the order of rows, or the one before. */
+function selectNext(by, extend) {
+  if (current?.state !== "ready" || !current.cells.size) return;
+  const order = [...current.cells.keys()], last = selected().pop();
+  const label = order[(order.indexOf(last) + by + order.length + (last === undefined && by < 0 ? 1 : 0)) % order.length];
+  if (!extend) view.selected.clear();
+  view.selected.add(label);
+  const cell = current.cells.get(label);
+  view.reveal(cell.x, cell.y);
+  say(`${describe(label)}, at ${Math.round(cell.x)}, ${Math.round(cell.y)}`);
+  update();
+}
+
+const keys = {
+  n: (event) => selectNext(1, event.shiftKey), p: (event) => selectNext(-1, event.shiftKey),
+  delete: actions.delete, backspace: actions.delete, m: actions.merge, s: actions.split,
+  x: actions["mode-cut"], d: actions["mode-draw"],
+  escape: () => { setMode("look"); view.selected.clear(); view.draw(); update(); },
+  "+": actions["zoom-in"], "=": actions["zoom-in"], "-": actions["zoom-out"], 0: actions["zoom-fit"],
+  arrowleft: () => view.panBy(-60, 0), arrowright: () => view.panBy(60, 0),
+  arrowup: () => view.panBy(0, -60), arrowdown: () => view.panBy(0, 60),
+  pageup: () => step(-1), pagedown: () => step(1),
+};
+
+function press(event) {
+  const key = event.key.toLowerCase(), control = event.ctrlKey || event.metaKey;
+  const action = control ? {z: event.shiftKey ? actions.redo : actions.undo, y: actions.redo}[key] : keys[key];
+  if (!action || event.altKey) return;
+  event.preventDefault();
+  action(event);
+}
+
+const say = (text) => { element("status").textContent = text; };
+
+// ---- Reference, downloads
+
+function showReference() {
+  const reference = current?.reference;
+  view.reference = reference?.labels && element("show-reference").checked ? reference.labels : null;
+  const scores = reference?.scores;
+  element("reference-text").textContent = !reference ? "Compare with a label image."
+    : !scores ? `${reference.file}: comparing`
+    : `${reference.file}: mSA ${scores.msa.toFixed(3)}, SA50 ${scores.sa50.toFixed(3)}, Dice ${scores.dice.toFixed(3)}; ` +
+      `${scores.cells} cells, ${scores.true_cells} in the reference`;
+  if (view.image && current?.state === "ready") view.paint(scaleValues(current.areas().sort((a, b) => a - b)));
+}
+
+async function download(name, make) {
+  const buttons = ["download", "download-corrections"].map(element);
+  buttons.forEach((button) => { button.disabled = true; });
+  try {
+    files.save(name, await make((number, total) => say(`${name}: ${number + 1} of ${total}`)));
+    say(`${name} is saved`);
+  } catch (error) {
+    fail(`${name}: ${error.message}`);
+  }
+  update();
+}
+
+// ---- Wiring
+
+for (const [id, action] of Object.entries(actions)) element(id).addEventListener("click", action);
+element("canvas").addEventListener("keydown", press);
+for (const id of ["add-files", "start-files"]) element(id).onclick = () => element("files").click();
+for (const id of ["add-folder", "start-folder"]) element(id).onclick = () => element("folder").click();
+for (const id of ["files", "folder"]) {
+  element(id).onchange = (event) => {
+    add(files.chosen(event.target));
+    event.target.value = "";
+  };
+}
+element("reference").onclick = () => element("reference-file").click();
+element("reference-file").onchange = (event) => {
+  if (current && event.target.files.length) references.set(current, event.target.files[0]);
+  event.target.value = "";
+};
+element("show-reference").onchange = showReference;
+element("token-form").onsubmit = (event) => {
+  event.preventDefault();
+  service.useToken(element("token").value);
+  connect();
+};
+for (const name of SLIDERS) element(name).oninput = (event) => setOption(name, Number(event.target.value));
+for (const name of ["diameter", "channel"]) {
+  element(name).onchange = (event) => setOption(name, event.target.value === "" ? null : Number(event.target.value));
+}
+element("tta").onchange = (event) => setOption("tta", event.target.checked || null);
+element("reset").onclick = () => {
+  SLIDERS.forEach((name) => changed.delete(name));
+  setOption("", null);
+};
+for (const name of ["outlines", "fills"]) element(name).onchange = (event) => { view.show[name] = event.target.checked; showCells(); };
+element("colour").onchange = (event) => { view.show.colour = event.target.value; showCells(); };
+element("frame-hours").onchange = update;
+element("download").onclick = () => download("raylivecell.zip", (report) => downloads.everything(pictures, model, growth.page, report));
+element("download-corrections").onclick = () => download("corrections.zip", (report) =>
+  downloads.corrections(pictures.filter((picture) => picture.state === "ready" && (picture.corrected || picture.checked)), report));
+document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
+document.addEventListener("drop", async (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  add(await files.dropped(event.dataTransfer));
+});
+window.addEventListener("beforeunload", (event) => { if (pictures.some((picture) => picture.corrected)) event.preventDefault(); });
+
+const bar = element("scale-bar").getContext("2d");
+for (let x = 0; x < 160; x++) {
+  bar.fillStyle = `rgb(${scaleColour(x / 159).join(",")})`;
+  bar.fillRect(x, 0, 1, 10);
+}
+connect();

@@ -1,0 +1,49 @@
+// Requests to the service.
+
+const TRIES = 6;
+let token = sessionStorage.getItem("token") ?? "";
+
+/** An answer other than 200: its status, and the line of its error. */
+export class ServiceError extends Error {
+  constructor(status, line) {
+    super(line);
+    this.status = status;
+  }
+}
+
+export function useToken(value) {
+  token = value.trim();
+  sessionStorage.setItem("token", token);
+}
+
+/** Facts about the network. */
+export const model = () => request("model", {});
+
+/** Cells of a file, one answer per plane; `options` as the query of /segment. */
+export async function segment(file, options, signal) {
+  const query = new URLSearchParams({view: "true", ...options});
+  const answer = await request(`segment?${query}`, {method: "POST", body: file, signal});
+  return answer.images ?? [answer];
+}
+
+/** Files, scores or growth curves: see page_data.py. */
+export const pageData = (task, body, signal) =>
+  request(`page-data/${task}`, {method: "POST", body: JSON.stringify(body), signal});
+
+async function request(address, options) {
+  const headers = {...options.headers, ...(token ? {authorization: `Bearer ${token}`} : {})};
+  for (let attempt = 1; ; attempt++) {
+    let response;
+    try {
+      response = await fetch(address, {...options, headers});
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ServiceError(0, "the service does not answer: is `raylivecell serve` still running?");
+    }
+    const answer = await response.json().catch(() => ({error: `status ${response.status}`}));
+    if (response.ok) return answer;
+    const wait = Number(response.headers.get("retry-after"));
+    if (!wait || attempt === TRIES) throw new ServiceError(response.status, answer.error);
+    await new Promise((resolve) => setTimeout(resolve, 1000 * wait * attempt));
+  }
+}

@@ -1,0 +1,110 @@
+// The table of all images, sortable by each column.
+import {worthCorrecting} from "./images.js";
+
+const COLUMNS = [
+  ["name", "image"], ["cells", "cells"], ["confluence", "confluence"], ["median", "median area, px"],
+  ["score", "mean score"], ["msa", "mSA"], ["worth", "worth correcting"], ["checked", "correct"],
+];
+const TEXT = ["name", "worth"];
+
+export class Table {
+  /** @param {object} parts  columns and rows, elements  @param {object} on  open(picture), check(picture) */
+  constructor({columns, rows}, on) {
+    this.rows = rows;
+    this.on = on;
+    this.sorting = null; // {name, sign}; null: the order of arrival
+    this.heads = COLUMNS.map(([name, title]) => {
+      const head = document.createElement("th"), button = document.createElement("button");
+      head.scope = "col";
+      if (TEXT.includes(name)) head.className = "text";
+      button.textContent = title;
+      button.onclick = () => {
+        const first = TEXT[0] === name ? 1 : -1;
+        this.sorting = {name, sign: this.sorting?.name === name ? -this.sorting.sign : first};
+        this.draw(this.pictures, this.current);
+      };
+      head.append(button);
+      columns.append(head);
+      return head;
+    });
+  }
+
+  /** Draw the rows soon: at most once per frame. */
+  draw(pictures, current) {
+    Object.assign(this, {pictures, current});
+    this.pending ||= requestAnimationFrame(() => {
+      this.pending = 0;
+      this._draw();
+    });
+  }
+
+  _draw() {
+    const worth = worthCorrecting(this.pictures);
+    const rows = this.pictures.map((picture) => ({picture, values: rowValues(picture, worth.get(picture))}));
+    if (this.sorting) {
+      const {name, sign} = this.sorting;
+      rows.sort((a, b) => sign * compare(a.values[name], b.values[name]));
+    }
+    COLUMNS.forEach(([name], i) => {
+      const sorted = this.sorting?.name === name;
+      this.heads[i].ariaSort = sorted ? (this.sorting.sign > 0 ? "ascending" : "descending") : "none";
+    });
+    this.heads[COLUMNS.findIndex(([name]) => name === "msa")].hidden = !this._hasReference();
+    const focused = document.activeElement?.closest?.("#rows tr")?.dataset.name;
+    const control = document.activeElement?.tagName;
+    this.rows.replaceChildren(...rows.map((row) => this._row(row)));
+    const again = focused && [...this.rows.children].find((row) => row.dataset.name === focused);
+    again?.querySelector(control)?.focus({preventScroll: true});
+  }
+
+  _hasReference() {
+    return this.pictures.some((picture) => picture.reference);
+  }
+
+  _row({picture, values}) {
+    const row = document.createElement("tr"), open = document.createElement("button");
+    row.dataset.name = picture.name;
+    if (picture === this.current) row.setAttribute("aria-current", "true");
+    open.textContent = picture.name;
+    open.onclick = () => this.on.open(picture);
+    row.append(cell(open, "text"));
+    if (picture.state !== "ready") {
+      const note = cell(picture.state === "failed" ? picture.error : picture.busy ? "finding cells" : "waiting", "text");
+      note.colSpan = COLUMNS.length - 1;
+      note.classList.add(picture.state === "failed" ? "bad" : "soft");
+      row.append(note);
+      return row;
+    }
+    row.append(cell(values.cells), cell(`${(100 * values.confluence).toFixed(1)} %`), cell(values.median ?? "-"),
+      cell(values.cells ? values.score.toFixed(2) : "-"));
+    if (this._hasReference()) row.append(cell(values.msa < 0 ? "" : values.msa.toFixed(3)));
+    const box = document.createElement("input");
+    box.type = "checkbox";
+    box.checked = picture.checked || picture.corrected;
+    box.disabled = picture.corrected;
+    box.setAttribute("aria-label", `the cells of ${picture.name} are correct`);
+    box.onchange = () => { picture.checked = box.checked; this.on.check(picture); };
+    const text = picture.corrected ? "corrected" : values.first ? `correct first: ${values.reason}` : values.reason;
+    row.append(cell(text, values.first ? "text bad" : "text"), cell(box));
+    return row;
+  }
+}
+
+function rowValues(picture, worth) {
+  if (picture.state !== "ready") return {name: picture.name, worth: -1, cells: -1, confluence: -1, score: -1, msa: -1, checked: 0};
+  const areas = picture.areas().sort((a, b) => a - b);
+  return {
+    name: picture.name, cells: areas.length, confluence: picture.confluence, median: areas[Math.floor((areas.length - 1) / 2)],
+    score: picture.meanScore(), msa: picture.reference?.scores?.msa ?? -1, worth: worth?.value ?? -1, reason: worth?.reason ?? "", first: worth?.first ?? false,
+    checked: Number(picture.checked || picture.corrected),
+  };
+}
+
+const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b, "en", {numeric: true}) : (a ?? -1) - (b ?? -1));
+
+function cell(content, name = "") {
+  const element = document.createElement("td");
+  element.append(content);
+  element.className = name;
+  return element;
+}

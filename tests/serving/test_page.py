@@ -1,0 +1,332 @@
+"""The page in Chromium: drop, look, thresholds, corrections, reference, growth, downloads, token. No Ray."""
+
+import base64
+import csv
+import io
+import json
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import uvicorn
+from hosts import wait_until
+from in_process import Service
+from numpy.typing import NDArray
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
+
+from raylivecell.data import pairing
+from raylivecell.inference.image_file import label_tiff
+from raylivecell.targets.distance import distances
+
+TOKEN = "0123456789abcdef" * 4
+DISKS = [(30, 30, 12), (70, 30, 12), (30, 70, 12), (100, 75, 16), (130, 25, 6)]
+"""Centre x, y and radius of the cells of `image`."""
+DROP = """
+const transfer = new DataTransfer();
+for (const [name, data] of arguments[0]) {
+  transfer.items.add(new File([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], name));
+}
+for (const type of ["dragover", "drop"]) {
+  document.body.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: transfer}));
+}
+"""
+
+
+def disks(circles: list[tuple[int, int, int]]) -> NDArray[np.int32]:
+    labels = np.zeros((100, 150), np.int32)
+    for number, (x, y, radius) in enumerate(circles, 1):
+        cv2.circle(labels, (x, y), radius, number, -1)
+    return labels
+
+
+def image(labels: NDArray[np.int32]) -> NDArray[np.uint8]:
+    return np.where(labels != 0, 200, 60).astype(np.uint8)
+
+
+def maps_of_disks(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What a perfect network answers for `image`."""
+    foreground = pixels > (int(pixels.min()) + int(pixels.max())) / 2
+    labels = cv2.connectedComponents(foreground.astype(np.uint8), connectivity=4)[1]
+    centre, boundary = distances(labels.astype(np.uint16))
+    return np.stack([np.where(foreground, 0.99, 0.01), np.where(foreground, centre, 1), boundary]).astype(np.float32)
+
+
+class Page:
+    """A page in the browser, and its service."""
+
+    def __init__(self, browser: Any, service: Service, url: str) -> None:
+        self.browser, self.service, self.url = browser, service, url
+
+    def find(self, id_: str) -> Any:
+        return self.browser.find_element("id", id_)
+
+    def wait(self, what: str, expression: str) -> None:
+        wait_until(what, lambda: self.browser.execute_script(f"return Boolean({expression})"), 30)
+
+    def drop(self, files: dict[str, bytes]) -> None:
+        self.browser.execute_script(DROP, [(name, base64.b64encode(data).decode()) for name, data in files.items()])
+
+    def wait_for_cells(self, count: int) -> None:
+        self.wait(f"{count} cells", f"document.getElementById('count').textContent === '{count}'")
+
+    def at(self, x: float, y: float) -> tuple[int, int]:
+        """Offset from the canvas' centre of an image position."""
+        canvas = self.find("canvas")
+        zoom = min(canvas.size["width"] / 150, canvas.size["height"] / 100)
+        return round((x + 0.5 - 75) * zoom), round((y + 0.5 - 50) * zoom)
+
+    def click(self, x: float, y: float, shift: bool = False) -> None:
+        actions = ActionChains(self.browser).move_to_element_with_offset(self.find("canvas"), *self.at(x, y))
+        actions = actions.key_down(Keys.SHIFT).click().key_up(Keys.SHIFT) if shift else actions.click()
+        actions.perform()
+
+    def drag(self, *points: tuple[float, float]) -> None:
+        actions = ActionChains(self.browser)
+        for number, (x, y) in enumerate(points):
+            actions.move_to_element_with_offset(self.find("canvas"), *self.at(x, y))
+            if number == 0:
+                actions.click_and_hold()
+        actions.release().perform()
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.find("canvas").send_keys(key)
+
+
+@contextmanager
+def served(browser: Any, service: Service, tmp_path: Path) -> Iterator[Page]:
+    """Open the page; afterwards its console must be empty, and each request must have been to the service."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server = uvicorn.Server(uvicorn.Config(service.application, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        wait_until("the server", lambda: server.started, 30)
+        browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        browser.get_log("browser")
+        browser.get_log("performance")
+        browser.get(url)
+        try:
+            yield Page(browser, service, url)
+            console = browser.get_log("browser")
+            messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        finally:
+            browser.get("about:blank")
+            server.should_exit = True
+            thread.join(30)
+    requested = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert {urlsplit(address).netloc for address in requested if address.startswith("http")} == {urlsplit(url).netloc}
+    assert [entry for entry in console if "401" not in entry["message"] and "415" not in entry["message"]] == []
+
+
+@pytest.fixture
+def page(browser: Any, random_checkpoint: str, tmp_path: Path) -> Iterator[Page]:
+    """The page of a service whose network finds `disks` without fault."""
+    with served(browser, Service(random_checkpoint, maps_of_disks), tmp_path) as opened:
+        opened.wait("the model", "document.getElementById('model').textContent.startsWith('network')")
+        yield opened
+
+
+def downloaded(folder: Path, name: str) -> zipfile.ZipFile:
+    path = folder / name
+    wait_until(name, path.exists, 30)
+    return zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+
+
+def png(pixels: NDArray[Any]) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def test_dropped_images_and_their_thresholds(page: Page) -> None:
+    truth = disks(DISKS)
+    page.drop({"a.png": png(image(truth)), "b.png": png(image(disks(DISKS[:2]))), "notes.png": b"no image"})
+    page.wait_for_cells(len(DISKS))
+    page.wait("three rows", "document.querySelectorAll('#rows tr').length === 3")
+    page.wait("an error", "document.getElementById('rows').innerText.includes('unsupported')")
+    # Numbers of a cell under the pointer.
+    ActionChains(page.browser).move_to_element_with_offset(page.find("canvas"), *page.at(100, 75)).perform()
+    assert f"{(truth == 4).sum()} px" in page.find("tip").text
+    # Another threshold needs no network; the small cell is the only one below 200 pixels.
+    images = page.service.images
+    page.browser.execute_script(
+        "const slider = document.getElementById('min_area'); slider.value = 200; slider.oninput({target: slider})"
+    )
+    page.wait_for_cells(len(DISKS) - 1)
+    page.find("reset").click()
+    page.wait_for_cells(len(DISKS))
+    assert page.service.images == images
+
+
+def correct_cells(page: Page) -> None:
+    """Delete a cell, split one, cut one, draw one, undo, redo, and merge the halves of the cut one."""
+    page.click(130, 25)
+    page.find("delete").click()
+    page.wait_for_cells(4)
+    page.click(30, 30)
+    page.click(70, 30, shift=True)
+    page.find("merge").click()
+    assert "more than 8 pixels apart" in page.find("status").text
+    page.click(100, 75)
+    page.find("split").click()
+    page.wait_for_cells(5)
+    page.find("mode-cut").click()
+    page.drag((30, 10), (30, 50))
+    page.wait_for_cells(6)
+    page.find("mode-draw").click()
+    page.drag((125, 40), (145, 40), (145, 60), (125, 60))
+    page.wait_for_cells(7)
+    page.press("d", Keys.ESCAPE)
+    page.press(Keys.CONTROL + "z")
+    page.wait_for_cells(6)
+    page.press(Keys.CONTROL + "y")
+    page.wait_for_cells(7)
+    page.press("n")  # the left half of the cut disk, the first cell in the order of rows
+    page.click(36, 30, shift=True)
+    page.press("m")
+    page.wait_for_cells(6)
+
+
+def test_corrections_and_downloads(page: Page, tmp_path: Path) -> None:
+    truth = disks(DISKS)
+    page.drop({"a.png": png(image(truth)), "b.png": png(image(disks(DISKS[:2]))), "notes.png": b"no image"})
+    page.wait_for_cells(len(DISKS))
+    correct_cells(page)
+    assert not page.find("threshold").is_enabled()  # other thresholds would discard the corrections
+    # Everything, as predict writes it.
+    page.find("download").click()
+    with downloaded(tmp_path, "raylivecell.zip") as everything:
+        names = set(everything.namelist())
+        expected = {f"{kind}/{name}" for name in "ab" for kind in ("labels", "overlays", "rois", "geojson")}
+        assert {name.rpartition(".")[0] for name in names} == expected | {"cells", "images", "model"}
+        assert everything.testzip() is None
+        assert everything.read("labels/b.tif") == label_tiff(disks(DISKS[:2]))
+        rows = list(csv.DictReader(everything.read("images.csv").decode().splitlines()))
+        cells = list(csv.DictReader(everything.read("cells.csv").decode().splitlines()))
+    results = [(row["file"], row["cells"], row["corrected"]) for row in rows[:2]]
+    assert results == [("a.png", "6", "yes"), ("b.png", "2", "no")]
+    assert "unsupported" in rows[2]["error"]
+    assert sum(cell["file"] == "a.png" for cell in cells) == 6
+    # The corrections, as prepare reads them.
+    page.find("download-corrections").click()
+    with downloaded(tmp_path, "corrections.zip") as corrections:
+        assert corrections.read("images/a.png") == png(image(truth))
+        labels = tifffile.imread(io.BytesIO(corrections.read("masks/a.tif")))
+        pairs = pairing.find_pairs(corrections.namelist(), "labels").pairs
+    assert [(pair.image, pair.annotations) for pair in pairs] == [("images/a.png", ("masks/a.tif",))]
+    assert len(np.unique(labels)) == 7
+    assert len(np.unique(labels[truth == 1])) == 1  # cut and merged again
+    assert len(np.unique(labels[truth == 4])) == 2
+    halves = np.unique(labels[truth == 4], return_counts=True)[1]
+    assert max(halves) < 1.2 * min(halves)
+    assert not labels[truth == 5].any()
+    assert (labels[42:58, 127:143] != 0).all()
+
+
+def test_a_reference_is_compared_and_its_scores_follow_corrections(page: Page) -> None:
+    page.drop({"a.png": png(image(disks(DISKS))), "a_masks.png": png(disks(DISKS).astype(np.uint8))})
+    page.wait("scores", "document.getElementById('reference-text').textContent.includes('mSA 1.000')")
+    page.find("canvas").click()
+    page.press("n", Keys.DELETE)
+    page.wait("other scores", "document.getElementById('reference-text').textContent.includes('mSA 0.800')")
+    assert "4 cells, 5 in the reference" in page.find("reference-text").text
+
+
+def test_growth_curves_of_named_images_and_planes(page: Page, tmp_path: Path) -> None:
+    files = {f"A172_Phase_A7_1_0{day}d00h00m_1.png": png(image(disks(DISKS[: day + 1]))) for day in range(4)}
+    page.drop(files)
+    page.wait("curves", "document.querySelectorAll('#curves svg').length === 3")
+    assert "well A7" in page.find("curves").text
+    page.find("download").click()
+    with downloaded(tmp_path, "raylivecell.zip") as everything:
+        assert b"Growth of 1 well" in everything.read("growth.html")
+    stack = io.BytesIO()
+    planes = np.stack([image(disks(DISKS[:count])) for count in (1, 3)])
+    tifffile.imwrite(stack, planes, imagej=True, metadata={"axes": "TYX"})
+    page.drop({"stack.tif": stack.getvalue()})
+    page.wait("planes", "document.getElementById('rows').innerText.includes('stack.tif#t1')")
+    rows = page.find("rows").text.splitlines()
+    assert [row.split()[1] for row in rows if row.startswith("stack")] == ["1", "3"]
+
+
+def test_the_page_asks_for_the_token(browser: Any, random_checkpoint: str, tmp_path: Path) -> None:
+    with served(browser, Service(random_checkpoint, maps_of_disks, token=TOKEN), tmp_path) as page:
+        page.drop({"a.png": png(image(disks(DISKS)))})
+        page.wait("a form", "!document.getElementById('token-form').hidden")
+        for token in ("wrong", TOKEN):
+            page.find("token").clear()
+            page.find("token").send_keys(token, Keys.ENTER)
+        page.wait_for_cells(len(DISKS))
+        assert not page.find("token-form").is_displayed()
+        browser.execute_script("sessionStorage.clear()")
+
+
+PROPERTIES = """
+const done = arguments[arguments.length - 1], [width, height, values] = arguments;
+import("/page/labels.js").then((labels) => {
+  const fresh = () => ({width, height, data: Int32Array.from(values)});
+  const image = fresh(), runs = labels.toRuns(image), cells = [...labels.measure(image).entries()];
+  const colours = [...labels.colourNumbers(image, 6).entries()];
+  const changes = [["remove", [1]], ["merge", [1, 2]], ["halve", 1]].map(([name, chosen]) => {
+    const target = fresh();
+    let change;
+    try { change = labels[name](target, chosen, 100); } catch (error) { return [name, error.message]; }
+    labels.apply(target, change);
+    const after = [...target.data];
+    labels.apply(target, change, true);
+    return [name, after, [...target.data]];
+  });
+  done({runs, back: [...labels.fromRuns(width, height, runs).data], cells, colours, changes});
+}).catch((error) => done({error: String(error)}));
+"""
+
+
+def test_labels_in_javascript_agree_with_numpy(page: Page) -> None:
+    from raylivecell.cells import measure
+    from raylivecell.serving.answers import runs
+
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        seeds = rng.integers(0, 40, (int(rng.integers(3, 9)), 2))
+        grid = np.stack(np.mgrid[:40, :40], axis=-1)[:, :, None]
+        distance = np.linalg.norm(grid - seeds, axis=-1)
+        labels = np.where(distance.min(axis=-1) < rng.integers(4, 20), distance.argmin(axis=-1) + 1, 0).astype(np.int32)
+        result = page.browser.execute_async_script(PROPERTIES, 40, 40, labels.ravel().tolist())
+        assert "error" not in result, result
+        assert result["runs"] == runs(labels).tolist()
+        assert result["back"] == labels.ravel().tolist()
+        measured = measure.measure(labels, np.zeros(labels.shape, np.uint8))
+        cells = sorted(result["cells"])
+        assert [label for label, _ in cells] == measured.label.tolist()
+        assert [cell["area"] for _, cell in cells] == measured.area_px.tolist()
+        np.testing.assert_allclose([cell["x"] for _, cell in cells], measured.centroid_x)
+        assert [cell["border"] for _, cell in cells] == measured.touches_border.tolist()
+        colours = dict(result["colours"])
+        for a, b in ((labels[:, 1:], labels[:, :-1]), (labels[1:], labels[:-1])):
+            touching = {(int(p), int(q)) for p, q in zip(a.ravel(), b.ravel()) if p != q and p and q}
+            assert all(colours[p] != colours[q] for p, q in touching)
+        for name, after, *before in result["changes"]:
+            if not before:
+                assert "more than 8 pixels apart" in after or "does not divide" in after
+                continue
+            changed = np.array(after).reshape(labels.shape)
+            assert before[0] == labels.ravel().tolist()  # undone
+            untouched = ~np.isin(labels, [0, 1, 2] if name == "merge" else [1])
+            np.testing.assert_array_equal(changed[untouched & (labels > 2)], labels[untouched & (labels > 2)])
+            if name == "remove":
+                assert not (changed == 1).any()
+            elif name == "merge":
+                assert (changed[np.isin(labels, [1, 2])] == 100).all()
+                assert cv2.connectedComponents((changed == 100).astype(np.uint8), connectivity=4)[0] == 2
+            else:
+                assert set(np.unique(changed[labels == 1])) == {100, 101}
