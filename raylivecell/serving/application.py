@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -48,6 +48,8 @@ TRIES = 4
 WAIT_S = 0.01
 """How long an image waits for others of its size."""
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, DeploymentUnavailableError)
+REPLACED_S = 120
+"""How long a request is sent again while `serve deploy` replaces the network."""
 THREADS = 2
 """Files that a segmentation process works on at the same time: one waits for the network while one is decoded."""
 
@@ -90,6 +92,27 @@ def _scaling(settings: ServeSettings, requests_per_process: int) -> dict[str, An
     }
 
 
+class Window(NamedTuple):
+    """An image for the network."""
+
+    image: NDArray[np.uint8]
+    """(H, W)."""
+    fingerprint: str
+    """Of the network that is wanted."""
+
+
+def own_maps(
+    windows: Sequence[Window], fingerprint: str, maps: Callable[[Sequence[NDArray[np.uint8]]], list[Maps]]
+) -> list[Maps | None]:
+    """Maps of the windows that want the network with this fingerprint, None for the others.
+
+    While `serve deploy` replaces the processes one by one, those of the old and of the new network run together.
+    """
+    own = [window.image for window in windows if window.fingerprint == fingerprint]
+    results = iter(maps(own) if own else [])
+    return [next(results) if window.fingerprint == fingerprint else None for window in windows]
+
+
 class Network:
     """The network of the checkpoint; maps of batches."""
 
@@ -98,12 +121,13 @@ class Network:
 
         actors.use_threads(with_torch=not settings.checkpoint.endswith(segmenter.ONNX))
         self.maps_of_images = _load_network(settings.checkpoint)
+        self.fingerprint = weights_hash(settings.checkpoint)
         self.maps.set_max_batch_size(settings.batch_size)  # type: ignore[attr-defined]  # added by @serve.batch
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=WAIT_S)
-    async def maps(self, images: list[NDArray[np.uint8]]) -> list[Maps]:
-        """Maps of images, uint8 (H, W): float32 (C, H, W) each."""
-        return await asyncio.to_thread(self.maps_of_images, images)
+    async def maps(self, windows: list[Window]) -> list[Maps | None]:
+        """Maps of images, float32 (C, H, W) each; None for those of another network."""
+        return await asyncio.to_thread(own_maps, windows, self.fingerprint, self.maps_of_images)
 
 
 def _load_network(address: str) -> Callable[[Sequence[NDArray[np.uint8]]], list[Maps]]:
@@ -134,7 +158,7 @@ class Segmentation:
         maps = network.options(method_name="maps")
 
         def remote_maps(image: NDArray[np.uint8]) -> Maps:
-            return _repeated(lambda: maps.remote(image).result())
+            return _repeated(lambda: _present(maps.remote(Window(image, self.facts["fingerprint"])).result()))
 
         cached = MapsCache(remote_maps, int(settings.cache_mib * 2**20))
         self.worker = Worker(loaded, cached, self.facts["fingerprint"])
@@ -201,13 +225,18 @@ def model_address(uri: str) -> str:
     return uri if uri.endswith(segmenter.ONNX) else progress.find(uri)
 
 
+def weights_hash(address: str) -> str:
+    """SHA-256 of the weights of a checkpoint or an .onnx file."""
+    weights = address if address.endswith(segmenter.ONNX) else storage.join(address, progress.MODEL)
+    return hashlib.sha256(storage.read_bytes(weights)).hexdigest()
+
+
 def facts(address: str, loaded: segmenter.Segmenter) -> dict[str, Any]:
     """Content of `/model`, without paths of this machine."""
     from raylivecell.targets.registry import target
 
-    weights = address if address.endswith(segmenter.ONNX) else storage.join(address, progress.MODEL)
     return {
-        "fingerprint": hashlib.sha256(storage.read_bytes(weights)).hexdigest(),
+        "fingerprint": weights_hash(address),
         "targets": loaded.targets,
         "channels": list(target(loaded.targets).channels),
         "thresholds": loaded.config.model_dump(),
@@ -216,6 +245,16 @@ def facts(address: str, loaded: segmenter.Segmenter) -> dict[str, Any]:
         "suffixes": list(formats.SUFFIXES),
         "raylivecell": __version__,
     }
+
+
+class OtherNetworkError(Exception):
+    """The process that got an image has another network than the one that sent it."""
+
+
+def _present(maps: Maps | None) -> Maps:
+    if maps is None:
+        raise OtherNetworkError
+    return maps
 
 
 def _repeated(call: Callable[[], Any]) -> Any:
@@ -234,9 +273,10 @@ async def _awaited(call: Callable[[], Any]) -> Any:
 
     Raises:
         UserError: as in the process.
-        UnavailableError: the queue is full, or the process died at each attempt.
+        UnavailableError: the queue is full, the process died at each attempt, or the network is still being replaced.
     """
-    for attempt in range(TRIES):
+    attempt, deadline = 0, time.monotonic() + REPLACED_S
+    while True:
         response = call()
         try:
             return await response
@@ -248,11 +288,15 @@ async def _awaited(call: Callable[[], Any]) -> Any:
                 raise UserError(str(error.cause)) from error
             if isinstance(error.cause, LOST):
                 raise api.UnavailableError("the service lost its network; repeat the request") from error
-            raise
+            if not isinstance(error.cause, OtherNetworkError):
+                raise
+            if time.monotonic() > deadline:
+                raise api.UnavailableError("the network is being replaced; repeat the request later") from error
+            await asyncio.sleep(1)
         except BackPressureError as error:
             raise api.UnavailableError("too many requests are waiting; repeat it in some seconds") from error
         except LOST as error:
-            if attempt == TRIES - 1:
+            attempt += 1
+            if attempt == TRIES:
                 raise api.UnavailableError("the service lost the process of this request; repeat it") from error
-            await asyncio.sleep(0.2 * 2**attempt)
-    raise AssertionError
+            await asyncio.sleep(0.1 * 2**attempt)

@@ -21,6 +21,8 @@ from raylivecell.serving.settings import TOKEN_VARIABLE, ServeSettings, token_ha
 IN_MEMORY = "/dev/shm"
 """Linux' file system in memory; a Ray that has switched spilling off would use files in /tmp instead."""
 
+ANY_ADDRESS = ("0.0.0.0", "::")
+
 
 def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], max_request_mib: float) -> None:
     """Serve until the process is interrupted; print the address once images can be segmented.
@@ -72,10 +74,14 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], 
             raise UserError("Ray Serve already runs on this cluster; use `serve deploy`, or stop it there first")
         try:
             _start(settings, host, port)
-            access = f"with the token in {TOKEN_VARIABLE}" if token else "for this machine only"
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            console.print(f"ready after {time.monotonic() - began:.0f} s, {access}: {url}/docs", markup=False)
-            console.print(f"    curl -F file=@IMAGE.tif {url}/segment", markup=False)
+            shown = socket.gethostname() if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
+            url, access = (
+                f"http://{shown}:{port}",
+                f"with the token in {TOKEN_VARIABLE}" if token else "on this machine",
+            )
+            header = f'-H "Authorization: Bearer ${TOKEN_VARIABLE}" ' if token else ""
+            console.print(f"ready after {time.monotonic() - began:.0f} s; open {url} {access}", markup=False)
+            console.print(f"    curl {header}-F file=@IMAGE.tif {url}/segment", markup=False)
             threading.Event().wait()
         finally:
             serve.shutdown()
