@@ -27,7 +27,7 @@ lint: .venv/.installed  ## ruff (rules and format), text of all files, imports b
 	$(BIN)/mypy
 
 bench: .venv/.installed  ## each figure compared with its baseline in one run, into runs/bench/
-	for what in augment feed step train predict evaluate prepare startup scale; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
+	for what in augment feed step train predict evaluate prepare startup scale serve; do $(BIN)/raylivecell bench $$what --out runs/bench/$$what || exit 1; done
 
 faults: .venv/.installed  ## ten faults on four hosts in network namespaces (root, Linux), with the time each costs; 40 minutes
 	$(BIN)/python tests/faults.py

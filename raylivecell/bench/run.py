@@ -14,7 +14,7 @@ from raylivecell.core import storage
 from raylivecell.core.console import console
 from raylivecell.core.version import __version__
 
-Benchmark = Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
+Benchmark = Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale", "serve"]
 """Modules of this package with a function `bench`, imported when chosen: some import Ray or torch."""
 
 
@@ -25,7 +25,7 @@ def bench(benchmark: Benchmark, out: Path, repeats: int, images: int) -> Figures
         benchmark: its name.
         out: output folder.
         repeats: runs of each variant, in turn; figures are medians.
-        images: number of images (`feed`, `train`, `prepare`, `evaluate`, `scale`).
+        images: number of images (`feed`, `train`, `prepare`, `evaluate`, `scale`, `serve`).
     """
     figures = _measure(benchmark, Options(repeats, images))
     hardware = {"processor": _processor(), "cores": psutil.cpu_count(), "memory_gib": _memory_gib()}

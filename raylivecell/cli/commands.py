@@ -249,7 +249,7 @@ def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
 
 def bench(
     name: tyro.conf.Positional[
-        Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale"]
+        Literal["augment", "feed", "step", "train", "prepare", "predict", "evaluate", "startup", "scale", "serve"]
     ],
     out: Path | None = None,
     repeats: int = 5,
@@ -262,10 +262,10 @@ def bench(
             step by setting and batch size, and as a fraction of the processor's peak. `train`: images/s of the loader,
             the step and both. `prepare`: images/s and peak memory. `predict`: milliseconds per stage. `evaluate`:
             milliseconds per image. `startup`: seconds to the first step. `scale`: images/s on 1, 2 and 3 simulated
-            nodes.
+            nodes. `serve`: images/s and seconds per request next to `predict`, start and memory.
         out: folder for the results; default: runs/bench/NAME.
         repeats: runs of each baseline, interleaved.
-        images: size of the dataset of `feed`, `train`, `prepare`, `evaluate` and `scale`.
+        images: size of the dataset of `feed`, `train`, `prepare`, `evaluate`, `scale` and `serve`.
     """
     from raylivecell.bench import run as benchmark
 

@@ -35,6 +35,13 @@ class Segmented(NamedTuple):
     cells: Cells
 
 
+class View(NamedTuple):
+    """What a page needs in addition."""
+
+    planes: Sequence[str]
+    """Names of all planes of the file; "" if it has one."""
+
+
 class Answer(NamedTuple):
     """The encoded result of one image, or why there is none."""
 
@@ -45,8 +52,8 @@ class Answer(NamedTuple):
     """In the format of the request; of an error, its line."""
 
 
-def encode(image: Segmented, kind: Format, model: str, view: bool) -> Answer:
-    """Encode the cells of an image; `model` is the network's fingerprint, `view` as in `Options`."""
+def encode(image: Segmented, kind: Format, model: str, view: View | None) -> Answer:
+    """Encode the cells of an image; `model` is the network's fingerprint, `view` adds what `Options.view` says."""
     if kind in _PICTURES:
         body = PICTURES[_PICTURES[kind]][1](image.frame.levels, image.cells)
     elif kind == "csv":
@@ -55,7 +62,7 @@ def encode(image: Segmented, kind: Format, model: str, view: bool) -> Answer:
         detections = average_precision.results(0, rle.encode(image.cells.labels), image.cells.scores)
         body = json.dumps([{**detection, "file_name": image.file} for detection in detections]).encode()
     else:
-        body = json.dumps(_description(image, model) | (_view(image) if view else {})).encode()
+        body = json.dumps(_description(image, model) | (_view(image, view) if view else {})).encode()
     return Answer(image.file, 200, body)
 
 
@@ -134,9 +141,10 @@ def _outline(polygons: list[pixel_outlines.Polygon]) -> list[list[int]]:
     return max(rings, key=pixel_outlines.doubled_area).tolist()
 
 
-def _view(image: Segmented) -> dict[str, Any]:
-    """The image as PNG, and the labels as runs in image order: label, length, label, length ..."""
+def _view(image: Segmented, view: View) -> dict[str, Any]:
+    """All planes of the file, the image as PNG, and the labels as runs in image order: label, length ..."""
     return {
+        "planes": list(view.planes),
         "image_png": base64.b64encode(overlay.png(image.frame.levels)).decode(),
         "label_runs": runs(image.cells.labels).tolist(),
     }

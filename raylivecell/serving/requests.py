@@ -63,7 +63,7 @@ class Options(StrictModel):
     tta: bool = False
     """Average eight versions of the image, in eight times the time."""
     view: bool = False
-    """Also return the image as PNG and the labels as runs, for a page that displays them (format json)."""
+    """Also return the image as PNG, the labels as runs, and the names of all planes, for a page (format json)."""
 
     def thresholds(self) -> dict[str, float]:
         """Thresholds set in the query, by name."""

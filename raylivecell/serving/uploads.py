@@ -77,7 +77,8 @@ class Worker:
             cells = segmenter.segment_frame(frame, factor)
         except (UnreadableImageError, TooLargeError) as error:
             return _failed(name, error)
-        return answers.encode(Segmented(name, frame, cells), kind, self.model, options.view)
+        view = answers.View(sorted(file.names)) if options.view else None
+        return answers.encode(Segmented(name, frame, cells), kind, self.model, view)
 
     def _with(self, options: Options, stop: threading.Event) -> Segmenter:
         """The segmenter with the thresholds and the network of a request."""

@@ -50,8 +50,8 @@ const README = (count) => `${count} corrected image${count === 1 ? "" : "s"}: im
 
 Train on them, starting from the network that found these cells:
 
-    raylivecell prepare --source THIS_FOLDER --out shards
-    raylivecell train --data shards --start-from CHECKPOINT --recipe finetune --out runs/corrected
+    raylivecell prepare --source THIS_FOLDER --diameter-from CHECKPOINT --out data/corrected
+    raylivecell train --data data/corrected --start-from CHECKPOINT --recipe finetune --out runs/corrected
     raylivecell serve --checkpoint runs/corrected
 
 THIS_FOLDER is the folder of this file, CHECKPOINT what \`raylivecell serve\` was started with.

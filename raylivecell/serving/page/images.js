@@ -24,10 +24,6 @@ export class Picture {
 
   /** Take over an answer of /segment. */
   receive(answer, options) {
-    if (answer.error) {
-      Object.assign(this, {state: "failed", error: answer.error});
-      return;
-    }
     this.plane = answer.file.includes("#") ? answer.file.slice(answer.file.lastIndexOf("#") + 1) : "";
     this.png = new Blob([fromBase64(answer.image_png)], {type: "image/png"});
     this.details = new Map(answer.cells.map((cell) => [cell.label, cell]));

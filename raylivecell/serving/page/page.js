@@ -86,13 +86,14 @@ async function segment(picture) {
   const key = optionsKey(), abort = new AbortController();
   picture.busy = abort;
   try {
-    const query = {...JSON.parse(key), ...(picture.plane ? {plane: picture.plane} : {})};
-    const answers = await service.segment(picture.file, query, abort.signal);
-    const planes = answers.map((_, i) => (i ? new Picture(picture.path, picture.file) : picture));
-    planes.forEach((plane, i) => plane.receive(answers[i], key));
-    pictures.splice(pictures.indexOf(picture) + 1, 0, ...planes.slice(1));
+    const query = {...JSON.parse(key), plane: picture.plane || "0"};
+    const answer = await service.segment(picture.file, query, abort.signal);
+    const isNew = picture.options === null && !picture.plane;
+    picture.receive(answer, key);
+    const others = isNew ? answer.planes.filter((plane) => plane !== picture.plane) : [];
+    pictures.splice(pictures.indexOf(picture) + 1, 0, ...others.map((plane) => new Picture(picture.path, picture.file, plane)));
     if (picture.reference) references.scoreSoon(picture);
-    references.assign(planes);
+    references.assign([picture]);
   } catch (error) {
     if (error.name !== "AbortError") refuse(picture, error, key);
   } finally {

@@ -19,12 +19,9 @@ export function useToken(value) {
 /** Facts about the network. */
 export const model = () => request("model", {});
 
-/** Cells of a file, one answer per plane; `options` as the query of /segment. */
-export async function segment(file, options, signal) {
-  const query = new URLSearchParams({view: "true", ...options});
-  const answer = await request(`segment?${query}`, {method: "POST", body: file, signal});
-  return answer.images ?? [answer];
-}
+/** Cells of a plane of a file; `options` as the query of /segment. */
+export const segment = (file, options, signal) =>
+  request(`segment?${new URLSearchParams({view: "true", ...options})}`, {method: "POST", body: file, signal});
 
 /** Files, scores or growth curves: see page_data.py. */
 export const pageData = (task, body, signal) =>
