@@ -50,6 +50,8 @@ class Answer(NamedTuple):
     """200, or the HTTP status of the error."""
     body: bytes
     """In the format of the request; of an error, its line."""
+    planes: Sequence[str] = ()
+    """Of an error: all planes of the file, if they are known."""
 
 
 def encode(image: Segmented, kind: Format, model: str, view: View | None) -> Answer:
@@ -79,16 +81,15 @@ def combine(answers: Sequence[Answer], kind: Format, stack: bool) -> tuple[bytes
     failed = [answer for answer in answers if answer.status != 200]
     if failed and (len(failed) == len(answers) or kind in ("csv", "coco")):
         first = failed[0]
-        raise RequestError(
-            first.status, f"{first.file}: {first.body.decode()}" if len(answers) > 1 else first.body.decode()
-        )
+        line = f"{first.file}: {first.body.decode()}" if len(answers) > 1 else first.body.decode()
+        raise RequestError(first.status, line, first.planes)
     if kind == "json":
         if not stack:
             return answers[0].body, ".json"
         bodies = [answer.body if answer.status == 200 else _error(answer) for answer in answers]
         return b'{"images": [' + b", ".join(bodies) + b"]}", ".json"
     if kind == "csv":
-        return _line(measure.COLUMNS).encode() + b"".join(answer.body for answer in answers), ".csv"
+        return csv_line(measure.COLUMNS).encode() + b"".join(answer.body for answer in answers), ".csv"
     if kind == "coco":
         return _coco(answers), ".json"
     if not stack:
@@ -146,7 +147,7 @@ def _view(image: Segmented, view: View) -> dict[str, Any]:
     return {
         "planes": list(view.planes),
         "image_png": base64.b64encode(overlay.png(image.frame.levels)).decode(),
-        "label_runs": runs(image.cells.labels).tolist(),
+        "label_runs": int32_base64(runs(image.cells.labels)),
     }
 
 
@@ -155,6 +156,11 @@ def runs(labels: NDArray[np.int32]) -> NDArray[np.int64]:
     flat = labels.ravel()
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
     return np.stack([flat[starts], np.diff(np.append(starts, flat.size))], axis=1).ravel().astype(np.int64)
+
+
+def int32_base64(numbers: NDArray[np.integer[Any]]) -> str:
+    """Integers as little-endian int32 in base64."""
+    return base64.b64encode(numbers.astype("<i4").tobytes()).decode()
 
 
 def _coco(answers: Sequence[Answer]) -> bytes:
@@ -178,7 +184,7 @@ def _zip(answers: Sequence[Answer], suffix: str) -> bytes:
                 archive.writestr(_unused(answer.file, names) + suffix, answer.body)
         failed = [(answer.file, answer.body.decode()) for answer in answers if answer.status != 200]
         if failed:
-            archive.writestr("errors.csv", "".join(map(_line, [("file", "error"), *failed])))
+            archive.writestr("errors.csv", "".join(map(csv_line, [("file", "error"), *failed])))
     return buffer.getvalue()
 
 
@@ -195,7 +201,8 @@ def _unused(address: str, names: set[str]) -> str:
     return name
 
 
-def _line(fields: Sequence[Any]) -> str:
+def csv_line(fields: Sequence[Any]) -> str:
+    """A line of a CSV table."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(fields)
     return buffer.getvalue()

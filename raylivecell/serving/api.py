@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from raylivecell.core.version import __version__
 from raylivecell.serving import answers, requests
 from raylivecell.serving.answers import Answer
 from raylivecell.serving.guard import Guard
-from raylivecell.serving.page_data import Task
+from raylivecell.serving.page_data import MAX_BYTES, Task
 from raylivecell.serving.requests import Format, Options, RequestError, Upload
 from raylivecell.serving.settings import ServeSettings
 
@@ -85,8 +85,7 @@ def build(settings: ServeSettings, token_sha256: str | None, backend: Backend) -
             return response
         except asyncio.TimeoutError:  # TimeoutError since Python 3.11
             status = 503
-            line = f"not finished after {settings.timeout_s:g} s; send fewer or smaller files"
-            return JSONResponse({"error": line}, status)  # without Retry-After: it would take as long again
+            return _late(settings)
         except tuple(_STATUSES) as error:
             status = _status_of(error)
             raise
@@ -121,8 +120,8 @@ def build(settings: ServeSettings, token_sha256: str | None, backend: Backend) -
 
 
 def _add_page(app: FastAPI, settings: ServeSettings, queue: "_Queue", backend: Backend) -> None:
-    """Add the page at / with its files, and what it asks for."""
-    max_bytes = int(settings.max_request_mib * 2**20)
+    """Add the page at / with its files, and its requests."""
+    max_bytes = min(int(settings.max_request_mib * 2**20), MAX_BYTES)
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -141,8 +140,8 @@ def _add_page(app: FastAPI, settings: ServeSettings, queue: "_Queue", backend: B
         try:
             body = await requests.whole_body(request.headers, request.stream(), max_bytes)
             answer = await asyncio.wait_for(backend.page(task, body), settings.timeout_s)
-        except asyncio.TimeoutError as error:
-            raise UnavailableError(f"not finished after {settings.timeout_s:g} s") from error
+        except asyncio.TimeoutError:
+            return _late(settings)
         finally:
             queue.leave(1, size)
         return Response(answer, media_type="application/json")
@@ -154,6 +153,11 @@ def _add_documentation(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(_TEMPLATES.get_template("docs.html.j2").render(schema=app.openapi(), version=__version__))
+
+
+def _late(settings: ServeSettings) -> JSONResponse:
+    """The answer to a request that takes too long; without Retry-After, because it would take as long again."""
+    return JSONResponse({"error": f"not finished after {settings.timeout_s:g} s; send fewer or smaller files"}, 503)
 
 
 async def _soon(answer: Awaitable[Any]) -> Any:
@@ -233,7 +237,8 @@ def _handle_errors(app: FastAPI) -> None:
 
         @app.exception_handler(kind)
         async def _expected(_: Request, error: Exception) -> JSONResponse:
-            return error_response(_status_of(error), " ".join(str(error).split()))
+            planes = error.planes if isinstance(error, RequestError) else ()
+            return error_response(_status_of(error), " ".join(str(error).split()), planes)
 
     @app.exception_handler(Exception)
     async def _unexpected(_: Request, error: Exception) -> JSONResponse:
@@ -256,10 +261,10 @@ def _status_of(error: Exception) -> int:
     return next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
 
 
-def error_response(status: int, line: str) -> JSONResponse:
-    """An error as JSON; after 429 and 503 a client may try again."""
+def error_response(status: int, line: str, planes: Sequence[str] = ()) -> JSONResponse:
+    """An error as JSON, maybe with the planes of its file; after 429 and 503 a client may try again."""
     headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else {}
-    return JSONResponse({"error": line}, status, headers)
+    return JSONResponse({"error": line} | ({"planes": list(planes)} if planes else {}), status, headers)
 
 
 _REQUEST_BODY = {

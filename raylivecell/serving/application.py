@@ -29,7 +29,6 @@ from ray.serve.handle import DeploymentHandle
 from raylivecell.core import storage
 from raylivecell.core.errors import UserError
 from raylivecell.core.version import __version__
-from raylivecell.images import formats
 from raylivecell.inference import segmenter
 from raylivecell.network.windows import Maps
 from raylivecell.runs import progress
@@ -163,6 +162,7 @@ class Segmentation:
         cached = MapsCache(remote_maps, int(settings.cache_mib * 2**20))
         self.worker = Worker(loaded, cached, self.facts["fingerprint"])
         self.threads = ThreadPoolExecutor(THREADS)
+        self.page_thread = ThreadPoolExecutor(1)  # an export that was given up must not hold up images
 
     async def segment(self, upload: Upload, options: Options, kind: Format) -> list[Answer]:
         """The answers of one file; a cancelled call stops before its next window or plane."""
@@ -176,7 +176,7 @@ class Segmentation:
 
     async def page(self, task: Task, body: bytes) -> bytes:
         """The answer to a request of the page."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, page_data.answer, task, body)
+        return await asyncio.get_running_loop().run_in_executor(self.page_thread, page_data.answer, task, body)
 
     async def model(self) -> dict[str, Any]:
         """Facts about the network."""
@@ -204,7 +204,7 @@ class Api:
             return self.facts
 
         async def page(task: Task, body: bytes) -> bytes:
-            return await _awaited(lambda: self.page.remote(task, body))
+            return await _awaited(lambda: self.page.remote(task, body), tries=1)
 
         backend = api.Backend(segment, page, model, _ready, node_metrics.scrape, self.metrics.record)
         return api.build(self.settings, self.token_sha256, backend)
@@ -242,7 +242,6 @@ def facts(address: str, loaded: segmenter.Segmenter) -> dict[str, Any]:
         "thresholds": loaded.config.model_dump(),
         "intensity": loaded.intensity.model_dump(mode="json"),
         "scale": loaded.scale.model_dump(mode="json"),
-        "suffixes": list(formats.SUFFIXES),
         "raylivecell": __version__,
     }
 
@@ -268,8 +267,12 @@ def _repeated(call: Callable[[], Any]) -> Any:
             time.sleep(0.2 * 2**attempt)
 
 
-async def _awaited(call: Callable[[], Any]) -> Any:
+async def _awaited(call: Callable[[], Any], tries: int = TRIES) -> Any:
     """The result of a call of another deployment; again if its process died. A cancelled call is cancelled there too.
+
+    Args:
+        call: sends the request.
+        tries: attempts at most, if processes die.
 
     Raises:
         UserError: as in the process.
@@ -297,6 +300,6 @@ async def _awaited(call: Callable[[], Any]) -> Any:
             raise api.UnavailableError("too many requests are waiting; repeat it in some seconds") from error
         except LOST as error:
             attempt += 1
-            if attempt == TRIES:
+            if attempt == tries:
                 raise api.UnavailableError("the service lost the process of this request; repeat it") from error
             await asyncio.sleep(0.1 * 2**attempt)

@@ -1,4 +1,4 @@
-"""Who may ask: the token, the host, the origin; and headers that protect a browser."""
+"""Which requests are admitted: token, host, origin; and headers that protect a browser."""
 
 import hashlib
 import hmac
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 OPEN_PATHS = ("/", "/healthz", "/docs", "/openapi.json")
 """Answered without a token: they contain nothing of a user."""
 PAGE = "/page/"
-"""Files of the page, answered without a token too; what the page asks for is elsewhere."""
+"""Files of the page, answered without a token too; its requests are at other paths."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 SECURITY_HEADERS = {
     "content-security-policy": (

@@ -1,6 +1,6 @@
 """The body and the query of a request to `/segment`. Nothing is written to disk."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from pydantic import Field
@@ -26,9 +26,11 @@ UNNAMED = "image"
 class RequestError(Exception):
     """A request that is refused: an HTTP status, and one line with the cause and the fix."""
 
-    def __init__(self, status: int, line: str) -> None:
+    def __init__(self, status: int, line: str, planes: Sequence[str] = ()) -> None:
         super().__init__(line)
         self.status, self.line = status, line
+        self.planes = planes
+        """All planes of the file, if they are known: the others may be intact."""
 
 
 class Upload(NamedTuple):

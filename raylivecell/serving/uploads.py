@@ -76,7 +76,7 @@ class Worker:
             frame = segmenter.frame(file.decode(choice, MAX_PIXELS).pixels)
             cells = segmenter.segment_frame(frame, factor)
         except (UnreadableImageError, TooLargeError) as error:
-            return _failed(name, error)
+            return _failed(name, error)._replace(planes=sorted(file.names))
         view = answers.View(sorted(file.names)) if options.view else None
         return answers.encode(Segmented(name, frame, cells), kind, self.model, view)
 

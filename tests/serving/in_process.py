@@ -1,5 +1,6 @@
 """The service's interface with deployments that run in the test's process, without Ray."""
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ class Service:
         worker = Worker(loaded, MapsCache(counted, 2**20), MODEL)
         self.recorded: list[tuple[int, int]] = []
 
+        self.gate = threading.Event()
+        """Answers of /segment wait until it is set."""
+        self.gate.set()
+
         async def segment(upload: Upload, options: Options, kind: Format) -> list[Answer]:
+            while not self.gate.is_set():
+                await asyncio.sleep(0.01)
             return worker.segment(upload, options, kind, threading.Event())
 
         async def page(task: Task, body: bytes) -> bytes:

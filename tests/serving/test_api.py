@@ -1,6 +1,7 @@
 """The REST interface without Ray: answers equal the files of `predict`; refusals; the token."""
 
 import asyncio
+import base64
 import csv
 import io
 import json
@@ -98,7 +99,7 @@ def test_tables_are_the_files_of_predict(folder: Path, predicted: Path, random_c
 def test_the_json_describes_the_label_image(folder: Path, predicted: Path, random_checkpoint: str) -> None:
     image = Service(random_checkpoint).post(folder / "b.png", view=True).json()
     labels = tifffile.imread(predicted / "labels/b.tif")
-    runs = np.array(image["label_runs"]).reshape(-1, 2)
+    runs = np.frombuffer(base64.b64decode(image["label_runs"]), "<i4").reshape(-1, 2)
     np.testing.assert_array_equal(np.repeat(*runs.T).reshape(image["height"], image["width"]), labels)
     centres = np.stack(np.meshgrid(np.arange(120) + 0.5, np.arange(90) + 0.5), axis=-1).reshape(-1, 2)
     for cell in image["cells"]:

@@ -1,5 +1,7 @@
 // Charts as SVG: the histogram of areas, and growth curves whose geometry comes from the service.
 
+import {median} from "./images.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 
 /** An SVG element with attributes and children. */
@@ -12,18 +14,17 @@ function svg(name, attributes = {}, ...children) {
 
 const BINS = 24, WIDTH = 300, HEIGHT = 106, LEFT = 30, BOTTOM = 88;
 
-/** Histogram of values (areas in pixels); the last bin contains everything above the 98th percentile. */
+/** Histogram of ascending values (areas in pixels); the last bin contains everything above the 98th percentile. */
 export function histogram(values) {
   const chart = svg("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", class: "chart"});
   if (!values.length) return chart;
-  const sorted = [...values].sort((a, b) => a - b), last = sorted.length - 1;
-  const step = nice(Math.max(sorted[Math.floor(0.98 * last)], 1) / BINS);
-  const counts = new Array(Math.max(Math.ceil(sorted[Math.floor(0.98 * last)] / step), 1) + 1).fill(0);
+  const last = values.length - 1;
+  const step = nice(Math.max(values[Math.floor(0.98 * last)], 1) / BINS);
+  const counts = new Array(Math.max(Math.ceil(values[Math.floor(0.98 * last)] / step), 1) + 1).fill(0);
   values.forEach((value) => counts[Math.min(Math.floor(value / step), counts.length - 1)]++);
   const highest = Math.max(...counts), width = (WIDTH - LEFT - 6) / counts.length;
-  const median = sorted[Math.floor(last / 2)];
-  chart.setAttribute("aria-label", `Areas of ${values.length} cells: median ${median} pixels, ` +
-    `from ${sorted[0]} to ${sorted[last]}`);
+  chart.setAttribute("aria-label", `Areas of ${values.length} cells: median ${median(values)} pixels, ` +
+    `from ${values[0]} to ${values[last]}`);
   counts.forEach((count, i) => {
     const height = (count / highest) * (BOTTOM - 8);
     const range = i === counts.length - 1 ? `${i * step} pixels or more` : `${i * step} to ${(i + 1) * step} pixels`;

@@ -1,15 +1,11 @@
 // The two downloads: everything, and the corrected images in the layout that `raylivecell prepare` reads.
-import {Zip, csvLine, fromBase64, toBase64} from "./files.js";
+import {Zip, csvLine, fromBase64} from "./files.js";
 import {pageData} from "./service.js";
 
-const IMAGE_COLUMNS = ["file", "width", "height", "cells", "confluence", "mean_score", "corrected", "checked", "warning", "error"];
+const IMAGE_COLUMNS = ["file", "width", "height", "cells", "confluence", "mean_score", "corrected", "checked", "options", "warning", "error"];
 
 /** Files of a picture in every format, and its rows of cells.csv. */
-async function exported(picture) {
-  return pageData("export", {
-    ...picture.runs(), file: picture.name, image_png: await toBase64(picture.png), scores: picture.scores(),
-  });
-}
+const exported = async (picture) => pageData("export", await picture.exported());
 
 /** Folder, base name and suffix of a picture's files. */
 function place(picture) {
@@ -26,18 +22,19 @@ export async function everything(pictures, model, growthPage, report) {
   for (const [number, picture] of pictures.entries()) {
     report(number, pictures.length);
     if (picture.state !== "ready") {
-      images.push(csvLine([picture.name, "", "", "", "", "", "", "", "", picture.error || "not segmented yet"]));
+      images.push(csvLine([picture.name, "", "", "", "", "", "", "", "", "", picture.error]));
       continue;
     }
+    const line = csvLine([picture.name, picture.labels.width, picture.labels.height, picture.cells.size,
+      picture.confluence.toFixed(6), picture.cells.size ? picture.meanScore.toFixed(4) : "", picture.corrected ? "yes" : "no",
+      picture.checked ? "yes" : "no", picture.options, picture.warnings.join("; "), ""]);
     const answer = await exported(picture), {folder, base} = place(picture);
     const name = zip.unused(`labels/${folder}`, base, ".tif");
     for (const [pattern, data] of Object.entries(answer.files)) {
       await zip.add(pattern.replace("{}", () => folder + name), fromBase64(data));
     }
     cells = (cells || answer.columns) + answer.cells;
-    images.push(csvLine([picture.name, picture.labels.width, picture.labels.height, picture.cells.size,
-      picture.confluence.toFixed(6), picture.cells.size ? picture.meanScore().toFixed(4) : "", picture.corrected ? "yes" : "no",
-      picture.checked ? "yes" : "no", picture.warnings.join("; "), ""]));
+    images.push(line);
   }
   if (cells) await zip.add("cells.csv", cells);
   await zip.add("images.csv", images.join(""));
@@ -63,7 +60,7 @@ export async function corrections(pictures, report) {
   for (const [number, picture] of pictures.entries()) {
     report(number, pictures.length);
     const {folder, base, suffix} = place(picture), answer = await exported(picture);
-    const original = !picture.plane && !JSON.parse(picture.options).channel;
+    const original = suffix && !picture.plane && JSON.parse(picture.options).channel === undefined;
     const name = zip.unused(`masks/${folder}`, base, ".tif");
     await zip.add(`images/${folder}${name}${original ? suffix : ".png"}`, original ? picture.file : picture.png);
     await zip.add(`masks/${folder}${name}.tif`, fromBase64(answer.files["labels/{}.tif"]));

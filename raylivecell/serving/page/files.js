@@ -18,9 +18,9 @@ async function listed(entry, folder) {
   }
   const reader = entry.createReader(), children = [];
   for (;;) { // a reader returns at most 100 entries at a time
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!some.length) break;
-    children.push(...some);
+    const batch = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (!batch.length) break;
+    children.push(...batch);
   }
   return (await Promise.all(children.map((child) => listed(child, `${folder}${entry.name}/`)))).flat();
 }
@@ -39,6 +39,8 @@ export async function toBase64(blob) {
   });
   return url.slice(url.indexOf(",") + 1);
 }
+
+export const int32FromBase64 = (text) => new Int32Array(fromBase64(text).buffer);
 
 const CRC = Uint32Array.from({length: 256}, (_, n) => {
   for (let k = 0; k < 8; k++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
@@ -68,7 +70,7 @@ export class Zip {
     const bytes = content instanceof Blob ? new Uint8Array(await content.arrayBuffer())
       : typeof content === "string" ? new TextEncoder().encode(content) : content;
     const path = new TextEncoder().encode(name);
-    if (this.size + bytes.length > MAX_ZIP - 2 ** 24 || this.directory.length === MAX_FILES) {
+    if (this.size + bytes.length > MAX_ZIP - 2 ** 24 || this.directory.length / 2 >= MAX_FILES) {
       throw new Error("more than 4 GB, or 65,535 files, in one download: use fewer images, or raylivecell predict");
     }
     const common = [20, 0x800, 0, 0, 0x21, crc32(bytes), bytes.length, bytes.length, path.length, 0];

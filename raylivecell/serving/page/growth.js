@@ -1,5 +1,6 @@
 // Growth curves of images whose names have a well and a time: computed by the service, drawn here.
 import * as charts from "./charts.js";
+import {median} from "./images.js";
 import {pageData} from "./service.js";
 
 const WAIT_MS = 300; // until no further result has arrived
@@ -25,7 +26,7 @@ export class Growth {
   async _compute(ready) {
     const {section, frames, hours, notes, curves} = this.parts;
     const images = ready.map((picture) => ({
-      file: picture.name, cells: picture.cells.size, confluence: Math.min(picture.confluence, 1), areas: picture.areas(),
+      file: picture.name, cells: picture.cells.size, confluence: Math.min(picture.confluence, 1), area: median(picture.areas) ?? null,
       width: picture.labels.width, height: picture.labels.height, has_warning: picture.warnings.length > 0,
     }));
     const body = {images, frame_hours: Number(hours.value) || null}, key = JSON.stringify(body);

@@ -57,7 +57,8 @@ export function measure(labels) {
   return cells;
 }
 
-/** Colour number (0 to count - 1) of each label: cells at most two pixels apart differ, as far as possible. */
+/** Colour number (0 to count - 1) of each label: cells with at most two pixels between them in a row or column differ,
+ * as far as possible. */
 export function colourNumbers(labels, count) {
   const {width, height, data} = labels;
   const neighbours = new Map();
@@ -108,12 +109,11 @@ export function remove(labels, chosen) {
 
 /** Merge cells into one with the label `next`. Background between them is filled if they are at most MAX_GAP apart. */
 export function merge(labels, chosen, next) {
-  const set = new Set(chosen);
-  if (set.size < 2) throw new Error("select two cells or more to merge them (Shift and click)");
-  const pixels = pixelsOf(labels, set);
-  const all = new Set(pixels);
+  if (new Set(chosen).size < 2) throw new Error("select two cells or more to merge them (Shift and click)");
+  const cells = [...new Set(chosen)].map((label) => pixelsOf(labels, new Set([label])));
+  const all = new Set(cells.flat()), distances = cells.map((pixels) => distancesTo(labels, pixels));
   for (let reach = 0; reach <= MAX_GAP; reach++) {
-    const filled = reach ? new Set([...all, ...between(labels, set, reach)]) : all;
+    const filled = reach ? new Set([...all, ...between(distances, reach)]) : all;
     if (components(labels, filled).length === 1) {
       const at = [...filled];
       return change(labels, at, at.map(() => next));
@@ -183,16 +183,18 @@ function pixelsOf(labels, set) {
   return pixels;
 }
 
-/** 4-connected neighbours of a pixel. */
+/** The 8 neighbours of a pixel: the cells of the watershed are 8-connected. */
 function* around({width, data}, i) {
   const x = i % width;
-  if (x > 0) yield i - 1;
-  if (x < width - 1) yield i + 1;
-  if (i >= width) yield i - width;
-  if (i + width < data.length) yield i + width;
+  for (const row of [i - width, i, i + width]) {
+    if (row < 0 || row >= data.length) continue;
+    if (x > 0) yield row - 1;
+    if (row !== i) yield row;
+    if (x < width - 1) yield row + 1;
+  }
 }
 
-/** 4-connected components of a set of pixels. */
+/** 8-connected components of a set of pixels. */
 function components(labels, pixels) {
   const rest = new Set(pixels), parts = [];
   for (const first of pixels) {
@@ -226,27 +228,29 @@ function grown(labels, parts, pixels) {
   return piece;
 }
 
-/** Background pixels on the shortest ways of `reach` pixels, at most, between two cells of `set`. */
-function between(labels, set, reach) {
-  const steps = [...set].map((label) => {
-    const distance = new Map();
-    let front = pixelsOf(labels, new Set([label]));
-    for (let step = 1; step <= reach; step++) {
-      const next = [];
-      for (const pixel of front) {
-        for (const other of around(labels, pixel)) {
-          if (!labels.data[other] && !distance.has(other)) {
-            distance.set(other, step);
-            next.push(other);
-          }
+/** Steps (8-connected) from a cell to each background pixel at most MAX_GAP away. */
+function distancesTo(labels, pixels) {
+  const distance = new Map();
+  let front = pixels;
+  for (let step = 1; step <= MAX_GAP; step++) {
+    const next = [];
+    for (const pixel of front) {
+      for (const other of around(labels, pixel)) {
+        if (!labels.data[other] && !distance.has(other)) {
+          distance.set(other, step);
+          next.push(other);
         }
       }
-      front = next;
     }
-    return distance;
-  });
+    front = next;
+  }
+  return distance;
+}
+
+/** Background pixels on ways of at most `reach` pixels between two of the cells with these distances. */
+function between(distances, reach) {
   const filled = new Set();
-  steps.forEach((own, i) => steps.slice(i + 1).forEach((other) => {
+  distances.forEach((own, i) => distances.slice(i + 1).forEach((other) => {
     for (const [pixel, step] of own) if (step + (other.get(pixel) ?? Infinity) <= reach + 1) filled.add(pixel);
   }));
   return filled;

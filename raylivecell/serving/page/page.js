@@ -3,7 +3,7 @@ import * as charts from "./charts.js";
 import * as downloads from "./downloads.js";
 import * as files from "./files.js";
 import {Growth} from "./growth.js";
-import {Picture} from "./images.js";
+import {Picture, median} from "./images.js";
 import * as labels from "./labels.js";
 import {References} from "./references.js";
 import * as service from "./service.js";
@@ -13,20 +13,21 @@ import {View, scaleColour} from "./view.js";
 const REQUESTS = 3; // at the same time
 const SLIDERS = ["threshold", "prominence", "smoothing", "min_area", "min_score"];
 const LOWEST_SCORE = 0.4; // start of the colour scale of scores: few cells have less
-const MAX_SHOWN = 2 ** 27; // pixels that browsers draw on one canvas
+const MAX_SHOWN = 2 ** 27, MAX_SIDE = 32767; // pixels that browsers draw on one canvas
 const element = (id) => document.getElementById(id);
 
 const pictures = [];
 const changed = new Map(); // option -> value that the user has set
-let model = null, current = null, paused = false;
+const drops = []; // until the service answers
+let model = null, current = null, paused = false, downloading = false;
 
-const view = new View(element("canvas"), {hover, pick, line: drawn});
-const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check: update});
+const view = new View(element("canvas"), {hover, pick, line: useLine});
+const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check, isOutdated});
 const growth = new Growth({
   section: element("growth"), frames: element("frames"), hours: element("frame-hours"), notes: element("growth-notes"),
   curves: element("curves"),
-}, fail);
-const references = new References(() => { showReference(); update(); }, fail);
+}, refuse);
+const references = new References((picture) => { if (picture === current) showReference(); update(); }, fail);
 
 // ---- Service
 
@@ -34,23 +35,17 @@ async function connect() {
   try {
     model = await service.model();
   } catch (error) {
-    if (error.status === 401) return askForToken(error);
     element("model").textContent = "not ready";
-    return fail(error.message, connect);
+    refuse(error);
+    return;
   }
   element("token-form").hidden = true;
   element("message").hidden = true;
   element("model").textContent = `network ${model.fingerprint.slice(0, 12)}, ${model.targets}`;
   paused = false;
   showThresholds();
+  for (const drop of drops.splice(0)) await add(drop);
   pump();
-}
-
-function askForToken() {
-  paused = true;
-  element("token-form").hidden = false;
-  element("model").textContent = "token needed";
-  element("token").focus();
 }
 
 /** Show an error, with a button to try again if there is something to repeat. */
@@ -66,66 +61,108 @@ function fail(text, again) {
   message.hidden = false;
 }
 
+/** Show the error of a request. After one that can pass, no further requests are sent until the person agrees. */
+function refuse(error) {
+  if (!error.isTemporary) {
+    fail(error.message);
+    return;
+  }
+  paused = true;
+  if (error.status !== 401) {
+    fail(error.message, connect);
+    return;
+  }
+  if (!element("token-form").hidden) fail("this is not the token of this service");
+  element("token-form").hidden = false;
+  element("model").textContent = "token needed";
+  element("token").focus();
+}
+
 const optionsKey = () => JSON.stringify(Object.fromEntries(changed));
 
-/** Whether a picture's cells are missing, or those of other options; corrected and checked ones stay. */
-const isOutdated = (picture) => !picture.busy && picture.options !== optionsKey() && !picture.corrected && !picture.checked;
+/** Whether a picture's cells are missing, or those of other options; those that a person has approved stay. */
+function isOutdated(picture) {
+  return picture.options !== optionsKey() && !picture.fixed;
+}
 
 /** Start requests: the shown image first, then new ones, then those with other options. */
 function pump() {
-  const busy = pictures.filter((picture) => picture.busy).length;
   if (paused || !model) return;
-  const candidates = pictures.filter(isOutdated).sort((a, b) => rank(a) - rank(b));
+  const busy = pictures.filter((picture) => picture.busy).length;
+  const candidates = pictures.filter((picture) => isOutdated(picture) && !picture.busy).sort((a, b) => rank(a) - rank(b));
   candidates.slice(0, Math.max(REQUESTS - busy, 0)).forEach(segment);
   update();
 }
 
 const rank = (picture) => (picture === current ? 0 : picture.options === null ? 1 : 2);
 
+/** The plane to ask for: the first of a new file; without its channel if the options choose one. */
+function planeQuery(picture) {
+  const plane = changed.has("channel") ? picture.plane.replace(/_?c\d+/, "").replace(/^_/, "") : picture.plane;
+  return plane ? {plane} : picture.options === null || !picture.plane ? {plane: "0"} : {};
+}
+
 async function segment(picture) {
-  const key = optionsKey(), abort = new AbortController();
+  const options = optionsKey(), abort = new AbortController(), isNew = picture.options === null && !picture.plane;
   picture.busy = abort;
   try {
-    const query = {...JSON.parse(key), plane: picture.plane || "0"};
-    const answer = await service.segment(picture.file, query, abort.signal);
-    const isNew = picture.options === null && !picture.plane;
-    picture.receive(answer, key);
-    const others = isNew ? answer.planes.filter((plane) => plane !== picture.plane) : [];
-    pictures.splice(pictures.indexOf(picture) + 1, 0, ...others.map((plane) => new Picture(picture.path, picture.file, plane)));
-    if (picture.reference) references.scoreSoon(picture);
-    references.assign([picture]);
+    const answer = await service.segment(picture.file, {...JSON.parse(options), ...planeQuery(picture)}, abort.signal);
+    if (!picture.fixed) picture.receive(answer, options);
+    if (isNew) addPlanes(picture, answer.planes);
+    references.scoreSoon(picture, 0);
   } catch (error) {
-    if (error.name !== "AbortError") refuse(picture, error, key);
+    if (error.isTemporary) refuse(error);
+    else if (error.name !== "AbortError") {
+      Object.assign(picture, {state: "failed", error: error.message, options});
+      if (isNew && error.planes?.length > 1) picture.plane = error.planes[0];
+      if (isNew) addPlanes(picture, error.planes ?? []);
+    }
   } finally {
     picture.busy = null;
   }
-  if (picture === current || !current) await open(picture);
+  if (picture === current) await open(picture);
   pump();
 }
 
-function refuse(picture, error, key) {
-  if (error.status === 401) return askForToken();
-  if (error.status === 0) {
-    paused = true;
-    return fail(error.message, connect);
-  }
-  Object.assign(picture, {state: "failed", error: error.message, options: key});
+/** Add the other planes of a file. */
+function addPlanes(picture, planes) {
+  const others = planes.filter((plane) => plane !== picture.plane);
+  pictures.splice(pictures.indexOf(picture) + 1, 0, ...others.map((plane) => new Picture(picture.path, picture.file, plane)));
 }
 
 // ---- Images
 
+/** Add dropped files: images, and the label images that belong to them or to earlier images. */
 async function add(listed) {
-  if (!listed.length) return;
-  const suffixes = model?.suffixes ?? [];
-  const isImage = ({path}) => listed.length === 1 || suffixes.some((suffix) => path.toLowerCase().endsWith(suffix));
-  const hidden = ({path}) => path.split("/").some((part) => part.startsWith("."));
-  const usable = listed.filter((item) => !hidden(item));
-  const images = references.take(usable).filter(isImage).sort((a, b) => a.path.localeCompare(b.path, "en", {numeric: true}));
-  pictures.push(...images.map(({path, file}) => new Picture(path, file)));
-  const ignored = usable.filter((item) => !references.has(item) && !isImage(item)).length;
-  if (ignored) fail(`${ignored} files are no images and were left out`);
-  if (!images.length && !ignored && !references.assign(pictures)) fail("label images only: add their images too");
-  references.assign(pictures);
+  const visible = listed.filter(({path}) => !path.split("/").some((part) => part.startsWith(".")));
+  if (!visible.length) return;
+  if (!model) {
+    drops.push(visible); // until the service answers
+    return;
+  }
+  const files = new Map(visible.map(({path, file}) => [path, file]));
+  const earlier = pictures.filter((picture) => !files.has(picture.path));
+  let pairs;
+  try {
+    pairs = await service.pageData("pairs", {paths: [...new Set([...files.keys(), ...earlier.map((picture) => picture.path)])]});
+  } catch (error) {
+    drops.push(visible);
+    refuse(error);
+    return;
+  }
+  const images = pairs.images.filter((path) => files.has(path));
+  const unpaired = pairs.unpaired.filter((path) => files.has(path));
+  const labelled = Object.entries(pairs.labels).filter(([, path]) => files.has(path));
+  if (visible.length === 1 && !labelled.length && !unpaired.length && !images.length) images.push(visible[0].path);
+  const added = images.sort((a, b) => a.localeCompare(b, "en", {numeric: true})).map((path) => new Picture(path, files.get(path)));
+  pictures.push(...added);
+  const left = visible.length - images.length - unpaired.length - labelled.length;
+  if (unpaired.length) fail(`${unpaired.length} label images belong to no image here, or to several, such as ${unpaired[0]}`);
+  else if (left > 0) fail(`${left} files are no images and were left out`);
+  for (const [image, path] of labelled) {
+    const candidates = added.some((picture) => picture.path === image) ? added : earlier;
+    candidates.filter((picture) => picture.path === image && !picture.plane).forEach((picture) => references.set(picture, files.get(path)));
+  }
   if (!current && pictures.length) await open(pictures[0]);
   pump();
 }
@@ -135,50 +172,54 @@ async function open(picture) {
   current = picture;
   element("start").hidden = true;
   for (const id of ["work", "images"]) element(id).hidden = false;
-  const ready = picture.state === "ready", tooLarge = ready && picture.labels.data.length > MAX_SHOWN;
-  const note = element("stage-note");
-  note.hidden = ready && !tooLarge;
-  note.textContent = tooLarge ? "too large to be drawn; the download contains its cells"
-    : picture.state === "failed" ? picture.error : "finding cells";
-  note.className = picture.state === "failed" ? "bad" : "soft";
-  if (ready && !tooLarge) {
-    const image = await createImageBitmap(picture.png);
-    if (picture !== current) return;
-    view.open(image, picture.labels);
-  } else {
-    view.image = null;
-    view.draw();
+  const ready = picture.state === "ready";
+  let problem = picture.state === "failed" ? picture.error : ready ? "" : "finding cells";
+  const {labels: cells} = picture;
+  if (ready && (cells.data.length > MAX_SHOWN || Math.max(cells.width, cells.height) > MAX_SIDE)) {
+    problem = "too large to be drawn; the download contains its cells";
   }
+  if (ready && !problem) {
+    try {
+      const image = await createImageBitmap(picture.png);
+      if (picture !== current || cells !== picture.labels) return; // a later call shows it
+      view.open(image, cells);
+    } catch (error) {
+      problem = `this browser cannot draw the image: ${error.message}`;
+    }
+  }
+  if (problem) view.close();
+  const note = element("stage-note");
+  note.hidden = !problem;
+  note.textContent = problem;
+  note.className = picture.state === "failed" ? "bad" : "soft";
   showCells();
-  if (isOutdated(picture)) pump();
 }
 
-function step(by) {
+async function step(by) {
   const next = pictures[pictures.indexOf(current) + by];
-  if (next) open(next).then(() => say(`${next.name}: ${next.state === "ready" ? `${next.cells.size} cells` : next.error || next.state}`));
+  if (!next) return;
+  await open(next);
+  say(`${next.name}: ${next.state === "ready" ? `${next.cells.size} cells` : next.error || "waiting"}`);
+  pump();
 }
 
 /** Show the current picture's cells and numbers. */
 function showCells() {
-  const ready = current?.state === "ready";
-  const areas = ready ? current.areas().sort((a, b) => a - b) : [];
+  const ready = current?.state === "ready", areas = ready ? current.areas : [];
   element("count").textContent = ready ? areas.length : "-";
   element("confluence").textContent = ready ? `${(100 * current.confluence).toFixed(1)} %` : "-";
-  element("median").textContent = areas.length ? areas[Math.floor((areas.length - 1) / 2)] : "-";
-  element("score").textContent = areas.length ? current.meanScore().toFixed(2) : "-";
+  element("median").textContent = median(areas) ?? "-";
+  element("score").textContent = areas.length ? current.meanScore.toFixed(2) : "-";
   element("histogram").replaceChildren(charts.histogram(areas));
   element("canvas").setAttribute("aria-label", current ? `${current.name}: ${areas.length} cells` : "Image with cells");
-  if (ready) {
-    for (const label of view.selected) if (!current.cells.has(label)) view.selected.delete(label);
-    if (view.image) view.paint(scaleValues(areas));
-  }
+  if (ready) for (const label of view.selected) if (!current.cells.has(label)) view.selected.delete(label);
   showReference();
   update();
 }
 
-/** Map of label -> 0 to 1 for the chosen scale. */
-function scaleValues(areas) {
-  const kind = element("colour").value;
+/** Map of label -> 0 to 1 for the chosen scale; null without one. */
+function scaleValues() {
+  const kind = element("colour").value, {areas} = current;
   element("scale").hidden = kind === "cell";
   if (kind === "cell") return null;
   const last = areas.length - 1;
@@ -191,27 +232,33 @@ function scaleValues(areas) {
 }
 
 function update() {
-  const finished = pictures.filter((picture) => picture.options !== null).length;
   const ready = pictures.filter((picture) => picture.state === "ready");
+  const finished = pictures.filter((picture) => !isOutdated(picture)).length;
+  const failed = pictures.filter((picture) => picture.state === "failed").length;
   element("progress").max = Math.max(pictures.length, 1);
   element("progress").value = finished;
   element("progress").hidden = finished === pictures.length;
-  const failed = pictures.length - ready.length - pictures.filter((picture) => picture.state === "waiting").length;
   element("progress-text").textContent = `${finished} of ${pictures.length}${failed ? `, ${failed} without result` : ""}`;
-  element("download").disabled = !ready.length;
-  const marked = ready.filter((picture) => picture.corrected || picture.checked).length;
-  element("download-corrections").disabled = !marked;
-  element("download-corrections").textContent = `Download corrections${marked ? ` (${marked})` : ""}`;
-  element("undo").disabled = !current?.done?.length;
-  element("redo").disabled = !current?.undone?.length;
+  element("download").disabled = !ready.length || finished < pictures.length || downloading;
+  const approved = ready.filter((picture) => picture.fixed).length;
+  element("download-corrections").disabled = !approved || downloading;
+  element("download-corrections").textContent = `Download corrections${approved ? ` (${approved})` : ""}`;
+  element("undo").disabled = !current?.done.length;
+  element("redo").disabled = !current?.undone.length;
   element("delete").disabled = view.selected.size < 1;
   element("merge").disabled = view.selected.size < 2;
   element("split").disabled = view.selected.size !== 1;
-  const fixed = current?.corrected || current?.checked;
-  element("thresholds").disabled = Boolean(fixed);
-  element("thresholds").title = fixed ? "This image is corrected or marked as correct: undo that to change its thresholds" : "";
+  element("thresholds").disabled = Boolean(current?.fixed);
+  element("fixed-note").hidden = !current?.fixed;
   table.draw(pictures, current);
   growth.schedule(pictures);
+}
+
+/** The person has ticked or unticked an image as correct. */
+function check(picture) {
+  picture.busy?.abort();
+  if (picture === current) showCells();
+  pump();
 }
 
 // ---- Thresholds
@@ -233,7 +280,7 @@ function setOption(name, value) {
   clearTimeout(optionsTimer);
   optionsTimer = setTimeout(() => {
     pictures.forEach((picture) => picture.busy?.abort());
-    setTimeout(pump); // after the aborted requests have ended
+    pump();
   }, 60);
 }
 
@@ -247,12 +294,18 @@ function correct(text, action) {
     say(error.message);
     return;
   }
+  showCorrection(text);
+}
+
+function showCorrection(text) {
   showCells();
   say(`${text}; ${current.cells.size} cells`);
   references.scoreSoon(current);
+  element("canvas").focus({preventScroll: true}); // the button may be disabled now
+  pump();
 }
 
-function drawn(points) {
+function useLine(points) {
   if (view.mode === "cut") correct("cut", (image, next) => labels.cut(image, points, next));
   else correct("drawn", (image, next) => labels.draw(image, points, next));
 }
@@ -262,8 +315,8 @@ const actions = {
   delete: () => selected().length && correct("deleted", (image) => labels.remove(image, selected())),
   merge: () => correct("merged", (image, next) => labels.merge(image, selected(), next)),
   split: () => selected().length === 1 && correct("split", (image, next) => labels.halve(image, selected()[0], next)),
-  undo: () => { current?.undo?.(); showCells(); say("undone"); references.scoreSoon(current); pump(); },
-  redo: () => { current?.redo?.(); showCells(); say("repeated"); references.scoreSoon(current); },
+  undo: () => current?.undo() && showCorrection("undone"),
+  redo: () => current?.redo() && showCorrection("repeated"),
   "zoom-in": () => view.zoomBy(1.5),
   "zoom-out": () => view.zoomBy(1 / 1.5),
   "zoom-fit": () => view.fit(),
@@ -282,7 +335,7 @@ function setMode(mode) {
 
 const describe = (label) => {
   const cell = current.cells.get(label), detail = current.details.get(label);
-  const form = label < current.firstFree ? `, eccentricity ${detail.eccentricity.toFixed(2)}, brightness ${detail.mean_intensity.toFixed(0)}` : "";
+  const form = label < current.firstFree ? `, eccentricity ${detail.eccentricity.toFixed(2)}, brightness ${detail.brightness.toFixed(0)}` : "";
   const score = label < current.firstFree ? `score ${current.score(label).toFixed(2)}` : "corrected";
   return `cell ${label}: ${cell.area} px, ${score}${form}${cell.border ? ", at the border" : ""}`;
 };
@@ -312,7 +365,8 @@ function selectNext(by, extend) {
   const order = [...current.cells.keys()], last = selected().pop();
   const label = order[(order.indexOf(last) + by + order.length + (last === undefined && by < 0 ? 1 : 0)) % order.length];
   if (!extend) view.selected.clear();
-  view.selected.add(label);
+  view.selected.delete(label);
+  view.selected.add(label); // as the last one
   const cell = current.cells.get(label);
   view.reveal(cell.x, cell.y);
   say(`${describe(label)}, at ${Math.round(cell.x)}, ${Math.round(cell.y)}`);
@@ -343,25 +397,25 @@ const say = (text) => { element("status").textContent = text; };
 // ---- Reference, downloads
 
 function showReference() {
-  const reference = current?.reference;
+  const reference = current?.reference, scores = reference?.scores;
   view.reference = reference?.labels && element("show-reference").checked ? reference.labels : null;
-  const scores = reference?.scores;
   element("reference-text").textContent = !reference ? "Compare with a label image."
-    : !scores ? `${reference.file}: comparing`
-    : `${reference.file}: mSA ${scores.msa.toFixed(3)}, SA50 ${scores.sa50.toFixed(3)}, Dice ${scores.dice.toFixed(3)}; ` +
+    : !scores ? `${reference.name}: comparing`
+    : `${reference.name}: mSA ${scores.msa.toFixed(3)}, SA50 ${scores.sa50.toFixed(3)}, Dice ${scores.dice.toFixed(3)}; ` +
       `${scores.cells} cells, ${scores.true_cells} in the reference`;
-  if (view.image && current?.state === "ready") view.paint(scaleValues(current.areas().sort((a, b) => a - b)));
+  if (view.image && view.labels === current?.labels) view.paint(scaleValues());
 }
 
 async function download(name, make) {
-  const buttons = ["download", "download-corrections"].map(element);
-  buttons.forEach((button) => { button.disabled = true; });
+  downloading = true;
+  update();
   try {
     files.save(name, await make((number, total) => say(`${name}: ${number + 1} of ${total}`)));
     say(`${name} is saved`);
   } catch (error) {
     fail(`${name}: ${error.message}`);
   }
+  downloading = false;
   update();
 }
 
@@ -400,16 +454,21 @@ element("reset").onclick = () => {
 for (const name of ["outlines", "fills"]) element(name).onchange = (event) => { view.show[name] = event.target.checked; showCells(); };
 element("colour").onchange = (event) => { view.show.colour = event.target.value; showCells(); };
 element("frame-hours").onchange = update;
-element("download").onclick = () => download("raylivecell.zip", (report) => downloads.everything(pictures, model, growth.page, report));
+element("download").onclick = () => download("raylivecell.zip", (report) => downloads.everything([...pictures], model, growth.page, report));
 element("download-corrections").onclick = () => download("corrections.zip", (report) =>
-  downloads.corrections(pictures.filter((picture) => picture.state === "ready" && (picture.corrected || picture.checked)), report));
+  downloads.corrections(pictures.filter((picture) => picture.state === "ready" && picture.fixed), report));
 document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
 document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
 document.addEventListener("drop", async (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  add(await files.dropped(event.dataTransfer));
+  try {
+    await add(await files.dropped(event.dataTransfer));
+  } catch (error) {
+    fail(`the dropped files cannot be read: ${error.message}`);
+  }
 });
+window.addEventListener("unhandledrejection", (event) => fail(`unexpected: ${event.reason?.message ?? event.reason}`));
 window.addEventListener("beforeunload", (event) => { if (pictures.some((picture) => picture.corrected)) event.preventDefault(); });
 
 const bar = element("scale-bar").getContext("2d");

@@ -5,9 +5,15 @@ let token = sessionStorage.getItem("token") ?? "";
 
 /** An answer other than 200: its status, and the line of its error. */
 export class ServiceError extends Error {
-  constructor(status, line) {
+  constructor(status, line, planes = []) {
     super(line);
     this.status = status;
+    this.planes = planes; // all planes of the file, if they are known
+  }
+
+  /** Whether the same request can succeed later, or with a token. */
+  get isTemporary() {
+    return [0, 401, 429, 503].includes(this.status);
   }
 }
 
@@ -15,6 +21,8 @@ export function useToken(value) {
   token = value.trim();
   sessionStorage.setItem("token", token);
 }
+
+const NO_ANSWER = "the service does not answer: is `raylivecell serve` still running?";
 
 /** Facts about the network. */
 export const model = () => request("model", {});
@@ -28,6 +36,7 @@ export const pageData = (task, body, signal) =>
   request(`page-data/${task}`, {method: "POST", body: JSON.stringify(body), signal});
 
 async function request(address, options) {
+  if (!/^[\x21-\x7e]*$/.test(token)) throw new ServiceError(401, "a token has letters, digits and signs without spaces");
   const headers = {...options.headers, ...(token ? {authorization: `Bearer ${token}`} : {})};
   for (let attempt = 1; ; attempt++) {
     let response;
@@ -35,12 +44,18 @@ async function request(address, options) {
       response = await fetch(address, {...options, headers});
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ServiceError(0, "the service does not answer: is `raylivecell serve` still running?");
+      throw new ServiceError(0, NO_ANSWER);
     }
-    const answer = await response.json().catch(() => ({error: `status ${response.status}`}));
+    let answer;
+    try {
+      answer = await response.json();
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ServiceError(response.ok ? 0 : response.status, response.ok ? NO_ANSWER : `status ${response.status}`);
+    }
     if (response.ok) return answer;
     const wait = Number(response.headers.get("retry-after"));
-    if (!wait || attempt === TRIES) throw new ServiceError(response.status, answer.error);
+    if (!wait || attempt === TRIES) throw new ServiceError(response.status, answer.error, answer.planes);
     await new Promise((resolve) => setTimeout(resolve, 1000 * wait * attempt));
   }
 }

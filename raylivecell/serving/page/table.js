@@ -1,5 +1,5 @@
 // The table of all images, sortable by each column.
-import {worthCorrecting} from "./images.js";
+import {median, needOfCorrection} from "./images.js";
 
 const COLUMNS = [
   ["name", "image"], ["cells", "cells"], ["confluence", "confluence"], ["median", "median area, px"],
@@ -8,7 +8,7 @@ const COLUMNS = [
 const TEXT = ["name", "worth"];
 
 export class Table {
-  /** @param {object} parts  columns and rows, elements  @param {object} on  open(picture), check(picture) */
+  /** @param {object} parts  columns and rows, elements  @param {object} on  open(picture), check(picture), isOutdated(picture) */
   constructor({columns, rows}, on) {
     this.rows = rows;
     this.on = on;
@@ -39,8 +39,8 @@ export class Table {
   }
 
   _draw() {
-    const worth = worthCorrecting(this.pictures);
-    const rows = this.pictures.map((picture) => ({picture, values: rowValues(picture, worth.get(picture))}));
+    const needs = needOfCorrection(this.pictures);
+    const rows = this.pictures.map((picture) => ({picture, values: rowValues(picture, needs.get(picture))}));
     if (this.sorting) {
       const {name, sign} = this.sorting;
       rows.sort((a, b) => sign * compare(a.values[name], b.values[name]));
@@ -80,23 +80,22 @@ export class Table {
     if (this._hasReference()) row.append(cell(values.msa < 0 ? "" : values.msa.toFixed(3)));
     const box = document.createElement("input");
     box.type = "checkbox";
-    box.checked = picture.checked || picture.corrected;
+    box.checked = picture.fixed;
     box.disabled = picture.corrected;
     box.setAttribute("aria-label", `the cells of ${picture.name} are correct`);
     box.onchange = () => { picture.checked = box.checked; this.on.check(picture); };
-    const text = picture.corrected ? "corrected" : values.first ? `correct first: ${values.reason}` : values.reason;
+    const text = this.on.isOutdated(picture) ? "thresholds changed: finding cells" : picture.corrected ? "corrected" : values.first ? `correct first: ${values.reason}` : values.reason;
     row.append(cell(text, values.first ? "text bad" : "text"), cell(box));
     return row;
   }
 }
 
-function rowValues(picture, worth) {
+function rowValues(picture, need) {
   if (picture.state !== "ready") return {name: picture.name, worth: -1, cells: -1, confluence: -1, score: -1, msa: -1, checked: 0};
-  const areas = picture.areas().sort((a, b) => a - b);
   return {
-    name: picture.name, cells: areas.length, confluence: picture.confluence, median: areas[Math.floor((areas.length - 1) / 2)],
-    score: picture.meanScore(), msa: picture.reference?.scores?.msa ?? -1, worth: worth?.value ?? -1, reason: worth?.reason ?? "", first: worth?.first ?? false,
-    checked: Number(picture.checked || picture.corrected),
+    name: picture.name, cells: picture.cells.size, confluence: picture.confluence, median: median(picture.areas),
+    score: picture.meanScore, msa: picture.reference?.scores?.msa ?? -1, worth: need?.value ?? -1, reason: need?.reason ?? "", first: need?.first ?? false,
+    checked: Number(picture.fixed),
   };
 }
 

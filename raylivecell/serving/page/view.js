@@ -35,6 +35,8 @@ export class View {
     this.zoom = 1;
     this.left = 0; // image coordinates of the canvas' upper left corner
     this.top = 0;
+    this.isFitted = true; // the entire image is shown, also after a resize
+    this.size = null; // of the last image
     new ResizeObserver(() => this._resize()).observe(canvas);
     canvas.addEventListener("pointerdown", (event) => this._down(event));
     canvas.addEventListener("pointermove", (event) => this._move(event));
@@ -44,12 +46,18 @@ export class View {
     canvas.addEventListener("wheel", (event) => this._wheel(event), {passive: false});
   }
 
-  /** Show an image with its cells; the zoom stays if the image has the size of the one before. */
+  /** Show an image with its cells, painted afterwards; the zoom stays if the image has the size of the one before. */
   open(image, labels) {
-    const same = this.image && image.width === this.image.width && image.height === this.image.height;
     this.image = image;
     this.labels = labels;
-    if (!same) this.fit();
+    if (image.width !== this.size?.width || image.height !== this.size?.height) this.isFitted = true;
+    this.size = {width: image.width, height: image.height};
+  }
+
+  /** Show nothing. */
+  close() {
+    this.image = this.labels = this.reference = null;
+    this.draw();
   }
 
   /** Paint the cells again: labels, colours or options have changed. `values`: Map of label -> 0 to 1, for a scale. */
@@ -71,7 +79,8 @@ export class View {
       }
     }
     context.putImageData(pixels, 0, 0);
-    this.draw();
+    if (this.isFitted) this.fit();
+    else this.draw();
   }
 
   _colours(values) {
@@ -116,6 +125,7 @@ export class View {
   /** Show the entire image. */
   fit() {
     if (!this.image) return;
+    this.isFitted = true;
     const {clientWidth, clientHeight} = this.canvas;
     this.zoom = Math.min(clientWidth / this.image.width, clientHeight / this.image.height) || 1;
     this.left = (this.image.width - clientWidth / this.zoom) / 2;
@@ -126,6 +136,7 @@ export class View {
   /** Zoom by a factor, around a point of the canvas (default: its centre). */
   zoomBy(factor, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2) {
     const zoom = Math.min(Math.max(this.zoom * factor, 0.02), MAX_ZOOM);
+    this.isFitted = false;
     this.left += x / this.zoom - x / zoom;
     this.top += y / this.zoom - y / zoom;
     this.zoom = zoom;
@@ -134,6 +145,7 @@ export class View {
 
   /** Move the image by pixels of the screen. */
   panBy(x, y) {
+    this.isFitted = false;
     this.left += x / this.zoom;
     this.top += y / this.zoom;
     this.draw();
@@ -203,6 +215,7 @@ export class View {
     const {clientWidth, clientHeight} = this.canvas;
     this.canvas.width = clientWidth * devicePixelRatio;
     this.canvas.height = clientHeight * devicePixelRatio;
-    this.fit();
+    if (this.isFitted) this.fit();
+    else this.draw();
   }
 }
