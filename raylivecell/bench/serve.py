@@ -4,6 +4,7 @@ Synthetic frames of 520x704 and a network of the size of recipe `small` with ran
 them, with one process that has the network. The speed of `predict` is that after its start: N images minus one image.
 """
 
+import io
 import itertools
 import os
 import socket
@@ -17,9 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import requests
+import tifffile
 import torch
+from numpy.typing import NDArray
 
 from raylivecell.bench.figures import Figures, Options, measure_in_turn, ratios, summaries, summary
 from raylivecell.core.errors import MachineError
@@ -60,12 +64,12 @@ def bench(options: Options) -> Figures:
             return (options.images - 1) / (times[0] - times[1])
 
         with _service(network) as (url, process, began):
-            _post(url, files[0])
+            _post(url, files[0].read_bytes())
             first = time.monotonic() - began
             before = _memory_mib(process)
 
             def serve(name: str, clients: int) -> float:
-                seconds, total = _load(url, files, clients)
+                seconds, total = _load(url, _shifted(files, 1 + next(numbers)), clients)
                 latencies[name].append(seconds)
                 return options.images / total
 
@@ -87,13 +91,17 @@ def bench(options: Options) -> Figures:
 
 
 def _write_images(folder: Path, count: int) -> list[Path]:
-    import tifffile
-
     folder.mkdir()
     files = [folder / f"{number:04}.tif" for number in range(count)]
     for number, file in enumerate(files):
-        tifffile.imwrite(file, writer.draw_labels(0, number)[0])
+        file.write_bytes(_tiff(writer.draw_labels(0, number)[0]))
     return files
+
+
+def _tiff(image: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, image)
+    return buffer.getvalue()
 
 
 def _write_network(folder: Path) -> str:
@@ -127,25 +135,30 @@ def _wait(url: str, process: subprocess.Popen[bytes], began: float) -> None:
         try:
             if requests.get(f"{url}/healthz", timeout=10).ok:
                 return
-        except requests.ConnectionError:
-            pass  # it does not listen yet
+        except (requests.ConnectionError, requests.Timeout):
+            pass  # it does not listen yet, or starts
         time.sleep(0.1)
     raise MachineError(f"`serve` was not ready within {START_S} s; run `raylivecell serve` for its messages")
 
 
-def _post(url: str, file: Path) -> float:
+def _post(url: str, image: bytes) -> float:
     """Seconds of one request."""
     began = time.monotonic()
-    response = requests.post(f"{url}/segment?format=csv", data=file.read_bytes(), timeout=600)
+    response = requests.post(f"{url}/segment?format=csv", data=image, timeout=600)
     response.raise_for_status()
     return time.monotonic() - began
 
 
-def _load(url: str, files: Sequence[Path], clients: int) -> tuple[list[float], float]:
+def _shifted(files: Sequence[Path], columns: int) -> list[bytes]:
+    """The images moved to the right: other images for the service, whose maps it does not have in memory."""
+    return [_tiff(np.roll(tifffile.imread(file), columns, axis=1)) for file in files]
+
+
+def _load(url: str, images: Sequence[bytes], clients: int) -> tuple[list[float], float]:
     """Seconds of each request, and of all together, with `clients` requests at the same time."""
     began = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        seconds = list(pool.map(lambda file: _post(url, file), files))
+        seconds = list(pool.map(lambda image: _post(url, image), images))
     return seconds, time.monotonic() - began
 
 

@@ -147,10 +147,10 @@ def serve(
     checkpoint: str,
     host: str = "127.0.0.1",
     port: int = 8000,
-    replicas: str = "1",
+    replicas: str | None = None,
     max_request_mib: float = 512,
 ) -> None:
-    """Serve a network as a REST interface, http://HOST:PORT/docs, until interrupted.
+    """Serve a network as a page, http://HOST:PORT, and a REST interface, until interrupted.
 
     Args:
         checkpoint: a run (its best checkpoint is used), a checkpoint folder, or an .onnx file; a path or URI.
@@ -158,12 +158,13 @@ def serve(
             request must have.
         port: port to listen on.
         replicas: processes with the network, N or MIN:MAX by load; each needs a GPU, or a CPU if there is none. As many
-            processes find the cells.
+            processes find the cells. Default: 1 to half of the CPUs, or to the number of GPUs.
         max_request_mib: larger requests are refused.
     """
     from raylivecell.serving import service
 
-    service.run(checkpoint, host, port, workers_in(replicas, "--replicas"), max_request_mib)
+    numbers = workers_in(replicas, "--replicas") if replicas is not None else None
+    service.run(checkpoint, host, port, numbers, max_request_mib)
 
 
 def export(

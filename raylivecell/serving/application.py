@@ -121,7 +121,10 @@ class Network:
         actors.use_threads(with_torch=not settings.checkpoint.endswith(segmenter.ONNX))
         self.maps_of_images = _load_network(settings.checkpoint)
         self.fingerprint = weights_hash(settings.checkpoint)
-        self.maps.set_max_batch_size(settings.batch_size)  # type: ignore[attr-defined]  # added by @serve.batch
+        # A CPU computes the images of a batch one by one. Answered together, they would then be segmented while the
+        # network waits: 4.1 instead of 6.0 images/s on two cores.
+        size = settings.batch_size if settings.network_gpus else 1
+        self.maps.set_max_batch_size(size)  # type: ignore[attr-defined]  # added by @serve.batch
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=WAIT_S)
     async def maps(self, windows: list[Window]) -> list[Maps | None]:

@@ -24,14 +24,14 @@ IN_MEMORY = "/dev/shm"
 ANY_ADDRESS = ("0.0.0.0", "::")
 
 
-def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], max_request_mib: float) -> None:
+def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int] | None, max_request_mib: float) -> None:
     """Serve until the process is interrupted; print the address once images can be segmented.
 
     Args:
         checkpoint: as `ServeSettings.checkpoint`.
         host: address to listen on; without a token only a loopback address.
         port: port to listen on.
-        replicas: processes with the network, or (min, max).
+        replicas: processes with the network, or (min, max); None: 1 to half of the CPUs of this machine or cluster.
         max_request_mib: as in `ServeSettings`.
 
     Raises:
@@ -54,10 +54,12 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], 
     address = application.model_address(checkpoint)
     segmenter.load(address, device="cpu")  # a UserError now: Ray would restart a failing process without end
     console.print(f"starting Ray; the network is {address}", markup=False)
-    low, high = replicas if isinstance(replicas, tuple) else (replicas, replicas)
+    low, high = replicas if isinstance(replicas, tuple) else (replicas or 1, replicas or _half(os.cpu_count() or 1))
     # An image must not be written to disk: when Ray's memory is full, it spills objects to this folder.
     with environment(**({"RAY_object_spilling_directory": IN_MEMORY} if os.path.isdir(IN_MEMORY) else {})):
         session.connect(cpus=max(2 * high, os.cpu_count() or 1))  # one for each process
+    if replicas is None and not session.started_here():
+        high = _half(sum(machine.cpus for machine in session.machines()))
     gpus = 0 if address.endswith(segmenter.ONNX) else placement.gpu_slots(session.machines())
     _check_resources(low, gpus)
     settings = ServeSettings(
@@ -85,6 +87,11 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int], 
             threading.Event().wait()
         finally:
             serve.shutdown()
+
+
+def _half(cpus: float) -> int:
+    """Processes with the network if as many processes find the cells."""
+    return max(1, int(cpus // 2))
 
 
 def _check_resources(processes: int, gpus: int) -> None:

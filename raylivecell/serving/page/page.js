@@ -5,12 +5,12 @@ import * as files from "./files.js";
 import {Growth} from "./growth.js";
 import {Picture, median} from "./images.js";
 import * as labels from "./labels.js";
+import {Queue} from "./queue.js";
 import {References} from "./references.js";
 import * as service from "./service.js";
 import {Table} from "./table.js";
 import {View, scaleColour} from "./view.js";
 
-const REQUESTS = 3; // at the same time
 const SLIDERS = ["threshold", "prominence", "smoothing", "min_area", "min_score"];
 const LOWEST_SCORE = 0.4; // start of the colour scale of scores: few cells have less
 const MAX_SHOWN = 2 ** 27, MAX_SIDE = 32767; // pixels that browsers draw on one canvas
@@ -19,15 +19,25 @@ const element = (id) => document.getElementById(id);
 const pictures = [];
 const changed = new Map(); // option -> value that the user has set
 const drops = []; // until the service answers
-let model = null, current = null, paused = false, downloading = false;
+let model = null, current = null, downloading = false;
 
 const view = new View(element("canvas"), {hover, pick, line: useLine});
-const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check, isOutdated});
+const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check, isOutdated: (picture) => queue.isOutdated(picture)});
 const growth = new Growth({
   section: element("growth"), frames: element("frames"), hours: element("frame-hours"), notes: element("growth-notes"),
   curves: element("curves"),
 }, refuse);
 const references = new References((picture) => { if (picture === current) showReference(); update(); }, fail);
+
+const queue = new Queue(pictures, changed, {
+  current: () => current,
+  changed: async (picture) => {
+    references.scoreSoon(picture, 0);
+    if (picture === current) await open(picture);
+  },
+  progress: update,
+  refused: refuse,
+});
 
 // ---- Service
 
@@ -42,10 +52,9 @@ async function connect() {
   element("token-form").hidden = true;
   element("message").hidden = true;
   element("model").textContent = `network ${model.fingerprint.slice(0, 12)}, ${model.targets}`;
-  paused = false;
   showThresholds();
   for (const drop of drops.splice(0)) await add(drop);
-  pump();
+  queue.resume();
 }
 
 /** Show an error, with a button to try again if there is something to repeat. */
@@ -67,7 +76,7 @@ function refuse(error) {
     fail(error.message);
     return;
   }
-  paused = true;
+  queue.isPaused = true;
   if (error.status !== 401) {
     fail(error.message, connect);
     return;
@@ -76,58 +85,6 @@ function refuse(error) {
   element("token-form").hidden = false;
   element("model").textContent = "token needed";
   element("token").focus();
-}
-
-const optionsKey = () => JSON.stringify(Object.fromEntries(changed));
-
-/** Whether a picture's cells are missing, or those of other options; those that a person has approved stay. */
-function isOutdated(picture) {
-  return picture.options !== optionsKey() && !picture.fixed;
-}
-
-/** Start requests: the shown image first, then new ones, then those with other options. */
-function pump() {
-  if (paused || !model) return;
-  const busy = pictures.filter((picture) => picture.busy).length;
-  const candidates = pictures.filter((picture) => isOutdated(picture) && !picture.busy).sort((a, b) => rank(a) - rank(b));
-  candidates.slice(0, Math.max(REQUESTS - busy, 0)).forEach(segment);
-  update();
-}
-
-const rank = (picture) => (picture === current ? 0 : picture.options === null ? 1 : 2);
-
-/** The plane to ask for: the first of a new file; without its channel if the options choose one. */
-function planeQuery(picture) {
-  const plane = changed.has("channel") ? picture.plane.replace(/_?c\d+/, "").replace(/^_/, "") : picture.plane;
-  return plane ? {plane} : picture.options === null || !picture.plane ? {plane: "0"} : {};
-}
-
-async function segment(picture) {
-  const options = optionsKey(), abort = new AbortController(), isNew = picture.options === null && !picture.plane;
-  picture.busy = abort;
-  try {
-    const answer = await service.segment(picture.file, {...JSON.parse(options), ...planeQuery(picture)}, abort.signal);
-    if (!picture.fixed) picture.receive(answer, options);
-    if (isNew) addPlanes(picture, answer.planes);
-    references.scoreSoon(picture, 0);
-  } catch (error) {
-    if (error.isTemporary) refuse(error);
-    else if (error.name !== "AbortError") {
-      Object.assign(picture, {state: "failed", error: error.message, options});
-      if (isNew && error.planes?.length > 1) picture.plane = error.planes[0];
-      if (isNew) addPlanes(picture, error.planes ?? []);
-    }
-  } finally {
-    picture.busy = null;
-  }
-  if (picture === current) await open(picture);
-  pump();
-}
-
-/** Add the other planes of a file. */
-function addPlanes(picture, planes) {
-  const others = planes.filter((plane) => plane !== picture.plane);
-  pictures.splice(pictures.indexOf(picture) + 1, 0, ...others.map((plane) => new Picture(picture.path, picture.file, plane)));
 }
 
 // ---- Images
@@ -164,7 +121,7 @@ async function add(listed) {
     candidates.filter((picture) => picture.path === image && !picture.plane).forEach((picture) => references.set(picture, files.get(path)));
   }
   if (!current && pictures.length) await open(pictures[0]);
-  pump();
+  queue.fill();
 }
 
 async function open(picture) {
@@ -200,7 +157,7 @@ async function step(by) {
   if (!next) return;
   await open(next);
   say(`${next.name}: ${next.state === "ready" ? `${next.cells.size} cells` : next.error || "waiting"}`);
-  pump();
+  queue.fill();
 }
 
 /** Show the current picture's cells and numbers. */
@@ -233,7 +190,7 @@ function scaleValues() {
 
 function update() {
   const ready = pictures.filter((picture) => picture.state === "ready");
-  const finished = pictures.filter((picture) => !isOutdated(picture)).length;
+  const finished = pictures.filter((picture) => !queue.isOutdated(picture)).length;
   const failed = pictures.filter((picture) => picture.state === "failed").length;
   element("progress").max = Math.max(pictures.length, 1);
   element("progress").value = finished;
@@ -258,7 +215,7 @@ function update() {
 function check(picture) {
   picture.busy?.abort();
   if (picture === current) showCells();
-  pump();
+  queue.fill();
 }
 
 // ---- Thresholds
@@ -279,8 +236,7 @@ function setOption(name, value) {
   showThresholds();
   clearTimeout(optionsTimer);
   optionsTimer = setTimeout(() => {
-    pictures.forEach((picture) => picture.busy?.abort());
-    pump();
+    queue.restart();
   }, 60);
 }
 
@@ -302,7 +258,7 @@ function showCorrection(text) {
   say(`${text}; ${current.cells.size} cells`);
   references.scoreSoon(current);
   element("canvas").focus({preventScroll: true}); // the button may be disabled now
-  pump();
+  queue.fill();
 }
 
 function useLine(points) {
