@@ -155,7 +155,7 @@ def cards(curves: Curves) -> list[Card]:
         wells = members[curve.plate, curve.condition] if not curve.well else []
         axes = {name: growth_charts.value_axis(wells or [curve], name) for name in MEASURES}
         charts = [(TITLES[name], growth_charts.chart(curve, name, x, axes[name], LARGE, wells)) for name in MEASURES]
-        title = ", ".join(filter(None, (curve.plate, curve.condition, _wells(curve))))
+        title = ", ".join(dict.fromkeys(filter(None, (curve.plate, curve.condition, _wells(curve)))))
         result.append(Card(title, doubling_text(curve.fits["cells"]), curve.fits["cells"].reasons, charts))
     return result
 

@@ -39,6 +39,7 @@ MAX_CELLS = 100_000
 MAX_RUNS = 2**23
 """In the answer of a score, 64 MiB: a label image of noise has a run per pixel."""
 MAX_IMAGES = 100_000
+NO_WELLS = "Growth curves need a well and a time in the name of a file, such as A172_Phase_B7_1_00d08h00m_2.tif"
 FILES = ("labels", "overlays", "geojson", "rois")
 """Files of an image in the zip of the page: outputs of `predict`."""
 Model = TypeVar("Model", bound=StrictModel)
@@ -189,7 +190,7 @@ def _growth(request: Growth) -> dict[str, Any]:
         collector.add(position, ImageCount(row.cells, row.confluence, row.area, size, row.has_warning))
     curves = collector.curves()
     if all(len(curve.points) < 2 for curve in curves.wells):
-        return {"charts": [], "notes": []}
+        return {"charts": [], "notes": [] if len(curves.wells) else [NO_WELLS]}
     notes = growth_files.notes(collector, unmatched)
     return {
         "charts": [
@@ -210,14 +211,22 @@ def _growth(request: Growth) -> dict[str, Any]:
 def _pairs(request: Paths) -> dict[str, Any]:
     """Images, and which label image belongs to which, as `prepare` pairs them."""
     pairs = pairing.find_pairs(request.paths, "labels")
+    unpaired = [
+        *pairs.annotations,
+        *(path for pair in pairs.pairs if len(pair.annotations) > 1 for path in pair.annotations),
+        *(path for _, paths in pairs.ambiguous for path in paths),
+    ]
+    # A JPEG named like labels cannot contain any: it is an image.
+    lossy = [path for path in unpaired if path.lower().endswith(pairing.OTHER_SUFFIXES)]
     return {
-        "images": [pair.image for pair in pairs.pairs]
-        + pairs.images
-        + [i for images, _ in pairs.ambiguous for i in images],
+        "images": [
+            *(pair.image for pair in pairs.pairs),
+            *pairs.images,
+            *(image for images, _ in pairs.ambiguous for image in images),
+            *lossy,
+        ],
         "labels": {pair.image: pair.annotations[0] for pair in pairs.pairs if len(pair.annotations) == 1},
-        "unpaired": pairs.annotations
-        + [path for pair in pairs.pairs if len(pair.annotations) > 1 for path in pair.annotations]
-        + [path for _, paths in pairs.ambiguous for path in paths],
+        "unpaired": [path for path in unpaired if path not in lossy],
     }
 
 

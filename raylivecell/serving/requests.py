@@ -113,7 +113,9 @@ async def uploads(
         files = [Upload(_base_name(part.filename), await part.read()) for part in parts]
         await form.close()
     if not any(file.data for file in files):
-        raise RequestError(422, "no file in the request; send one, such as curl -F file=@image.tif URL/segment")
+        raise RequestError(
+            422, "no file, or an empty one, in the request; send one, such as curl -F file=@image.tif URL/segment"
+        )
     return files
 
 

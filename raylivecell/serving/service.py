@@ -104,7 +104,8 @@ def _check_resources(processes: int, gpus: int) -> None:
 
 
 def _start(settings: ServeSettings, host: str, port: int) -> None:
-    console.print(f"starting {settings.min_replicas} processes with the network, and as many that find the cells")
+    count = settings.min_replicas
+    console.print(f"starting {count} process{'es' * (count > 1)} with the network, and as many that find the cells")
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
     try:
         serve.run(application.build(settings), name=application.NAME, route_prefix="/")

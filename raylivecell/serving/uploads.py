@@ -105,7 +105,7 @@ def _planes(file: ImageFile, name: str, options: Options) -> Iterator[tuple[str,
 
 def _failed(name: str, error: Exception) -> Answer:
     """The answer for an image without result: its HTTP status and one line."""
-    line = " ".join(str(error).split())
+    line = " ".join(str(error).split()).replace("--channel", "channel").replace("--plane", "plane")
     if isinstance(error, TooLargeError | TooManyPixelsError):
         status = 413
     else:

@@ -299,6 +299,45 @@ def test_a_correction_outlives_an_answer_to_an_earlier_request(page: Page) -> No
     assert page.find("undo").is_enabled()
 
 
+def test_a_folder_with_labels_and_its_corrections(page: Page, tmp_path: Path) -> None:
+    for folder in ("images", "masks", "test/images"):
+        (tmp_path / "plate" / folder).mkdir(parents=True)
+        (tmp_path / "plate" / folder / "a.png").write_bytes(png(disks(DISKS).astype(np.uint8)))
+    for folder in ("images", "test/images"):
+        (tmp_path / "plate" / folder / "a.png").write_bytes(png(image(disks(DISKS))))
+    page.find("folder").send_keys(str(tmp_path / "plate"))
+    page.wait("scores", "document.getElementById('reference-text').textContent.includes('mSA 1.000')")
+    page.wait("both images", "!document.getElementById('download').disabled")
+    page.browser.execute_script("for (const box of document.querySelectorAll('#rows input')) box.click()")
+    page.find("download-corrections").click()
+    with downloaded(tmp_path, "corrections.zip") as corrections:
+        pairs = pairing.find_pairs(corrections.namelist(), "labels")
+    assert len(pairs.pairs) == 2
+    assert (pairs.images, pairs.annotations, pairs.ambiguous) == ([], [], [])
+    page.browser.execute_script(
+        "for (const button of document.querySelectorAll('[aria-label^=remove]')) button.click()"
+    )
+    page.wait("the start", "!document.getElementById('start').hidden")
+
+
+def test_a_selection_and_a_line_end_with_what_they_belong_to(page: Page) -> None:
+    page.drop({"a.png": png(image(disks(DISKS)))})
+    page.wait_for_cells(len(DISKS))
+    page.click(130, 25)
+    assert page.find("delete").is_enabled()
+    move_slider(page, "min_area", 200)
+    page.wait_for_cells(len(DISKS) - 1)
+    assert not page.find("delete").is_enabled()  # its label is that of another cell now
+    page.press("x")
+    canvas = page.find("canvas")
+    ActionChains(page.browser).move_to_element_with_offset(canvas, *page.at(30, 10)).click_and_hold().perform()
+    ActionChains(page.browser).move_to_element_with_offset(canvas, *page.at(30, 50)).perform()
+    page.press(Keys.ESCAPE)
+    ActionChains(page.browser).release().perform()
+    assert page.find("count").text == str(len(DISKS) - 1)
+    assert not page.find("undo").is_enabled()
+
+
 def test_a_damaged_plane_and_another_channel(page: Page) -> None:
     stack = io.BytesIO()
     with tifffile.TiffWriter(stack) as writer:

@@ -2,7 +2,7 @@
 import {Zip, csvLine, fromBase64} from "./files.js";
 import {pageData} from "./service.js";
 
-const IMAGE_COLUMNS = ["file", "width", "height", "cells", "confluence", "mean_score", "corrected", "checked", "options", "warning", "error"];
+const IMAGE_COLUMNS = ["file", "output", "width", "height", "cells", "confluence", "mean_score", "corrected", "checked", "options", "warning", "error"];
 
 /** Files of a picture in every format, and its rows of cells.csv. */
 const exported = async (picture) => pageData("export", await picture.exported());
@@ -22,14 +22,14 @@ export async function everything(pictures, model, growthPage, report) {
   for (const [number, picture] of pictures.entries()) {
     report(number, pictures.length);
     if (picture.state !== "ready") {
-      images.push(csvLine([picture.name, "", "", "", "", "", "", "", "", "", picture.error]));
+      images.push(csvLine([picture.name, "", "", "", "", "", "", "", "", "", "", picture.error]));
       continue;
     }
-    const line = csvLine([picture.name, picture.labels.width, picture.labels.height, picture.cells.size,
+    const {folder, base} = place(picture), name = zip.unused(`labels/${folder}`, base, ".tif");
+    const line = csvLine([picture.name, folder + name, picture.labels.width, picture.labels.height, picture.cells.size,
       picture.confluence.toFixed(6), picture.cells.size ? picture.meanScore.toFixed(4) : "", picture.corrected ? "yes" : "no",
       picture.checked ? "yes" : "no", picture.options, picture.warnings.join("; "), ""]);
-    const answer = await exported(picture), {folder, base} = place(picture);
-    const name = zip.unused(`labels/${folder}`, base, ".tif");
+    const answer = await exported(picture);
     for (const [pattern, data] of Object.entries(answer.files)) {
       await zip.add(pattern.replace("{}", () => folder + name), fromBase64(data));
     }
@@ -61,9 +61,10 @@ export async function corrections(pictures, report) {
     report(number, pictures.length);
     const {folder, base, suffix} = place(picture), answer = await exported(picture);
     const original = suffix && !picture.plane && JSON.parse(picture.options).channel === undefined;
-    const name = zip.unused(`masks/${folder}`, base, ".tif");
-    await zip.add(`images/${folder}${name}${original ? suffix : ".png"}`, original ? picture.file : picture.png);
-    await zip.add(`masks/${folder}${name}.tif`, fromBase64(answer.files["labels/{}.tif"]));
+    // Without folders: `prepare` would take one named images or test for a role or a split.
+    const name = zip.unused("masks/", (folder + base).replaceAll("/", "_"), ".tif");
+    await zip.add(`images/${name}${original ? suffix : ".png"}`, original ? picture.file : picture.png);
+    await zip.add(`masks/${name}.tif`, fromBase64(answer.files["labels/{}.tif"]));
   }
   await zip.add("README.txt", README(pictures.length));
   return zip.blob();

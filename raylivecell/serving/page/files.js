@@ -56,6 +56,9 @@ function crc32(bytes) {
 const MAX_ZIP = 2 ** 32 - 1; // bytes, without the extension Zip64
 const MAX_FILES = 2 ** 16 - 1;
 
+/** A name as file systems compare it that ignore case or the form of accents. */
+const folded = (name) => name.normalize("NFC").toLowerCase();
+
 /** A zip without compression (images are compressed already), of files added one by one. */
 export class Zip {
   constructor() {
@@ -78,13 +81,13 @@ export class Zip {
     const at = this.size;
     this._push(record([0x04034b50, ...common], [4, ...sizes]), path, bytes);
     this.directory.push(record([0x02014b50, 20, ...common, 0, 0, 0, 0, at], [4, 2, ...sizes, 2, 2, 2, 4, 4]), path);
-    this.names.add(name.toLowerCase());
+    this.names.add(folded(name));
   }
 
   /** A name that no file of the zip has yet, in any case: `base` with a number if needed, then `suffix`. */
   unused(folder, base, suffix) {
     let name = base;
-    for (let number = 2; this.names.has(`${folder}${name}${suffix}`.toLowerCase()); number++) name = `${base}_${number}`;
+    for (let number = 2; this.names.has(folded(`${folder}${name}${suffix}`)); number++) name = `${base}_${number}`;
     return name;
   }
 

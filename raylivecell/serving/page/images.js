@@ -8,8 +8,11 @@ const OUTSIDE = 1.5; // quartile distances beyond which an area is unusual (Tuke
 export const median = (sorted) =>
   sorted.length ? (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2 : undefined;
 
+let count = 0;
+
 export class Picture {
   constructor(path, file, plane = "") {
+    this.id = ++count;
     this.path = path; // with folders
     this.file = file;
     this.plane = plane; // of a stack, such as t1
@@ -48,9 +51,14 @@ export class Picture {
     return this.state === "ready" && this.done.length > 0;
   }
 
-  /** Whether a person is responsible for its cells: other thresholds do not change them. */
-  get fixed() {
+  /** Whether a person is responsible for its cells. */
+  get approved() {
     return this.corrected || this.checked;
+  }
+
+  /** Whether other thresholds do not change its cells: they would also discard corrections that were undone. */
+  get fixed() {
+    return this.approved || this.undone.length > 0;
   }
 
   get confluence() {
@@ -120,7 +128,7 @@ export class Picture {
 
 /** How much each image needs correction: Map of picture -> {value, reason, first}; `first` marks the upper quarter. */
 export function needOfCorrection(pictures) {
-  const ready = pictures.filter((picture) => picture.state === "ready" && !picture.fixed);
+  const ready = pictures.filter((picture) => picture.state === "ready" && !picture.approved);
   const logs = ready.flatMap((picture) => picture.areas.map(Math.log)).sort((a, b) => a - b);
   const quartile = (part) => logs[Math.floor(part * (logs.length - 1))] ?? 0;
   const reach = OUTSIDE * (quartile(0.75) - quartile(0.25));

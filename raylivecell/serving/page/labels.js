@@ -5,6 +5,7 @@
 // labels, above all earlier ones, so that a label always means the same cell.
 
 export const MIN_CELL = 5; // pixels: smaller pieces of a cut are not cells
+export const MAX_DRAWN = 2 ** 22; // pixels in the box around a drawn cell
 export const MAX_GAP = 8; // pixels of background between two cells that can be merged
 
 /** Decode runs (label, length, label, length ...) of an image. */
@@ -110,7 +111,7 @@ export function remove(labels, chosen) {
 /** Merge cells into one with the label `next`. Background between them is filled if they are at most MAX_GAP apart. */
 export function merge(labels, chosen, next) {
   if (new Set(chosen).size < 2) throw new Error("select two cells or more to merge them (Shift and click)");
-  const cells = [...new Set(chosen)].map((label) => pixelsOf(labels, new Set([label])));
+  const cells = [...pixelsByLabel(labels, new Set(chosen)).values()];
   const all = new Set(cells.flat()), distances = cells.map((pixels) => distancesTo(labels, pixels));
   for (let reach = 0; reach <= MAX_GAP; reach++) {
     const filled = reach ? new Set([...all, ...between(distances, reach)]) : all;
@@ -127,8 +128,7 @@ export function cut(labels, points, next) {
   const line = new Set(linePixels(labels, points));
   const crossed = new Set([...line].map((pixel) => labels.data[pixel]).filter(Boolean));
   const at = [], after = [];
-  for (const label of crossed) {
-    const pixels = pixelsOf(labels, new Set([label]));
+  for (const pixels of pixelsByLabel(labels, crossed).values()) {
     const parts = components(labels, new Set(pixels.filter((pixel) => !line.has(pixel))))
       .filter((part) => part.length >= MIN_CELL);
     if (parts.length < 2) continue;
@@ -158,11 +158,18 @@ export function halve(labels, label, next) {
   const across = Math.atan2(2 * xy, xx - yy) / 2 + Math.PI / 2, reach = Math.sqrt(xx + yy) + 2;
   const end = (sign) => [mx + sign * reach * Math.cos(across), my + sign * reach * Math.sin(across)];
   const only = {...labels, data: labels.data.map((value) => (value === label ? value : 0))};
-  return change(labels, ...pieces(cut(only, [end(-1), end(1)], next)));
+  let halves;
+  try {
+    halves = cut(only, [end(-1), end(1)], next);
+  } catch {
+    throw new Error("this cell is too small, or too bent, to be split in the middle: cut it along a line (X)");
+  }
+  return change(labels, halves.at, halves.after);
 }
 
 /** Add a cell with the label `next`: the largest free part inside the polygon of points [x, y]. */
 export function draw(labels, points, next) {
+  if (boxArea(points) > MAX_DRAWN) throw new Error(`this outline is larger than any cell (${MAX_DRAWN} pixels)`);
   const free = insidePixels(labels, points).filter((pixel) => !labels.data[pixel]);
   const parts = components(labels, new Set(free)).sort((a, b) => b.length - a.length);
   if (!parts.length || parts[0].length < MIN_CELL) {
@@ -171,10 +178,15 @@ export function draw(labels, points, next) {
   return change(labels, parts[0], parts[0].map(() => next));
 }
 
-const pieces = ({at, after}) => [at, after];
-
 function change(labels, at, after) {
   return {at, before: at.map((pixel) => labels.data[pixel]), after};
+}
+
+/** Pixels of each of some labels, in one pass: Map of label -> pixels. */
+function pixelsByLabel(labels, set) {
+  const pixels = new Map([...set].map((label) => [label, []]));
+  labels.data.forEach((label, i) => { if (label) pixels.get(label)?.push(i); });
+  return pixels;
 }
 
 function pixelsOf(labels, set) {
@@ -272,6 +284,19 @@ function linePixels({width, height}, points) {
     }
   }
   return pixels;
+}
+
+/** Pixels in the box around points. */
+function boxArea(points) {
+  const span = (axis) => {
+    let low = Infinity, high = -Infinity;
+    for (const point of points) {
+      low = Math.min(low, point[axis]);
+      high = Math.max(high, point[axis]);
+    }
+    return high - low;
+  };
+  return span(0) * span(1);
 }
 
 /** Pixels whose centre is inside a polygon of points [x, y] (even-odd rule). */

@@ -22,7 +22,7 @@ const drops = []; // until the service answers
 let model = null, current = null, downloading = false;
 
 const view = new View(element("canvas"), {hover, pick, line: useLine});
-const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check, isOutdated: (picture) => queue.isOutdated(picture)});
+const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check, remove, isOutdated: (picture) => queue.isOutdated(picture)});
 const growth = new Growth({
   section: element("growth"), frames: element("frames"), hours: element("frame-hours"), notes: element("growth-notes"),
   curves: element("curves"),
@@ -60,13 +60,10 @@ async function connect() {
 /** Show an error, with a button to try again if there is something to repeat. */
 function fail(text, again) {
   const message = element("message");
-  message.replaceChildren(text);
-  if (again) {
-    const button = document.createElement("button");
-    button.textContent = "Try again";
-    button.onclick = () => { message.hidden = true; again(); };
-    message.append(" ", button);
-  }
+  const button = document.createElement("button");
+  button.textContent = again ? "Try again" : "Close";
+  button.onclick = () => { message.hidden = true; again?.(); };
+  message.replaceChildren(text, button);
   message.hidden = false;
 }
 
@@ -110,12 +107,16 @@ async function add(listed) {
   const images = pairs.images.filter((path) => files.has(path));
   const unpaired = pairs.unpaired.filter((path) => files.has(path));
   const labelled = Object.entries(pairs.labels).filter(([, path]) => files.has(path));
-  if (visible.length === 1 && !labelled.length && !unpaired.length && !images.length) images.push(visible[0].path);
+  if (visible.length === 1 && !labelled.length && !images.length && (!unpaired.length || !pictures.length)) {
+    images.push(visible[0].path); // whatever its name says
+    unpaired.length = 0;
+  }
   const added = images.sort((a, b) => a.localeCompare(b, "en", {numeric: true})).map((path) => new Picture(path, files.get(path)));
   pictures.push(...added);
-  const left = visible.length - images.length - unpaired.length - labelled.length;
+  const known = new Set([...images, ...unpaired, ...labelled.map(([, path]) => path)]);
+  const others = [...files.keys()].filter((path) => !known.has(path));
   if (unpaired.length) fail(`${unpaired.length} label images belong to no image here, or to several, such as ${unpaired[0]}`);
-  else if (left > 0) fail(`${left} files are no images and were left out`);
+  else if (others.length) fail(`left out, because ${others.length > 1 ? "they are" : "it is"} no image: ${others.slice(0, 3).join(", ")}${others.length > 3 ? ` and ${others.length - 3} more` : ""}`);
   for (const [image, path] of labelled) {
     const candidates = added.some((picture) => picture.path === image) ? added : earlier;
     candidates.filter((picture) => picture.path === image && !picture.plane).forEach((picture) => references.set(picture, files.get(path)));
@@ -125,7 +126,10 @@ async function add(listed) {
 }
 
 async function open(picture) {
-  if (picture !== current) view.selected.clear();
+  if (picture !== current || picture.labels !== view.labels) {
+    view.detach();
+    say("");
+  }
   current = picture;
   element("start").hidden = true;
   for (const id of ["work", "images"]) element(id).hidden = false;
@@ -197,7 +201,7 @@ function update() {
   element("progress").hidden = finished === pictures.length;
   element("progress-text").textContent = `${finished} of ${pictures.length}${failed ? `, ${failed} without result` : ""}`;
   element("download").disabled = !ready.length || finished < pictures.length || downloading;
-  const approved = ready.filter((picture) => picture.fixed).length;
+  const approved = ready.filter((picture) => picture.approved).length;
   element("download-corrections").disabled = !approved || downloading;
   element("download-corrections").textContent = `Download corrections${approved ? ` (${approved})` : ""}`;
   element("undo").disabled = !current?.done.length;
@@ -205,10 +209,32 @@ function update() {
   element("delete").disabled = view.selected.size < 1;
   element("merge").disabled = view.selected.size < 2;
   element("split").disabled = view.selected.size !== 1;
-  element("thresholds").disabled = Boolean(current?.fixed);
-  element("fixed-note").hidden = !current?.fixed;
+  element("thresholds").disabled = Boolean(current?.approved);
+  element("fixed-note").hidden = !current?.approved;
   table.draw(pictures, current);
   growth.schedule(pictures);
+}
+
+/** Remove an image, after a question if it has corrections. */
+function remove(picture) {
+  if (picture.corrected && !confirm(`Remove ${picture.name} with its corrections?`)) return;
+  picture.busy?.abort();
+  const place = pictures.indexOf(picture);
+  pictures.splice(place, 1);
+  if (picture === current) {
+    const next = pictures[Math.min(place, pictures.length - 1)];
+    if (next) open(next);
+    else close();
+  }
+  queue.fill();
+}
+
+/** No image is left: show the start. */
+function close() {
+  current = null;
+  view.close();
+  element("start").hidden = false;
+  for (const id of ["work", "images", "growth"]) element(id).hidden = true;
 }
 
 /** The person has ticked or unticked an image as correct. */
@@ -231,6 +257,7 @@ function showThresholds() {
 let optionsTimer = 0;
 
 function setOption(name, value) {
+  pictures.filter((picture) => !picture.approved).forEach((picture) => { picture.undone = []; });
   if (value === null) changed.delete(name);
   else changed.set(name, value);
   showThresholds();
@@ -242,8 +269,11 @@ function setOption(name, value) {
 
 // ---- Corrections
 
+/** Whether the cells on the canvas are those of the current picture: while another one is decoded, they are not. */
+const isShown = () => current?.state === "ready" && view.labels === current.labels;
+
 function correct(text, action) {
-  if (current?.state !== "ready") return;
+  if (!isShown()) return;
   try {
     current.correct(action);
   } catch (error) {
@@ -261,8 +291,8 @@ function showCorrection(text) {
   queue.fill();
 }
 
-function useLine(points) {
-  if (view.mode === "cut") correct("cut", (image, next) => labels.cut(image, points, next));
+function useLine(points, mode) {
+  if (mode === "cut") correct("cut", (image, next) => labels.cut(image, points, next));
   else correct("drawn", (image, next) => labels.draw(image, points, next));
 }
 
@@ -271,8 +301,8 @@ const actions = {
   delete: () => selected().length && correct("deleted", (image) => labels.remove(image, selected())),
   merge: () => correct("merged", (image, next) => labels.merge(image, selected(), next)),
   split: () => selected().length === 1 && correct("split", (image, next) => labels.halve(image, selected()[0], next)),
-  undo: () => current?.undo() && showCorrection("undone"),
-  redo: () => current?.redo() && showCorrection("repeated"),
+  undo: () => isShown() && current.undo() && showCorrection("undone"),
+  redo: () => isShown() && current.redo() && showCorrection("repeated"),
   "zoom-in": () => view.zoomBy(1.5),
   "zoom-out": () => view.zoomBy(1 / 1.5),
   "zoom-fit": () => view.fit(),
@@ -297,7 +327,7 @@ const describe = (label) => {
 };
 
 function hover(label, event) {
-  const tip = element("tip"), cell = current?.state === "ready" && label && current.cells.get(label);
+  const tip = element("tip"), cell = isShown() && label && current.cells.get(label);
   tip.hidden = !cell;
   if (!cell) return;
   tip.textContent = describe(label).replaceAll(", ", "\n").replace(": ", "\n");
@@ -307,7 +337,7 @@ function hover(label, event) {
 }
 
 function pick(label, event) {
-  if (view.mode !== "look") return;
+  if (view.mode !== "look" || !isShown()) return;
   if (!event.shiftKey) view.selected.clear();
   if (label && !view.selected.delete(label)) view.selected.add(label);
   if (label) say(describe(label));
@@ -317,7 +347,7 @@ function pick(label, event) {
 
 /** Select the next cell in the order of rows, or the one before. */
 function selectNext(by, extend) {
-  if (current?.state !== "ready" || !current.cells.size) return;
+  if (!isShown() || !current.cells.size) return;
   const order = [...current.cells.keys()], last = selected().pop();
   const label = order[(order.indexOf(last) + by + order.length + (last === undefined && by < 0 ? 1 : 0)) % order.length];
   if (!extend) view.selected.clear();
@@ -329,21 +359,25 @@ function selectNext(by, extend) {
   update();
 }
 
+const canvasKeys = {
+  arrowleft: () => view.panBy(-60, 0), arrowright: () => view.panBy(60, 0),
+  arrowup: () => view.panBy(0, -60), arrowdown: () => view.panBy(0, 60),
+};
 const keys = {
   n: (event) => selectNext(1, event.shiftKey), p: (event) => selectNext(-1, event.shiftKey),
   delete: actions.delete, backspace: actions.delete, m: actions.merge, s: actions.split,
   x: actions["mode-cut"], d: actions["mode-draw"],
-  escape: () => { setMode("look"); view.selected.clear(); view.draw(); update(); },
+  escape: () => { setMode("look"); view.selected.clear(); view.cancel(); update(); },
   "+": actions["zoom-in"], "=": actions["zoom-in"], "-": actions["zoom-out"], 0: actions["zoom-fit"],
-  arrowleft: () => view.panBy(-60, 0), arrowright: () => view.panBy(60, 0),
-  arrowup: () => view.panBy(0, -60), arrowdown: () => view.panBy(0, 60),
   pageup: () => step(-1), pagedown: () => step(1),
 };
 
 function press(event) {
   const key = event.key.toLowerCase(), control = event.ctrlKey || event.metaKey;
-  const action = control ? {z: event.shiftKey ? actions.redo : actions.undo, y: actions.redo}[key] : keys[key];
-  if (!action || event.altKey) return;
+  if (event.altKey || event.target.closest("input, select, form")) return; // they have keys of their own
+  const plain = keys[key] ?? (event.target === element("canvas") ? canvasKeys[key] : undefined);
+  const action = control ? {z: event.shiftKey ? actions.redo : actions.undo, y: actions.redo}[key] : plain;
+  if (!action || !current) return;
   event.preventDefault();
   action(event);
 }
@@ -378,7 +412,7 @@ async function download(name, make) {
 // ---- Wiring
 
 for (const [id, action] of Object.entries(actions)) element(id).addEventListener("click", action);
-element("canvas").addEventListener("keydown", press);
+document.addEventListener("keydown", press);
 for (const id of ["add-files", "start-files"]) element(id).onclick = () => element("files").click();
 for (const id of ["add-folder", "start-folder"]) element(id).onclick = () => element("folder").click();
 for (const id of ["files", "folder"]) {
@@ -412,7 +446,7 @@ element("colour").onchange = (event) => { view.show.colour = event.target.value;
 element("frame-hours").onchange = update;
 element("download").onclick = () => download("raylivecell.zip", (report) => downloads.everything([...pictures], model, growth.page, report));
 element("download-corrections").onclick = () => download("corrections.zip", (report) =>
-  downloads.corrections(pictures.filter((picture) => picture.state === "ready" && picture.fixed), report));
+  downloads.corrections(pictures.filter((picture) => picture.state === "ready" && picture.approved), report));
 document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
 document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
 document.addEventListener("drop", async (event) => {

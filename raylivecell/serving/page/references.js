@@ -14,7 +14,7 @@ export class References {
 
   /** Compare a picture with a label image, now or when it has its cells. */
   set(picture, file) {
-    picture.reference = {name: file.name, file, labels: null, scores: null};
+    picture.reference = {name: file.name, file, labels: null, scores: null, previous: picture.reference};
     this.scoreSoon(picture, 0);
   }
 
@@ -37,9 +37,10 @@ export class References {
       if (!isCurrent()) return;
       reference.labels = fromRuns(width, height, int32FromBase64(answer.label_runs));
       reference.scores = answer.scores;
+      reference.previous = null;
     } catch (error) {
       if (!isCurrent()) return;
-      picture.reference = null;
+      picture.reference = reference.previous; // the one before, if there is one
       this.fail(`${reference.name}: ${error.message}`);
     }
     this.changed(picture);

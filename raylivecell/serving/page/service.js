@@ -44,6 +44,7 @@ async function request(address, options) {
       response = await fetch(address, {...options, headers});
     } catch (error) {
       if (error.name === "AbortError") throw error;
+      await checkReadable(options.body);
       throw new ServiceError(0, NO_ANSWER);
     }
     let answer;
@@ -56,6 +57,24 @@ async function request(address, options) {
     if (response.ok) return answer;
     const wait = Number(response.headers.get("retry-after"));
     if (!wait || attempt === TRIES) throw new ServiceError(response.status, answer.error, answer.planes);
-    await new Promise((resolve) => setTimeout(resolve, 1000 * wait * attempt));
+    await pause(1000 * wait * attempt, options.signal);
   }
+}
+
+/** Throw an error if a file was changed or deleted since it was dropped: the browser does not send it. */
+async function checkReadable(body) {
+  if (!(body instanceof Blob)) return;
+  try {
+    await body.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new ServiceError(400, "this file was changed or deleted after it was added: add it again");
+  }
+}
+
+/** Wait; an abort ends the wait, and then the next request. */
+function pause(milliseconds, signal) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, {once: true});
+  });
 }

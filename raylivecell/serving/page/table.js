@@ -3,12 +3,12 @@ import {median, needOfCorrection} from "./images.js";
 
 const COLUMNS = [
   ["name", "image"], ["cells", "cells"], ["confluence", "confluence"], ["median", "median area, px"],
-  ["score", "mean score"], ["msa", "mSA"], ["worth", "worth correcting"], ["checked", "correct"],
+  ["score", "mean score"], ["msa", "mSA"], ["worth", "worth correcting"], ["checked", "correct"], ["remove", ""],
 ];
 const TEXT = ["name", "worth"];
 
 export class Table {
-  /** @param {object} parts  columns and rows, elements  @param {object} on  open(picture), check(picture), isOutdated(picture) */
+  /** @param {object} parts  columns and rows, elements  @param {object} on  open(picture), check(picture), remove(picture), isOutdated(picture) */
   constructor({columns, rows}, on) {
     this.rows = rows;
     this.on = on;
@@ -23,7 +23,7 @@ export class Table {
         this.sorting = {name, sign: this.sorting?.name === name ? -this.sorting.sign : first};
         this.draw(this.pictures, this.current);
       };
-      head.append(button);
+      if (title) head.append(button);
       columns.append(head);
       return head;
     });
@@ -50,11 +50,11 @@ export class Table {
       this.heads[i].ariaSort = sorted ? (this.sorting.sign > 0 ? "ascending" : "descending") : "none";
     });
     this.heads[COLUMNS.findIndex(([name]) => name === "msa")].hidden = !this._hasReference();
-    const focused = document.activeElement?.closest?.("#rows tr")?.dataset.name;
-    const control = document.activeElement?.tagName;
+    const focused = document.activeElement, id = focused?.closest?.("#rows tr")?.dataset.id;
+    const position = id && [...focused.closest("tr").querySelectorAll("button, input")].indexOf(focused);
     this.rows.replaceChildren(...rows.map((row) => this._row(row)));
-    const again = focused && [...this.rows.children].find((row) => row.dataset.name === focused);
-    again?.querySelector(control)?.focus({preventScroll: true});
+    const again = id && [...this.rows.children].find((row) => row.dataset.id === id);
+    if (again) again.querySelectorAll("button, input")[position]?.focus({preventScroll: true});
   }
 
   _hasReference() {
@@ -63,16 +63,16 @@ export class Table {
 
   _row({picture, values}) {
     const row = document.createElement("tr"), open = document.createElement("button");
-    row.dataset.name = picture.name;
+    row.dataset.id = picture.id;
     if (picture === this.current) row.setAttribute("aria-current", "true");
     open.textContent = picture.name;
     open.onclick = () => this.on.open(picture);
     row.append(cell(open, "text"));
     if (picture.state !== "ready") {
       const note = cell(picture.state === "failed" ? picture.error : picture.busy ? "finding cells" : "waiting", "text");
-      note.colSpan = COLUMNS.length - 1;
+      note.colSpan = COLUMNS.length - 2 - !this._hasReference();
       note.classList.add(picture.state === "failed" ? "bad" : "soft");
-      row.append(note);
+      row.append(note, this._removal(picture));
       return row;
     }
     row.append(cell(values.cells), cell(`${(100 * values.confluence).toFixed(1)} %`), cell(values.median ?? "-"),
@@ -80,13 +80,21 @@ export class Table {
     if (this._hasReference()) row.append(cell(values.msa < 0 ? "" : values.msa.toFixed(3)));
     const box = document.createElement("input");
     box.type = "checkbox";
-    box.checked = picture.fixed;
+    box.checked = picture.approved;
     box.disabled = picture.corrected;
     box.setAttribute("aria-label", `the cells of ${picture.name} are correct`);
     box.onchange = () => { picture.checked = box.checked; this.on.check(picture); };
     const text = this.on.isOutdated(picture) ? "thresholds changed: finding cells" : picture.corrected ? "corrected" : values.first ? `correct first: ${values.reason}` : values.reason;
-    row.append(cell(text, values.first ? "text bad" : "text"), cell(box));
+    row.append(cell(text, values.first ? "text bad" : "text"), cell(box), this._removal(picture));
     return row;
+  }
+
+  _removal(picture) {
+    const button = document.createElement("button");
+    button.textContent = "Remove";
+    button.setAttribute("aria-label", `remove ${picture.name}`);
+    button.onclick = () => this.on.remove(picture);
+    return cell(button);
   }
 }
 
@@ -95,7 +103,7 @@ function rowValues(picture, need) {
   return {
     name: picture.name, cells: picture.cells.size, confluence: picture.confluence, median: median(picture.areas),
     score: picture.meanScore, msa: picture.reference?.scores?.msa ?? -1, worth: need?.value ?? -1, reason: need?.reason ?? "", first: need?.first ?? false,
-    checked: Number(picture.fixed),
+    checked: Number(picture.approved),
   };
 }
 

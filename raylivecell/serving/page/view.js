@@ -19,7 +19,7 @@ export function scaleColour(value) {
 }
 
 export class View {
-  /** @param {HTMLCanvasElement} canvas  @param {object} on  hover(label, event), pick(label, event), line(points) */
+  /** @param {HTMLCanvasElement} canvas  @param {object} on  hover(label, event), pick(label, event), line(points, mode) */
   constructor(canvas, on) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
@@ -41,7 +41,7 @@ export class View {
     canvas.addEventListener("pointerdown", (event) => this._down(event));
     canvas.addEventListener("pointermove", (event) => this._move(event));
     canvas.addEventListener("pointerup", (event) => this._up(event));
-    canvas.addEventListener("pointercancel", () => { this.drag = null; this.line = []; this.draw(); });
+    canvas.addEventListener("pointercancel", () => this.cancel());
     canvas.addEventListener("pointerleave", (event) => this.on.hover(0, event));
     canvas.addEventListener("wheel", (event) => this._wheel(event), {passive: false});
   }
@@ -52,6 +52,20 @@ export class View {
     this.labels = labels;
     if (image.width !== this.size?.width || image.height !== this.size?.height) this.isFitted = true;
     this.size = {width: image.width, height: image.height};
+  }
+
+  /** Accept no pointer on the cells until others are opened: they belong to another picture. */
+  detach() {
+    this.labels = null;
+    this.selected.clear();
+    this.cancel();
+  }
+
+  /** Give up the line or movement of the pointer. */
+  cancel() {
+    this.drag = null;
+    this.line = [];
+    this.draw();
   }
 
   /** Show nothing. */
@@ -112,12 +126,17 @@ export class View {
   }
 
   _drawSelection(context) {
-    if (!this.selected.size) return;
-    const {width, data} = this.labels;
-    context.fillStyle = "rgba(255, 45, 85, .85)";
+    if (!this.selected.size || !this.labels) return;
+    const {width, data} = this.labels, side = Math.max(1, 3 / this.zoom), shift = (side - 1) / 2;
     for (let i = 0; i < data.length; i++) {
-      if (this.selected.has(data[i]) && isEdge(this.labels, i)) {
-        context.fillRect(i % width, Math.floor(i / width), 1, 1);
+      if (!this.selected.has(data[i])) continue;
+      const x = i % width, y = Math.floor(i / width);
+      if (isEdge(this.labels, i)) {
+        context.fillStyle = "#ff2d55";
+        context.fillRect(x - shift, y - shift, side, side);
+      } else {
+        context.fillStyle = "rgba(255, 45, 85, .3)";
+        context.fillRect(x, y, 1, 1);
       }
     }
   }
@@ -135,7 +154,7 @@ export class View {
 
   /** Zoom by a factor, around a point of the canvas (default: its centre). */
   zoomBy(factor, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2) {
-    const zoom = Math.min(Math.max(this.zoom * factor, 0.02), MAX_ZOOM);
+    const zoom = Math.min(Math.max(this.zoom * factor, 0.02), Math.max(MAX_ZOOM, this.zoom));
     this.isFitted = false;
     this.left += x / this.zoom - x / zoom;
     this.top += y / this.zoom - y / zoom;
@@ -174,7 +193,7 @@ export class View {
   _down(event) {
     if (!this.image || event.button > 1) return;
     this.canvas.setPointerCapture(event.pointerId);
-    this.drag = {x: event.clientX, y: event.clientY, moved: false};
+    this.drag = {x: event.clientX, y: event.clientY, moved: false, mode: this.mode};
     this.line = this.mode === "look" || event.button === 1 ? [] : [this.point(event)];
   }
 
@@ -197,10 +216,10 @@ export class View {
 
   _up(event) {
     if (!this.drag) return;
-    const {moved} = this.drag, line = this.line;
+    const {moved, mode} = this.drag, line = this.line;
     this.drag = null;
     this.line = [];
-    if (line.length > 1) this.on.line(line);
+    if (line.length > 1) this.on.line(line, mode);
     else if (!moved) this.on.pick(this.labelAt(this.point(event)), event);
     this.draw();
   }
