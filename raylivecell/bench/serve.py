@@ -176,13 +176,15 @@ def _predict(network: str, images: Path, out: Path) -> float:
 
 
 def _memory_mib(service: psutil.Process) -> dict[str, float]:
-    """Resident memory of each kind of process, the largest of a kind."""
+    """Private memory of each kind of process, the largest of a kind: pages of Ray's shared memory are not theirs."""
     sizes: dict[str, float] = {}
     for child in service.children(recursive=True):
         name = child.name() if child.is_running() else ""
         if name.startswith("ray::ServeRep"):
             kind = next((kind for kind in ("Api", "Network", "Segmentation") if kind in " ".join(child.cmdline())), "")
-            sizes[kind] = max(sizes.get(kind, 0.0), round(child.memory_info().rss / 2**20, 1))
+            memory = child.memory_info()
+            private = memory.rss - getattr(memory, "shared", 0)  # Linux
+            sizes[kind] = max(sizes.get(kind, 0.0), round(private / 2**20, 1))
     return sizes
 
 
