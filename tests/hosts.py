@@ -144,9 +144,12 @@ class Hosts:
         start += f" {' '.join(role)} --object-store-memory=200000000 --disable-usage-stats"
         sizes = zip(OWN_MOUNTS, (disk_mib, 600))
         mounts = " && ".join(f"mount -t tmpfs -o size={mib}m t {folder}" for folder, mib in sizes)
-        with open(host.folder / "ray.log", "wb") as log:
+        log_file = host.folder / "ray.log"
+        # On a busy machine `ray start` gives up after 30 s; a cluster's manager would start it again.
+        again = f'while ! {start}; do tail -n 1 {log_file} | grep -q "timed out during startup" || exit 1; done'
+        with log_file.open("wb") as log:
             host.ray = subprocess.Popen(
-                ["ip", "netns", "exec", host.name, "unshare", "-m", "sh", "-c", f"{mounts} && exec {start}"],
+                ["ip", "netns", "exec", host.name, "unshare", "-m", "sh", "-c", f"{mounts} && {again}"],
                 env=self.env() | {"HOME": str(host.folder)},
                 stdout=log,
                 stderr=log,

@@ -43,6 +43,12 @@ def test_dropped_images_and_their_thresholds(page: Page) -> None:
     # Numbers of a cell under the pointer.
     ActionChains(page.browser).move_to_element_with_offset(page.find("canvas"), *page.at(100, 75)).perform()
     assert f"{(truth == 4).sum()} px" in page.find("tip").text
+    # Enlarged by 1.5 around the centre, the cell is farther from it.
+    page.find("zoom-in").click()
+    offset = [round(1.5 * distance) for distance in page.at(100, 75)]
+    ActionChains(page.browser).move_to_element_with_offset(page.find("canvas"), *offset).click().perform()
+    assert f"{(truth == 4).sum()} px" in page.find("status").text
+    page.find("zoom-fit").click()
     # Another threshold needs no network; the small cell is the only one below 200 pixels.
     images = page.service.images
     move_slider(page, "min_area", 200)
