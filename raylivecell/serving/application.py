@@ -77,6 +77,7 @@ def build(arguments: ServeSettings) -> serve.Application:
         serve.ingress()(Api),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=4 * settings.max_queue,
+        graceful_shutdown_timeout_s=REPLACED_S + 30,
     ).bind(settings, segmentation)
 
 
