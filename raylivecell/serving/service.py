@@ -20,7 +20,6 @@ from raylivecell.serving.settings import TOKEN_VARIABLE, ServeSettings, token_ha
 
 IN_MEMORY = "/dev/shm"
 """Linux' file system in memory; a Ray that has switched spilling off would use files in /tmp instead."""
-
 ANY_ADDRESS = ("0.0.0.0", "::")
 
 
@@ -39,16 +38,7 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int] |
     """
     began = time.monotonic()
     token = os.environ.get(TOKEN_VARIABLE)
-    if host not in LOOPBACK_NAMES and not token:
-        raise UserError(
-            f"--host {host} is reachable from other machines: set {TOKEN_VARIABLE} first, such as to the output of "
-            "`openssl rand -hex 32`"
-        )
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        raise UserError(
-            "RAY_AUTH_MODE switches Ray's token off; processes of Ray Serve listen on all interfaces and unpickle what "
-            "they receive, so anyone could run code here: unset RAY_AUTH_MODE"
-        )
+    _check_access(host, token)
     hashed = token_hash(token) if token else None
     _check_port(host, port)
     address = application.model_address(checkpoint)
@@ -76,17 +66,32 @@ def run(checkpoint: str, host: str, port: int, replicas: int | tuple[int, int] |
             raise UserError("Ray Serve already runs on this cluster; use `serve deploy`, or stop it there first")
         try:
             _start(settings, host, port)
-            shown = socket.gethostname() if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
-            url, access = (
-                f"http://{shown}:{port}",
-                f"with the token in {TOKEN_VARIABLE}" if token else "on this machine",
-            )
-            header = f'-H "Authorization: Bearer ${TOKEN_VARIABLE}" ' if token else ""
-            console.print(f"ready after {time.monotonic() - began:.0f} s; open {url} {access}", markup=False)
-            console.print(f"    curl {header}-F file=@IMAGE.tif {url}/segment", markup=False)
+            console.print(f"ready after {time.monotonic() - began:.0f} s; {_address(host, port, token)}", markup=False)
             threading.Event().wait()
         finally:
             serve.shutdown()
+
+
+def _check_access(host: str, token: str | None) -> None:
+    """UserError if anyone could use the service, or run code through Ray's ports."""
+    if host not in LOOPBACK_NAMES and not token:
+        raise UserError(
+            f"--host {host} is reachable from other machines: set {TOKEN_VARIABLE} first, such as to the output of "
+            "`openssl rand -hex 32`"
+        )
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise UserError(
+            "RAY_AUTH_MODE switches Ray's token off; processes of Ray Serve listen on all interfaces and unpickle what "
+            "they receive, so anyone could run code here: unset RAY_AUTH_MODE"
+        )
+
+
+def _address(host: str, port: int, token: str | None) -> str:
+    """Where the page is, and a request as an example."""
+    shown = socket.gethostname() if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
+    url, access = f"http://{shown}:{port}", f"with the token in {TOKEN_VARIABLE}" if token else "on this machine"
+    header = f'-H "Authorization: Bearer ${TOKEN_VARIABLE}" ' if token else ""
+    return f"open {url} {access}\n    curl {header}-F file=@IMAGE.tif {url}/segment"
 
 
 def _half(cpus: float) -> int:

@@ -2,7 +2,8 @@
 import {Zip, csvLine, fromBase64} from "./files.js";
 import {pageData} from "./service.js";
 
-const IMAGE_COLUMNS = ["file", "output", "width", "height", "cells", "confluence", "mean_score", "corrected", "checked", "options", "warning", "error"];
+const IMAGE_COLUMNS = ["file", "output", "width", "height", "cells", "confluence", "mean_score", "corrected", "checked",
+  "options", "warning", "error"];
 
 /** Files of a picture in every format, and its rows of cells.csv. */
 const exported = async (picture) => pageData("export", await picture.exported());
@@ -22,7 +23,7 @@ export async function everything(pictures, model, growthPage, report) {
   for (const [number, picture] of pictures.entries()) {
     report(number, pictures.length);
     if (picture.state !== "ready") {
-      images.push(csvLine([picture.name, "", "", "", "", "", "", "", "", "", "", picture.error]));
+      images.push(csvLine(IMAGE_COLUMNS.map((column) => ({file: picture.name, error: picture.error})[column] ?? "")));
       continue;
     }
     const {folder, base} = place(picture), name = zip.unused(`labels/${folder}`, base, ".tif");

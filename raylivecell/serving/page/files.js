@@ -1,16 +1,16 @@
 // Files: dropped folders, bytes, and the zip of a download.
 
 /** Files of a drop or a file dialog as [{path, file}]; folders are read with everything in them. */
-export async function dropped(transfer) {
+export async function readDrop(transfer) {
   const entries = [...transfer.items].filter((item) => item.kind === "file")
     .map((item) => item.webkitGetAsEntry?.() ?? item.getAsFile());
-  return (await Promise.all(entries.filter(Boolean).map((entry) => listed(entry, "")))).flat();
+  return (await Promise.all(entries.filter(Boolean).map((entry) => readEntry(entry, "")))).flat();
 }
 
 /** Files of an <input type="file">. */
-export const chosen = (input) => [...input.files].map((file) => ({path: file.webkitRelativePath || file.name, file}));
+export const readInput = (input) => [...input.files].map((file) => ({path: file.webkitRelativePath || file.name, file}));
 
-async function listed(entry, folder) {
+async function readEntry(entry, folder) {
   if (entry instanceof File) return [{path: folder + entry.name, file: entry}];
   if (entry.isFile) {
     const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
@@ -22,7 +22,7 @@ async function listed(entry, folder) {
     if (!batch.length) break;
     children.push(...batch);
   }
-  return (await Promise.all(children.map((child) => listed(child, `${folder}${entry.name}/`)))).flat();
+  return (await Promise.all(children.map((child) => readEntry(child, `${folder}${entry.name}/`)))).flat();
 }
 
 export function fromBase64(text) {

@@ -114,7 +114,7 @@ export function merge(labels, chosen, next) {
   const cells = [...pixelsByLabel(labels, new Set(chosen)).values()];
   const all = new Set(cells.flat()), distances = cells.map((pixels) => distancesTo(labels, pixels));
   for (let reach = 0; reach <= MAX_GAP; reach++) {
-    const filled = reach ? new Set([...all, ...between(distances, reach)]) : all;
+    const filled = reach ? new Set([...all, ...gapPixels(distances, reach)]) : all;
     if (components(labels, filled).length === 1) {
       const at = [...filled];
       return change(labels, at, at.map(() => next));
@@ -132,10 +132,10 @@ export function cut(labels, points, next) {
     const parts = components(labels, new Set(pixels.filter((pixel) => !line.has(pixel))))
       .filter((part) => part.length >= MIN_CELL);
     if (parts.length < 2) continue;
-    const piece = grown(labels, parts, new Set(pixels));
+    const piece = pieceNumbers(labels, parts, new Set(pixels));
     for (const pixel of pixels) {
       at.push(pixel);
-      after.push(piece.has(pixel) ? next + piece.get(pixel) : 0);
+      after.push(next + (piece.get(pixel) ?? 0)); // a separate fragment stays with the first piece
     }
     next += parts.length;
   }
@@ -220,8 +220,8 @@ function components(labels, pixels) {
   return parts;
 }
 
-/** Piece number of each pixel of `pixels`: parts grow into them step by step. */
-function grown(labels, parts, pixels) {
+/** Map of pixel -> number of its piece: the parts grow step by step into `pixels`. */
+function pieceNumbers(labels, parts, pixels) {
   const piece = new Map();
   let front = [];
   parts.forEach((part, number) => part.forEach((pixel) => { piece.set(pixel, number); front.push(pixel); }));
@@ -260,7 +260,7 @@ function distancesTo(labels, pixels) {
 }
 
 /** Background pixels on ways of at most `reach` pixels between two of the cells with these distances. */
-function between(distances, reach) {
+function gapPixels(distances, reach) {
   const filled = new Set();
   distances.forEach((own, i) => distances.slice(i + 1).forEach((other) => {
     for (const [pixel, step] of own) if (step + (other.get(pixel) ?? Infinity) <= reach + 1) filled.add(pixel);

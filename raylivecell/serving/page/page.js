@@ -12,24 +12,27 @@ import {Table} from "./table.js";
 import {View, scaleColour} from "./view.js";
 
 const SLIDERS = ["threshold", "prominence", "smoothing", "min_area", "min_score"];
+const SLIDER_MS = 60; // a moving slider sends at most one request in this time
 const LOWEST_SCORE = 0.4; // start of the colour scale of scores: few cells have less
+const NAMED = 3; // files in a message
 const MAX_SHOWN = 2 ** 27, MAX_SIDE = 32767; // pixels that browsers draw on one canvas
 const element = (id) => document.getElementById(id);
 
 const pictures = [];
-const changed = new Map(); // option -> value that the user has set
+const options = new Map(); // option of /segment -> value that the person has set
 const drops = []; // until the service answers
 let model = null, current = null, downloading = false;
 
 const view = new View(element("canvas"), {hover, pick, line: useLine});
-const table = new Table({columns: element("columns"), rows: element("rows")}, {open, check, remove, isOutdated: (picture) => queue.isOutdated(picture)});
+const table = new Table({columns: element("columns"), rows: element("rows")},
+  {open, check, remove, isOutdated: (picture) => queue.isOutdated(picture)});
 const growth = new Growth({
   section: element("growth"), frames: element("frames"), hours: element("frame-hours"), notes: element("growth-notes"),
   curves: element("curves"),
 }, refuse);
 const references = new References((picture) => { if (picture === current) showReference(); update(); }, fail);
 
-const queue = new Queue(pictures, changed, {
+const queue = new Queue(pictures, options, {
   current: () => current,
   changed: async (picture) => {
     references.scoreSoon(picture, 0);
@@ -86,6 +89,8 @@ function refuse(error) {
 
 // ---- Images
 
+const more = (count) => (count > 0 ? ` and ${count} more` : "");
+
 /** Add dropped files: images, and the label images that belong to them or to earlier images. */
 async function add(listed) {
   const visible = listed.filter(({path}) => !path.split("/").some((part) => part.startsWith(".")));
@@ -98,7 +103,8 @@ async function add(listed) {
   const earlier = pictures.filter((picture) => !files.has(picture.path));
   let pairs;
   try {
-    pairs = await service.pageData("pairs", {paths: [...new Set([...files.keys(), ...earlier.map((picture) => picture.path)])]});
+    const paths = new Set([...files.keys(), ...earlier.map((picture) => picture.path)]);
+    pairs = await service.pageData("pairs", {paths: [...paths]});
   } catch (error) {
     drops.push(visible);
     refuse(error);
@@ -111,15 +117,17 @@ async function add(listed) {
     images.push(visible[0].path); // whatever its name says
     unpaired.length = 0;
   }
-  const added = images.sort((a, b) => a.localeCompare(b, "en", {numeric: true})).map((path) => new Picture(path, files.get(path)));
+  images.sort((a, b) => a.localeCompare(b, "en", {numeric: true}));
+  const added = images.map((path) => new Picture(path, files.get(path)));
   pictures.push(...added);
   const known = new Set([...images, ...unpaired, ...labelled.map(([, path]) => path)]);
   const others = [...files.keys()].filter((path) => !known.has(path));
   if (unpaired.length) fail(`${unpaired.length} label images belong to no image here, or to several, such as ${unpaired[0]}`);
-  else if (others.length) fail(`left out, because ${others.length > 1 ? "they are" : "it is"} no image: ${others.slice(0, 3).join(", ")}${others.length > 3 ? ` and ${others.length - 3} more` : ""}`);
+  else if (others.length) fail(`left out, not an image: ${others.slice(0, NAMED).join(", ")}${more(others.length - NAMED)}`);
   for (const [image, path] of labelled) {
     const candidates = added.some((picture) => picture.path === image) ? added : earlier;
-    candidates.filter((picture) => picture.path === image && !picture.plane).forEach((picture) => references.set(picture, files.get(path)));
+    candidates.filter((picture) => picture.path === image && !picture.plane)
+      .forEach((picture) => references.set(picture, files.get(path)));
   }
   if (!current && pictures.length) await open(pictures[0]);
   queue.fill();
@@ -184,7 +192,8 @@ function scaleValues() {
   element("scale").hidden = kind === "cell";
   if (kind === "cell") return null;
   const last = areas.length - 1;
-  const [low, high] = kind === "area" ? [areas[Math.floor(0.02 * last)] ?? 0, areas[Math.ceil(0.98 * last)] ?? 1] : [LOWEST_SCORE, 1];
+  const [low, high] = kind === "area" ? [areas[Math.floor(0.02 * last)] ?? 0, areas[Math.ceil(0.98 * last)] ?? 1]
+    : [LOWEST_SCORE, 1];
   element("scale-low").textContent = low;
   element("scale-high").textContent = high;
   const value = kind === "area" ? (label) => Math.log(current.cells.get(label).area / low) / (Math.log(high / low) || 1)
@@ -248,7 +257,7 @@ function check(picture) {
 
 function showThresholds() {
   for (const name of SLIDERS) {
-    const value = changed.get(name) ?? model.thresholds[name];
+    const value = options.get(name) ?? model.thresholds[name];
     element(name).value = value;
     document.querySelector(`output[for=${name}]`).textContent = Number(value.toFixed(3));
   }
@@ -258,13 +267,11 @@ let optionsTimer = 0;
 
 function setOption(name, value) {
   pictures.filter((picture) => !picture.approved).forEach((picture) => { picture.undone = []; });
-  if (value === null) changed.delete(name);
-  else changed.set(name, value);
+  if (value === null) options.delete(name);
+  else options.set(name, value);
   showThresholds();
   clearTimeout(optionsTimer);
-  optionsTimer = setTimeout(() => {
-    queue.restart();
-  }, 60);
+  optionsTimer = setTimeout(() => queue.restart(), SLIDER_MS);
 }
 
 // ---- Corrections
@@ -320,10 +327,10 @@ function setMode(mode) {
 // ---- Pointer and keyboard
 
 const describe = (label) => {
-  const cell = current.cells.get(label), detail = current.details.get(label);
-  const form = label < current.firstFree ? `, eccentricity ${detail.eccentricity.toFixed(2)}, brightness ${detail.brightness.toFixed(0)}` : "";
-  const score = label < current.firstFree ? `score ${current.score(label).toFixed(2)}` : "corrected";
-  return `cell ${label}: ${cell.area} px, ${score}${form}${cell.border ? ", at the border" : ""}`;
+  const cell = current.cells.get(label), detail = label < current.firstFree && current.details.get(label);
+  const found = !detail ? "corrected" : `score ${detail.score.toFixed(2)}, eccentricity ${detail.eccentricity.toFixed(2)}, ` +
+    `brightness ${detail.brightness.toFixed(0)}`;
+  return `cell ${label}: ${cell.area} px, ${found}${cell.border ? ", at the border" : ""}`;
 };
 
 function hover(label, event) {
@@ -417,7 +424,7 @@ for (const id of ["add-files", "start-files"]) element(id).onclick = () => eleme
 for (const id of ["add-folder", "start-folder"]) element(id).onclick = () => element("folder").click();
 for (const id of ["files", "folder"]) {
   element(id).onchange = (event) => {
-    add(files.chosen(event.target));
+    add(files.readInput(event.target));
     event.target.value = "";
   };
 }
@@ -438,7 +445,7 @@ for (const name of ["diameter", "channel"]) {
 }
 element("tta").onchange = (event) => setOption("tta", event.target.checked || null);
 element("reset").onclick = () => {
-  SLIDERS.forEach((name) => changed.delete(name));
+  SLIDERS.forEach((name) => options.delete(name));
   setOption("", null);
 };
 for (const name of ["outlines", "fills"]) element(name).onchange = (event) => { view.show[name] = event.target.checked; showCells(); };
@@ -453,7 +460,7 @@ document.addEventListener("drop", async (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
   try {
-    await add(await files.dropped(event.dataTransfer));
+    await add(await files.readDrop(event.dataTransfer));
   } catch (error) {
     fail(`the dropped files cannot be read: ${error.message}`);
   }

@@ -83,8 +83,10 @@ export class Queue {
   }
 
   _addPlanes(picture, planes) {
+    const index = this.pictures.indexOf(picture);
+    if (index < 0) return; // removed meanwhile
     const others = planes.filter((plane) => plane !== picture.plane);
     const added = others.map((plane) => new Picture(picture.path, picture.file, plane));
-    this.pictures.splice(this.pictures.indexOf(picture) + 1, 0, ...added);
+    this.pictures.splice(index + 1, 0, ...added);
   }
 }

@@ -8,7 +8,10 @@ const COLUMNS = [
 const TEXT = ["name", "worth"];
 
 export class Table {
-  /** @param {object} parts  columns and rows, elements  @param {object} on  open(picture), check(picture), remove(picture), isOutdated(picture) */
+  /**
+   * @param {object} parts  columns and rows, elements
+   * @param {object} on  open(picture), check(picture), remove(picture), isOutdated(picture)
+   */
   constructor({columns, rows}, on) {
     this.rows = rows;
     this.on = on;
@@ -84,9 +87,14 @@ export class Table {
     box.disabled = picture.corrected;
     box.setAttribute("aria-label", `the cells of ${picture.name} are correct`);
     box.onchange = () => { picture.checked = box.checked; this.on.check(picture); };
-    const text = this.on.isOutdated(picture) ? "thresholds changed: finding cells" : picture.corrected ? "corrected" : values.first ? `correct first: ${values.reason}` : values.reason;
-    row.append(cell(text, values.first ? "text bad" : "text"), cell(box), this._removal(picture));
+    row.append(cell(this._remark(picture, values), values.first ? "text bad" : "text"), cell(box), this._removal(picture));
     return row;
+  }
+
+  _remark(picture, {first, reason}) {
+    if (this.on.isOutdated(picture)) return "thresholds changed: finding cells";
+    if (picture.corrected) return "corrected";
+    return first ? `correct first: ${reason}` : reason;
   }
 
   _removal(picture) {
@@ -99,11 +107,13 @@ export class Table {
 }
 
 function rowValues(picture, need) {
-  if (picture.state !== "ready") return {name: picture.name, worth: -1, cells: -1, confluence: -1, score: -1, msa: -1, checked: 0};
+  if (picture.state !== "ready") {
+    return {name: picture.name, worth: -1, cells: -1, confluence: -1, score: -1, msa: -1, checked: 0};
+  }
   return {
     name: picture.name, cells: picture.cells.size, confluence: picture.confluence, median: median(picture.areas),
-    score: picture.meanScore, msa: picture.reference?.scores?.msa ?? -1, worth: need?.value ?? -1, reason: need?.reason ?? "", first: need?.first ?? false,
-    checked: Number(picture.approved),
+    score: picture.meanScore, msa: picture.reference?.scores?.msa ?? -1, checked: Number(picture.approved),
+    worth: need?.value ?? -1, reason: need?.reason ?? "", first: need?.first ?? false,
   };
 }
 
